@@ -1,0 +1,98 @@
+"""Which units to keep under a budget: the best sum of importance that fits, exactly, by dynamic programming.
+
+Units of one sublayer are taken in order of importance, so a choice is a *level* (how many stay) per sublayer, and cost and value add
+up over sublayers: a multiple-choice knapsack. Costs are rounded up to 1/4096 of the budget, so that a plan never exceeds it.
+
+The program over discretised cost is that of SPDY (Frantar and Alistarh, ICML 2022); the separable importance that of Kwon et al.
+(NeurIPS 2022). Ours takes heads and neurons in one program and may drop whole sublayers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from slimformer.anatomy import Anatomy, Kind
+from slimformer.cost import Cost
+from slimformer.errors import TargetError
+from slimformer.plan import Plan
+
+BUCKETS = 4096
+
+
+def levels(size: int, multiple: int, *, may_vanish: bool) -> np.ndarray:
+    """Counts a site may keep: 0 if it may vanish, then every `multiple`, and the full size."""
+    some = [count for count in range(multiple, size, multiple)] or ([1] if size > 1 else [])
+    return np.array(([0] if may_vanish else []) + some + [size])
+
+
+def allocate(
+    anatomy: Anatomy,
+    importance: Mapping[str, np.ndarray],
+    cost: Cost,
+    budget: float,
+    *,
+    neuron_multiple: int = 1,
+    sublayers: bool = True,
+) -> Plan:
+    """The plan with the largest kept importance whose `cost` is at most `budget`.
+
+    `importance`: site -> (size,), not negative. `neuron_multiple` keeps FFN widths at multiples that matrix kernels like.
+    Raises TargetError, naming the smallest possible cost, where even that exceeds the budget.
+    """
+    names = list(importance)
+    choices = {
+        name: levels(
+            anatomy.sites[name].size,
+            neuron_multiple if anatomy.sites[name].kind is Kind.NEURONS else 1,
+            may_vanish=sublayers and anatomy.sites[name].sublayer is not None,
+        )
+        for name in names
+    }
+    held = [name for name in cost.curves if name not in choices]
+    fixed = cost.fixed + float(sum(cost.curves[name][-1] for name in held))
+    least = fixed + float(sum(cost.curves[name][choices[name]].min() for name in names))
+    if budget < least:
+        raise TargetError(
+            f"the budget of {budget:.4g} {cost.unit} cannot be reached: {least:.4g} remain with all cut that can be.",
+            help=f"ask for {least / cost.dense:.0%} of the dense cost or more.",
+        )
+    room = budget - fixed
+    scale = BUCKETS / room if room > 0 else 0.0
+    best = np.zeros(BUCKETS + 1)  # best[c]: most importance within c buckets
+    picks: list[np.ndarray] = []
+    for name in names:
+        order = np.sort(importance[name])[::-1]
+        value = np.concatenate([[0.0], np.cumsum(order)])[choices[name]]
+        need = np.ceil(cost.curves[name][choices[name]] * scale - 1e-9).astype(int)
+        table = np.full((len(need), BUCKETS + 1), -np.inf)
+        for row, (gain, buckets) in enumerate(zip(value, need, strict=True)):
+            if buckets <= BUCKETS:
+                table[row, buckets:] = best[: BUCKETS + 1 - buckets] + gain
+        picks.append(np.argmax(table, axis=0))
+        best = np.max(table, axis=0)
+    if not np.isfinite(best[-1]):
+        raise TargetError(
+            f"the budget of {budget:.4g} {cost.unit} is too close to the smallest possible, {least:.4g}.",
+            help=f"ask for {least * 1.02 / cost.dense:.0%} of the dense cost or more.",
+        )
+    keep: dict[str, tuple[int, ...]] = {}
+    left = BUCKETS
+    for name, pick in zip(reversed(names), reversed(picks), strict=True):
+        level = int(pick[left])
+        count = int(choices[name][level])
+        left -= int(np.ceil(cost.curves[name][count] * scale - 1e-9))
+        keep |= _kept(anatomy, name, importance[name], count)
+    return Plan(keep)
+
+
+def _kept(anatomy: Anatomy, name: str, importance: np.ndarray, count: int) -> dict[str, tuple[int, ...]]:
+    site = anatomy.sites[name]
+    if count == 0:
+        assert site.sublayer is not None
+        return {site.sublayer: ()}
+    if count == site.size:
+        return {}
+    top = np.argsort(-importance, kind="stable")[:count]
+    return {name: tuple(int(unit) for unit in np.sort(top))}

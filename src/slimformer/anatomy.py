@@ -1,0 +1,148 @@
+"""What can be cut in a model, told by names and sizes alone.
+
+A family (`families/`) writes an `Anatomy`: *sites* where units can go, each as a list of coupled tensor slices; the
+*matrices* that may change form; the modules where hidden states and attentions can be watched. Nothing here touches a tensor:
+`shrink.py` cuts, `gating.py` masks, `cost.py` counts, all from these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from slimformer.plan import Plan
+
+
+class Kind(StrEnum):
+    HEADS = "heads"
+    NEURONS = "neurons"
+    SUBLAYER = "sublayer"
+
+
+class Role(StrEnum):
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTENTION_OUT = "attention_out"
+    FFN_IN = "ffn_in"
+    FFN_OUT = "ffn_out"
+    EMBEDDING = "embedding"
+    CLASSIFIER = "classifier"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One axis of one tensor that follows a site: unit u of part p owns rows p*size*unit + u*unit + [0, unit)."""
+
+    param: str
+    dim: int
+    unit: int = 1  # rows per unit: head_dim for heads
+    parts: int = 1  # stacked blocks: 3 in a fused qkv, 2 in a gated FFN
+
+    def rows(self, size: int, keep: Sequence[int]) -> list[int]:
+        """Rows that stay when the units `keep` of `size` stay, part after part."""
+        return [
+            (part * size + unit) * self.unit + row
+            for part in range(self.parts)
+            for unit in keep
+            for row in range(self.unit)
+        ]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a site's units can be multiplied by a gate: the last axis of a module's input or output.
+
+    `residual` is for sublayers: the tap is then the module that ends the sublayer, `residual` the module whose first input
+    is what flows past it, and a gate g gives residual + g * (output - residual).
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    unit: int = 1
+    residual: str | None = None
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A number stored on a module that must follow a site: `attribute` = units kept * `per_unit`."""
+
+    module: str
+    attribute: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """A set of `size` interchangeable units. A SUBLAYER site has one unit and no slices: `Family.skip` does the cutting."""
+
+    id: str  # "encoder.3.heads"
+    kind: Kind
+    size: int
+    layer: int
+    slices: tuple[Slice, ...] = ()
+    taps: tuple[Tap, ...] = ()
+    counters: tuple[Counter, ...] = ()
+    sublayer: str | None = None  # the SUBLAYER site this one lives in and vanishes with
+    modules: tuple[str, ...] = ()  # of a SUBLAYER: the modules whose parameters go with it
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that may change form: a Linear (out, in) or an Embedding (rows, width)."""
+
+    id: str
+    module: str
+    shape: tuple[int, int]
+    role: Role
+    sublayer: str | None = None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All sites and matrices of one model, by id, and the modules that hold each layer's hidden state."""
+
+    sites: Mapping[str, Site]
+    matrices: Mapping[str, Matrix]
+    layers: tuple[str, ...]  # module whose output is the hidden state after layer i; a skipped layer keeps its name
+    embedding: str  # module whose output is the hidden state before layer 0
+    attentions: tuple[str | None, ...]  # module that computes the attention of layer i, None where it was cut
+    hidden_size: int
+    head_dim: int
+
+    def of_kind(self, kind: Kind) -> tuple[Site, ...]:
+        """Sites of one kind, in order of their layers."""
+        return tuple(site for site in self.sites.values() if site.kind is kind)
+
+    def after(self, plan: Plan) -> Anatomy:
+        """The anatomy of the model that `shrink` makes with `plan`, told without making it (law 3)."""
+        plan.check(self)
+        gone = {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
+        sites = {}
+        for site in self.sites.values():
+            if site.id in gone or site.sublayer in gone:
+                continue
+            keep = plan.keep.get(site.id)
+            sites[site.id] = site if keep is None else replace(site, size=len(keep))
+        matrices = {
+            matrix.id: replace(matrix, shape=self._shape(matrix, plan))
+            for matrix in self.matrices.values()
+            if matrix.sublayer not in gone
+        }
+        lost = {self.sites[name].layer for name in gone if name.endswith(".attention")}
+        attentions = tuple(None if layer in lost else name for layer, name in enumerate(self.attentions))
+        return replace(self, sites=sites, matrices=matrices, attentions=attentions)
+
+    def _shape(self, matrix: Matrix, plan: Plan) -> tuple[int, int]:
+        shape = list(matrix.shape)
+        for site in self.sites.values():
+            keep = plan.keep.get(site.id)
+            if keep is None:
+                continue
+            for piece in site.slices:
+                if piece.param == f"{matrix.module}.weight":
+                    shape[piece.dim] = len(keep) * piece.unit * piece.parts
+        return (shape[0], shape[1])

@@ -1,0 +1,80 @@
+"""Cuts encoded rows into batches: which rows go together, and the padded arrays of one batch.
+
+The one idea: rows of like length share a batch, so that little is computed on padding; and the order of an epoch is a pure
+function of (seed, epoch), so that a run that was killed goes on with the very batches it would have had. Numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from slimformer.tasks.base import Features
+
+MEGA = 50  # batches per chunk that is sorted: padding is near its minimum from about 20, and batches still mix well at 50
+
+
+def collate(features: Features, rows: Sequence[int], names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The rows as one batch: token columns (batch, longest of the batch) int64, others (batch,) int64 or float32.
+
+    `names` keeps only those columns; None keeps all. The attention mask is made here, 1 on tokens and 0 on padding.
+    """
+    lengths = [len(features.columns["input_ids"][row]) for row in rows]
+    width = max(lengths, default=0)
+    columns = [*features.columns, "attention_mask"] if "attention_mask" not in features.columns else list(features.columns)
+    batch = {}
+    for name in columns:
+        if names is not None and name not in names:
+            continue
+        if name == "attention_mask":
+            batch[name] = (np.arange(width) < np.asarray(lengths, dtype=np.int64)[:, None]).astype(np.int64)  # (batch, seq)
+            continue
+        values = [features.columns[name][row] for row in rows]
+        if values and isinstance(values[0], (list, tuple, np.ndarray)):
+            batch[name] = _padded(values, width, features.pad_id if name == "input_ids" else 0)
+        else:
+            whole = all(isinstance(value, (int, np.integer)) for value in values)
+            batch[name] = np.asarray(values, dtype=np.int64 if whole else np.float32)  # (batch,)
+    return batch
+
+
+def _padded(rows: Sequence[Sequence[Any]], width: int, fill: int) -> np.ndarray:
+    out = np.full((len(rows), width), fill, dtype=np.int64)  # (batch, seq)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return out
+
+
+def epoch_order(lengths: np.ndarray | Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of one epoch: each row exactly once, like lengths together, in an order fixed by (seed, epoch) alone.
+
+    Rows are shuffled, sorted by length within chunks of 50 batches, cut, and the batches shuffled. The order is not a
+    function of any global generator.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    shuffled = generator.permutation(len(sizes))
+    batches: list[list[int]] = []
+    for start in range(0, len(shuffled), batch_size * MEGA):
+        chunk = shuffled[start : start + batch_size * MEGA]
+        chunk = chunk[np.argsort(sizes[chunk], kind="stable")]
+        batches.extend(_cut(chunk.tolist(), batch_size))
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def in_order(n: int, batch_size: int) -> list[list[int]]:
+    """Batches of rows 0..n-1 as they come: what a serving machine sees."""
+    return _cut(list(range(n)), batch_size)
+
+
+def sorted_by_length(lengths: np.ndarray | Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of rows from the shortest to the longest: the least padding there can be."""
+    return _cut(np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable").tolist(), batch_size)
+
+
+def _cut(rows: list[int], batch_size: int) -> list[list[int]]:
+    if batch_size < 1:
+        raise ValueError(f"a batch holds at least one row, not {batch_size}")
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -1,0 +1,223 @@
+"""The command line: compress | run | bench | report | inspect | list | check | demo.
+
+Each command is a few lines over a function that Python users call too. Errors a person can act on become one message and exit
+status 2; anything else is a bug and keeps its traceback. Heavy imports happen inside commands, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimformer.errors import SlimformerError
+
+if TYPE_CHECKING:
+    from slimformer.tasks.base import Task
+
+app = typer.Typer(
+    help="Makes a fine-tuned transformer several times smaller and faster, as a plain file, with the proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="glue/sst2, intents, ...; without it, classification of --data.")]
+Data = Annotated[str | None, typer.Option(help="A folder with train and dev files, one file, or a hub name.")]
+Text = Annotated[str | None, typer.Option(help="Column of the text; guessed if there is an obvious one.")]
+TextPair = Annotated[str | None, typer.Option(help="Column of the second text, for tasks on pairs.")]
+Label = Annotated[str | None, typer.Option(help="Column of the label.")]
+Metric = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, spearman, ...; the task's own by default.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens an input may have; longer ones are cut off.")]
+TrainRows = Annotated[str | None, typer.Option(help="A number of training rows, or a JSON file of row numbers.")]
+Out = Annotated[Path, typer.Option(help="Folder for the result; the same command in it resumes a run that was cut off.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to time with; all cores by default.")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Out,
+    task: TaskName = None,
+    data: Data = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    metric: Metric = None,
+    max_length: MaxLength = None,
+    train_rows: TrainRows = None,
+    speedup: Annotated[float, typer.Option(help="Times faster than the dense model (ONNX Runtime fp32, batch 32).")] = 3.0,
+    max_loss: Annotated[float, typer.Option(help="Points of the metric that may be lost.")] = 1.0,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of distillation; by default the data's size decides.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
+    tries: Annotated[int, typer.Option(help="Budgets to train at most, when the loss is too large.")] = 3,
+    rivals: Annotated[bool, typer.Option(help="Train the smaller dense rival too: the honest comparison takes its time.")] = True,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 17,
+    threads: Threads = None,
+) -> None:
+    """Make a model smaller and faster: tune if needed, cut, distil, int8, verify, report."""
+    from slimformer.compression import Wishes
+    from slimformer.compression import compress as make
+    from slimformer.recipe import RIVALS
+
+    wishes = Wishes(
+        speedup=speedup,
+        max_loss=max_loss,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        tries=tries,
+        rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
+    )
+    chosen = _task(task, data, text, text_pair, label, metric, max_length, train_rows)
+    _show(make(model, chosen, out, wishes, command=_command(), threads=threads))
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], out: Out, threads: Threads = None) -> None:
+    """Run a recipe, stage by stage; run it again and it resumes."""
+    from slimformer.recipe import Recipe
+    from slimformer.recipe import run as carry_out
+
+    _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads))
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="Model folders or ONNX files to compare, the baseline first.")],
+    task: TaskName = None,
+    data: Data = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    metric: Metric = None,
+    max_length: MaxLength = None,
+    seconds: Annotated[float, typer.Option(help="How long each of the two workloads is timed.")] = 60.0,
+    threads: Threads = None,
+) -> None:
+    """Compare models side by side, in turn: quality, size and speed on this machine."""
+    from slimformer.bench import bench as side_by_side
+
+    chosen = _task(task, data, text, text_pair, label, metric, max_length, None) if task or data else None
+    side_by_side(models, chosen, max_length=max_length, threads=threads, seconds=seconds)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(),
+) -> None:
+    """Draw the frontier of quality against speed and size over all runs: a table and report.html."""
+    from rich.console import Console
+
+    from slimformer.report import report as draw
+    from slimformer.report import table
+
+    records = draw(runs, out)
+    Console().print(table(records))
+    typer.echo(f"page: {out / 'report.html'}")
+
+
+@app.command()
+def inspect(model: Model, length: Annotated[int, typer.Option(help="Tokens per example, for the MACs.")] = 128) -> None:
+    """Show what could be cut: sites, parameters and MACs per layer."""
+    from rich.console import Console
+
+    from slimformer.inspection import inspect as look
+
+    Console().print(look(model, length))
+
+
+@app.command("list")
+def list_all() -> None:
+    """List the families, methods, tasks, exporters and runtimes there are."""
+    from slimformer import registry
+
+    for kind in registry.KINDS:
+        typer.echo(f"{kind}:")
+        for name in registry.names(kind):
+            typer.echo(f"  {name:<16} {registry.summary(kind, name)}")
+
+
+@app.command()
+def check(
+    name: Annotated[str | None, typer.Argument(help="A family, method, task, exporter or runtime; all without it.")] = None,
+) -> None:
+    """Check that plug-ins keep their contracts, on tiny models."""
+    from slimformer.checks import check_all
+
+    failed = False
+    for line, good in check_all(name):
+        failed |= not good
+        typer.echo(f"{'ok    ' if good else 'FAILED'} {line}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
+    speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 4.0,
+) -> None:
+    """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
+    from slimformer.compression import Wishes
+    from slimformer.compression import compress as make
+    from slimformer.demo import encoder
+
+    chosen = _task("intents", None, None, None, None, None, None, None)
+    _show(make(encoder(), chosen, out, Wishes(speedup=speedup, epochs=6), command=_command()))
+
+
+def _task(
+    task: str | None,
+    data: str | None,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    metric: str | None,
+    max_length: int | None,
+    train_rows: str | None,
+) -> Task:
+    from slimformer.tasks.classification import from_cli
+
+    rows: Any = int(train_rows) if train_rows is not None and train_rows.isdigit() else train_rows
+    return from_cli(
+        task, data, text=text, text_pair=text_pair, label=label, metric=metric, max_length=max_length, train_rows=rows
+    )
+
+
+def _show(outcome: Any) -> None:
+    from rich.console import Console
+
+    from slimformer.report import choice, judge, table
+
+    console = Console()
+    console.print(table(outcome.measurement.records))
+    ours = choice(outcome.measurement.records)
+    if ours is not None:
+        console.print(judge(ours).text)
+    console.print(f"model: {outcome.out}   page: {outcome.out / 'report.html'}", soft_wrap=True)
+
+
+def _command() -> str:
+    return shlex.join(["slimformer", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: errors a person can act on become one message and exit status 2."""
+    try:
+        app()
+    except SlimformerError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here.", err=True)
+        sys.exit(130)

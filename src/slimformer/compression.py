@@ -1,0 +1,355 @@
+"""The short command: a tuned model, its data, a speed and a loss that is allowed; out comes the best model that was found.
+
+Tune if need be; let `fisher` choose what fits the wanted speed on this machine; distil; int8; verify the exported file on held
+examples. If it loses too much, a gentler budget is tried (bisection on the speed); in the end the best is delivered with a clear
+word, never nothing. What was done is written down as a recipe that `slimformer run` repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimformer import checkpoint, delivery, registry
+from slimformer.errors import RecipeError, TargetError
+from slimformer.exporters.base import Variant
+from slimformer.files import claim, write_text
+from slimformer.log import Log
+from slimformer.recipe import Bench, Outcome, Recipe, begin, finish, tidy
+from slimformer.stages import Bundle, Calibrate, Run, Stage, Train, advance, context_of, subset
+from slimformer.tasks.base import Split, Task
+
+if TYPE_CHECKING:
+    from slimformer.training import Estimate
+
+MARGIN = 1.04  # the search aims this much above the wanted speed: a measured ratio spreads by a few per cent
+TRIES = 3  # budgets that are trained, at most
+SHOTS = 4  # exports, untrained, that find the budget for a speed; seconds each
+DISTIL_TOKENS = 3_000_000  # seen while distilling, unless epochs are given: minutes on two cores for a small model
+TUNE_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for. `epochs` and `lr` are those of the distillation; None lets the size of data and model decide."""
+
+    speedup: float = 3.0  # over the dense model in fp32 in ONNX Runtime, batch 32
+    max_loss: float = 1.0  # points of the task's metric
+    epochs: float | None = None
+    lr: float | None = None
+    batch_size: int = 32
+    seed: int = 17
+    tries: int = TRIES
+    rivals: tuple[str, ...] = Bench().rivals
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name}: {getattr(self, name)}, must be {rule}"
+            for name, rule, good in (
+                ("speedup", "above 1 and at most 100", 1 < self.speedup <= 100),
+                ("max_loss", "from 0 to 100", 0 <= self.max_loss <= 100),
+                ("epochs", "above 0", self.epochs is None or 0 < self.epochs < math.inf),
+                ("lr", "above 0", self.lr is None or 0 < self.lr < math.inf),
+                ("batch_size", "at least 1", self.batch_size >= 1),
+                ("tries", "at least 1", self.tries >= 1),
+                ("seed", "0 or above", self.seed >= 0),
+            )
+            if not good
+        ]
+        if wrong:
+            raise RecipeError("these options cannot be used.", facts=wrong, help="see `slimformer compress --help`.")
+
+
+def compress(
+    model: str | Path,
+    task: Task,
+    out: str | Path,
+    wishes: Wishes | None = None,
+    *,
+    log: Log | None = None,
+    command: str = "",
+    threads: int | None = None,
+) -> Outcome:
+    """Makes `model` smaller and faster for `task` and leaves everything in the folder `out`; resumes where it was cut off.
+
+    Raises a SlimformerError where the input is no good, and TargetError, naming the best possible, where the speed is out of reach.
+    """
+    from slimformer.bench import cores
+
+    wishes = wishes or Wishes()
+    folder = Path(out)
+    source = Path(model)
+    tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wishes.batch_size)
+    recipe = Recipe(str(model), task, (tune,), seed=wishes.seed, bench=Bench(rivals=wishes.rivals))  # type: ignore[arg-type]
+    _look(recipe)
+    with claim(folder, f"compress {_purpose(recipe, wishes)}"):
+        if (folder / "report.html").is_file() and not (folder / "work").exists():
+            raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
+        log = log or Log(folder)
+        state = Run(folder / "work", folder / "work", log, wishes.seed, threads or cores())
+        state.root.mkdir(exist_ok=True)
+        recipe = replace(recipe, stages=(replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),))
+        bundle, _ = begin(recipe, state)
+        return _search(bundle, recipe, wishes, state, folder, command)
+
+
+def _look(recipe: Recipe) -> None:
+    """All checks of the user's input that are quick, before anything is made."""
+    from slimformer.families.base import family_of
+
+    source = Path(recipe.model)
+    config = checkpoint.read_config(source)
+    family_of(checkpoint.base_type(config))
+    checkpoint.weights_file(source)
+    recipe.task.split(Split.DEV)
+    recipe.task.configure()
+    if checkpoint.is_tuned(source, recipe.task.auto_class, recipe.task.configure()):
+        recipe.task.bind(config)
+
+
+def _purpose(recipe: Recipe, wishes: Wishes) -> str:
+    return json.dumps({"model": recipe.model, "task": repr(recipe.task), **asdict(wishes)}, sort_keys=True, default=str)
+
+
+def _hidden_size(source: Path) -> int:
+    config = checkpoint.read_config(source)
+    size = config.get("hidden_size", config.get("dim", 768))
+    return size if isinstance(size, int) and size > 0 else 768
+
+
+def _tune_lr(source: Path) -> float:
+    """4e-5 for a width of 768, more for narrower models: 8e-5 for 384."""
+    return float(f"{4e-5 * 768 / _hidden_size(source):.2g}")
+
+
+def _epochs(task: Task, source: Path, tokens: int, least: float, most: float) -> float:
+    """Epochs that see about this many tokens."""
+    from slimformer.tokenizing import load_tokenizer, max_length_of
+
+    examples = task.split(Split.TRAIN)
+    some = examples[:: max(1, len(examples) // 500)]
+    lengths = task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source))).lengths()
+    return float(min(most, max(least, round(tokens / (float(lengths.mean()) * len(examples)), 1))))
+
+
+# -- The search ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One budget, carried through: its stages, its model, and its files on held examples."""
+
+    keep: float
+    stages: tuple[Stage, ...]
+    bundle: Bundle
+    trials: tuple[delivery.Trial, ...]
+
+    def best(self, max_loss: float) -> delivery.Trial:
+        return delivery.choose(self.trials, max_loss)
+
+
+def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: Path, command: str) -> Outcome:
+    from slimformer.report import Target
+
+    log = state.log
+    lead = recipe.stages if bundle.tuned_here else ()
+    distil = _distil(bundle, recipe, wishes)
+    _announce(bundle, distil, wishes, state)
+    reference = delivery.reference(bundle, state)
+    attempts: list[_Attempt] = []
+    whole = _whole(bundle, state, reference)
+    slow, aim = whole.trials[0].speed_32, wishes.speedup
+    if aim <= slow:
+        log.say(f"int8 alone is {slow:.2f} times as fast; nothing needs to be cut for {wishes.speedup:g}.")
+        attempts.append(whole)
+    scale: _Scale | None = None
+    while len(attempts) < wishes.tries and not (attempts and attempts[-1] is whole):
+        scale = scale or _Scale(bundle, state)
+        keep = scale.keep(aim)
+        attempt = _try(bundle, keep, distil, state, reference)
+        attempts.append(attempt)
+        best = attempt.best(wishes.max_loss)
+        log.say(
+            f"{best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost on held examples "
+            f"({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
+        )
+        if best.loss <= wishes.max_loss:
+            break
+        aim = math.sqrt(slow * aim)
+        if aim / slow < 1.05:
+            break
+        if len(attempts) < wishes.tries:
+            log.say(f"that is more than {wishes.max_loss:g}: trying {aim:.2f} times as fast.")
+    chosen = _pick([*attempts, whole], wishes)
+    best = chosen.best(wishes.max_loss)
+    if chosen is whole and attempts[-1] is not whole:
+        log.say("no cut stays within the loss that is allowed: delivering the uncut model in its best file.")
+    elif best.loss > wishes.max_loss or best.speed_32 < wishes.speedup:
+        log.say("not all that was asked for was found; this is the best.")
+    target = Target(wishes.speedup, wishes.max_loss)
+    final = replace(recipe, stages=(*lead, *chosen.stages))
+    measurement = finish(chosen.bundle, chosen.stages, final, state, folder, target=target, command=command)
+    tidy(state)
+    return Outcome(folder, measurement)
+
+
+def _distil(bundle: Bundle, recipe: Recipe, wishes: Wishes) -> Train:
+    """The distillation that every budget gets."""
+    source = Path(recipe.model)
+    method = registry.find("methods", "distillation")
+    return Train(
+        methods=(method(),),
+        epochs=wishes.epochs or _epochs(bundle.material.task, source, DISTIL_TOKENS, 3.0, 12.0),
+        lr=wishes.lr or 2 * _tune_lr(source),
+        batch_size=wishes.batch_size,
+        task_weight=0.1,
+        dropout=False,
+        freeze="embeddings",
+    )
+
+
+def _whole(bundle: Bundle, state: Run, reference: delivery.Reference) -> _Attempt:
+    """The uncut teacher in int8: what a search may always fall back on."""
+    file = state.root / "whole.json"
+    if not file.is_file():
+        path = delivery.teacher_files(bundle, state)[Variant.INT8_DYNAMIC]
+        baseline = delivery.teacher_files(bundle, state)[Variant.FUSED]
+        delivery.save_trials(
+            file, delivery.try_out({Variant.INT8_DYNAMIC: path}, baseline, bundle, state, reference)
+        )
+    return _Attempt(1.0, (), replace(bundle, model=bundle.teacher), tuple(delivery.read_trials(file)))
+
+
+class _Scale:
+    """Finds the budget for a speed: the table gives a guess, a few untrained exports correct it.
+
+    The speed of a file does not depend on its weights, so nothing has to be trained to know it.
+    """
+
+    def __init__(self, bundle: Bundle, state: Run) -> None:
+        from slimformer.latency import measured
+        from slimformer.methods.fisher import information
+
+        self.bundle, self.state = bundle, state
+        self.fisher = registry.find("methods", "fisher")()
+        self.context = context_of(bundle, state, bundle.model, "latency")
+        found = measured(bundle.model, self.context.anatomy, bundle.material, state)
+        self.cost, self.dense_fp32_ms = found.cost, found.dense_fp32_ms
+        state.log.say("measuring how much each head and neuron matters.")
+        self.importance = information(self.context, self.fisher.examples)
+
+    def keep(self, speedup: float) -> float:
+        """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
+        file = self.state.root / f"budget-{speedup:.4f}.json"
+        if file.is_file():
+            return float(json.loads(file.read_text(encoding="utf-8")))
+        wanted = speedup * MARGIN
+        keep = min(1.0, self.dense_fp32_ms / wanted / self.cost.dense)
+        seen: list[tuple[float, float]] = []
+        for _ in range(SHOTS):
+            seen.append((keep, self.speed(keep, speedup)))
+            self.state.log.event("shot", keep=round(keep, 4), speedup=round(seen[-1][1], 3), wanted=wanted)
+            if speedup * 1.01 <= seen[-1][1] <= speedup * 1.1:
+                break
+            keep = min(1.0, keep * (seen[-1][1] / wanted) ** 1.2)
+        enough = [pair for pair in seen if pair[1] >= speedup]
+        best = max(enough)[0] if enough else min(seen, key=lambda pair: abs(pair[1] - wanted))[0]
+        write_text(file, json.dumps(best))
+        return best
+
+    def speed(self, keep: float, wanted: float) -> float:
+        """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
+        from slimformer.allocation import allocate
+        from slimformer.bench import Engine, compare, quiet, ratio, workloads
+        from slimformer.shrink import shrink
+
+        anatomy = self.context.anatomy
+        try:
+            plan = allocate(
+                anatomy, self.importance, self.cost, keep * self.cost.dense, neuron_multiple=self.fisher.neuron_multiple
+            )
+        except TargetError:
+            least = self.cost.fixed
+            raise TargetError(
+                f"{wanted:g} times as fast is out of reach: with every layer cut, {self.dense_fp32_ms / least:.1f} would be.",
+                help=f"ask for less, at most about {0.7 * self.dense_fp32_ms / least:.1f}.",
+            ) from None
+        baseline = delivery.teacher_files(self.bundle, self.state)[Variant.FUSED]
+        with tempfile.TemporaryDirectory(dir=self.state.root, prefix=".part-") as name:
+            small = shrink(self.bundle.model, anatomy, plan)
+            made = delivery.export_files(small, self.bundle.material, Path(name), [Variant.INT8_DYNAMIC], self.state.log)
+            threads = self.state.threads
+            runners = {
+                "ours": delivery.load(made[Variant.INT8_DYNAMIC].path, threads),
+                "dense": delivery.load(baseline, threads),
+            }
+            features, _ = subset(self.bundle.material, Split.HELD, 640)
+            timings = compare(
+                runners,
+                workloads(features, limit=20)[1],
+                engines=dict.fromkeys(runners, Engine("onnxruntime", "", threads)),
+                load=quiet(),
+                rounds=40,
+                budget_seconds=8,
+            )
+        return ratio(timings["dense"], timings["ours"]).median
+
+
+def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: delivery.Reference) -> _Attempt:
+    """Cuts to the budget, distils, exports, and tries the files on held examples; all of it kept for a resumed run."""
+    fisher = registry.find("methods", "fisher")
+    stages: tuple[Stage, ...] = (Calibrate(fisher(keep=round(keep, 4), cost="latency")), distil)
+    made = advance(stages, bundle, state.under(f"keep-{keep:.4f}"))
+    folder = state.root / f"keep-{keep:.4f}"
+    file = folder / "trials.json"
+    if not file.is_file():
+        variants = (Variant.INT8_DYNAMIC, Variant.INT8_STATIC)
+        with tempfile.TemporaryDirectory(dir=state.root, prefix=".part-") as name:
+            files = delivery.export_files(made.model, made.material, Path(name), variants, state.log)
+            paths = {variant: artifact.path for variant, artifact in files.items()}
+            baseline = delivery.teacher_files(bundle, state)[Variant.FUSED]
+            delivery.save_trials(file, delivery.try_out(paths, baseline, made, state, reference))
+    return _Attempt(keep, stages, made, tuple(delivery.read_trials(file)))
+
+
+def _pick(attempts: Sequence[_Attempt], wishes: Wishes) -> _Attempt:
+    """The fastest that loses at most what is allowed; where none does, the one that loses least."""
+    best = {id(attempt): attempt.best(wishes.max_loss) for attempt in attempts}
+    good = [attempt for attempt in attempts if best[id(attempt)].loss <= wishes.max_loss]
+    if good:
+        return max(good, key=lambda attempt: best[id(attempt)].speed_32)
+    return min(attempts, key=lambda attempt: best[id(attempt)].loss)
+
+
+def _announce(bundle: Bundle, distil: Train, wishes: Wishes, state: Run) -> None:
+    """Says what is about to happen, how long it will take and how much memory it needs, from a few real steps."""
+    from slimformer.training import estimate
+
+    file = state.root / "estimate.json"
+    if file.is_file():
+        return
+    context = distil.prepared(bundle, state)
+    found: Estimate = estimate(
+        context, bundle.material.features[Split.TRAIN], distil.methods, distil.settings(wishes.seed), seconds=5.0
+    )
+    write_text(file, json.dumps(asdict(found)))
+    once = found.seconds / 60
+    rival = once if "small-dense" in wishes.rivals else 0.0
+    log = state.log
+    log.say(
+        f"plan: cut to {wishes.speedup:g} times the speed, distil for {distil.epochs:g} epochs ({found.steps:,} steps at "
+        f"{found.tokens_per_second:,.0f} tokens a second uncut), int8, verify; up to {wishes.tries} budgets."
+    )
+    log.say(
+        f"at most {_minutes(once)} for a budget{f', {_minutes(rival)} for the rival' if rival else ''}, less as the model "
+        f"shrinks; about {found.peak_rss_bytes / 2**30:.1f} GiB of memory."
+    )
+
+
+def _minutes(value: float) -> str:
+    return f"{value:.0f} minutes" if value >= 1.5 else f"{value * 60:.0f} seconds"

@@ -1,0 +1,378 @@
+"""From a finished model to what a person holds: files, the choice among them on held examples, the bench on dev, the page.
+
+The one idea: whatever is chosen is chosen on the held slice, whatever is reported is measured on dev, and the rivals run in the
+same rounds as ours. Nothing is trained or cut here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimformer import checkpoint, registry
+from slimformer.batching import collate
+from slimformer.exporters.base import Artifact, Variant
+from slimformer.files import whole_folder, write_text
+from slimformer.log import Log
+from slimformer.plan import Plan
+from slimformer.stages import HELD_ROWS, Bundle, Calibrate, Material, Run, Stage, Train, advance, subset
+from slimformer.tasks.base import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from slimformer.bench import Entry, Measurement
+    from slimformer.report import Target
+    from slimformer.runtimes.base import Runner
+
+FILES = {
+    Variant.FLOAT: "model.onnx",
+    Variant.FUSED: "model_fused.onnx",
+    Variant.INT8_DYNAMIC: "model_int8_ort.onnx",
+    Variant.INT8_STATIC: "model_int8_qdq.onnx",
+}
+SHIPPED = (Variant.FLOAT, Variant.INT8_DYNAMIC, Variant.INT8_STATIC)
+
+
+def export_files(
+    model: PreTrainedModel, material: Material, folder: Path, variants: Sequence[Variant], log: Log
+) -> dict[Variant, Artifact]:
+    """The model as ONNX files in `folder`, each proven against the model on real batches."""
+    from slimformer.families.base import family_of
+
+    exporter = registry.find("exporters", "onnx")()
+    batches = material.batches(family_of(model.config.model_type).inputs(model))
+    made = {}
+    for variant in variants:
+        file = folder / FILES[variant]
+        made[variant] = exporter.export(model, batches, file, variant, material.task.outputs)
+        log.event("exported", **{key: str(value) for key, value in asdict(made[variant]).items()})
+    return made
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One file on held examples: its score, the points it loses to the teacher, its speed over the teacher's fp32 file."""
+
+    variant: Variant
+    score: float
+    loss: float
+    speed_32: float
+    speed_1: float
+    size_bytes: int
+
+
+def load(path: Path, threads: int) -> Runner:
+    """A file in ONNX Runtime."""
+    runner: Runner = registry.find("runtimes", "onnxruntime")().load(path, threads)
+    return runner
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The teacher's scores that losses are counted from.
+
+    A model that came tuned may have been tuned on the held examples, where it then looks better than it is; on examples that teacher
+    and student have both seen, the student looks better than it is. The truth lies between the two, and the mean is taken. A teacher
+    that was tuned here has not seen the held examples, and they alone count.
+    """
+
+    held: float
+    seen: float
+    trusted: bool
+
+
+def reference(bundle: Bundle, run: Run) -> Reference:
+    """Scores of the teacher's fp32 file on held and on training examples."""
+    runner = load(teacher_files(bundle, run)[Variant.FUSED], run.threads)
+    held, seen = (_score(runner, bundle.material, split) for split in (Split.HELD, Split.TRAIN))
+    return Reference(held, seen, bundle.tuned_here)
+
+
+def _score(runner: Runner, material: Material, split: Split) -> float:
+    from slimformer.bench import evaluate
+
+    features, examples = subset(material, split, HELD_ROWS)
+    return material.task.score(evaluate(runner, features, 32), features, examples)[material.task.metric]
+
+
+def try_out(
+    files: Mapping[Variant, Path], baseline: Path, bundle: Bundle, run: Run, reference: Reference, *, seconds: float = 10.0
+) -> list[Trial]:
+    """Each file on held examples, side by side with the teacher's fp32 file."""
+    from slimformer.bench import Engine, compare, quiet, ratio, workloads
+
+    material = bundle.material
+    runners = {str(variant): load(path, run.threads) for variant, path in files.items()}
+    sign = 100 if material.task.higher_is_better else -100
+    scores, losses = {}, {}
+    for name, runner in runners.items():
+        scores[name] = _score(runner, material, Split.HELD)
+        losses[name] = sign * (reference.held - scores[name])
+        if not reference.trusted:
+            losses[name] = (losses[name] + sign * (reference.seen - _score(runner, material, Split.TRAIN))) / 2
+    runners["teacher"] = load(baseline, run.threads)
+    engine = Engine("onnxruntime", registry.find("runtimes", "onnxruntime")().version(), run.threads)
+    state = quiet()
+    speeds: dict[str, list[float]] = {name: [] for name in runners}
+    features, _ = subset(material, Split.HELD, 640)
+    for workload in workloads(features, limit=20)[::-1]:
+        timings = compare(
+            runners, workload, engines=dict.fromkeys(runners, engine), load=state, rounds=30, budget_seconds=seconds
+        )
+        for name, timing in timings.items():
+            speeds[name].append(ratio(timings["teacher"], timing).median)
+    trials = [
+        Trial(variant, scores[name], losses[name], *speeds[name], size_bytes=files[variant].stat().st_size)
+        for variant, name in ((variant, str(variant)) for variant in files)
+    ]
+    for trial in trials:
+        run.log.event("trial", **asdict(trial))
+    return trials
+
+
+def teacher_files(bundle: Bundle, run: Run) -> dict[Variant, Path]:
+    """The teacher's own files, exported once a run: fp32 fused (the baseline), fp32 standard, int8."""
+    folder = run.root / "teacher-files"
+    wanted = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
+    missing = [variant for variant in wanted if not (folder / FILES[variant]).is_file()]
+    if missing:
+        export_files(bundle.teacher, bundle.material, folder, missing, run.log)
+    return {variant: folder / FILES[variant] for variant in wanted}
+
+
+def rivals(
+    bundle: Bundle, stages: Sequence[Stage], wanted: Sequence[str], teacher: Mapping[Variant, Path], run: Run
+) -> list[Rival]:
+    """The baseline first, then the rivals that are wanted and can run here."""
+    from slimformer.report import Role
+
+    dense = facts_of(replace(bundle, model=bundle.teacher, plan=Plan(), minutes=0.0), bundle.teacher, run, "")
+    dense |= {"minutes": None, "peak_rss_bytes": None}
+    found = [Rival("dense fp32", Role.TEACHER_FP32, teacher[Variant.FUSED], Variant.FUSED, facts=dense)]
+    if "teacher-int8" in wanted:
+        path = teacher[Variant.INT8_DYNAMIC]
+        found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
+    if "openvino-int8" in wanted and registry.find("runtimes", "openvino")().available():
+        path = openvino_rival(teacher[Variant.FLOAT], bundle, run)
+        found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
+    cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
+    if "small-dense" in wanted and cutting:
+        small = small_dense(bundle, stages, run)
+        path = export_files(small.model, small.material, run.root / "small", [Variant.INT8_DYNAMIC], run.log)
+        facts = facts_of(small, bundle.teacher, run, "")
+        count = sum(layer.heads + layer.neurons > 0 for layer in facts["layers"])
+        name = f"{count} dense layer{'s' if count > 1 else ''} int8"
+        file = path[Variant.INT8_DYNAMIC].path
+        found.append(Rival(name, Role.SMALL_DENSE, file, Variant.INT8_DYNAMIC, facts=facts))
+    return found
+
+
+def small_dense(bundle: Bundle, stages: Sequence[Stage], run: Run) -> Bundle:
+    """The smaller dense model of about equal MACs: whole layers dropped evenly, then the same training stages."""
+    from slimformer import cost
+    from slimformer.families.base import anatomy_of
+
+    anatomy = anatomy_of(bundle.teacher)
+    lengths = bundle.material.features[Split.TRAIN].lengths()
+    share = cost.macs(anatomy_of(bundle.model), lengths).dense / cost.macs(anatomy, lengths).dense
+    count = max(1, round(share * len(anatomy.layers)))
+    layers = registry.find("methods", "layers")(keep=count / len(anatomy.layers) + 1e-9)
+    made: list[Stage] = [Calibrate(layers)]
+    for stage in stages:
+        if isinstance(stage, Train):
+            made.append(replace(stage, methods=tuple(method for method in stage.methods if not method.decides)))
+    run.log.say(f"training the smaller dense rival ({count} of {len(anatomy.layers)} layers) with the same budget.")
+    start = replace(bundle, model=bundle.teacher, plan=Plan(), minutes=0.0, peak_rss_bytes=0)
+    return advance(made, start, run.under("rival"))
+
+
+def openvino_rival(path: Path, bundle: Bundle, run: Run) -> Path:
+    """Rival 3: the dense teacher in OpenVINO, int8 by NNCF on 300 training examples."""
+    from slimformer.families.base import family_of
+    from slimformer.runtimes.openvino import quantized
+
+    made = run.root / "teacher-files" / "openvino_int8.xml"
+    if not made.is_file():
+        names = family_of(bundle.teacher.config.model_type).inputs(bundle.teacher)
+        features = bundle.material.features[Split.TRAIN]
+        rows = [int(row) for row in np.linspace(0, len(features) - 1, min(300, len(features)))]
+        quantized(path, [collate(features, [row], names) for row in rows], made)
+    return made
+
+
+def choose(trials: Sequence[Trial], max_loss: float) -> Trial:
+    """The fastest at batch 32 of those that lose at most `max_loss` points; else the one that loses least."""
+    good = [trial for trial in trials if trial.loss <= max_loss]
+    if good:
+        return max(good, key=lambda trial: trial.speed_32)
+    return min(trials, key=lambda trial: trial.loss)
+
+
+# -- The delivered folder ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A model to stand beside ours: its file, how it is called, and what is known of it."""
+
+    name: str
+    role: str
+    path: Path
+    variant: Variant
+    runtime: str = "onnxruntime"
+    facts: Mapping[str, Any] | None = None
+
+
+def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> dict[str, Any]:
+    """Fields of a Record that belong to a model, whatever file it is in."""
+    from slimformer import cost
+    from slimformer.anatomy import Role
+    from slimformer.families.base import anatomy_of
+    from slimformer.report import layers
+
+    anatomy = anatomy_of(bundle.model)
+    inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
+    lengths = bundle.material.features[Split.DEV].lengths()
+    return {
+        "params": bundle.model.num_parameters(),
+        "encoder_params": sum(matrix.shape[0] * matrix.shape[1] for matrix in inside),
+        "macs": round(cost.macs(anatomy, lengths).dense),
+        "layers": layers(anatomy_of(dense), bundle.plan),
+        "minutes": round(bundle.minutes, 2),
+        "peak_rss_bytes": bundle.peak_rss_bytes,
+        "seed": run.seed,
+        "train_examples": len(bundle.material.examples[Split.TRAIN]),
+        "plan": bundle.plan.digest(),
+        "recipe": recipe,
+    }
+
+
+def measure_all(
+    ours: Sequence[Rival], rivals: Sequence[Rival], material: Material, run: Run, *, task_name: str, model: str, seconds: float
+) -> Measurement:
+    """Everything side by side on dev: scores, sizes, speeds; the first of `rivals` is the baseline."""
+    from slimformer.bench import measure
+
+    entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
+    return measure(
+        entries,
+        material.examples[Split.DEV],
+        baseline=rivals[0].name,
+        task_name=task_name,
+        model=model,
+        rounds=30,
+        budget_seconds=seconds,
+        seed=run.seed,
+    )
+
+
+def _entry(item: Rival, material: Material, threads: int) -> Entry:
+    from slimformer.bench import Engine, Entry
+
+    runtime = registry.find("runtimes", item.runtime)()
+    return Entry(
+        name=item.name,
+        role=item.role,
+        precision=str(item.variant),
+        runner=runtime.load(item.path, threads),
+        engine=Engine(item.runtime, runtime.version(), threads),
+        task=material.task,
+        features=material.features[Split.DEV],
+        path=item.path,
+        facts=item.facts or {},
+    )
+
+
+def deliver(
+    bundle: Bundle,
+    exported: Path,
+    out: Path,
+    run: Run,
+    *,
+    best: Trial,
+    rivals: Sequence[Rival],
+    recipe: str,
+    target: Target | None,
+    task_options: Mapping[str, Any],
+    model_name: str,
+    task_name: str,
+    command: str,
+    seconds: float = 60.0,
+) -> Measurement:
+    """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
+
+    The ledger row and every file that another tool needs are there when this returns; a killed call leaves `out` as it was.
+    """
+    from slimformer import report
+
+    material = bundle.material
+    digest = _digest(recipe)
+    shared = facts_of(bundle, bundle.teacher, run, digest)
+    ours = [
+        Rival(
+            name=f"slimformer {_short(variant)}",
+            role=str(report.Role.OURS),
+            path=exported / FILES[variant],
+            variant=variant,
+            facts={**shared, "chosen": variant == best.variant, "target": target},
+        )
+        for variant in SHIPPED
+    ]
+    found = measure_all(ours, rivals, material, run, task_name=task_name, model=model_name, seconds=seconds)
+    chosen = next(record for record in found.records if record.chosen)
+    facts = report.Facts(
+        best=FILES[best.variant],
+        task=dict(task_options),
+        max_length=material.max_length,
+        metric=material.task.metric,
+        name=f"{model_name} (slimformer)",
+        model=model_name,
+        **{key: value for key, value in shared.items()},
+    )
+    with whole_folder(run.root / "delivery") as part:
+        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source)
+        for variant in SHIPPED:
+            (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
+        report.write_facts(part, facts)
+        write_text(part / "recipe.yaml", recipe)
+        texts = [example.texts for example in material.examples[Split.DEV][:2]]
+        report.card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name)
+        changed = report.changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
+        report.page(found.records, report.Details(changed=changed, command=command), part / "report.html")
+        for record in found.records:
+            report.append(part / report.LEDGER, record)
+    for file in sorted((run.root / "delivery").iterdir()):
+        file.replace(out / file.name)
+    return found
+
+
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _short(variant: Variant) -> str:
+    return {
+        Variant.FLOAT: "fp32",
+        Variant.FUSED: "fp32 fused",
+        Variant.INT8_DYNAMIC: "int8",
+        Variant.INT8_STATIC: "int8 static",
+    }[variant]
+
+
+def save_trials(path: Path, trials: Sequence[Trial]) -> None:
+    """Keeps what was tried, for a resumed run."""
+    write_text(path, json.dumps([asdict(trial) for trial in trials]))
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """What `save_trials` kept."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [replace(Trial(**row), variant=Variant(row["variant"])) for row in rows]

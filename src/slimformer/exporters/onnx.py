@@ -1,0 +1,385 @@
+"""ONNX files of encoders whose layers differ, for ONNX Runtime (fast graphs) and for any runtime (standard operators).
+
+The model is traced once per file with a marker in the place of each attention; `graphs.py` then rewrites the trace into the graph
+that the variant stands for. The exporter is explicit: it counts attentions and matrices, compares with the model, runs the file
+on every given batch and compares with PyTorch, and leaves no file behind where anything disagrees.
+Which graph was chosen, and by which measurements: docs/decisions/0002-onnx-graphs.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import numpy as np
+
+from slimformer import graphs
+from slimformer.errors import ExportError
+from slimformer.exporters.base import Arrays, Artifact, Exporter, Variant
+from slimformer.files import whole
+from slimformer.graphs import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
+
+if TYPE_CHECKING:
+    import onnx_ir
+    import torch
+    from transformers import PreTrainedModel
+
+    from slimformer.anatomy import Anatomy
+
+__all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
+
+MARKED = "slimformer_export"  # the name under which transformers finds the attention that leaves a marker
+FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC}
+INT8 = {Variant.INT8_DYNAMIC, Variant.INT8_STATIC}
+CALIBRATION_ROWS = 512  # rows that static int8 looks at; ranges change little after some 300
+BINS = 2048
+CHATTER = (  # known and harmless; anything else that warns is heard
+    (FutureWarning, r".*isinstance\(treespec, LeafSpec\).*"),
+    (UserWarning, r"# The axis name: .* will not be used.*"),
+    (DeprecationWarning, r".*(torch\.jit|ast\.|onnxscript|node_version).*"),
+)
+
+
+@final
+@dataclass(frozen=True)
+class Onnx(Exporter):
+    """`weight_bits` 7 is for CPUs whose int8 sums saturate (x86 without VNNI), where 8 can lose all accuracy."""
+
+    weight_bits: int = 8
+    tolerance: float = 1e-4  # of fp32 files, relative to the largest output
+    agreement: float = 0.9  # of int8 files: least share of parity rows with the model's answer
+
+    variants: ClassVar[tuple[Variant, ...]] = tuple(Variant)
+
+    def export(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        path: Path,
+        variant: Variant,
+        outputs: Sequence[str] = ("logits",),
+    ) -> Artifact:
+        import onnx_ir
+
+        from slimformer.families.base import anatomy_of, family_of
+
+        if not batches:
+            raise ExportError("no batches to check the file with.", help="give export() some real inputs.")
+        anatomy = anatomy_of(model)
+        names = family_of(model.config.model_type).inputs(model)
+        with _eval(model):
+            reference = [_torch_outputs(model, names, batch, outputs) for batch in batches]
+            program = _trace(model, anatomy, names, outputs, turned=variant in FUSED)
+            notes = self._rewrite(program, model, anatomy, variant, batches, names)
+        with whole(path) as part:
+            onnx_ir.save(program, part)
+            difference, agreeing = self._parity(part, variant, batches, names, outputs, reference)
+        if variant in INT8:
+            notes.append(f"{agreeing:.1%} of {sum(len(item[outputs[0]]) for item in reference)} rows answer as before")
+        return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
+
+    def _rewrite(
+        self,
+        program: onnx_ir.Model,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        variant: Variant,
+        batches: Sequence[Arrays],
+        names: Sequence[str],
+    ) -> list[str]:
+        """Turns the trace into the variant's graph, in place, and says what was counted."""
+        from torch import nn
+
+        graph = program.graph
+        layout = SEQ_FIRST if variant in FUSED else BATCH_FIRST
+        attentions = sum(name is not None for name in anatomy.attentions)
+        try:
+            _same("attentions", graphs.flatten_attentions(graph), attentions)
+            narrowed = graphs.read_only_first(graph, layout)
+            _same("attentions", graphs.lower_attentions(graph, layout, fused=variant in FUSED), attentions)
+        except graphs.Unexpected as reason:
+            raise ExportError(f"the traced graph is not as expected: {reason}.", help=_REPORT) from None
+        notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
+        if narrowed:
+            notes.append("the last layer computes the first token only")
+        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        _same("matrices", len(graphs.products(graph)), linears)
+        if variant in INT8:
+            expected = linears - len(graphs.heads_of(graph))
+            if variant is Variant.INT8_DYNAMIC:
+                done = graphs.int8_dynamic(graph, self.weight_bits)
+            else:
+                graphs.tidy(program)
+                ranges = _calibrate(program, batches, names)
+                done = graphs.int8_static(graph, ranges, self.weight_bits)
+            _same("int8 matrices", done, expected)
+            tables = graphs.int8_embeddings(graph)
+            notes.append(f"int8: {done} of {linears} matrices, {tables} embedding tables; the classifier stays in fp32")
+        if variant in FUSED:
+            graphs.lower_norms(graph)
+        graphs.tidy(program)
+        program.producer_name = "slimformer"
+        return notes
+
+    def _parity(
+        self,
+        path: Path,
+        variant: Variant,
+        batches: Sequence[Arrays],
+        names: Sequence[str],
+        outputs: Sequence[str],
+        reference: Sequence[dict[str, np.ndarray]],
+    ) -> tuple[float, float]:
+        """Largest difference over all outputs and share of rows with the same answer; ExportError where they are too bad."""
+        session = _session(path.read_bytes())
+        worst, worst_shape, agreeing, rows = 0.0, (0, 0), 0, 0
+        top = max(float(np.abs(value).max()) for item in reference for value in item.values())
+        for batch, expected in zip(batches, reference, strict=True):
+            got = dict(zip(outputs, session.run(list(outputs), _feed(names, batch)), strict=True))
+            for name in outputs:
+                if got[name].shape != expected[name].shape or not np.isfinite(got[name]).all():
+                    raise ExportError(
+                        f"the {variant} file gives no finite '{name}' of shape {expected[name].shape}.",
+                        facts=[f"shape: {got[name].shape}"],
+                        help=_REPORT,
+                    )
+                difference = float(np.abs(got[name] - expected[name]).max())
+                if difference > worst:
+                    worst, worst_shape = difference, batch["input_ids"].shape
+            agreeing += int(np.logical_and.reduce([_agree(got[name], expected[name], top) for name in outputs]).sum())
+            rows += len(expected[outputs[0]])
+        share = agreeing / rows
+        if variant in INT8:
+            if share < self.agreement:
+                raise ExportError(
+                    f"the {variant} file answers as the model does on {share:.1%} of {rows} rows only.",
+                    facts=[f"least allowed: {self.agreement:.0%}", f"largest difference: {worst:.3g} of {top:.3g}"],
+                    help="this CPU may saturate int8 sums: try weight_bits=7; or ship the fp32 file.",
+                )
+        elif worst > self.tolerance * max(1.0, top):
+            raise ExportError(
+                f"the {variant} file differs from the model by {worst:.2g} on a batch of {worst_shape[0]} x {worst_shape[1]}.",
+                facts=[f"allowed: {self.tolerance * max(1.0, top):.2g}", f"largest output: {top:.3g}"],
+                help=_REPORT,
+            )
+        return worst, share
+
+
+_REPORT = "this is a fault of the exporter or of a package it stands on; please report it with the model's config.json."
+
+
+def _same(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ExportError(f"the graph has {found} {what}, the model has {expected}.", help=_REPORT)
+
+
+def _agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:
+    """Rows with the same answer: (rows,). Near ties, within a tenth of the largest output, count as the same."""
+    if expected.shape[-1] == 1:
+        return np.asarray(np.abs(got - expected).max(axis=-1) <= 0.1 * top)
+    chosen = np.take_along_axis(expected, got.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    return np.asarray(expected.max(axis=-1) - chosen <= 0.1 * top)
+
+
+def _feed(names: Sequence[str], batch: Arrays) -> dict[str, np.ndarray]:
+    """What the model reads of a batch; a missing token_type_ids is all zeros, as in transformers."""
+    zeros = np.zeros_like(batch["input_ids"])
+    return {name: np.asarray(batch.get(name, zeros), dtype=np.int64) for name in names}
+
+
+def _session(model: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+# ------------------------------------------------------------------------------------------------------------------- trace
+
+
+@contextmanager
+def _eval(model: PreTrainedModel) -> Iterator[None]:
+    """Puts the model into eval mode, every module of it, and back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _torch_outputs(
+    model: PreTrainedModel, names: Sequence[str], batch: Arrays, outputs: Sequence[str]
+) -> dict[str, np.ndarray]:
+    import torch
+
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(value).to(model.device) for name, value in _feed(names, batch).items()}
+        result = model(**tensors, return_dict=True)
+    return {name: result[name].float().cpu().numpy() for name in outputs}
+
+
+def _mark(
+    module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Any, None]:
+    """An attention function for transformers that leaves a marker: (., heads, ., dim) in, (., ., heads, dim) out."""
+    import torch
+
+    outer, heads, inner, dim = query.shape
+    attributes = {"scale": float(scaling or dim**-0.5), "heads": int(heads), "width": int(heads * dim)}
+    inputs = [*(item.transpose(1, 2) for item in (query, key, value)), attention_mask]
+    shape = (outer, inner, heads, dim)
+    name = "::".join(graphs.MARKER)
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=query.dtype, shape=shape), None
+
+
+def _plain_mask(*, attention_mask: Any, **_: Any) -> Any:
+    """The mask as it came, (batch, seq): the marker reads it."""
+    return attention_mask
+
+
+@contextmanager
+def _marked(model: PreTrainedModel, anatomy: Anatomy, turned: bool) -> Iterator[None]:
+    """Lets the model's attentions leave markers and, where `turned`, its layers compute in (seq, batch, hidden)."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(MARKED, _mark)
+    AttentionMaskInterface.register(MARKED, _plain_mask)
+    before = model.config._attn_implementation
+
+    def turn(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].transpose(0, 1), *output[1:])
+        return output.transpose(0, 1)
+
+    with ExitStack() as stack:
+        stack.callback(setattr, model.config, "_attn_implementation", before)
+        model.config._attn_implementation = MARKED
+        if turned:
+            for name in (anatomy.embedding, anatomy.layers[-1]):
+                stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter is known to say for nothing, and restores logging."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        for category, message in CHATTER:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _trace(
+    model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outputs: Sequence[str], turned: bool
+) -> onnx_ir.Model:
+    """The model as a graph with markers for attentions; batch and sequence are free."""
+    import torch
+
+    class Flat(torch.nn.Module):
+        """Tensors in, a tuple of tensors out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result = self.model(**dict(zip(names, inputs, strict=True)), return_dict=True)
+            return tuple(result[name] for name in outputs)
+
+    # One tensor per input: the tracer would take one object given twice for one input.
+    fill = {"attention_mask": 1}
+    example = tuple(torch.full((2, 8), fill.get(name, 0), dtype=torch.int64, device=model.device) for name in names)
+    batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=_longest(model))
+    with _marked(model, anatomy, turned), _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                Flat().eval(),
+                example,
+                dynamo=True,
+                verbose=False,
+                input_names=list(names),
+                output_names=list(outputs),
+                dynamic_shapes={"inputs": tuple({0: batch, 1: seq} for _ in names)},
+            )
+        except Exception as error:  # whatever tracing raises means the same to a user: this model cannot be exported
+            first = str(error).strip().splitlines()[:1]
+            raise ExportError(f"PyTorch could not trace {type(model).__name__}.", facts=first, help=_REPORT) from error
+    assert program is not None
+    return program.model
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """Tokens that the model's positions allow: RoBERTa keeps the first pad_token_id + 1 of them for itself."""
+    longest = int(model.config.max_position_embeddings)
+    own = "roberta" in model.config.model_type or "camembert" in model.config.model_type
+    return longest - (int(model.config.pad_token_id) + 1 if own else 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- calibration
+
+
+def _calibrate(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """For each product's input the range, zero included, whose 256 steps give the least squared error on the batches.
+
+    Padding is left out. Clipping a few outliers costs less than coarse steps for all the rest: plain minima and maxima lose
+    more than a point of accuracy on SST-2.
+    """
+    import onnx_ir
+
+    watched = graphs.observed(program.graph)
+    copy = program.clone()
+    extra = graphs.observed(copy.graph)
+    copy.graph.outputs.extend(extra[name] for name in watched)
+    session = _session(onnx_ir.to_proto(copy).SerializeToString())
+    some: list[Arrays] = []
+    for batch in batches:
+        if sum(len(item["input_ids"]) for item in some) < CALIBRATION_ROWS:
+            some.append(batch)
+
+    def seen() -> Iterator[tuple[str, np.ndarray]]:
+        for batch in some:
+            mask = np.asarray(batch["attention_mask"], dtype=bool)
+            for name, value in zip(watched, session.run(list(watched), _feed(names, batch)), strict=True):
+                yield name, value[mask] if value.shape[:2] == mask.shape else value
+
+    spans = {name: (0.0, 0.0) for name in watched}
+    for name, value in seen():
+        low, high = spans[name]
+        spans[name] = (min(low, float(value.min())), max(high, float(value.max())))
+    counts = {name: np.zeros(BINS) for name in watched}
+    for name, value in seen():
+        counts[name] += np.histogram(value, bins=BINS, range=_wide(spans[name]))[0]
+    return {name: best_range(counts[name], *_wide(spans[name])) for name in watched}
+
+
+def _wide(span: tuple[float, float]) -> tuple[float, float]:
+    return span if span[1] > span[0] else (span[0], span[0] + 1.0)
+
+
+def best_range(counts: np.ndarray, low: float, high: float, steps: int = 255) -> tuple[float, float]:
+    """The range within [low, high] around 0 that stores a histogram over [low, high] in `steps` steps with least squared error."""
+    centres = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
+    best = (np.inf, low, high)
+    for bottom in low * np.linspace(1.0, 0.1, 31):
+        for top in high * np.linspace(1.0, 0.1, 31):
+            if top <= bottom:
+                continue
+            clipped = np.clip(centres, bottom, top)
+            rounding = ((top - bottom) / steps) ** 2 / 12
+            error = float((counts * ((centres - clipped) ** 2 + np.where(clipped == centres, rounding, 0.0))).sum())
+            best = min(best, (error, float(bottom), float(top)))
+    return best[1], best[2]

@@ -1,0 +1,143 @@
+"""A family: a table that tells where a skeleton keeps its heads, neurons and sublayers.
+
+One file per skeleton. A family declares names; it never searches for them in a graph. Its one piece of surgery is `skip`: taking
+a whole sublayer out so that only the residual is left, under unchanged names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from slimformer import registry
+from slimformer.anatomy import Anatomy, Counter, Kind, Site, Slice, Tap
+from slimformer.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SkippedAttention(nn.Module):
+    """Stands where an attention block was: what came in goes out."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+class SkippedZero(nn.Module):
+    """Stands where a feed-forward branch beside a residual was: adds nothing."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+class SkippedBranch(nn.Module):
+    """Stands where an attention branch beside a residual was: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class SkippedInput(nn.Module):
+    """Stands at the start of a feed-forward block that is gone; `SkippedOutput` ends it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class SkippedOutput(nn.Module):
+    """Stands at the end of a feed-forward block that is gone: gives the residual back."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return residual
+
+
+SKIPPED = (SkippedAttention, SkippedBranch, SkippedZero, SkippedInput, SkippedOutput)
+
+
+class Family(ABC):
+    """Final classes without state; `model_types` are transformers' `config.model_type` values."""
+
+    model_types: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def anatomy(self, model: PreTrainedModel) -> Anatomy:
+        """The anatomy of a model of this family, dense or already cut."""
+
+    @abstractmethod
+    def skip(self, model: PreTrainedModel, site: Site) -> None:
+        """Takes a SUBLAYER site out of `model`, in place: only the residual flows on."""
+
+    def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Names of the model's inputs."""
+        return ("input_ids", "attention_mask")
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `config.model_type`; ModelError that lists the known ones."""
+    known: dict[str, str] = {}
+    for name in registry.names("families"):
+        cls = registry.find("families", name)
+        known |= dict.fromkeys(cls.model_types, name)
+    if model_type not in known:
+        raise ModelError(
+            f"no family knows the architecture '{model_type}'.",
+            help=f"supported: {', '.join(sorted(known))}. docs/extend.md shows how to add one.",
+        )
+    family: Family = registry.find("families", known[model_type])()
+    return family
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """The anatomy of any supported model."""
+    return family_of(model.config.model_type).anatomy(model)
+
+
+def linear_slices(module: str, dim: int, unit: int, *, parts: int = 1, bias: bool = True) -> tuple[Slice, ...]:
+    """Slices of a Linear: rows with their bias entries (dim 0), or columns (dim 1)."""
+    weight = Slice(f"{module}.weight", dim, unit, parts)
+    return (weight, Slice(f"{module}.bias", 0, unit, parts)) if dim == 0 and bias else (weight,)
+
+
+def attention_site(
+    layer: int, inputs: tuple[str, ...], output: str, *, heads: int, head_dim: int, counters: tuple[Counter, ...]
+) -> Site:
+    """The heads of one attention: rows of each input projection, columns of the output projection."""
+    slices = tuple(piece for name in inputs for piece in linear_slices(name, 0, head_dim))
+    return Site(
+        id=f"encoder.{layer}.heads",
+        kind=Kind.HEADS,
+        size=heads,
+        layer=layer,
+        slices=slices + linear_slices(output, 1, head_dim),
+        taps=(Tap(output, "input", head_dim),),
+        counters=counters,
+        sublayer=f"encoder.{layer}.attention",
+    )
+
+
+def ffn_site(layer: int, into: str, out: str, *, width: int) -> Site:
+    """The neurons of one feed-forward block: rows of the first matrix, columns of the second."""
+    return Site(
+        id=f"encoder.{layer}.neurons",
+        kind=Kind.NEURONS,
+        size=width,
+        layer=layer,
+        slices=linear_slices(into, 0, 1) + linear_slices(out, 1, 1),
+        taps=(Tap(out, "input"),),
+        sublayer=f"encoder.{layer}.ffn",
+    )
+
+
+def sublayer_site(layer: int, name: str, *, end: str, start: str, modules: tuple[str, ...]) -> Site:
+    """A whole attention or feed-forward block: one unit; gate 0 leaves what enters `start`."""
+    return Site(
+        id=f"encoder.{layer}.{name}",
+        kind=Kind.SUBLAYER,
+        size=1,
+        layer=layer,
+        taps=(Tap(end, "output", residual=start),),
+        modules=modules,
+    )

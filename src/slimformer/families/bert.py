@@ -1,0 +1,112 @@
+"""BERT and the models that share its skeleton under another prefix: RoBERTa, XLM-R, CamemBERT, ELECTRA.
+
+Post-norm: each sublayer ends in LayerNorm(branch + residual). Taking a sublayer out takes its norm too, so that nothing but the
+residual is left and an empty layer costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast, final
+
+from slimformer.anatomy import Anatomy, Counter, Matrix, Role, Site
+from slimformer.families.base import (
+    SKIPPED,
+    Family,
+    SkippedAttention,
+    SkippedInput,
+    SkippedOutput,
+    attention_site,
+    ffn_site,
+    sublayer_site,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@final
+class Bert(Family):
+    model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+
+    def anatomy(self, model: PreTrainedModel) -> Anatomy:
+        base = cast(Any, model.base_model)
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        head_dim = model.config.hidden_size // model.config.num_attention_heads
+        sites: list[Site] = []
+        matrices: list[Matrix] = []
+        attentions: list[str | None] = []
+
+        def matrix(name: str, module: str, weight: Any, role: Role, sublayer: str | None) -> None:
+            matrices.append(Matrix(name, module, (weight.shape[0], weight.shape[1]), role, sublayer))
+
+        embedding = "embeddings_project" if "embeddings_project" in dict(base.named_children()) else "embeddings"
+        words = base.embeddings.word_embeddings
+        matrix("embeddings.word", f"{prefix}embeddings.word_embeddings", words.weight, Role.EMBEDDING, None)
+        for index, layer in enumerate(base.encoder.layer):
+            path = f"{prefix}encoder.layer.{index}"
+            if isinstance(layer.attention, SKIPPED):
+                attentions.append(None)
+            else:
+                own = f"{path}.attention.self"
+                inputs = (f"{own}.query", f"{own}.key", f"{own}.value")
+                output = f"{path}.attention.output.dense"
+                core = layer.attention.self
+                counters = (
+                    Counter(own, "num_attention_heads"),
+                    Counter(own, "all_head_size", head_dim),
+                )
+                heads = core.query.weight.shape[0] // head_dim
+                attentions.append(own)
+                where = f"encoder.{index}.attention"
+                sites.append(
+                    sublayer_site(
+                        index,
+                        "attention",
+                        start=f"{path}.attention",
+                        end=f"{path}.attention.output",
+                        modules=(f"{path}.attention",),
+                    )
+                )
+                sites.append(attention_site(index, inputs, output, heads=heads, head_dim=head_dim, counters=counters))
+                for role, name, linear in (
+                    (Role.QUERY, inputs[0], core.query),
+                    (Role.KEY, inputs[1], core.key),
+                    (Role.VALUE, inputs[2], core.value),
+                    (Role.ATTENTION_OUT, output, layer.attention.output.dense),
+                ):
+                    matrix(f"encoder.{index}.{role}", name, linear.weight, role, where)
+            if not isinstance(layer.intermediate, SKIPPED):
+                into, out = f"{path}.intermediate.dense", f"{path}.output.dense"
+                where = f"encoder.{index}.ffn"
+                sites.append(
+                    sublayer_site(
+                        index,
+                        "ffn",
+                        start=f"{path}.intermediate",
+                        end=f"{path}.output",
+                        modules=(f"{path}.intermediate", f"{path}.output"),
+                    )
+                )
+                sites.append(ffn_site(index, into, out, width=layer.intermediate.dense.weight.shape[0]))
+                matrix(f"encoder.{index}.{Role.FFN_IN}", into, layer.intermediate.dense.weight, Role.FFN_IN, where)
+                matrix(f"encoder.{index}.{Role.FFN_OUT}", out, layer.output.dense.weight, Role.FFN_OUT, where)
+        return Anatomy(
+            sites={site.id: site for site in sites},
+            matrices={item.id: item for item in matrices},
+            layers=tuple(f"{prefix}encoder.layer.{index}" for index in range(len(base.encoder.layer))),
+            embedding=f"{prefix}{embedding}",
+            attentions=tuple(attentions),
+            hidden_size=model.config.hidden_size,
+            head_dim=head_dim,
+        )
+
+    def skip(self, model: PreTrainedModel, site: Site) -> None:
+        layer = cast(Any, model.base_model).encoder.layer[site.layer]
+        if site.id.endswith(".attention"):
+            layer.attention = SkippedAttention()
+        else:
+            layer.intermediate, layer.output = SkippedInput(), SkippedOutput()
+
+    def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
+        names = ("input_ids", "attention_mask")
+        return (*names, "token_type_ids") if model.config.type_vocab_size > 1 else names

@@ -1,0 +1,94 @@
+"""DistilBERT: BERT's post-norm skeleton with other names (q_lin, k_lin, v_lin, out_lin, lin1, lin2) and no segments.
+
+The residual is added in the block itself, so a sublayer is taken out by an addend of zero and a norm that does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast, final
+
+from torch import nn
+
+from slimformer.anatomy import Anatomy, Counter, Matrix, Role, Site
+from slimformer.families.base import SKIPPED, Family, SkippedBranch, SkippedZero, attention_site, ffn_site, sublayer_site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@final
+class DistilBert(Family):
+    model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
+
+    def anatomy(self, model: PreTrainedModel) -> Anatomy:
+        base = cast(Any, model.base_model)
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        head_dim = model.config.dim // model.config.n_heads
+        words = base.embeddings.word_embeddings.weight
+        sites: list[Site] = []
+        matrices = [
+            Matrix(
+                "embeddings.word", f"{prefix}embeddings.word_embeddings", (words.shape[0], words.shape[1]), Role.EMBEDDING
+            )
+        ]
+        attentions: list[str | None] = []
+
+        def matrix(role: Role, index: int, module: str, weight: Any, sublayer: str) -> None:
+            shape = (weight.shape[0], weight.shape[1])
+            matrices.append(Matrix(f"encoder.{index}.{role}", module, shape, role, sublayer))
+
+        for index, layer in enumerate(base.transformer.layer):
+            path = f"{prefix}transformer.layer.{index}"
+            if isinstance(layer.attention, SKIPPED):
+                attentions.append(None)
+            else:
+                own, where = f"{path}.attention", f"encoder.{index}.attention"
+                inputs = (f"{own}.q_lin", f"{own}.k_lin", f"{own}.v_lin")
+                counters = (Counter(own, "n_heads"), Counter(own, "dim", head_dim))
+                heads = layer.attention.q_lin.weight.shape[0] // head_dim
+                attentions.append(own)
+                sites.append(
+                    sublayer_site(
+                        index,
+                        "attention",
+                        start=own,
+                        end=f"{path}.sa_layer_norm",
+                        modules=(own, f"{path}.sa_layer_norm"),
+                    )
+                )
+                sites.append(
+                    attention_site(index, inputs, f"{own}.out_lin", heads=heads, head_dim=head_dim, counters=counters)
+                )
+                for role, module, linear in (
+                    (Role.QUERY, inputs[0], layer.attention.q_lin),
+                    (Role.KEY, inputs[1], layer.attention.k_lin),
+                    (Role.VALUE, inputs[2], layer.attention.v_lin),
+                    (Role.ATTENTION_OUT, f"{own}.out_lin", layer.attention.out_lin),
+                ):
+                    matrix(role, index, module, linear.weight, where)
+            if not isinstance(layer.ffn, SKIPPED):
+                own, where = f"{path}.ffn", f"encoder.{index}.ffn"
+                sites.append(
+                    sublayer_site(
+                        index, "ffn", start=own, end=f"{path}.output_layer_norm", modules=(own, f"{path}.output_layer_norm")
+                    )
+                )
+                sites.append(ffn_site(index, f"{own}.lin1", f"{own}.lin2", width=layer.ffn.lin1.weight.shape[0]))
+                matrix(Role.FFN_IN, index, f"{own}.lin1", layer.ffn.lin1.weight, where)
+                matrix(Role.FFN_OUT, index, f"{own}.lin2", layer.ffn.lin2.weight, where)
+        return Anatomy(
+            sites={site.id: site for site in sites},
+            matrices={item.id: item for item in matrices},
+            layers=tuple(f"{prefix}transformer.layer.{index}" for index in range(len(base.transformer.layer))),
+            embedding=f"{prefix}embeddings",
+            attentions=tuple(attentions),
+            hidden_size=model.config.dim,
+            head_dim=head_dim,
+        )
+
+    def skip(self, model: PreTrainedModel, site: Site) -> None:
+        layer = cast(Any, model.base_model).transformer.layer[site.layer]
+        if site.id.endswith(".attention"):
+            layer.attention, layer.sa_layer_norm = SkippedBranch(), nn.Identity()
+        else:
+            layer.ffn, layer.output_layer_norm = SkippedZero(), nn.Identity()

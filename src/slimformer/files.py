@@ -1,0 +1,140 @@
+"""Writing to disk: files and folders appear whole or not at all, and one run owns its folder.
+
+Everything is written beside its place under a temporary name and renamed when complete. A full or read-only disk becomes an
+OutputError; a killed run leaves at most a hidden temporary that the next run removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimformer.errors import OutputError
+
+MARK = ".slimformer"  # lies in every folder we made; holds what the folder is
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space, or choose another --out; a run continues where it stopped."),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another --out."),
+    errno.EACCES: ("writing is not permitted", "choose another --out, or change the folder's permissions."),
+    errno.EROFS: ("the disk is read-only", "choose another --out."),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another --out."),
+}
+
+
+@contextmanager
+def speaking(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals to write at `path` into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REASONS:
+            raise
+        reason, help = _REASONS[error.errno]
+        raise OutputError(f"cannot write {path}: {reason}.", help=help) from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write; it becomes `path` when the block ends well, and is removed when it does not."""
+    with speaking(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            part.chmod(0o644)
+            _sync(part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; it becomes `path` when the block ends well. A folder that was there is replaced."""
+    with speaking(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=path.parent))
+        try:
+            yield part
+            part.chmod(0o755)
+            for file in part.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            old = path.with_name(f".part-old-{path.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.replace(old)
+            part.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def claim(folder: Path, purpose: str) -> Iterator[None]:
+    """Owns `folder` for one run: OutputError if it holds something we did not make, or another run is in it.
+
+    `purpose` names what the run does ("compress ./my-bert"); the same purpose may come back and resume, another one may not.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", help="choose another --out.")
+    mark = folder / MARK
+    if folder.is_dir() and not mark.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
+    with speaking(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            if mark.exists():
+                _same_purpose(folder, mark, purpose)
+            else:
+                write_text(mark, json.dumps({"purpose": purpose}))
+            for part in folder.glob(".part-*"):
+                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            yield
+
+
+def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
+    try:
+        found = str(json.loads(mark.read_text(encoding="utf-8"))["purpose"])
+    except (ValueError, KeyError, TypeError):
+        found = "something unreadable"
+    if found != purpose:
+        raise OutputError(
+            f"{folder} belongs to another run.",
+            facts=[f"there: {found}", f"now:   {purpose}"],
+            help="choose another --out, or delete the folder to start over.",
+        )
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """An advisory lock that the operating system drops with the process, `kill -9` included."""
+    import fcntl
+
+    with open(folder / ".lock", "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another run is at work in {folder}.", help="wait for it, or choose another --out for this one."
+            ) from None
+        yield
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

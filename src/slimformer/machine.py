@@ -1,0 +1,131 @@
+"""Tells the machine a number was measured on, and waits until nothing else runs on it.
+
+The one idea: a speed without processor, versions and load is no result, so every row of the ledger holds an `Environment` and
+every timing a `Load`. Nothing is timed here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+# What a vector unit can do for int8 and fp32 decides the figures, so a row names the flags that matter.
+FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "i8mm"),
+)
+PACKAGES = ("slimformer", "numpy", "onnxruntime", "openvino", "nncf", "onnx", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software a number was measured with."""
+
+    cpu: str
+    cores: int
+    flags: tuple[str, ...]
+    memory_bytes: int
+    os: str
+    python: str
+    packages: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the machine was with other work just before timing began."""
+
+    busy_cores: float  # cores' worth of work over the last look, while this process slept
+    average: float  # load average over one minute; counts our own work before the bench too
+    waited_seconds: float
+    quiet: bool
+
+
+def environment() -> Environment:
+    """The machine this runs on and the versions of what is installed."""
+    import psutil
+
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip().lower() in {"flags", "features"}:
+                flags |= set(value.split())
+    except OSError:
+        pass  # not Linux: the flags stay unknown and the row says so by being empty
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return Environment(
+        cpu=model,
+        cores=cores(),
+        flags=tuple(flag for flag in FLAGS if flag in flags),
+        memory_bytes=int(psutil.virtual_memory().total),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        packages=packages,
+    )
+
+
+def cores() -> int:
+    """Logical cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux kibibytes
+
+
+def _busy_cores() -> float:
+    import psutil
+
+    return float(psutil.cpu_percent(interval=1.0)) / 100 * (os.cpu_count() or 1)
+
+
+def quiet(
+    wait_seconds: float = 60.0,
+    threshold: float = 0.25,
+    *,
+    busy: Callable[[], float] = _busy_cores,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Load:
+    """Waits until others use less than `threshold` cores, at most `wait_seconds`; then warns. Returns the load for the row.
+
+    This process sleeps while it looks, so what is seen is other work; the load average alone would still count our own
+    training from a minute ago.
+    """
+    start = clock()
+    while True:
+        seen = busy()
+        waited = clock() - start
+        if seen <= threshold or waited >= wait_seconds:
+            break
+        sleep(min(5.0, max(0.0, wait_seconds - waited)))
+    if seen > threshold:
+        log.warning(
+            "the machine is busy: other work takes %.1f of %d cores after waiting %.0f s; "
+            "times are less sure, ratios are still taken in turn.",
+            seen,
+            os.cpu_count() or 1,
+            waited,
+        )
+    average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return Load(round(seen, 2), round(average, 2), round(waited, 1), seen <= threshold)

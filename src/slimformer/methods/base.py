@@ -1,0 +1,138 @@
+"""A method: takes part in training through four small verbs, or looks once, and ends in a Decision.
+
+One file per published idea, final frozen dataclasses whose fields are the hyper-parameters. A method never owns the loop:
+`training.py` calls `attach` before the first step, `penalty` in each, `advance` after each, `decide` at the end; then closes
+the state, and `shrink.py` cuts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.plan import Decision, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from slimformer.anatomy import Anatomy
+    from slimformer.cost import Cost
+    from slimformer.tasks.base import Task
+
+Batch = Mapping[str, Tensor]  # "input_ids" (batch, seq), "attention_mask" (batch, seq), ..., "labels" (batch,)
+
+
+class Capture(StrEnum):
+    """What a method asks to see of student and teacher in each step."""
+
+    LOGITS = "logits"  # the task's outputs
+    HIDDEN = "hidden"  # after the embedding and after each layer
+    SCORES = "scores"  # attention logits before the softmax, per layer
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was seen of one model in one forward pass."""
+
+    output: Mapping[str, Tensor]  # task.outputs -> tensor
+    hidden: tuple[Tensor, ...] = ()  # layers + 1 of (batch, seq, hidden)
+    scores: tuple[Tensor | None, ...] = ()  # per layer (batch, heads, seq, seq), scaled, unmasked; None: no attention there
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: `step` optimiser steps of `total` are done."""
+
+    step: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        return self.step / max(1, self.total)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands around a method: the same for attach and decide.
+
+    `heads_of` maps a heads site to the original head numbers that are left, so that student heads find their teachers.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    plan: Plan  # cut so far, in original numbering
+    task: Task
+    cost: Cost
+    teacher: PreTrainedModel | None
+    teacher_anatomy: Anatomy | None
+    batches: Callable[[int], Iterator[Batch]]  # batches(n): training examples, n at most, on the model's device
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a method may look at while training."""
+
+    model: nn.Module
+    batch: Batch
+    student: Captured
+    teacher: Captured | None
+    progress: Progress
+    task: Task
+
+
+class State(nn.Module):
+    """Parameters and hooks that a method adds while training; saved with every checkpoint. Close it when done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._closers: list[Callable[[], None]] = []
+
+    def on_close(self, closer: Callable[[], None]) -> None:
+        self._closers.append(closer)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups of the parameters here; AdamW's own decay is never right for gates, so it is 0 by default."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
+
+    def close(self) -> None:
+        """Removes every hook and parametrisation; always called, also after an error."""
+        while self._closers:
+            self._closers.pop()()
+
+
+class Method(ABC):
+    """The four verbs, each with a default that does nothing."""
+
+    needs: ClassVar[frozenset[Capture]] = frozenset()
+    needs_teacher: ClassVar[bool] = False
+    decides: ClassVar[bool] = False  # whether `decide` may cut; two such methods in one stage are refused
+    trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
+    neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
+    cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"
+
+    def attach(self, context: Context) -> State:
+        return State()
+
+    def penalty(self, state: State, step: Step) -> Tensor | None:
+        """A scalar that is added to the task loss, or None."""
+        return None
+
+    def advance(self, state: State, progress: Progress) -> None:
+        """Called after each optimiser step."""
+
+    def report(self, state: State) -> Mapping[str, float]:
+        """Numbers worth a place in the log."""
+        return {}
+
+    def decide(self, state: State, context: Context) -> Decision:
+        return Decision()
+
+

@@ -1,0 +1,436 @@
+"""A recipe: model, task and stages as data; read from YAML, checked whole before anything starts, run stage by stage.
+
+    model: ./my-bert
+    task: {use: classification, data: ./reviews, text: sentence, label: label}
+    stages:
+      - calibrate: {method: {use: fisher, keep: 0.5}}
+      - train: {epochs: 3, methods: [{use: distillation}]}
+      - export: {}
+      - bench: {}
+
+A method or task is named by its file. All mistakes are shown together, each with its place. `export` and `bench` close a recipe:
+they need to know the stages before them, because a fair rival is trained by the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from slimformer import checkpoint, registry
+from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
+from slimformer.files import claim
+from slimformer.log import Log
+from slimformer.plan import Plan
+from slimformer.stages import Bundle, Calibrate, Run, Stage, Train, advance, prepare
+from slimformer.tasks.base import Split, Task
+
+if TYPE_CHECKING:
+    from slimformer.bench import Measurement
+    from slimformer.report import Target
+
+RIVALS = ("teacher-int8", "small-dense", "openvino-int8")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Which files to write. `choose_within`: points of loss within which the fastest file is called the best."""
+
+    to: Literal["onnx"] = "onnx"
+    choose_within: float = 1.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure beside ours, and for how long each of the two workloads is timed.
+
+    The teacher in fp32 and int8 and the smaller dense model always run where they are named; OpenVINO where it is installed.
+    """
+
+    rivals: tuple[Literal["teacher-int8", "small-dense", "openvino-int8"], ...] = RIVALS
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to which model. `teacher`: another model to learn from; by default the model itself, once tuned."""
+
+    model: str
+    task: Task
+    stages: tuple[Stage, ...]
+    teacher: str | None = None
+    seed: int = 17
+    export: Export = Export()
+    bench: Bench = Bench()
+
+    @staticmethod
+    def read(path: str | Path) -> Recipe:
+        """The recipe in a YAML file; RecipeError with every mistake and its place. Paths in it are relative to the file."""
+        import yaml
+
+        file = Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {file}: {error}.", help="name a YAML file.") from None
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{file} is not YAML: {str(error).splitlines()[0]}", help="check its indentation.") from None
+        return Recipe.parse(data, where=str(file), base=file.parent)
+
+    @staticmethod
+    def parse(data: Any, *, where: str = "recipe", base: Path | None = None) -> Recipe:
+        """A recipe from plain data, as YAML gives it."""
+        reader = _Reader(base or Path())
+        recipe = reader.recipe(data)
+        if reader.mistakes:
+            count = len(reader.mistakes)
+            raise RecipeError(
+                f"{where} has {count} mistake{'s' if count > 1 else ''}.", facts=reader.mistakes, help="docs/concepts.md shows a recipe."
+            )
+        assert recipe is not None
+        return recipe
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain data; `Recipe.parse` gives it back."""
+        stages: list[dict[str, Any]] = []
+        for stage in self.stages:
+            if isinstance(stage, Train):
+                options = _changed_options(stage)
+                if stage.methods:
+                    options["methods"] = [_named(method) for method in stage.methods]
+                stages.append({"train": options})
+            elif isinstance(stage, Calibrate):
+                stages.append({"calibrate": {"method": _named(stage.method)}})
+        stages += [{"export": _changed_options(self.export)}, {"bench": _changed_options(self.bench)}]
+        data: dict[str, Any] = {"model": self.model, "task": _named(self.task), "stages": stages}
+        if self.teacher:
+            data["teacher"] = self.teacher
+        if self.seed != 17:
+            data["seed"] = self.seed
+        return data
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML text."""
+        import yaml
+
+        return cast(str, yaml.safe_dump(self.to_data(), sort_keys=False, width=120))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _changed_options(item: Any) -> dict[str, Any]:
+    """Fields that differ from their defaults, as plain data."""
+    found = {}
+    for entry in dataclasses.fields(item):
+        value = getattr(item, entry.name)
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if entry.name not in {"methods", "method"} and (default is dataclasses.MISSING or value != default):
+            found[entry.name] = _plain(value)
+    return found
+
+
+def _named(item: Any) -> dict[str, Any]:
+    return {"use": registry.name_of(item), **_changed_options(item)}
+
+
+class _Reader:
+    """Reads plain data, collecting mistakes with their places instead of stopping at the first."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.mistakes: list[str] = []
+
+    def recipe(self, data: Any) -> Recipe | None:
+        if not isinstance(data, Mapping):
+            self.mistakes.append("the recipe must be a mapping with model, task and stages")
+            return None
+        known = ("model", "task", "stages", "teacher", "seed")
+        for key in data:
+            if key not in known:
+                self.mistakes.append(f"{key}: unknown key; {nearest(str(key), known)}")
+        for key in ("model", "task", "stages"):
+            if key not in data:
+                self.mistakes.append(f"{key}: missing")
+        for key in ("model", "teacher"):
+            if key in data and not isinstance(data[key], str):
+                self.mistakes.append(f"{key}: must be a path, not {data[key]!r}")
+        seed = data.get("seed", 17)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            self.mistakes.append(f"seed: must be a whole number from 0, not {seed!r}")
+        task = self.named(data["task"], "tasks", "task") if "task" in data else None
+        stages, export, bench = self.stages(data.get("stages", []))
+        if self.mistakes or task is None:
+            return None
+        teacher = self.path(data["teacher"]) if "teacher" in data else None
+        return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench)
+
+    def path(self, name: str) -> str:
+        """A path relative to the recipe, where there is something."""
+        beside = self.base / name
+        return str(beside) if not Path(name).is_absolute() and beside.exists() else name
+
+    def stages(self, data: Any) -> tuple[list[Stage], Export, Bench]:
+        found: list[Stage] = []
+        export, bench = Export(), Bench()
+        if not isinstance(data, Sequence) or isinstance(data, str):
+            self.mistakes.append("stages: must be a list")
+            return found, export, bench
+        for index, entry in enumerate(data):
+            place = f"stages[{index}]"
+            if not isinstance(entry, Mapping) or len(entry) != 1:
+                self.mistakes.append(f"{place}: must be one of train, calibrate, export, bench with its options")
+                continue
+            kind, options = next(iter(entry.items()))
+            place = f"{place}.{kind}"
+            made: Any = None
+            if kind == "train":
+                made = self.train(options, place)
+            elif kind == "calibrate":
+                made = self.calibrate(options, place)
+            elif kind == "export":
+                export = self.build(Export, options, place) or export
+            elif kind == "bench":
+                bench = self.build(Bench, options, place) or bench
+            else:
+                self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), ('train', 'calibrate', 'export', 'bench'))}")
+            if made is not None:
+                found.append(made)
+        return found, export, bench
+
+    def train(self, options: Any, place: str) -> Train | None:
+        options = dict(options) if isinstance(options, Mapping) else options
+        entries = options.pop("methods", []) if isinstance(options, dict) else []
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            self.mistakes.append(f"{place}.methods: must be a list")
+            entries = []
+        methods = [self.named(entry, "methods", f"{place}.methods[{number}]") for number, entry in enumerate(entries)]
+        deciding = [registry.name_of(method) for method in methods if method is not None and method.decides]
+        for number, method in enumerate(methods):
+            if method is not None and not method.trains:
+                name = registry.name_of(method)
+                self.mistakes.append(f"{place}.methods[{number}]: '{name}' looks once; put it in a calibrate stage")
+        if len(deciding) > 1:
+            self.mistakes.append(f"{place}: {' and '.join(deciding)} both decide what to cut; give each its own stage")
+        stage = self.build(Train, options, place)
+        if stage is not None:
+            try:
+                stage.settings(0)
+            except RecipeError as error:
+                self.mistakes += [f"{place}.{fact}" for fact in error.facts]
+        return replace(stage, methods=tuple(methods)) if stage is not None else None
+
+    def calibrate(self, options: Any, place: str) -> Calibrate | None:
+        if not isinstance(options, Mapping) or set(options) != {"method"}:
+            self.mistakes.append(f"{place}: needs method, and nothing else")
+            return None
+        method = self.named(options["method"], "methods", f"{place}.method")
+        if method is not None and method.trains:
+            self.mistakes.append(f"{place}.method: '{registry.name_of(method)}' has to train; put it in a train stage")
+        return Calibrate(method) if method is not None else None
+
+    def named(self, data: Any, kind: str, place: str) -> Any:
+        """{use: name, option: value, ...} as an instance; a bare string is a name without options."""
+        if isinstance(data, str):
+            data = {"use": data}
+        if not isinstance(data, Mapping) or not isinstance(data.get("use"), str):
+            self.mistakes.append(f"{place}: needs use, the name of one of the {kind}")
+            return None
+        name = data["use"]
+        if name not in registry.names(kind):
+            self.mistakes.append(f"{place}.use: there is no '{name}'; {nearest(name, registry.names(kind))}")
+            return None
+        options = {key: value for key, value in data.items() if key != "use"}
+        if kind == "tasks" and isinstance(options.get("data"), str):
+            options["data"] = self.path(options["data"])
+        return self.build(registry.find(kind, name), options, place)
+
+    def build(self, cls: type[Any], options: Any, place: str) -> Any:
+        """A dataclass from plain options, checked by pydantic; unknown names get the nearest known one."""
+        from pydantic import TypeAdapter, ValidationError
+
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            self.mistakes.append(f"{place}: must be a mapping of options, not {options!r}")
+            return None
+        known = [entry.name for entry in dataclasses.fields(cls) if entry.name not in {"methods", "method"}]
+        unknown = [key for key in options if key not in known]
+        self.mistakes += [f"{place}.{key}: unknown option; {nearest(str(key), known)}" for key in unknown]
+        if unknown:
+            return None
+        try:
+            return TypeAdapter(cls).validate_python(dict(options))
+        except ValidationError as error:
+            for item in error.errors():
+                path = "".join(f".{part}" for part in item["loc"])
+                given = f", not {item['input']!r}" if item["loc"] else ""
+                self.mistakes.append(f"{place}{path}: {item['msg'].removeprefix('Value error, ')}{given}")
+        except SlimformerError as error:
+            self.mistakes += [f"{place}: {fact}" for fact in error.facts or (error.what,)]
+        return None
+
+
+# -- Running -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with: the folder, and all that was measured."""
+
+    out: Path
+    measurement: Measurement
+
+
+def run(recipe: Recipe, out: str | Path, *, log: Log | None = None, command: str = "", threads: int | None = None) -> Outcome:
+    """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off."""
+    folder = Path(out)
+    with claim(folder, f"recipe {_digest(recipe)}"):
+        if (folder / "report.html").is_file() and not (folder / "work").exists():
+            raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
+        log = log or Log(folder)
+        state = Run(folder / "work", folder / "work", log, recipe.seed, threads or _cores())
+        state.root.mkdir(exist_ok=True)
+        bundle, stages = begin(recipe, state)
+        bundle = advance(stages, bundle, state)
+        measurement = finish(bundle, stages, recipe, state, folder, command=command)
+        tidy(state)
+    return Outcome(folder, measurement)
+
+
+def _digest(recipe: Recipe) -> str:
+    import hashlib
+
+    return hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:12]
+
+
+def _cores() -> int:
+    from slimformer.bench import cores
+
+    return cores()
+
+
+def tidy(state: Run) -> None:
+    """Removes what only a resumed run would need."""
+    import shutil
+
+    shutil.rmtree(state.root)
+
+
+def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
+    """The bundle with a teacher that is ready, and the stages still to run.
+
+    An untuned model is first tuned by the recipe's leading plain `train` stages, and is then its own teacher.
+    """
+    from slimformer.families.base import family_of
+
+    source = Path(recipe.model)
+    config = checkpoint.read_config(source)
+    family_of(checkpoint.base_type(config))
+    checkpoint.weights_file(source)
+    tuned = checkpoint.is_tuned(source, recipe.task.auto_class, recipe.task.configure())
+    if tuned:
+        task = recipe.task.bind(config)
+        model, plan = checkpoint.load(source), checkpoint.load_plan(source)
+    else:
+        task = recipe.task
+        model, plan = checkpoint.load_dense(source, task.auto_class, task.configure()), Plan()
+        task = task.bind(model.config.to_dict())
+    material = prepare(task, source)
+    _tell(material, state.log)
+    stages = recipe.stages
+    if recipe.teacher:
+        teacher_config = checkpoint.read_config(Path(recipe.teacher))
+        task.bind(teacher_config)
+        teacher = checkpoint.load(recipe.teacher)
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise ModelError(
+                f"the teacher {recipe.teacher} has another vocabulary ({teacher.config.vocab_size} tokens) than the model "
+                f"({model.config.vocab_size}).",
+                help="teacher and student must read the same token ids.",
+            )
+        return Bundle(model, plan, material, teacher), stages
+    if tuned:
+        return Bundle(model, plan, material, model), stages
+    lead = 0
+    while lead < len(stages) and isinstance(stages[lead], Train) and not cast(Train, stages[lead]).methods:
+        lead += 1
+    if not lead:
+        raise RecipeError(
+            f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
+            help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
+        )
+    bundle = advance(stages[:lead], Bundle(model, plan, material, model), state.under("teacher"))
+    return Bundle(bundle.model, bundle.plan, material, bundle.model, tuned_here=True), stages[lead:]
+
+
+def _tell(material: Any, log: Log) -> None:
+    train, dev = material.examples[Split.TRAIN], material.examples[Split.DEV]
+    held = material.examples[Split.HELD]
+    log.say(f"{len(train):,} examples to train on, {len(held):,} held aside to choose on, {len(dev):,} to report on.")
+    for split, features in material.features.items():
+        if features.truncated:
+            share = features.truncated / max(1, len(material.examples[split]))
+            log.say(f"{features.truncated:,} inputs of {split} ({share:.1%}) are cut off at {material.max_length} tokens.")
+
+
+def finish(
+    bundle: Bundle,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    state: Run,
+    out: Path,
+    *,
+    target: Target | None = None,
+    command: str = "",
+) -> Measurement:
+    """Exports, chooses on held examples, measures beside the rivals on dev, and fills `out`."""
+    from slimformer import delivery
+    from slimformer.exporters.base import Variant
+
+    exported = state.root / "export"
+    log = state.log
+    log.say("exporting, and comparing the files on held examples.")
+    files = delivery.export_files(bundle.model, bundle.material, exported, delivery.SHIPPED, log)
+    teacher = delivery.teacher_files(bundle, state)
+    trials = delivery.try_out(
+        {variant: artifact.path for variant, artifact in files.items()},
+        teacher[Variant.FUSED],
+        bundle,
+        state,
+        delivery.reference(bundle, state),
+    )
+    best = delivery.choose(trials, target.max_loss if target else recipe.export.choose_within)
+    rivals = delivery.rivals(bundle, stages, recipe.bench.rivals, teacher, state)
+    log.say("measuring everything side by side on the dev examples.")
+    return delivery.deliver(
+        bundle,
+        exported,
+        out,
+        state,
+        best=best,
+        rivals=rivals,
+        recipe=recipe.to_yaml(),
+        target=target,
+        task_options=_named(bundle.material.task),
+        model_name=Path(recipe.model).resolve().name,
+        task_name=task_name(recipe.task),
+        command=command,
+        seconds=recipe.bench.seconds,
+    )
+
+
+def task_name(task: Task) -> str:
+    """How a task is called in tables: its name, and what it reads where it reads something."""
+    options = asdict(task)  # type: ignore[call-overload]
+    data = options.get("glue") or options.get("data")
+    if options.get("glue"):
+        return f"glue/{options['glue']}"
+    return f"{registry.name_of(task)} {Path(data).resolve().name}" if data else registry.name_of(task)

@@ -1,0 +1,66 @@
+"""Finds families, methods, tasks, exporters and runtimes: kind + name -> class.
+
+The name is the file name. Files in our own folders are found by listing them, third parties' by the entry-point group
+`slimformer.<kind>`. A file is imported only when its name is asked for, so that listing stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from slimformer.errors import RecipeError, nearest
+
+KINDS = {
+    "families": "Family",
+    "methods": "Method",
+    "tasks": "Task",
+    "exporters": "Exporter",
+    "runtimes": "Runtime",
+}
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """Names of one kind, ours and third parties', sorted."""
+    folder = Path(__file__).parent / kind
+    own = {file.stem for file in folder.glob("*.py") if file.stem not in {"__init__", "base"}}
+    return tuple(sorted(own | {point.name for point in entry_points(group=f"slimformer.{kind}")}))
+
+
+@cache
+def find(kind: str, name: str) -> type[Any]:
+    """The class of that name; RecipeError with the nearest name where there is none."""
+    if name not in names(kind):
+        raise RecipeError(f"there is no '{name}' among the {kind}.", help=nearest(name, names(kind)))
+    for point in entry_points(group=f"slimformer.{kind}"):
+        if point.name == name:
+            found: type[Any] = point.load()
+            return found
+    base = getattr(importlib.import_module(f"slimformer.{kind}.base"), KINDS[kind])
+    module = importlib.import_module(f"slimformer.{kind}.{name}")
+    classes = [
+        item
+        for item in vars(module).values()
+        if inspect.isclass(item) and issubclass(item, base) and item is not base and item.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise TypeError(f"{module.__name__} must define exactly one {KINDS[kind]}, found {len(classes)}")
+    return classes[0]
+
+
+def summary(kind: str, name: str) -> str:
+    """The first line of the docstring of the file that holds it."""
+    cls = find(kind, name)
+    text = inspect.getdoc(importlib.import_module(cls.__module__)) or inspect.getdoc(cls) or ""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def name_of(item: object) -> str:
+    """The registry name of an instance or class: the name of its file."""
+    cls = item if inspect.isclass(item) else type(item)
+    return str(cls.__module__).rsplit(".", 1)[-1]

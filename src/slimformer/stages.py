@@ -1,0 +1,383 @@
+"""The steps of a recipe, each `Bundle -> Bundle`: Train, Calibrate, Export, Bench.
+
+What leaves a stage is always a plain transformers model without hooks or masks. `advance` runs stages in order, keeps what each
+made, and takes finished ones from disk, so that a killed run goes on where it was. Nothing here owns the loop or changes shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+
+import numpy as np
+
+from slimformer import checkpoint, registry
+from slimformer.batching import collate, epoch_order
+from slimformer.errors import RecipeError
+from slimformer.files import whole_folder, write_text
+from slimformer.log import Log
+from slimformer.plan import Plan
+from slimformer.tasks.base import Example, Features, Split, Task
+from slimformer.tokenizing import load_tokenizer, max_length_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from slimformer.anatomy import Anatomy
+    from slimformer.cost import Cost
+    from slimformer.methods.base import Context, Method
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of a run: read and encoded once, with the tokenizer of `source`."""
+
+    task: Task
+    source: Path
+    max_length: int
+    examples: Mapping[Split, Sequence[Example]]
+    features: Mapping[Split, Features]
+
+    def batches(self, model_inputs: Sequence[str], split: Split = Split.TRAIN) -> list[dict[str, np.ndarray]]:
+        """Real inputs of several shapes for export: one example alone, then batches of eight of different lengths."""
+        features = self.features[split]
+        order = np.argsort(features.lengths(), kind="stable")
+        picks = order[np.linspace(0, len(order) - 1, min(len(order), 200)).astype(int)]
+        groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::25]] for start in range(25))]
+        return [collate(features, group, model_inputs) for group in groups if group]
+
+
+def prepare(task: Task, source: Path) -> Material:
+    """Reads and encodes all splits of a task that is bound to its model's labels."""
+    tokenizer = load_tokenizer(source)
+    max_length = min(task.max_length, max_length_of(source))
+    examples = {split: task.split(split) for split in Split}
+    features = {split: task.encode(examples[split], tokenizer, max_length) for split in Split}
+    return Material(task, source, max_length, examples, features)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What passes from stage to stage."""
+
+    model: PreTrainedModel  # always plain: no hooks, no masks
+    plan: Plan  # everything cut so far, in original numbering
+    material: Material
+    teacher: PreTrainedModel
+    tuned_here: bool = False  # the teacher has not seen the held examples
+    minutes: float = 0.0  # spent on making `model` from the teacher
+    peak_rss_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a recipe runs."""
+
+    root: Path  # scratch of the whole run: what is measured once lies here
+    folder: Path  # scratch of the stage at work
+    log: Log
+    seed: int = 17
+    threads: int = 2
+
+    def under(self, name: str) -> Run:
+        """The same run in a folder below."""
+        return replace(self, folder=self.folder / name)
+
+
+class Stage(ABC):
+    """A frozen dataclass of options with one verb."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def run(self, bundle: Bundle, run: Run) -> Bundle: ...
+
+    def digest(self) -> str:
+        """Names the stage and all its options."""
+        return f"{type(self).__name__}:{self!r}"
+
+
+def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Bundle:
+    """Runs stages in order; those that a former run finished with the same options on the same model are read back."""
+    from slimformer.runstate import model_digest
+
+    key = hashlib.sha256(f"{model_digest(bundle.model)}{bundle.plan.digest()}{run.seed}{bundle.material.task!r}".encode())
+    for number, stage in enumerate(stages, 1):
+        key.update(stage.digest().encode())
+        folder = run.folder / f"{number}-{stage.kind}-{key.hexdigest()[:10]}"
+        done = folder / "made"
+        if (done / "facts.json").is_file():
+            bundle = _restore(bundle, done)
+            run.log.say(f"stage {number} ({stage.kind}) is done already; going on from it.")
+            continue
+        begin = time.monotonic()
+        earlier = _spent(folder)
+        clock = _Clock(folder, earlier)
+        made = stage.run(bundle, run.under(folder.name))
+        minutes = (earlier + time.monotonic() - begin) / 60
+        clock.stop()
+        from slimformer.bench import peak_rss_bytes
+
+        bundle = replace(
+            made, minutes=bundle.minutes + minutes, peak_rss_bytes=max(bundle.peak_rss_bytes, peak_rss_bytes())
+        )
+        _keep(bundle, done)
+        for item in folder.iterdir():
+            if item != done:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        run.log.event("stage", stage=stage.kind, number=number, minutes=round(minutes, 2))
+    return bundle
+
+
+class _Clock:
+    """Notes how long a stage has run, so that a killed run's minutes are not forgotten."""
+
+    def __init__(self, folder: Path, earlier: float) -> None:
+        import threading
+
+        self._folder, self._earlier, self._begin = folder, earlier, time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+
+    def _tick(self) -> None:
+        while not self._end.wait(10):
+            write_text(self._folder / "seconds", f"{self._earlier + time.monotonic() - self._begin:.1f}")
+
+    def stop(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def _spent(folder: Path) -> float:
+    try:
+        return float((folder / "seconds").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _keep(bundle: Bundle, folder: Path) -> None:
+    with whole_folder(folder) as part:
+        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=bundle.material.source)
+        facts = {"minutes": bundle.minutes, "peak_rss_bytes": bundle.peak_rss_bytes}
+        (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _restore(bundle: Bundle, folder: Path) -> Bundle:
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return replace(bundle, model=checkpoint.load(folder), plan=checkpoint.load_plan(folder), **facts)
+
+
+# -- What stands around a method -----------------------------------------------------------------------------------------------
+
+
+def context_of(bundle: Bundle, run: Run, model: PreTrainedModel, cost: str) -> Context:
+    """The context of a stage's methods; `cost` is what their budgets count."""
+    import torch
+
+    from slimformer.families.base import anatomy_of, family_of
+    from slimformer.methods.base import Context
+
+    anatomy = anatomy_of(model)
+    names = (*family_of(model.config.model_type).inputs(model), "labels")
+    features = bundle.material.features[Split.TRAIN]
+    device = next(model.parameters()).device
+
+    def batches(count: int) -> Iterator[dict[str, Tensor]]:
+        taken = 0
+        for rows in epoch_order(features.lengths(), 32, run.seed, 0):
+            if taken >= count:
+                return
+            rows = rows[: count - taken]
+            taken += len(rows)
+            yield {name: torch.from_numpy(array).to(device) for name, array in collate(features, rows, names).items()}
+
+    return Context(
+        model=model,
+        anatomy=anatomy,
+        plan=bundle.plan,
+        task=bundle.material.task,
+        cost=cost_of(cost, model, anatomy, bundle.material, run),
+        teacher=bundle.teacher,
+        teacher_anatomy=anatomy_of(bundle.teacher),
+        batches=batches,
+        generator=torch.Generator().manual_seed(run.seed),
+    )
+
+
+def cost_of(unit: str, model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Cost:
+    """What a plan costs in "parameters", in "macs" of an average training example, or in measured "latency"."""
+    from slimformer import cost
+    from slimformer.latency import measured
+
+    if unit == "parameters":
+        return cost.parameters(model, anatomy)
+    if unit == "macs":
+        return cost.macs(anatomy, material.features[Split.TRAIN].lengths())
+    if unit == "latency":
+        return measured(model, anatomy, material, run).cost
+    raise RecipeError(f"there is no cost '{unit}'.", help="use macs, parameters or latency.")
+
+
+# -- Stages --------------------------------------------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True)
+class Train(Stage):
+    """Trains with any methods; none is plain fine-tuning. What the methods decide is cut at the end."""
+
+    methods: tuple[Method, ...] = ()
+    epochs: float = 3.0
+    lr: float = 3e-5
+    batch_size: int = 32
+    task_weight: float = 1.0
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    freeze: Literal["nothing", "embeddings", "encoder", "everything"] = "nothing"
+    dropout: bool = True  # off where a student should follow its teacher closely and there is little time
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    trackers: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "train"
+
+    def settings(self, seed: int) -> Any:
+        from slimformer.training import Freeze, Settings
+
+        options = {name: value for name, value in vars(self).items() if name not in {"methods", "dropout"}}
+        return Settings(**{**options, "freeze": Freeze(self.freeze)}, seed=seed)
+
+    def prepared(self, bundle: Bundle, run: Run) -> Context:
+        """A copy of the bundle's model ready to train, with all that stands around its methods."""
+        import torch
+
+        deciding = [method.cost for method in self.methods if method.decides]
+        model = copy.deepcopy(bundle.model)
+        if not self.dropout:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        return context_of(bundle, run, model, deciding[0] if deciding else "macs")
+
+    def run(self, bundle: Bundle, run: Run) -> Bundle:
+        from slimformer import runstate
+        from slimformer.shrink import shrink
+        from slimformer.training import train
+
+        context = self.prepared(bundle, run)
+        features = bundle.material.features[Split.TRAIN]
+        trained = train(
+            context,
+            features,
+            self.methods,
+            self.settings(run.seed),
+            run.folder,
+            run.log,
+            evaluate=lambda model: held_score(model, bundle.material),
+            cache=run.root,
+        )
+        small = shrink(context.model.eval(), context.anatomy, trained.decision)
+        if not self.dropout:
+            _copy_dropout(bundle.model, small)
+        run.log.event("trained", **{k: v for k, v in asdict(replace(trained, decision=None)).items() if k != "decision"})
+        runstate.forget(run.folder)
+        return replace(bundle, model=small, plan=bundle.plan.then(trained.decision.plan))
+
+
+def _copy_dropout(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Gives each dropout of `target` the rate it has in `source`; sublayers that went took theirs along."""
+    import torch
+
+    rates = {name: module.p for name, module in source.named_modules() if isinstance(module, torch.nn.Dropout)}
+    for name, module in target.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rates[name]
+
+
+@final
+@dataclass(frozen=True)
+class Calibrate(Stage):
+    """A one-shot method: looks at some batches, decides, cuts; no optimiser."""
+
+    method: Method
+
+    kind: ClassVar[str] = "calibrate"
+
+    def run(self, bundle: Bundle, run: Run) -> Bundle:
+        from slimformer.methods.base import State
+        from slimformer.shrink import shrink
+
+        name = registry.name_of(self.method)
+        run.log.say(f"{name}: choosing what to keep.")
+        context = context_of(bundle, run, copy.deepcopy(bundle.model), self.method.cost)
+        state = self.method.attach(context)
+        try:
+            decision = self.method.decide(state, context)
+        finally:
+            state.close()
+        small = shrink(context.model, context.anatomy, decision)
+        return replace(bundle, model=small, plan=bundle.plan.then(decision.plan))
+
+
+def held_score(model: PreTrainedModel, material: Material) -> float:
+    """The task's metric of a model in PyTorch on the held slice."""
+    outputs, features, examples = torch_outputs(model, material, Split.HELD, HELD_ROWS)
+    return material.task.score(outputs, features, examples)[material.task.metric]
+
+
+def torch_outputs(
+    model: PreTrainedModel, material: Material, split: Split, limit: int
+) -> tuple[dict[str, np.ndarray], Features, Sequence[Example]]:
+    """What a model in memory says about at most `limit` examples of a split."""
+    import torch
+
+    from slimformer.bench import evaluate
+    from slimformer.families.base import family_of
+
+    features, examples = subset(material, split, limit)
+    names = family_of(model.config.model_type).inputs(model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+
+    def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            output = model(**{name: torch.from_numpy(batch[name]).to(device) for name in names if name in batch})
+        return {name: output[name].float().cpu().numpy() for name in material.task.outputs}
+
+    try:
+        return dict(evaluate(runner, features, 64)), features, examples
+    finally:
+        model.train(was_training)
+
+
+def subset(material: Material, split: Split, limit: int) -> tuple[Features, Sequence[Example]]:
+    """At most `limit` examples of a split with all their rows, always the same ones, evenly spaced."""
+    examples, features = material.examples[split], material.features[split]
+    if len(examples) <= limit:
+        return features, examples
+    chosen = np.linspace(0, len(examples) - 1, limit).round().astype(int)
+    place = {int(example): new for new, example in enumerate(chosen)}
+    rows = [row for row, example in enumerate(features.example) if example in place]
+    smaller = Features(
+        columns={name: [column[row] for row in rows] for name, column in features.columns.items()},
+        example=[place[features.example[row]] for row in rows],
+        truncated=features.truncated,
+        pad_id=features.pad_id,
+    )
+    return smaller, [examples[int(index)] for index in chosen]
+
+

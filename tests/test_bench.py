@@ -1,0 +1,305 @@
+"""The bench: who runs when, what is counted, and that an exported folder is benched without torch. Time is a fake clock."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_export import data, export
+
+from slimformer import bench
+from slimformer.bench import Engine, Lengths, Timing, Workload, compare, evaluate, ratio, size_bytes, workloads
+from slimformer.errors import DataError, ExtraError, ModelError
+from slimformer.machine import FLAGS, Load, environment, quiet
+from slimformer.tasks.base import Features
+
+ENGINE = Engine("fake", "1.0", 2)
+LOAD = Load(0.0, 0.0, 0.0, True)
+
+
+@dataclass
+class Clock:
+    """Time that passes only when a runner works; `log` keeps who worked on which batch."""
+
+    now: float = 0.0
+    log: list[tuple[str, int]] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def runner(self, name: str, cost: Callable[[int], float]) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+        """A runner that takes cost(calls so far) seconds."""
+        calls = 0
+
+        def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            nonlocal calls
+            self.log.append((name, int(batch["input_ids"][0, 0])))
+            self.now += cost(calls)
+            calls += 1
+            return {}
+
+        return run
+
+
+def workload(sizes: tuple[int, ...] = (4, 4, 2)) -> Workload:
+    batches = tuple({"input_ids": np.full((size, 3), number)} for number, size in enumerate(sizes))
+    return Workload("w", 4, "in order", batches, sum(sizes), 3 * sum(sizes), Lengths(3, 3, 3, 3))
+
+
+def features(lengths: list[int]) -> Features:
+    ids = [[row + 1] * length for row, length in enumerate(lengths)]
+    return Features({"input_ids": ids, "labels": [0] * len(ids)}, list(range(len(ids))), 0, 0)
+
+
+def test_runners_take_turns_and_the_first_rotates() -> None:
+    clock = Clock()
+    runners = {name: clock.runner(name, lambda _: 1.0) for name in "ABC"}
+    compare(runners, workload((1, 1)), engines=dict.fromkeys("ABC", ENGINE), load=LOAD, rounds=2, warmup=1, clock=clock)
+    turns = ["".join(name for name, _ in clock.log[start : start + 3]) for start in range(0, len(clock.log), 3)]
+    # One warm-up round and two that count, of two batches each: all three run a batch before the next one comes.
+    assert turns == ["ABC", "BCA", "ABC", "BCA", "CAB", "ABC"]
+    assert [number for _, number in clock.log] == [0, 0, 0, 1, 1, 1] * 3
+
+
+def test_warm_up_is_dropped_and_samples_are_milliseconds() -> None:
+    clock = Clock()
+    # Three batches of warm-up at 9 s each, then 0.1 s, 0.2 s, ...
+    slow_start = clock.runner("A", lambda call: 9.0 if call < 3 else 0.1 * (call - 2))
+    timing = compare({"A": slow_start}, workload(), engines={"A": ENGINE}, load=LOAD, rounds=2, warmup=1, clock=clock)["A"]
+    np.testing.assert_allclose(timing.samples_ms, [[100, 200, 300], [400, 500, 600]], atol=1e-3)
+    np.testing.assert_allclose(timing.per_example_ms(), [[25, 50, 150], [100, 125, 300]], atol=1e-3)
+    assert timing.p50_ms == pytest.approx(112.5)
+    assert timing.p95_ms == pytest.approx(np.percentile([25, 50, 150, 100, 125, 300], 95))
+    assert timing.mean_ms == pytest.approx((600 + 1500) / 2 / 10)
+    assert (timing.warmup, timing.threads, timing.rounds, timing.sizes) == (1, 2, 2, (4, 4, 2))
+
+
+def test_a_drift_of_the_machine_leaves_the_ratio_alone() -> None:
+    clock = Clock()
+    # The machine slows down fourfold over the run; the candidate is always exactly twice as fast.
+    drift = lambda call: 1.0 + 3.0 * call / 30  # noqa: E731
+    runners = {"base": clock.runner("base", drift), "ours": clock.runner("ours", lambda call: drift(call) / 2)}
+    timings = compare(runners, workload(), engines=dict.fromkeys(runners, ENGINE), load=LOAD, rounds=10, warmup=0, clock=clock)
+    found = ratio(timings["base"], timings["ours"])
+    assert (found.median, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0), rel=1e-4)
+    assert timings["base"].round_ms()[-1] > 3 * timings["base"].round_ms()[0]
+
+
+def test_the_ratio_is_the_median_over_rounds_with_its_spread() -> None:
+    blank = compare({"A": lambda _: {}}, workload((1, 1)), engines={"A": ENGINE}, load=LOAD, rounds=1)["A"]
+    # Rounds of 10 ms against 5, 4 and 2: ratios 2, 2.5 and 5. One hiccup of ours does not move the median.
+    base = replace(blank, samples_ms=((4.0, 6.0),) * 3)
+    ours = replace(blank, samples_ms=((2.0, 3.0), (1.0, 3.0), (1.0, 1.0)))
+    found = ratio(base, ours)
+    assert found.median == pytest.approx(2.5)
+    assert (found.low, found.high) == pytest.approx((2.1, 4.5))  # 10 % and 90 % between the sorted three
+    with pytest.raises(ValueError, match="not timed in one run"):
+        ratio(base, replace(ours, samples_ms=ours.samples_ms[:2]))
+
+
+def test_a_budget_stops_it_but_never_before_the_least_rounds() -> None:
+    def rounds(budget: float) -> int:
+        clock = Clock()
+        runner = clock.runner("A", lambda _: 1.0)
+        found = compare(
+            {"A": runner},
+            workload((1,)),
+            engines={"A": ENGINE},
+            load=LOAD,
+            rounds=9,
+            warmup=0,
+            budget_seconds=budget,
+            clock=clock,
+        )
+        return found["A"].rounds
+
+    assert rounds(0.0) == 3
+    assert rounds(5.0) == 5
+    assert rounds(100.0) == 9
+
+
+def test_workloads_that_do_not_match_are_refused() -> None:
+    both = {"A": workload((2, 2)), "B": workload((2, 1))}
+    with pytest.raises(ValueError, match="same examples"):
+        compare(dict.fromkeys(both, lambda _: {}), both, engines=dict.fromkeys(both, ENGINE), load=LOAD)
+
+
+def test_workloads_hold_the_examples_at_their_own_lengths() -> None:
+    lengths = [5, 2, 9, 4, 7]
+    single, batched = workloads(features(lengths), batch_size=2)
+    assert [batch["input_ids"].shape for batch in single.batches] == [(1, length) for length in lengths]
+    assert [int(batch["input_ids"][0, 0]) for batch in single.batches] == [1, 2, 3, 4, 5]
+    assert [batch["input_ids"].shape for batch in batched.batches] == [(2, 4), (2, 7), (1, 9)]
+    assert (single.name, batched.name) == ("batch 1, in order", "batch 2, sorted by length")
+    assert (batched.tokens, batched.examples, batched.lengths.max, batched.lengths.p50) == (27, 5, 9, 5)
+    assert set(single.batches[0]) == {"input_ids", "attention_mask"}  # no labels: they are not an input
+
+
+def test_a_sample_of_batches_is_spread_over_the_split() -> None:
+    single, batched = workloads(features(list(range(1, 101))), limit=4, batch_size=10)
+    assert [batch["input_ids"].shape[1] for batch in single.batches] == [1, 34, 67, 100]
+    assert [batch["input_ids"].shape[1] for batch in batched.batches] == [10, 40, 70, 100]
+    assert single.examples == 4
+    assert batched.examples == 40
+    with pytest.raises(DataError, match="no examples to time"):
+        workloads(features([]))
+
+
+def test_evaluate_gives_rows_in_their_own_order_and_pads_token_axes() -> None:
+    given = features([3, 1, 2, 3])
+
+    def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"logits": batch["input_ids"][:, :1].astype(np.float32), "start": batch["input_ids"].astype(np.float32)}
+
+    found = evaluate(run, given, batch_size=2)
+    assert found["logits"].tolist() == [[1], [2], [3], [4]]
+    lowest = np.finfo(np.float32).min
+    # Rows of one batch carry the collated padding (0); the second batch is longer, so the first one is filled up.
+    assert found["start"].tolist() == [[1, 1, 1], [2, 0, lowest], [3, 3, lowest], [4, 4, 4]]
+
+
+def test_quiet_waits_a_bounded_time_then_warns(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    busy = iter([2.0, 1.0, 0.1])
+    load = quiet(60, 0.25, busy=lambda: next(busy), clock=clock, sleep=sleep)
+    assert (load.quiet, load.busy_cores, load.waited_seconds) == (True, 0.1, 10.0)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        load = quiet(12, 0.25, busy=lambda: 1.5, clock=clock, sleep=sleep)
+    assert (load.quiet, load.waited_seconds) == (False, 12.0)
+    assert "the machine is busy: other work takes 1.5" in caplog.text
+
+
+def test_the_environment_names_this_machine() -> None:
+    found = environment()
+    assert found.cores >= 1
+    assert found.cpu
+    assert found.memory_bytes > 2**28
+    assert set(found.flags) <= set(FLAGS)
+    assert found.packages["numpy"] == np.__version__
+
+
+def test_size_counts_what_ships(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"12345")
+    (tmp_path / "a.onnx.data").write_bytes(b"123")
+    (tmp_path / "b.xml").write_bytes(b"1")
+    (tmp_path / "b.bin").write_bytes(b"1234")
+    assert size_bytes(tmp_path / "a.onnx") == 8
+    assert size_bytes(tmp_path / "b.xml") == 5
+
+
+# -- slimformer bench, on an exported folder ---------------------------------------------------------------------------------
+
+
+def run_bench(*paths: Path, folder: Path) -> bench.Measurement:
+    from slimformer.tasks.classification import Classification
+
+    return bench.bench(paths, Classification(data=str(data(folder))), rounds=3, wait_seconds=0, threads=1, task_name="toy")
+
+
+def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
+    first = export(tmp_path / "first")
+    # The second one has learnt nothing of "dull": it gets three of five right.
+    second = export(tmp_path / "second", weights={"dull": (0.0, 1.0)})
+    result = run_bench(first, second, folder=tmp_path / "data")
+    one, two = result.records
+    assert (one.name, one.role, two.name) == ("first", "teacher-fp32", "second")
+    assert (one.score, two.score) == (0.8, 0.6)
+    assert two.loss is not None
+    assert two.loss.value == pytest.approx(20.0)
+    assert two.loss.low <= 20.0 <= two.loss.high
+    assert one.loss is None
+    assert one.times_faster(32).median == 1.0
+    assert {timing.workload for timing in two.timings} == set(two.speed) == {bench.SINGLE, bench.SORTED}
+    assert two.size_bytes == (tmp_path / "second" / "model.onnx").stat().st_size
+    assert two.timings[0].runtime == "onnxruntime"
+    assert result.answers["first"] == ("good", "bad", "bad", "good", "bad")
+
+
+def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
+    folder = export(tmp_path / "model", ("model.onnx", "model_int8_ort.onnx"))
+    result = run_bench(folder, folder=tmp_path / "data")
+    assert [record.name for record in result.records] == ["model.onnx", "model_int8_ort.onnx"]
+    assert [record.precision for record in result.records] == ["float", "int8_dynamic"]
+
+
+def test_a_folder_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no such folder"):
+        run_bench(tmp_path / "nothing", folder=tmp_path / "data")
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        run_bench(tmp_path, folder=tmp_path / "data")
+
+
+def test_a_metric_that_is_no_mean_is_resampled_itself(tmp_path: Path) -> None:
+    from slimformer.tasks.classification import Classification
+
+    task = Classification(data=str(data(tmp_path / "data")), metric="f1")
+    first, second = export(tmp_path / "a"), export(tmp_path / "b", weights={"dull": (0.0, 1.0)})
+    one, two = bench.bench([first, second], task, rounds=3, wait_seconds=0, threads=1).records
+    assert two.loss is not None
+    # Worked by hand: F1 of "good" is 4/5 for the first (2 of 3 found, none wrong) and 6/8 for the second (3 found, 2 wrong).
+    assert (one.score, two.score) == pytest.approx((0.8, 0.75))
+    assert two.loss.value == pytest.approx(5.0)
+    assert two.loss.low < 5.0 < two.loss.high
+
+
+def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    export(tmp_path / "model", ("model.onnx", "model_fused.onnx"))
+    data(tmp_path / "data")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    script = """
+        import importlib.abc, sys
+        class Refuse(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {"torch", "transformers"}:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Refuse())
+        from pathlib import Path
+        from slimformer.bench import bench
+        from slimformer.errors import ExtraError
+        from slimformer.report import table
+        from slimformer.tasks.classification import Classification
+        from rich.console import Console
+        task = Classification(data="data")
+        result = bench([Path("model")], task, rounds=3, wait_seconds=0, threads=1)
+        Console(width=80).print(table(result.records))
+        try:
+            bench([Path("plain")], task, wait_seconds=0)
+        except ExtraError as error:
+            print(error)
+        assert not {"torch", "transformers"} & set(sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model_fused.onnx" in done.stdout
+    assert "0.8000" in done.stdout
+    assert "exporting it needs torch and transformers" in done.stdout
+
+
+def test_a_missing_runtime_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from slimformer import registry
+
+    runtime = registry.find("runtimes", "openvino")
+    monkeypatch.setattr(runtime, "available", lambda self: False)
+    with pytest.raises(ExtraError, match=r"pip install 'slimformer\[openvino\]'"):
+        bench.open_model(tmp_path / "model.onnx", "openvino", 1)
+
+
+def test_timing_is_what_its_samples_say() -> None:
+    timing = Timing("w", 2, "o", 4, 8, Lengths(2, 2, 2, 2), "r", "1", "cpu", 1, 0, LOAD, (2, 2), ((2.0, 4.0), (4.0, 8.0)))
+    assert timing.p50_ms == 2.0
+    assert timing.round_ms().tolist() == [6.0, 12.0]

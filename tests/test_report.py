@@ -1,0 +1,480 @@
+"""Records, the ledger, the frontier, what is said of them, and the page and the card that are drawn from them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_export import export
+
+from slimformer.bench import SINGLE, SORTED, Lengths, Ratio, Timing
+from slimformer.card import card, snippet
+from slimformer.errors import DataError, ModelError
+from slimformer.figures import Mark, bars, scatter, ticks
+from slimformer.machine import Environment, Load
+from slimformer.page import Details, page
+from slimformer.report import (
+    Changed,
+    Facts,
+    Interval,
+    Layer,
+    Record,
+    Role,
+    Target,
+    against,
+    append,
+    bootstrap,
+    choice,
+    frontier,
+    judge,
+    read,
+    read_facts,
+    report,
+    table,
+    tally,
+    write_facts,
+)
+
+MACHINE = Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0", "numpy": "2.4"})
+
+
+def timing(batch_size: int, ms: float) -> Timing:
+    name, size = (SINGLE, 1) if batch_size == 1 else (SORTED, 32)
+    lengths = Lengths(20.0, 18.0, 40.0, 50)
+    samples = ((ms * size, ms * size),) * 3
+    load = Load(0.1, 0.5, 0.0, True)
+    return Timing(
+        name, size, "in order", 2 * size, 40 * size, lengths, "onnxruntime", "1.31", "cpu", 2, 1, load, (size,) * 2, samples
+    )
+
+
+def record(name: str = "ours", score: float = 0.9, speed: float | None = 3.0, **fields: Any) -> Record:
+    given: dict[str, Any] = {
+        "name": name,
+        "role": "ours",
+        "model": "teacher",
+        "task": "glue/sst2",
+        "split": "dev",
+        "metric": "accuracy",
+        "scores": {"accuracy": score},
+        "date": "2026-01-02T03:04:05+00:00",
+        "environment": MACHINE,
+        "examples": 872,
+        "baseline": "teacher fp32",
+        "size_bytes": 10_000_000,
+    }
+    if speed is not None:
+        given["timings"] = (timing(1, 4 / speed), timing(32, 2 / speed))
+        given["speed"] = {name: Ratio(speed, 0.98 * speed, 1.02 * speed) for name in (SINGLE, SORTED)}
+    return Record(**{**given, **fields})
+
+
+BASE = record("teacher fp32", 0.90, 1.0, role="teacher-fp32", precision="fused", size_bytes=90_000_000)
+
+
+# -- The ledger --------------------------------------------------------------------------------------------------------------
+
+
+def full() -> Record:
+    return record(
+        loss=Interval(0.5, -0.1, 1.2),
+        versus={"rival": Interval(0.1, -0.2, 0.3)},
+        target=Target(3.0, 1.0),
+        layers=(Layer("0", 3, 12, 100, 1536),),
+        chosen=True,
+        seed=7,
+        minutes=12.5,
+        notes=("6 of 6 attentions fused",),
+    )
+
+
+def test_a_record_survives_the_ledger_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "ledger.jsonl"
+    append(path, full())
+    append(path, replace(BASE, scores={"accuracy": 0.9, "f1": float("nan")}))
+    one, two = read([path])
+    assert one == full()
+    assert np.isnan(two.scores["f1"])
+    assert isinstance(one.timings[0].samples_ms[0], tuple)
+
+
+@given(cut=st.integers(1, 200), after=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_a_torn_row_is_skipped_and_swallows_nothing(tmp_path_factory: pytest.TempPathFactory, cut: int, after: bool) -> None:
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    append(path, record("first"))
+    append(path, record("torn"))
+    os.truncate(path, path.stat().st_size - 1 - cut)  # killed in the middle of the second row
+    if after:
+        append(path, record("third"))
+    assert [found.name for found in read([path])] == (["first", "third"] if after else ["first"])
+
+
+def test_what_is_skipped_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, record("good"))
+    lines = path.read_text()
+    path.write_text('{"name": "half"}\n[]\n' + "[" * 100_000 + "\n\xff\n" + lines + lines[:50], encoding="latin-1")
+    with caplog.at_level(logging.WARNING):
+        assert [found.name for found in read([path])] == ["good"]
+    said = [entry.getMessage() for entry in caplog.records]
+    assert len(said) == 5
+    assert "line 1 is no record" in said[0]
+    assert "line 6 was cut off while it was written; skipped." in said[-1]
+    with pytest.raises(DataError, match="cannot be read"):
+        read([tmp_path / "none.jsonl"])
+
+
+def test_facts_come_back_and_broken_ones_are_told(tmp_path: Path) -> None:
+    assert read_facts(tmp_path) is None
+    facts = Facts("model.onnx", {"use": "classification"}, 128, "accuracy", params=5, layers=(Layer("0", 1, 2, 3, 4),))
+    write_facts(tmp_path, facts)
+    assert read_facts(tmp_path) == facts
+    assert facts.of_record()["params"] == 5
+    (tmp_path / "slimformer.json").write_text('{"best": 3}')
+    with pytest.raises(ModelError, match=r"slimformer\.json cannot be read"):
+        read_facts(tmp_path)
+
+
+# -- Judging -----------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=8))
+def test_the_frontier_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    records = [record(str(number), score / 4, None, size_bytes=cost) for number, (cost, score) in enumerate(points)]
+
+    def beaten(mine: Record) -> bool:
+        return any(
+            other.size_bytes <= mine.size_bytes
+            and other.score >= mine.score
+            and (other.size_bytes, other.score) != (mine.size_bytes, mine.score)
+            for other in records
+        )
+
+    found = frontier(records, lambda item: float(item.size_bytes))
+    assert {item.name for item in found} == {item.name for item in records if not beaten(item)}
+    assert [item.size_bytes for item in found] == sorted(item.size_bytes for item in found)
+
+
+def test_the_frontier_knows_metrics_where_less_is_better() -> None:
+    records = [record(str(score), score, None, higher_is_better=False, size_bytes=size) for score, size in ((1.0, 5), (2.0, 9))]
+    assert [item.name for item in frontier(records, lambda item: float(item.size_bytes))] == ["1.0"]
+
+
+def test_bootstrap_of_cases_that_can_be_worked_by_hand() -> None:
+    ones, zeros = np.ones(50), np.zeros(50)
+    assert bootstrap(ones, zeros, 0) == (1.0, 1.0, 1.0)
+    assert bootstrap(ones, ones, 0) == (0.0, 0.0, 0.0)
+    # Of 400 pairs 40 differ, all the same way: mean 0.1, standard error sqrt(0.1 * 0.9 / 400) = 0.015.
+    a = np.concatenate([np.ones(40), np.zeros(360)])
+    value, low, high = bootstrap(a, np.zeros(400), 1)
+    assert value == pytest.approx(0.1)
+    assert low == pytest.approx(0.1 - 1.96 * 0.015, abs=0.004)
+    assert high == pytest.approx(0.1 + 1.96 * 0.015, abs=0.004)
+
+
+def test_bootstrap_is_paired() -> None:
+    # Both are right on every other example: unpaired the interval would be wide, paired there is no difference at all.
+    same = np.tile([0.0, 1.0], 100)
+    assert bootstrap(same, same.copy(), 3) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="same examples"):
+        bootstrap(same, same[:10], 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_bootstrap_is_symmetric(pairs: list[tuple[int, int]], seed: int) -> None:
+    a, b = np.array(pairs, dtype=float).T
+    value, low, high = bootstrap(a, b, seed, rounds=400)
+    assert low <= value + 1e-12
+    assert value <= high + 1e-12
+    assert bootstrap(b, a, seed, rounds=400) == pytest.approx((-value, -high, -low), abs=1e-12)
+
+
+def test_judge_says_met_or_by_how_much_not() -> None:
+    ask = Target(3.0, 1.0)
+    met = judge(record(speed=3.6, loss=Interval(0.4, -0.6, 1.3), target=ask))
+    assert met.good is True
+    assert met.text == (
+        "Target met: 3.60 times as fast at batch 32 where 3 was asked; 0.4 points of accuracy lost where at most 1 was asked."
+    )
+    slow = judge(record(speed=2.4, loss=Interval(0.4, -0.6, 1.3), target=ask))
+    assert slow.good is False
+    assert "20 % short" in slow.text
+    noisy = judge(record(speed=3.6, loss=Interval(1.3, 0.2, 2.4), target=ask))
+    assert noisy.good is True
+    assert "reaches the bar: within the noise of 872 examples" in noisy.text
+    lossy = judge(record(speed=3.6, loss=Interval(2.5, 1.1, 3.9), target=ask))
+    assert lossy.good is False
+    assert "1.5 points too many" in lossy.text
+    assert judge(BASE).good is None
+
+
+def rival(score: float, speed: float) -> Record:
+    return record("int8", score, speed, role="teacher-int8")
+
+
+@pytest.mark.parametrize(
+    ("score", "speed", "versus", "good", "words"),
+    [
+        (0.90, 2.0, Interval(0.0, -0.5, 0.5), True, "Beats the teacher in ONNX Runtime dynamic int8 (int8): 1.50x its speed"),
+        (0.903, 2.0, Interval(0.3, -0.5, 1.1), True, "equal within the noise"),
+        (0.92, 2.0, Interval(2.0, 1.0, 3.0), False, "Does not beat the teacher in ONNX Runtime dynamic int8 (int8) at equal"),
+        (0.90, 4.0, Interval(0.0, -0.5, 0.5), False, "Does not beat"),
+        (0.90, 3.0, Interval(0.0, -0.5, 0.5), False, "too close to call"),
+        (0.88, 3.0, Interval(-2.0, -3.0, -1.0), True, "2.0 points better (95 %: 3.0 better to 1.0 better)"),
+        (0.88, 4.0, Interval(-2.0, -3.0, -1.0), None, "Neither beats the other"),
+        (0.91, 4.0, None, False, "not paired by example"),
+    ],
+)
+def test_a_duel_is_computed(score: float, speed: float, versus: Interval | None, good: bool | None, words: str) -> None:
+    ours = record(score=0.90, speed=3.0, versus={} if versus is None else {"int8": versus})
+    verdicts = against(ours, [BASE, rival(score, speed), ours])
+    assert verdicts[0].good is good
+    assert words in verdicts[0].text
+    assert [verdict.text for verdict in verdicts[1:]] == [
+        "Not measured: the teacher in OpenVINO int8.",
+        "Not measured: a smaller dense model distilled with the same budget.",
+    ]
+    assert tally(verdicts) == f"At equal quality it beats {int(good is True)} of the 1 rivals measured."
+
+
+def test_the_chosen_file_speaks_for_the_run() -> None:
+    early, late = record("early", chosen=True), record("late", chosen=True, date="2026-02-01T00:00:00+00:00")
+    assert choice([BASE, late, early, record("other", date="2027-01-01T00:00:00+00:00")]) == late
+    assert choice([BASE]) is None
+
+
+# -- What people see ---------------------------------------------------------------------------------------------------------
+
+NASTY = '<script>alert("x")</script> & [b]bold[/b] | `code`\n```'
+
+
+def rows() -> list[Record]:
+    return [
+        BASE,
+        record("int8", 0.895, 1.8, role=Role.TEACHER_INT8, loss=Interval(0.5, -0.4, 1.4), size_bytes=23_000_000),
+        record(
+            NASTY,
+            0.893,
+            3.4,
+            chosen=True,
+            loss=Interval(0.7, -0.4, 1.8),
+            layers=(Layer("0", 12, 12, 700, 1536), Layer("1", 0, 12, 96, 1536)),
+            target=Target(3.0, 1.0),
+            params=14_000_000,
+            macs=60_000_000,
+            minutes=20.0,
+            seed=0,
+            versus={"int8": Interval(0.2, -0.5, 0.9)},
+            size_bytes=15_000_000,
+        ),
+    ]
+
+
+def test_the_table_fits_eighty_columns() -> None:
+    from rich.console import Console
+
+    long = record(
+        "a name that goes on and on until it is far too long for a table", -0.5, 12.34, loss=Interval(-10.5, -12.5, -8.5)
+    )
+    console = Console(width=80, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    with console.file:
+        console.print(table([*rows(), long], "title [/] with markup"))
+    text = console.export_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for figure in ("0.8930", "+0.7 −0.4..+1.8", "15.0", "3.40", "12.34", "-0.5000", "−10.5 −12.5..−8.5", "[b]bold[/b]", "[/]"):
+        assert figure in text
+    assert "…" not in text
+
+
+class Checker(HTMLParser):
+    """Collects mistakes of nesting, what is loaded from elsewhere, and the text."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.mistakes: list[str] = []
+        self.outside: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.outside += [f"{name}={value}" for name, value in attrs if name in {"src", "href", "srcset", "onclick", "onload"}]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.mistakes.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check(path: Path) -> Checker:
+    checker = Checker()
+    checker.feed(path.read_text(encoding="utf-8"))
+    checker.close()
+    assert not checker.mistakes
+    assert not checker.open
+    return checker
+
+
+def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
+    answers = tuple(Changed(str(number), (NASTY, "second"), "good", "good", "bad", -1.0) for number in range(60))
+    page(rows(), Details(answers, "slimformer compress ./a"), tmp_path / "report.html")
+    found = check(tmp_path / "report.html")
+    assert not found.outside
+    assert "script" not in found.tags
+    assert found.tags.count("svg") == 6  # three pictures, wide and narrow
+    text = " ".join(found.text.split())
+    assert "Target met: 3.40 times as fast at batch 32 where 3 was asked; 0.7 points of accuracy lost" in text
+    assert "Beats the teacher in ONNX Runtime dynamic int8 (int8)" in text
+    assert "Not measured: the teacher in OpenVINO int8." in text
+    assert "12 of 24 heads and 796 of 3,072 FFN neurons are kept. 1 of 4 sublayers are gone altogether." in text
+    assert '<script>alert("x")</script> & [b]bold[/b]' in text  # shown as it is, not run
+    assert "60 examples: 60 got worse, 0 got better. The first 40 are shown." in text
+    assert "Some CPU, 2 cores; avx2" in text
+    lines = (tmp_path / "changed.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 60
+    assert json.loads(lines[0])["texts"] == [NASTY, "second"]
+
+
+def test_theory_and_measured_speed_share_no_table(tmp_path: Path) -> None:
+    page(rows(), Details(), tmp_path / "report.html")
+    tables = re.findall(r"<table.*?</table>", (tmp_path / "report.html").read_text(encoding="utf-8"), re.DOTALL)
+    assert sum("multiply-accumulates" in found for found in tables) == 1
+    assert not any("multiply-accumulates" in found and "batch 32" in found for found in tables)
+
+
+def test_a_page_of_little_still_stands(tmp_path: Path) -> None:
+    page([record("only", speed=None, size_bytes=None)], Details(), tmp_path / "report.html")
+    found = check(tmp_path / "report.html")
+    assert "svg" not in found.tags
+    assert not (tmp_path / "changed.jsonl").exists()
+    with pytest.raises(DataError, match="no records"):
+        page([], Details(), tmp_path / "none.html")
+
+
+def test_report_gathers_runs_and_shows_seeds(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        for row in rows():
+            ours = row.role == Role.OURS
+            append(
+                tmp_path / f"run{seed}" / "ledger.jsonl",
+                replace(row, name="ours", seed=seed, scores={"accuracy": 0.89 + seed / 100}) if ours else row,
+            )
+    append(tmp_path / "run0" / "ledger.jsonl", record("other task", task="glue/rte"))
+    records = report([tmp_path / f"run{seed}" for seed in (0, 1, 2)], tmp_path / "out")
+    assert len(records) == 10
+    found = check(tmp_path / "out" / "report.html")
+    assert "0.9000 (0.8900 to 0.9100)" in found.text
+    assert found.tags.count("h1") == 2  # a part for each task
+    assert "One seed only" not in found.text.split("glue/rte")[0]
+    with pytest.raises(DataError, match="no records in"):
+        report([tmp_path / "out"], tmp_path)
+
+
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3))
+def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
+    found = ticks(low, low + span)
+    assert 1 <= len(found) <= 12
+    assert all(low - 1e-6 <= value <= low + span + 1e-6 for value in found)
+    steps = {round((b - a) / span, 6) for a, b in itertools.pairwise(found)}
+    assert len(steps) <= 2  # equal but for rounding
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 100), st.floats(-1, 1), st.text(max_size=8)), min_size=1, max_size=10),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_figures_stay_inside_their_frame(points: list[tuple[float, float, str]], wide: bool) -> None:
+    marks = [Mark(x, y, label, "rival", label) for x, y, label in points]
+    width = 760 if wide else 360
+    svg = scatter(marks, [(x, y) for x, y, _ in points], "x < 3", "y & z", width=width, height=340, more_is_right=True)
+    assert "nan" not in svg
+    places = [float(value) for value in re.findall(r' (?:c?x)="(-?[\d.]+)"', svg)]
+    assert all(-1 <= place <= width + 1 for place in places)
+    checker = Checker()
+    checker.feed(svg)
+    assert not checker.mistakes
+
+
+def test_bars_show_what_is_gone() -> None:
+    svg = bars([("heads", [("0", 3, 12), ("1", 0, 12)])], width=360, columns=1)
+    assert "3 of 12" in svg
+    assert ">gone<" in svg
+    assert svg.count('class="kept"') == 1
+
+
+# -- The model card ----------------------------------------------------------------------------------------------------------
+
+
+def make_card(folder: Path, **changes: Any) -> str:
+    ours = replace(rows()[2], name="small | model", file="model_int8_ort.onnx", precision="int8_dynamic")
+    given: dict[str, Any] = {"texts": [("great film",), ('dull "dull" ```',)], "max_length": 16, **changes}
+    return card(folder, ours, [BASE, ours], **given)
+
+
+def test_the_snippet_of_the_card_runs_without_us(tmp_path: Path) -> None:
+    folder = export(tmp_path / "model", ("model.onnx", "model_int8_ort.onnx"))
+    make_card(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert len(blocks) == 1
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) == 10
+    assert "slimformer" not in blocks[0]
+    refuse = "import sys\nsys.modules.update(slimformer=None, torch=None, transformers=None)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", refuse + blocks[0]], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # The two texts have different lengths: only padding with the right id and mask gives these two.
+    assert done.stdout.strip() == "['good', 'bad']"
+
+
+def test_the_card_tells_the_hub(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    folder = export(tmp_path / "model", ("model_int8_ort.onnx",))
+    text = make_card(folder, base_model="owner/bert", dataset="nyu-mll/glue", language="en", license="apache-2.0")
+    told = ModelCard(text).data
+    assert (told.base_model, told.base_model_relation, told.pipeline_tag) == ("owner/bert", "quantized", "text-classification")
+    assert (told.library_name, told.metrics, told.language, told.license) == ("onnx", ["accuracy"], "en", "apache-2.0")
+    assert {"onnx", "slimformer", "pruned", "int8"} <= set(told.tags)
+    assert told.eval_results[0].metric_value == 0.893
+    assert told.eval_results[0].dataset_split == "dev"
+    assert r"# small \| model" in text
+    assert r"| small \| model | 0.8930 | +0.7 (−0.4 to +1.8) | 15.0 | 3.40 | 3.40" in text
+    plain = ModelCard(make_card(folder, base_model="./my-bert")).data
+    assert plain.base_model is None
+    assert "base_model_relation" not in plain.to_dict()
+
+
+def test_a_score_is_printed_as_a_number(tmp_path: Path) -> None:
+    folder = export(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "score"}, "problem_type": "regression"}))
+    assert 'print(session.run(["logits"], feeds)[0][:, 0])' in snippet(folder, "model.onnx", [("a", "b")], 16)
+    assert 'encode_batch([("a", "b")])' in snippet(folder, "model.onnx", [("a", "b")], 16)

@@ -1,0 +1,531 @@
+"""The loop: it learns, its times and rates are what they say, it can be killed anywhere, and it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny import tiny
+from torch import nn
+from toy_task import accuracy, context, rows
+
+from slimformer import runstate, teaching, training
+from slimformer.errors import RecipeError
+from slimformer.log import Log
+from slimformer.methods.base import Capture, Context, Method, Progress, State, Step
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.gates import Gates
+from slimformer.plan import Decision, Plan
+from slimformer.training import Freeze, Settings, estimate, rate, train
+
+QUIET = Log(None, quiet=True)
+FAST = Settings(epochs=2, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing work, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Offset(State):
+    """Adds a trained vector to the embedding and counts its steps in a buffer; draws from the context's generator."""
+
+    def __init__(self, around: Context) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(around.anatomy.hidden_size))
+        self.seen: torch.Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.generator = around.generator
+        module = around.model.get_submodule(around.anatomy.embedding)
+        handle = module.register_forward_hook(lambda _, __, output: output + self.vector)
+        self.on_close(handle.remove)
+
+
+@dataclass(frozen=True)
+class Nudge(Method):
+    """A method with a parameter, a hook, a buffer and randomness of its own; may stop the run after some steps."""
+
+    stop_after: int | None = None
+    decides: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return "Nudge()"  # where it stops is no part of the work
+
+    def attach(self, context: Context) -> State:
+        return Offset(context)
+
+    def penalty(self, state: State, step: Step) -> torch.Tensor:
+        noise = torch.randn((), generator=state.generator)
+        return state.vector.square().sum() * 0.1 + state.vector.sum() * noise * 0.01
+
+    def advance(self, state: State, progress: Progress) -> None:
+        state.seen += 1
+        if progress.step == self.stop_after:
+            raise KeyboardInterrupt
+
+    def decide(self, state: State, context: Context) -> Decision:
+        assert int(state.seen) > 0
+        return Decision(Plan({"encoder.1.heads": (0, 2)}), scales={"encoder.0.heads": state.vector[:4]})
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def test_learns_a_separable_set(tmp_path: Path) -> None:
+    features, held = rows(200), rows(80, seed=1)
+    around = context(features=features)
+    settings = Settings(epochs=6, lr=3e-3, batch_size=16, precision="fp32")
+    result = train(around, features, (), settings, tmp_path, Log(tmp_path, quiet=True), accuracy(held))
+    assert result.last_metric is not None
+    assert result.last_metric > 0.9
+    assert accuracy(held)(around.model) == result.last_metric
+    assert result.losses[-1] < 0.3 < result.losses[0]
+    assert result.steps == 6 * math.ceil(200 / 16) == len(result.losses)
+    assert result.tokens == 6 * int(features.lengths().sum())
+    assert 0 < result.overhead_share < 1
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [event["metric"] for event in events if event["kind"] == "evaluation"] == list(result.metrics)
+    assert len(result.metrics) == 6
+
+
+def test_learns_in_bfloat16_with_float32_weights(tmp_path: Path) -> None:
+    features = rows(200)
+    around = context(features=features)
+    settings = Settings(epochs=5, lr=3e-3, batch_size=16, precision="bf16")
+    result = train(around, features, (), settings, tmp_path, QUIET, accuracy(features))
+    assert result.precision == "bf16"
+    assert result.last_metric is not None
+    assert result.last_metric > 0.9
+    assert {parameter.dtype for parameter in around.model.parameters()} == {torch.float32}
+
+
+def test_the_rate_rises_then_falls_in_lines() -> None:
+    assert [rate(step, 10, 0.2) for step in range(10)] == [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert [rate(step, 4, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [rate(step, 2, 1.0) for step in range(2)] == [0.5, 1.0]
+
+
+def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
+    """One step on one batch without dropout, against the formulas of AdamW: decay, then the sign-like first step."""
+    features = rows(16)
+    around = context(tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), features)
+    model = around.model
+    before = weights(model)
+    batch = next(around.batches(16))
+    model.train()
+    labels = batch.pop("labels")
+    torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert norm > 0.01
+    settings = Settings(steps=1, lr=0.01, batch_size=16, precision="fp32", warmup=0.0, clip=0.01, weight_decay=0.1)
+    train(around, features, (), settings, tmp_path, QUIET)
+    for name, parameter in model.named_parameters():
+        if name not in gradients:
+            assert torch.equal(parameter, before[name])
+            continue
+        clipped = gradients[name] * (0.01 / norm)
+        decayed = before[name] * (1 - 0.01 * (0.1 if parameter.ndim > 1 else 0.0))
+        # bias-corrected moments of the first step are g and g*g
+        torch.testing.assert_close(parameter.detach(), decayed - 0.01 * clipped / (clipped.abs() + 1e-8), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
+def test_a_stopped_run_ends_with_the_same_numbers(tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "STATE_SHARE", math.inf)  # a state after each step, however long the writing takes
+    features = rows(96)
+    teacher = tiny("bert", seed=9)
+    settings = Settings(epochs=2, lr=3e-3, batch_size=16, precision="fp32", checkpoint_seconds=0.0)
+
+    def run(folder: Path, method: Nudge) -> tuple[Context, training.Trained]:
+        around = context(features=features, teacher=teacher)
+        return around, train(around, features, (method, Distillation()), settings, folder, QUIET, accuracy(features))
+
+    straight, expected = run(tmp_path / "straight", Nudge())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", Nudge(stop_after=stop))
+    state = runstate.latest(tmp_path / "stopped")
+    assert (state.step if state else 0) == stop - 1
+    resumed, result = run(tmp_path / "stopped", Nudge())
+    assert same(weights(straight.model), weights(resumed.model))
+    assert result.losses == expected.losses
+    assert result.metrics == expected.metrics
+    assert torch.equal(result.decision.scales["encoder.0.heads"], expected.decision.scales["encoder.0.heads"])
+    assert result.tokens == expected.tokens
+
+
+def test_a_finished_run_only_decides_again(tmp_path: Path) -> None:
+    features = rows(48)
+    first = context(features=features)
+    expected = train(first, features, (Nudge(),), FAST, tmp_path, QUIET)
+    again = context(features=features)
+    result = train(again, features, (Nudge(stop_after=1),), FAST, tmp_path, QUIET)  # would stop at any step it made
+    assert same(weights(first.model), weights(again.model))
+    assert result.losses == expected.losses
+    runstate.forget(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_of_other_work_is_not_continued(tmp_path: Path) -> None:
+    features = rows(48)
+    train(context(features=features), features, (), FAST, tmp_path, QUIET)
+    log = Log(tmp_path, quiet=True)
+    other = Settings(epochs=2, lr=1e-3, batch_size=16, precision="fp32", evaluate=False)
+    fresh, continued = context(features=features), context(features=features)
+    train(fresh, features, (), other, tmp_path / "fresh", QUIET)
+    train(continued, features, (), other, tmp_path, log)
+    assert same(weights(fresh.model), weights(continued.model))
+    assert "starts from the beginning" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_damaged_state_is_passed_over(tmp_path: Path) -> None:
+    state = runstate.RunState(3, {"a": torch.arange(4.0)}, {"key": "x"})
+    runstate.save(tmp_path, state)
+    broken = tmp_path / "state" / "step-000000009"
+    broken.mkdir()
+    (broken / "state.json").write_text('{"step": 9}')
+    (broken / "state.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    found = runstate.latest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    assert found.facts == {"key": "x"}
+    assert torch.equal(found.tensors["a"], torch.arange(4.0))
+
+
+SCRIPT = """
+import math, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from toy_task import context, rows
+from slimformer import training
+from slimformer.log import Log
+from slimformer.methods.gates import Gates
+torch.set_num_threads(1)
+training.STATE_SHARE = math.inf
+features = rows(96)
+around = context(features=features)
+settings = training.Settings(steps=int(sys.argv[2]), lr=3e-3, batch_size=16, precision="bf16", checkpoint_seconds=0.0)
+training.train(around, features, (Gates(target=0.5),), settings, Path(sys.argv[1]), Log(None, quiet=True))
+save_file(around.model.state_dict(), sys.argv[1] + "/end.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_kill_dash_nine(tmp_path: Path) -> None:
+    """Killed twice by the operating system, wherever that was, the run ends bit for bit as the one that was left alone."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "300"], env=environment)
+
+    straight = start(tmp_path / "straight")
+    assert straight.wait() == 0
+    for passed in (5, 40):
+        run = start(tmp_path / "killed")
+        deadline = time.monotonic() + 60
+        while max([int(p.name[5:]) for p in (tmp_path / "killed" / "state").glob("step-*")], default=0) < passed:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "end.safetensors").exists()
+    last = start(tmp_path / "killed")
+    assert last.wait() == 0
+    assert (tmp_path / "killed" / "end.safetensors").read_bytes() == (tmp_path / "straight" / "end.safetensors").read_bytes()
+    assert not list(tmp_path.rglob(".part-*"))
+
+
+def test_everything_is_off_the_model_afterwards(tmp_path: Path) -> None:
+    features = rows(32)
+    around = context(features=features, teacher=tiny("bert", seed=4))
+    model = around.model
+    model.bert.embeddings.requires_grad_(False)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    keys, attention, random = set(model.state_dict()), model.config._attn_implementation, torch.get_rng_state()
+    methods = (Gates(target=0.5), Distillation(scores=1.0))
+    decision = train(around, features, methods, FAST, tmp_path, QUIET).decision
+    assert decision.plan.keep
+    decision.plan.check(around.anatomy)
+    assert hooks(model) == 0
+    assert hooks(around.teacher) == 0
+    assert model.config._attn_implementation == around.teacher.config._attn_implementation == attention
+    assert set(model.state_dict()) == keys
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@dataclass(frozen=True)
+class Breaks(Method):
+    needs: ClassVar[frozenset[Capture]] = frozenset({Capture.HIDDEN, Capture.SCORES})
+
+    def penalty(self, state: State, step: Step) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+def test_everything_is_off_the_model_after_an_error(tmp_path: Path) -> None:
+    around = context()
+    with pytest.raises(ZeroDivisionError):
+        train(around, rows(), (Nudge(), Breaks()), FAST, tmp_path, QUIET)
+    assert hooks(around.model) == 0
+    assert around.model.config._attn_implementation == "sdpa"
+    assert not around.model.training
+
+
+def test_two_that_decide_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    around = context()
+    before = weights(around.model)
+    with pytest.raises(RecipeError, match=r"test_training and gates both decide") as caught:
+        train(around, rows(), (Nudge(), Gates(target=0.5), Distillation()), FAST, tmp_path, QUIET)
+    assert "distillation needs a teacher" in str(caught.value)  # all mistakes at once
+    assert same(weights(around.model), before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_name_every_mistake() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Settings(epochs=0, lr=-1, batch_size=0, warmup=2, precision="int4")  # type: ignore[arg-type]
+    for name in ("epochs: 0", "lr: -1", "batch_size: 0", "warmup: 2", "precision: 'int4'"):
+        assert name in str(caught.value)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    around = context()
+    with torch.no_grad():
+        around.model.classifier.bias[0] = math.nan
+    with pytest.raises(RecipeError, match="the loss is nan by step 1"):
+        train(around, rows(), (), FAST, tmp_path, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "still"),
+    [
+        (Freeze.NOTHING, set()),
+        (Freeze.EMBEDDINGS, {"bert.embeddings.word_embeddings.weight"}),
+        (Freeze.ENCODER, {name for name, _ in tiny("bert").named_parameters() if name.startswith("bert.")}),
+        (Freeze.EVERYTHING, {name for name, _ in tiny("bert").named_parameters()}),
+    ],
+)
+def test_freeze(tmp_path: Path, freeze: Freeze, still: set[str]) -> None:
+    around = context()
+    before = weights(around.model)
+    settings = Settings(epochs=1, lr=3e-3, batch_size=16, precision="fp32", freeze=freeze)
+    train(around, rows(), (Nudge(),), settings, tmp_path, QUIET)
+    after = weights(around.model)
+    assert {name for name in before if torch.equal(before[name], after[name])} == still
+
+
+def test_nothing_to_train_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing can train"):
+        train(context(), rows(), (), Settings(freeze=Freeze.EVERYTHING), tmp_path, QUIET)
+    with pytest.raises(RecipeError, match="nothing to train on"):
+        train(context(), rows(), (), Settings(task_weight=0.0), tmp_path, QUIET)
+
+
+@dataclass(frozen=True)
+class Watch(Method):
+    """Compares what the teacher is said to see with what it sees; `needs` as asked."""
+
+    wants: frozenset[Capture]
+    needs_teacher: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[Capture]:  # type: ignore[override]
+        return self.wants
+
+    def attach(self, context: Context) -> State:
+        state = State()
+        state.around = context  # not the teacher itself: a submodule of the state would train with it
+        return state
+
+    def penalty(self, state: State, step: Step) -> torch.Tensor | None:
+        assert step.teacher is not None
+        inputs = {name: step.batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        with torch.no_grad():
+            seen = state.around.teacher(**inputs, output_hidden_states=True)
+        torch.testing.assert_close(step.teacher.output["logits"], seen.logits, atol=1e-4, rtol=1e-4)
+        real = step.batch["attention_mask"].bool()
+        assert len(step.teacher.hidden) == (len(seen.hidden_states) if Capture.HIDDEN in self.wants else 0)
+        for mine, theirs in zip(step.teacher.hidden, seen.hidden_states, strict=False):
+            torch.testing.assert_close(mine[real], theirs[real], atol=2e-3, rtol=2e-3)  # kept in half precision
+        return None
+
+
+def count_calls(model: nn.Module) -> list[int]:
+    calls: list[int] = []
+    model.register_forward_hook(lambda _, __, ___: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("wants", [{Capture.LOGITS}, {Capture.LOGITS, Capture.HIDDEN}])
+def test_cached_teacher_is_the_teacher(tmp_path: Path, wants: set[Capture]) -> None:
+    features = rows(150)
+    around = context(features=features, teacher=tiny("bert", seed=5))
+    settings = Settings(epochs=1, batch_size=16, precision="fp32")
+    train(around, features, (Watch(frozenset(wants)),), settings, tmp_path, QUIET)
+
+
+def test_a_cache_hit_does_not_run_the_teacher(tmp_path: Path) -> None:
+    features, cache = rows(150), tmp_path / "cache"
+    teacher = tiny("bert", seed=5)
+    calls = count_calls(teacher)
+
+    def run(name: str, method: Distillation) -> int:
+        before = len(calls)
+        train(context(features=features, teacher=teacher), features, (method,), FAST, tmp_path / name, QUIET, cache=cache)
+        return len(calls) - before
+
+    filled = math.ceil(150 / teaching.BATCH) + 2  # and two looks at what has a token axis
+    assert run("a", Distillation(hidden=0.0)) == filled
+    assert run("b", Distillation(hidden=0.0)) == 0
+    assert run("c", Distillation()) == filled
+    assert run("d", Distillation()) == 0
+    assert run("e", Distillation(scores=1.0)) == 2 * math.ceil(150 / 16)  # scores are never kept: the teacher runs along
+    with torch.no_grad():
+        teacher.classifier.bias += 1
+    assert run("f", Distillation(hidden=0.0)) == filled  # another teacher now
+
+
+def test_hidden_states_above_the_cap_are_computed_live(tmp_path: Path) -> None:
+    features = rows(48)
+    around = context(features=features, teacher=tiny("bert", seed=5))
+    calls = count_calls(around.teacher)
+    train(around, features, (Distillation(),), replace(FAST, hidden_cache_bytes=1000), tmp_path, QUIET)
+    assert len(calls) == 2 * 3
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_outputs_per_token_are_kept_per_token(tmp_path: Path) -> None:
+    """Span scores, one per token, come back padded to the width of any batch, also where a class count equals a width."""
+    from tiny import tiny_config
+    from transformers import BertForQuestionAnswering, BertForSequenceClassification
+
+    from slimformer.batching import collate
+
+    features = rows(40, longest=6)
+    for cls, names, per_token in (
+        (BertForQuestionAnswering, ("start_logits", "end_logits"), True),
+        (BertForSequenceClassification, ("logits",), False),
+    ):
+        model = cls(tiny_config("bert", num_labels=2 if per_token else 6)).eval()
+        around = context(model, features)
+        task = replace(around.task)
+        object.__setattr__(task, "outputs", names)
+        teacher = teaching.Teacher(
+            model,
+            around.anatomy,
+            ("input_ids", "attention_mask"),
+            task,
+            lambda: torch.autocast("cpu", enabled=False),
+            "fp32",
+            torch.device("cpu"),
+        )
+        with teaching.teaching(teacher, features, {Capture.LOGITS}, tmp_path / cls.__name__, QUIET, cap_bytes=0) as lessons:
+            some = [3, 17, 29]
+            batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
+            seen = lessons.see(some, batch).output
+            with torch.no_grad():
+                live = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            real = batch["attention_mask"].bool()
+            for name in names:
+                keep = real if per_token else torch.ones_like(live[name], dtype=torch.bool)
+                torch.testing.assert_close(seen[name][keep], live[name][keep], atol=1e-5, rtol=1e-5)
+                assert seen[name].shape == live[name].shape
+
+
+def test_estimate_changes_nothing() -> None:
+    features = rows(120)
+    around = context(features=features, teacher=tiny("bert", seed=5))
+    before, generator, random = weights(around.model), around.generator.get_state(), torch.get_rng_state()
+    told = estimate(around, features, (Gates(target=0.5), Distillation()), FAST, seconds=0.2)
+    assert same(weights(around.model), before)
+    assert torch.equal(around.generator.get_state(), generator)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert hooks(around.model) == hooks(around.teacher) == 0
+    assert told.steps == 16
+    assert told.precision == "fp32"
+    assert told.seconds > 0
+    assert told.tokens_per_second > 0
+    assert told.peak_rss_bytes > 50 * 2**20  # torch alone is more
+
+
+def test_shares_of_a_batch_cover_it_and_are_equal() -> None:
+    assert training._share([4, 5, 6], 0, 1) == [4, 5, 6]
+    shares = [training._share([4, 5, 6, 7, 8], rank, 2) for rank in range(2)]
+    assert shares == [[4, 6, 8], [5, 7, 4]]
+    assert [training._share([4], rank, 3) for rank in range(3)] == [[4], [4], [4]]
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from tiny import tiny
+from toy_task import accuracy, context, rows
+from slimformer import training
+from slimformer.log import Log
+from slimformer.methods.distillation import Distillation
+torch.set_num_threads(1)
+features = rows(96)
+still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+around = context(tiny("bert", **still), features, tiny("bert", seed=5))
+settings = training.Settings(epochs=2, lr=1e-3, batch_size=16, precision="fp32")
+out = Path(sys.argv[1])
+result = training.train(around, features, (Distillation(hidden=0.0),), settings, out, Log(out, quiet=True), accuracy(features))
+save_file(around.model.state_dict(), out / f"end-{sys.argv[2]}-{training._accelerator((), None).process_index}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Without dropout, two processes that share each batch and average gradients end where one process does."""
+    from safetensors.torch import load_file
+
+    script = tmp_path / "run.py"
+    script.write_text(PROCESSES)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = [sys.executable, str(script), str(tmp_path / "one"), "one"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(alone, env=environment, check=True, timeout=120)
+    subprocess.run([*launch, str(script), str(tmp_path / "two"), "two"], env=environment, check=True, timeout=240)
+    one = load_file(tmp_path / "one" / "end-one-0.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"end-two-{rank}.safetensors") for rank in range(2)]
+    assert same(*ranks)
+    before = weights(tiny("bert"))
+    for name, tensor in one.items():
+        if "position_ids" not in name:
+            torch.testing.assert_close(ranks[0][name], tensor, atol=2e-3, rtol=0)
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    assert moved > 0.01  # or the comparison would say nothing
