@@ -14,9 +14,23 @@ import numpy as np
 import pytest
 from tiny_export import data, export
 
-from slimformer import bench
-from slimformer.bench import Engine, Lengths, Timing, Workload, compare, evaluate, ratio, size_bytes, workloads
-from slimformer.errors import DataError, ExtraError, ModelError
+from slimformer.bench import (
+    SINGLE,
+    SORTED,
+    Engine,
+    Lengths,
+    Measurement,
+    Timing,
+    Workload,
+    bench,
+    compare,
+    evaluate,
+    open_model,
+    ratio,
+    size_bytes,
+    workloads,
+)
+from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.machine import FLAGS, Load, environment, quiet
 from slimformer.tasks.base import Features
 
@@ -202,10 +216,10 @@ def test_size_counts_what_ships(tmp_path: Path) -> None:
 # -- slimformer bench, on an exported folder ---------------------------------------------------------------------------------
 
 
-def run_bench(*paths: Path, folder: Path) -> bench.Measurement:
+def run_bench(*paths: Path, folder: Path) -> Measurement:
     from slimformer.tasks.classification import Classification
 
-    return bench.bench(paths, Classification(data=str(data(folder))), rounds=3, wait_seconds=0, threads=1, task_name="toy")
+    return bench(paths, Classification(data=str(data(folder))), rounds=3, load=LOAD, threads=1, task_name="toy")
 
 
 def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
@@ -221,7 +235,7 @@ def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
     assert two.loss.low <= 20.0 <= two.loss.high
     assert one.loss is None
     assert one.times_faster(32).median == 1.0
-    assert {timing.workload for timing in two.timings} == set(two.speed) == {bench.SINGLE, bench.SORTED}
+    assert {timing.workload for timing in two.timings} == set(two.speed) == {SINGLE, SORTED}
     assert two.size_bytes == (tmp_path / "second" / "model.onnx").stat().st_size
     assert two.timings[0].runtime == "onnxruntime"
     assert result.answers["first"] == ("good", "bad", "bad", "good", "bad")
@@ -234,6 +248,22 @@ def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
     assert [record.precision for record in result.records] == ["float", "int8_dynamic"]
 
 
+def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
+    from slimformer.report import Facts, write_facts
+
+    folder = export(tmp_path / "model", ("model.onnx", "model_int8_qdq.onnx"))
+    options = {"use": "classification", "data": str(data(tmp_path / "data"))}
+    with pytest.raises(RecipeError, match="no data to bench on"):
+        bench([folder], load=LOAD)
+    write_facts(folder, Facts("model_int8_qdq.onnx", options, 16, "accuracy", params=12, seed=3))
+    other = export(tmp_path / "other")
+    ours, plain = bench([folder, other], rounds=3, load=LOAD, threads=1).records
+    assert (ours.file, ours.params, ours.seed, plain.params) == ("model_int8_qdq.onnx", 12, 3, None)
+    (folder / "model_int8_qdq.onnx").unlink()
+    with pytest.raises(ModelError, match=r"names 'model_int8_qdq\.onnx' as the best file, which is not there"):
+        bench([folder, other], load=LOAD)
+
+
 def test_a_folder_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no such folder"):
         run_bench(tmp_path / "nothing", folder=tmp_path / "data")
@@ -241,12 +271,13 @@ def test_a_folder_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
         run_bench(tmp_path, folder=tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_no_mean_is_resampled_itself(tmp_path: Path) -> None:
     from slimformer.tasks.classification import Classification
 
     task = Classification(data=str(data(tmp_path / "data")), metric="f1")
     first, second = export(tmp_path / "a"), export(tmp_path / "b", weights={"dull": (0.0, 1.0)})
-    one, two = bench.bench([first, second], task, rounds=3, wait_seconds=0, threads=1).records
+    one, two = bench([first, second], task, rounds=3, load=LOAD, threads=1).records
     assert two.loss is not None
     # Worked by hand: F1 of "good" is 4/5 for the first (2 of 3 found, none wrong) and 6/8 for the second (3 found, 2 wrong).
     assert (one.score, two.score) == pytest.approx((0.8, 0.75))
@@ -254,6 +285,7 @@ def test_a_metric_that_is_no_mean_is_resampled_itself(tmp_path: Path) -> None:
     assert two.loss.low < 5.0 < two.loss.high
 
 
+@pytest.mark.slow
 def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     export(tmp_path / "model", ("model.onnx", "model_fused.onnx"))
     data(tmp_path / "data")
@@ -294,9 +326,9 @@ def test_a_missing_runtime_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_
     from slimformer import registry
 
     runtime = registry.find("runtimes", "openvino")
-    monkeypatch.setattr(runtime, "available", lambda self: False)
+    monkeypatch.setattr(runtime, "available", lambda _: False)
     with pytest.raises(ExtraError, match=r"pip install 'slimformer\[openvino\]'"):
-        bench.open_model(tmp_path / "model.onnx", "openvino", 1)
+        open_model(tmp_path / "model.onnx", "openvino", 1)
 
 
 def test_timing_is_what_its_samples_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import logging
@@ -291,14 +292,23 @@ def test_the_table_fits_eighty_columns() -> None:
     long = record(
         "a name that goes on and on until it is far too long for a table", -0.5, 12.34, loss=Interval(-10.5, -12.5, -8.5)
     )
-    console = Console(width=80, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    with console.file:
-        console.print(table([*rows(), long], "title [/] with markup"))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table([*rows(), long], "title [/] with markup"))
     text = console.export_text()
     assert all(len(line) <= 80 for line in text.splitlines())
     for figure in ("0.8930", "+0.7 −0.4..+1.8", "15.0", "3.40", "12.34", "-0.5000", "−10.5 −12.5..−8.5", "[b]bold[/b]", "[/]"):
         assert figure in text
     assert "…" not in text
+
+
+def test_the_table_keeps_tasks_apart() -> None:
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table([BASE, record("cola", 0.5, task="cola", metric="matthews", scores={"matthews": 0.5})]))
+    text = console.export_text()
+    assert "teacher, glue/sst2: accuracy" in text
+    assert "teacher, cola: matthews" in text
 
 
 class Checker(HTMLParser):

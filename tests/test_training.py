@@ -242,7 +242,7 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         folder.mkdir(exist_ok=True)
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "300"], env=environment)
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), "120"], env=environment)
 
     straight = start(tmp_path / "straight")
     assert straight.wait() == 0
@@ -489,19 +489,22 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+from test_training import Nudge
 from tiny import tiny
 from toy_task import accuracy, context, rows
 from slimformer import training
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 torch.set_num_threads(1)
-features = rows(96)
+features = rows(90)
 still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 around = context(tiny("bert", **still), features, tiny("bert", seed=5))
-settings = training.Settings(epochs=2, lr=1e-3, batch_size=16, precision="fp32")
+settings = training.Settings(epochs=2, lr=3e-3, batch_size=10, precision="fp32")
 out = Path(sys.argv[1])
-result = training.train(around, features, (Distillation(hidden=0.0),), settings, out, Log(out, quiet=True), accuracy(features))
-save_file(around.model.state_dict(), out / f"end-{sys.argv[2]}-{training._accelerator((), None).process_index}.safetensors")
+methods = (Nudge(), Distillation(hidden=0.0))
+result = training.train(around, features, methods, settings, out, Log(out, quiet=True), accuracy(features))
+tensors = around.model.state_dict() | {"offset": result.decision.scales["encoder.0.heads"]}
+save_file(tensors, out / f"end-{sys.argv[2]}-{training._accelerator((), None).process_index}.safetensors")
 """
 
 
@@ -525,7 +528,21 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert same(*ranks)
     before = weights(tiny("bert"))
     for name, tensor in one.items():
-        if "position_ids" not in name:
-            torch.testing.assert_close(ranks[0][name], tensor, atol=2e-3, rtol=0)
-    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
-    assert moved > 0.01  # or the comparison would say nothing
+        torch.testing.assert_close(ranks[0][name], tensor, atol=5e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    # what moved far more than that, or the comparison would say nothing
+    assert max(float((one[name] - before[name]).abs().max()) for name in before) > 0.01
+    assert float(one["offset"].abs().max()) > 0.005
+
+
+def test_trains_after_somebody_elses_mixed_precision(tmp_path: Path) -> None:
+    """accelerate keeps one state per process; a Trainer that ran with bf16 before us leaves it behind."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    try:
+        AcceleratorState._reset_state()
+        assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+        result = train(context(), rows(32), (), FAST, tmp_path, QUIET)
+        assert result.precision == "fp32"
+    finally:
+        AcceleratorState._reset_state()

@@ -23,7 +23,7 @@ BUCKETS = 4096
 
 def levels(size: int, multiple: int, *, may_vanish: bool) -> np.ndarray:
     """Counts a site may keep: 0 if it may vanish, then every `multiple`, and the full size."""
-    some = [count for count in range(multiple, size, multiple)] or ([1] if size > 1 else [])
+    some = list(range(multiple, size, multiple)) or ([1] if size > 1 else [])
     return np.array(([0] if may_vanish else []) + some + [size])
 
 

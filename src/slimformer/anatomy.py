@@ -45,10 +45,7 @@ class Slice:
     def rows(self, size: int, keep: Sequence[int]) -> list[int]:
         """Rows that stay when the units `keep` of `size` stay, part after part."""
         return [
-            (part * size + unit) * self.unit + row
-            for part in range(self.parts)
-            for unit in keep
-            for row in range(self.unit)
+            (part * size + unit) * self.unit + row for part in range(self.parts) for unit in keep for row in range(self.unit)
         ]
 
 

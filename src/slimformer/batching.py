@@ -28,7 +28,7 @@ def collate(features: Features, rows: Sequence[int], names: Collection[str] | No
     for name in columns:
         if names is not None and name not in names:
             continue
-        if name == "attention_mask":
+        if name not in features.columns:  # the mask
             batch[name] = (np.arange(width) < np.asarray(lengths, dtype=np.int64)[:, None]).astype(np.int64)  # (batch, seq)
             continue
         values = [features.columns[name][row] for row in rows]

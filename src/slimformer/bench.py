@@ -21,7 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
-from slimformer.machine import Load, cores, environment, quiet
+from slimformer.machine import Load as Load
+from slimformer.machine import cores as cores
+from slimformer.machine import environment as environment
+from slimformer.machine import peak_rss_bytes as peak_rss_bytes
+from slimformer.machine import quiet as quiet
 from slimformer.tasks.base import Features, Outputs, Split
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ FILES = {
     "model_fused.onnx": "fused",
     "model.onnx": "float",
 }
-METRIC_ROUNDS = 1000  # resamples of a metric that is no mean over examples: each costs two calls of the task's score
+METRIC_ROUNDS = 500  # resamples of a metric that is no mean over examples: each is a call of the task's score, some ms
 
 
 # -- What is timed -----------------------------------------------------------------------------------------------------------
@@ -333,41 +337,53 @@ class Measurement:
     answers: Mapping[str, tuple[str, ...]]
 
 
-def metric_loss(
-    first: Entry, second: Entry, outputs: Mapping[str, Outputs], examples: Sequence[Example], seed: int = 0
-) -> Interval:
-    """Points of the task's metric that `second` lies below `first`, with a paired bootstrap interval (95 %).
+def metric_losses(
+    entries: Sequence[Entry],
+    pairs: Sequence[tuple[str, str]],
+    outputs: Mapping[str, Outputs],
+    examples: Sequence[Example],
+    seed: int = 0,
+) -> dict[tuple[str, str], Interval]:
+    """For each pair of entry names, the points of the metric that the second lies below the first, with its 95 % interval.
 
-    Where the metric is the mean of the per-example credit (accuracy), 10,000 resamples are drawn at once; any other (F1,
-    Matthews, correlations) is computed anew by the task on 1,000 resamples.
+    Paired bootstrap over examples. Where the metric is the mean of the per-example credit (accuracy), 10,000 resamples are
+    drawn at once; any other (F1, Matthews, correlations) is computed anew by the task on 500 resamples, the same for all.
     """
     from slimformer.report import Interval, bootstrap
 
-    metric = first.task.metric
-    sign = 1.0 if first.task.higher_is_better else -1.0
-    entries = (first, second)
-    scores = [entry.task.score(outputs[entry.name], entry.features, examples)[metric] for entry in entries]
-    credits = [entry.task.credit(outputs[entry.name], entry.features, examples) for entry in entries]
-    if all(abs(score - credit.mean()) < 1e-9 for score, credit in zip(scores, credits, strict=True)):
-        value, low, high = bootstrap(credits[0], credits[1], seed)
-        return Interval(100 * sign * value, 100 * min(sign * low, sign * high), 100 * max(sign * low, sign * high))
+    task = entries[0].task
+    sign = 100.0 if task.higher_is_better else -100.0
+    scores = {item.name: item.task.score(outputs[item.name], item.features, examples)[task.metric] for item in entries}
+    credits = {item.name: item.task.credit(outputs[item.name], item.features, examples) for item in entries}
+    if all(abs(scores[name] - credits[name].mean()) < 1e-9 for name in scores):
+        found = {}
+        for first, second in pairs:
+            value, low, high = (sign * part for part in bootstrap(credits[first], credits[second], seed))
+            found[first, second] = Interval(value, min(low, high), max(low, high))
+        return found
+    needed = {name for pair in pairs for name in pair}
+    again = {item.name: _resampled(item, outputs[item.name], examples, seed) for item in entries if item.name in needed}
+    found = {}
+    for first, second in pairs:
+        differences = sign * (again[first] - again[second])
+        # A resample may hold one class only, where a correlation is undefined.
+        differences = differences[np.isfinite(differences)]
+        low, high = np.percentile(differences, [2.5, 97.5]) if len(differences) else (np.nan, np.nan)
+        found[first, second] = Interval(sign * (scores[first] - scores[second]), float(low), float(high))
+    return found
+
+
+def _resampled(entry: Entry, outputs: Outputs, examples: Sequence[Example], seed: int) -> np.ndarray:
+    """The metric on resamples of the examples, the same ones for the same seed: (METRIC_ROUNDS,)."""
     draw = np.random.default_rng(seed)
-    differences = np.empty(METRIC_ROUNDS)
-    groups = [_rows_of(entry.features, len(examples)) for entry in entries]
+    rows = _rows_of(entry.features, len(examples))
     with np.errstate(all="ignore"):
-        for turn in range(METRIC_ROUNDS):
-            chosen = draw.integers(0, len(examples), len(examples))
-            values = [
-                _score_again(entry, outputs[entry.name], rows, examples, chosen)
-                for entry, rows in zip(entries, groups, strict=True)
+        return np.array(
+            [
+                _score_again(entry, outputs, rows, examples, draw.integers(0, len(examples), len(examples)))
+                for _ in range(METRIC_ROUNDS)
             ]
-            differences[turn] = sign * (values[0] - values[1])
-    finite = differences[np.isfinite(differences)]  # a resample may hold one class only, where a correlation is undefined
-    value = 100 * sign * (scores[0] - scores[1])
-    if not len(finite):
-        return Interval(value, float("nan"), float("nan"))
-    low, high = (float(bound) for bound in np.percentile(100 * finite, [2.5, 97.5]))
-    return Interval(value, low, high)
+        )
 
 
 def _rows_of(features: Features, examples: int) -> list[list[int]]:
@@ -458,10 +474,12 @@ def measure(
         ).items():
             timings[name].append(timing)
     machine = environment()
+    rivals = [entry.name for entry in entries if entry.role in (Role.TEACHER_INT8, Role.OPENVINO_INT8, Role.SMALL_DENSE)]
+    duels = {entry.name: rivals if entry.role == Role.OURS else [] for entry in entries}
+    pairs = [(first, entry.name) for entry in entries for first in (baseline, *duels[entry.name]) if first != entry.name]
+    losses = metric_losses(entries, pairs, outputs, examples, seed)
     records = []
     for entry in entries:
-        rivals = (Role.TEACHER_INT8, Role.OPENVINO_INT8, Role.SMALL_DENSE)
-        others = [other for other in entries if other.role in rivals] if entry.role == Role.OURS else []
         facts = {
             "name": entry.name,
             "role": str(entry.role),
@@ -472,8 +490,8 @@ def measure(
             "higher_is_better": entry.task.higher_is_better,
             "examples": len(examples),
             "scores": {name: float(value) for name, value in scores[entry.name].items()},
-            "loss": None if entry.name == baseline else metric_loss(base, entry, outputs, examples, seed),
-            "versus": {other.name: metric_loss(other, entry, outputs, examples, seed) for other in others},
+            "loss": losses.get((baseline, entry.name)),
+            "versus": {other: losses[other, entry.name] for other in duels[entry.name]},
             "precision": str(entry.precision),
             "file": entry.path.name if entry.path else "",
             "size_bytes": size_bytes(entry.path) if entry.path else None,
@@ -516,7 +534,7 @@ class _Found:
 
 def bench(
     paths: Sequence[Path],
-    task: Task,
+    task: Task | None = None,
     *,
     task_name: str = "",
     runtimes: Sequence[str] = ("onnxruntime",),
@@ -524,20 +542,24 @@ def bench(
     max_length: int | None = None,
     rounds: int = 10,
     limit: int = 100,
-    budget_seconds: float | None = 60.0,
+    seconds: float | None = 60.0,
     wait_seconds: float = 60.0,
+    load: Load | None = None,
     seed: int = 0,
 ) -> Measurement:
     """Models side by side on the task's dev split, ratios over the first path; `report.table(result.records)` shows them.
 
     A path is a folder with ONNX files (its best one is taken; of a single folder, all), an .onnx file in such a folder, or a
-    plain transformers folder, which is exported first and needs torch. ModelError, DataError or ExtraError say what is wrong.
+    plain transformers folder, which is exported first and needs torch. Without a task it is the one that the first folder which
+    names one was made for. `seconds` is for each of the two workloads; without a `load` it waits up to `wait_seconds` for a
+    quiet machine. ModelError, DataError or ExtraError say what is wrong.
     """
     from slimformer.report import Role
 
     if not paths:
         raise ModelError("there is nothing to bench.", help="name one or more model folders.")
     with tempfile.TemporaryDirectory(prefix="slimformer-bench-") as scratch:
+        task = task or _recorded_task([Path(path) for path in paths])
         found = _find_all([Path(path) for path in paths], task, Path(scratch), max_length)
         length = max_length or _max_length(found)
         examples = task.split(Split.DEV)
@@ -567,10 +589,23 @@ def bench(
             model=entries[0].name,
             rounds=rounds,
             limit=limit,
-            budget_seconds=budget_seconds,
-            load=quiet(wait_seconds),
+            budget_seconds=seconds,
+            load=load or quiet(wait_seconds),
             seed=seed,
         )
+
+
+def _recorded_task(paths: Sequence[Path]) -> Task:
+    from slimformer import registry
+    from slimformer.report import read_facts
+
+    for path in paths:
+        facts = read_facts(path if path.is_dir() else path.parent)
+        if facts is not None and "use" in facts.task:
+            options = {name: value for name, value in facts.task.items() if name != "use"}
+            task: Task = registry.find("tasks", str(facts.task["use"]))(**options)
+            return task
+    raise RecipeError("there is no data to bench on.", help="name it with --data ./folder, or --task glue/sst2 --data ...")
 
 
 def open_model(path: Path, runtime: str, threads: int) -> tuple[Runner, Engine] | None:

@@ -23,7 +23,7 @@ _PIPELINES = {
     "ForTokenClassification": "token-classification",
     "ForConditionalGeneration": "text2text-generation",
 }
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TOLD = {
     "model.onnx": "fp32, standard operators: any ONNX runtime",
     "model_fused.onnx": "fp32 with fused attention: ONNX Runtime only",
@@ -67,6 +67,11 @@ def snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_lengt
     )
 
 
+def _on_hub(name: str | None) -> bool:
+    """Whether a name can be one of the hub's rather than a local path."""
+    return name is not None and _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
 def _literal(text: str) -> str:
     """A Python string literal that cannot end the code block it stands in."""
     return json.dumps(text).replace("`", "\\u0060")
@@ -103,13 +108,13 @@ def card(
     pipeline = next((tag for end, tag in _PIPELINES.items() if kind.endswith(end)), None)
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     small = "int8" in record.precision
-    known = base_model if base_model and _HUB_NAME.fullmatch(base_model) else None
+    known = base_model if _on_hub(base_model) else None
     metric = _HUB_METRICS.get(record.metric, record.metric)
     name = record.name.replace("\n", " ")
     data = ModelCardData(
         base_model=known,
         base_model_relation=("quantized" if small else "finetune") if known else None,
-        datasets=[dataset] if dataset and _HUB_NAME.fullmatch(dataset) else None,
+        datasets=[dataset] if dataset and _on_hub(dataset) else None,
         language=language,
         license=license,
         library_name="onnx",

@@ -176,7 +176,9 @@ def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ModelError(f"{folder}/config.json names the class '{names[0]}', which transformers does not have.")
     if not (folder / "plan.json").is_file():
-        raise ModelError(f"{folder} holds no plan.json.", help="copy the whole folder: without the plan its shapes are unknown.")
+        raise ModelError(
+            f"{folder} holds no plan.json.", help="copy the whole folder: without the plan its shapes are unknown."
+        )
     plan = load_plan(folder)
     if plan.digest() != facts.get("plan"):
         raise ModelError(
@@ -256,9 +258,7 @@ def load_dense(folder: Path, auto_class: str | None = None, config_changes: Mapp
     fresh = [name for name in info["missing_keys"] if name not in extra]
     if extra or wrong or (fresh and auto_class is None):
         facts = [f"missing: {name}" for name in (extra or fresh)[:3]] + [f"shape: {name}" for name in wrong[:3]]
-        raise ModelError(
-            f"{folder}: the weights do not match config.json.", facts=facts, help="copy or save the model again."
-        )
+        raise ModelError(f"{folder}: the weights do not match config.json.", facts=facts, help="copy or save the model again.")
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -321,5 +321,3 @@ def register_auto_classes() -> None:
             transformers.AutoConfig.register(PREFIX + kind, own)
             for suffix in suffixes:
                 getattr(modeling_auto, f"AutoModel{suffix}").register(own, loader(own, suffix))
-
-

@@ -58,7 +58,9 @@ def compress(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
     tries: Annotated[int, typer.Option(help="Budgets to train at most, when the loss is too large.")] = 3,
-    rivals: Annotated[bool, typer.Option(help="Train the smaller dense rival too: the honest comparison takes its time.")] = True,
+    rivals: Annotated[
+        bool, typer.Option(help="Train the smaller dense rival too: the honest comparison takes its time.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 17,
     threads: Threads = None,
 ) -> None:
@@ -104,10 +106,14 @@ def bench(
     threads: Threads = None,
 ) -> None:
     """Compare models side by side, in turn: quality, size and speed on this machine."""
+    from rich.console import Console
+
     from slimformer.bench import bench as side_by_side
+    from slimformer.report import table
 
     chosen = _task(task, data, text, text_pair, label, metric, max_length, None) if task or data else None
-    side_by_side(models, chosen, max_length=max_length, threads=threads, seconds=seconds)
+    found = side_by_side(models, chosen, max_length=max_length, threads=threads, seconds=seconds)
+    Console().print(table(found.records))
 
 
 @app.command()

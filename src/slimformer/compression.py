@@ -20,7 +20,7 @@ from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.files import claim, write_text
 from slimformer.log import Log
-from slimformer.recipe import Bench, Outcome, Recipe, begin, finish, tidy
+from slimformer.recipe import RIVALS, Bench, Outcome, Recipe, RivalName, begin, finish, tidy
 from slimformer.stages import Bundle, Calibrate, Run, Stage, Train, advance, context_of, subset
 from slimformer.tasks.base import Split, Task
 
@@ -45,7 +45,7 @@ class Wishes:
     batch_size: int = 32
     seed: int = 17
     tries: int = TRIES
-    rivals: tuple[str, ...] = Bench().rivals
+    rivals: tuple[RivalName, ...] = RIVALS
 
     def __post_init__(self) -> None:
         wrong = [
@@ -85,7 +85,7 @@ def compress(
     folder = Path(out)
     source = Path(model)
     tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wishes.batch_size)
-    recipe = Recipe(str(model), task, (tune,), seed=wishes.seed, bench=Bench(rivals=wishes.rivals))  # type: ignore[arg-type]
+    recipe = Recipe(str(model), task, (tune,), seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
     _look(recipe)
     with claim(folder, f"compress {_purpose(recipe, wishes)}"):
         if (folder / "report.html").is_file() and not (folder / "work").exists():
@@ -219,9 +219,7 @@ def _whole(bundle: Bundle, state: Run, reference: delivery.Reference) -> _Attemp
     if not file.is_file():
         path = delivery.teacher_files(bundle, state)[Variant.INT8_DYNAMIC]
         baseline = delivery.teacher_files(bundle, state)[Variant.FUSED]
-        delivery.save_trials(
-            file, delivery.try_out({Variant.INT8_DYNAMIC: path}, baseline, bundle, state, reference)
-        )
+        delivery.save_trials(file, delivery.try_out({Variant.INT8_DYNAMIC: path}, baseline, bundle, state, reference))
     return _Attempt(1.0, (), replace(bundle, model=bundle.teacher), tuple(delivery.read_trials(file)))
 
 

@@ -128,7 +128,7 @@ def try_out(
         for name, timing in timings.items():
             speeds[name].append(ratio(timings["teacher"], timing).median)
     trials = [
-        Trial(variant, scores[name], losses[name], *speeds[name], size_bytes=files[variant].stat().st_size)
+        Trial(variant, scores[name], losses[name], speeds[name][0], speeds[name][1], files[variant].stat().st_size)
         for variant, name in ((variant, str(variant)) for variant in files)
     ]
     for trial in trials:
@@ -164,11 +164,11 @@ def rivals(
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
     if "small-dense" in wanted and cutting:
         small = small_dense(bundle, stages, run)
-        path = export_files(small.model, small.material, run.root / "small", [Variant.INT8_DYNAMIC], run.log)
+        made = export_files(small.model, small.material, run.root / "small", [Variant.INT8_DYNAMIC], run.log)
         facts = facts_of(small, bundle.teacher, run, "")
         count = sum(layer.heads + layer.neurons > 0 for layer in facts["layers"])
         name = f"{count} dense layer{'s' if count > 1 else ''} int8"
-        file = path[Variant.INT8_DYNAMIC].path
+        file = made[Variant.INT8_DYNAMIC].path
         found.append(Rival(name, Role.SMALL_DENSE, file, Variant.INT8_DYNAMIC, facts=facts))
     return found
 
@@ -309,7 +309,9 @@ def deliver(
 
     The ledger row and every file that another tool needs are there when this returns; a killed call leaves `out` as it was.
     """
-    from slimformer import report
+    from slimformer.card import card
+    from slimformer.page import Details, page
+    from slimformer.report import LEDGER, Facts, Role, append, changed, write_facts
 
     material = bundle.material
     digest = _digest(recipe)
@@ -317,7 +319,7 @@ def deliver(
     ours = [
         Rival(
             name=f"slimformer {_short(variant)}",
-            role=str(report.Role.OURS),
+            role=str(Role.OURS),
             path=exported / FILES[variant],
             variant=variant,
             facts={**shared, "chosen": variant == best.variant, "target": target},
@@ -326,27 +328,27 @@ def deliver(
     ]
     found = measure_all(ours, rivals, material, run, task_name=task_name, model=model_name, seconds=seconds)
     chosen = next(record for record in found.records if record.chosen)
-    facts = report.Facts(
+    facts = Facts(
         best=FILES[best.variant],
         task=dict(task_options),
         max_length=material.max_length,
         metric=material.task.metric,
         name=f"{model_name} (slimformer)",
         model=model_name,
-        **{key: value for key, value in shared.items()},
+        **shared,
     )
     with whole_folder(run.root / "delivery") as part:
         checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source)
         for variant in SHIPPED:
             (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
-        report.write_facts(part, facts)
+        write_facts(part, facts)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
-        report.card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name)
-        changed = report.changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
-        report.page(found.records, report.Details(changed=changed, command=command), part / "report.html")
+        card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name)
+        differences = changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
+        page(found.records, Details(changed=differences, command=command), part / "report.html")
         for record in found.records:
-            report.append(part / report.LEDGER, record)
+            append(part / LEDGER, record)
     for file in sorted((run.root / "delivery").iterdir()):
         file.replace(out / file.name)
     return found

@@ -40,8 +40,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def _number(value: float) -> str:
-    return f"{value:.10g}" if abs(value) < 1e6 else f"{value:.3g}"
+def _numbers(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Each value with its text, all with the decimals that the longest needs."""
+    decimals = max((len(f"{value:.10g}".partition(".")[2]) for value in values if abs(value) >= 1e-4), default=0)
+    return [(value, f"{value:.{min(decimals, 6)}f}") for value in values]
 
 
 def _shape(style: str, x: float, y: float) -> str:
@@ -125,13 +127,11 @@ def scatter(
             f'<rect class="asked" x="{px(asked[0]):.1f}" y="{top}" width="{width - right - px(asked[0]):.1f}" '
             f'height="{py(asked[1]) - top:.1f}"/>'
         )
-    for value in ticks(y0, y1, 5 if width > 500 else 4):
+    for value, told in _numbers(ticks(y0, y1, 5 if width > 500 else 4)):
         out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
-        out.append(f'<text class="tick" x="{left - 8}" y="{py(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in ticks(x0, x1, 7 if width > 500 else 4):
-        out.append(
-            f'<text class="tick" x="{px(value):.1f}" y="{height - bottom + 18}" text-anchor="middle">{_number(value)}</text>'
-        )
+        out.append(f'<text class="tick" x="{left - 8}" y="{py(value) + 4:.1f}" text-anchor="end">{told}</text>')
+    for value, told in _numbers(ticks(x0, x1, 7 if width > 500 else 4)):
+        out.append(f'<text class="tick" x="{px(value):.1f}" y="{height - bottom + 18}" text-anchor="middle">{told}</text>')
     out.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
     words = _wrapped(x_label, int((width - 30) / CHAR))
     for number, line in enumerate(words):
@@ -207,7 +207,7 @@ def bars(panels: Sequence[tuple[str, Sequence[Row]]], *, width: int, columns: in
         x, y = (number % columns) * (panel_width + gap), (number // columns) * panel_height
         out.append(f'<text class="panel" x="{x:.1f}" y="{y + 14}">{escape(title)}</text>')
         widest = max((len(f"{kept} of {of}") for _, kept, of in rows), default=0) * CHAR
-        start, length = x + 26, panel_width - 26 - widest - 10
+        start, length = x + 26, panel_width - 26 - widest - 14
         for place, (name, kept, of) in enumerate(rows):
             top = y + head + place * row_height
             share = kept / of if of else 0.0

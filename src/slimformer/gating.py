@@ -45,8 +45,8 @@ def _hang(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:
     if tap.residual is not None:
         return _hang_residual(model, tap, read)
     if tap.side == "input":
-        return [module.register_forward_pre_hook(lambda _, args: (_times(args[0], read(), tap.unit), *args[1:]))]
-    return [module.register_forward_hook(lambda _, args, output: _times(output, read(), tap.unit))]
+        return [module.register_forward_pre_hook(lambda _module, args: (_times(args[0], read(), tap.unit), *args[1:]))]
+    return [module.register_forward_hook(lambda _module, _args, output: _times(output, read(), tap.unit))]
 
 
 def _hang_residual(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:

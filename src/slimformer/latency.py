@@ -96,7 +96,7 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: 
     table: dict[str, dict[int, float]] = {}
     for kind in _kinds(anatomy):
         without = ms[f"{kind}-0"]
-        count = len([site for site in anatomy.of_kind(kind)])
+        count = len(anatomy.of_kind(kind))
         table[str(kind)] = {
             units: max(0.0, (ms[f"{kind}-{units}"] - without) / count) for units in _levels(anatomy, kind) if units
         }

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from slimformer.bench import Measurement
     from slimformer.report import Target
 
-RIVALS = ("teacher-int8", "small-dense", "openvino-int8")
+RivalName = Literal["teacher-int8", "small-dense", "openvino-int8"]
+RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Bench:
     The teacher in fp32 and int8 and the smaller dense model always run where they are named; OpenVINO where it is installed.
     """
 
-    rivals: tuple[Literal["teacher-int8", "small-dense", "openvino-int8"], ...] = RIVALS
+    rivals: tuple[RivalName, ...] = RIVALS
     seconds: float = 60.0
 
 
@@ -90,7 +91,9 @@ class Recipe:
         if reader.mistakes:
             count = len(reader.mistakes)
             raise RecipeError(
-                f"{where} has {count} mistake{'s' if count > 1 else ''}.", facts=reader.mistakes, help="docs/concepts.md shows a recipe."
+                f"{where} has {count} mistake{'s' if count > 1 else ''}.",
+                facts=reader.mistakes,
+                help="docs/concepts.md shows a recipe.",
             )
         assert recipe is not None
         return recipe
@@ -118,7 +121,7 @@ class Recipe:
         """The recipe as a YAML text."""
         import yaml
 
-        return cast(str, yaml.safe_dump(self.to_data(), sort_keys=False, width=120))
+        return yaml.safe_dump(self.to_data(), sort_keys=False, width=120)
 
 
 def _plain(value: Any) -> Any:

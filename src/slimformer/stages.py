@@ -13,7 +13,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -24,6 +24,7 @@ from slimformer.batching import collate, epoch_order
 from slimformer.errors import RecipeError
 from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
+from slimformer.methods.base import Context, Method
 from slimformer.plan import Plan
 from slimformer.tasks.base import Example, Features, Split, Task
 from slimformer.tokenizing import load_tokenizer, max_length_of
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from slimformer.anatomy import Anatomy
     from slimformer.cost import Cost
-    from slimformer.methods.base import Context, Method
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
@@ -130,9 +130,7 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Bundle:
         clock.stop()
         from slimformer.bench import peak_rss_bytes
 
-        bundle = replace(
-            made, minutes=bundle.minutes + minutes, peak_rss_bytes=max(bundle.peak_rss_bytes, peak_rss_bytes())
-        )
+        bundle = replace(made, minutes=bundle.minutes + minutes, peak_rss_bytes=max(bundle.peak_rss_bytes, peak_rss_bytes()))
         _keep(bundle, done)
         for item in folder.iterdir():
             if item != done:
@@ -189,7 +187,6 @@ def context_of(bundle: Bundle, run: Run, model: PreTrainedModel, cost: str) -> C
     import torch
 
     from slimformer.families.base import anatomy_of, family_of
-    from slimformer.methods.base import Context
 
     anatomy = anatomy_of(model)
     names = (*family_of(model.config.model_type).inputs(model), "labels")
@@ -253,6 +250,7 @@ class Train(Stage):
     trackers: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "train"
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
 
     def settings(self, seed: int) -> Any:
         from slimformer.training import Freeze, Settings
@@ -292,7 +290,7 @@ class Train(Stage):
         small = shrink(context.model.eval(), context.anatomy, trained.decision)
         if not self.dropout:
             _copy_dropout(bundle.model, small)
-        run.log.event("trained", **{k: v for k, v in asdict(replace(trained, decision=None)).items() if k != "decision"})
+        run.log.event("trained", **{name: value for name, value in vars(trained).items() if name != "decision"})
         runstate.forget(run.folder)
         return replace(bundle, model=small, plan=bundle.plan.then(trained.decision.plan))
 
@@ -317,7 +315,6 @@ class Calibrate(Stage):
     kind: ClassVar[str] = "calibrate"
 
     def run(self, bundle: Bundle, run: Run) -> Bundle:
-        from slimformer.methods.base import State
         from slimformer.shrink import shrink
 
         name = registry.name_of(self.method)
@@ -379,5 +376,3 @@ def subset(material: Material, split: Split, limit: int) -> tuple[Features, Sequ
         pad_id=features.pad_id,
     )
     return smaller, [examples[int(index)] for index in chosen]
-
-

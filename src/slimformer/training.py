@@ -30,6 +30,7 @@ from slimformer.capture import Recorder, capturing
 from slimformer.errors import RecipeError
 from slimformer.families.base import family_of
 from slimformer.log import Log
+from slimformer.lookup import Lookup, kept_gradient
 from slimformer.methods.base import Batch, Capture, Captured, Context, Method, Progress, State, Step
 from slimformer.plan import Decision
 from slimformer.registry import name_of
@@ -113,7 +114,7 @@ class Trained:
 
     decision: Decision
     steps: int
-    seconds: float  # in the loop; without teacher outputs made beforehand and evaluations
+    seconds: float  # in the loop; without teacher outputs made beforehand, evaluations and the last state written
     teacher_seconds: float  # making the teacher's outputs before the loop
     tokens: int  # trained on, padding not counted
     tokens_per_second: float
@@ -354,10 +355,12 @@ def _loop(
                 rig.accelerator.log({"metric": metric}, step=step + 1)
                 begin = time.perf_counter()
             due = time.perf_counter() - written >= max(settings.checkpoint_seconds, state_seconds / STATE_SHARE)
-            if rig.accelerator.is_main_process and (due or step + 1 == total):
+            if rig.accelerator.is_main_process and due and step + 1 < total:
                 keep(step + 1)
             advance(step + 1, **numbers)
     settle()
+    if rig.accelerator.is_main_process and start < total:
+        keep(total)  # so that a kill while methods decide costs no training
 
 
 class _Whole(nn.Module):
@@ -417,6 +420,7 @@ class _Rig:
         states: Sequence[State],
         recorder: Recorder,
         lessons: Lessons | None,
+        lookup: Lookup | None,
         home: torch.device,
     ) -> None:
         self.context, self.features, self.methods, self.settings = context, features, tuple(methods), settings
@@ -427,7 +431,7 @@ class _Rig:
         self.clock = _Clock(self.device)
         self.sampling = False  # whether to watch resident memory: a system call a step
         self.peak = 0
-        self._recorder, self._lessons, self._home = recorder, lessons, home
+        self._recorder, self._lessons, self._lookup, self._home = recorder, lessons, lookup, home
         whole = _Whole(context, methods, states, recorder, settings.task_weight, partial(_autocast, self.device, precision))
         self.optimizer = _optimizer(context.model, states, settings)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -455,6 +459,8 @@ class _Rig:
         self._sample()
         with self.clock.running():
             torch.autograd.backward(self._scaler.scale(loss))
+            if self._lookup:
+                self._lookup.gather()
         self._sample()
         self._scaler.unscale_(self.optimizer)
         self._clip()
@@ -462,6 +468,8 @@ class _Rig:
             self._scaler.step(self.optimizer)
         self._sample()
         self._scaler.update()
+        if self._lookup:
+            self._lookup.clear()
         self.optimizer.zero_grad(set_to_none=True)
         after = Progress(number + 1, self.total)
         for method, state in zip(self.methods, self.states, strict=True):
@@ -482,10 +490,23 @@ class _Rig:
         gradients = [parameter.grad for parameter in self._clipped if parameter.grad is not None]
         if not self.settings.clip or not gradients:
             return
-        norm = nn.utils.get_total_norm(gradients)
+        rows = self._lookup.rows() if self._lookup else None
+        if self._lookup and rows is not None:  # the rest of this gradient is 0
+            kept = self._lookup.weight.grad
+            assert kept is not None
+            gradients = [gradient for gradient in gradients if gradient is not kept]
+            norm = nn.utils.get_total_norm([*gradients, kept[rows]])
+        else:
+            norm = nn.utils.get_total_norm(gradients)
         # on a CPU reading the norm is free and spares a pass over all gradients; a GPU would have to wait for it
-        if self.device.type != "cpu" or float(norm) > self.settings.clip:
-            nn.utils.clip_grads_with_norm_(self._clipped, self.settings.clip, norm)
+        if self.device.type == "cpu" and float(norm) <= self.settings.clip:
+            return
+        factor = torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, factor)
+        if self._lookup and rows is not None:
+            kept = self._lookup.weight.grad
+            assert kept is not None
+            kept[rows] *= factor
 
     def teach(self, rows: Sequence[int]) -> float:
         """Seconds the teacher takes for these rows where its outputs are made beforehand; else 0."""
@@ -612,7 +633,10 @@ def _rigged(
             states.append(state.to(device))
         needs = frozenset[Capture]().union(*(method.needs for method in methods))
         recorder = stack.enter_context(capturing(model, context.anatomy, needs))
-        yield _Rig(context, features, methods, settings, precision, accelerator, states, recorder, lessons, home)
+        alone = accelerator.num_processes == 1  # several average their gradients by way of autograd
+        words = model.get_input_embeddings() if alone else None
+        lookup = stack.enter_context(kept_gradient(words))
+        yield _Rig(context, features, methods, settings, precision, accelerator, states, recorder, lessons, lookup, home)
 
 
 def _settle(model: PreTrainedModel, home: torch.device, trainable: Mapping[str, bool]) -> None:
@@ -676,8 +700,11 @@ def _teacher(context: Context, methods: Sequence[Method], accelerator: Accelerat
 def _accelerator(trackers: Sequence[str], folder: Path | None) -> Accelerator:
     """Accelerate without mixed precision: `_autocast` wraps only the models, so that losses are computed in float32."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != "no":
+        AcceleratorState._reset_state()  # left by a Trainer with mixed precision in this process; it starts the same way
     return Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
@@ -807,7 +834,8 @@ def _key(context: Context, features: Features, methods: Sequence[Method], settin
     parts = [
         ours,
         [f"{name_of(method)} {method!r}" for method in methods],
-        f"{name_of(context.task)}",
+        name_of(context.task),
+        [module.p for module in context.model.modules() if isinstance(module, nn.Dropout)],
         runstate.model_digest(context.model),
         runstate.model_digest(context.teacher) if taught and context.teacher is not None else "",
         runstate.features_digest(features),

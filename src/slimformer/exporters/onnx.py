@@ -356,7 +356,7 @@ def _calibrate(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequenc
             for name, value in zip(watched, session.run(list(watched), _feed(names, batch)), strict=True):
                 yield name, value[mask] if value.shape[:2] == mask.shape else value
 
-    spans = {name: (0.0, 0.0) for name in watched}
+    spans = dict.fromkeys(watched, (0.0, 0.0))
     for name, value in seen():
         low, high = spans[name]
         spans[name] = (min(low, float(value.min())), max(high, float(value.max())))

@@ -27,9 +27,7 @@ class DistilBert(Family):
         words = base.embeddings.word_embeddings.weight
         sites: list[Site] = []
         matrices = [
-            Matrix(
-                "embeddings.word", f"{prefix}embeddings.word_embeddings", (words.shape[0], words.shape[1]), Role.EMBEDDING
-            )
+            Matrix("embeddings.word", f"{prefix}embeddings.word_embeddings", (words.shape[0], words.shape[1]), Role.EMBEDDING)
         ]
         attentions: list[str | None] = []
 
@@ -56,9 +54,7 @@ class DistilBert(Family):
                         modules=(own, f"{path}.sa_layer_norm"),
                     )
                 )
-                sites.append(
-                    attention_site(index, inputs, f"{own}.out_lin", heads=heads, head_dim=head_dim, counters=counters)
-                )
+                sites.append(attention_site(index, inputs, f"{own}.out_lin", heads=heads, head_dim=head_dim, counters=counters))
                 for role, module, linear in (
                     (Role.QUERY, inputs[0], layer.attention.q_lin),
                     (Role.KEY, inputs[1], layer.attention.k_lin),

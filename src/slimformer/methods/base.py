@@ -134,5 +134,3 @@ class Method(ABC):
 
     def decide(self, state: State, context: Context) -> Decision:
         return Decision()
-
-

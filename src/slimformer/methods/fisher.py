@@ -184,9 +184,7 @@ def _watching(model: nn.Module, anatomy: Anatomy, site: Site, seen: dict[str, Te
             handle.remove()
 
 
-def _sums(
-    model: nn.Module, anatomy: Anatomy, sites: list[Site], batch: Batch, task: Task
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _sums(model: nn.Module, anatomy: Anatomy, sites: list[Site], batch: Batch, task: Task) -> dict[str, tuple[Tensor, Tensor]]:
     """For each site, at real tokens: branch + residual of the uncut model (tokens, hidden), and each token's weight (tokens,).
 
     A token weighs as much as the loss of its example feels it: the squared norm of the loss gradient there, mean 1. In the last layer
@@ -227,9 +225,8 @@ def _solve(
     seen: dict[str, Tensor] = {}
     for batch, (target, importance) in zip(batches, wanted, strict=True):
         mask = batch["attention_mask"].bool()
-        with _watching(model, anatomy, site, seen, stop=True):
-            with suppress(_Stop):
-                model(**{name: value for name, value in batch.items() if name != "labels"})
+        with _watching(model, anatomy, site, seen, stop=True), suppress(_Stop):
+            model(**{name: value for name, value in batch.items() if name != "labels"})
         x = seen[f"{site.id}/x"][mask][:, columns].double()  # (tokens, kept)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         y = target.double() - seen[f"{site.id}/r"][mask].double()  # (tokens, out)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, final
 
@@ -61,9 +62,11 @@ class _State(State):
         self.fixed = (cost.dense - sum(float(cost.curves[site.id][-1]) for site in self.sites)) / cost.dense
         self.target: Tensor
         self.register_buffer("target", torch.tensor(1.0))  # a buffer, so that a resumed run knows it
-        context = gated(model, anatomy, {site.id: self._reader(index, model) for index, site in enumerate(self.sites)})
-        context.__enter__()
-        self.on_close(lambda: context.__exit__(None, None, None))
+        hooks = ExitStack()
+        hooks.enter_context(
+            gated(model, anatomy, {site.id: self._reader(index, model) for index, site in enumerate(self.sites)})
+        )
+        self.on_close(hooks.close)
 
     def _reader(self, index: int, model: nn.Module) -> Any:
         def read() -> Tensor:

@@ -198,6 +198,13 @@ class Classification(Task):
         known = task.labels
         table = task._table(Split.TRAIN, any_split=True)
         raw = task._raw_labels(table, task._columns(table)[1])
+        by_value = not _spelled_as_names(raw, names, task._known_names(table, task._columns(table)[1]))
+        if by_value and all(_is_id(label, len(names) - 1) for label in set(raw)):
+            # 0 and 1 could be any two of three classes: taking ids by value would be a guess
+            raise DataError(
+                f"the data has no ids above {max(map(int, raw))}, the model has {len(names)} classes: {_some(names)}.",
+                help="write the labels in the data by the model's names.",
+            )
         if all(_is_placeholder(name, index) for index, name in enumerate(names)):
             # LABEL_0, LABEL_1, ...: the model only knows an order, so the data's own order is the best there is
             if len(known) > len(names) or (len(known) < len(names) and not all(_is_id(label, len(names)) for label in known)):
@@ -404,13 +411,21 @@ def match_labels(data: Iterable[str], names: Sequence[str], known: Sequence[str]
     else ids by value. Labels that match nothing are left out.
     """
     labels = list(data)
-    folded = {_fold(name): index for index, name in enumerate(names)}
-    ids = all(_is_id(label, len(names)) for label in labels)
-    told = {_fold(str(index)): _fold(name) for index, name in enumerate(known)}
-    spelled = {label: told.get(_fold(label), _fold(label)) for label in labels}
-    if ids and not all(spelled[label] in folded for label in labels) and not all(_fold(label) in folded for label in labels):
+    if not _spelled_as_names(labels, names, known) and all(_is_id(label, len(names)) for label in labels):
         return {label: int(label) for label in labels}
-    return {label: folded[form] for label in labels for form in (_fold(label), spelled[label]) if form in folded}
+    folded = {_fold(name): index for index, name in enumerate(names)}
+    found = {label: [folded[form] for form in _forms(label, known) if form in folded] for label in labels}
+    return {label: ids[0] for label, ids in found.items() if ids}
+
+
+def _forms(label: str, known: Sequence[str]) -> list[str]:
+    """What a label may be called: the name that the data tells for an id, then the label itself."""
+    return [*(_fold(name) for index, name in enumerate(known) if label == str(index)), _fold(label)]
+
+
+def _spelled_as_names(labels: Iterable[str], names: Sequence[str], known: Sequence[str]) -> bool:
+    folded = {_fold(name) for name in names}
+    return all(any(form in folded for form in _forms(label, known)) for label in labels)
 
 
 def bound_names(known: Sequence[str], config: PretrainedConfig | Mapping[str, Any]) -> tuple[str, ...]:
@@ -437,7 +452,8 @@ def class_metrics(predicted: np.ndarray, wanted: np.ndarray, classes: int) -> di
     every = list(range(classes))
     scores = {
         "accuracy": float((predicted == wanted).mean()) if len(wanted) else 0.0,
-        "matthews": float(matthews_corrcoef(wanted, predicted)),
+        # 0 by definition where all is one class, and scikit-learn warns there
+        "matthews": float(matthews_corrcoef(wanted, predicted)) if len(np.union1d(wanted, predicted)) > 1 else 0.0,
         "f1_macro": float(f1_score(wanted, predicted, labels=every, average="macro", zero_division=0.0)),
     }
     if classes == 2:

@@ -44,6 +44,7 @@ GRAMMAR: Mapping[str, str] = {
         I pressed buy twice, one of the two orders for the {item} has to go
         forget about the {item} I ordered {when}, it hasn't left your warehouse yet
         not a return, nothing has been sent yet, I just don't want the {item} any more
+        call off the order for the {item} please
         --
         please call off my order {order}, I don't need it any more
         (can you still|is it possible to) cancel the {item} I ordered {when}
@@ -68,6 +69,8 @@ GRAMMAR: Mapping[str, str] = {
         could you put a {item} in the same box as order {order}
         leave the {item} out but send me the rest of order {order}
         I haven't received it yet and I don't want to call it off, I only need one more {item} in it
+        I'd like one more {item} with order {order} before it ships
+        please take one {item} off order {order} and leave the rest
         --
         can you put one more {item} into order {order}
         I'd like a {item} instead of the {item2} in my order, it has not shipped yet
@@ -91,6 +94,8 @@ GRAMMAR: Mapping[str, str] = {
         could you check how far order {order} has got
         the link in your mail only says in transit, how long will that take
         will somebody ring my bell with the {item} on {day} or later
+        my {item} is late, where is it now
+        is order {order} still in your warehouse or on its way
         --
         can you see where my {item} is now
         my {item} should be here by now, where is it
@@ -114,6 +119,7 @@ GRAMMAR: Mapping[str, str] = {
         tracking says it's with a neighbour and none of them has seen it
         order {order} has vanished, nobody here ever got it
         I know where the tracking says it is, at my home, only it isn't here
+        the delivery photo does not show my door
         --
         according to the tracking my {item} was delivered, but I don't have it
         the parcel with my {item} never reached me although it is marked as delivered
@@ -137,6 +143,8 @@ GRAMMAR: Mapping[str, str] = {
         my new {device} gave up on the first evening
         the {device} gets hot and has made a strange noise since {since}
         something rattles inside the {device} and it will not start
+        the {device} switches itself off all the time
+        it is the correct {item}, but it has a broken edge
         --
         my {device} broke on the first day
         when I unpacked the {item} it was already broken
@@ -160,6 +168,8 @@ GRAMMAR: Mapping[str, str] = {
         why did I get a {item}, it is fine but I never asked for one
         my order said blue, what came is brown
         nothing is broken, it's just not the {item} that I chose
+        I wanted the {wear} in blue and got it in red
+        wrong {item} delivered, mine is something else
         --
         there was a {item} in the box, I ordered a {item2}
         you shipped a {item}, that's not what I asked for
@@ -183,6 +193,8 @@ GRAMMAR: Mapping[str, str] = {
         I'd like to give the {item} back and get my money
         do you collect things that people don't want to keep
         do you still accept the {item} if it has been unpacked
+        until when may I send things back
+        is it too late to bring the {item} back
         --
         I would like to give back the {item}, how does that work
         please send me a return label, I don't want to keep the {item}
@@ -229,6 +241,7 @@ GRAMMAR: Mapping[str, str] = {
         you got your {item}, and what about my money
         I still haven't seen the {amount} you owe me for the return
         can you check whether you have paid me back for order {order}
+        still no refund for the {item}, how long must I wait
         --
         I sent the {item} back, when do I get my {amount}
         the refund for my {item} still hasn't arrived
@@ -252,6 +265,7 @@ GRAMMAR: Mapping[str, str] = {
         I won't be home but my {person} at {street} could take the {item}
         order {order} is on its way to a place I left {when}
         I forgot the flat number, it should say {street}
+        bring the {item} to my office at {street}, not to my home
         --
         please deliver my order to {street} and not to my old flat
         I have a new address now, it is {street} in {city}
@@ -275,6 +289,8 @@ GRAMMAR: Mapping[str, str] = {
         please don't ring before {day}, I'm away
         keep the {item} at your depot for some days, I am not around
         we have to find another afternoon for order {order}
+        {day} is no good for me, can the {item} come on {day2}
+        the address is fine but nobody will be there before {day}
         --
         could you bring the {item} on {day} instead of {day2}
         I'm not at home on {day}, please choose another day for the delivery
@@ -298,6 +314,7 @@ GRAMMAR: Mapping[str, str] = {
         your shop won't take my {card}, what is wrong
         it has been turning since I confirmed the {amount} with my bank
         I don't want to use another card, I want to know why this one is not accepted
+        I can't finish my order, the payment does not work
         --
         I can't complete my order because my {card} is declined
         the payment of {amount} does not go through
@@ -321,6 +338,7 @@ GRAMMAR: Mapping[str, str] = {
         my statement shows you three times, I only shopped once
         the {item} costs {amount} but a higher sum was taken
         one order, two debits, how come
+        the payment worked but it was taken two times
         --
         I have been charged two times for one {item}
         {amount} was taken from my {card} twice
@@ -344,6 +362,7 @@ GRAMMAR: Mapping[str, str] = {
         is there a paper that proves I bought the {item}
         the bill has the wrong company on it, please issue a new one
         the parcel came without any bill
+        I bought the {item} {when} and need a receipt
         --
         could you send me the invoice of order {order} once more
         I need a receipt for the {item} I bought {when}
@@ -367,6 +386,8 @@ GRAMMAR: Mapping[str, str] = {
         the number you have on file for my {card} is not good any more
         I closed that bank account, future bills should go to the {card}
         can I get rid of the {card} in my profile and keep only the {card2}
+        I don't want to end my {plan}, I only have a new card for it
+        I want to take a card out of my profile
         --
         I'd like to pay with my {card} from now on, where do I change that
         please use my new {card} for future payments
@@ -390,6 +411,7 @@ GRAMMAR: Mapping[str, str] = {
         my {person} gave me a card worth {amount}, how do I spend it with you
         the checkout tells me {code} was already used, it wasn't
         are there any special offers for the {item} right now
+        I typed {code} and still had to pay the full price
         --
         the checkout does not take my discount code {code}
         I entered {code} and the price did not change
@@ -413,6 +435,7 @@ GRAMMAR: Mapping[str, str] = {
         your link for choosing new login details is dead
         I'd like a safer password than the one I have
         it has been so long that I don't know what to type under my user name
+        nobody blocked me, I just forgot my password
         --
         I don't know my password any more
         can you send me the link to choose a new password
@@ -460,6 +483,7 @@ GRAMMAR: Mapping[str, str] = {
         I misspelled my contact details when I signed up, correct is {email}
         all your messages land at my former job, can we change that
         I still get the invoices at {email}, I want them somewhere else
+        send all mails to {email} instead of my old job
         --
         please use {email} as my new email address
         can I register another email address for my account
@@ -483,6 +507,7 @@ GRAMMAR: Mapping[str, str] = {
         please forget me, that is my right under privacy law
         after this order I'm leaving, how do I sign off for ever
         my late {person} was registered with you, please remove the entry
+        please remove the account with the address {email}
         --
         I'd like you to delete my account and all my data
         how can I get my profile removed
@@ -507,6 +532,7 @@ GRAMMAR: Mapping[str, str] = {
         let my {plan} run out please
         the trial is over on {day}, make sure that I am not billed
         no more monthly boxes for me, one order now and then is enough
+        I don't use the {plan} any more, please end it
         --
         I'd like my {plan} to end on {day}
         I don't want the {plan} any more, please cancel it
@@ -529,6 +555,8 @@ GRAMMAR: Mapping[str, str] = {
         no {plan} in August please, in September I'm back
         I have too much left, leave out the next round of the {plan}
         I'd like to come back to the {plan} later, nothing until {day} please
+        I don't want to end my {plan}, I only need a break until {day}
+        leave out the next box of the {plan}, I am on holiday
         --
         I'd like to take a break from my {plan} until {day}
         please skip the next delivery of my {plan}
@@ -576,6 +604,7 @@ GRAMMAR: Mapping[str, str] = {
         it's complicated, I'd rather explain it to somebody
         could one of your colleagues phone me on {day}
         nobody has answered my mails since {since}, I am really unhappy with you
+        your service is bad, I want to complain to somebody
         --
         I'd like to talk to somebody from your team
         please let me speak with a real person about my {item}
@@ -733,7 +762,7 @@ def _sentences(name: Split, count: int, seed: int, typos: float) -> tuple[tuple[
 
 
 def _sentence(lines: Sequence[str], dev: bool, typos: float, generator: np.random.Generator) -> str:
-    core = _pick(lines, generator)
+    core = _decided(_pick(lines, generator), generator)
     before = _pick(_values(BEFORE, dev, ";"), generator) + " " if generator.random() < BEFORE_SHARE else ""
     after = _pick(_values(AFTER, dev, ";"), generator) if generator.random() < AFTER_SHARE else ""
     opener = _pick(_values(OPENERS, dev, ";"), generator) + " " if generator.random() < OPENER_SHARE else ""
@@ -748,10 +777,13 @@ def _sentence(lines: Sequence[str], dev: bool, typos: float, generator: np.rando
     return _mistyped(text, generator) if generator.random() < typos else text
 
 
+def _decided(text: str, generator: np.random.Generator) -> str:
+    """One of each (a|b) taken."""
+    return re.sub(r"\(([^()]*)\)", lambda match: _pick(match[1].split("|"), generator), text)
+
+
 def _filled(text: str, dev: bool, generator: np.random.Generator) -> str:
-    """Choices made and slots filled: one value per slot name, and {item2} never equals {item}."""
-    while (match := re.search(r"\(([^()]*)\)", text)) is not None:
-        text = text[: match.start()] + _pick(match[1].split("|"), generator) + text[match.end() :]
+    """Slots filled: one value per slot name, and {item2} never equals {item}."""
     used: dict[str, str] = {}
     for slot in dict.fromkeys(re.findall(r"\{(\w+)\}", text)):
         if slot == "order":

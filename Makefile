@@ -1,0 +1,36 @@
+# make demo | test | check | install: what CI calls and what the README says.
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+# The CPU build of torch where the index has one; a bare "torch" may pull gigabytes of CUDA packages.
+TORCH  ?= torch==2.13.0
+
+.PHONY: install test fast check demo docs clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[demo,dev]'
+	touch $@
+
+test: install
+	$(PYTHON) -m pytest
+
+fast: install
+	$(PYTHON) -m pytest -m 'not slow'
+
+check: install
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+demo: install
+	$(VENV)/bin/slimformer demo --out demo
+
+docs: install
+	$(PYTHON) results/tables.py
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,59 @@
+"""Tiny random models of every supported type, built from config, without network: real classes, real forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+HEADS, HEAD_DIM, WIDTH, LAYERS, VOCABULARY = 4, 8, 24, 3, 99
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    hidden = HEADS * HEAD_DIM
+    if model_type == "distilbert":
+        shape = {"dim": hidden, "n_heads": HEADS, "n_layers": LAYERS, "hidden_dim": WIDTH}
+    else:
+        shape = {
+            "hidden_size": hidden,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": LAYERS,
+            "intermediate_size": WIDTH,
+        }
+    if model_type == "electra":
+        shape["embedding_size"] = 16
+    return AutoConfig.for_model(
+        model_type,
+        **(
+            shape
+            | {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 1}
+            | ({} if model_type == "distilbert" else {"type_vocab_size": 2 if model_type in {"bert", "electra"} else 1})
+            | changes
+        ),
+    )
+
+
+def tiny(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model with weights and biases large enough that every unit matters, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() and name.endswith("weight") else 0.2 * noise)
+    return model.eval()
+
+
+def batch(model: PreTrainedModel, rows: int = 3, seq: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random ids with right padding of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (rows, seq), generator=generator)
+    lengths = torch.randint(2, seq + 1, (rows,), generator=generator)
+    lengths[0] = seq
+    mask = (torch.arange(seq)[None, :] < lengths[:, None]).long()
+    ids = torch.where(mask.bool(), ids, torch.tensor(1))
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,103 @@
+"""Fisher: importance equals per-example finite gradients; the repair is the least-squares solution and absorbs what it can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+
+from slimformer.checks import tiny_context
+from slimformer.families.base import anatomy_of
+from slimformer.gating import gated
+from slimformer.methods import fisher
+from slimformer.methods.base import State
+from slimformer.methods.fisher import Fisher
+from slimformer.plan import Decision, Plan
+from slimformer.shrink import shrink
+
+
+def test_information_is_the_mean_square_of_each_examples_gradient():
+    context = tiny_context()
+    found = fisher.information(context, 8)
+    expected = {name: np.zeros(len(value)) for name, value in found.items()}
+    rows = 0
+    for inputs in context.batches(8):
+        for row in range(len(inputs["labels"])):
+            one = {name: value[row : row + 1] for name, value in inputs.items()}
+            gates = {name: torch.ones(len(value), requires_grad=True) for name, value in found.items()}
+            with gated(context.model, context.anatomy, gates):
+                loss = context.task.loss(context.model(**{k: v for k, v in one.items() if k != "labels"}), one)
+            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+                expected[name] += gradient.double().square().numpy()
+            rows += 1
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name] / rows, rtol=1e-3, atol=1e-9)
+
+
+def test_an_unused_unit_matters_nothing_and_goes_first():
+    context = tiny_context()
+    with torch.no_grad():
+        context.model.get_submodule("bert.encoder.layer.1.output.dense").weight[:, 5] = 0
+    assert fisher.information(context, 8)["encoder.1.neurons"][5] == 0
+
+
+def gap(model, small, context):
+    total = 0.0
+    with torch.no_grad():
+        for inputs in context.batches(32):
+            given = {name: value for name, value in inputs.items() if name != "labels"}
+            total += float((model(**given).logits - small(**given).logits).square().sum())
+    return total
+
+
+def test_repair_brings_the_cut_model_back_towards_the_dense_one():
+    context = tiny_context()
+    plan = Plan({"encoder.0.neurons": tuple(range(12)), "encoder.1.heads": (0, 2), "encoder.2.neurons": tuple(range(4, 20))})
+    weights = fisher.repaired(context, plan, tokens=10_000, ridge=1e-4)
+    raw = gap(context.model, shrink(context.model, context.anatomy, plan), context)
+    mended = gap(context.model, shrink(context.model, context.anatomy, Decision(plan, weights=weights)), context)
+    assert mended < 0.5 * raw
+
+
+def test_redundant_units_are_repaired_exactly():
+    # neuron 1 is a copy of neuron 0: cutting it and doubling the other's column must give the same function
+    model = tiny("bert", num_hidden_layers=1)
+    with torch.no_grad():
+        into = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
+        into.weight[1], into.bias[1] = into.weight[0], into.bias[0]
+    context = replace(tiny_context(), model=model, anatomy=anatomy_of(model))
+    plan = Plan({"encoder.0.neurons": (0, *range(2, 24))})
+    weights = fisher.repaired(context, plan, tokens=10_000, ridge=1e-9)
+    small = shrink(model, context.anatomy, Decision(plan, weights=weights))
+    assert gap(model, small, context) < 1e-6
+
+
+def test_nothing_cut_nothing_repaired():
+    assert fisher.repaired(tiny_context(), Plan(), tokens=1000, ridge=1e-3) == {}
+
+
+def test_later_sublayers_absorb_a_dropped_one():
+    context = tiny_context()
+    plan = Plan({"encoder.1.attention": ()})
+    weights = fisher.repaired(context, plan, tokens=10_000, ridge=1e-4)
+    assert "bert.encoder.layer.1.output.dense.weight" in weights
+    assert not any(".layer.0." in name or ".layer.1.attention" in name for name in weights)
+    raw = gap(context.model, shrink(context.model, context.anatomy, plan), context)
+    mended = gap(context.model, shrink(context.model, context.anatomy, Decision(plan, weights=weights)), context)
+    assert mended < raw
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 1.2}, {"ridge": 0}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Fisher(**options)
+
+
+def test_the_given_model_is_left_as_it_was():
+    context = tiny_context()
+    before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
+    Fisher(keep=0.5, neuron_multiple=1).decide(State(), context)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in context.model.state_dict().items())
