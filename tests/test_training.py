@@ -528,6 +528,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert same(*ranks)
     before = weights(tiny("bert"))
     for name, tensor in one.items():
+        if name.endswith("key.bias"):
+            continue  # the softmax is blind to it: its gradient is rounding, which Adam blows up to whole steps
         torch.testing.assert_close(ranks[0][name], tensor, atol=5e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     # what moved far more than that, or the comparison would say nothing
     assert max(float((one[name] - before[name]).abs().max()) for name in before) > 0.01

@@ -59,7 +59,7 @@ class _Editor:
             unique, count = f"{name}_{count}", count + 1
         self._names.add(unique)
         tensor = ir.tensor(value, name=unique)
-        made = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        made = ir.Value(name=unique, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(made)
         if value.size <= 8:
             self._constants[key] = made
@@ -78,11 +78,10 @@ class _Editor:
         return self.node(before, op, inputs, domain, **attributes)[0]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """All uses of `old`, graph outputs included, become uses of `new`, which takes over its name, type and shape there."""
+        """All uses of `old`, graph outputs included, become uses of `new`, which takes over its name, type and shape."""
         new.shape, new.type = old.shape, old.type
-        if old.is_graph_output():
-            name, old.name = old.name, None
-            new.name = name
+        name, old.name = old.name, None
+        new.name = name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
 
     def remove(self, node: ir.Node) -> None:
@@ -92,6 +91,12 @@ class _Editor:
 def markers(graph: ir.Graph) -> list[ir.Node]:
     """The attention markers that the trace left, in order."""
     return [node for node in graph if (node.domain, node.op_type) == MARKER]
+
+
+def _given(value: ir.Value | None) -> ir.Value:
+    if value is None:
+        raise Unexpected("an operator lacks an input")
+    return value
 
 
 def _constant_of(value: ir.Value | None) -> np.ndarray | None:
@@ -111,14 +116,13 @@ def flatten_attentions(graph: ir.Graph) -> int:
     """Takes the reshapes around each marker away: it then reads and writes (., ., heads * dim). Gives the number of markers."""
     found = markers(graph)
     for node in found:
-        sources = [value.producer() if value is not None else None for value in node.inputs[:3]]
         uses = list(node.outputs[0].uses())
-        if any(source is None or source.op_type != "Reshape" for source in sources):
-            raise Unexpected(f"the projections of attention {node.name} are not reshaped into heads")
         if len(uses) != 1 or uses[0].node.op_type != "Reshape":
             raise Unexpected(f"the heads of attention {node.name} are not joined again")
-        for index, source in enumerate(sources):
-            assert source is not None
+        for index in range(3):
+            source = _given(node.inputs[index]).producer()
+            if source is None or source.op_type != "Reshape":
+                raise Unexpected(f"the projections of attention {node.name} are not reshaped into heads")
             node.replace_input_with(index, source.inputs[0])
             if not source.outputs[0].uses():
                 graph.remove(source, safe=True)
@@ -139,18 +143,17 @@ def lower_attentions(graph: ir.Graph, layout: Layout, fused: bool) -> int:
     biases: dict[ir.Value, ir.Value] = {}
     found = markers(graph)
     for node in found:
-        query, key, value, mask = node.inputs
+        query, key, value, mask = (_given(item) for item in node.inputs)
         heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
         width = node.attributes["width"].as_int()
-        assert query is not None and key is not None and value is not None and mask is not None
         if mask not in biases:
             biases[mask] = _mask_bias(editor, node, mask)
         split = editor.constant([0, 0, heads, width // heads], np.int64)
         join = editor.constant([0, 0, width], np.int64)
         q, k, v = (editor.one(node, "Reshape", [item, split]) for item in (query, key, value))
         if fused:
-            first = dict(transBatchA=1, transBatchB=1, transB=1, alpha=scale)
-            scores = editor.one(node, "FusedMatMul", [q, k], MICROSOFT, **first)  # (batch, heads, seq, seq)
+            strides = {"transBatchA": 1, "transBatchB": 1, "transB": 1, "alpha": scale}
+            scores = editor.one(node, "FusedMatMul", [q, k], MICROSOFT, **strides)  # (batch, heads, seq, seq)
         else:
             q = editor.one(node, "Transpose", [q], perm=[layout.batch, 2, layout.seq, 3])
             k = editor.one(node, "Transpose", [k], perm=[layout.batch, 2, 3, layout.seq])
@@ -176,6 +179,24 @@ def _mask_bias(editor: _Editor, before: ir.Node, mask: ir.Value) -> ir.Value:
     lost = editor.one(before, "Sub", [editor.constant(1.0, np.float32), kept])
     bias = editor.one(before, "Mul", [lost, editor.constant(MASKED, np.float32)])
     return editor.one(before, "Unsqueeze", [bias, editor.constant([1, 2], np.int64)])
+
+
+def unturn(graph: ir.Graph) -> int:
+    """Makes a (flattened) SEQ_FIRST trace BATCH_FIRST by taking its transposes out: all between them works row by row."""
+    editor = _Editor(graph)
+    found = [node for node in graph if _turns(node)]
+    for node in found:
+        node.outputs[0].replace_all_uses_with(_given(node.inputs[0]), replace_graph_outputs=True)
+        editor.remove(node)
+    for node in graph:  # shapes told for the other layout
+        for value in node.outputs:
+            if value.shape is not None and value.shape.rank() == 3 and not value.is_graph_output():
+                value.shape = ir.Shape([None, None, value.shape[2]])
+    return len(found)
+
+
+def _turns(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0, 2]
 
 
 # ---------------------------------------------------------------------------------------------------- what nobody reads
@@ -229,7 +250,7 @@ def _first_token_pick(graph: ir.Graph, layout: Layout) -> ir.Node | None:
     pick = found[0]
     source = pick.inputs[0].producer() if pick.inputs[0] is not None else None
     if layout == SEQ_FIRST:
-        if source is None or source.op_type != "Transpose" or list(source.attributes["perm"].as_ints()) != [1, 0, 2]:
+        if source is None or not _turns(source):
             return None
         pick.replace_input_with(0, source.inputs[0])
         pick.attributes["axis"] = ir.AttrInt64("axis", layout.seq)
@@ -286,7 +307,7 @@ def lower_norms(graph: ir.Graph) -> int:
     found = [node for node in graph if node.op_type == "LayerNormalization" and _rank_of_input(node) == 3]
     for node in found:
         value, gain, shift = [*node.inputs, None][:3]
-        assert value is not None
+        value = _given(value)
         axis = BATCH_FIRST.batch if value in turned else BATCH_FIRST.seq  # of input_ids: what axis 1 of `value` counts
         if axis not in channels:
             size = editor.one(node, "Shape", [graph.inputs[0]], start=axis, end=axis + 1)
@@ -302,13 +323,30 @@ def lower_norms(graph: ir.Graph) -> int:
     return len(found)
 
 
+def separate_gelus(graph: ir.Graph) -> int:
+    """Gives the bias before each Gelu a second axis, so that ONNX Runtime does not fuse the two; gives the number of Gelus.
+
+    Its BiasGelu is slower than Add and Gelu one after the other.
+    """
+    editor = _Editor(graph)
+    count = 0
+    for item in products(graph):
+        if item.add is None or item.bias is None or [use.node.op_type for use in item.output.uses()] != ["Gelu"]:
+            continue
+        bias = _constant_of(item.bias)
+        assert bias is not None
+        wide = editor.constant(bias[None, :], np.float32, f"{item.bias.name}.row")
+        item.add.replace_input_with(list(item.add.inputs).index(item.bias), wide)
+        count += 1
+    return count
+
+
 def _turned(graph: ir.Graph) -> set[ir.Value]:
     """Values in SEQ_FIRST layout: between the transpose after the embedding and the one before the head."""
     found: set[ir.Value] = set()
     for node in graph:
         inside = any(value in found for value in node.inputs)
-        turns = node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0, 2]
-        if inside != turns:
+        if inside != _turns(node):
             found.update(node.outputs)
     return found
 
@@ -326,8 +364,19 @@ class Product:
     bias: ir.Value | None
 
     @property
+    def source(self) -> ir.Value:
+        return _given(self.node.inputs[0])
+
+    @property
     def output(self) -> ir.Value:
         return (self.add or self.node).outputs[0]
+
+    @property
+    def name(self) -> str:
+        """The name of the Linear's weight, told from its bias: the exporter renames weights that it transposes."""
+        if self.bias is not None and str(self.bias.name).endswith(".bias"):
+            return f"{str(self.bias.name).removesuffix('.bias')}.weight"
+        return str(_given(self.node.inputs[1]).name)
 
 
 def products(graph: ir.Graph) -> list[Product]:
@@ -386,13 +435,10 @@ def int8_dynamic(graph: ir.Graph, bits: int) -> int:
     chosen = [item for item in products(graph) if item.node not in keep]
     readers: dict[ir.Value, int] = {}
     for item in chosen:
-        source = item.node.inputs[0]
-        assert source is not None
-        readers[source] = readers.get(source, 0) + 1
+        readers[item.source] = readers.get(item.source, 0) + 1
     shared: dict[ir.Value, list[ir.Value]] = {}
     for item in chosen:
-        node, source, name = item.node, item.node.inputs[0], _name(item)
-        assert source is not None
+        node, source, name = item.node, item.source, item.name
         values, scales = quantized(item.weight, 1, bits)
         weight = editor.constant(values, np.int8, f"{name}.int8")
         scale = editor.constant(scales, np.float32, f"{name}.scale")
@@ -416,10 +462,9 @@ def int8_static(graph: ir.Graph, ranges: Mapping[str, tuple[float, float]], bits
     chosen = [item for item in products(graph) if item.node not in keep]
     shared: dict[ir.Value, ir.Value] = {}
     for item in chosen:
-        node, source, name = item.node, item.node.inputs[0], _name(item)
-        assert source is not None and source.name is not None
+        node, source, name = item.node, item.source, item.name
         if source not in shared:
-            low, high = ranges[source.name]
+            low, high = ranges[str(source.name)]
             step = np.float32((high - low) / 255)
             scale = editor.constant(step, np.float32, f"{source.name}.scale")
             zero = editor.constant(int(np.clip(np.rint(-low / step), 0, 255)), np.uint8, f"{source.name}.zero")
@@ -440,8 +485,7 @@ def int8_static(graph: ir.Graph, ranges: Mapping[str, tuple[float, float]], bits
 def observed(graph: ir.Graph) -> dict[str, ir.Value]:
     """Inputs of the products that static int8 quantizes, by name."""
     keep = heads_of(graph)
-    sources = [item.node.inputs[0] for item in products(graph) if item.node not in keep]
-    return {value.name: value for value in sources if value is not None and value.name is not None}
+    return {str(item.source.name): item.source for item in products(graph) if item.node not in keep}
 
 
 def int8_embeddings(graph: ir.Graph, rows: int = 64) -> int:
@@ -452,24 +496,16 @@ def int8_embeddings(graph: ir.Graph, rows: int = 64) -> int:
         table = _constant_of(node.inputs[0]) if node.op_type == "Gather" else None
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < rows:
             continue
-        source = node.inputs[0]
-        assert source is not None
+        name = _given(node.inputs[0]).name
         values, scales = quantized(table, 0, 8)
-        small = editor.constant(values, np.int8, f"{source.name}.int8")
-        scale = editor.constant(scales[:, None], np.float32, f"{source.name}.scale")
+        small = editor.constant(values, np.int8, f"{name}.int8")
+        scale = editor.constant(scales[:, None], np.float32, f"{name}.scale")
         got = editor.one(node, "Cast", [editor.one(node, "Gather", [small, node.inputs[1]])], to=int(ir.DataType.FLOAT))
         factor = editor.one(node, "Gather", [scale, node.inputs[1]])  # (batch, seq, 1)
         editor.replace(node.outputs[0], editor.one(node, "Mul", [got, factor]))
         editor.remove(node)
         count += 1
     return count
-
-
-def _name(item: Product) -> str:
-    """The name of the Linear's weight, from its bias where the exporter renamed the weight."""
-    if item.bias is not None and item.bias.name is not None and item.bias.name.endswith(".bias"):
-        return f"{item.bias.name.removesuffix('.bias')}.weight"
-    return f"{item.node.name}.weight"
 
 
 def _swap(editor: _Editor, item: Product, result: ir.Value) -> None:

@@ -271,7 +271,6 @@ class Train(Stage):
         return context_of(bundle, run, model, deciding[0] if deciding else "macs")
 
     def run(self, bundle: Bundle, run: Run) -> Bundle:
-        from slimformer import runstate
         from slimformer.shrink import shrink
         from slimformer.training import train
 
@@ -291,7 +290,6 @@ class Train(Stage):
         if not self.dropout:
             _copy_dropout(bundle.model, small)
         run.log.event("trained", **{name: value for name, value in vars(trained).items() if name != "decision"})
-        runstate.forget(run.folder)
         return replace(bundle, model=small, plan=bundle.plan.then(trained.decision.plan))
 
 

@@ -1,6 +1,6 @@
 """ONNX files of encoders whose layers differ, for ONNX Runtime (fast graphs) and for any runtime (standard operators).
 
-The model is traced once per file with a marker in the place of each attention; `graphs.py` then rewrites the trace into the graph
+The model is traced once with a marker in the place of each attention; `graphs.py` then rewrites the trace into the graph
 that the variant stands for. The exporter is explicit: it counts attentions and matrices, compares with the model, runs the file
 on every given batch and compares with PyTorch, and leaves no file behind where anything disagrees.
 Which graph was chosen, and by which measurements: docs/decisions/0002-onnx-graphs.md.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,16 @@ class Onnx(Exporter):
         variant: Variant,
         outputs: Sequence[str] = ("logits",),
     ) -> Artifact:
-        import onnx_ir
+        return self.export_all(model, batches, {variant: path}, outputs)[variant]
 
+    def export_all(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        paths: Mapping[Variant, Path],
+        outputs: Sequence[str] = ("logits",),
+    ) -> dict[Variant, Artifact]:
+        """Several variants from one trace, which is what takes the time; otherwise as `export`, file by file."""
         from slimformer.families.base import anatomy_of, family_of
 
         if not batches:
@@ -74,8 +82,27 @@ class Onnx(Exporter):
         names = family_of(model.config.model_type).inputs(model)
         with _eval(model):
             reference = [_torch_outputs(model, names, batch, outputs) for batch in batches]
-            program = _trace(model, anatomy, names, outputs, turned=variant in FUSED)
-            notes = self._rewrite(program, model, anatomy, variant, batches, names)
+            program = _trace(model, anatomy, names, outputs)
+            files = {}
+            for variant, path in paths.items():
+                files[variant] = self._write(program.clone(), model, anatomy, batches, path, variant, names, outputs, reference)
+        return files
+
+    def _write(
+        self,
+        program: onnx_ir.Model,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        batches: Sequence[Arrays],
+        path: Path,
+        variant: Variant,
+        names: Sequence[str],
+        outputs: Sequence[str],
+        reference: Sequence[dict[str, np.ndarray]],
+    ) -> Artifact:
+        import onnx_ir
+
+        notes = self._rewrite(program, model, anatomy, variant, batches, names)
         with whole(path) as part:
             onnx_ir.save(program, part)
             difference, agreeing = self._parity(part, variant, batches, names, outputs, reference)
@@ -98,33 +125,42 @@ class Onnx(Exporter):
         graph = program.graph
         layout = SEQ_FIRST if variant in FUSED else BATCH_FIRST
         attentions = sum(name is not None for name in anatomy.attentions)
+        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
         try:
             _same("attentions", graphs.flatten_attentions(graph), attentions)
+            if layout == BATCH_FIRST:
+                graphs.unturn(graph)
             narrowed = graphs.read_only_first(graph, layout)
             _same("attentions", graphs.lower_attentions(graph, layout, fused=variant in FUSED), attentions)
+            _same("matrices", len(graphs.products(graph)), linears)
+            notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
+            if narrowed:
+                notes.append("the last layer computes the first token only")
+            if variant in INT8:
+                notes.append(self._quantize(program, variant, linears, batches, names))
+            if variant in FUSED:
+                graphs.lower_norms(graph)
+                graphs.separate_gelus(graph)
         except graphs.Unexpected as reason:
             raise ExportError(f"the traced graph is not as expected: {reason}.", help=_REPORT) from None
-        notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
-        if narrowed:
-            notes.append("the last layer computes the first token only")
-        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
-        _same("matrices", len(graphs.products(graph)), linears)
-        if variant in INT8:
-            expected = linears - len(graphs.heads_of(graph))
-            if variant is Variant.INT8_DYNAMIC:
-                done = graphs.int8_dynamic(graph, self.weight_bits)
-            else:
-                graphs.tidy(program)
-                ranges = _calibrate(program, batches, names)
-                done = graphs.int8_static(graph, ranges, self.weight_bits)
-            _same("int8 matrices", done, expected)
-            tables = graphs.int8_embeddings(graph)
-            notes.append(f"int8: {done} of {linears} matrices, {tables} embedding tables; the classifier stays in fp32")
-        if variant in FUSED:
-            graphs.lower_norms(graph)
         graphs.tidy(program)
         program.producer_name = "slimformer"
         return notes
+
+    def _quantize(
+        self, program: onnx_ir.Model, variant: Variant, linears: int, batches: Sequence[Arrays], names: Sequence[str]
+    ) -> str:
+        """Int8 for every Linear but the classifier and for the embeddings, in place; says how many."""
+        graph = program.graph
+        expected = linears - len(graphs.heads_of(graph))
+        if variant is Variant.INT8_DYNAMIC:
+            done = graphs.int8_dynamic(graph, self.weight_bits)
+        else:
+            graphs.tidy(program)
+            done = graphs.int8_static(graph, _calibrate(program, batches, names), self.weight_bits)
+        _same("int8 matrices", done, expected)
+        tables = graphs.int8_embeddings(graph)
+        return f"int8: {done} of {linears} matrices, {tables} embedding tables; the classifier stays in fp32"
 
     def _parity(
         self,
@@ -233,7 +269,7 @@ def _mark(
     import torch
 
     outer, heads, inner, dim = query.shape
-    attributes = {"scale": float(scaling or dim**-0.5), "heads": int(heads), "width": int(heads * dim)}
+    attributes: dict[str, Any] = {"scale": float(scaling or dim**-0.5), "heads": int(heads), "width": int(heads * dim)}
     inputs = [*(item.transpose(1, 2) for item in (query, key, value)), attention_mask]
     shape = (outer, inner, heads, dim)
     name = "::".join(graphs.MARKER)
@@ -246,8 +282,8 @@ def _plain_mask(*, attention_mask: Any, **_: Any) -> Any:
 
 
 @contextmanager
-def _marked(model: PreTrainedModel, anatomy: Anatomy, turned: bool) -> Iterator[None]:
-    """Lets the model's attentions leave markers and, where `turned`, its layers compute in (seq, batch, hidden)."""
+def _marked(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
+    """Lets the model's attentions leave markers and its layers compute in (seq, batch, hidden)."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(MARKED, _mark)
@@ -262,9 +298,8 @@ def _marked(model: PreTrainedModel, anatomy: Anatomy, turned: bool) -> Iterator[
     with ExitStack() as stack:
         stack.callback(setattr, model.config, "_attn_implementation", before)
         model.config._attn_implementation = MARKED
-        if turned:
-            for name in (anatomy.embedding, anatomy.layers[-1]):
-                stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
+        for name in (anatomy.embedding, anatomy.layers[-1]):
+            stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
 
 
@@ -283,10 +318,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _trace(
-    model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outputs: Sequence[str], turned: bool
-) -> onnx_ir.Model:
-    """The model as a graph with markers for attentions; batch and sequence are free."""
+def _trace(model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outputs: Sequence[str]) -> onnx_ir.Model:
+    """The model as a SEQ_FIRST graph with markers for attentions; batch and sequence are free."""
     import torch
 
     class Flat(torch.nn.Module):
@@ -304,7 +337,7 @@ def _trace(
     fill = {"attention_mask": 1}
     example = tuple(torch.full((2, 8), fill.get(name, 0), dtype=torch.int64, device=model.device) for name in names)
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=_longest(model))
-    with _marked(model, anatomy, turned), _quiet(), torch.no_grad():
+    with _marked(model, anatomy), _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 Flat().eval(),

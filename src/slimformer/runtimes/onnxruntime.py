@@ -1,55 +1,66 @@
-"""ONNX Runtime on the CPU: runs any .onnx file.
+"""Runs .onnx files in ONNX Runtime on the CPU.
 
-Threads do not spin while they wait: a spinning session slows down whoever runs next, and in a comparison that is the next model.
+The same session options for every file, ours and the rivals': what was measured to matter, and nothing tuned to one graph
+(docs/decisions/0002-onnx-graphs.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import final
+from typing import Any, ClassVar, final
 
 import numpy as np
 
-from slimformer.errors import ExtraError
+from slimformer.errors import ExtraError, ModelError
 from slimformer.runtimes.base import Runner, Runtime
 
 
 @final
 @dataclass(frozen=True)
 class OnnxRuntime(Runtime):
-    """`spinning`: whether threads wait actively; a little faster alone, slower for all beside."""
-
-    spinning: bool = False
+    extra: ClassVar[str | None] = None
 
     def available(self) -> bool:
         return find_spec("onnxruntime") is not None
 
     def version(self) -> str:
-        return version("onnxruntime")
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
 
     def accepts(self, path: Path) -> bool:
-        return path.suffix == ".onnx"
+        return path.is_file() and path.suffix == ".onnx"
 
     def load(self, path: Path, threads: int) -> Runner:
         if not self.available():
-            raise ExtraError("ONNX Runtime is not installed.", help="pip install onnxruntime")
+            raise ExtraError("the runtime 'onnxruntime' is not installed.", help="pip install onnxruntime")
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spinning)))
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        inputs = [item.name for item in session.get_inputs()]
+        try:
+            session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common public type
+            raise ModelError(
+                f"ONNX Runtime {self.version()} cannot load {path}.",
+                facts=str(error).strip().splitlines()[:1],
+                help="export the model again, or update onnxruntime.",
+            ) from error
+        names = [item.name for item in session.get_inputs()]
         outputs = [item.name for item in session.get_outputs()]
 
-        def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            found = session.run(outputs, {name: batch[name] for name in inputs})
-            return dict(zip(outputs, found, strict=True))
+        def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return dict(zip(outputs, session.run(outputs, {name: inputs[name] for name in names}), strict=True))
 
         return run
+
+
+def _options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # encoders are one chain of operators: nothing runs side by side
+    options.log_severity_level = 3
+    return options

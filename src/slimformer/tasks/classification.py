@@ -198,7 +198,7 @@ class Classification(Task):
         known = task.labels
         table = task._table(Split.TRAIN, any_split=True)
         raw = task._raw_labels(table, task._columns(table)[1])
-        by_value = not _spelled_as_names(raw, names, task._known_names(table, task._columns(table)[1]))
+        by_value = not _spelled_as_names(set(raw), names, task._known_names(table, task._columns(table)[1]))
         if by_value and all(_is_id(label, len(names) - 1) for label in set(raw)):
             # 0 and 1 could be any two of three classes: taking ids by value would be a guess
             raise DataError(

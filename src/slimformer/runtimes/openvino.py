@@ -1,0 +1,112 @@
+"""Runs .onnx files of standard operators, and OpenVINO's own .xml files, in OpenVINO on the CPU; makes the rival by NNCF.
+
+Needs the extra `slimformer[openvino]`. Files with ONNX Runtime's own operators (fused attention, dynamic int8) are not accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, final
+
+import numpy as np
+
+from slimformer.errors import ExtraError, ModelError
+from slimformer.files import whole_folder
+from slimformer.runtimes.base import Runner, Runtime
+
+if TYPE_CHECKING:
+    from slimformer.exporters.base import Arrays
+
+INSTALL = "pip install 'slimformer[openvino]'"
+EXAMPLES = 300  # what NNCF calibrates on: its own default
+
+
+@final
+@dataclass(frozen=True)
+class OpenVINO(Runtime):
+    extra: ClassVar[str | None] = "openvino"
+
+    def available(self) -> bool:
+        return find_spec("openvino") is not None
+
+    def version(self) -> str:
+        import openvino
+
+        return str(openvino.__version__).split("-")[0]
+
+    def accepts(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        return path.suffix == ".xml" or (path.suffix == ".onnx" and _standard(path))
+
+    def load(self, path: Path, threads: int) -> Runner:
+        if not self.available():
+            raise ExtraError("the runtime 'openvino' is not installed.", help=INSTALL)
+        import openvino
+
+        core = openvino.Core()
+        # Full precision where the CPU would take bfloat16 by itself: a speed bought with other numbers is not a comparison.
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            model = core.compile_model(core.read_model(path), "CPU", settings)
+        except RuntimeError as error:
+            raise ModelError(
+                f"OpenVINO {self.version()} cannot load {path}.",
+                facts=str(error).strip().splitlines()[-1:],
+                help="name a file of standard operators: model.onnx or model_int8_qdq.onnx.",
+            ) from error
+        names = [item.get_any_name() for item in model.inputs]
+        outputs = [item.get_any_name() for item in model.outputs]
+        request = model.create_infer_request()
+
+        def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            results = request.infer({name: inputs[name] for name in names}, share_inputs=True)
+            return {name: np.array(results[index]) for index, name in enumerate(outputs)}
+
+        return run
+
+
+def _standard(path: Path) -> bool:
+    """Whether an ONNX file names no operators of ONNX Runtime's own; reads the nodes, not the weights."""
+    import onnx_ir
+
+    return all(node.domain in {"", "ai.onnx"} for node in onnx_ir.load(path).graph)
+
+
+def nncf_int8(model: Path, batches: Sequence[Arrays], folder: Path) -> Path:
+    """Quantizes a plain fp32 ONNX file to int8 as NNCF's users do (post-training, `model_type=TRANSFORMER`, 300 examples).
+
+    Writes `folder`/openvino_model.xml and .bin, and gives the path of the .xml. The rival that is hardest to beat: it is what
+    anybody gets in a minute. ExtraError where OpenVINO or NNCF is missing.
+    """
+    if find_spec("openvino") is None or find_spec("nncf") is None:
+        raise ExtraError("making OpenVINO's int8 model needs openvino and nncf, which are not installed.", help=INSTALL)
+    import logging
+
+    import nncf
+    import openvino
+
+    names = {item.get_any_name() for item in openvino.Core().read_model(model).inputs}
+    rows = [
+        {name: np.asarray(batch[name][row : row + 1][:, : int(batch["attention_mask"][row].sum())]) for name in names}
+        for batch in batches
+        for row in range(len(batch["input_ids"]))
+    ][:EXAMPLES]
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        small = nncf.quantize(
+            openvino.Core().read_model(model),
+            nncf.Dataset(rows),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(rows),
+        )
+    finally:
+        logger.setLevel(level)
+    with whole_folder(folder) as part:
+        openvino.save_model(small, part / "openvino_model.xml", compress_to_fp16=False)
+    return folder / "openvino_model.xml"

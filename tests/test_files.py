@@ -1,0 +1,89 @@
+"""Files appear whole or not at all; a folder belongs to one run; the disk's refusals become words."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+
+import pytest
+
+from slimformer.errors import OutputError
+from slimformer.files import claim, speaking, whole, whole_folder, write_text
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError), whole(file) as part:
+        part.write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert file.read_text(encoding="utf-8") == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_folder_leaves_what_was_there(tmp_path):
+    with whole_folder(tmp_path / "model") as part:
+        write_text(part / "a", "old")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "model") as part:
+        write_text(part / "a", "new")
+        raise RuntimeError
+    assert (tmp_path / "model" / "a").read_text(encoding="utf-8") == "old"
+    with whole_folder(tmp_path / "model") as part:
+        write_text(part / "b", "new")
+    assert [item.name for item in (tmp_path / "model").iterdir()] == ["b"]
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_told_in_words(tmp_path):
+    with pytest.raises(OutputError, match=r"the disk is full[\s\S]*free some space"), speaking(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="odd"), speaking(tmp_path):
+        raise OSError(errno.EIO, "odd")
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing_half(tmp_path):
+    with pytest.raises(OutputError, match="full"), whole(tmp_path / "model.onnx") as part:
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="holds something else already"), claim(tmp_path, "x"):
+        pass
+    assert [item.name for item in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(OutputError, match="is a file"), claim(tmp_path / "thesis.tex", "x"):
+        pass
+
+
+def test_the_same_run_comes_back_another_does_not(tmp_path):
+    out = tmp_path / "out"
+    with claim(out, "this"):
+        (out / ".part-left").write_text("half", encoding="utf-8")
+    with claim(out, "this"):
+        assert not (out / ".part-left").exists()
+    with pytest.raises(OutputError, match="belongs to another run"), claim(out, "that"):
+        pass
+
+
+def _hold(folder, ready, done):
+    with claim(folder, "x"):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_runs_in_one_folder_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "out", ready, done))
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(OutputError, match="another run is at work"), claim(tmp_path / "out", "x"):
+            pass
+    finally:
+        done.set()
+        other.join(30)
+    with claim(tmp_path / "out", "x"):
+        pass

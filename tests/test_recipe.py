@@ -1,0 +1,121 @@
+"""Recipes: round trip through YAML, all mistakes at once with their places, paths relative to the file."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimformer import registry
+from slimformer.errors import RecipeError
+from slimformer.recipe import Bench, Recipe
+from slimformer.stages import Calibrate, Train
+from slimformer.tasks.intents import Intents
+
+WHOLE = """
+model: ./x
+task: {use: intents, examples: 500}
+seed: 3
+stages:
+  - train: {epochs: 2}
+  - calibrate: {method: {use: fisher, keep: 0.4}}
+  - train: {epochs: 5, lr: 0.0001, methods: [{use: gates, target: 0.4}, {use: distillation, temperature: 3}]}
+  - export: {choose_within: 0.5}
+  - bench: {seconds: 5, rivals: [teacher-int8]}
+"""
+
+
+def test_a_recipe_is_what_it_says_and_round_trips():
+    recipe = Recipe.parse(yaml.safe_load(WHOLE))
+    fisher, gates, distillation = (registry.find("methods", name) for name in ("fisher", "gates", "distillation"))
+    assert recipe.stages == (
+        Train(epochs=2),
+        Calibrate(fisher(keep=0.4)),
+        Train(epochs=5, lr=1e-4, methods=(gates(target=0.4), distillation(temperature=3))),
+    )
+    assert recipe.task == Intents(examples=500)
+    assert recipe.bench == Bench(seconds=5, rivals=("teacher-int8",))
+    assert (recipe.seed, recipe.export.choose_within) == (3, 0.5)
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_all_mistakes_are_shown_together_each_with_its_place():
+    text = """
+modle: ./x
+task: {use: intent}
+seed: -1
+stages:
+  - train: {epoch: 2}
+  - calibrate: {method: {use: gates}}
+  - train: {lr: -1, methods: [{use: fisher}, {use: distilation}, {use: gates, targt: 1}, {use: distillation, temperature: hot}]}
+  - train: {methods: [{use: distillation, temperature: -1}]}
+  - exprt: {}
+  - bench: {rivals: [nobody]}
+"""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(yaml.safe_load(text))
+    facts = "\n".join(caught.value.facts)
+    for expected in (
+        "modle: unknown key; did you mean 'model'?",
+        "model: missing",
+        "task.use: there is no 'intent'; did you mean 'intents'?",
+        "seed: must be a whole number from 0",
+        "stages[0].train.epoch: unknown option; did you mean 'epochs'?",
+        "stages[1].calibrate.method: 'gates' has to train",
+        "stages[2].train.lr: -1.0, must be 0 or above",
+        "stages[2].train.methods[0]: 'fisher' looks once",
+        "stages[2].train.methods[1].use: there is no 'distilation'; did you mean 'distillation'?",
+        "stages[2].train.methods[2].targt: unknown option; did you mean 'target'?",
+        "stages[2].train.methods[3].temperature: Input should be a valid number",
+        "stages[3].train.methods[0]: temperature must be above 0",
+        "stages[4].exprt: unknown stage; did you mean 'export'?",
+        "stages[5].bench.rivals.0",
+    ):
+        assert expected in facts
+
+
+def test_two_methods_that_decide_are_refused():
+    stage = {"train": {"methods": [{"use": "gates"}, {"use": "gates"}]}}
+    with pytest.raises(RecipeError, match="gates and gates both decide what to cut"):
+        Recipe.parse({"model": "x", "task": "intents", "stages": [stage]})
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "data.tsv").write_text("text\tlabel\n", encoding="utf-8")
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: bert\ntask: {use: classification, data: data.tsv}\nstages: []\n", encoding="utf-8")
+    recipe = Recipe.read(file)
+    assert recipe.model == str(tmp_path / "bert")
+    assert recipe.task.data == str(tmp_path / "data.tsv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe", "cannot read"), (b"a: [", "is not YAML"), (b"- 1", "must be a mapping")]
+)
+def test_a_file_that_is_no_recipe(tmp_path, content, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.read(file)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["fisher", "gates", "intents"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["model", "task", "stages", "use", "train", "calibrate", "method", "methods", "epochs", "bench"]), inner, max_size=4
+    ),
+    max_leaves=12,
+)
+
+
+@given(PLAIN)
+def test_anything_gives_a_recipe_or_a_recipe_error(data):
+    try:
+        recipe = Recipe.parse(data)
+    except RecipeError as error:
+        assert error.facts
+    else:
+        assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
