@@ -37,7 +37,8 @@ Metric = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, spearm
 MaxLength = Annotated[int | None, typer.Option(help="Tokens an input may have; longer ones are cut off.")]
 TrainRows = Annotated[str | None, typer.Option(help="A number of training rows, or a JSON file of row numbers.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command in it resumes a run that was cut off.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to time with; all cores by default.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
+Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait, before each timing, for a quiet machine.")]
 
 
 @app.command()
@@ -63,6 +64,7 @@ def compress(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 17,
     threads: Threads = None,
+    wait: Wait = 60.0,
 ) -> None:
     """Make a model smaller and faster: tune if needed, cut, distil, int8, verify, report."""
     from slimformer.compression import Wishes
@@ -80,16 +82,18 @@ def compress(
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
     )
     chosen = _task(task, data, text, text_pair, label, metric, max_length, train_rows)
-    _show(make(model, chosen, out, wishes, command=_command(), threads=threads))
+    _show(make(model, chosen, out, wishes, command=_command(), threads=threads, wait_seconds=wait))
 
 
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], out: Out, threads: Threads = None) -> None:
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], out: Out, threads: Threads = None, wait: Wait = 60.0
+) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
     from slimformer.recipe import Recipe
     from slimformer.recipe import run as carry_out
 
-    _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads))
+    _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads, wait_seconds=wait))
 
 
 @app.command()
@@ -102,8 +106,9 @@ def bench(
     label: Label = None,
     metric: Metric = None,
     max_length: MaxLength = None,
-    seconds: Annotated[float, typer.Option(help="How long each of the two workloads is timed.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0, help="How long each of the two workloads is timed.")] = 60.0,
     threads: Threads = None,
+    wait: Wait = 60.0,
 ) -> None:
     """Compare models side by side, in turn: quality, size and speed on this machine."""
     from rich.console import Console
@@ -112,7 +117,7 @@ def bench(
     from slimformer.report import table
 
     chosen = _task(task, data, text, text_pair, label, metric, max_length, None) if task or data else None
-    found = side_by_side(models, chosen, max_length=max_length, threads=threads, seconds=seconds)
+    found = side_by_side(models, chosen, max_length=max_length, threads=threads, seconds=seconds, wait_seconds=wait)
     Console().print(table(found.records))
 
 
@@ -133,7 +138,7 @@ def report(
 
 
 @app.command()
-def inspect(model: Model, length: Annotated[int, typer.Option(help="Tokens per example, for the MACs.")] = 128) -> None:
+def inspect(model: Model, length: Annotated[int, typer.Option(min=1, help="Tokens per example, for the MACs.")] = 128) -> None:
     """Show what could be cut: sites, parameters and MACs per layer."""
     from rich.console import Console
 
@@ -224,6 +229,7 @@ def main() -> None:
     except SlimformerError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here.", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer makes this of Ctrl-C and says nothing
+            typer.echo("stopped; the same `compress`, `run` or `demo` goes on from here.", err=True)
+        raise

@@ -12,15 +12,18 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from slimformer import checkpoint, delivery, registry
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.files import claim, write_text
 from slimformer.log import Log
-from slimformer.recipe import RIVALS, Bench, Outcome, Recipe, RivalName, begin, finish, tidy
+from slimformer.recipe import RIVALS, Bench, Outcome, Recipe, RivalName, begin, finish, look, tidy
 from slimformer.stages import Bundle, Calibrate, Run, Stage, Train, advance, context_of, subset
 from slimformer.tasks.base import Split, Task
 
@@ -74,6 +77,7 @@ def compress(
     log: Log | None = None,
     command: str = "",
     threads: int | None = None,
+    wait_seconds: float = 60.0,
 ) -> Outcome:
     """Makes `model` smaller and faster for `task` and leaves everything in the folder `out`; resumes where it was cut off.
 
@@ -86,34 +90,22 @@ def compress(
     source = Path(model)
     tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wishes.batch_size)
     recipe = Recipe(str(model), task, (tune,), seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
-    _look(recipe)
+    look(recipe)
     with claim(folder, f"compress {_purpose(recipe, wishes)}"):
         if (folder / "report.html").is_file() and not (folder / "work").exists():
             raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
         log = log or Log(folder)
-        state = Run(folder / "work", folder / "work", log, wishes.seed, threads or cores())
-        state.root.mkdir(exist_ok=True)
+        state = Run(folder / "work", folder / "work", log, wishes.seed, threads or cores(), None, wait_seconds)
         recipe = replace(recipe, stages=(replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),))
         bundle, _ = begin(recipe, state)
+        state.root.mkdir(exist_ok=True)
         return _search(bundle, recipe, wishes, state, folder, command)
 
 
-def _look(recipe: Recipe) -> None:
-    """All checks of the user's input that are quick, before anything is made."""
-    from slimformer.families.base import family_of
-
-    source = Path(recipe.model)
-    config = checkpoint.read_config(source)
-    family_of(checkpoint.base_type(config))
-    checkpoint.weights_file(source)
-    recipe.task.split(Split.DEV)
-    recipe.task.configure()
-    if checkpoint.is_tuned(source, recipe.task.auto_class, recipe.task.configure()):
-        recipe.task.bind(config)
-
-
 def _purpose(recipe: Recipe, wishes: Wishes) -> str:
-    return json.dumps({"model": recipe.model, "task": repr(recipe.task), **asdict(wishes)}, sort_keys=True, default=str)
+    """What a folder is for. Speed, loss and tries may change on the way: what was made for others of them stays good."""
+    fixed = {name: value for name, value in asdict(wishes).items() if name not in {"speedup", "max_loss", "tries"}}
+    return json.dumps({"model": recipe.model, "task": repr(recipe.task), **fixed}, sort_keys=True, default=str)
 
 
 def _hidden_size(source: Path) -> int:
@@ -189,10 +181,15 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
     best = chosen.best(wishes.max_loss)
     if chosen is whole and attempts[-1] is not whole:
         log.say("no cut stays within the loss that is allowed: delivering the uncut model in its best file.")
-    elif best.loss > wishes.max_loss or best.speed_32 < wishes.speedup:
-        log.say("not all that was asked for was found; this is the best.")
+    if best.loss > wishes.max_loss or best.speed_32 < wishes.speedup:
+        log.say(
+            f"not all that was asked for was found; this is the best: {best.speed_32:.2f} times as fast (asked: "
+            f"{wishes.speedup:g}), {best.loss:+.2f} points lost on held examples (allowed: {wishes.max_loss:g})."
+        )
     target = Target(wishes.speedup, wishes.max_loss)
-    final = replace(recipe, stages=(*lead, *chosen.stages))
+    # without the levels, the same recipe would measure its own and cut a little otherwise
+    levels = scale.levels if scale is not None and chosen is not whole else None
+    final = replace(recipe, stages=(*lead, *chosen.stages), latency=levels)
     measurement = finish(chosen.bundle, chosen.stages, final, state, folder, target=target, command=command)
     tidy(state)
     return Outcome(folder, measurement)
@@ -231,15 +228,20 @@ class _Scale:
 
     def __init__(self, bundle: Bundle, state: Run) -> None:
         from slimformer.latency import measured
-        from slimformer.methods.fisher import information
 
         self.bundle, self.state = bundle, state
         self.fisher = registry.find("methods", "fisher")()
         self.context = context_of(bundle, state, bundle.model, "latency")
         found = measured(bundle.model, self.context.anatomy, bundle.material, state)
-        self.cost, self.dense_fp32_ms = found.cost, found.dense_fp32_ms
-        state.log.say("measuring how much each head and neuron matters.")
-        self.importance = information(self.context, self.fisher.examples)
+        self.cost, self.dense_fp32_ms, self.levels = found.cost, found.dense_fp32_ms, found.levels
+
+    @cached_property
+    def importance(self) -> dict[str, np.ndarray]:
+        """The Fisher information of each head and neuron of the uncut model."""
+        from slimformer.methods.fisher import information
+
+        self.state.log.say("measuring how much each head and neuron matters.")
+        return information(self.context, self.fisher.examples)
 
     def keep(self, speedup: float) -> float:
         """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
@@ -291,7 +293,7 @@ class _Scale:
                 runners,
                 workloads(features, limit=20)[1],
                 engines=dict.fromkeys(runners, Engine("onnxruntime", "", threads)),
-                load=quiet(),
+                load=quiet(self.state.wait_seconds),
                 rounds=40,
                 budget_seconds=8,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,10 @@ def export_files(
 
     exporter = registry.find("exporters", "onnx")()
     batches = material.batches(family_of(model.config.model_type).inputs(model))
-    made = {}
-    for variant in variants:
-        file = folder / FILES[variant]
-        made[variant] = exporter.export(model, batches, file, variant, material.task.outputs)
-        log.event("exported", **{key: str(value) for key, value in asdict(made[variant]).items()})
+    paths = {variant: folder / FILES[variant] for variant in variants}
+    made: dict[Variant, Artifact] = exporter.export_all(model, batches, paths, material.task.outputs)
+    for artifact in made.values():
+        log.event("exported", **{key: str(value) for key, value in asdict(artifact).items()})
     return made
 
 
@@ -118,7 +118,7 @@ def try_out(
             losses[name] = (losses[name] + sign * (reference.seen - _score(runner, material, Split.TRAIN))) / 2
     runners["teacher"] = load(baseline, run.threads)
     engine = Engine("onnxruntime", registry.find("runtimes", "onnxruntime")().version(), run.threads)
-    state = quiet()
+    state = quiet(run.wait_seconds)
     speeds: dict[str, list[float]] = {name: [] for name in runners}
     features, _ = subset(material, Split.HELD, 640)
     for workload in workloads(features, limit=20)[::-1]:
@@ -158,7 +158,7 @@ def rivals(
     if "teacher-int8" in wanted:
         path = teacher[Variant.INT8_DYNAMIC]
         found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
-    if "openvino-int8" in wanted and registry.find("runtimes", "openvino")().available():
+    if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
         path = openvino_rival(teacher[Variant.FLOAT], bundle, run)
         found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
@@ -195,14 +195,15 @@ def small_dense(bundle: Bundle, stages: Sequence[Stage], run: Run) -> Bundle:
 def openvino_rival(path: Path, bundle: Bundle, run: Run) -> Path:
     """Rival 3: the dense teacher in OpenVINO, int8 by NNCF on 300 training examples."""
     from slimformer.families.base import family_of
-    from slimformer.runtimes.openvino import quantized
+    from slimformer.runtimes.openvino import nncf_int8
 
-    made = run.root / "teacher-files" / "openvino_int8.xml"
+    folder = run.root / "teacher-files" / "openvino"
+    made = folder / "openvino_model.xml"
     if not made.is_file():
         names = family_of(bundle.teacher.config.model_type).inputs(bundle.teacher)
         features = bundle.material.features[Split.TRAIN]
         rows = [int(row) for row in np.linspace(0, len(features) - 1, min(300, len(features)))]
-        quantized(path, [collate(features, [row], names) for row in rows], made)
+        nncf_int8(path, [collate(features, [row], names) for row in rows], folder)
     return made
 
 
@@ -257,7 +258,7 @@ def measure_all(
     ours: Sequence[Rival], rivals: Sequence[Rival], material: Material, run: Run, *, task_name: str, model: str, seconds: float
 ) -> Measurement:
     """Everything side by side on dev: scores, sizes, speeds; the first of `rivals` is the baseline."""
-    from slimformer.bench import measure
+    from slimformer.bench import measure, quiet
 
     entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
     return measure(
@@ -268,6 +269,7 @@ def measure_all(
         model=model,
         rounds=30,
         budget_seconds=seconds,
+        load=quiet(run.wait_seconds),
         seed=run.seed,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ MARK = ".slimformer"  # lies in every folder we made; holds what the folder is
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose another --out; a run continues where it stopped."),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another --out."),
+    errno.EFBIG: ("the file is larger than is permitted", "choose another --out, or raise the limit (ulimit -f)."),
     errno.EACCES: ("writing is not permitted", "choose another --out, or change the folder's permissions."),
     errno.EROFS: ("the disk is read-only", "choose another --out."),
     errno.ENOTDIR: ("a part of the path is a file", "choose another --out."),
@@ -32,11 +34,18 @@ def speaking(path: Path) -> Iterator[None]:
     """Turns the operating system's refusals to write at `path` into an OutputError."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _REASONS:
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else _told_code(error)
+        if code not in _REASONS:
             raise
-        reason, help = _REASONS[error.errno]
+        reason, help = _REASONS[code]
         raise OutputError(f"cannot write {path}: {reason}.", help=help) from error
+
+
+def _told_code(error: Exception) -> int | None:
+    """The system's error number in the text of an error from Rust (safetensors, tokenizers), which is no OSError."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,29 +33,54 @@ SECONDS = 20.0  # of timing, all levels together
 
 
 @dataclass(frozen=True)
+class Levels:
+    """What was timed: int8 milliseconds per example of one sublayer, by kind and units kept; a recipe may carry it.
+
+    `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32.
+    """
+
+    fixed_ms: float
+    dense_fp32_ms: float
+    heads: Mapping[int, float]
+    neurons: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Measured:
     """`cost`: int8 milliseconds per example, as curves; `dense_fp32_ms`: the baseline, timed in the same rounds."""
 
     cost: Cost
     dense_fp32_ms: float
+    levels: Levels
 
 
 def measured(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Measured:
-    """The latency of this model's sublayers in ONNX Runtime int8, batch 32 of held examples; measured once a run."""
+    """The latency of this model's sublayers in ONNX Runtime int8, batch 32 of held examples; measured once a run.
+
+    A recipe that carries the levels of an earlier measurement is believed, so that it leads to the same plan again.
+    """
     from slimformer.runstate import model_digest
 
     file = run.root / f"latency-{model_digest(model)[:10]}-{run.threads}.json"
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+    if run.levels is not None:
+        found = run.levels
+    elif file.is_file():
+        found = _read(file)
     else:
         run.log.say("timing what heads and neurons cost on this machine.")
         found = _measure(model, anatomy, material, run)
-        write_text(file, json.dumps(found))
-    table = {Kind(kind): {int(units): ms for units, ms in levels.items()} for kind, levels in found["table"].items()}
-    return Measured(latency(anatomy, found["fixed_ms"], table), found["dense_fp32_ms"])
+        write_text(file, json.dumps(asdict(found)))
+    table = {Kind.HEADS: found.heads, Kind.NEURONS: found.neurons}
+    return Measured(latency(anatomy, found.fixed_ms, table), found.dense_fp32_ms, found)
 
 
-def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> dict[str, Any]:
+def _read(file: Path) -> Levels:
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    heads, neurons = ({int(units): ms for units, ms in raw[kind].items()} for kind in ("heads", "neurons"))
+    return Levels(raw["fixed_ms"], raw["dense_fp32_ms"], heads, neurons)
+
+
+def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Levels:
     from slimformer import registry
     from slimformer.bench import Engine, compare, quiet, workloads
     from slimformer.families.base import family_of
@@ -86,24 +112,24 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: 
             runners,
             workload,
             engines=dict.fromkeys(runners, engine),
-            load=quiet(),
+            load=quiet(run.wait_seconds),
             rounds=40,
             budget_seconds=SECONDS,
         )
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
     ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}
-    table: dict[str, dict[int, float]] = {}
+    table: dict[Kind, dict[int, float]] = {Kind.HEADS: {}, Kind.NEURONS: {}}
     for kind in _kinds(anatomy):
         without = ms[f"{kind}-0"]
         count = len(anatomy.of_kind(kind))
-        table[str(kind)] = {
-            units: max(0.0, (ms[f"{kind}-{units}"] - without) / count) for units in _levels(anatomy, kind) if units
+        table[kind] = {
+            units: round(max(0.0, (ms[f"{kind}-{units}"] - without) / count), 7) for units in _levels(anatomy, kind) if units
         }
     full = {kind: max(_levels(anatomy, kind)) for kind in _kinds(anatomy)}
     dense = min(ms[f"{kind}-{units}"] for kind, units in full.items())
-    inside = sum(len(anatomy.of_kind(kind)) * table[str(kind)][units] for kind, units in full.items())
-    return {"table": table, "fixed_ms": max(0.0, dense - inside), "dense_fp32_ms": fp32}
+    inside = sum(len(anatomy.of_kind(kind)) * table[kind][units] for kind, units in full.items())
+    return Levels(round(max(0.0, dense - inside), 7), round(fp32, 7), table[Kind.HEADS], table[Kind.NEURONS])
 
 
 def _kinds(anatomy: Anatomy) -> list[Kind]:

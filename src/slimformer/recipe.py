@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from slimformer import checkpoint, registry
 from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
+from slimformer.latency import Levels
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.stages import Bundle, Calibrate, Run, Stage, Train, advance, prepare
@@ -57,7 +58,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to which model. `teacher`: another model to learn from; by default the model itself, once tuned."""
+    """What to do to which model. `teacher`: another model to learn from; by default the model itself, once tuned.
+
+    `latency`: what heads and neurons were measured to cost when the recipe was written; with it, a budget in latency leads to the
+    same plan on any machine, without it they are measured on this one.
+    """
 
     model: str
     task: Task
@@ -66,6 +71,7 @@ class Recipe:
     seed: int = 17
     export: Export = Export()
     bench: Bench = Bench()
+    latency: Levels | None = None
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
@@ -115,6 +121,8 @@ class Recipe:
             data["teacher"] = self.teacher
         if self.seed != 17:
             data["seed"] = self.seed
+        if self.latency is not None:
+            data["latency"] = asdict(self.latency)
         return data
 
     def to_yaml(self) -> str:
@@ -156,7 +164,7 @@ class _Reader:
         if not isinstance(data, Mapping):
             self.mistakes.append("the recipe must be a mapping with model, task and stages")
             return None
-        known = ("model", "task", "stages", "teacher", "seed")
+        known = ("model", "task", "stages", "teacher", "seed", "latency")
         for key in data:
             if key not in known:
                 self.mistakes.append(f"{key}: unknown key; {nearest(str(key), known)}")
@@ -170,11 +178,12 @@ class _Reader:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             self.mistakes.append(f"seed: must be a whole number from 0, not {seed!r}")
         task = self.named(data["task"], "tasks", "task") if "task" in data else None
+        latency = self.build(Levels, data["latency"], "latency") if "latency" in data else None
         stages, export, bench = self.stages(data.get("stages", []))
         if self.mistakes or task is None:
             return None
         teacher = self.path(data["teacher"]) if "teacher" in data else None
-        return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench)
+        return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench, latency)
 
     def path(self, name: str) -> str:
         """A path relative to the recipe, where there is something."""
@@ -292,16 +301,25 @@ class Outcome:
     measurement: Measurement
 
 
-def run(recipe: Recipe, out: str | Path, *, log: Log | None = None, command: str = "", threads: int | None = None) -> Outcome:
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    log: Log | None = None,
+    command: str = "",
+    threads: int | None = None,
+    wait_seconds: float = 60.0,
+) -> Outcome:
     """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off."""
     folder = Path(out)
+    look(recipe)
     with claim(folder, f"recipe {_digest(recipe)}"):
         if (folder / "report.html").is_file() and not (folder / "work").exists():
             raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
         log = log or Log(folder)
-        state = Run(folder / "work", folder / "work", log, recipe.seed, threads or _cores())
-        state.root.mkdir(exist_ok=True)
+        state = Run(folder / "work", folder / "work", log, recipe.seed, threads or _cores(), recipe.latency, wait_seconds)
         bundle, stages = begin(recipe, state)
+        state.root.mkdir(exist_ok=True)
         bundle = advance(stages, bundle, state)
         measurement = finish(bundle, stages, recipe, state, folder, command=command)
         tidy(state)
@@ -327,18 +345,47 @@ def tidy(state: Run) -> None:
     shutil.rmtree(state.root)
 
 
+def look(recipe: Recipe) -> None:
+    """All checks of what the user gave that are quick, before anything is made; the errors of `begin`, but earlier."""
+    from slimformer.families.base import family_of
+    from slimformer.tokenizing import load_tokenizer, max_length_of
+
+    for source in map(Path, filter(None, (recipe.model, recipe.teacher))):
+        family_of(checkpoint.base_type(checkpoint.read_config(source)))
+        checkpoint.weights_file(source)
+    source, task = Path(recipe.model), recipe.task
+    task.split(Split.DEV)
+    if checkpoint.is_tuned(source, task.auto_class):
+        task = task.bind(checkpoint.read_config(source))
+    elif recipe.teacher is None and not _lead(recipe.stages):
+        raise RecipeError(
+            f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
+            help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
+        )
+    if recipe.teacher:
+        recipe.task.bind(checkpoint.read_config(Path(recipe.teacher)))
+    for split in Split:
+        task.split(split)
+    load_tokenizer(source)
+    max_length_of(source)
+
+
+def _lead(stages: Sequence[Stage]) -> int:
+    """How many plain `train` stages a recipe begins with."""
+    count = 0
+    while count < len(stages) and isinstance(stages[count], Train) and not cast(Train, stages[count]).methods:
+        count += 1
+    return count
+
+
 def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
-    """The bundle with a teacher that is ready, and the stages still to run.
+    """The bundle with a teacher that is ready, and the stages still to run; `look` has checked the recipe.
 
     An untuned model is first tuned by the recipe's leading plain `train` stages, and is then its own teacher.
     """
-    from slimformer.families.base import family_of
-
     source = Path(recipe.model)
     config = checkpoint.read_config(source)
-    family_of(checkpoint.base_type(config))
-    checkpoint.weights_file(source)
-    tuned = checkpoint.is_tuned(source, recipe.task.auto_class, recipe.task.configure())
+    tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
     if tuned:
         task = recipe.task.bind(config)
         model, plan = checkpoint.load(source), checkpoint.load_plan(source)
@@ -362,14 +409,7 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
         return Bundle(model, plan, material, teacher), stages
     if tuned:
         return Bundle(model, plan, material, model), stages
-    lead = 0
-    while lead < len(stages) and isinstance(stages[lead], Train) and not cast(Train, stages[lead]).methods:
-        lead += 1
-    if not lead:
-        raise RecipeError(
-            f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
-            help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
-        )
+    lead = _lead(stages)
     bundle = advance(stages[:lead], Bundle(model, plan, material, model), state.under("teacher"))
     return Bundle(bundle.model, bundle.plan, material, bundle.model, tuned_here=True), stages[lead:]
 

@@ -26,6 +26,7 @@ from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.methods.base import Context, Method
 from slimformer.plan import Plan
+from slimformer.precision import looking
 from slimformer.tasks.base import Example, Features, Split, Task
 from slimformer.tokenizing import load_tokenizer, max_length_of
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from slimformer.anatomy import Anatomy
     from slimformer.cost import Cost
+    from slimformer.latency import Levels
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
@@ -90,6 +92,8 @@ class Run:
     log: Log
     seed: int = 17
     threads: int = 2
+    levels: Levels | None = None  # measured before, elsewhere; None: measured here when a budget counts latency
+    wait_seconds: float = 60.0  # at most, before each timing, until nothing else runs on the machine
 
     def under(self, name: str) -> Run:
         """The same run in a folder below."""
@@ -349,7 +353,7 @@ def torch_outputs(
     model.eval()
 
     def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.no_grad():
+        with torch.no_grad(), looking(device):
             output = model(**{name: torch.from_numpy(batch[name]).to(device) for name in names if name in batch})
         return {name: output[name].float().cpu().numpy() for name in material.task.outputs}
 

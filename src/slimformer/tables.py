@@ -21,7 +21,7 @@ from slimformer.errors import DataError, ExtraError, nearest
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 TRAIN_NAMES = ("train", "training")
 DEV_NAMES = ("dev", "validation", "valid", "val", "eval", "dev_matched", "validation_matched", "test")  # test: last resort
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", re.ASCII)
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", re.ASCII)  # ./reviews and ../reviews are paths
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
 

@@ -12,10 +12,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ from slimformer.log import Log
 from slimformer.lookup import Lookup, kept_gradient
 from slimformer.methods.base import Batch, Capture, Captured, Context, Method, Progress, State, Step
 from slimformer.plan import Decision
+from slimformer.precision import BF16_GAIN, Precision, autocast, bf16_gain
 from slimformer.registry import name_of
 from slimformer.runstate import RunState
 from slimformer.tasks.base import Features
@@ -43,10 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOWS = 100  # the loss is averaged and read in this many windows a run: reading it at each step would stall a GPU
-BF16_GAIN = 2.0  # in matrix products, for "auto" to take it on a CPU: a step then gains about 1.5 (docs/decisions/0003)
 STATE_SHARE = 0.02  # of the time that may go into writing states, however slow the disk
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Freeze(StrEnum):
@@ -432,7 +430,7 @@ class _Rig:
         self.sampling = False  # whether to watch resident memory: a system call a step
         self.peak = 0
         self._recorder, self._lessons, self._lookup, self._home = recorder, lessons, lookup, home
-        whole = _Whole(context, methods, states, recorder, settings.task_weight, partial(_autocast, self.device, precision))
+        whole = _Whole(context, methods, states, recorder, settings.task_weight, partial(autocast, self.device, precision))
         self.optimizer = _optimizer(context.model, states, settings)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._clipped = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
@@ -691,14 +689,14 @@ def _teacher(context: Context, methods: Sequence[Method], accelerator: Accelerat
         anatomy,
         family_of(model.config.model_type).inputs(model),
         context.task,
-        partial(_autocast, accelerator.device, precision),
+        partial(autocast, accelerator.device, precision),
         precision,
         accelerator.device,
     )
 
 
 def _accelerator(trackers: Sequence[str], folder: Path | None) -> Accelerator:
-    """Accelerate without mixed precision: `_autocast` wraps only the models, so that losses are computed in float32."""
+    """Accelerate without mixed precision: `autocast` wraps only the models, so that losses are computed in float32."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
@@ -725,12 +723,6 @@ def _trackers(accelerator: Accelerator, settings: Settings) -> Iterator[None]:
             tracker.finish()
 
 
-def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
 def _precision(settings: Settings, accelerator: Accelerator) -> Precision:
     """The precision to use, the same on all processes."""
     from accelerate.utils import broadcast_object_list
@@ -746,28 +738,6 @@ def _precision(settings: Settings, accelerator: Accelerator) -> Precision:
     if accelerator.num_processes > 1:
         broadcast_object_list(chosen)
     return chosen[0]
-
-
-@cache
-def bf16_gain() -> float:
-    """How many times faster this CPU trains a small feed-forward matrix in bfloat16 than in float32; a tenth of a second."""
-    rows, into, out = 768, 384, 1536  # a batch of 32 sentences through the matrix of a small encoder
-    value = torch.linspace(-1, 1, rows * into).reshape(rows, into)
-    weight = torch.linspace(-1, 1, out * into).reshape(out, into).requires_grad_()
-
-    def once(precision: Precision) -> float:
-        begin = time.perf_counter()
-        with _autocast(torch.device("cpu"), precision):
-            result = nn.functional.linear(value, weight)
-        torch.autograd.backward(result.sum())
-        weight.grad = None
-        return time.perf_counter() - begin
-
-    times: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
-    for _ in range(6):  # in turn, and the best of each: other work on the machine must not decide
-        for precision, taken in times.items():
-            taken.append(once(precision))
-    return min(times["fp32"]) / min(times["bf16"])
 
 
 class _Clock:

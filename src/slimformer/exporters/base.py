@@ -27,6 +27,7 @@ class Variant(StrEnum):
     FLOAT = "float"  # fp32, standard operators only
     FUSED = "fused"  # fp32, fused attention: ONNX Runtime only; the baseline of every ratio
     INT8_DYNAMIC = "int8_dynamic"  # fused attention, dynamic int8: ONNX Runtime only
+    INT8_FUSED = "int8_fused"  # the same with ranges from the batches: an answer does not depend on its neighbours in a batch
     INT8_STATIC = "int8_static"  # unfused, static QDQ: ONNX Runtime and OpenVINO
 
 

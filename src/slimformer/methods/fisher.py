@@ -24,6 +24,7 @@ from slimformer.anatomy import Anatomy, Kind, Site
 from slimformer.gating import gated
 from slimformer.methods.base import Batch, Context, Method, State
 from slimformer.plan import Decision, Plan
+from slimformer.precision import looking
 from slimformer.tasks.base import Task
 
 FLOOR = 0.02  # the least weight of a token: later layers may still read it
@@ -37,7 +38,7 @@ class Fisher(Method):
     keep: float = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
     examples: int = 2048  # for the gradients; Kwon et al. use 2,048
-    repair_tokens: int = 24_576  # for the least squares; 16 rows for each of 1,536 unknowns
+    repair_tokens: int = 12_288  # for the least squares; 8 rows for each of 1,536 unknowns, the ridge does the rest
     ridge: float = 1e-3
     neuron_multiple: int = 16  # one row of a vector register of int8 quads; see docs/decisions
     sublayers: bool = True
@@ -80,7 +81,8 @@ def information(context: Context, examples: int) -> dict[str, np.ndarray]:
             gates = {
                 site.id: torch.ones(rows, site.size, device=batch["input_ids"].device, requires_grad=True) for site in sites
             }
-            with torch.enable_grad(), gated(context.model, context.anatomy, gates):
+            device = batch["input_ids"].device
+            with torch.enable_grad(), gated(context.model, context.anatomy, gates), looking(device):
                 output = context.model(**{name: value for name, value in batch.items() if name != "labels"})
                 loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
             gradients = torch.autograd.grad(loss, list(gates.values()))
@@ -111,14 +113,23 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
     gates = _zeros_and_ones(anatomy, plan, next(model.parameters()).device)
     weights: dict[str, Tensor] = {}
     with torch.no_grad(), gated(model, anatomy, gates):
+        start = 0
+        states: list[Tensor | None] = [None] * len(batches)  # what enters layer `start`, once that is known
         for site in ordered:
             if not _downstream(site, plan, anatomy):
                 continue
+            if site.layer > start:
+                states = [
+                    _entering(model, anatomy, site.layer, batch, start, state)
+                    for batch, state in zip(batches, states, strict=True)
+                ]
+                start = site.layer
             kept = plan.keep.get(site.id, tuple(range(site.size)))
             tap = site.taps[0]
             linear = cast(nn.Linear, model.get_submodule(tap.module))
             columns = torch.tensor([unit * tap.unit + row for unit in kept for row in range(tap.unit)])
-            solved, bias = _solve(model, anatomy, site, linear, columns, batches, [goal[site.id] for goal in wanted], ridge)
+            goals = [goal[site.id] for goal in wanted]
+            solved, bias = _solve(model, anatomy, site, linear, columns, batches, states, goals, ridge)
             linear.weight.zero_()
             linear.weight[:, columns] = solved.to(linear.weight)
             linear.bias.copy_(bias)
@@ -184,6 +195,48 @@ def _watching(model: nn.Module, anatomy: Anatomy, site: Site, seen: dict[str, Te
             handle.remove()
 
 
+class _Given(nn.Module):
+    """Stands for a layer that has been computed already, or passes on what comes where `state` is None."""
+
+    def __init__(self, state: Tensor | None) -> None:
+        super().__init__()
+        self.state = state
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states if self.state is None else self.state
+
+
+@contextmanager
+def _starting(model: nn.Module, anatomy: Anatomy, layer: int, state: Tensor | None) -> Iterator[None]:
+    """Lets a forward pass begin at `layer`, with `state` (batch, seq, hidden) as what enters it; None: from the start."""
+    earlier = anatomy.layers[:layer] if state is not None else ()
+    real = {name: model.get_submodule(name) for name in earlier}
+    try:
+        for name in earlier:
+            model.set_submodule(name, _Given(state if name == earlier[-1] else None))
+        yield
+    finally:
+        for name, module in real.items():
+            model.set_submodule(name, module)
+
+
+def _entering(model: nn.Module, anatomy: Anatomy, layer: int, batch: Batch, start: int, state: Tensor | None) -> Tensor:
+    """What enters `layer`: (batch, seq, hidden), computed from what enters the earlier layer `start`."""
+    seen: list[Tensor] = []
+
+    def catch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+        raise _Stop
+
+    handle = model.get_submodule(anatomy.layers[layer - 1]).register_forward_hook(catch)
+    try:
+        with _starting(model, anatomy, start, state), suppress(_Stop):
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 def _sums(model: nn.Module, anatomy: Anatomy, sites: list[Site], batch: Batch, task: Task) -> dict[str, tuple[Tensor, Tensor]]:
     """For each site, at real tokens: branch + residual of the uncut model (tokens, hidden), and each token's weight (tokens,).
 
@@ -214,6 +267,7 @@ def _solve(
     linear: nn.Linear,
     columns: Tensor,
     batches: list[Batch],
+    states: list[Tensor | None],
     wanted: list[tuple[Tensor, Tensor]],
     ridge: float,
 ) -> tuple[Tensor, Tensor]:

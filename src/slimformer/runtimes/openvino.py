@@ -84,7 +84,9 @@ def nncf_int8(model: Path, batches: Sequence[Arrays], folder: Path) -> Path:
     """
     if find_spec("openvino") is None or find_spec("nncf") is None:
         raise ExtraError("making OpenVINO's int8 model needs openvino and nncf, which are not installed.", help=INSTALL)
+    import io
     import logging
+    from contextlib import redirect_stdout
 
     import nncf
     import openvino
@@ -99,12 +101,13 @@ def nncf_int8(model: Path, batches: Sequence[Arrays], folder: Path) -> Path:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        small = nncf.quantize(
-            openvino.Core().read_model(model),
-            nncf.Dataset(rows),
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(rows),
-        )
+        with redirect_stdout(io.StringIO()):  # its progress bars
+            small = nncf.quantize(
+                openvino.Core().read_model(model),
+                nncf.Dataset(rows),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(rows),
+            )
     finally:
         logger.setLevel(level)
     with whole_folder(folder) as part:

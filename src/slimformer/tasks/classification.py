@@ -120,7 +120,11 @@ class Classification(Task):
             object.__setattr__(self, "glue", self.data.removeprefix("glue/"))
         mistakes = list(self._mistakes())
         if mistakes:
-            raise RecipeError("the task classification cannot be set up like that.", facts=mistakes)
+            raise RecipeError(
+                "the task classification cannot be set up like that.",
+                facts=mistakes,
+                help="mend the option, or leave it out: what is not said is found from the data.",
+            )
         if self.glue is not None:
             object.__setattr__(self, "kind", "classes" if GLUE[self.glue].labels else "score")
             if self.metric == "auto":

@@ -1,0 +1,291 @@
+"""Draws docs/results.md and the table in README.md from all ledgers under results/: `make docs`, or `python results/tables.py`.
+
+The one idea: no figure in the docs is typed by hand. A run is a folder with a ledger.jsonl and the recipe.yaml that repeats it; all
+that is shown is read from the ledger's rows. Theory (multiply-accumulates) and measured speed never share a table. Nothing is
+measured here. With `--check` nothing is written: the exit status is 1 where a page is not what the ledgers give.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from slimformer.bench import Ratio
+from slimformer.page import circumstances
+from slimformer.report import (
+    LEDGER,
+    Record,
+    Role,
+    against,
+    choice,
+    count_text,
+    groups,
+    interval_text,
+    judge,
+    layers_text,
+    mb_text,
+    read,
+    signed,
+    tally,
+)
+
+HOME = Path(__file__).resolve().parent
+COMMAND = "python results/tables.py"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NONE = "No run has been recorded yet: there is no ledger under `results/`."
+HEAD = ("task", "model", "metric", "points lost (95 %)", "MB", "× batch 32", "× batch 1", "minutes")
+SHOWN = (Role.TEACHER_FP32, Role.TEACHER_INT8, Role.OPENVINO_INT8, Role.SMALL_DENSE)  # what stands beside ours in the README
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ledger, and the rows in it that are of one teacher, task, split and metric."""
+
+    folder: Path  # relative to results/
+    records: tuple[Record, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.as_posix()
+
+    @property
+    def claim(self) -> str:
+        """The name without its seed: runs that share it repeat each other with other seeds."""
+        return re.sub(r"-seed\d+$", "", self.name)
+
+    @property
+    def ours(self) -> Record | None:
+        """The file that ships."""
+        return choice([record for record in self.records if record.role == Role.OURS])
+
+
+def runs(home: Path) -> list[Run]:
+    """All runs under a folder, by name; of rows with one name the last counts, since a ledger is only ever added to."""
+    found = []
+    for ledger in sorted(home.rglob(LEDGER)):
+        for part in groups(read([ledger])).values():
+            last = {record.name: record for record in part}
+            found.append(Run(ledger.parent.relative_to(home), tuple(last.values())))
+    return found
+
+
+# -- Pages ---------------------------------------------------------------------------------------------------------------------
+
+
+def results_page(found: Sequence[Run]) -> str:
+    """docs/results.md: every row of every run, what is said of it, and what it was measured on."""
+    lines = [
+        "# Results",
+        "",
+        f"Drawn from the ledgers under [`results/`](../results/README.md) by `{COMMAND}`; nothing here is typed by hand.",
+        "",
+    ]
+    if not found:
+        return "\n".join([*lines, NONE, ""])
+    lines += [
+        "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev split, with",
+        "the 95 % interval of the paired bootstrap. **×**: times faster than that teacher in ONNX Runtime fp32, the median over",
+        "rounds taken in turn, and its 10th to 90th percentile; batch 32 is sorted by length, batch 1 in the data's order.",
+        "**MB**: the whole file. **Minutes**: making the model from its teacher. **Bold**: the file that ships, chosen on",
+        "examples held aside, never on dev.",
+        "",
+    ]
+    for title, part in _by_task(found).items():
+        lines += [f"## {title}", ""]
+        for run in part:
+            lines += _run(run)
+        lines += _spread(part)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def readme_table(found: Sequence[Run]) -> str:
+    """What README.md shows between its markers: for each claim the file that ships and its rivals."""
+    if not found:
+        return f"{NONE} `{COMMAND}` will draw the table here."
+    first: dict[tuple[str, str], Run] = {}
+    for run in found:  # by name, so that the run without a seed in its name comes first
+        first.setdefault((_title(run.records[0]), run.claim), run)
+    rows = []
+    for run in first.values():
+        ours = run.ours
+        rows += [_row(record, record is ours) for record in run.records if record.role in SHOWN or record is ours]
+    records = [record for run in first.values() for record in run.records]
+    threads = sorted({timing.threads for record in records for timing in record.timings})
+    machine = " and ".join(sorted({record.environment.cpu for record in records}))
+    machine += f", {' or '.join(map(str, threads))} threads" if threads else ""
+    return "\n".join(
+        [
+            *_table(HEAD, rows),
+            "",
+            f"On the dev splits, measured on the exported files; {machine}. ×: times faster than the dense teacher in ONNX Runtime fp32,",
+            "medians of rounds taken in turn. The first seed of each run; all rows, spreads over seeds and circumstances are in",
+            f"[docs/results.md](docs/results.md). Drawn by `{COMMAND}`.",
+        ]
+    )
+
+
+def placed(text: str, table: str) -> str:
+    """`text` with what stands between its markers replaced; ValueError where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must hold {BEGIN} and {END}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+# -- Parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def _title(record: Record) -> str:
+    return f"{record.task}, {record.model}"
+
+
+def _by_task(found: Iterable[Run]) -> dict[str, list[Run]]:
+    parts: dict[str, list[Run]] = {}
+    for run in found:
+        parts.setdefault(_title(run.records[0]), []).append(run)
+    return dict(sorted(parts.items()))
+
+
+def _run(run: Run) -> list[str]:
+    ours = run.ours
+    recipe = f"../results/{run.name}/recipe.yaml"
+    lines = [f"### {run.name}", "", f"[`recipe.yaml`]({recipe}) repeats it."]
+    lines += ["", *_table(HEAD, [_row(record, record is ours) for record in run.records]), ""]
+    if ours is not None:
+        verdicts = against(ours, run.records)
+        said = [judge(ours).text, *(verdict.text for verdict in verdicts), tally(verdicts), layers_text(ours)]
+        lines += [*(f"- {_safe(text)}" for text in said if text), ""]
+    lines += _theory(run)
+    about = [f"{label}: {value}" for label, value in circumstances(run.records) if label not in {"Recipe", "Plan"}]
+    seeds = sorted({record.seed for record in run.records if record.seed is not None})
+    about += [f"Seed: {', '.join(map(str, seeds))}"] if seeds else []
+    return [
+        *lines,
+        "<details><summary>Measured on</summary>",
+        "",
+        *(f"- {_safe(line)}" for line in about),
+        "",
+        "</details>",
+        "",
+    ]
+
+
+def _theory(run: Run) -> list[str]:
+    """Counted, not measured: a table of its own."""
+    dense = next((record.macs for record in run.records if record.role == Role.TEACHER_FP32), None)
+    models: dict[tuple[int | None, int | None, int | None], Record] = {}
+    for record in run.records:  # several files may hold one model: named by the file that ships
+        counted = (record.macs, record.params, record.encoder_params)
+        if record.macs is not None and (counted not in models or record is run.ours):
+            models[counted] = record
+    rows = []
+    for (macs, *parameters), record in models.items():
+        share = f"{100 * (macs or 0) / dense:.0f} %" if dense else ""
+        rows.append((_safe(record.name), count_text(macs), share, *map(count_text, parameters)))
+    if not rows:
+        return []
+    head = ("model", "MACs per example", "share of dense", "parameters", "of the encoder's matrices")
+    return [
+        "Counted, not measured (multiply-accumulates of the encoder; never to be read as speed):",
+        "",
+        *_table(head, rows),
+        "",
+    ]
+
+
+def _spread(part: Sequence[Run]) -> list[str]:
+    """Mean and range over seeds, for claims that were run with more than one."""
+    rows = []
+    for claim in dict.fromkeys(run.claim for run in part):
+        ours = [run.ours for run in part if run.claim == claim]
+        chosen = [record for record in ours if record is not None]
+        if len({record.seed for record in chosen}) < 2:
+            continue
+        speeds: Mapping[int, list[float]] = {
+            batch: [ratio.median for record in chosen if (ratio := record.times_faster(batch))] for batch in (32, 1)
+        }
+        rows.append(
+            (
+                claim,
+                ", ".join(str(record.seed) for record in chosen),
+                _range([record.score for record in chosen], "{:.4f}"),
+                _range([record.loss.value for record in chosen if record.loss], "{:+.1f}"),
+                _range(speeds[32], "{:.2f}"),
+                _range(speeds[1], "{:.2f}"),
+            )
+        )
+    if not rows:
+        return []
+    head = ("run", "seeds", "score: mean (range)", "points lost", "× batch 32", "× batch 1")
+    return ["### Over seeds", "", *_table(head, rows), ""]
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    return f"{form.format(fmean(values))} ({form.format(min(values))} to {form.format(max(values))})".replace("-", "−")
+
+
+def _row(record: Record, ships: bool) -> tuple[str, ...]:
+    loss = f"{signed(record.loss.value)} ({interval_text(record.loss)})" if record.loss else ""
+    name = _safe(record.name)
+    return (
+        _safe(record.task),
+        f"**{name}**" if ships else name,
+        f"{record.metric.replace('_', ' ')} {record.score:.4f}",
+        loss,
+        mb_text(record.size_bytes),
+        _times(record.times_faster(32)),
+        _times(record.times_faster(1)),
+        f"{record.minutes:.0f}" if record.minutes is not None and record.minutes >= 10 else _minutes(record.minutes),
+    )
+
+
+def _minutes(minutes: float | None) -> str:
+    return f"{minutes:.1f}" if minutes else ""
+
+
+def _times(found: Ratio | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.median:.2f}" if found.low == found.high else f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _safe(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes both pages, or with --check only tells whether they are what the ledgers give."""
+    root = HOME.parent
+    found = runs(HOME)
+    readme = root / "README.md"
+    pages = {
+        root / "docs" / "results.md": results_page(found),
+        readme: placed(readme.read_text(encoding="utf-8"), readme_table(found)),
+    }
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if "--check" in arguments:
+        for path in stale:
+            print(f"{path.relative_to(root)} is not what the ledgers give: run `{COMMAND}`.")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages[path], encoding="utf-8")
+    print(
+        f"{len(found)} runs; wrote {', '.join(str(path.relative_to(root)) for path in stale) or 'nothing, all is as it should be'}."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

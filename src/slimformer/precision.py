@@ -1,0 +1,53 @@
+"""Which arithmetic to compute in: bfloat16 where a device has it and gains by it, float32 elsewhere.
+
+On a CPU that is measured, once a process, since the same instruction set runs several times faster or slower from one machine to the
+next (docs/decisions/0003-training-loop.md).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["fp32", "bf16", "fp16"]
+BF16_GAIN = 2.0  # in matrix products, for "auto" to take it on a CPU: a step then gains about 1.5 (docs/decisions/0003)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """A context in which matrix products run in `precision`; results that need float32 stay in it."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def looking(device: torch.device) -> AbstractContextManager[object]:
+    """The fastest context for passes that only look: evaluation on held examples, gradients that are squared and summed."""
+    quick = device.type == "cpu" and bf16_gain() >= BF16_GAIN
+    return autocast(device, "bf16" if quick else "fp32")
+
+
+@cache
+def bf16_gain() -> float:
+    """How many times faster this CPU trains a small feed-forward matrix in bfloat16 than in float32; a tenth of a second."""
+    rows, into, out = 768, 384, 1536  # a batch of 32 sentences through the matrix of a small encoder
+    value = torch.linspace(-1, 1, rows * into).reshape(rows, into)
+    weight = torch.linspace(-1, 1, out * into).reshape(out, into).requires_grad_()
+
+    def once(precision: Precision) -> float:
+        begin = time.perf_counter()
+        with torch.enable_grad(), autocast(torch.device("cpu"), precision):  # asked for while only looking, too
+            result = nn.functional.linear(value, weight)
+        torch.autograd.backward(result.sum())
+        weight.grad = None
+        return time.perf_counter() - begin
+
+    times: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
+    for _ in range(6):  # in turn, and the best of each: other work on the machine must not decide
+        for precision, taken in times.items():
+            taken.append(once(precision))
+    return min(times["fp32"]) / min(times["bf16"])

@@ -1,0 +1,336 @@
+"""ONNX files compute what the model computes, whatever was cut from it; say what they hold; and fail without leaving a trace."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import MODEL_TYPES, VOCABULARY, batch, tiny, tiny_config
+
+from slimformer import graphs
+from slimformer.anatomy import Kind
+from slimformer.errors import ExportError
+from slimformer.exporters import onnx as exporter
+from slimformer.exporters.base import Variant
+from slimformer.exporters.onnx import Onnx, best_range, fused_attentions, quantized_matrices
+from slimformer.families.base import anatomy_of, family_of
+from slimformer.plan import Plan
+from slimformer.runtimes.onnxruntime import OnnxRuntime
+from slimformer.runtimes.openvino import OpenVINO
+from slimformer.shrink import shrink
+
+SHAPES = ((3, 7), (1, 5), (6, 12), (2, 2), (40, 16))  # the last so that int8 sees most of the vocabulary
+FAMILIES = ("bert", "roberta", "electra", "distilbert")
+
+
+def uneven(model_type: str) -> Any:
+    """A tiny model whose layers differ: heads 1 and 3, widths 5 and 24, one attention and one feed-forward gone."""
+    model = tiny(model_type)
+    anatomy = anatomy_of(model)
+    keep = {
+        "encoder.0.heads": (2,),
+        "encoder.0.neurons": (0, 3, 7, 8, 20),
+        "encoder.1.attention": (),
+        "encoder.1.ffn": (),
+        "encoder.2.heads": (0, 1, 3),
+    }
+    assert set(keep) <= set(anatomy.sites)
+    return shrink(model, anatomy, Plan(keep))
+
+
+@pytest.fixture(scope="module")
+def bert() -> Any:
+    return uneven("bert")
+
+
+@pytest.fixture(scope="module")
+def trace(bert: Any) -> Any:
+    """What the tracer makes of `bert`: it takes seconds, so tests of what follows it share one."""
+    names = family_of("bert").inputs(bert)
+    return exporter._trace(bert, anatomy_of(bert), names, ("logits",))
+
+
+@pytest.fixture
+def traced(bert: Any, trace: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`bert`, whose exports start from the shared trace."""
+    monkeypatch.setattr(exporter, "_trace", lambda *_: trace.clone())
+    return bert
+
+
+def arrays(model: Any, shapes: Any = SHAPES) -> list[dict[str, np.ndarray]]:
+    made = []
+    for seed, (rows, seq) in enumerate(shapes):
+        item = {name: value.numpy() for name, value in batch(model, rows, seq, seed).items()}
+        if "token_type_ids" in family_of(model.config.model_type).inputs(model):
+            item["token_type_ids"] = np.random.default_rng(seed).integers(0, 2, item["input_ids"].shape)
+        made.append(item)
+    return made
+
+
+def answers(model: Any, inputs: dict[str, np.ndarray], names: tuple[str, ...] = ("logits",)) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        output = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}, return_dict=True)
+    return {name: output[name].numpy() for name in names}
+
+
+def spread(model: Any, batches: list[dict[str, np.ndarray]]) -> float:
+    return max(float(np.abs(answers(model, item)["logits"]).max()) for item in batches)
+
+
+def check_all(model: Any, folder: Path) -> None:
+    """Exports every variant, and compares the files with the model on shapes that the export did not see."""
+    batches = arrays(model)
+    anatomy = anatomy_of(model)
+    attentions = sum(name is not None for name in anatomy.attentions)
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    made = Onnx().export_all(model, batches, {variant: folder / f"{variant}.onnx" for variant in Variant})
+    unseen = arrays(model, ((4, 9), (1, 3), (2, 31)))
+    top = spread(model, unseen)
+    for variant, artifact in made.items():
+        fused = variant in {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
+        small = variant in {Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC}
+        assert artifact.size_bytes == artifact.path.stat().st_size
+        assert fused_attentions(artifact.path) == (attentions if fused else 0)
+        assert quantized_matrices(artifact.path) == (linears - 1 if small else 0)
+        assert OpenVINO().accepts(artifact.path) is not fused
+        run = OnnxRuntime().load(artifact.path, threads=1)
+        for inputs in unseen:
+            difference = np.abs(run(inputs)["logits"] - answers(model, inputs)["logits"]).max()
+            bound = 1e-5 * max(1.0, top)
+            if small:  # 52 rows of a random model are few to take ranges from
+                bound = (0.05 if variant is Variant.INT8_DYNAMIC else 0.25) * top
+            assert difference <= bound, (variant, inputs["input_ids"].shape)
+    assert made[Variant.INT8_DYNAMIC].max_difference > made[Variant.FUSED].max_difference
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{variant}.onnx" for variant in Variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_files_of_models_whose_layers_differ_equal_the_model(model_type: str, tmp_path: Path) -> None:
+    check_all(uneven(model_type), tmp_path)
+
+
+def test_a_fused_file_equals_its_model_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    model = uneven("bert").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+    level = logging.getLogger("torch.onnx").level
+    artifact = Onnx().export(model, arrays(model), tmp_path / "model.onnx", Variant.FUSED)
+    assert "2 of 2 attentions fused" in artifact.notes
+    assert "the last layer computes the first token only" in artifact.notes
+    assert_untouched(model, before, implementation)
+    assert logging.getLogger("torch.onnx").level == level
+    model.eval()
+    inputs = arrays(model, ((5, 8),))[0]
+    got = OnnxRuntime().load(artifact.path, threads=1)(inputs)["logits"]
+    np.testing.assert_allclose(got, answers(model, inputs)["logits"], atol=1e-5)
+    assert b"site-packages" not in artifact.path.read_bytes()  # the tracer notes where each node comes from
+
+
+def assert_untouched(model: Any, before: dict[str, torch.Tensor], implementation: str) -> None:
+    after = model.state_dict()
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert model.config._attn_implementation == implementation
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    hooks = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert hooks == []
+
+
+def test_a_model_that_cannot_be_traced_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = uneven("distilbert").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+
+    def refuse(*_: Any, **__: Any) -> None:
+        assert model.config._attn_implementation != implementation
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ExportError, match=r"could not trace DistilBertForSequenceClassification\.\n  no such operator"):
+        Onnx().export(model, arrays(model), tmp_path / "model.onnx", Variant.FLOAT)
+    assert list(tmp_path.iterdir()) == []
+    assert_untouched(model, before, implementation)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_file_that_disagrees(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"what was there before")
+    lower = graphs.lower_attentions
+
+    def wrong(graph: Any, layout: Any, fused: bool) -> int:
+        for node in graphs.markers(graph):
+            node.attributes["scale"] = graphs.ir.AttrFloat32("scale", 1.0)
+        return lower(graph, layout, fused)
+
+    monkeypatch.setattr(graphs, "lower_attentions", wrong)
+    with pytest.raises(ExportError, match="the fused file differs from the model by .* on a batch of"):
+        Onnx().export(traced, arrays(traced), path, Variant.FUSED)
+    monkeypatch.setattr(graphs, "lower_attentions", lambda graph, layout, fused: lower(graph, layout, fused) - 1)
+    with pytest.raises(ExportError, match="the graph has 1 attentions, the model has 2"):
+        Onnx().export(traced, arrays(traced), path, Variant.FUSED)
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_bytes() == b"what was there before"
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_not_as_expected_is_refused(traced: Any, trace: Any, tmp_path: Path) -> None:
+    torn = trace.clone()
+    graphs.flatten_attentions(torn.graph)
+    with pytest.raises(graphs.Unexpected, match="not joined again"):
+        graphs.flatten_attentions(torn.graph)
+    short = shrink(traced, anatomy_of(traced), Plan({"encoder.2.ffn": ()}))
+    with pytest.raises(ExportError, match="the graph has 14 matrices, the model has 12"):
+        Onnx().export(short, arrays(short), tmp_path / "model.onnx", Variant.FLOAT)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_int8_that_changes_answers_is_refused(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = graphs.quantized
+
+    def broken(weight: np.ndarray, axis: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = quantized(weight, axis, bits)
+        return np.roll(values, 1, axis=0), scales
+
+    monkeypatch.setattr(graphs, "quantized", broken)
+    with pytest.raises(ExportError, match=r"answers as the model does on .*% of 52 rows only.*(.|\n)*weight_bits=7"):
+        Onnx().export(traced, arrays(traced), tmp_path / "model.onnx", Variant.INT8_DYNAMIC)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_batches_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no batches"):
+        Onnx().export(tiny("bert"), [], tmp_path / "model.onnx", Variant.FLOAT)
+
+
+@pytest.mark.slow
+def test_a_question_answering_model_keeps_every_token(tmp_path: Path) -> None:
+    from transformers import AutoModelForQuestionAnswering
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForQuestionAnswering.from_config(tiny_config("bert", num_labels=2)).eval()
+    names = ("start_logits", "end_logits")
+    paths = {variant: tmp_path / f"{variant}.onnx" for variant in Variant}
+    made = Onnx().export_all(model, arrays(model), paths, outputs=names)
+    assert not any("first token" in note for artifact in made.values() for note in artifact.notes)
+    inputs = arrays(model, ((3, 10),))[0]
+    expected = answers(model, inputs, names)
+    for variant in (Variant.FLOAT, Variant.FUSED):
+        got = OnnxRuntime().load(made[variant].path, threads=1)(inputs)
+        for name in names:
+            np.testing.assert_allclose(got[name], expected[name], atol=1e-5)
+    assert quantized_matrices(made[Variant.INT8_STATIC].path) == 3 * 6  # all but the head
+
+
+@pytest.mark.slow
+def test_a_model_without_any_layer_left_still_exports(tmp_path: Path) -> None:
+    model = tiny("bert")
+    anatomy = anatomy_of(model)
+    bare = shrink(model, anatomy, Plan({site.id: () for site in anatomy.of_kind(Kind.SUBLAYER)}))
+    made = Onnx().export_all(bare, arrays(bare), {variant: tmp_path / f"{variant}.onnx" for variant in Variant})
+    assert fused_attentions(made[Variant.FUSED].path) == 0
+    inputs = arrays(bare, ((3, 10),))[0]
+    got = OnnxRuntime().load(made[Variant.FUSED].path, threads=1)(inputs)["logits"]
+    np.testing.assert_allclose(got, answers(bare, inputs)["logits"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_answers_of_the_int8_file_do_not_depend_on_the_batch(traced: Any, tmp_path: Path) -> None:
+    artifact = Onnx().export(traced, arrays(traced), tmp_path / "model.onnx", Variant.INT8_FUSED)
+    run = OnnxRuntime().load(artifact.path, threads=1)
+    whole = arrays(traced, ((6, 12),))[0]
+    together = run(whole)["logits"]
+    for row in range(6):
+        length = int(whole["attention_mask"][row].sum())
+        alone = run({name: value[row : row + 1, :length] for name, value in whole.items()})["logits"]
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
+
+
+def test_every_family_names_inputs_that_its_model_takes() -> None:
+    for model_type in MODEL_TYPES:
+        model = tiny(model_type)
+        names = family_of(model_type).inputs(model)
+        inputs = {name: value for name, value in arrays(model, ((2, 6),))[0].items() if name in names}
+        assert set(inputs) == set(names)
+        assert answers(model, inputs)["logits"].shape == (2, 3)
+
+
+def test_longest_leaves_out_the_positions_that_roberta_keeps() -> None:
+    assert exporter._longest(tiny("bert")) == 64
+    model = tiny("roberta")
+    longest = exporter._longest(model)
+    ids = np.full((1, longest), VOCABULARY - 1)
+    assert answers(model, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"].shape == (1, 3)
+    with pytest.raises((IndexError, RuntimeError)):
+        answers(model, {"input_ids": np.full((1, longest + 1), 9), "attention_mask": np.ones((1, longest + 1), dtype=int)})
+
+
+# Pieces that can be worked by hand.
+
+
+def test_quantized_weights_have_a_scale_per_channel_and_keep_seven_bits_where_asked() -> None:
+    weight = np.array([[1.0, -0.5, 0.0], [0.3, 0.5, 0.0]], dtype=np.float32)  # (in, out)
+    values, scales = graphs.quantized(weight, 1, 8)
+    np.testing.assert_array_equal(values, [[127, -127, 0], [38, 127, 0]])
+    np.testing.assert_allclose(scales, [1 / 127, 0.5 / 127, 1.0])
+    weight[0, 1] = -0.49
+    values, scales = graphs.quantized(weight, 0, 7)
+    np.testing.assert_array_equal(values, [[63, -31, 0], [38, 63, 0]])
+    np.testing.assert_allclose(scales, [1 / 63, 0.5 / 63])
+
+
+def test_best_range_is_the_brute_force_best_and_drops_a_lone_outlier() -> None:
+    rng = np.random.default_rng(0)
+    values = np.append(rng.normal(size=20_000), 40.0)
+    low, high = float(values.min()), float(values.max())
+    counts = np.histogram(values, bins=1024, range=(low, high))[0]
+    bottom, top = best_range(counts, low, high, steps=15)
+    assert top < 10
+    assert bottom < -2
+
+    def error(ends: tuple[float, float]) -> float:
+        step = (ends[1] - ends[0]) / 15
+        stored = np.clip(np.rint((np.clip(values, *ends) - ends[0]) / step), 0, 15) * step + ends[0]
+        return float(((values - stored) ** 2).mean())
+
+    tried = [(low * a, high * b) for a in np.linspace(1, 0.1, 19) for b in np.linspace(1, 0.1, 19)]
+    assert error((bottom, top)) <= 1.1 * min(error(item) for item in tried)
+
+
+def test_smoothing_takes_an_outlier_channel_and_leaves_even_channels_alone() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.choice([-1.0, 1.0], size=(64, 8)).astype(np.float32)
+    weight = rng.choice([-1.0, 1.0], size=(8, 16)).astype(np.float32)
+
+    def seen(values: np.ndarray) -> graphs.Sample:
+        return graphs.Sample(values, values.min(axis=0), values.max(axis=0))
+
+    assert graphs._best_factor(seen(rows), [weight], 8) is None
+    rows = rng.normal(size=(64, 8)).astype(np.float32)
+    weight = rng.normal(size=(8, 16)).astype(np.float32)
+    rows[:, 2] *= 100
+    factor = graphs._best_factor(seen(rows), [weight], 8)
+    assert factor is not None
+    assert factor.argmax() == 2
+    np.testing.assert_allclose((rows / factor) @ (weight * factor[:, None]), rows @ weight, rtol=1e-3, atol=1e-3)
+
+
+def test_near_ties_count_as_the_same_answer() -> None:
+    expected = np.array([[2.0, 1.95], [2.0, -2.0], [0.0, 1.0]])
+    got = np.array([[1.0, 1.1], [-1.0, 1.0], [0.0, 3.0]])
+    np.testing.assert_array_equal(exporter._agree(got, expected, top=2.0), [True, False, True])
+    np.testing.assert_array_equal(exporter._agree(np.array([[1.0], [3.0]]), np.array([[1.1], [1.0]]), top=2.0), [True, False])
+
+
+def test_options_are_frozen_and_can_be_replaced() -> None:
+    assert replace(Onnx(), weight_bits=7) == Onnx(weight_bits=7)
+    assert Onnx.variants == tuple(Variant)

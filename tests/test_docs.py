@@ -1,0 +1,316 @@
+"""What the docs show is true: recipes parse, the example method passes its checks, links lead somewhere, tables match the ledgers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from slimformer import registry
+from slimformer.bench import SINGLE, SORTED, Ratio
+from slimformer.machine import Environment
+from slimformer.recipe import Recipe
+from slimformer.report import Interval, Record, Role, append
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced code of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+# -- Recipes -------------------------------------------------------------------------------------------------------------------
+
+
+def shown_recipes() -> list[tuple[str, str]]:
+    found = [(file.name, file.read_text(encoding="utf-8")) for file in sorted(ROOT.glob("recipes/*.yaml"))]
+    for page in PAGES:
+        found += [
+            (page.name, block) for block in blocks(page.read_text(encoding="utf-8"), "yaml") if block.startswith("model:")
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("name", "text"), shown_recipes(), ids=lambda value: value if len(value) < 40 else "")
+def test_a_recipe_that_is_shown_parses(name: str, text: str) -> None:
+    recipe = Recipe.parse(yaml.safe_load(text), where=name)
+    assert recipe.stages
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_concepts_show_a_recipe_with_every_stage() -> None:
+    (text,) = (text for name, text in shown_recipes() if name == "concepts.md")
+    assert {next(iter(stage)) for stage in yaml.safe_load(text)["stages"]} == {"train", "calibrate", "export", "bench"}
+
+
+def test_the_recipes_of_the_clone_are_read_from_their_own_folder() -> None:
+    for file in sorted(ROOT.glob("recipes/*.yaml")):
+        recipe = Recipe.read(file)
+        for path in (recipe.model, getattr(recipe.task, "data", "")):
+            assert not Path(path).is_absolute() or Path(path).exists(), f"{file.name} names {path}"
+
+
+# -- The example method --------------------------------------------------------------------------------------------------------
+
+
+def example(folder: str) -> tuple[str, str]:
+    """Name and code of the file under `folder` that docs/extend.md shows whole."""
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    found = re.search(rf"`{folder}/(\w+)\.py`.\n\n```python\n(.*?)```", page, re.DOTALL)
+    assert found, f"docs/extend.md shows no file of {folder}"
+    return found[1], found[2]
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The example of docs/extend.md, installed as a third party's package would be."""
+    name, code = example("src/slimformer/methods")
+    (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    class_name = re.findall(r"^class (\w+)\(Method\)", code, re.MULTILINE)[0]
+    info = tmp_path / "example-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[slimformer.methods]\n{name} = {name}:{class_name}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    forget()
+    yield name
+    sys.modules.pop(name, None)
+    monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
+    registry.names.cache_clear()
+    registry.find.cache_clear()
+
+
+def test_the_method_that_is_shown_passes_all_checks(plugin: str) -> None:
+    from slimformer.checks import check_all, checks_of
+
+    lines = list(check_all(plugin))
+    assert len(lines) == len(checks_of("methods"))
+    assert [line for line, good in lines if not good] == []
+    assert registry.summary("methods", plugin).startswith("Magnitude pruning of heads")
+
+
+def test_the_method_that_is_shown_passes_the_test_that_is_shown(plugin: str) -> None:
+    name, code = example("tests/methods")
+    assert name == f"test_{plugin}"
+    scope: dict[str, Any] = {"__name__": name}
+    exec(compile(code, f"{name}.py", "exec"), scope)
+    tests = [value for key, value in scope.items() if key.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
+
+
+def test_a_wrong_option_of_the_method_is_a_mistake_with_a_place(plugin: str) -> None:
+    from slimformer.errors import RecipeError
+
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.calibrate\.method: keep must be above 0"):
+        Recipe.parse({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": {"use": plugin, "keep": 0}}}]})
+
+
+# -- Pages ---------------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}, which has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_and_options_exist(page: Path) -> None:
+    from typer.main import get_command
+
+    from slimformer.cli import app
+
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    options = {
+        name: {flag for item in made.params for flag in (*item.opts, *item.secondary_opts)} for name, made in commands.items()
+    }
+    text = page.read_text(encoding="utf-8")
+    code = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^    (.+)$", text, re.MULTILINE)]
+    for line in code:
+        for name, rest in re.findall(r"\bslimformer ([a-z]+)\b([^|`]*)", line):
+            assert name in commands, f"{page.name} shows `slimformer {name}`"
+            for flag in re.findall(r"(?<=\s)--[a-z-]+", rest):
+                assert flag in options[name], f"{page.name} shows `slimformer {name} {flag}`"
+    everything = set().union(*options.values()) | {"--check"}
+    for line in code:
+        for flag in re.findall(r"^--[a-z-]+", line):
+            assert flag in everything, f"{page.name} shows the option {flag}"
+
+
+def test_the_readme_names_every_command() -> None:
+    from typer.main import get_command
+
+    from slimformer.cli import app
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"`slimformer {name}" in text
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        for name in re.findall(r"(?:`|^    )make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert name in targets, f"{page.name} shows `make {name}`"
+
+
+def test_every_method_has_its_paragraph() -> None:
+    heads = anchors(ROOT / "docs" / "methods.md")
+    assert set(registry.names("methods")) <= heads
+
+
+def test_every_delivered_file_is_told() -> None:
+    from slimformer.delivery import FILES, SHIPPED
+    from slimformer.report import FACTS, LEDGER
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in (*(FILES[variant] for variant in SHIPPED), FACTS, LEDGER, "plan.json", "recipe.yaml", "report.html"):
+        assert f"`{name}`" in text
+
+
+def test_every_supported_model_is_told() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").lower()
+    for family in registry.names("families"):
+        for model_type in registry.find("families", family).model_types:
+            assert model_type in text, f"README does not name {model_type}"
+
+
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = set(re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text(encoding="utf-8")))
+    assert listed == {file.name for file in folder.glob("[0-9]*.md")}
+
+
+# -- Tables --------------------------------------------------------------------------------------------------------------------
+
+
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tables"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(name: str, role: Role, speed: float, **fields: Any) -> Record:
+    given: dict[str, Any] = {
+        "name": name,
+        "role": role,
+        "model": "bert",
+        "task": "glue/sst2",
+        "split": "dev",
+        "metric": "accuracy",
+        "scores": {"accuracy": 0.9},
+        "date": "2026-01-02T03:04:05+00:00",
+        "environment": Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0"}),
+        "examples": 872,
+        "baseline": "dense fp32",
+        "size_bytes": 90_000_000,
+        "speed": {SORTED: Ratio(speed, 0.9 * speed, 1.1 * speed), SINGLE: Ratio(1.5, 1.4, 1.6)},
+        "macs": 4_000_000,
+        "params": 1000,
+    }
+    return Record(**{**given, **fields})
+
+
+def write_run(folder: Path, *, score: float, seed: int) -> None:
+    dense = row("dense fp32", Role.TEACHER_FP32, 1.0)
+    ours = row(
+        "slimformer int8",
+        Role.OURS,
+        3.2,
+        chosen=True,
+        scores={"accuracy": score},
+        loss=Interval(0.8, -0.3, 1.9),
+        size_bytes=15_300_000,
+        minutes=12.4,
+        macs=1_000_000,
+        seed=seed,
+    )
+    static = replace(ours, name="slimformer int8 static", chosen=False, scores={"accuracy": 0.7})
+    for record in (dense, ours, static):
+        append(folder / "ledger.jsonl", record)
+
+
+def test_the_pages_are_what_the_ledgers_give() -> None:
+    assert tables().main(["--check"]) == 0, "run python results/tables.py"
+
+
+def test_without_a_ledger_the_pages_say_so(tmp_path: Path) -> None:
+    drawn = tables()
+    assert drawn.runs(tmp_path) == []
+    assert "No run has been recorded yet" in drawn.results_page([])
+    assert "No run has been recorded yet" in drawn.readme_table([])
+
+
+def test_rows_are_drawn_as_measured(tmp_path: Path) -> None:
+    drawn = tables()
+    write_run(tmp_path / "sst2" / "minilm", score=0.5, seed=17)
+    write_run(tmp_path / "sst2" / "minilm", score=0.892, seed=17)  # measured again: the last row of a name counts
+    write_run(tmp_path / "sst2" / "minilm-seed18", score=0.9, seed=18)
+    found = drawn.runs(tmp_path)
+    assert [run.name for run in found] == ["sst2/minilm", "sst2/minilm-seed18"]
+    assert [run.claim for run in found] == ["sst2/minilm", "sst2/minilm"]
+    page, short = drawn.results_page(found), drawn.readme_table(found)
+    cells = ("accuracy 0.8920", "+0.8 (−0.3 to +1.9)", "15.3", "3.20 (2.88 to 3.52)", "1.50 (1.40 to 1.60)", "12")
+    expected = f"| glue/sst2 | **slimformer int8** | {' | '.join(cells)} |"
+    assert expected in page
+    assert expected in short
+    assert "0.5000" not in page
+    assert "slimformer int8 static" in page
+    assert "slimformer int8 static" not in short
+    assert short.count("**slimformer int8**") == 1  # the second seed is in the spread, not here
+    assert "| sst2/minilm | 17, 18 | 0.8960 (0.8920 to 0.9000) | +0.8 (+0.8 to +0.8) |" in page
+    assert "(../results/sst2/minilm/recipe.yaml)" in page
+
+
+def test_theory_and_measured_speed_share_no_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "sst2" / "minilm", score=0.89, seed=17)
+    drawn = tables()
+    page = drawn.results_page(drawn.runs(tmp_path))
+    parts = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    assert sum("MACs" in part for part in parts) == 1
+    assert not any("MACs" in part and "batch 32" in part for part in parts)
+    assert "| slimformer int8 | 1.0 M | 25 % |" in page
+
+
+def test_the_table_is_put_between_its_markers() -> None:
+    drawn = tables()
+    text = f"above\n{drawn.BEGIN}\nold\n{drawn.END}\nbelow\n"
+    once = drawn.placed(text, "| new |")
+    assert once == f"above\n{drawn.BEGIN}\n| new |\n{drawn.END}\nbelow\n"
+    assert drawn.placed(once, "| new |") == once
+    with pytest.raises(ValueError, match="must hold"):
+        drawn.placed("no markers", "| new |")

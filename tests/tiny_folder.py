@@ -1,0 +1,88 @@
+"""A model folder as a user has it, and data that it can learn: a tiny trained BERT, its tokenizer, and a few hundred sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LABELS = ("bad", "good")
+OPENERS = ("the", "this", "a", "my", "their", "our")
+THINGS = ("film", "room", "meal", "story", "phone", "show", "song", "place")
+LINKS = ("was", "is", "seemed", "looked", "felt")
+DEGREES = ("very", "quite", "rather", "so", "truly", "simply")
+WORDS = {
+    "bad": ("dull", "awful", "boring", "cold", "broken", "sad", "weak", "poor"),
+    "good": ("great", "fine", "lovely", "warm", "bright", "happy", "strong", "rich"),
+}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+    """Sentences with their labels: the one word of WORDS in each decides."""
+    generator = np.random.default_rng(seed)
+
+    def one(of: tuple[str, ...]) -> str:
+        return of[int(generator.integers(len(of)))]
+
+    rows = []
+    for number in range(count):
+        label = LABELS[number % 2]
+        degrees = [one(DEGREES) for _ in range(int(generator.integers(0, 9)))]
+        rows.append((" ".join([one(OPENERS), one(THINGS), one(LINKS), *degrees, one(WORDS[label])]), label))
+    return rows
+
+
+def write_data(folder: Path, train: int = 400, dev: int = 60) -> Path:
+    """train.tsv and dev.tsv with the columns sentence and label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (name, count) in enumerate((("train", train), ("dev", dev))):
+        lines = ["sentence\tlabel", *("\t".join(row) for row in sentences(count, seed))]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Any:
+    """tokenizer.json over the words of the data, with the special tokens of BERT; returns the tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [*SPECIAL, *OPENERS, *THINGS, *LINKS, *DEGREES, *(word for label in LABELS for word in WORDS[label])]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}), encoding="utf-8")
+    return tokenizer
+
+
+def write_model(folder: Path, *, trained: bool = True, bare: bool = False, **changes: Any) -> Path:
+    """A BERT of hidden size 32 that tells LABELS apart (if `trained`), or only its encoder without a head (if `bare`)."""
+    import torch
+
+    from slimformer.tiny import tiny
+
+    tokenizer = write_tokenizer(folder)
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
+    shape = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "num_labels": 2, "hidden_dropout_prob": 0.0}
+    model = tiny("bert", **(shape | {"attention_probs_dropout_prob": 0.0} | names | changes))
+    if trained:
+        tokenizer.enable_padding(pad_id=0)
+        rows = sentences(256, seed=7)
+        encoded = tokenizer.encode_batch([text for text, _ in rows])
+        ids = torch.tensor([row.ids for row in encoded])
+        mask = torch.tensor([row.attention_mask for row in encoded])
+        labels = torch.tensor([LABELS.index(label) for _, label in rows])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(40):
+            some = slice(step % 4 * 64, step % 4 * 64 + 64)
+            loss = model(input_ids=ids[some], attention_mask=mask[some], labels=labels[some]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    (model.eval().base_model if bare else model.eval()).save_pretrained(folder)
+    return folder
