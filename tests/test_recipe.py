@@ -102,10 +102,19 @@ def test_a_file_that_is_no_recipe(tmp_path, content, message):
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["fisher", "gates", "intents"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["model", "task", "stages", "use", "train", "calibrate", "method", "methods", "epochs", "bench"]), inner, max_size=4
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["fisher", "gates", "intents"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["model", "task", "stages", "use", "train", "calibrate", "method", "methods", "epochs", "bench"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

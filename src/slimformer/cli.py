@@ -106,6 +106,7 @@ def bench(
     label: Label = None,
     metric: Metric = None,
     max_length: MaxLength = None,
+    runtime: Annotated[list[str] | None, typer.Option(help="onnxruntime by default; may be given several times.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long each of the two workloads is timed.")] = 60.0,
     threads: Threads = None,
     wait: Wait = 60.0,
@@ -117,7 +118,15 @@ def bench(
     from slimformer.report import table
 
     chosen = _task(task, data, text, text_pair, label, metric, max_length, None) if task or data else None
-    found = side_by_side(models, chosen, max_length=max_length, threads=threads, seconds=seconds, wait_seconds=wait)
+    found = side_by_side(
+        models,
+        chosen,
+        runtimes=tuple(runtime or ("onnxruntime",)),
+        max_length=max_length,
+        threads=threads,
+        seconds=seconds,
+        wait_seconds=wait,
+    )
     Console().print(table(found.records))
 
 

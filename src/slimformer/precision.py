@@ -38,9 +38,10 @@ def bf16_gain() -> float:
     value = torch.linspace(-1, 1, rows * into).reshape(rows, into)
     weight = torch.linspace(-1, 1, out * into).reshape(out, into).requires_grad_()
 
+    @torch.enable_grad()  # whoever asks may be in no_grad
     def once(precision: Precision) -> float:
         begin = time.perf_counter()
-        with torch.enable_grad(), autocast(torch.device("cpu"), precision):  # asked for while only looking, too
+        with autocast(torch.device("cpu"), precision):
             result = nn.functional.linear(value, weight)
         torch.autograd.backward(result.sum())
         weight.grad = None

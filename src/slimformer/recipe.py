@@ -261,8 +261,9 @@ class _Reader:
             self.mistakes.append(f"{place}.use: there is no '{name}'; {nearest(name, registry.names(kind))}")
             return None
         options = {key: value for key, value in data.items() if key != "use"}
-        if kind == "tasks" and isinstance(options.get("data"), str):
-            options["data"] = self.path(options["data"])
+        for key in ("data", "train_rows") if kind == "tasks" else ():
+            if isinstance(options.get(key), str):
+                options[key] = self.path(options[key])
         return self.build(registry.find(kind, name), options, place)
 
     def build(self, cls: type[Any], options: Any, place: str) -> Any:
@@ -463,11 +464,17 @@ def finish(
         recipe=recipe.to_yaml(),
         target=target,
         task_options=_named(bundle.material.task),
-        model_name=Path(recipe.model).resolve().name,
+        model_name=model_name(recipe.model),
         task_name=task_name(recipe.task),
         command=command,
         seconds=recipe.bench.seconds,
     )
+
+
+def model_name(path: str) -> str:
+    """How a model is called in tables: its folder, or the one above where the folder is only called "model"."""
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name in {"model", "checkpoint"} and folder.parent.name else folder.name
 
 
 def task_name(task: Task) -> str:

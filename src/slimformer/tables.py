@@ -34,7 +34,9 @@ class Table:
     columns: Mapping[str, Sequence[Any]]
     places: Sequence[int]  # line in the file, or row counted from 1
     unit: Literal["line", "row"] = "line"
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of the ids in a column, where the data tells
+    class_names: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # names of the ids in a column, where the data tells
 
     def __len__(self) -> int:
         return len(self.places)

@@ -106,7 +106,7 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
     ordered = [site for site in sites if site.sublayer is None or plan.keep.get(site.sublayer) != ()]
     first = next((index for index, site in enumerate(ordered) if site.id in plan.keep), None)
     dropped = [site for site in sites if site not in ordered]
-    if first is None and not dropped:
+    if not ordered or (first is None and not dropped):
         return {}
     model = copy.deepcopy(context.model).eval()
     wanted = [_sums(model, anatomy, ordered, batch, context.task) for batch in batches]
