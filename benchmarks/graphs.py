@@ -96,8 +96,8 @@ def _files(model: Any, batches: list[dict[str, np.ndarray]], folder: Path, threa
         ("int8_fused, ORT's MultiHeadAttention", Variant.INT8_FUSED, {"lower_attentions": _multi_head_attention}),
         ("int8_fused, ORT's LayerNorm", Variant.INT8_FUSED, {"lower_norms": _nothing}),
         ("int8_fused, whole last layer", Variant.INT8_FUSED, {"read_only_first": _nothing}),
-        ("int8_fused, not smoothed", Variant.INT8_FUSED, {"smooth": _nothing}),
-        ("int8_dynamic, not smoothed", Variant.INT8_DYNAMIC, {"smooth": _nothing}),
+        ("int8_fused, not smoothed", Variant.INT8_FUSED, {"smooth": _not_smoothed}),
+        ("int8_dynamic, not smoothed", Variant.INT8_DYNAMIC, {"smooth": _not_smoothed}),
         ("float, whole last layer: what the usual tools start from", Variant.FLOAT, {"read_only_first": _nothing}),
     ]
     for number, (name, variant, changes) in enumerate(ablations):
@@ -117,6 +117,10 @@ def _files(model: Any, batches: list[dict[str, np.ndarray]], folder: Path, threa
 
 def _nothing(*_: Any) -> int:
     return 0
+
+
+def _not_smoothed(*_: Any) -> dict[str, graphs.Sample]:
+    return {}
 
 
 def _multi_head_attention(graph: onnx_ir.Graph, layout: graphs.Layout, fused: bool) -> int:

@@ -234,7 +234,7 @@ def _command() -> str:
 def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
     try:
-        app()
+        app(prog_name="slimformer")
     except SlimformerError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)

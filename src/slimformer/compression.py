@@ -51,6 +51,9 @@ class Wishes:
     rivals: tuple[RivalName, ...] = RIVALS
 
     def __post_init__(self) -> None:
+        for name in ("speedup", "max_loss", "epochs", "lr"):  # 2 and 2.0 are the same wish, also in what a folder is for
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         wrong = [
             f"{name}: {getattr(self, name)}, must be {rule}"
             for name, rule, good in (

@@ -292,8 +292,7 @@ def test_best_range_is_the_brute_force_best_and_drops_a_lone_outlier() -> None:
     rng = np.random.default_rng(0)
     values = np.append(rng.normal(size=20_000), 40.0)
     low, high = float(values.min()), float(values.max())
-    counts = np.histogram(values, bins=1024, range=(low, high))[0]
-    bottom, top = best_range(counts, low, high, steps=15)
+    bottom, top = best_range(graphs.Sample(values[:, None], np.array([low]), np.array([high])), steps=15)
     assert top < 10
     assert bottom < -2
 
@@ -304,6 +303,8 @@ def test_best_range_is_the_brute_force_best_and_drops_a_lone_outlier() -> None:
 
     tried = [(low * a, high * b) for a in np.linspace(1, 0.1, 19) for b in np.linspace(1, 0.1, 19)]
     assert error((bottom, top)) <= 1.1 * min(error(item) for item in tried)
+    nothing = graphs.Sample(np.zeros((4, 2)), np.zeros(2), np.zeros(2))
+    assert best_range(nothing) == (0.0, 1.0)
 
 
 def test_smoothing_takes_an_outlier_channel_and_leaves_even_channels_alone() -> None:

@@ -21,7 +21,7 @@ from slimformer.shrink import shrink
 
 
 def test_information_is_the_mean_square_of_each_examples_gradient(monkeypatch):
-    monkeypatch.setattr(fisher, "looking", lambda device: nullcontext())  # float32: bfloat16 is for speed alone
+    monkeypatch.setattr(fisher, "looking", lambda _: nullcontext())  # float32: bfloat16 is for speed alone
     context = tiny_context()
     found = fisher.information(context, 8)
     expected = {name: np.zeros(len(value)) for name, value in found.items()}

@@ -1,0 +1,104 @@
+"""What is chosen among files and from which scores: hand-worked cases, and real small files on held examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_export import data, export
+
+from slimformer import delivery
+from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
+from slimformer.exporters.base import Variant
+from slimformer.log import Log
+from slimformer.plan import Plan
+from slimformer.stages import Bundle, Run, prepare
+from slimformer.tasks.classification import Classification
+
+
+def trial(variant: Variant, loss: float, speed: float) -> Trial:
+    return Trial(variant, 0.9 - loss / 100, loss, speed, speed / 2, 1000)
+
+
+FLOAT = trial(Variant.FLOAT, 0.0, 1.5)
+DYNAMIC = trial(Variant.INT8_DYNAMIC, 0.8, 3.0)
+STATIC = trial(Variant.INT8_STATIC, 2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("max_loss", "expected"), [(5.0, STATIC), (2.0, STATIC), (1.0, DYNAMIC), (0.8, DYNAMIC), (0.1, FLOAT), (0.0, FLOAT)]
+)
+def test_the_fastest_within_the_loss_is_chosen(max_loss: float, expected: Trial) -> None:
+    assert choose([FLOAT, DYNAMIC, STATIC], max_loss) == expected
+
+
+def test_where_none_is_within_the_loss_the_one_that_loses_least_is() -> None:
+    assert choose([STATIC, DYNAMIC], 0.1) == DYNAMIC
+
+
+losses = st.floats(-5, 50)
+speeds = st.floats(0.1, 20)
+
+
+@given(st.lists(st.builds(trial, st.sampled_from(list(Variant)), losses, speeds), min_size=1), st.floats(0, 20))
+def test_nothing_better_is_left_behind(trials: list[Trial], max_loss: float) -> None:
+    best = choose(trials, max_loss)
+    assert best in trials
+    if best.loss <= max_loss:
+        assert not any(other.loss <= max_loss and other.speed_32 > best.speed_32 for other in trials)
+    else:
+        assert not any(other.loss < best.loss for other in trials)
+
+
+def test_trials_survive_a_kill(tmp_path: Path) -> None:
+    save_trials(tmp_path / "trials.json", [FLOAT, DYNAMIC, STATIC])
+    assert read_trials(tmp_path / "trials.json") == [FLOAT, DYNAMIC, STATIC]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """Data of 80 training rows (16 held) that the bag of words of tiny_export gets all right; no PyTorch model is needed."""
+    source = export(tmp_path / "model")
+    task = Classification(data=str(data(tmp_path / "data"))).bind({"id2label": {0: "bad", 1: "good"}})
+    return Bundle(None, Plan(), prepare(task, source), None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    return Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1, wait_seconds=0)
+
+
+@pytest.mark.slow
+def test_losses_are_points_below_the_teacher_on_held_examples(bundle: Bundle, run: Run, tmp_path: Path) -> None:
+    """A file that takes 'fine' for bad loses a quarter of the rows: those with nothing but 'fine'."""
+    dense = tmp_path / "model" / "model.onnx"
+    worse = export(tmp_path / "worse", weights={"fine": (1.0, 0.0)}) / "model.onnx"
+    files = {Variant.FLOAT: dense, Variant.INT8_DYNAMIC: worse}
+    held, seen = (delivery._score(delivery.load(worse, 1), bundle.material, split) for split in ("held", "train"))
+    assert 0 < held < 1
+    trials = try_out(files, dense, bundle, run, Reference(1.0, 1.0, trusted=True), seconds=0)
+    assert [item.variant for item in trials] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
+    assert trials[0].loss == 0
+    assert trials[1].loss == pytest.approx(100 * (1 - held))
+    assert trials[0].size_bytes == dense.stat().st_size
+    assert all(item.speed_32 > 0 and item.speed_1 > 0 for item in trials)
+    # a teacher that came tuned may know the held examples: the mean with what both have seen
+    unsure = try_out(files, dense, bundle, run, Reference(1.0, 0.9, trusted=False), seconds=0)
+    assert unsure[0].loss == pytest.approx((0 - 10) / 2)
+    assert unsure[1].loss == pytest.approx((100 * (1 - held) + 100 * (0.9 - seen)) / 2)
+
+
+def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model" / "model.onnx"
+    teacher = dict.fromkeys((Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC), file)
+    monkeypatch.setattr(delivery, "facts_of", lambda *_: {"minutes": 1.0})
+    bundle = replace(bundle, minutes=3.0)
+    alone = delivery.rivals(bundle, (), (), teacher, run)
+    assert [item.role for item in alone] == ["teacher-fp32"]
+    both = delivery.rivals(bundle, (), ("teacher-int8", "small-dense"), teacher, run)
+    assert [item.role for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
+    assert both[0].facts == {"minutes": None, "peak_rss_bytes": None}
