@@ -67,6 +67,13 @@ def test_the_same_run_comes_back_another_does_not(tmp_path):
         pass
 
 
+def test_a_run_killed_before_it_left_its_mark_may_come_back(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".part-x").touch()
+    with claim(tmp_path, "x"):
+        assert not (tmp_path / ".part-x").exists()
+
+
 def _hold(folder, ready, done):
     with claim(folder, "x"):
         ready.set()

@@ -6,6 +6,7 @@ status 2; anything else is a bug and keeps its traceback. Heavy imports happen i
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -231,8 +232,12 @@ def _command() -> str:
     return shlex.join(["slimformer", *sys.argv[1:]])
 
 
+SPINS = "1000"  # turns that an OpenMP thread waits actively: docs/decisions/0004-waiting-threads.md
+
+
 def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported, so here and not later
     try:
         app(prog_name="slimformer")
     except SlimformerError as error:

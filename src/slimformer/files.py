@@ -102,7 +102,7 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", help="choose another --out.")
     mark = folder / MARK
-    if folder.is_dir() and not mark.exists() and any(folder.iterdir()):
+    if folder.is_dir() and not mark.exists() and not all(_is_ours(item.name) for item in folder.iterdir()):
         raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
     with speaking(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,11 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
             for part in folder.glob(".part-*"):
                 shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
             yield
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a run that was killed before it left its mark could have made a file of that name."""
+    return name == ".lock" or name.startswith(".part-")
 
 
 def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
