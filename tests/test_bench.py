@@ -245,7 +245,7 @@ def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
     folder = export(tmp_path / "model", ("model.onnx", "model_int8_ort.onnx"))
     result = run_bench(folder, folder=tmp_path / "data")
     assert [record.name for record in result.records] == ["model.onnx", "model_int8_ort.onnx"]
-    assert [record.precision for record in result.records] == ["float", "int8_dynamic"]
+    assert [record.precision for record in result.records] == ["float", "int8_fused"]
 
 
 def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ SINGLE = "batch 1, in order"
 SORTED = "batch 32, sorted by length"
 # From the fastest file of an export to the plainest: which one stands for a folder that does not name its best.
 FILES = {
-    "model_int8_ort.onnx": "int8_dynamic",
+    "model_int8_ort.onnx": "int8_fused",
     "model_int8_qdq.onnx": "int8_static",
     "model_fused.onnx": "fused",
     "model.onnx": "float",

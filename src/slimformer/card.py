@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TOLD = {
     "model.onnx": "fp32, standard operators: any ONNX runtime",
     "model_fused.onnx": "fp32 with fused attention: ONNX Runtime only",
-    "model_int8_ort.onnx": "dynamic int8 with fused attention: ONNX Runtime only",
+    "model_int8_ort.onnx": "int8 with fused attention: ONNX Runtime only",
     "model_int8_qdq.onnx": "static int8 (QDQ): ONNX Runtime and OpenVINO",
     "model.safetensors": "the weights for PyTorch, with `slimformer.load`",
 }

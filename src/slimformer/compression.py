@@ -317,7 +317,7 @@ def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: deli
     folder = state.root / f"keep-{keep:.4f}"
     file = folder / "trials.json"
     if not file.is_file():
-        variants = (Variant.INT8_DYNAMIC, Variant.INT8_STATIC)
+        variants = (Variant.INT8_FUSED, Variant.INT8_STATIC)
         with tempfile.TemporaryDirectory(dir=state.root, prefix=".part-") as name:
             files = delivery.export_files(made.model, made.material, Path(name), variants, state.log)
             paths = {variant: artifact.path for variant, artifact in files.items()}

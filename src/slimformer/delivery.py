@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 FILES = {
     Variant.FLOAT: "model.onnx",
     Variant.FUSED: "model_fused.onnx",
-    Variant.INT8_DYNAMIC: "model_int8_ort.onnx",
+    Variant.INT8_DYNAMIC: "model_int8_dynamic.onnx",
+    Variant.INT8_FUSED: "model_int8_ort.onnx",
     Variant.INT8_STATIC: "model_int8_qdq.onnx",
 }
-SHIPPED = (Variant.FLOAT, Variant.INT8_DYNAMIC, Variant.INT8_STATIC)
+# The int8 file for ONNX Runtime has fixed ranges, not dynamic ones: docs/decisions/0002-onnx-graphs.md
+SHIPPED = (Variant.FLOAT, Variant.INT8_FUSED, Variant.INT8_STATIC)
 
 
 def export_files(
@@ -366,7 +368,8 @@ def _short(variant: Variant) -> str:
     return {
         Variant.FLOAT: "fp32",
         Variant.FUSED: "fp32 fused",
-        Variant.INT8_DYNAMIC: "int8",
+        Variant.INT8_DYNAMIC: "int8 dynamic",
+        Variant.INT8_FUSED: "int8",
         Variant.INT8_STATIC: "int8 static",
     }[variant]
 

@@ -56,8 +56,8 @@ class Material:
         """Real inputs of several shapes for export: one example alone, then batches of eight of different lengths."""
         features = self.features[split]
         order = np.argsort(features.lengths(), kind="stable")
-        picks = order[np.linspace(0, len(order) - 1, min(len(order), 200)).astype(int)]
-        groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::25]] for start in range(25))]
+        picks = order[np.linspace(0, len(order) - 1, min(len(order), 300)).astype(int)]
+        groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::38]] for start in range(38))]
         return [collate(features, group, model_inputs) for group in groups if group]
 
 

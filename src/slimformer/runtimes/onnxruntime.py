@@ -63,4 +63,5 @@ def _options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # encoders are one chain of operators: nothing runs side by side
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it slows down whoever runs next
     return options
