@@ -33,12 +33,15 @@ def allocate(
     cost: Cost,
     budget: float,
     *,
+    worth: Mapping[str, np.ndarray] | None = None,
     neuron_multiple: int = 1,
     sublayers: bool = True,
 ) -> Plan:
-    """The plan with the largest kept importance whose `cost` is at most `budget`.
+    """The plan with the largest kept worth whose `cost` is at most `budget`.
 
-    `importance`: site -> (size,), not negative. `neuron_multiple` keeps FFN widths at multiples that matrix kernels like.
+    `importance`: site -> (size,), not negative; its order says which units go first. `worth`: site -> (size + 1,), what 0, 1, ...
+    kept units are worth; the running sum of the importance by default. `neuron_multiple` keeps FFN widths at multiples that matrix
+    kernels like.
     Raises TargetError, naming the smallest possible cost, where even that exceeds the budget.
     """
     names = list(importance)
@@ -64,7 +67,7 @@ def allocate(
     picks: list[np.ndarray] = []
     for name in names:
         order = np.sort(importance[name])[::-1]
-        value = np.concatenate([[0.0], np.cumsum(order)])[choices[name]]
+        value = (np.concatenate([[0.0], np.cumsum(order)]) if worth is None else worth[name])[choices[name]]
         need = np.ceil(cost.curves[name][choices[name]] * scale - 1e-9).astype(int)
         table = np.full((len(need), BUCKETS + 1), -np.inf)
         for row, (gain, buckets) in enumerate(zip(value, need, strict=True)):

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from slimformer import checkpoint, delivery, registry
 from slimformer.errors import RecipeError, TargetError
@@ -239,12 +237,10 @@ class _Scale:
         self.cost, self.dense_fp32_ms, self.levels = found.cost, found.dense_fp32_ms, found.levels
 
     @cached_property
-    def importance(self) -> dict[str, np.ndarray]:
-        """The Fisher information of each head and neuron of the uncut model."""
-        from slimformer.methods.fisher import information
-
+    def weighed(self) -> Any:
+        """What each head, neuron and sublayer of the uncut model is worth."""
         self.state.log.say("measuring how much each head and neuron matters.")
-        return information(self.context, self.fisher.examples)
+        return self.fisher.weigh(self.context)
 
     def keep(self, speedup: float) -> float:
         """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
@@ -267,15 +263,12 @@ class _Scale:
 
     def speed(self, keep: float, wanted: float) -> float:
         """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
-        from slimformer.allocation import allocate
         from slimformer.bench import Engine, compare, quiet, ratio, workloads
         from slimformer.shrink import shrink
 
         anatomy = self.context.anatomy
         try:
-            plan = allocate(
-                anatomy, self.importance, self.cost, keep * self.cost.dense, neuron_multiple=self.fisher.neuron_multiple
-            )
+            plan = replace(self.fisher, keep=keep).plan(self.context, self.weighed)
         except TargetError:
             raise _out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
         baseline = delivery.teacher_files(self.bundle, self.state)[Variant.FUSED]

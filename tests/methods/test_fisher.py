@@ -77,6 +77,34 @@ def test_redundant_units_are_repaired_exactly():
     assert gap(model, small, context) < 1e-6
 
 
+def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
+    monkeypatch.setattr(fisher, "looking", lambda _: nullcontext())
+    context = tiny_context()
+    importance = fisher.information(context, 32)
+    worth = fisher.worths(context, importance, 32)
+    for name, curve in worth.items():
+        assert len(curve) == context.anatomy.sites[name].size + 1
+        assert curve[-1] == 0
+        assert (np.diff(curve) >= 0).all()
+    lost = rows = 0.0
+    small = shrink(context.model, context.anatomy, Plan({"encoder.1.ffn": ()}))
+    with torch.no_grad():
+        for inputs in context.batches(32):
+            given = {name: value for name, value in inputs.items() if name != "labels"}
+            lost += 4 * float(context.task.divergence(small(**given), context.model(**given), 1.0))
+            rows += 4
+    np.testing.assert_allclose(worth["encoder.1.neurons"][0], -lost / rows, rtol=1e-4)
+
+
+def test_a_sublayer_that_does_much_is_kept_even_if_its_units_seem_idle():
+    context = tiny_context()
+    worth = {site.id: np.zeros(site.size + 1) for site in context.anatomy.sites.values() if site.kind != "sublayer"}
+    worth["encoder.1.heads"][0] = -5.0
+    weighed = fisher.Weighed({name: np.zeros(len(curve) - 1) for name, curve in worth.items()}, worth)
+    plan = Fisher(keep=0.3, neuron_multiple=1).plan(context, weighed)
+    assert plan.keep.get("encoder.1.attention") != ()
+
+
 def test_nothing_cut_nothing_repaired():
     assert fisher.repaired(tiny_context(), Plan(), tokens=1000, ridge=1e-3) == {}
 

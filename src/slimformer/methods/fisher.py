@@ -2,9 +2,11 @@
 
 Kwon, Kim, Mahoney, Hassoun, Keutzer, Gholami: A Fast Post-Training Pruning Framework for Transformers (NeurIPS 2022) for the
 importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024) for the repair of whole output matrices.
-Differences: gradients are squared per example, not per batch mean; heads, neurons and whole sublayers compete in one exact search
-under MACs, parameters or measured milliseconds; the repair runs in float64 with a ridge towards the old weights, solves the bias too,
-and never stops early. Choose it to start from a tuned model when minutes matter; distil afterwards to win back what it lost.
+Differences: gradients are squared per example, not per batch mean, and only order the units of a sublayer; what a sublayer loses at
+each size is measured, since squared gradients say little about cutting most of it (docs/decisions/0005-measured-damage.md); heads,
+neurons and whole sublayers compete in one exact search under MACs, parameters or measured milliseconds; the repair runs in float64
+with a ridge towards the old weights, solves the bias too, and never stops early. Choose it to start from a tuned model when minutes
+matter; distil afterwards to win back what it lost.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from slimformer.plan import Decision, Plan
 from slimformer.precision import looking
 from slimformer.tasks.base import Task
 
+SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
 FLOOR = 0.02  # the least weight of a token: later layers may still read it
 
 
@@ -38,6 +41,7 @@ class Fisher(Method):
     keep: float = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
     examples: int = 2048  # for the gradients; Kwon et al. use 2,048
+    damage_examples: int = 256  # on which the loss of each size is measured; 0 takes the sum of the Fisher information instead
     repair_tokens: int = 12_288  # for the least squares; 8 rows for each of 1,536 unknowns, the ridge does the rest
     ridge: float = 1e-3
     neuron_multiple: int = 16  # one row of a vector register of int8 quads; see docs/decisions
@@ -54,18 +58,81 @@ class Fisher(Method):
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
 
     def decide(self, state: State, context: Context) -> Decision:
-        importance = information(context, self.examples)
-        plan = allocate(
-            context.anatomy,
-            importance,
-            context.cost,
-            self.keep * context.cost.dense,
-            neuron_multiple=self.neuron_multiple,
-            sublayers=self.sublayers,
-        )
+        plan = self.plan(context, self.weigh(context))
         if not self.repair:
             return Decision(plan)
         return Decision(plan, weights=repaired(context, plan, tokens=self.repair_tokens, ridge=self.ridge))
+
+    def weigh(self, context: Context) -> Weighed:
+        """What the search needs to know of the model; the same for every budget."""
+        importance = information(context, self.examples)
+        if not self.damage_examples:
+            return Weighed(importance, None)
+        return Weighed(importance, worths(context, importance, self.damage_examples))
+
+    def plan(self, context: Context, weighed: Weighed) -> Plan:
+        """The best plan within `keep` of the dense cost; TargetError where there is none."""
+        return allocate(
+            context.anatomy,
+            weighed.importance,
+            context.cost,
+            self.keep * context.cost.dense,
+            worth=weighed.worth,
+            neuron_multiple=self.neuron_multiple,
+            sublayers=self.sublayers,
+        )
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """`importance` orders the units of each site: (size,). `worth` is what 0, 1, ... kept units are worth: (size + 1,)."""
+
+    importance: Mapping[str, np.ndarray]
+    worth: Mapping[str, np.ndarray] | None
+
+
+def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int) -> dict[str, np.ndarray]:
+    """Minus the measured damage of keeping only the best 0, 1, ... units of one site: site -> (size + 1,), rising to 0.
+
+    The damage is the divergence of the task's outputs from those of the uncut model, with one site gated and all others whole, at a few
+    sizes (`SHARES`), in between in step with the Fisher information that is cut. At 0 the whole sublayer is gone. Sites are measured
+    one by one; the search adds them up.
+    """
+    model, anatomy, task = context.model, context.anatomy, context.task
+    batches = [dict(batch) for batch in context.batches(examples)]
+    was_training = model.training
+    model.eval()
+
+    def outputs(batch: Batch) -> dict[str, Tensor]:
+        found = model(**{name: value for name, value in batch.items() if name != "labels"})
+        return {name: found[name].float() for name in task.outputs}
+
+    try:
+        with torch.no_grad(), looking(next(model.parameters()).device):
+            whole = [outputs(batch) for batch in batches]
+            found = {}
+            for name, units in importance.items():
+                site = anatomy.sites[name]
+                order = np.argsort(-units, kind="stable")
+                counts = sorted({round(share * site.size) for share in SHARES} - {site.size})
+                lost = []
+                for count in counts:
+                    gate = torch.zeros(site.size, device=next(model.parameters()).device)
+                    gate[order[:count].copy()] = 1.0
+                    gates = {name: gate} if count or site.sublayer is None else {site.sublayer: gate[:1]}
+                    total = rows = 0.0
+                    with gated(model, anatomy, gates):
+                        for batch, expected in zip(batches, whole, strict=True):
+                            total += float(task.divergence(outputs(batch), expected, 1.0)) * len(batch["input_ids"])
+                            rows += len(batch["input_ids"])
+                    lost.append(total / rows)
+                cut = np.concatenate([np.cumsum(np.sort(units))[::-1], [0.0]])  # information lost with 0, 1, ... units kept
+                knots = [*counts, site.size]
+                damage = np.interp(cut, cut[knots][::-1], [*lost, 0.0][::-1])
+                found[name] = -np.maximum.accumulate(damage[::-1])[::-1]  # more units never do more damage: else it is noise
+    finally:
+        model.train(was_training)
+    return found
 
 
 def information(context: Context, examples: int) -> dict[str, np.ndarray]:
