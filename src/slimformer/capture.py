@@ -8,14 +8,14 @@ the model for good, and a module that was replaced shifts the list. Where no sco
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from slimformer.anatomy import Anatomy
+from slimformer.attention import attend, attention_named, score
 from slimformer.methods.base import Capture, Captured
 
 ATTENTION = "slimformer_scores"  # our name among transformers' attention functions
@@ -59,9 +59,10 @@ def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) ->
     """Watches `model` while the context lasts: call it, then `recorder.take(output)`. Leaves no trace on it."""
     recorder = Recorder(len(anatomy.layers), needs)
     handles: list[Any] = []
-    changed: list[tuple[Any, Any]] = []
     attentions: list[nn.Module] = []
-    try:
+    with ExitStack() as stack:
+        stack.callback(lambda: [handle.remove() for handle in handles])
+        stack.callback(lambda: [_WATCHED.pop(module, None) for module in attentions])
         if Capture.HIDDEN in recorder.needs:
             for index, name in enumerate((anatomy.embedding, *anatomy.layers)):
                 handles.append(model.get_submodule(name).register_forward_hook(_hidden_hook(recorder, index)))
@@ -72,17 +73,8 @@ def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) ->
                     module = model.get_submodule(attention)
                     _WATCHED[module] = (recorder, layer)
                     attentions.append(module)
-            for config in _configs(model):
-                changed.append((config, config._attn_implementation))
-                config._attn_implementation = ATTENTION
+            stack.enter_context(attention_named(model, ATTENTION))
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-        for config, attention_name in changed:
-            config._attn_implementation = attention_name
-        for module in attentions:
-            _WATCHED.pop(module, None)
 
 
 _WATCHED: WeakKeyDictionary[nn.Module, tuple[Recorder, int]] = WeakKeyDictionary()  # attention module -> who watches it
@@ -99,15 +91,11 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as transformers' eager functions compute it, which shows its scores to the watcher of `module`."""
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale  # (batch, heads, seq, seq)
+    scores = score(query, key, scaling)
     watcher = _WATCHED.get(module)
     if watcher is not None:
         watcher[0].see_scores(watcher[1], scores)
-    masked = scores if attention_mask is None else scores + attention_mask
-    weights = nn.functional.dropout(nn.functional.softmax(masked, dim=-1), p=dropout, training=module.training)
-    mixed = torch.matmul(weights, value).transpose(1, 2).contiguous()  # (batch, seq, heads, head_dim)
-    return mixed, weights
+    return attend(module, scores, value, attention_mask, dropout)
 
 
 def _register() -> None:
@@ -116,18 +104,6 @@ def _register() -> None:
 
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, eager_mask)  # a float mask to be added; without one padding would be seen
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Each config that some module of `model` reads its attention function from, once."""
-    from transformers import PretrainedConfig
-
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _hidden_hook(recorder: Recorder, index: int) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from slimformer import runstate
 from slimformer.anatomy import Role
+from slimformer.attention import quick_attention
 from slimformer.batching import collate, epoch_order
 from slimformer.capture import Recorder, capturing
 from slimformer.errors import RecipeError
@@ -630,6 +631,7 @@ def _rigged(
             stack.callback(state.close)
             states.append(state.to(device))
         needs = frozenset[Capture]().union(*(method.needs for method in methods))
+        stack.enter_context(quick_attention(model))
         recorder = stack.enter_context(capturing(model, context.anatomy, needs))
         alone = accelerator.num_processes == 1  # several average their gradients by way of autograd
         words = model.get_input_embeddings() if alone else None
