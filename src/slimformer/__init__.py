@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slimformer.report import Record, report
     from slimformer.shrink import shrink
     from slimformer.stages import Bundle, Calibrate, Train
+    from slimformer.transplant import transplant
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _PLACES = {
     "run": "recipe",
     "save": "checkpoint",
     "shrink": "shrink",
+    "transplant": "transplant",
 }
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "run",
     "save",
     "shrink",
+    "transplant",
 ]
 
 

@@ -1,7 +1,8 @@
-"""Which units to keep under a budget: the best sum of importance that fits, exactly, by dynamic programming.
+"""Which units to keep under a budget: the best sum of importance that fits, or the top of one ranking.
 
-Units of one sublayer are taken in order of importance, so a choice is a *level* (how many stay) per sublayer, and cost and value add
-up over sublayers: a multiple-choice knapsack. Costs are rounded up to 1/4096 of the budget, so that a plan never exceeds it.
+`allocate` is exact, by dynamic programming. Units of one sublayer are taken in order of importance, so a choice is a *level* (how
+many stay) per sublayer, and cost and value add up over sublayers: a multiple-choice knapsack. Costs are rounded up to 1/4096 of the
+budget, so that a plan never exceeds it. `strongest` is plain top-k over all sites, for methods whose scores are no value to add up.
 
 The program over discretised cost is that of SPDY (Frantar and Alistarh, ICML 2022); the separable importance that of Kwon et al.
 (NeurIPS 2022). Ours takes heads and neurons in one program and may drop whole sublayers.
@@ -57,10 +58,7 @@ def allocate(
     fixed = cost.fixed + float(sum(cost.curves[name][-1] for name in held))
     least = fixed + float(sum(cost.curves[name][choices[name]].min() for name in names))
     if budget < least:
-        raise TargetError(
-            f"the budget of {budget:.4g} {cost.unit} cannot be reached: {least:.4g} remain with all cut that can be.",
-            help=f"ask for {least / cost.dense:.0%} of the dense cost or more.",
-        )
+        raise _out_of_reach(budget, least, cost)
     room = budget - fixed
     scale = BUCKETS / room if room > 0 else 0.0
     best = np.zeros(BUCKETS + 1)  # best[c]: most importance within c buckets
@@ -88,6 +86,67 @@ def allocate(
         left -= int(np.ceil(cost.curves[name][count] * scale - 1e-9))
         keep |= _kept(anatomy, name, importance[name], count)
     return Plan(keep)
+
+
+def strongest(
+    anatomy: Anatomy,
+    score: Mapping[str, np.ndarray],
+    cost: Cost,
+    budget: float,
+    *,
+    neuron_multiple: int = 1,
+    sublayers: bool = True,
+) -> Plan:
+    """The plan that keeps the k units of highest `score`, all sites in one ranking, with the largest k that fits the budget.
+
+    `score`: site -> (size,), comparable between sites, of any sign. k is found by bisection: more units never cost less. Raises
+    TargetError, naming the smallest possible cost, where even that exceeds the budget.
+    """
+    names = list(score)
+    owner = np.repeat(np.arange(len(names)), [len(score[name]) for name in names])  # (units,)
+    order = np.argsort(-np.concatenate([score[name] for name in names]), kind="stable")
+
+    def keeping(k: int) -> Plan:
+        counts = np.bincount(owner[order[:k]], minlength=len(names))
+        wanted = {name: int(count) for name, count in zip(names, counts, strict=True)}
+        return leading(anatomy, score, wanted, neuron_multiple=neuron_multiple, sublayers=sublayers)
+
+    low, high = 0, len(order)
+    least = cost.of(keeping(0), anatomy)
+    if budget < least:
+        raise _out_of_reach(budget, least, cost)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost.of(keeping(middle), anatomy) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return keeping(low)
+
+
+def leading(
+    anatomy: Anatomy,
+    score: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+    *,
+    neuron_multiple: int = 1,
+    sublayers: bool = True,
+) -> Plan:
+    """The plan that keeps the `counts[site]` best units of each site, or the nearest number that `levels` allows."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for name, count in counts.items():
+        site = anatomy.sites[name]
+        multiple = neuron_multiple if site.kind is Kind.NEURONS else 1
+        allowed = levels(site.size, multiple, may_vanish=sublayers and site.sublayer is not None)
+        keep |= _kept(anatomy, name, score[name], int(allowed[np.abs(allowed - count).argmin()]))
+    return Plan(keep)
+
+
+def _out_of_reach(budget: float, least: float, cost: Cost) -> TargetError:
+    return TargetError(
+        f"the budget of {budget:.4g} {cost.unit} cannot be reached: {least:.4g} remain with all cut that can be.",
+        help=f"ask for {least / cost.dense:.0%} of the dense cost or more.",
+    )
 
 
 def _kept(anatomy: Anatomy, name: str, importance: np.ndarray, count: int) -> dict[str, tuple[int, ...]]:

@@ -64,6 +64,7 @@ def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: P
         "transformers_version": transformers.__version__,
     }
     save_file(_unshared(model), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
@@ -238,11 +239,13 @@ def load_dense(folder: Path, auto_class: str | None = None, config_changes: Mapp
     cls: Any = getattr(transformers, auto_class or names[0], None)
     if cls is None:
         raise ModelError(f"{folder}/config.json names the class '{names[0]}', which transformers does not have.")
+    changes = config_changes or {}
     with _quiet():
         try:
+            known = transformers.AutoConfig.for_model(raw["model_type"]) if changes else None
             model, info = cls.from_pretrained(
                 folder,
-                **(config_changes or {}),
+                **{name: value for name, value in changes.items() if hasattr(known, name)},
                 dtype="float32",
                 local_files_only=True,
                 trust_remote_code=False,
@@ -260,6 +263,9 @@ def load_dense(folder: Path, auto_class: str | None = None, config_changes: Mapp
     if extra or wrong or (fresh and auto_class is None):
         facts = [f"missing: {name}" for name in (extra or fresh)[:3]] + [f"shape: {name}" for name in wrong[:3]]
         raise ModelError(f"{folder}: the weights do not match config.json.", facts=facts, help="copy or save the model again.")
+    for name in changes:
+        if not hasattr(known, name):
+            setattr(model.config, name, changes[name])  # what transformers does not know is saved with the rest
     return model.eval()  # type: ignore[no-any-return]
 
 

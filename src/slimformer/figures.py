@@ -13,6 +13,7 @@ from html import escape
 from itertools import pairwise
 
 CHAR = 6.3  # width of one character of a 12 px label, generous: the reader's font is not known
+BOLD = 7.4  # the same in bold
 LINE = 15.0  # height of a label
 
 
@@ -168,9 +169,9 @@ def scatter(
         if mark.label:
             limit = 34 if width > 500 else 20
             label = mark.label if len(mark.label) <= limit else mark.label[: limit - 1] + "…"
-            tx, ty, anchor, box = _place(x, y, len(label) * CHAR, taken, bounds)
-            taken.append(box)
             bold = " strong" if mark.style == "chosen" else ""
+            tx, ty, anchor, box = _place(x, y, len(label) * (BOLD if bold else CHAR), taken, bounds)
+            taken.append(box)
             out.append(f'<text class="point{bold}" x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}">{escape(label)}</text>')
         out.append("</g>")
     out.append(f'<text class="label" x="{left}" y="{top - 6}">{escape(y_label)}</text>')

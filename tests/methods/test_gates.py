@@ -1,16 +1,79 @@
-"""Gates: the hard concrete's formulae by hand, the expected cost against its definition, the Lagrangian reaching its target."""
+"""Gates: the hard concrete by hand, the expected cost by its definition, each way to reach a size, and runs through the real loop."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny import tiny
+from torch import nn
+from toy_task import context, rows
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from slimformer import cost, runstate, training
+from slimformer.allocation import leading, strongest
+from slimformer.anatomy import Kind
+from slimformer.batching import collate, epoch_order
 from slimformer.checks import tiny_context
+from slimformer.errors import TargetError
+from slimformer.families.base import anatomy_of
+from slimformer.gating import gated
+from slimformer.log import Log
 from slimformer.methods import gates
-from slimformer.methods.base import Captured, Progress, Step
+from slimformer.methods.base import Captured, Context, Method, Progress, State, Step
 from slimformer.methods.gates import Gates
+from slimformer.plan import Decision, Plan
+from slimformer.training import Settings, rate, train
+
+QUIET = Log(None, quiet=True)
+FROZEN = Settings(epochs=2, batch_size=16, precision="fp32", evaluate=False, freeze="everything")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing work, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pressed(method: Gates, around: Context, steps: int = 400) -> tuple[State, Decision]:
+    """Gates trained on their penalty alone: no forward pass, so the loss is flat and only the size speaks."""
+    state = method.attach(around)
+    optimizer = torch.optim.AdamW(state.groups())
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for number in range(steps):
+        for group, base in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = base * rate(number, steps, 0.1)
+        step = Step(around.model, {}, Captured(output={}), None, Progress(number, steps), around.task)
+        optimizer.zero_grad()
+        method.penalty(state, step).backward()
+        optimizer.step()
+        method.advance(state, Progress(number + 1, steps))
+    decision = method.decide(state, around)
+    state.close()
+    return state, decision
+
+
+def priced(unit: str) -> Context:
+    """A tiny context whose cost is counted in `unit`; the latencies are made up, uneven and with a fixed part."""
+    around = tiny_context()
+    table = {Kind.HEADS: {1: 0.5, 2: 0.7, 3: 1.1, 4: 1.4}, Kind.NEURONS: {6: 0.4, 12: 0.9, 24: 2.0}}
+    costs = {
+        "macs": around.cost,
+        "parameters": cost.parameters(around.model, around.anatomy),
+        "latency": cost.latency(around.anatomy, 0.3, table),
+    }
+    return replace(around, cost=costs[unit])
+
+
+# -- The hard concrete -----------------------------------------------------------------------------------------------------------
 
 
 def test_hard_concrete_by_hand():
@@ -19,6 +82,8 @@ def test_hard_concrete_by_hand():
     assert gates.sampled(zero, torch.tensor([0.5])).item() == pytest.approx(0.5)
     assert gates.opening(zero).item() == pytest.approx(1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1))))
     assert gates.settled(torch.tensor([9.0, -9.0])).tolist() == [1.0, 0.0]
+    # u = 0.8, log alpha = -1: logit(0.8) = log 4; (log 4 - 1) * 3/2 = 0.5794; sigmoid 0.6409; * 1.2 - 0.1
+    assert gates.sampled(torch.tensor([-1.0]), torch.tensor([0.8])).item() == pytest.approx(0.66915, abs=1e-4)
 
 
 def test_opening_is_the_share_of_samples_above_zero():
@@ -28,49 +93,359 @@ def test_opening_is_the_share_of_samples_above_zero():
     assert share == pytest.approx(gates.opening(log_alpha[:1]).item(), abs=0.005)
 
 
-def test_expected_cost_with_open_gates_is_nearly_dense():
-    context = tiny_context()
-    state = Gates(start=12.0).attach(context)
-    assert state.expected().item() == pytest.approx(1.0, abs=1e-3)
+def test_noise_in_training_none_in_evaluation():
+    around = tiny_context()
+    state = Gates(start=0.5).attach(around)
+    inputs = next(around.batches(4))
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        assert torch.equal(around.model(**given).logits, around.model(**given).logits)
+        around.model.train()
+        for module in around.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        assert not torch.equal(around.model(**given).logits, around.model(**given).logits)
     state.close()
+
+
+# -- Expected size -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["macs", "parameters", "latency"])
+def test_expected_cost_with_open_gates_is_nearly_dense(unit):
+    around = priced(unit)
+    for units in ("heads", "neurons", "both"):
+        method = Gates(start=12.0, units=units, target=0.9)
+        state = method.attach(around)
+        assert method.report(state)["cost"] == pytest.approx(1.0, abs=1e-3)
+        state.close()
+
+
+def test_expected_cost_is_the_curve_at_the_expected_number():
+    around = priced("latency")
+    state = Gates(units="heads", target=0.9).attach(around)
+    p = 2.6 / 4  # 2.6 open heads a layer: 0.7 + 0.6 * (1.1 - 0.7) ms
+    with torch.no_grad():
+        for value in state.log_alpha:
+            value.fill_(math.log(p / (1 - p)) + gates._SHIFT)
+    assert state.expected((Kind.HEADS,)).item() == pytest.approx(3 * 0.94 / around.cost.dense, rel=1e-4)
+    assert state.fixed == pytest.approx((0.3 + 3 * 2.0) / around.cost.dense)
+    state.close()
+
+
+def test_the_penalty_is_a_mean_per_kind_and_rises():
+    around = tiny_context()
+    method = Gates(size="top_k", lambda_heads=0.3, lambda_neurons=5.0, ramp=0.5)
+    state = method.attach(around)
+    with torch.no_grad():
+        for site, value in zip(state.sites, state.log_alpha, strict=True):
+            value.fill_(1.0 if site.kind is Kind.HEADS else -1.0)
+    step = Step(around.model, {}, Captured(output={}), None, Progress(0, 100), around.task)
+    assert method.penalty(state, step).item() == 0
+    whole = 0.3 * gates.opening(torch.tensor(1.0)) + 5.0 * gates.opening(torch.tensor(-1.0))
+    for done, share in ((25, 0.5), (50, 1.0), (100, 1.0)):
+        method.advance(state, Progress(done, 100))
+        assert method.penalty(state, step).item() == pytest.approx(share * whole.item(), rel=1e-5)
+    state.close()
+
+
+# -- Reaching a size ---------------------------------------------------------------------------------------------------------------
 
 
 def test_multipliers_climb_and_the_cost_reaches_its_target():
-    context = tiny_context()
+    around = tiny_context()
     method = Gates(target=0.5, lr=0.1, multiplier_lr=0.2, ramp=0.3)
-    state = method.attach(context)
-    optimizer = torch.optim.AdamW(state.groups())
-    nothing = Captured(output={})
-    for number in range(400):
-        progress = Progress(number, 400)
-        step = Step(context.model, {}, nothing, None, progress, context.task)
-        optimizer.zero_grad()
-        method.penalty(state, step).backward()
-        optimizer.step()
-        method.advance(state, Progress(number + 1, 400))
+    state, decision = pressed(method, around)
     assert method.report(state)["target"] == pytest.approx(0.5)
     assert method.report(state)["cost"] == pytest.approx(0.5, abs=0.02)  # within 2 % of the dense cost
-    decision = method.decide(state, context)
+    assert around.cost.of(decision.plan, around.anatomy) <= 0.5 * around.cost.dense
+
+
+@pytest.mark.parametrize(("unit", "target"), [("macs", 0.5), ("parameters", 0.75), ("latency", 0.5)])
+def test_kinds_apart_come_down_in_proportion(unit, target):
+    around = priced(unit)
+    method = Gates(target=target, multiplier_lr=0.2, ramp=0.3, apart=True)
+    state, _ = pressed(method, around, steps=800)
+    assert method.report(state)["cost"] == pytest.approx(target, abs=0.02)
+    left = [state.expected((kind,)).item() / share for kind, share in state.shares.items()]
+    assert left[0] == pytest.approx(left[1], abs=0.04)
+    assert left[0] == pytest.approx((target - state.fixed) / (1 - state.fixed), abs=0.04)
+
+
+@pytest.mark.parametrize("unit", ["macs", "parameters", "latency"])
+@pytest.mark.parametrize("size", ["lagrangian", "top_k"])
+def test_the_plan_of_a_bert_large_is_within_two_percent_of_its_target(large, unit, size):
+    anatomy, counted = large
+    table = {Kind.HEADS: {1: 0.9, 4: 1.7, 9: 4.1, 16: 6.2}, Kind.NEURONS: {64: 0.4, 1024: 3.1, 2048: 3.2, 4096: 11.0}}
+    costs = {"macs": cost.macs(anatomy, np.array([384])), "parameters": counted, "latency": cost.latency(anatomy, 5.0, table)}
+    around = replace(tiny_context(), anatomy=anatomy, cost=costs[unit])
+    draw = torch.Generator().manual_seed(1)
+    for target in (0.4, 0.75):
+        method = Gates(target=target, size=size, sublayers=False)
+        values = {site.id: 3 * torch.randn(site.size, generator=draw) for site in method.sites(anatomy)}
+        left = around.cost.of(method.choose(around, values), anatomy) / around.cost.dense
+        assert 0.98 * target <= left <= target
+
+
+def test_top_k_is_the_longest_prefix_of_one_ranking_that_fits():
+    around = priced("parameters")
+    anatomy, counted = around.anatomy, around.cost
+    draw = np.random.default_rng(0)
+    score = {site.id: draw.normal(size=site.size) for site in Gates().sites(anatomy)}
+    ranking = sorted(((value, name, unit) for name, values in score.items() for unit, value in enumerate(values)), reverse=True)
+    for target in (0.5, 0.62, 0.9, 1.0):
+        best = None
+        for k in range(len(ranking) + 1):
+            kept = {name: tuple(sorted(unit for _, n, unit in ranking[:k] if n == name)) for name in score}
+            plan = Plan({anatomy.sites[name].sublayer if not units else name: units for name, units in kept.items()})
+            if counted.of(plan, anatomy) <= target * counted.dense:
+                best = plan
+        found = strongest(anatomy, score, counted, target * counted.dense)
+        assert anatomy.after(found) == anatomy.after(best)
+        whole = {name: tuple(range(site.size)) for name, site in anatomy.sites.items()}
+        assert {**whole, **found.keep} == {**whole, **best.keep}
+
+
+def test_widths_stay_at_multiples_and_sublayers_where_they_must():
+    around = tiny_context()
+    score = {site.id: -np.arange(site.size, dtype=float) for site in Gates().sites(around.anatomy)}
+    counts = {"encoder.0.neurons": 13, "encoder.1.neurons": 1, "encoder.2.neurons": 23, "encoder.0.heads": 0}
+    plan = leading(around.anatomy, score, counts, neuron_multiple=8, sublayers=False)
+    assert {name: len(kept) for name, kept in plan.keep.items()} == {
+        "encoder.0.neurons": 16,
+        "encoder.1.neurons": 8,
+        "encoder.0.heads": 1,
+    }
+    assert plan.keep["encoder.0.heads"] == (0,)
+    gone = leading(around.anatomy, score, counts, neuron_multiple=8)
+    assert gone.keep == {"encoder.0.neurons": tuple(range(16)), "encoder.1.ffn": (), "encoder.0.attention": ()}
+
+
+def test_threshold_keeps_what_is_more_open_than_shut():
+    around = tiny_context()
+    method = Gates(size="threshold", neuron_multiple=1, target=0.01)
+    values = {site.id: torch.full((site.size,), 3.0) for site in method.sites(around.anatomy)}
+    values["encoder.0.heads"] = torch.tensor([-1.0, 0.1, -0.1, 2.0])
+    values["encoder.2.neurons"] = torch.full((24,), -0.5)
+    assert [name for name, value in values.items() if (gates.settled(value) <= 0.5).any()] == [
+        "encoder.0.heads",
+        "encoder.2.neurons",
+    ]
+    assert method.choose(around, values).keep == {"encoder.0.heads": (1, 3), "encoder.2.ffn": ()}
+
+
+@pytest.mark.parametrize("size", ["lagrangian", "top_k"])
+def test_a_target_out_of_reach_is_told_before_training(size):
+    with pytest.raises(TargetError, match="cannot be reached"):
+        Gates(target=0.4, size=size, units="heads").attach(priced("parameters"))
+
+
+def test_gates_that_stay_are_one_or_folded():
+    around = tiny_context()
+    for fold in (False, True):
+        method = Gates(target=1.0, size="top_k", fold=fold, start=0.4)
+        state = method.attach(around)
+        decision = method.decide(state, around)
+        state.close()
+        assert set(decision.scales) == ({site.id for site in state.sites} if fold else set())
+    assert decision.scales["encoder.0.heads"].tolist() == pytest.approx([1.2 / (1 + math.exp(-0.4)) - 0.1] * 4)
+
+
+# -- Runs through the real loop ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stop(Method):
+    """Stops the run after some steps."""
+
+    after: int | None = None
+
+    def __repr__(self) -> str:
+        return "Stop()"  # where it stops is no part of the work
+
+    def advance(self, state: State, progress: Progress) -> None:
+        if progress.step == self.after:
+            raise KeyboardInterrupt
+
+
+def undropped(model_type: str) -> PreTrainedModel:
+    return tiny(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def run(
+    folder: Path, method: Gates, settings: Settings = FROZEN, stop: int | None = None, model_type: str = "bert"
+) -> tuple[Context, training.Trained, dict[str, torch.Tensor]]:
+    """A run on the toy task without dropout; what it leaves, and each log alpha as its last state on disk has it."""
+    features = rows(96)
+    around = context(undropped(model_type), features)
+    result = train(around, features, (method, Stop(stop)), settings, folder, QUIET)
+    saved = runstate.latest(folder)
+    assert saved is not None
+    names = [site.id for site in method.sites(around.anatomy)]
+    return around, result, {name: saved.tensors[f"states.0.log_alpha.{i}"] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(("size", "model_type"), [("lagrangian", "bert"), ("top_k", "bert"), ("top_k", "roberta")])
+def test_frozen_weights_stay_bit_for_bit_while_gates_move(tmp_path, size, model_type):
+    around, result, values = run(tmp_path, Gates(target=0.9, size=size, fold=False), model_type=model_type)
+    before = undropped(model_type).state_dict()
+    after = around.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in around.model.parameters())
+    assert all(len(value.unique()) > 1 for value in values.values())
+    assert result.decision.plan.keep
+    assert not result.decision.scales
+    assert not result.decision.weights
+
+
+def alone(method: Gates, first: int, settings: Settings = FROZEN) -> dict[str, torch.Tensor]:
+    """A run of one kind of gates by hand: every second batch, with the rates and the noise that those steps have in the loop."""
+    features = rows(96)
+    around = context(undropped("bert"), features)
+    model, anatomy = around.model.requires_grad_(False), around.anatomy
+    sites = method.sites(anatomy)
+    price = method.lambda_heads if method.units == "heads" else method.lambda_neurons
+    values = {site.id: nn.Parameter(torch.full((site.size,), method.start)) for site in sites}
+    optimizer = torch.optim.AdamW(list(values.values()), weight_decay=0.0)
+    total = settings.steps_of(len(features))
+    per_epoch = math.ceil(len(features) / settings.batch_size)
+    for step in range(first, total, 2):
+        order = epoch_order(features.lengths(), settings.batch_size, settings.seed, step // per_epoch)
+        batch = {name: torch.from_numpy(array) for name, array in collate(features, order[step % per_epoch]).items()}
+        optimizer.param_groups[0]["lr"] = method.lr * rate(step, total, settings.warmup)
+        torch.manual_seed(training._mix(settings.seed, 0, step))
+        drawn = {name: gates.sampled(value, torch.rand_like(value)) for name, value in values.items()}
+        with gated(model, anatomy, drawn):
+            loss = around.task.loss(model(**{name: value for name, value in batch.items() if name != "labels"}), batch)
+        done = min(1.0, step / total / method.ramp)
+        loss = loss + done * price * torch.cat([gates.opening(value) for value in values.values()]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: value.detach() for name, value in values.items()}
+
+
+def test_apart_is_two_runs_of_their_own(tmp_path):
+    method = Gates(size="top_k", apart=True, target=0.9, lambda_heads=0.7, lambda_neurons=2.0)
+    _, _, found = run(tmp_path, method)
+    for first, units in enumerate(("heads", "neurons")):
+        expected = alone(replace(method, units=units, apart=False), first)
+        for name, value in expected.items():
+            assert not torch.equal(value, torch.full_like(value, method.start))
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0)
+
+
+def test_apart_neither_kind_feels_the_other(tmp_path):
+    method = Gates(size="top_k", apart=True, target=0.9)
+    _, _, one = run(tmp_path / "one", method)
+    _, _, other = run(tmp_path / "other", replace(method, lambda_neurons=30.0))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) == name.endswith("heads")
+
+
+def test_adam_leaves_gates_alone_that_are_not_at_work():
+    around = context()
+    method = Gates(apart=True, size="lagrangian", target=0.9, ramp=0.0)
+    state = method.attach(around)
+    optimizer = torch.optim.AdamW(state.groups(), fused=True)
+    batch = next(around.batches(16))
+    labels = batch.pop("labels")
+    around.model.train()
+    for number in range(4):
+        before = {name: value.clone() for name, value in state.named_parameters()}
+        loss = torch.nn.functional.cross_entropy(around.model(**batch).logits, labels)
+        step = Step(around.model, {}, Captured(output={}), None, Progress(number, 4), around.task)
+        (loss + method.penalty(state, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.advance(state, Progress(number + 1, 4))
+        moved = {name for name, value in state.named_parameters() if not torch.equal(value, before[name])}
+        kind = (Kind.HEADS, Kind.NEURONS)[number % 2]
+        mine = {f"log_alpha.{index}" for index, site in enumerate(state.sites) if site.kind is kind}
+        assert moved == mine | {f"multipliers.{number % 2}"}
     state.close()
-    assert context.cost.of(decision.plan, context.anatomy) <= 0.5 * context.cost.dense
 
 
-def test_noise_in_training_none_in_evaluation():
-    context = tiny_context()
-    state = Gates(start=0.5).attach(context)
-    inputs = next(context.batches(4))
-    given = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad():
-        assert torch.equal(context.model(**given).logits, context.model(**given).logits)
-        context.model.train()
-        for module in context.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        assert not torch.equal(context.model(**given).logits, context.model(**given).logits)
-    state.close()
+@pytest.mark.parametrize("stop", [3, 8])
+@pytest.mark.parametrize("size", ["lagrangian", "top_k"])
+def test_a_stopped_run_ends_with_the_same_gates(tmp_path, monkeypatch, stop, size):
+    monkeypatch.setattr(training, "STATE_SHARE", math.inf)  # a state after each step
+    settings = replace(FROZEN, checkpoint_seconds=0.0)
+    method = Gates(apart=True, size=size, target=0.9)
+    _, expected, straight = run(tmp_path / "straight", method, settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", method, settings, stop=stop)
+    state = runstate.latest(tmp_path / "stopped")
+    assert state is not None
+    assert state.step == stop - 1
+    _, result, resumed = run(tmp_path / "stopped", method, settings)
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+    assert result.losses == expected.losses
+    assert result.decision.plan == expected.decision.plan
 
 
-@pytest.mark.parametrize("options", [{"target": 0}, {"target": 2}, {"ramp": -0.1}])
+# -- The paper's own sums ------------------------------------------------------------------------------------------------------------
+
+# McCarley et al., BERT-large on SQuAD 2.0: shares of heads and neurons removed, MiB of float32 weights
+ROWS = [
+    (0.0, 0.0, 1279),
+    (0.443, 0.0, 1112),
+    (0.0, 0.481, 908),
+    (0.440, 0.481, 740),
+    (0.531, 0.649, 576),
+    (0.576, 0.737, 492),
+    (0.601, 0.784, 441),
+]
+
+
+@pytest.fixture(scope="module")
+def large():
+    config = AutoConfig.for_model(
+        "bert", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)  # with its pooler, as theirs had
+    anatomy = anatomy_of(model)
+    return anatomy, cost.parameters(model, anatomy)
+
+
+@pytest.mark.parametrize(("heads", "neurons", "mebibytes"), ROWS)
+def test_sizes_are_those_of_the_paper(large, heads, neurons, mebibytes):
+    anatomy, counted = large
+    draw = np.random.default_rng(0)
+    keep: dict[str, list[int]] = {}
+    for kind, removed in ((Kind.HEADS, heads), (Kind.NEURONS, neurons)):
+        units = [(site.id, unit) for site in anatomy.of_kind(kind) for unit in range(site.size)]
+        for index in np.sort(draw.permutation(len(units))[: round((1 - removed) * len(units))]):
+            keep.setdefault(units[index][0], []).append(units[index][1])
+    plan = Plan({name: tuple(units) for name, units in keep.items()})
+    plan.check(anatomy)
+    size = counted.of(plan, anatomy) * 4 / 2**20
+    assert size == pytest.approx(mebibytes, rel=0.01)
+    assert size == pytest.approx(1278.5 - 384 * heads - 768 * neurons, abs=1.5)
+
+
+# -- Options -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": 0},
+        {"target": 2},
+        {"ramp": -0.1},
+        {"units": "layers"},
+        {"size": "bisection"},
+        {"apart": True, "units": "heads"},
+        {"lambda_heads": -1.0},
+        {"lambda_neurons": math.inf},
+        {"multiplier_lr": -0.1},
+        {"lr": 0.0},
+        {"start": math.nan},
+        {"neuron_multiple": 0},
+    ],
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Gates(**options)

@@ -1,30 +1,32 @@
-"""Structured pruning with hard-concrete gates on heads and neurons, held to a target cost by a Lagrangian.
+"""Structured pruning with hard-concrete gates on the heads and neurons of a tuned model.
 
-McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019) for the gates; Louizos et al. (2018)
-for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on the expected size. Differences: the target may be MACs,
-parameters or measured milliseconds; it ramps up from the dense cost; the final choice meets the budget exactly by the same search
-as `fisher`; gate values are folded into the weights. Initial log alpha is our choice (the paper gives none): +2.5,
-P(open) = 0.98.
-Choose it over `fisher` when there is time for an epoch or more of selection.
+McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section 3, for gates, removal and the
+order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on the expected size.
+As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train; options `apart: true`, `size: top_k`,
+`fold: false`, `sublayers: false`; then stages that retrain what is left, with or without `distillation`. Differences: the size is met
+exactly, in MACs, parameters or measured milliseconds, where the paper tries penalties until one fits; penalties are a *mean* open
+probability per kind, so that one number serves models of any size. The paper gives neither the initial log alpha nor the penalties:
+we start at +2.5, P(open) = 0.98, so that training begins near the tuned model, and let both penalties rise to 1 over half the steps.
+Choose it over `fisher` and `importance` when there is time for an epoch or more of selection.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.allocation import allocate
-from slimformer.anatomy import Anatomy, Kind
-from slimformer.cost import Cost
+from slimformer.allocation import allocate, leading, strongest
+from slimformer.anatomy import Anatomy, Kind, Site
 from slimformer.gating import gated
 from slimformer.methods.base import Context, Method, Progress, State, Step
-from slimformer.plan import Decision
+from slimformer.plan import Decision, Plan
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2
 _SHIFT = BETA * math.log(-LOW / HIGH)
@@ -48,65 +50,116 @@ def settled(log_alpha: Tensor) -> Tensor:
 
 
 class _State(State):
-    """log alpha per site, two multipliers, and the hooks that put the gates in place."""
+    """log alpha per site, a pair of multipliers per turn, and the hooks that put the gates in place.
 
-    def __init__(self, anatomy: Anatomy, cost: Cost, method: Gates, model: nn.Module) -> None:
+    A turn is the kinds of gates that train in one step: all of them, or each kind in its own where they train apart.
+    """
+
+    def __init__(self, context: Context, method: Gates) -> None:
         super().__init__()
-        self.sites = [site for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
+        cost = context.cost
+        self.lr, self.multiplier_lr = method.lr, method.multiplier_lr
+        self.sites = method.sites(context.anatomy)
+        kinds = tuple(dict.fromkeys(site.kind for site in self.sites))
+        self.turns = [(kind,) for kind in kinds] if method.apart else [kinds]
         self.log_alpha = nn.ParameterList([nn.Parameter(torch.full((site.size,), method.start)) for site in self.sites])
-        self.multipliers = nn.Parameter(torch.zeros(2))  # of the gap and of its square
-        self.lr = method.lr
-        self.multiplier_lr = method.multiplier_lr
+        # one parameter a turn: a shared one would get zeros for a gradient in the other's turn, and Adam would move it all the same
+        held = self.turns if method.size == "lagrangian" else []
+        self.multipliers = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in held])  # of the gap and of its square
         for index, site in enumerate(self.sites):
             self.register_buffer(f"curve_{index}", torch.tensor(cost.curves[site.id] / cost.dense, dtype=torch.float32))
-        self.fixed = (cost.dense - sum(float(cost.curves[site.id][-1]) for site in self.sites)) / cost.dense
-        self.target: Tensor
-        self.register_buffer("target", torch.tensor(1.0))  # a buffer, so that a resumed run knows it
+        own = {kind: [cost.curves[site.id][-1] for site in self.sites if site.kind is kind] for kind in kinds}
+        self.shares = {kind: float(sum(values)) / cost.dense for kind, values in own.items()}  # of the dense cost
+        self.fixed = 1.0 - sum(self.shares.values())
+        self.begin = float(opening(torch.tensor(method.start)))
+        self.end = (method.target - self.fixed) / (1.0 - self.fixed)
+        self.ramped: Tensor  # how far target and penalties have come, 0 to 1; a buffer, so that a resumed run knows it
+        self.register_buffer("ramped", torch.tensor(0.0 if method.ramp else 1.0))
+        self.turn: Tensor  # index of the turn; a buffer for the same reason
+        self.register_buffer("turn", torch.tensor(0))
+        self._now = self.turns[0]
+        model = context.model
         hooks = ExitStack()
-        hooks.enter_context(
-            gated(model, anatomy, {site.id: self._reader(index, model) for index, site in enumerate(self.sites)})
-        )
+        hooks.callback(model.register_forward_pre_hook(lambda *_: self._look()).remove)
+        readers = {site.id: self._reader(index, model) for index, site in enumerate(self.sites)}
+        hooks.enter_context(gated(model, context.anatomy, readers))
         self.on_close(hooks.close)
 
+    def _look(self) -> None:
+        """Reads the turn once per forward pass: asking for it at each gate would stall a GPU."""
+        if len(self.turns) > 1:
+            self._now = self.turns[int(self.turn)]
+
     def _reader(self, index: int, model: nn.Module) -> Any:
+        kind = self.sites[index].kind
+
         def read() -> Tensor:
             log_alpha = self.log_alpha[index]
-            if model.training:
-                return sampled(log_alpha, torch.rand_like(log_alpha))
-            return settled(log_alpha)
+            if not model.training:
+                return settled(log_alpha)
+            if kind not in self._now:
+                return torch.ones_like(log_alpha)  # no gradient at all, so the optimiser leaves the gate alone
+            return sampled(log_alpha, torch.rand_like(log_alpha))
 
         return read
 
     def groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": list(self.log_alpha), "lr": self.lr, "weight_decay": 0.0},
-            {"params": [self.multipliers], "lr": self.multiplier_lr, "weight_decay": 0.0, "maximize": True},
-        ]
+        gates = {"params": list(self.log_alpha), "lr": self.lr, "weight_decay": 0.0}
+        multipliers = {"params": list(self.multipliers), "lr": self.multiplier_lr, "weight_decay": 0.0, "maximize": True}
+        return [gates, multipliers] if self.multipliers else [gates]
 
-    def expected(self) -> Tensor:
-        """Expected cost as a share of the dense cost: each curve at the expected number of open units."""
-        total = self.multipliers.new_tensor(self.fixed)
-        for index in range(len(self.sites)):
-            curve = getattr(self, f"curve_{index}")
-            open_units = opening(self.log_alpha[index]).sum()
-            low = open_units.detach().floor().clamp(0, len(curve) - 2).long()
-            total = total + curve[low] + (open_units - low) * (curve[low + 1] - curve[low])
+    def expected(self, kinds: Sequence[Kind]) -> Tensor:
+        """Expected cost of these kinds, as a share of the whole dense cost: each curve at the expected number of open units."""
+        total = self.ramped.new_zeros(())
+        for index, site in enumerate(self.sites):
+            if site.kind in kinds:
+                curve = getattr(self, f"curve_{index}")
+                open_units = opening(self.log_alpha[index]).sum()
+                low = open_units.detach().floor().clamp(0, len(curve) - 2).long()
+                total = total + curve[low] + (open_units - low) * (curve[low + 1] - curve[low])
         return total
+
+    def goal(self) -> Tensor:
+        """Where the expected cost should be now, as a share of what the gates can cut; it starts where the gates do."""
+        return self.begin + (self.end - self.begin) * self.ramped
+
+    def gap(self, turn: int) -> Tensor:
+        """Expected cost of a turn's kinds above the goal; kinds that train apart come down in proportion."""
+        kinds = self.turns[turn]
+        return self.expected(kinds) / sum(self.shares[kind] for kind in kinds) - self.goal()
+
+    def open_share(self, kind: Kind) -> Tensor:
+        """Mean probability that a gate of this kind is open."""
+        return torch.cat([opening(a) for a, site in zip(self.log_alpha, self.sites, strict=True) if site.kind is kind]).mean()
 
 
 @final
 @dataclass(frozen=True)
 class Gates(Method):
-    """`target`: share of the dense cost to reach. `ramp`: share of the training over which it comes down."""
+    """`target`: share of the dense cost to reach. `size` says how it is reached.
+
+    "lagrangian": multipliers drive the expected cost to the target while training; `allocate` then meets it by open probability.
+    "top_k": fixed penalties while training; then the units with the largest log alpha stay, as many as fit the target.
+    "threshold": fixed penalties, and units stay whose settled gate is above 0.5; the penalties alone make the size, `target` is not used.
+
+    `apart`: even steps gate and train only heads, odd ones only neurons. With frozen weights these are two separate runs, each
+    with half the steps: give twice the epochs. In evaluation and in the end the two are combined.
+    """
 
     target: float = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
-    lr: float = 0.05
+    units: Literal["heads", "neurons", "both"] = "both"
+    size: Literal["lagrangian", "top_k", "threshold"] = "lagrangian"
+    apart: bool = False
+    lambda_heads: float = 1.0  # loss that all open heads cost; not with "lagrangian"
+    lambda_neurons: float = 1.0
+    lr: float = 0.1  # of log alpha: the best of three in the paper
     multiplier_lr: float = 0.05
-    start: float = 2.5
-    ramp: float = 0.5
+    start: float = 2.5  # log alpha
+    ramp: float = 0.5  # share of the training over which the target comes down, or the penalties rise
     neuron_multiple: int = 16
-    fold: bool = True
+    sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them
+    fold: bool = True  # settled gates into the weights; without, gates that stay are 1, as in the paper
 
     decides: ClassVar[bool] = True
     neutral: ClassVar[bool] = False  # settled(2.5) is 1 after clamping, but training draws noise
@@ -114,37 +167,78 @@ class Gates(Method):
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
             raise ValueError(f"target must be above 0 and at most 1, got {self.target}")
+        if self.units not in ("heads", "neurons", "both"):
+            raise ValueError(f"units must be heads, neurons or both, got {self.units!r}")
+        if self.size not in ("lagrangian", "top_k", "threshold"):
+            raise ValueError(f"size must be lagrangian, top_k or threshold, got {self.size!r}")
+        if self.apart and self.units != "both":
+            raise ValueError(f"apart needs units: both, got {self.units}")
+        for name in ("lambda_heads", "lambda_neurons", "multiplier_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or above, and finite, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, and finite, got {self.lr}")
+        if not math.isfinite(self.start):
+            raise ValueError(f"start must be finite, got {self.start}")
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must be within 0 and 1, got {self.ramp}")
+        if self.neuron_multiple < 1:
+            raise ValueError(f"neuron_multiple must be at least 1, got {self.neuron_multiple}")
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        """The sites that get gates."""
+        kinds = (Kind.HEADS, Kind.NEURONS) if self.units == "both" else (Kind(self.units),)
+        return [site for site in anatomy.sites.values() if site.kind in kinds]
 
     def attach(self, context: Context) -> State:
-        return _State(context.anatomy, context.cost, self, context.model)
+        self.choose(context, {site.id: torch.zeros(site.size) for site in self.sites(context.anatomy)})  # can it be reached?
+        return _State(context, self)
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
         state = cast(_State, state)
-        gap = state.expected() - state.target
-        return state.multipliers[0] * gap + state.multipliers[1] * gap.square()
+        turn = step.progress.step % len(state.turns)
+        if self.size == "lagrangian":
+            gap, multipliers = state.gap(turn), state.multipliers[turn]
+            return multipliers[0] * gap + multipliers[1] * gap.square()
+        prices = {Kind.HEADS: self.lambda_heads, Kind.NEURONS: self.lambda_neurons}
+        terms = [prices[kind] * state.open_share(kind) for kind in state.turns[turn]]
+        return state.ramped * torch.stack(terms).sum()
 
     def advance(self, state: State, progress: Progress) -> None:
-        done = min(1.0, progress.fraction / self.ramp) if self.ramp else 1.0
-        cast(_State, state).target.fill_(1.0 + (self.target - 1.0) * done)
+        state = cast(_State, state)
+        state.ramped.fill_(min(1.0, progress.fraction / self.ramp) if self.ramp else 1.0)
+        state.turn.fill_(progress.step % len(state.turns))
 
     def report(self, state: State) -> Mapping[str, float]:
         state = cast(_State, state)
-        return {"cost": float(state.expected().detach()), "target": float(state.target)}
+        with torch.no_grad():
+            found = {"cost": state.fixed + float(state.expected(tuple(state.shares)))}
+            if self.size == "lagrangian":
+                found["target"] = state.fixed + (1.0 - state.fixed) * float(state.goal())
+            return found | {f"open_{kind}": float(state.open_share(kind)) for kind in state.shares}
 
     def decide(self, state: State, context: Context) -> Decision:
         state = cast(_State, state)
         values = {site.id: state.log_alpha[index].detach() for index, site in enumerate(state.sites)}
-        plan = allocate(
-            context.anatomy,
-            {name: opening(value).double().cpu().numpy() for name, value in values.items()},
-            context.cost,
-            self.target * context.cost.dense,
-            neuron_multiple=self.neuron_multiple,
-            sublayers=True,
-        )
+        plan = self.choose(context, values)
         if not self.fold:
             return Decision(plan)
         gone = {site.id for site in state.sites if site.sublayer and plan.keep.get(site.sublayer) == ()}
         return Decision(plan, scales={name: settled(value) for name, value in values.items() if name not in gone})
+
+    def choose(self, context: Context, log_alpha: Mapping[str, Tensor]) -> Plan:
+        """The plan that these gates lead to; TargetError where the target is out of reach."""
+        anatomy, cost, budget = context.anatomy, context.cost, self.target * context.cost.dense
+        score = {name: _numpy(value) for name, value in log_alpha.items()}
+        multiple, sublayers = self.neuron_multiple, self.sublayers
+        if self.size == "top_k":
+            return strongest(anatomy, score, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
+        if self.size == "threshold":  # settled(0) = 0.5
+            counts = {name: int((value > 0).sum()) for name, value in score.items()}
+            return leading(anatomy, score, counts, neuron_multiple=multiple, sublayers=sublayers)
+        worth = {name: _numpy(opening(value.double())) for name, value in log_alpha.items()}
+        return allocate(anatomy, worth, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    return value.double().cpu().numpy()

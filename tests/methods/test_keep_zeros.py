@@ -1,0 +1,53 @@
+"""Zeros of an earlier stage stay exact zeros through a training with decay, all else moves, and no mask is left."""
+
+from __future__ import annotations
+
+import torch
+from toy_task import context, rows
+
+from slimformer.log import Log
+from slimformer.methods.keep_zeros import KeepZeros
+from slimformer.training import Settings, train
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+BIAS = "bert.encoder.layer.0.attention.self.query.bias"
+SETTINGS = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", weight_decay=0.1, evaluate=False)
+
+
+def test_zeros_stay_and_the_rest_trains(tmp_path):
+    features = rows(48)
+    around = context(features=features)
+    parameters = dict(around.model.named_parameters())
+    with torch.no_grad():
+        parameters[QUERY][:8, 8:16] = 0
+        parameters[BIAS].zero_()
+    before = parameters[QUERY].detach().clone()
+    train(around, features, (KeepZeros(),), SETTINGS, tmp_path, Log(None, quiet=True))
+    after = parameters[QUERY].detach()
+    assert torch.equal(after == 0, before == 0)
+    assert bool(((after != before) == (before != 0)).all())
+    assert bool((parameters[BIAS] != 0).all())  # a bias is not held
+    assert not any("forward" in vars(module) for module in around.model.modules())
+
+
+def test_without_it_the_same_training_fills_them(tmp_path):
+    features = rows(48)
+    around = context(features=features)
+    query = dict(around.model.named_parameters())[QUERY]
+    with torch.no_grad():
+        query[:8, 8:16] = 0
+    train(around, features, (), SETTINGS, tmp_path, Log(None, quiet=True))
+    assert bool((query != 0).all())
+
+
+def test_reports_the_share_it_holds():
+    around = context()
+    with torch.no_grad():
+        dict(around.model.named_parameters())[QUERY].zero_()
+    method = KeepZeros()
+    state = method.attach(around)
+    masked = [name for name, module in around.model.named_modules() if "forward" in vars(module)]
+    state.close()
+    assert masked == [QUERY.removesuffix(".weight")]
+    per_layer = 4 * 32 * 32 + 2 * 32 * 24
+    assert method.report(state)["zeros"] == 32 * 32 / (3 * per_layer)
