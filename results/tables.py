@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from slimformer.bench import Ratio
 from slimformer.page import circumstances
 from slimformer.report import (
     LEDGER,
@@ -34,6 +33,7 @@ from slimformer.report import (
 )
 
 HOME = Path(__file__).resolve().parent
+METHODS = "methods"  # the folder of the tables that compare methods
 COMMAND = "python results/tables.py"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NONE = "No run has been recorded yet: there is no ledger under `results/`."
@@ -64,9 +64,14 @@ class Run:
 
 
 def runs(home: Path) -> list[Run]:
+    """All runs under results/ but those of tables that have a page of their own."""
+    return [run for run in runs_of(home, home) if run.folder.parts[0] != METHODS]
+
+
+def runs_of(folder: Path, home: Path = HOME) -> list[Run]:
     """All runs under a folder, by name; of rows with one name the last counts, since a ledger is only ever added to."""
     found = []
-    for ledger in sorted(home.rglob(LEDGER)):
+    for ledger in sorted(folder.rglob(LEDGER)):
         for part in groups(read([ledger])).values():
             last = {record.name: record for record in part}
             found.append(Run(ledger.parent.relative_to(home), tuple(last.values())))
@@ -119,7 +124,7 @@ def readme_table(found: Sequence[Run]) -> str:
     machine += f", {' or '.join(map(str, threads))} threads" if threads else ""
     return "\n".join(
         [
-            *_table(HEAD, rows),
+            *table(HEAD, rows),
             "",
             f"On the dev splits, measured on the exported files; {machine}. ×: times faster than the dense teacher in ONNX Runtime fp32,",
             "medians of rounds taken in turn. The first seed of each run; all rows, spreads over seeds and circumstances are in",
@@ -155,11 +160,11 @@ def _run(run: Run) -> list[str]:
     ours = run.ours
     recipe = f"../results/{run.name}/recipe.yaml"
     lines = [f"### {run.name}", "", f"[`recipe.yaml`]({recipe}) repeats it."]
-    lines += ["", *_table(HEAD, [_row(record, record is ours) for record in run.records]), ""]
+    lines += ["", *table(HEAD, [_row(record, record is ours) for record in run.records]), ""]
     if ours is not None:
         verdicts = against(ours, run.records)
         said = [judge(ours).text, *(verdict.text for verdict in verdicts), tally(verdicts), layers_text(ours)]
-        lines += [*(f"- {_safe(text)}" for text in said if text), ""]
+        lines += [*(f"- {safe(text)}" for text in said if text), ""]
     lines += _theory(run)
     about = [f"{label}: {value}" for label, value in circumstances(run.records) if label not in {"Recipe", "Plan"}]
     seeds = sorted({record.seed for record in run.records if record.seed is not None})
@@ -168,7 +173,7 @@ def _run(run: Run) -> list[str]:
         *lines,
         "<details><summary>Measured on</summary>",
         "",
-        *(f"- {_safe(line)}" for line in about),
+        *(f"- {safe(line)}" for line in about),
         "",
         "</details>",
         "",
@@ -186,14 +191,14 @@ def _theory(run: Run) -> list[str]:
     rows = []
     for (macs, *parameters), record in models.items():
         share = f"{100 * (macs or 0) / dense:.0f} %" if dense else ""
-        rows.append((_safe(record.name), count_text(macs), share, *map(count_text, parameters)))
+        rows.append((safe(record.name), count_text(macs), share, *map(count_text, parameters)))
     if not rows:
         return []
     head = ("model", "MACs per example", "share of dense", "parameters", "of the encoder's matrices")
     return [
         "Counted, not measured (multiply-accumulates of the encoder; never to be read as speed):",
         "",
-        *_table(head, rows),
+        *table(head, rows),
         "",
     ]
 
@@ -222,7 +227,7 @@ def _spread(part: Sequence[Run]) -> list[str]:
     if not rows:
         return []
     head = ("run", "seeds", "score: mean (range)", "points lost", "× batch 32", "× batch 1")
-    return ["### Over seeds", "", *_table(head, rows), ""]
+    return ["### Over seeds", "", *table(head, rows), ""]
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -232,16 +237,15 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def _row(record: Record, ships: bool) -> tuple[str, ...]:
-    loss = f"{signed(record.loss.value)} ({interval_text(record.loss)})" if record.loss else ""
-    name = _safe(record.name)
+    name = safe(record.name)
     return (
-        _safe(record.task),
+        safe(record.task),
         f"**{name}**" if ships else name,
         f"{record.metric.replace('_', ' ')} {record.score:.4f}",
-        loss,
+        interval(record),
         mb_text(record.size_bytes),
-        _times(record.times_faster(32)),
-        _times(record.times_faster(1)),
+        row_times(record, 32),
+        row_times(record, 1),
         f"{record.minutes:.0f}" if record.minutes is not None and record.minutes >= 10 else _minutes(record.minutes),
     )
 
@@ -250,29 +254,40 @@ def _minutes(minutes: float | None) -> str:
     return f"{minutes:.1f}" if minutes else ""
 
 
-def _times(found: Ratio | None) -> str:
+def interval(record: Record) -> str:
+    """Points lost, with their interval."""
+    return f"{signed(record.loss.value)} ({interval_text(record.loss)})" if record.loss else ""
+
+
+def row_times(record: Record, batch: int) -> str:
+    """Times faster than the baseline, with the spread over rounds."""
+    found = record.times_faster(batch)
     if found is None:
         return ""
     return f"{found.median:.2f}" if found.low == found.high else f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Writes both pages, or with --check only tells whether they are what the ledgers give."""
+    sys.path.insert(0, str(HOME))  # its neighbours, also where this file was loaded by its path
+    import structured
+
     root = HOME.parent
     found = runs(HOME)
     readme = root / "README.md"
     pages = {
         root / "docs" / "results.md": results_page(found),
         readme: placed(readme.read_text(encoding="utf-8"), readme_table(found)),
+        **structured.pages(),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
@@ -280,6 +295,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{path.relative_to(root)} is not what the ledgers give: run `{COMMAND}`.")
         return 1 if stale else 0
     for path in stale:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(pages[path], encoding="utf-8")
     print(
         f"{len(found)} runs; wrote {', '.join(str(path.relative_to(root)) for path in stale) or 'nothing, all is as it should be'}."

@@ -14,8 +14,10 @@ from slimformer import delivery
 from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
 from slimformer.exporters.base import Variant
 from slimformer.log import Log
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.gates import Gates
 from slimformer.plan import Plan
-from slimformer.stages import Bundle, Run, prepare
+from slimformer.stages import Bundle, Run, Train, prepare
 from slimformer.tasks.classification import Classification
 
 
@@ -102,3 +104,15 @@ def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkey
     both = delivery.rivals(bundle, (), ("teacher-int8", "small-dense"), teacher, run)
     assert [item.role for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
     assert both[0].facts == {"minutes": None, "peak_rss_bytes": None}
+
+
+def test_the_smaller_dense_rival_trains_in_every_stage() -> None:
+    """Without the gates, a stage that trains nothing else would have nothing to train."""
+    gates, lesson = Gates(), Distillation()
+    frozen = Train(methods=(gates,), freeze="everything", epochs=2.0, lr=1e-4)
+    assert delivery.undecided(frozen) == Train(epochs=2.0, lr=1e-4)
+    both = Train(methods=(gates, lesson), freeze="everything")
+    assert delivery.undecided(both) == Train(methods=(lesson,))
+    for stage in (Train(methods=(lesson,), freeze="everything"), Train(freeze="embeddings")):
+        assert delivery.undecided(stage) == stage
+    assert delivery.undecided(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")

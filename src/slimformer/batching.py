@@ -19,6 +19,7 @@ MEGA = 50  # batches per chunk that is sorted: padding is near its minimum from 
 def collate(features: Features, rows: Sequence[int], names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The rows as one batch: token columns (batch, longest of the batch) int64, others (batch,) int64 or float32.
 
+    Tuples are of one length, whatever their rows' tokens: (batch, that) int64.
     `names` keeps only those columns; None keeps all. The attention mask is made here, 1 on tokens and 0 on padding.
     """
     lengths = [len(features.columns["input_ids"][row]) for row in rows]
@@ -32,7 +33,9 @@ def collate(features: Features, rows: Sequence[int], names: Collection[str] | No
             batch[name] = (np.arange(width) < np.asarray(lengths, dtype=np.int64)[:, None]).astype(np.int64)  # (batch, seq)
             continue
         values = [features.columns[name][row] for row in rows]
-        if values and isinstance(values[0], (list, tuple, np.ndarray)):
+        if values and isinstance(values[0], tuple):
+            batch[name] = np.asarray(values, dtype=np.int64)
+        elif values and isinstance(values[0], (list, np.ndarray)):
             batch[name] = _padded(values, width, features.pad_id if name == "input_ids" else 0)
         else:
             whole = all(isinstance(value, (int, np.integer)) for value in values)

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -568,6 +568,7 @@ def bench(
         entries: list[Entry] = []
         for item in found:
             bound, features = _encode(item.folder, task, examples, length, encoded)
+            bound = _fitted(bound, item)
             for runtime in runtimes:
                 opened = open_model(item.file, runtime, threads)
                 if opened is None:
@@ -593,6 +594,23 @@ def bench(
             load=load or quiet(wait_seconds),
             seed=seed,
         )
+
+
+def _fitted(task: Task, item: _Found) -> Task:
+    """The task with the options that were fitted when this file was made, where any were."""
+    from slimformer import registry
+    from slimformer.report import read_facts
+
+    facts = read_facts(item.folder)
+    if not task.fits or facts is None or facts.task.get("use") != registry.name_of(task):
+        return task
+    if not facts.fitted:
+        raise DataError(
+            f"{item.folder} was made for data of another kind: {registry.name_of(task)} fits an option to each file, and none was "
+            "fitted for these (a SQuAD v1.1 model cannot say that there is no answer).",
+            help="bench it on data like those it was made for, or make it again with these.",
+        )
+    return replace(task, **facts.fitted.get(item.file.name, {}))  # type: ignore[type-var]
 
 
 def _recorded_task(paths: Sequence[Path]) -> Task:

@@ -1,4 +1,4 @@
-"""Writes README.md, the model card of an exported folder: hub metadata, measured figures, and ten lines that run the file.
+"""Writes README.md, the model card of an exported folder: hub metadata, measured figures, and some lines that run the file.
 
 The one idea: the snippet needs onnxruntime, tokenizers and numpy alone and is built from the folder as it lies there, so that
 a test can take it out of the card and run it. User text is escaped.
@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from slimformer.bench import size_bytes
 from slimformer.files import write_text
 from slimformer.page import circumstances, cost_facts
 from slimformer.report import MEGA, Record, against, interval_text, judge, layers_text, mb_text, signed
 
-_HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr", "f1_macro": "f1"}
+_HUB_METRICS = {
+    "exact": "exact_match",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "f1_macro": "f1",
+}
 _PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForQuestionAnswering": "question-answering",
@@ -34,16 +41,18 @@ _TOLD = {
 
 
 def snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
-    """Ten lines of Python that run `file` of the folder on the texts with onnxruntime, tokenizers and numpy alone."""
+    """Lines of Python that run `file` of the folder on the texts with onnxruntime, tokenizers and numpy alone."""
     from slimformer.checkpoint import read_config
     from slimformer.tokenizing import load_tokenizer, pad_id_of
 
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     pad = pad_id_of(tokenizer, folder)
+    if _kind(config).endswith("ForQuestionAnswering"):
+        return _question_snippet(folder, file, texts, max_length)
     inputs = ", ".join(_literal(text[0]) if len(text) == 1 else f"({', '.join(map(_literal, text))})" for text in texts)
     labels = config.get("id2label") or {}
-    if not str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+    if not _kind(config).endswith("ForSequenceClassification"):
         last = ["print([array.shape for array in session.run(None, feeds)])"]
     elif config.get("problem_type") == "regression" or len(labels) == 1:
         last = ['print(session.run(["logits"], feeds)[0][:, 0])']
@@ -65,6 +74,49 @@ def snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_lengt
             *last,
         ]
     )
+
+
+def _question_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+    """The same for a question and its context: all windows, the best span inside the context, "" where none is better."""
+    from slimformer.report import read_facts
+    from slimformer.tasks.question_answering import QuestionAnswering
+
+    facts = read_facts(folder)
+    told = {} if facts is None else {**facts.task, **facts.fitted.get(file, {})}
+    plain = QuestionAnswering()
+    stride, longest = (told.get(name, getattr(plain, name)) for name in ("stride", "max_answer"))
+    can_decline = told.get("version") == "v2"
+    question, context = min(texts, key=lambda pair: len(pair[1]))
+    lines = [
+        "import numpy as np, onnxruntime, tokenizers",
+        'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")',
+        f'tokenizer.enable_truncation({max_length}, stride={stride}, strategy="only_second")',
+        f"session = onnxruntime.InferenceSession({_literal(file)})",
+        f"question = {_literal(question)}",
+        f"context = {_literal(context)}",
+        'names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}',
+        *(['none, best, answer = np.inf, -np.inf, ""'] if can_decline else ['best, answer = -np.inf, ""']),
+        "row = tokenizer.encode(question, context)",
+        "for window in (row, *row.overflowing):",
+        "    feeds = {i.name: np.array([getattr(window, names[i.name])]) for i in session.get_inputs()}",
+        '    start, end = (logits[0] for logits in session.run(["start_logits", "end_logits"], feeds))',
+        *(["    none = min(none, start[0] + end[0])"] if can_decline else []),
+        "    inside = np.array([part == 1 for part in window.sequence_ids])  # tokens of the context",
+        "    steps = np.arange(len(start)) - np.arange(len(start))[:, None]  # from the first token of a span to its last",
+        f"    valid = inside[:, None] & inside & (steps >= 0) & (steps < {longest})",
+        "    scores = np.where(valid, start[:, None] + end, -np.inf)",
+        "    first, last = np.unravel_index(scores.argmax(), scores.shape)",
+        "    if scores[first, last] > best:",
+        "        best = scores[first, last]",
+        "        answer = context[window.offsets[first][0] : window.offsets[last][1]]",
+        f'print("" if none - best > {told.get("threshold") or 0.0} else answer)' if can_decline else "print(answer)",
+    ]
+    return "\n".join(lines)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """The class of the model in PyTorch, as its config names it."""
+    return str((config.get("architectures") or [""])[0])
 
 
 def _on_hub(name: str | None) -> bool:
@@ -104,7 +156,7 @@ def card(
     from slimformer.checkpoint import read_config
 
     config = read_config(folder)
-    kind = str((config.get("architectures") or [""])[0])
+    kind = _kind(config)
     pipeline = next((tag for end, tag in _PIPELINES.items() if kind.endswith(end)), None)
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     small = "int8" in record.precision

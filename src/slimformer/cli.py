@@ -29,14 +29,18 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="glue/sst2, intents, ...; without it, classification of --data.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="glue/sst2, question_answering, squad, squad_v2, intents, ...; else what the model is for."),
+]
 Data = Annotated[str | None, typer.Option(help="A folder with train and dev files, one file, or a hub name.")]
 Text = Annotated[str | None, typer.Option(help="Column of the text; guessed if there is an obvious one.")]
 TextPair = Annotated[str | None, typer.Option(help="Column of the second text, for tasks on pairs.")]
 Label = Annotated[str | None, typer.Option(help="Column of the label.")]
 Metric = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, spearman, ...; the task's own by default.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens an input may have; longer ones are cut off.")]
-TrainRows = Annotated[str | None, typer.Option(help="A number of training rows, or a JSON file of row numbers.")]
+Stride = Annotated[int | None, typer.Option(help="Tokens that windows on a long context share; for questions.")]
+TrainRows = Annotated[str | None, typer.Option(help="A number of training rows, or a JSON file of row numbers (or ids).")]
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command in it resumes a run that was cut off.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
 Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait, before each timing, for a quiet machine.")]
@@ -53,6 +57,7 @@ def compress(
     label: Label = None,
     metric: Metric = None,
     max_length: MaxLength = None,
+    stride: Stride = None,
     train_rows: TrainRows = None,
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model (ONNX Runtime fp32, batch 32).")] = 3.0,
     max_loss: Annotated[float, typer.Option(help="Points of the metric that may be lost.")] = 1.0,
@@ -82,7 +87,7 @@ def compress(
         tries=tries,
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
     )
-    chosen = _task(task, data, text, text_pair, label, metric, max_length, train_rows)
+    chosen = _task(task, data, text, text_pair, label, metric, max_length, train_rows, stride, model)
     _show(make(model, chosen, out, wishes, command=_command(), threads=threads, wait_seconds=wait))
 
 
@@ -107,6 +112,7 @@ def bench(
     label: Label = None,
     metric: Metric = None,
     max_length: MaxLength = None,
+    stride: Stride = None,
     runtime: Annotated[list[str] | None, typer.Option(help="onnxruntime by default; may be given several times.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long each of the two workloads is timed.")] = 60.0,
     threads: Threads = None,
@@ -118,7 +124,8 @@ def bench(
     from slimformer.bench import bench as side_by_side
     from slimformer.report import table
 
-    chosen = _task(task, data, text, text_pair, label, metric, max_length, None) if task or data else None
+    given = (task, data, text, text_pair, label, metric, max_length, None, stride, models[0])
+    chosen = _task(*given) if task or data else None
     found = side_by_side(
         models,
         chosen,
@@ -206,13 +213,41 @@ def _task(
     metric: str | None,
     max_length: int | None,
     train_rows: str | None,
+    stride: int | None = None,
+    model: Path | None = None,
 ) -> Task:
+    from slimformer.errors import RecipeError
     from slimformer.tasks.classification import from_cli
 
     rows: Any = int(train_rows) if train_rows is not None and train_rows.isdigit() else train_rows
+    if task is None and model is not None and _is_for_questions(model):
+        task = "question_answering"
+    if task in {"question_answering", "squad", "squad_v2"}:
+        from slimformer.tasks.question_answering import from_cli as for_questions
+
+        columns = {"--text": text, "--text-pair": text_pair, "--label": label}
+        if any(columns.values()):
+            raise RecipeError(
+                f"the task {task} has no {' or '.join(name for name, value in columns.items() if value)}.",
+                help="its data has fixed names: id, question, context, answers.",
+            )
+        return for_questions(task, data, metric=metric, max_length=max_length, stride=stride, train_ids=rows)
+    if stride is not None:
+        raise RecipeError("--stride is for questions on long contexts only.", help="leave it out, or say --task squad.")
     return from_cli(
         task, data, text=text, text_pair=text_pair, label=label, metric=metric, max_length=max_length, train_rows=rows
     )
+
+
+def _is_for_questions(model: Path) -> bool:
+    """Whether a model folder, or that of a model file, says that it is one for question answering; what is wrong is told later."""
+    from slimformer import checkpoint
+    from slimformer.errors import ModelError
+
+    try:
+        return checkpoint.is_tuned(model if model.is_dir() else model.parent, "AutoModelForQuestionAnswering")
+    except ModelError:
+        return False
 
 
 def _show(outcome: Any) -> None:

@@ -22,7 +22,7 @@ from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.stages import HELD_ROWS, Bundle, Calibrate, Material, Run, Stage, Train, advance, subset
-from slimformer.tasks.base import Split
+from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +90,7 @@ class Reference:
 
 
 def reference(bundle: Bundle, run: Run) -> Reference:
-    """Scores of the teacher's fp32 file on held and on training examples."""
+    """Scores of the teacher's fp32 file on held and on training examples, each with what is fitted there."""
     runner = load(teacher_files(bundle, run)[Variant.FUSED], run.threads)
     held, seen = (_score(runner, bundle.material, split) for split in (Split.HELD, Split.TRAIN))
     return Reference(held, seen, bundle.tuned_here)
@@ -100,7 +100,24 @@ def _score(runner: Runner, material: Material, split: Split) -> float:
     from slimformer.bench import evaluate
 
     features, examples = subset(material, split, HELD_ROWS)
-    return material.task.score(evaluate(runner, features, 32), features, examples)[material.task.metric]
+    outputs = evaluate(runner, features, 32)
+    return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
+
+
+def _tuned(runner: Runner, material: Material) -> Task:
+    """The task with what is fitted on held examples for this file."""
+    from slimformer.bench import evaluate
+
+    if not material.task.fits:
+        return material.task
+    features, examples = subset(material, Split.HELD, HELD_ROWS)
+    return material.task.tune(evaluate(runner, features, 32), features, examples)
+
+
+def _fitted(task: Task, tuned: Task) -> dict[str, Any]:
+    """The options in which a tuned task differs."""
+    before, after = vars(task), vars(tuned)
+    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def try_out(
@@ -188,10 +205,17 @@ def small_dense(bundle: Bundle, stages: Sequence[Stage], run: Run) -> Bundle:
     made: list[Stage] = [Calibrate(layers)]
     for stage in stages:
         if isinstance(stage, Train):
-            made.append(replace(stage, methods=tuple(method for method in stage.methods if not method.decides)))
+            made.append(undecided(stage))
     run.log.say(f"training the smaller dense rival ({count} of {len(anatomy.layers)} layers) with the same budget.")
     start = replace(bundle, model=bundle.teacher, plan=Plan(), minutes=0.0, peak_rss_bytes=0)
     return advance(made, start, run.under("rival"))
+
+
+def undecided(stage: Train) -> Train:
+    """The stage without what decides; where only that could train, the weights train in its stead, so that the passes are as many."""
+    methods = tuple(method for method in stage.methods if not method.decides)
+    alone = stage.freeze == "everything" and methods != stage.methods
+    return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)
 
 
 def openvino_rival(path: Path, bundle: Bundle, run: Run) -> Path:
@@ -257,16 +281,15 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
 
 
 def measure_all(
-    ours: Sequence[Rival], rivals: Sequence[Rival], material: Material, run: Run, *, task_name: str, model: str, seconds: float
+    entries: Sequence[Entry], material: Material, run: Run, *, task_name: str, model: str, seconds: float
 ) -> Measurement:
-    """Everything side by side on dev: scores, sizes, speeds; the first of `rivals` is the baseline."""
+    """Everything side by side on dev: scores, sizes, speeds; the first entry is the baseline."""
     from slimformer.bench import measure, quiet
 
-    entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
     return measure(
         entries,
         material.examples[Split.DEV],
-        baseline=rivals[0].name,
+        baseline=entries[0].name,
         task_name=task_name,
         model=model,
         rounds=30,
@@ -280,13 +303,14 @@ def _entry(item: Rival, material: Material, threads: int) -> Entry:
     from slimformer.bench import Engine, Entry
 
     runtime = registry.find("runtimes", item.runtime)()
+    runner = runtime.load(item.path, threads)
     return Entry(
         name=item.name,
         role=item.role,
         precision=str(item.variant),
-        runner=runtime.load(item.path, threads),
+        runner=runner,
         engine=Engine(item.runtime, runtime.version(), threads),
-        task=material.task,
+        task=_tuned(runner, material),
         features=material.features[Split.DEV],
         path=item.path,
         facts=item.facts or {},
@@ -330,7 +354,9 @@ def deliver(
         )
         for variant in SHIPPED
     ]
-    found = measure_all(ours, rivals, material, run, task_name=task_name, model=model_name, seconds=seconds)
+    entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
+    found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
+    own = {entry.path.name: entry.task for entry in entries[len(rivals) :] if entry.path}
     chosen = next(record for record in found.records if record.chosen)
     facts = Facts(
         best=FILES[best.variant],
@@ -339,6 +365,7 @@ def deliver(
         metric=material.task.metric,
         name=f"{model_name} (slimformer)",
         model=model_name,
+        fitted={name: options for name, task in own.items() if (options := _fitted(material.task, task))},
         **shared,
     )
     with whole_folder(run.root / "delivery") as part:

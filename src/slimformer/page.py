@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +42,7 @@ from slimformer.report import (
 )
 
 SHOWN = 40  # changed answers on the page; all of them are in changed.jsonl
+BRIEF = 320  # characters of a text that are shown, of one that is longer than that
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def page(records: Sequence[Record], details: Details, path: Path) -> None:
     jinja = Jinja(
         loader=PackageLoader("slimformer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shown = details.changed[:SHOWN]
+    shown = [_brief(item) for item in details.changed[:SHOWN]]
     html = jinja.get_template("report.html").render(
         sections=[_section(group) for group in groups(records).values()],
         changed=shown,
@@ -104,6 +105,24 @@ def page(records: Sequence[Record], details: Details, path: Path) -> None:
     if details.changed:
         lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in details.changed)
         write_text(path.with_name("changed.jsonl"), lines)
+
+
+def _brief(item: Changed) -> Changed:
+    """The same example with long texts cut to where the answers are, for the page."""
+    return replace(item, texts=tuple(excerpt(text, (item.gold, item.after, item.before)) for text in item.texts))
+
+
+def excerpt(text: str, around: Sequence[str]) -> str:
+    """At most BRIEF characters of a text, cut between words: around the first of these answers that occurs, else its start."""
+    if len(text) <= BRIEF:
+        return text
+    parts = [part for answer in around for part in answer.split(" | ") if part]
+    place = next((text.find(part) for part in parts if part in text), 0)
+    begin = max(0, min(place - BRIEF // 3, len(text) - BRIEF))
+    shown = text[begin : begin + BRIEF]
+    if begin + BRIEF < len(text):
+        shown = shown.rsplit(" ", 1)[0] + " …"
+    return f"… {shown[shown.find(' ', 0, place - begin) + 1 :]}" if begin else shown
 
 
 def _section(records: Sequence[Record]) -> _Section:

@@ -15,7 +15,8 @@ they need to know the stages before them, because a fair rival is trained by the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -26,14 +27,18 @@ from slimformer.files import claim
 from slimformer.latency import Levels
 from slimformer.log import Log
 from slimformer.plan import Plan
-from slimformer.stages import Bundle, Calibrate, Run, Stage, Train, advance, prepare
+from slimformer.stages import Bundle, Calibrate, Material, Run, Stage, Train, advance, prepare, torch_outputs
 from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from slimformer.bench import Measurement
+    from slimformer.delivery import Trial
     from slimformer.report import Target
 
 RivalName = Literal["teacher-int8", "small-dense", "openvino-int8"]
+TRIED = 100  # held examples on which a model that came tuned is looked at
 RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8")
 
 
@@ -261,7 +266,7 @@ class _Reader:
             self.mistakes.append(f"{place}.use: there is no '{name}'; {nearest(name, registry.names(kind))}")
             return None
         options = {key: value for key, value in data.items() if key != "use"}
-        for key in ("data", "train_rows") if kind == "tasks" else ():
+        for key in ("data", "dev", "train_rows", "train_ids") if kind == "tasks" else ():
             if isinstance(options.get(key), str):
                 options[key] = self.path(options[key])
         return self.build(registry.find(kind, name), options, place)
@@ -312,19 +317,34 @@ def run(
     wait_seconds: float = 60.0,
 ) -> Outcome:
     """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off."""
-    folder = Path(out)
     look(recipe)
-    with claim(folder, f"recipe {_digest(recipe)}"):
-        if (folder / "report.html").is_file() and not (folder / "work").exists():
-            raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
-        log = log or Log(folder)
-        state = Run(folder / "work", folder / "work", log, recipe.seed, threads or _cores(), recipe.latency, wait_seconds)
+    given = Given(log, threads, wait_seconds)
+    with working(Path(out), f"recipe {_digest(recipe)}", recipe.seed, given, recipe.latency) as state:
         bundle, stages = begin(recipe, state)
         state.root.mkdir(exist_ok=True)
         bundle = advance(stages, bundle, state)
-        measurement = finish(bundle, stages, recipe, state, folder, command=command)
+        measurement = finish(bundle, stages, recipe, state, Path(out), command=command)
         tidy(state)
-    return Outcome(folder, measurement)
+    return Outcome(Path(out), measurement)
+
+
+@dataclass(frozen=True)
+class Given:
+    """How a run talks and what it may use, as the caller said."""
+
+    log: Log | None
+    threads: int | None
+    wait_seconds: float
+
+
+@contextmanager
+def working(folder: Path, purpose: str, seed: int, given: Given, levels: Levels | None = None) -> Iterator[Run]:
+    """The output folder, claimed for one purpose and one process; RecipeError where it is finished already."""
+    with claim(folder, purpose):
+        if (folder / "report.html").is_file() and not (folder / "work").exists():
+            raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
+        scratch = folder / "work"
+        yield Run(scratch, scratch, given.log or Log(folder), seed, given.threads or _cores(), levels, given.wait_seconds)
 
 
 def _digest(recipe: Recipe) -> str:
@@ -364,11 +384,36 @@ def look(recipe: Recipe) -> None:
             help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
         )
     if recipe.teacher:
-        recipe.task.bind(checkpoint.read_config(Path(recipe.teacher)))
+        _look_at_teacher(Path(recipe.teacher), source, recipe.task)
     for split in Split:
         task.split(split)
     load_tokenizer(source)
     max_length_of(source)
+
+
+def _look_at_teacher(teacher: Path, source: Path, task: Task) -> None:
+    """ModelError or DataError where a teacher is no model for this task, or reads other token ids than the model."""
+    from slimformer.tokenizing import OTHER_FORMS, load_tokenizer
+
+    config = checkpoint.read_config(teacher)
+    if not checkpoint.is_tuned(teacher, task.auto_class):
+        kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
+        raise ModelError(
+            f"the teacher {teacher} is a {kind}, and the task {registry.name_of(task)} needs one that ends in "
+            f"{task.auto_class.removeprefix('AutoModel')}.",
+            help="name a teacher that was tuned for this task.",
+        )
+    task.bind(config)
+    if not any((teacher / name).is_file() for name in ("tokenizer.json", *OTHER_FORMS)):
+        return  # sizes are compared when it is loaded
+    mine, theirs = (load_tokenizer(folder).get_vocab() for folder in (source, teacher))
+    if mine != theirs:
+        differing = sum(theirs.get(token) != index for token, index in mine.items())
+        raise ModelError(
+            f"the teacher {teacher} has another tokenizer than the model {source}: {differing:,} of {len(mine):,} tokens have another "
+            "id there, or none.",
+            help="teacher and student must read the same token ids.",
+        )
 
 
 def _lead(stages: Sequence[Stage]) -> int:
@@ -407,22 +452,39 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
                 f"({model.config.vocab_size}).",
                 help="teacher and student must read the same token ids.",
             )
+        _try_out(teacher, material)
         return Bundle(model, plan, material, teacher), stages
     if tuned:
+        _try_out(model, material)
         return Bundle(model, plan, material, model), stages
     lead = _lead(stages)
     bundle = advance(stages[:lead], Bundle(model, plan, material, model), state.under("teacher"))
     return Bundle(bundle.model, bundle.plan, material, bundle.model, tuned_here=True), stages[lead:]
 
 
+def _try_out(model: PreTrainedModel, material: Material) -> None:
+    """The task's own look at a model that came tuned."""
+    material.task.suits(model.config, lambda: torch_outputs(model, material, Split.HELD, TRIED))
+
+
 def _tell(material: Any, log: Log) -> None:
     train, dev = material.examples[Split.TRAIN], material.examples[Split.DEV]
     held = material.examples[Split.HELD]
     log.say(f"{len(train):,} examples to train on, {len(held):,} held aside to choose on, {len(dev):,} to report on.")
+    for remark in material.task.remarks():
+        log.say(remark)
     for split, features in material.features.items():
         if features.truncated:
             share = features.truncated / max(1, len(material.examples[split]))
             log.say(f"{features.truncated:,} inputs of {split} ({share:.1%}) are cut off at {material.max_length} tokens.")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Files that were exported and tried on held examples already."""
+
+    folder: Path
+    trials: tuple[Trial, ...]
 
 
 def finish(
@@ -434,29 +496,27 @@ def finish(
     *,
     target: Target | None = None,
     command: str = "",
+    ready: Ready | None = None,
 ) -> Measurement:
     """Exports, chooses on held examples, measures beside the rivals on dev, and fills `out`."""
     from slimformer import delivery
     from slimformer.exporters.base import Variant
 
-    exported = state.root / "export"
     log = state.log
-    log.say("exporting, and comparing the files on held examples.")
-    files = delivery.export_files(bundle.model, bundle.material, exported, delivery.SHIPPED, log)
     teacher = delivery.teacher_files(bundle, state)
-    trials = delivery.try_out(
-        {variant: artifact.path for variant, artifact in files.items()},
-        teacher[Variant.FUSED],
-        bundle,
-        state,
-        delivery.reference(bundle, state),
-    )
-    best = delivery.choose(trials, target.max_loss if target else recipe.export.choose_within)
+    if ready is None:
+        log.say("exporting, and comparing the files on held examples.")
+        folder = state.root / "export"
+        files = delivery.export_files(bundle.model, bundle.material, folder, delivery.SHIPPED, log)
+        paths = {variant: artifact.path for variant, artifact in files.items()}
+        reference = delivery.reference(bundle, state)
+        ready = Ready(folder, tuple(delivery.try_out(paths, teacher[Variant.FUSED], bundle, state, reference)))
+    best = delivery.choose(ready.trials, target.max_loss if target else recipe.export.choose_within)
     rivals = delivery.rivals(bundle, stages, recipe.bench.rivals, teacher, state)
     log.say("measuring everything side by side on the dev examples.")
     return delivery.deliver(
         bundle,
-        exported,
+        ready.folder,
         out,
         state,
         best=best,

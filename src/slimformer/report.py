@@ -164,6 +164,7 @@ class Facts:
     layers: tuple[Layer, ...] = ()
     recipe: str = ""
     plan: str = ""
+    fitted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # file name -> options of the task found for it
 
     def of_record(self) -> dict[str, Any]:
         """The fields that a record of any of these files shares."""

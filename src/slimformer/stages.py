@@ -126,12 +126,9 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Bundle:
             bundle = _restore(bundle, done)
             run.log.say(f"stage {number} ({stage.kind}) is done already; going on from it.")
             continue
-        begin = time.monotonic()
-        earlier = _spent(folder)
-        clock = _Clock(folder, earlier)
+        clock = Clock(folder)
         made = stage.run(bundle, run.under(folder.name))
-        minutes = (earlier + time.monotonic() - begin) / 60
-        clock.stop()
+        minutes = clock.stop()
         from slimformer.bench import peak_rss_bytes
 
         bundle = replace(made, minutes=bundle.minutes + minutes, peak_rss_bytes=max(bundle.peak_rss_bytes, peak_rss_bytes()))
@@ -143,25 +140,31 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Bundle:
     return bundle
 
 
-class _Clock:
-    """Notes how long a stage has run, so that a killed run's minutes are not forgotten."""
+class Clock:
+    """Notes in a folder how long the work there has taken, so that a killed run's minutes are not forgotten."""
 
-    def __init__(self, folder: Path, earlier: float) -> None:
+    def __init__(self, folder: Path) -> None:
         import threading
 
-        self._folder, self._earlier, self._begin = folder, earlier, time.monotonic()
+        self._folder, self._earlier, self._begin = folder, _spent(folder), time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._thread.start()
 
-    def _tick(self) -> None:
-        while not self._end.wait(10):
-            write_text(self._folder / "seconds", f"{self._earlier + time.monotonic() - self._begin:.1f}")
-
-    def stop(self) -> None:
+    def stop(self) -> float:
+        """Ends the counting: minutes in all."""
         self._end.set()
         self._thread.join()
+        write_text(self._folder / "seconds", f"{self._seconds():.1f}")
+        return self._seconds() / 60
+
+    def _seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._begin
+
+    def _tick(self) -> None:
+        while not self._end.wait(10):
+            write_text(self._folder / "seconds", f"{self._seconds():.1f}")
 
 
 def _spent(folder: Path) -> float:
@@ -332,9 +335,9 @@ class Calibrate(Stage):
 
 
 def held_score(model: PreTrainedModel, material: Material) -> float:
-    """The task's metric of a model in PyTorch on the held slice."""
+    """The task's metric of a model in PyTorch on the held slice, with what is fitted there."""
     outputs, features, examples = torch_outputs(model, material, Split.HELD, HELD_ROWS)
-    return material.task.score(outputs, features, examples)[material.task.metric]
+    return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
 
 
 def torch_outputs(

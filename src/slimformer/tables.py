@@ -68,7 +68,7 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
         raise DataError(f"{path} is not a kind of table that can be read.", help=f"known: {', '.join(SUFFIXES)}.")
     if suffix == ".parquet":
         return _parquet(path)
-    text = _text(path)
+    text = read_text(path)
     if suffix in {".json", ".jsonl"}:
         return _json(path, text)
     if suffix == ".csv":
@@ -121,7 +121,12 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def read_hub(name: str) -> dict[str, Table]:
-    """Splits of a hub data set, `owner/name` or `owner/name:config`: the only place that may use the network."""
+    """Splits of a hub data set, `owner/name` or `owner/name:config`, as tables of their plain columns."""
+    return {split: _hub_table(f"{name} [{split}]", data) for split, data in load_hub(name).items()}
+
+
+def load_hub(name: str) -> dict[str, Any]:
+    """Splits of a hub data set as `datasets` gives them: the only place that may use the network."""
     try:
         import datasets
     except ImportError:
@@ -131,7 +136,7 @@ def read_hub(name: str) -> dict[str, Table]:
     datasets.disable_progress_bars()
     try:
         found = datasets.load_dataset(hub, config or None)
-        return {str(split): _hub_table(f"{name} [{split}]", found[split]) for split in found}
+        return {str(split): found[split] for split in found}
     except Exception as error:  # network, names and formats fail in as many ways as there are data sets
         reason = str(error).strip().splitlines()
         raise DataError(
@@ -151,7 +156,8 @@ def _hub_table(where: str, data: Any) -> Table:
     return Table(where, dict(data.select_columns(plain)[:]), range(1, len(data) + 1), "row", names)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path, shape: str = "a table needs a line of column names and at least one row.") -> str:
+    """A UTF-8 file that is not empty; DataError that says where it is not, or what `shape` was expected."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -167,7 +173,7 @@ def _text(path: Path) -> str:
             help="save it as UTF-8, for instance: iconv -f latin1 -t utf-8 old > new.",
         ) from None
     if not text.strip():
-        raise DataError(f"{path} is empty.", help="a table needs a line of column names and at least one row.")
+        raise DataError(f"{path} is empty.", help=shape)
     return text
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 HEADS, HEAD_DIM, WIDTH, LAYERS, VOCABULARY = 4, 8, 24, 3, 99
@@ -35,12 +36,14 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     )
 
 
-def tiny(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny(
+    model_type: str, seed: int = 0, auto_class: str = "AutoModelForSequenceClassification", **changes: Any
+) -> PreTrainedModel:
     """A model with weights and biases large enough that every unit matters, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, **changes))
+        model = getattr(transformers, auto_class).from_config(tiny_config(model_type, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,9 @@ class Onnx(Exporter):
         session = _session(path.read_bytes())
         worst, worst_shape, agreeing, rows = 0.0, (0, 0), 0, 0
         top = max(float(np.abs(value).max()) for item in reference for value in item.values())
-        for batch, expected in zip(batches, reference, strict=True):
+        pairs = list(zip(batches, reference, strict=True))
+        per_token = {name for name in outputs if all(item[name].shape == batch["input_ids"].shape for batch, item in pairs)}
+        for batch, expected in pairs:
             got = dict(zip(outputs, session.run(list(outputs), _feed(names, batch)), strict=True))
             for name in outputs:
                 if got[name].shape != expected[name].shape or not np.isfinite(got[name]).all():
@@ -195,6 +197,8 @@ class Onnx(Exporter):
                 difference = float(np.abs(got[name] - expected[name]).max())
                 if difference > worst:
                     worst, worst_shape = difference, batch["input_ids"].shape
+            if per_token:
+                got, expected = ({**item, **_unpad(item, per_token, batch)} for item in (got, expected))
             agreeing += int(np.logical_and.reduce([_agree(got[name], expected[name], top) for name in outputs]).sum())
             rows += len(expected[outputs[0]])
         share = agreeing / rows
@@ -220,6 +224,12 @@ _REPORT = "this is a fault of the exporter or of a package it stands on; please 
 def _same(what: str, found: int, expected: int) -> None:
     if found != expected:
         raise ExportError(f"the graph has {found} {what}, the model has {expected}.", help=_REPORT)
+
+
+def _unpad(outputs: Mapping[str, np.ndarray], names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
+    """Outputs that have a value per token, with padding as the last thing that an answer could be."""
+    real = _feed(("attention_mask",), batch)["attention_mask"] == 1  # (batch, seq)
+    return {name: np.where(real, outputs[name], -np.inf) for name in names}
 
 
 def _agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:

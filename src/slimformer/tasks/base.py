@@ -8,7 +8,7 @@ scoring need neither torch nor transformers, so that an exported model can be be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -102,6 +102,28 @@ class Task(ABC):
     def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
         """Right (1) or wrong (0) per example, or minus the squared error of a score: (examples,); for paired comparison."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether `tune` has something to fit: only then are outputs on held examples made for it."""
+        return False
+
     def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Task:
-        """This task with what is fitted after training, on held examples (a no-answer threshold); here, nothing."""
+        """This task with what is fitted after training, on held examples (a no-answer threshold); here, nothing.
+
+        It differs in fields whose default is None until then: they are kept for each exported file.
+        """
         return self
+
+    def suits(
+        self,
+        config: PretrainedConfig | Mapping[str, Any],
+        look: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
+    ) -> None:
+        """DataError where a model that came tuned shows, on some held examples, that it was tuned for other data; here, nothing.
+
+        `look` makes its outputs, which takes seconds: for what neither labels nor config tell.
+        """
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the data before a run: a sentence each, such as how much of it cannot be used."""
+        return ()

@@ -394,7 +394,7 @@ def from_cli(
             raise RecipeError("no data is named.", help="give --data <folder or file>, or --task glue/sst2.")
         return Classification(data=str(data) if data is not None else f"glue/{glue}", glue=glue, **options)
     if task not in names("tasks"):
-        known = [*names("tasks"), *(f"glue/{name}" for name in GLUE)]
+        known = [*names("tasks"), "squad", "squad_v2", *(f"glue/{name}" for name in GLUE)]
         raise RecipeError(f"there is no task '{task}'.", help=nearest(task, known))
     if data is not None:
         options["data"] = str(data)

@@ -1,0 +1,135 @@
+"""Runs the recipes of one table, one after another: says first how many hours they need, skips the rows that stand, resumes.
+
+The one idea: a table of the docs is a list of jobs, each a recipe and the folder that its rows belong to. Scratch lies under runs/, so
+a sweep that was stopped goes on where it was; a finished job leaves ledger.jsonl and recipe.yaml under results/methods/, and is never
+run again. Nothing is measured or drawn here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from slimformer import checkpoint
+from slimformer.errors import SlimformerError
+from slimformer.files import write_text
+from slimformer.recipe import Recipe, run
+from slimformer.report import LEDGER
+from slimformer.stages import Train
+from slimformer.tasks.base import Split, Task
+from slimformer.tokenizing import load_tokenizer, max_length_of
+
+HOME = Path(__file__).resolve().parent
+RUNS = HOME.parent / "runs"
+RATE = 4000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
+AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of a table: `folder` below results/methods/, and the share of the dense cost that stays after the first cut."""
+
+    folder: str
+    recipe: Recipe
+    share: float = 1.0
+    needs: str = ""  # the folder of a job that makes this one's model
+
+    @property
+    def home(self) -> Path:
+        return HOME / "methods" / self.folder
+
+    @property
+    def scratch(self) -> Path:
+        return RUNS / "sweep" / self.folder
+
+    @property
+    def stands(self) -> bool:
+        return (self.home / LEDGER).is_file()
+
+    def hours(self) -> float:
+        """A forecast: tokens seen while training, at the speed of the model that each stage trains."""
+        share, seen = 1.0, 0.0
+        for stage in self.recipe.stages:
+            deciding = not isinstance(stage, Train) or any(method.decides for method in stage.methods)
+            if isinstance(stage, Train):
+                seen += stage.epochs * share
+            share = min(share, self.share) if deciding else share
+        return seen * _tokens(self.recipe.task, self.recipe.model) / RATE / 3600 + AROUND
+
+
+@cache
+def _tokens(task: Task, model: str) -> float:
+    """Tokens in an epoch, from 500 examples."""
+    source = Path(model)
+    examples = task.bind(checkpoint.read_config(source)).split(Split.TRAIN) if source.is_dir() else task.split(Split.TRAIN)
+    some = examples[:: max(1, len(examples) // 500)]
+    if not source.is_dir():
+        return 64.0 * len(examples)  # the model is still to be made
+    features = task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source)))
+    return float(features.lengths().sum()) / len(some) * len(examples)
+
+
+def due(jobs: Sequence[Job]) -> list[Job]:
+    """What is still to run: jobs without rows, and before them those whose model they start from, where it is not there any more."""
+    left = [job for job in jobs if not job.stands]
+    needed = {job.needs for job in left}
+    return [job for job in jobs if job in left or (job.folder in needed and not (job.scratch / "config.json").is_file())]
+
+
+def forecast(jobs: Sequence[Job]) -> str:
+    """The plan as a table: each job, whether its rows stand, and its hours."""
+    lines = [f"{'job':56} {'hours':>6}"]
+    left = due(jobs)
+    lines += [f"{job.folder:56} {f'{job.hours():.2f}' if job in left else 'stands':>6}" for job in jobs]
+    lines.append(f"{len(left)} of {len(jobs)} jobs to run, about {sum(job.hours() for job in left):.1f} hours on two cores.")
+    return "\n".join(lines)
+
+
+def sweep(jobs: Sequence[Job]) -> int:
+    """Runs what does not stand yet; a job that fails is told and left, the others go on. How many failed."""
+    failed = 0
+    for job in due(jobs):
+        begin = time.monotonic()
+        print(f"== {job.folder}", flush=True)
+        try:
+            if not (job.scratch / LEDGER).is_file():
+                run(job.recipe, job.scratch, command=f"slimformer run results/methods/{job.folder}/recipe.yaml")
+        except SlimformerError as error:
+            print(f"   failed: {error}", flush=True)
+            failed += 1
+            continue
+        if job.stands:
+            continue
+        job.home.mkdir(parents=True, exist_ok=True)
+        write_text(job.home / "recipe.yaml", job.recipe.to_yaml())
+        shutil.copy(job.scratch / LEDGER, job.home / LEDGER)
+        print(f"   {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
+    return failed
+
+
+def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]) -> int:
+    """The command line of a table."""
+    reader = argparse.ArgumentParser(description="Runs the recipes of a table and draws it; stop and start it at will.")
+    reader.add_argument("--plan", action="store_true", help="only say what would run, and for how long")
+    reader.add_argument("--draw", action="store_true", help="only draw the page from the rows that stand")
+    reader.add_argument("--only", default="", help="a regular expression on the names of jobs")
+    chosen = reader.parse_args(arguments)
+    some = [job for job in jobs if re.search(chosen.only, job.folder)]
+    some = [job for job in jobs if job in some or job.folder in {other.needs for other in some}]
+    if not chosen.draw:
+        print(forecast(some), flush=True)
+    failed = 0 if chosen.plan or chosen.draw else sweep(some)
+    if not chosen.plan:
+        draw()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit("this is what the tables share: run results/structured.py")
