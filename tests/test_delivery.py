@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_export import data, export
+from tiny_folder import write_data, write_model
 
-from slimformer import delivery
+from slimformer import checkpoint, delivery, graphs
 from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
 from slimformer.exporters.base import Variant
 from slimformer.log import Log
@@ -72,6 +74,26 @@ def bundle(tmp_path: Path) -> Bundle:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     return Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1, wait_seconds=0)
+
+
+@pytest.mark.slow
+def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model just cut, or a CPU that saturates: the loss on held examples decides, and the run goes on."""
+    quantized = graphs.quantized
+
+    def broken(weight: np.ndarray, axis: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = quantized(weight, axis, bits)
+        return np.roll(values, 1, axis=0), scales
+
+    monkeypatch.setattr(graphs, "quantized", broken)
+    source = write_model(tmp_path / "model")
+    model = checkpoint.load(source)
+    task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config.to_dict())
+    log = Log(None, quiet=True)
+    made = delivery.export_files(model, prepare(task, source), tmp_path, [Variant.INT8_DYNAMIC], log)[Variant.INT8_DYNAMIC]
+    assert made.path.is_file()
+    (share,) = (float(note.split("%")[0]) for note in made.notes if note.endswith("rows answer as before"))
+    assert share < 90
 
 
 @pytest.mark.slow
