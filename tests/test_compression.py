@@ -28,7 +28,7 @@ from tiny_folder import LABELS, write_data, write_model
 import slimformer
 from slimformer import checkpoint, cli, delivery
 from slimformer.batching import collate, in_order
-from slimformer.compression import Wishes, compress
+from slimformer.compression import Wishes, compress, nearer
 from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.latency import Levels
@@ -330,3 +330,12 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     monkeypatch.setattr("slimformer.compression._announce", reached)
     with pytest.raises(KeyboardInterrupt):  # the folder is still ours for another speed
         compress("model", task, out, Wishes(speedup=1.5, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)
+
+
+def test_the_next_budget_lies_between_the_nearest_on_both_sides() -> None:
+    assert nearer([(0.4, 6.8)], 3.7) == pytest.approx(0.4 * (6.8 / 3.7) ** 1.2)  # none is slower yet: on from the last
+    assert nearer([(0.9, 8.0)], 2.0) == 1.0
+    # 8 times at 0.25 and 2 times at 1: 4 times lies halfway on both logarithmic axes
+    assert nearer([(0.25, 8.0), (1.0, 2.0)], 4.0) == pytest.approx(0.5)
+    seen = [(0.4058, 6.768), (0.8259, 2.757), (0.5721, 5.224)]
+    assert 0.5721 < nearer(seen, 3.744) < 0.8259

@@ -256,7 +256,7 @@ class _Scale:
             self.state.log.event("shot", keep=round(keep, 4), speedup=round(seen[-1][1], 3), wanted=wanted)
             if speedup * 1.01 <= seen[-1][1] <= speedup * 1.1:
                 break
-            keep = min(1.0, keep * (seen[-1][1] / wanted) ** 1.2)
+            keep = nearer(seen, wanted)
         enough = [pair for pair in seen if pair[1] >= speedup]
         best = max(enough)[0] if enough else min(seen, key=lambda pair: abs(pair[1] - wanted))[0]
         write_text(file, json.dumps(best))
@@ -294,6 +294,18 @@ class _Scale:
         if found < wanted / 1.1 and all(site.sublayer is None for site in anatomy.after(plan).sites.values()):
             raise _out_of_reach(wanted, found)
         return found
+
+
+def nearer(seen: Sequence[tuple[float, float]], wanted: float) -> float:
+    """The budget to try next for a speed, from (budget, speed) pairs: between the nearest on both sides, or on from the last."""
+    above = [pair for pair in seen if pair[1] >= wanted]
+    below = [pair for pair in seen if pair[1] < wanted]
+    if not above or not below:
+        keep, speed = seen[-1]
+        return min(1.0, keep * (speed / wanted) ** 1.2)
+    (small, fast), (large, slow) = max(above), min(below)
+    share = math.log(fast / wanted) / math.log(fast / slow)  # speed and budget are about a power of each other
+    return small * (large / small) ** min(0.9, max(0.1, share))
 
 
 def _out_of_reach(wanted: float, best: float) -> TargetError:
