@@ -146,6 +146,24 @@ def test_a_saved_folder_holds_no_pickle_and_no_code(folder):
     assert sorted(item.name for item in folder.iterdir()) == ["config.json", "model.safetensors", "plan.json"]
 
 
+def test_a_fresh_head_is_that_of_its_seed(tmp_path):
+    """Else a run that was cut off while it tuned an encoder would not know its own start again."""
+    tiny("bert").base_model.save_pretrained(tmp_path / "encoder")
+    before = torch.get_rng_state()
+
+    def head(seed):
+        torch.rand(3)  # whatever was drawn before
+        model = checkpoint.load_dense(tmp_path / "encoder", "AutoModelForSequenceClassification", {"num_labels": 5}, seed)
+        return model.classifier.weight
+
+    assert torch.equal(head(17), head(17))
+    assert not torch.equal(head(17), head(18))
+    torch.set_rng_state(before)
+    with torch.random.fork_rng():
+        checkpoint.load_dense(tmp_path / "encoder", "AutoModelForSequenceClassification", {"num_labels": 5})
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_head_may_be_fresh_an_encoder_may_not(tmp_path):
     tiny("bert").base_model.save_pretrained(tmp_path / "encoder")
     assert not checkpoint.is_tuned(tmp_path / "encoder", "AutoModelForSequenceClassification")

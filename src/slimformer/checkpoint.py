@@ -226,11 +226,15 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys or {})
 
 
-def load_dense(folder: Path, auto_class: str | None = None, config_changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def load_dense(
+    folder: Path, auto_class: str | None = None, config_changes: Mapping[str, Any] | None = None, seed: int = 17
+) -> PreTrainedModel:
     """A plain transformers folder as its own class, or as `auto_class` with a fresh head where the folder has none.
 
-    Only a head may be fresh: encoder weights that are missing, unknown or of another shape raise ModelError.
+    Only a head may be fresh, and the same `seed` gives the same one: encoder weights that are missing, unknown or of another shape
+    raise ModelError.
     """
+    import torch
     import transformers
 
     raw = read_config(folder)
@@ -240,7 +244,8 @@ def load_dense(folder: Path, auto_class: str | None = None, config_changes: Mapp
     if cls is None:
         raise ModelError(f"{folder}/config.json names the class '{names[0]}', which transformers does not have.")
     changes = config_changes or {}
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         try:
             known = transformers.AutoConfig.for_model(raw["model_type"]) if changes else None
             model, info = cls.from_pretrained(

@@ -437,7 +437,7 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
         model, plan = checkpoint.load(source), checkpoint.load_plan(source)
     else:
         task = recipe.task
-        model, plan = checkpoint.load_dense(source, task.auto_class, task.configure()), Plan()
+        model, plan = checkpoint.load_dense(source, task.auto_class, task.configure(), state.seed), Plan()
         task = task.bind(model.config.to_dict())
     material = prepare(task, source)
     _tell(material, state.log)
