@@ -13,7 +13,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -94,6 +94,7 @@ class Run:
     threads: int = 2
     levels: Levels | None = None  # measured before, elsewhere; None: measured here when a budget counts latency
     wait_seconds: float = 60.0  # at most, before each timing, until nothing else runs on the machine
+    memo: dict[str, Any] = field(default_factory=dict)  # see Context; the runs of its stages share it
 
     def under(self, name: str) -> Run:
         """The same run in a folder below."""
@@ -219,6 +220,7 @@ def context_of(bundle: Bundle, run: Run, model: PreTrainedModel, cost: str) -> C
         teacher_anatomy=anatomy_of(bundle.teacher),
         batches=batches,
         generator=torch.Generator().manual_seed(run.seed),
+        memo=run.memo,
     )
 
 

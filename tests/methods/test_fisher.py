@@ -131,3 +131,15 @@ def test_the_given_model_is_left_as_it_was():
     before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
     Fisher(keep=0.5, neuron_multiple=1).decide(State(), context)
     assert all(torch.equal(tensor, before[name]) for name, tensor in context.model.state_dict().items())
+
+
+def test_a_run_weighs_the_same_weights_once() -> None:
+    context = tiny_context()
+    method = Fisher(examples=8, damage_examples=8)
+    first = method.weigh(context)
+    assert replace(method, keep=0.3).weigh(context) is first  # the budget changes nothing
+    assert replace(method, examples=4).weigh(context) is not first
+    with torch.no_grad():
+        next(context.model.parameters()).add_(0.1)
+    assert method.weigh(context) is not first
+    assert tiny_context().memo == {}  # another run knows nothing of it

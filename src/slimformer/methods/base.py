@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,6 +73,9 @@ class Context:
     teacher_anatomy: Anatomy | None
     batches: Callable[[int], Iterator[Batch]]  # batches(n): training examples, n at most, on the model's device
     generator: torch.Generator
+    memo: dict[str, Any] = field(
+        default_factory=dict
+    )  # what was found once in this run, under a key that names all it depends on
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from slimformer.gating import gated
 from slimformer.methods.base import Batch, Context, Method, State
 from slimformer.plan import Decision, Plan
 from slimformer.precision import looking
+from slimformer.runstate import model_digest
 from slimformer.tasks.base import Task
 
 SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
@@ -64,11 +65,13 @@ class Fisher(Method):
         return Decision(plan, weights=repaired(context, plan, tokens=self.repair_tokens, ridge=self.ridge))
 
     def weigh(self, context: Context) -> Weighed:
-        """What the search needs to know of the model; the same for every budget."""
-        importance = information(context, self.examples)
-        if not self.damage_examples:
-            return Weighed(importance, None)
-        return Weighed(importance, worths(context, importance, self.damage_examples))
+        """What the search needs to know of the model; the same for every budget, so a run finds it once for the same weights."""
+        key = f"fisher {self.examples} {self.damage_examples} {model_digest(context.model)}"
+        if key not in context.memo:
+            importance = information(context, self.examples)
+            worth = worths(context, importance, self.damage_examples) if self.damage_examples else None
+            context.memo[key] = Weighed(importance, worth)
+        return cast(Weighed, context.memo[key])
 
     def plan(self, context: Context, weighed: Weighed) -> Plan:
         """The best plan within `keep` of the dense cost; TargetError where there is none."""
