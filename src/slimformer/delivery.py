@@ -262,13 +262,17 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
     from slimformer.anatomy import Role
     from slimformer.families.base import anatomy_of
     from slimformer.report import layers
+    from slimformer.sparse import size_bytes
 
     anatomy = anatomy_of(bundle.model)
     inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
     lengths = bundle.material.features[Split.DEV].lengths()
+    weights = checkpoint.unshared(bundle.model)
     return {
         "params": bundle.model.num_parameters(),
         "encoder_params": sum(matrix.shape[0] * matrix.shape[1] for matrix in inside),
+        "encoder_nonzero": sum(int((weights[f"{matrix.module}.weight"] != 0).sum()) for matrix in inside),
+        "weights_bytes": size_bytes(weights),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),
