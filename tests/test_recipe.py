@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_folder import write_data, write_model
 
 from slimformer import registry
 from slimformer.errors import RecipeError
-from slimformer.recipe import Bench, Recipe
-from slimformer.stages import Calibrate, Train
+from slimformer.log import Log
+from slimformer.recipe import Bench, Recipe, begin, look
+from slimformer.stages import Calibrate, Run, Train
+from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
 
 WHOLE = """
@@ -128,3 +133,21 @@ def test_anything_gives_a_recipe_or_a_recipe_error(data):
         assert error.facts
     else:
         assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_path):
+    source = write_model(tmp_path / "encoder", trained=False, bare=True)
+    turned = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    teacher = write_model(tmp_path / "teacher", trained=False, seed=5, **turned)
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    stages = (Train(task_weight=0.0, methods=(registry.find("methods", "distillation")(),)),)
+    recipe = Recipe(str(source), task, stages, teacher=str(teacher))
+    look(recipe)
+    bundle, left = begin(recipe, Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True)))
+    assert left == stages
+    assert bundle.material.task.labels == ("good", "bad")
+    assert bundle.model.config.id2label == bundle.teacher.config.id2label == {0: "good", 1: "bad"}
+    before, given = bundle.model.state_dict(), load_file(source / "model.safetensors")
+    assert all(torch.equal(before[f"bert.{name}"], tensor) for name, tensor in given.items())
+    words = "bert.embeddings.word_embeddings.weight"
+    assert not torch.equal(before[words], bundle.teacher.state_dict()[words])

@@ -2,7 +2,8 @@
 
 A saved model's `model_type` is "slimformer_<base>", so that plain AutoModel refuses the folder instead of filling what was cut with
 random weights; `import slimformer` teaches it to the Auto classes. Loading builds an empty skeleton, shrinks it by the plan and
-takes every weight by name. Plain transformers folders load too. No pickle, no remote code.
+takes every weight by name. Plain transformers folders load too. No pickle, no remote code. Matrices with many zeros are stored
+without them: `sparse.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from slimformer.errors import ModelError, PlanError
 from slimformer.files import whole_folder
 from slimformer.plan import Plan
+from slimformer.sparse import Values, pack, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +43,32 @@ TOKENIZER_FILES = (
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 
 
-def save(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path) -> None:
-    """Writes a loadable model folder, whole: `plan` is everything that was cut since the dense model."""
+def save(
+    model: PreTrainedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    tokenizer_from: Path,
+    sparse: bool = True,
+    values: Values = "float32",
+) -> None:
+    """Writes a loadable model folder, whole: `plan` is everything that was cut since the dense model.
+
+    `sparse`: matrices with many zeros are stored without them (docs/sparse-file.md), their `values` exactly unless said otherwise.
+    """
     with whole_folder(folder) as part:
-        write(model, plan, part, tokenizer_from=tokenizer_from)
+        write(model, plan, part, tokenizer_from=tokenizer_from, sparse=sparse, values=values)
 
 
-def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path) -> None:
+def write(
+    model: PreTrainedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    tokenizer_from: Path,
+    sparse: bool = True,
+    values: Values = "float32",
+) -> None:
     """Writes the same files into a folder that is there already (one the caller makes whole)."""
     import transformers
     from safetensors.torch import save_file
@@ -63,7 +84,8 @@ def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: P
         "slimformer": {"base_model_type": base_type, "plan": plan.digest()},
         "transformers_version": transformers.__version__,
     }
-    save_file(_unshared(model), folder / WEIGHTS, metadata={"format": "pt"})
+    tensors, metadata = pack(unshared(model), values) if sparse else (unshared(model), {})
+    save_file(tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"})  # one entry: of several the order is drawn
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -72,7 +94,7 @@ def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: P
             shutil.copyfile(tokenizer_from / name, folder / name)
 
 
-def _unshared(model: PreTrainedModel) -> dict[str, Tensor]:
+def unshared(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict with each tensor once: tied weights keep their first name."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
     state = {}
@@ -162,7 +184,6 @@ def weights_file(folder: Path) -> Path:
 def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
     import transformers
     from accelerate import init_empty_weights
-    from safetensors.torch import load_file
 
     from slimformer.families.base import anatomy_of, family_of
     from slimformer.shrink import shrink
@@ -195,7 +216,7 @@ def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
         model = shrink(skeleton, anatomy_of(skeleton), plan)
     except PlanError as error:
         raise ModelError(f"{folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
-    state = load_file(file)
+    state = read(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
     _check_names(folder, model, state)
     for name, source in _tied(model).items():
         state.setdefault(name, state[source])

@@ -184,7 +184,7 @@ def rivals(
         path = openvino_rival(teacher[Variant.FLOAT], bundle, run)
         found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
-    if "small-dense" in wanted and cutting:
+    if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small
         small = small_dense(bundle, stages, run)
         made = export_files(small.model, small.material, run.root / "small", [Variant.INT8_DYNAMIC], run.log)
         facts = facts_of(small, bundle.teacher, run, "")
@@ -265,13 +265,17 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
     from slimformer.anatomy import Role
     from slimformer.families.base import anatomy_of
     from slimformer.report import layers
+    from slimformer.sparse import size_bytes
 
     anatomy = anatomy_of(bundle.model)
     inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
     lengths = bundle.material.features[Split.DEV].lengths()
+    weights = checkpoint.unshared(bundle.model)
     return {
         "params": bundle.model.num_parameters(),
         "encoder_params": sum(matrix.shape[0] * matrix.shape[1] for matrix in inside),
+        "encoder_nonzero": sum(int((weights[f"{matrix.module}.weight"] != 0).sum()) for matrix in inside),
+        "weights_bytes": size_bytes(weights),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),

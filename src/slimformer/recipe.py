@@ -427,7 +427,8 @@ def _lead(stages: Sequence[Stage]) -> int:
 def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
     """The bundle with a teacher that is ready, and the stages still to run; `look` has checked the recipe.
 
-    An untuned model is first tuned by the recipe's leading plain `train` stages, and is then its own teacher.
+    An untuned model is first tuned by the recipe's leading plain `train` stages, and is then its own teacher. Where the recipe names
+    a teacher, the untuned model itself is the student.
     """
     source = Path(recipe.model)
     config = checkpoint.read_config(source)
@@ -436,7 +437,8 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
         task = recipe.task.bind(config)
         model, plan = checkpoint.load(source), checkpoint.load_plan(source)
     else:
-        task = recipe.task
+        # a named teacher knows the order of the classes, which the fresh head must share
+        task = recipe.task.bind(checkpoint.read_config(Path(recipe.teacher))) if recipe.teacher else recipe.task
         model, plan = checkpoint.load_dense(source, task.auto_class, task.configure(), state.seed), Plan()
         task = task.bind(model.config.to_dict())
     material = prepare(task, source)

@@ -114,6 +114,8 @@ class Record:
     train_examples: int | None = None
     params: int | None = None
     encoder_params: int | None = None  # weights of the encoder's Linear layers, embeddings left out
+    encoder_nonzero: int | None = None  # of them, those that are not exactly 0
+    weights_bytes: int | None = None  # of all tensors as model.safetensors holds them, zeros left out where there are many
     size_bytes: int | None = None
     macs: int | None = None  # per average example, encoder only: theory, never to be read as speed
     layers: tuple[Layer, ...] = ()
@@ -156,6 +158,8 @@ class Facts:
     model: str = ""
     params: int | None = None
     encoder_params: int | None = None
+    encoder_nonzero: int | None = None
+    weights_bytes: int | None = None
     macs: int | None = None
     seed: int | None = None
     train_examples: int | None = None
@@ -168,8 +172,8 @@ class Facts:
 
     def of_record(self) -> dict[str, Any]:
         """The fields that a record of any of these files shares."""
-        shared = ("params", "encoder_params", "macs", "seed", "train_examples", "minutes", "peak_rss_bytes", "layers")
-        return {name: getattr(self, name) for name in (*shared, "recipe", "plan")}
+        shared = ("params", "encoder_params", "encoder_nonzero", "weights_bytes", "macs", "seed", "train_examples", "minutes")
+        return {name: getattr(self, name) for name in (*shared, "peak_rss_bytes", "layers", "recipe", "plan")}
 
 
 def today() -> str:

@@ -55,7 +55,7 @@ def _replace(model: nn.Module, decision: Decision) -> None:
         if name not in parameters or parameters[name].shape != value.shape:
             have = tuple(parameters[name].shape) if name in parameters else "no such parameter"
             raise PlanError(f"the decision re-solves '{name}' with shape {tuple(value.shape)}; the model has {have}.")
-        parameters[name].copy_(value)
+        parameters[name].copy_(value).add_(0.0)  # a masked -0.0 becomes 0.0, of which all bits are zero
 
 
 def _fold(model: nn.Module, site: Site, scale: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from tiny import tiny
 
 from slimformer.checks import tiny_context
 from slimformer.families.base import anatomy_of
-from slimformer.methods.base import Captured, Progress, Step
+from slimformer.methods.base import Capture, Captured, Progress, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.plan import Plan
 from slimformer.shrink import shrink
@@ -33,6 +33,23 @@ def test_hidden_term_by_hand_and_blind_to_padding():
     student = Captured({}, hidden=(zero, own, own, own))
     teacher = Captured({}, hidden=(zero, goal, goal, goal))
     assert method.penalty(state, step(context, student, teacher, mask)).item() == pytest.approx(2.0 * 0.5 / 4.0)
+
+
+def test_the_embedding_has_a_term_of_its_own_and_errors_may_be_plain():
+    context = tiny_context()
+    mask = torch.ones(1, 2, dtype=torch.long)
+    goal = torch.full((1, 2, 32), 2.0)
+    student = Captured({}, hidden=(goal + 3, goal + 1, goal, goal))  # squared gaps 9 | 1, 0, 0, over the teacher's 4
+    teacher = Captured({}, hidden=(goal, goal, goal, goal))
+
+    def of(**options):
+        method = Distillation(logits=0, **options)
+        return method.penalty(method.attach(context), step(context, student, teacher, mask)).item()
+
+    assert of(hidden=0, embedding=2) == pytest.approx(2 * 9 / 4)
+    assert of(hidden=3, embedding=1) == pytest.approx(1 / 4 + 9 / 4)
+    assert of(hidden=3, embedding=1, relative=False) == pytest.approx(1 + 9)  # sums of mean squared errors, as published
+    assert Distillation(hidden=0, embedding=1).needs == {Capture.LOGITS, Capture.HIDDEN}
 
 
 def test_scores_ignore_a_shift_of_a_row_and_padding():

@@ -1,13 +1,15 @@
 """Distillation: the student learns the teacher's outputs, hidden states and attention scores.
 
 Hinton et al. (2015) for outputs with temperature; hidden states after every layer as the token loss of Kurtic et al. (ZipLM, NeurIPS
-2023) and PKD; attention scores before the softmax as in TinyBERT (Jiao et al., 2020). Differences: the hidden term is divided by the
-teacher's mean square, so that one weight fits all layers and models; padding never counts; a student head learns from the teacher
-head it descends from, told by the plan. Choose it after any cut; with no cut it is plain task-specific distillation.
+2023) and PKD; attention scores before the softmax and the embedding's output as in TinyBERT (Jiao et al., 2020). Differences: the hidden
+terms are divided by the teacher's mean square, so that one weight fits all layers and models; padding never counts; a student head
+learns from the teacher head it descends from, told by the plan. Choose it after any cut; with no cut it is plain task-specific
+distillation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast, final
 
@@ -30,24 +32,31 @@ class _State(State):
 @final
 @dataclass(frozen=True)
 class Distillation(Method):
-    """Weights of the three terms; a weight of 0 leaves the term out and its captures undone."""
+    """Weights of the terms; a weight of 0 leaves the term out and its captures undone.
+
+    `hidden` and `scores` are means over layers: the sum that TinyBERT, SparseBERT and KroneckerBERT have is the number of layers as
+    weight, with `relative: false`, plain mean squared errors.
+    """
 
     temperature: float = 2.0
     logits: float = 1.0
     hidden: float = 1.0
     scores: float = 0.0
+    embedding: float = 0.0  # the hidden state before the first layer
+    relative: bool = True  # hidden and embedding terms over the teacher's mean square
 
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if min(self.logits, self.hidden, self.scores) < 0 or max(self.logits, self.hidden, self.scores) == 0:
-            raise ValueError("logits, hidden and scores must not be negative, and one of them must be above 0")
+        weights = (self.logits, self.hidden, self.scores, self.embedding)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError("logits, hidden, scores and embedding must not be negative, and one of them must be above 0")
 
     @property
     def needs(self) -> frozenset[Capture]:  # type: ignore[override]
-        wanted = {Capture.LOGITS: self.logits, Capture.HIDDEN: self.hidden, Capture.SCORES: self.scores}
+        wanted = {Capture.LOGITS: self.logits, Capture.HIDDEN: self.hidden + self.embedding, Capture.SCORES: self.scores}
         return frozenset(capture for capture, weight in wanted.items() if weight > 0)
 
     def attach(self, context: Context) -> State:
@@ -74,21 +83,25 @@ class Distillation(Method):
         if self.logits:
             total = total + self.logits * step.task.divergence(step.student.output, step.teacher.output, self.temperature)
         if self.hidden:
-            total = total + self.hidden * self._hidden(state, step.student, step.teacher, mask)
+            total = total + self.hidden * self._hidden(state, step.student, step.teacher, mask, state.hidden[1:])
+        if self.embedding:
+            total = total + self.embedding * self._hidden(state, step.student, step.teacher, mask, state.hidden[:1])
         if self.scores and state.heads:
             total = total + self.scores * self._scores(state, step.student, step.teacher, mask)
         return total
 
-    @staticmethod
-    def _hidden(state: _State, student: Captured, teacher: Captured, mask: Tensor) -> Tensor:
-        """Mean over layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens."""
+    def _hidden(
+        self, state: _State, student: Captured, teacher: Captured, mask: Tensor, pairs: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens."""
         real = mask.bool()
         terms = []
-        for mine, theirs in state.hidden[1:]:
+        for mine, theirs in pairs:
             own, goal = student.hidden[mine][real].float(), teacher.hidden[theirs][real].float()  # (tokens, hidden)
             if state.project is not None:
                 own = state.project(own)
-            terms.append((own - goal).square().mean() / goal.square().mean().clamp_min(1e-6))
+            scale = goal.square().mean().clamp_min(1e-6) if self.relative else 1.0
+            terms.append((own - goal).square().mean() / scale)
         return torch.stack(terms).mean()
 
     @staticmethod

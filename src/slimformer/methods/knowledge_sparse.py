@@ -1,0 +1,324 @@
+"""Knowledge-aware sparse pruning: a student from the pre-trained weights is pruned while it learns from the tuned teacher.
+
+Xu, Yen, Zhao, Xiao: Rethinking Network Pruning under the Pre-train and Fine-tune Paradigm (NAACL 2021); constants and schedule as in
+their code. Some hundred times in a run the lowest weights of every encoder matrix are closed for good, by a cubic ramp. Second-order
+scores: Kurtic et al.: The Optimal BERT Surgeon (EMNLP 2022), sections 3.1 and 3.2. Differences: weights are masked in the forward pass
+instead of zeroed after each step (a closed weight reads as 0 and gets no gradient; `decide` writes exact zeros); the last update leaves
+the density itself; the weights that stay are not re-solved as by Kurtic et al., training does that.
+
+In a recipe: `model` is the pre-trained encoder, `teacher` the tuned one, `distillation` stands beside this with `task_weight: 0`; its
+`relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` is the paper's loss. Train on with `keep_zeros`.
+Choose it for the smallest file. Zeros make no dense kernel faster: take 1x4 or N:M where a kernel for them is at hand.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.anatomy import Role
+from slimformer.families.base import family_of
+from slimformer.masks import expand, grid_of, masked_weights
+from slimformer.methods.base import Context, Method, Progress, State
+from slimformer.plan import Decision
+
+OUTSIDE = (Role.EMBEDDING, Role.CLASSIFIER)
+DENSITY = 0.05  # 20 times fewer weights: the paper's
+RANK = 8  # gradients that enter an inverse at once; each takes as much memory as the weights
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What is closed together: blocks of `rows` x `columns` weights, single ones with `keep` of every `of` inputs, or neither."""
+
+    rows: int = 1
+    columns: int = 1
+    keep: int = 0
+    of: int = 0
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        """ "unstructured", "RxC" or "N:M"; ValueError for anything else."""
+        if text == "unstructured":
+            return Pattern()
+        found = re.fullmatch(r"(\d{1,5})([x:])(\d{1,5})", text, re.ASCII)
+        first, second = (int(found[1]), int(found[3])) if found else (0, 0)
+        if found and found[2] == "x" and min(first, second) >= 1:
+            return Pattern(first, second)
+        if found and found[2] == ":" and 1 <= first < second:
+            return Pattern(keep=first, of=second)
+        raise ValueError(f"pattern must be unstructured, RxC such as 1x4, or N:M such as 2:4 with N below M, got {text!r}")
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """True at exactly `count` of the highest scores, the first of equal ones; scores and mask are flat."""
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    last = scores.kthvalue(len(scores) - count + 1).values
+    above, equal = scores > last, scores == last
+    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
+
+
+def updates_done(progress: Progress, updates: int, cooldown: float) -> tuple[int, int]:
+    """How many mask updates are due by now, and of how many: evenly over the steps before the cool-down, one a step at most."""
+    end = max(1, round((1 - cooldown) * progress.total))
+    total = min(updates, end)
+    return min(progress.step, end) * total // end, total
+
+
+def woodbury(inverse: Tensor, gradients: Tensor, count: int) -> None:
+    """Adds k of `count` gradients to inverses of F = lambda I + 1/count sum g g^T, in place: one for each block of weights.
+
+    F^-1 -= U (count I + G U)^-1 U^T with U = F^-1 G^T; `inverse` (blocks, size, size), `gradients` G (k, blocks, size).
+    """
+    rows = gradients.transpose(0, 1)  # (blocks, k, size)
+    moved = inverse @ rows.transpose(1, 2)  # (blocks, size, k)
+    inner = rows @ moved  # (blocks, k, k)
+    inner.diagonal(dim1=1, dim2=2).add_(count)
+    inverse.baddbmm_(moved, torch.linalg.solve(inner, moved.transpose(1, 2)), alpha=-1)
+
+
+def curvature(inverse: Tensor, columns: int) -> Tensor:
+    """((F^-1)_QQ)^-1 for every group Q of consecutive weights: (blocks, size, size) -> (groups, columns, columns)."""
+    blocks, size, _ = inverse.shape
+    if columns == 1:
+        return inverse.diagonal(dim1=1, dim2=2).reciprocal().reshape(-1, 1, 1)
+    parts = inverse.view(blocks, size // columns, columns, size // columns, columns)
+    diagonal = parts.diagonal(dim1=1, dim2=3)  # (blocks, columns, columns, groups of a block)
+    return torch.linalg.inv(diagonal.permute(0, 3, 1, 2).reshape(-1, columns, columns))
+
+
+class _Mask(nn.Module):
+    """Which blocks of one matrix are open, and what is known of its curvature; as buffers, so that a resumed run has them."""
+
+    def __init__(self, parameter: str, shape: tuple[int, int], grid: tuple[int, int], pattern: Pattern, fisher: bool) -> None:
+        super().__init__()
+        self.parameter, self.shape, self.pattern = parameter, shape, pattern
+        self.open: Tensor
+        self.register_buffer("open", torch.ones(grid, dtype=torch.bool))
+        self.curvature: Tensor
+        if fisher:
+            groups, columns = shape[1] // pattern.columns, pattern.columns
+            self.register_buffer("curvature", torch.zeros(shape[0], groups, columns, columns))
+
+    def magnitudes(self, weight: Tensor) -> Tensor:
+        """L2 norm of each block: like `open`."""
+        return torch.linalg.vector_norm(self._split(weight), dim=(1, 3))
+
+    def damages(self, weight: Tensor) -> Tensor:
+        """1/2 w^T ((F^-1)_QQ)^-1 w of each block, rows of a block added up: like `open`."""
+        rows = weight.reshape(*self.curvature.shape[:3])  # (rows, groups, columns)
+        damage = torch.einsum("rgi,rgij,rgj->rg", rows, self.curvature, rows) / 2
+        return damage.reshape(len(self.open), self.pattern.rows, -1).sum(1)
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """The scores flat: -1 for what is closed already, infinite for the best N of M inputs, which never go."""
+        scores = scores.clamp_min(0).masked_fill(~self.open, -1.0)
+        if self.pattern.of:
+            groups = scores.reshape(-1, self.pattern.of)
+            best = groups.argsort(dim=1, descending=True, stable=True)[:, : self.pattern.keep]
+            scores = groups.scatter(1, best, math.inf)
+        return scores.flatten()
+
+    def _split(self, weight: Tensor) -> Tensor:
+        return weight.reshape(len(self.open), self.pattern.rows, -1, self.pattern.columns)
+
+
+class _State(State):
+    """All masks, on the model while this lasts."""
+
+    def __init__(self, masks: Sequence[_Mask], context: Context) -> None:
+        super().__init__()
+        self.masks = nn.ModuleList(masks)
+        self.context = context
+        self.weights = dict(context.model.named_parameters())  # a plain dict: they are the model's, not ours
+        stack = ExitStack()
+        stack.enter_context(masked_weights(context.model, {mask.parameter: partial(_open, mask) for mask in masks}))
+        self.on_close(stack.close)
+
+    def each(self) -> list[_Mask]:
+        return [cast(_Mask, mask) for mask in self.masks]
+
+    @property
+    def density(self) -> float:
+        return sum(int(mask.open.sum()) for mask in self.each()) / max(1, sum(mask.open.numel() for mask in self.each()))
+
+
+def _open(mask: _Mask) -> Tensor:
+    return mask.open
+
+
+@final
+@dataclass(frozen=True)
+class KnowledgeSparse(Method):
+    """`density`: share of the encoder's matrix weights that stays; None: 0.05, or N/M, which is all that an N:M pattern can have.
+
+    `pattern`: "unstructured"; "RxC", blocks of R outputs and C inputs, above all "1x4": four consecutive inputs of one output, the
+    quad that int8 dot-product instructions take; "N:M", at most N of M consecutive inputs (in YAML with quotes: 2:4 is a number
+    there). `scope`: every matrix to the same density, or one threshold for the whole model, under which a matrix may lose all.
+    `score`: "magnitude", or "fisher", the damage w^T ((F^-1)_QQ)^-1 w / 2 of closing the block Q, where F = lambda I + 1/m sum g g^T
+    over the gradients of m examples of the task's loss, in blocks of consecutive inputs; measured anew `refreshes` times a run. It then
+    takes 4 * `fisher_block` bytes a weight (Kurtic et al.: m = 1,024, blocks of 50, lambda 1e-7; ours is relative to the mean
+    square of the gradients, so that it suits any task, and smaller, so that it suits a machine without a large memory).
+    """
+
+    density: float | None = None
+    pattern: str = "unstructured"
+    scope: Literal["matrix", "model"] = "matrix"
+    updates: int = 100
+    cooldown: float = 0.0  # share of the steps after the last update; 0 is the paper's, whose ramp is flat at its end
+    score: Literal["magnitude", "fisher"] = "magnitude"
+    fisher_examples: int = 256
+    fisher_block: int = 32
+    dampening: float = 0.01
+    refreshes: int = 10
+
+    decides: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        pattern = self.shape
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
+        if self.density is not None and pattern.of and not math.isclose(self.density, pattern.keep / pattern.of, rel_tol=1e-3):
+            raise ValueError(
+                f"density must be {pattern.keep / pattern.of:g} with the pattern {self.pattern}, got {self.density}"
+            )
+        if self.scope not in ("matrix", "model"):
+            raise ValueError(f"scope must be matrix or model, got {self.scope!r}")
+        if self.score not in ("magnitude", "fisher"):
+            raise ValueError(f"score must be magnitude or fisher, got {self.score!r}")
+        for name in ("updates", "fisher_examples", "fisher_block", "refreshes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.cooldown < 1:
+            raise ValueError(f"cooldown must be from 0 to below 1, got {self.cooldown}")
+        if not 0 < self.dampening < math.inf:
+            raise ValueError(f"dampening must be above 0, and finite, got {self.dampening}")
+        if self.score == "fisher" and self.fisher_block % pattern.columns:
+            raise ValueError(
+                f"fisher_block must be a multiple of the {pattern.columns} columns of a block, got {self.fisher_block}"
+            )
+
+    @property
+    def shape(self) -> Pattern:
+        """The pattern, read."""
+        return Pattern.parse(self.pattern)
+
+    @property
+    def left(self) -> float:
+        """The density at the end."""
+        pattern = self.shape
+        return pattern.keep / pattern.of if pattern.of else DENSITY if self.density is None else self.density
+
+    def attach(self, context: Context) -> State:
+        pattern = self.shape
+        masks = []
+        for matrix in context.anatomy.matrices.values():
+            if matrix.role not in OUTSIDE:
+                grid_of(matrix.shape, (1, pattern.of or 1), matrix.id)
+                grid = grid_of(matrix.shape, (pattern.rows, pattern.columns), matrix.id)
+                masks.append(_Mask(f"{matrix.module}.weight", matrix.shape, grid, pattern, self.score == "fisher"))
+        return _State(masks, context)
+
+    def advance(self, state: State, progress: Progress) -> None:
+        state = cast(_State, state)
+        now, total = updates_done(progress, self.updates, self.cooldown)
+        before, _ = updates_done(Progress(progress.step - 1, progress.total), self.updates, self.cooldown)
+        if now == before:
+            return
+        if self.score == "fisher" and (
+            before == 0 or before * self.refreshes // total > (before - 1) * self.refreshes // total
+        ):
+            measure(state, self.fisher_examples, self.fisher_block, self.dampening)
+        self._close(state, self.left + (1 - self.left) * (1 - now / total) ** 3)
+
+    def _close(self, state: _State, density: float) -> None:
+        """Closes the lowest of what is open, down to this density."""
+        if density >= 1:
+            return
+        with torch.no_grad():
+            masks = state.each()
+            scores = [mask.ranked(self._scores(mask, state.weights[mask.parameter])) for mask in masks]
+            whole = [torch.cat(scores)] if self.scope == "model" and scores else scores
+            opened = torch.cat([highest(flat, max(1, round(density * len(flat)))) for flat in whole]) if whole else None
+            for mask, part in zip(masks, () if opened is None else opened.split([len(flat) for flat in scores]), strict=True):
+                mask.open.copy_(part.view_as(mask.open))
+
+    def _scores(self, mask: _Mask, weight: Tensor) -> Tensor:
+        return mask.damages(weight) if self.score == "fisher" else mask.magnitudes(weight)
+
+    def report(self, state: State) -> Mapping[str, float]:
+        return {"density": cast(_State, state).density}
+
+    def decide(self, state: State, context: Context) -> Decision:
+        state = cast(_State, state)
+        weights = {}
+        for mask in state.each():
+            weight = state.weights[mask.parameter].detach()
+            weights[mask.parameter] = torch.where(expand(mask.open, weight.shape), weight, 0.0)
+        return Decision(weights=weights)
+
+
+def measure(state: _State, examples: int, size: int, dampening: float) -> None:
+    """Fills the masks' curvature from the gradients of single examples, in blocks of `size` consecutive inputs of one output."""
+    masks = state.each()
+    weights = [state.weights[mask.parameter] for mask in masks]
+    inverses: list[Tensor] = []
+    for chunk in _chunks(_gradients(state.context, weights, examples), RANK):
+        blocks = [_blocks(torch.stack(grads), size) for grads in zip(*chunk, strict=True)]  # each (k, blocks, size)
+        if not inverses:
+            scales = [(dampening * block.square().mean()).clamp_min(1e-12) for block in blocks]
+            eyes = [torch.eye(size, device=block.device).repeat(block.shape[1], 1, 1) for block in blocks]
+            inverses = [eye / scale for eye, scale in zip(eyes, scales, strict=True)]
+        for inverse, block in zip(inverses, blocks, strict=True):
+            woodbury(inverse, block, examples)
+    for mask, inverse in zip(masks, inverses, strict=True):
+        groups = -(-mask.shape[1] // size) * size // mask.pattern.columns  # with those of the padding
+        found = curvature(inverse, mask.pattern.columns).view(mask.shape[0], groups, *mask.curvature.shape[2:])
+        mask.curvature.copy_(found[:, : mask.curvature.shape[1]])
+
+
+def _gradients(context: Context, weights: Sequence[Tensor], examples: int) -> Iterator[list[Tensor]]:
+    """The gradient of the task's loss for one example after another, in eval mode and float32."""
+    model = context.model
+    inputs = family_of(model.config.model_type).inputs(model)
+    was_training, trainable = model.training, [weight.requires_grad for weight in weights]
+    model.eval()
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for batch in context.batches(examples):
+            for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+                one = {name: value[row : row + 1] for name, value in batch.items()}
+                seen = {name: one[name][:, :length] for name in inputs if name in one}
+                with torch.enable_grad():
+                    yield list(torch.autograd.grad(context.task.loss(model(**seen), one | seen), weights))
+    finally:
+        for weight, before in zip(weights, trainable, strict=True):
+            weight.requires_grad_(before)
+        model.train(was_training)
+
+
+def _chunks(items: Iterator[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _blocks(gradients: Tensor, size: int) -> Tensor:
+    """(k, rows, columns) in pieces of `size` consecutive columns, the last filled up with zeros: (k, blocks, size)."""
+    padded = nn.functional.pad(gradients, (0, -gradients.shape[2] % size))
+    return padded.reshape(len(gradients), -1, size)

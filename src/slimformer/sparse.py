@@ -1,0 +1,323 @@
+"""The sparse file: matrices with many exact zeros in model.safetensors without them, by a layout of our own.
+
+docs/sparse-file.md is the layout, byte by byte. `pack` picks one for each matrix: blocks with a column number each (1x4 above all: a
+kernel can compute from it as it stands), or single values with a bit for every weight or a column number each, whichever is smaller.
+float32 comes back bit for bit. Smaller values are rounded first and packed after, so that what was read and packed again is the
+same file. `read` trusts nothing: shapes, counts and indices are checked before a matrix is made. Nothing here computes with a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from slimformer.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Literal["float32", "float16", "int8"]
+Index = Literal["bits", "columns"]
+
+KEY = "slimformer.sparse"  # of the file's metadata
+VERSION = 1
+LEAST_ZEROS = 0.3  # of a matrix; below, a bit for every weight saves too little to be worth an own layout
+BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 4))  # the first that is FULL is taken: a column number for many values
+FULL = 0.95  # of a block's values are not zero, over all blocks that are not empty
+COLUMNS = 1 << 16  # what a column number can tell apart
+SMALLEST = 2.0**-90  # a row below is 0 as int8: its scale would lose digits that it needs
+DTYPES: Mapping[Values, tuple[str, Any]] = {
+    "float32": ("F32", np.float32),
+    "float16": ("F16", np.float16),
+    "int8": ("I8", np.int8),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one matrix is stored. Blocks larger than one weight have column numbers."""
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    index: Index
+    values: Values
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks from top to bottom and from left to right."""
+        return self.shape[0] // self.block[0], self.shape[1] // self.block[1]
+
+    def parts(self, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that hold it where `count` blocks are not empty: name -> safetensors' dtype and shape."""
+        rows, columns = self.shape
+        if self.index == "bits":
+            found: dict[str, tuple[str, tuple[int, ...]]] = {"bits": ("U8", (-(-rows * columns // 8),))}
+        else:
+            found = {"starts": ("I32", (self.grid[0] + 1,)), "columns": ("U16", (count,))}
+        found["values"] = (DTYPES[self.values][0], (count, self.block[0] * self.block[1]))
+        if self.values == "int8":
+            found["scales"] = ("F32", (rows,))
+        return found
+
+
+# -- Writing -------------------------------------------------------------------------------------------------------------------
+
+
+def pack(tensors: Mapping[str, Tensor], values: Values = "float32") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same tensors with those that have enough zeros in parts, and the metadata that `read` needs; none of it where none has.
+
+    `values` is how the non-zeros of these matrices are stored: "float16" and "int8" (with a scale for each output) round them.
+    """
+    import torch
+
+    packed: dict[str, Tensor] = {}
+    layouts: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.ndim != 2 or not _is_sparse(tensor):
+            packed[name] = tensor
+            continue
+        layout, parts = pack_matrix(tensor.detach().cpu().numpy(), values, name)
+        layouts[name] = asdict(layout)
+        packed |= {_part(name, part): torch.from_numpy(array) for part, array in parts.items()}
+    metadata = {KEY: json.dumps({"version": VERSION, "matrices": layouts}, sort_keys=True)} if layouts else {}
+    return packed, metadata
+
+
+def size_bytes(tensors: Mapping[str, Tensor], values: Values = "float32") -> int:
+    """Bytes of all tensors as `pack` stores them; a file has some kilobytes of header on top."""
+    return sum(tensor.nbytes for tensor in pack(tensors, values)[0].values())
+
+
+def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") -> tuple[Layout, dict[str, np.ndarray]]:
+    """One float32 matrix in parts, whatever its zeros; ModelError where its values do not fit."""
+    if values != "float32" and not np.isfinite(matrix).all():
+        raise ModelError(f"{name} has values that are not finite, which {values} cannot hold.", help="store float32.")
+    codes, scales = _rounded(np.ascontiguousarray(matrix), values)
+    if not np.isfinite(codes).all() and values == "float16":
+        raise ModelError(f"{name} has values above 65,504, which float16 cannot hold.", help="store float32 or int8.")
+    used = codes.view(np.uint32) != 0 if values == "float32" else codes != 0  # by its bits, -0.0 is no zero
+    block, index = _choose(used)
+    layout = Layout((matrix.shape[0], matrix.shape[1]), block, index, values)
+    down, across = layout.grid
+    tiles = codes.reshape(down, block[0], across, block[1])
+    occupied = used.reshape(tiles.shape).any(axis=(1, 3))  # (down, across)
+    where = np.nonzero(occupied)
+    parts: dict[str, np.ndarray] = {}
+    if index == "bits":
+        parts["bits"] = np.packbits(occupied.reshape(-1), bitorder="little")
+    else:
+        parts["starts"] = np.concatenate([[0], occupied.sum(1).cumsum()]).astype(np.int32)
+        parts["columns"] = where[1].astype(np.uint16)
+    parts["values"] = np.ascontiguousarray(tiles[where[0], :, where[1], :].reshape(len(where[0]), block[0] * block[1]))
+    if scales is not None:
+        parts["scales"] = scales
+    return layout, parts
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and int((tensor == 0).sum()) >= LEAST_ZEROS * tensor.numel()
+
+
+def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray | None]:
+    """The values as they are stored, and the scale of each row for int8.
+
+    A scale has 16 significant bits: the product with any code is then exact in float32, and what was read rounds to the same codes.
+    """
+    if values == "float32":
+        return matrix, None
+    if values == "float16":
+        with np.errstate(over="ignore"):
+            rounded = matrix.astype(np.float16)
+        rounded[rounded == 0] = 0  # no -0.0
+        return rounded, None
+    largest = np.abs(matrix).max(axis=1, initial=0.0)  # (rows,)
+    scales = (np.where(largest < SMALLEST, 0, largest) / np.float32(127)).astype(np.float32)
+    scales = (scales.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
+    codes = np.round(np.divide(matrix, scales[:, None], out=np.zeros_like(matrix), where=scales[:, None] > 0))
+    return np.clip(codes, -127, 127).astype(np.int8), scales
+
+
+def _choose(used: np.ndarray) -> tuple[tuple[int, int], Index]:
+    """The largest block that is nearly full of values; else single ones, by bits or by numbers."""
+    rows, columns = used.shape
+    count = int(used.sum())
+    for block in BLOCKS:
+        if count and not (rows % block[0] or columns % block[1]) and columns // block[1] <= COLUMNS:
+            tiles = used.reshape(rows // block[0], block[0], columns // block[1], block[1]).any(axis=(1, 3))
+            if count >= FULL * int(tiles.sum()) * block[0] * block[1]:
+                return block, "columns"
+    numbers = 2 * count + 4 * (rows + 1)
+    return (1, 1), "columns" if columns <= COLUMNS and numbers < -(-rows * columns // 8) else "bits"
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name}.sparse.{part}"
+
+
+# -- Reading -------------------------------------------------------------------------------------------------------------------
+
+
+def read(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """All tensors of a model file, sparse matrices whole again; ModelError where one is not what it says, before it is made.
+
+    `expected`: the shapes of the model's tensors. Dense ones are compared by the caller, sparse ones here.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+    from torch import from_numpy
+
+    try:
+        with safe_open(file, framework="pt") as stream:
+            told = (stream.metadata() or {}).get(KEY)
+            if told is None:
+                return load_file(file)
+            matrices = _read_metadata(file, told)
+            header = _header(stream)
+            tensors: dict[str, Tensor] = {}
+            taken: set[str] = set()
+            for name, facts in matrices.items():
+                with _told(file, name):
+                    layout = _layout(facts, expected.get(name))
+                    names = _checked_parts(name, layout, header)
+                    taken |= set(names.values())
+                    parts = {part: stream.get_tensor(full).numpy() for part, full in names.items()}
+                    tensors[name] = from_numpy(unpack_matrix(layout, parts))
+            tensors |= {name: stream.get_tensor(name) for name in header if name not in taken}
+    except SafetensorError as error:
+        raise ModelError(f"{file} cannot be read: {error}.", help=_AGAIN) from None
+    return tensors
+
+
+_AGAIN = "copy the file again, or make it again."
+
+
+class _Wrong(Exception):
+    """What is wrong with a matrix: the end of a sentence that begins with it."""
+
+
+@contextmanager
+def _told(file: Path, name: str) -> Iterator[None]:
+    """Turns a _Wrong inside into a ModelError that names file and matrix."""
+    try:
+        yield
+    except _Wrong as wrong:
+        raise ModelError(f"{file}: the sparse matrix '{name}' {wrong}.", help=_AGAIN) from None
+
+
+def _header(stream: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor, by name; nothing of the tensors is read."""
+    pieces = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118  # it is no mapping
+    return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in pieces.items()}
+
+
+def _read_metadata(file: Path, text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or set(data) != {"version", "matrices"} or not isinstance(data["matrices"], dict):
+        raise ModelError(f"{file}: its metadata do not tell how matrices are stored.", help=_AGAIN)
+    if type(data["version"]) is not int or data["version"] != VERSION:
+        raise ModelError(
+            f"{file}: its sparse matrices have the layout {data['version']!r}, this slimformer reads {VERSION}.",
+            help="install the slimformer that wrote it, or make the file again.",
+        )
+    return cast(dict[str, Any], data["matrices"])
+
+
+def _layout(facts: Any, expected: Sequence[int] | None) -> Layout:
+    """The layout that metadata tell of; _Wrong where it is none, or not of a matrix that the model has."""
+    if not isinstance(facts, dict) or set(facts) != {"shape", "block", "index", "values"}:
+        raise _Wrong("is not told as shape, block, index and values")
+    shape, block = (_pair(facts[key], key) for key in ("shape", "block"))
+    if facts["index"] not in ("bits", "columns") or facts["values"] not in tuple(DTYPES):
+        raise _Wrong(f"has the index {facts['index']!r} and the values {facts['values']!r}, which nothing writes")
+    if expected is None:
+        raise _Wrong("is none of the model's")
+    if shape != tuple(expected):
+        raise _Wrong(f"is {shape}, expected {tuple(expected)}")
+    if min(block) < 1 or shape[0] % block[0] or shape[1] % block[1]:
+        raise _Wrong(f"is {shape}, which blocks of {block} do not divide")
+    layout = Layout(shape, block, facts["index"], facts["values"])
+    if layout.index == "bits" and block != (1, 1):
+        raise _Wrong("has bits for blocks, which nothing writes")
+    return layout
+
+
+def _pair(value: Any, key: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or any(type(item) is not int or item < 0 for item in value):
+        raise _Wrong(f"has the {key} {value!r}, not two whole numbers")
+    return value[0], value[1]
+
+
+def _checked_parts(name: str, layout: Layout, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+    """The full names of its parts; _Wrong unless they are all there, no other, in the dtypes and shapes of one count of blocks."""
+    there = {full: facts for full, facts in header.items() if full.startswith(_part(name, "")) or full == name}
+    shape = header.get(_part(name, "values"), ("", ()))[1]
+    count = shape[0] if shape else 0
+    wanted = {_part(name, part): facts for part, facts in layout.parts(count).items()}
+    for full in sorted(set(wanted) ^ set(there)):
+        raise _Wrong(f"has {'no part' if full in wanted else 'a part too many,'} '{full}'")
+    for full, facts in wanted.items():
+        if there[full] != facts:
+            raise _Wrong(f"needs '{full}' as {facts[0]} of {facts[1]}, it is {there[full][0]} of {there[full][1]}")
+    if count > layout.grid[0] * layout.grid[1]:
+        raise _Wrong(f"has {count} blocks where there is room for {layout.grid[0] * layout.grid[1]}")
+    return {part: _part(name, part) for part in layout.parts(count)}
+
+
+def unpack_matrix(layout: Layout, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The float32 matrix that parts of the right dtypes and shapes hold; _Wrong before it is made where an index is no good."""
+    down, across = layout.grid
+    values, rows = parts["values"], layout.shape[0]
+    if layout.values == "int8":
+        _check_codes(values, parts["scales"])
+    if layout.index == "bits":
+        _check_bits(parts["bits"], len(values), down * across)
+        occupied = np.unpackbits(parts["bits"], count=down * across, bitorder="little").view(bool)
+        flat = np.zeros(down * across, dtype=values.dtype)
+        flat[occupied] = values[:, 0]
+        codes = flat.reshape(layout.shape)
+    else:
+        starts, columns = parts["starts"], parts["columns"]
+        _check_columns(starts, columns, across)
+        places = np.repeat(np.arange(down), np.diff(starts))
+        tiles = np.zeros((down, layout.block[0], across, layout.block[1]), dtype=values.dtype)
+        tiles[places, :, columns.astype(np.int64), :] = values.reshape(-1, *layout.block)
+        codes = tiles.reshape(layout.shape)
+    if layout.values == "float32":
+        return codes
+    if layout.values == "float16":
+        return codes.astype(np.float32)
+    return codes.astype(np.float32) * parts["scales"].reshape(rows, 1)
+
+
+def _check_codes(codes: np.ndarray, scales: np.ndarray) -> None:
+    if not ((scales >= 0) & (scales <= np.finfo(np.float32).max / 127)).all() or (codes < -127).any():
+        raise _Wrong("has scales below 0 or beyond float32, or codes below -127")
+
+
+def _check_bits(bits: np.ndarray, count: int, places: int) -> None:
+    found = int(np.bitwise_count(bits).sum(dtype=np.int64))
+    spare = -places % 8
+    if spare and bits[-1] >> (8 - spare):
+        raise _Wrong(f"has a bit beyond its {places} weights")
+    if found != count:
+        raise _Wrong(f"has {found} bits set and {count} values")
+
+
+def _check_columns(starts: np.ndarray, columns: np.ndarray, across: int) -> None:
+    if starts[0] != 0 or starts[-1] != len(columns) or (np.diff(starts.astype(np.int64)) < 0).any():
+        raise _Wrong(f"has row starts that do not lead from 0 to its {len(columns)} blocks")
+    if len(columns) and int(columns.max()) >= across:
+        raise _Wrong(f"has the block column {int(columns.max())} of {across}")
+    rising = np.diff(columns.astype(np.int64)) > 0
+    rising[starts[1:-1][(starts[1:-1] > 0) & (starts[1:-1] < len(columns))] - 1] = True  # a new row begins
+    if not rising.all():
+        raise _Wrong("has block columns that do not rise within a row")
