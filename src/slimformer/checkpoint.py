@@ -1,4 +1,5 @@
-"""Saved models: config.json + plan.json + model.safetensors + tokenizer files; written whole, loaded strictly.
+"""Saved models: config.json + plan.json + model.safetensors + tokenizer files, and ranges.json where activations were quantized in
+training; written whole, loaded strictly.
 
 A saved model's `model_type` is "slimformer_<base>", so that plain AutoModel refuses the folder instead of filling what was cut with
 random weights; `import slimformer` teaches it to the Auto classes. Loading builds an empty skeleton, shrinks it by the plan and
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from slimformer.errors import ModelError, PlanError
 from slimformer.files import whole_folder
 from slimformer.plan import Plan
+from slimformer.ranges import FILE as RANGES
+from slimformer.ranges import Ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +44,13 @@ TOKENIZER_FILES = (
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 
 
-def save(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path) -> None:
+def save(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path, ranges: Ranges | None = None) -> None:
     """Writes a loadable model folder, whole: `plan` is everything that was cut since the dense model."""
     with whole_folder(folder) as part:
-        write(model, plan, part, tokenizer_from=tokenizer_from)
+        write(model, plan, part, tokenizer_from=tokenizer_from, ranges=ranges)
 
 
-def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path) -> None:
+def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path, ranges: Ranges | None = None) -> None:
     """Writes the same files into a folder that is there already (one the caller makes whole)."""
     import transformers
     from safetensors.torch import save_file
@@ -67,6 +70,8 @@ def write(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: P
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if ranges is not None:
+        (folder / RANGES).write_text(ranges.to_json() + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
@@ -101,6 +106,12 @@ def load_plan(path: str | Path) -> Plan:
     """What was cut from the model at `path`: the empty plan for a plain transformers folder."""
     file = Path(path) / "plan.json"
     return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else Plan()
+
+
+def load_ranges(path: str | Path) -> Ranges | None:
+    """What activations of the model at `path` span, where that was learned."""
+    file = Path(path) / RANGES
+    return Ranges.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

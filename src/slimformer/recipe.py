@@ -230,7 +230,7 @@ class _Reader:
             self.mistakes.append(f"{place}.methods: must be a list")
             entries = []
         methods = [self.named(entry, "methods", f"{place}.methods[{number}]") for number, entry in enumerate(entries)]
-        deciding = [registry.name_of(method) for method in methods if method is not None and method.decides]
+        deciding = [registry.name_of(m) for m in methods if m is not None and (m.decides or m.rewrites)]
         for number, method in enumerate(methods):
             if method is not None and not method.trains:
                 name = registry.name_of(method)
