@@ -41,7 +41,7 @@ def watch(names, model=MODEL, around=None):
 def test_what_passes_is_what_the_model_computes():
     norm = MODEL.bert.encoder.layer[1].output.LayerNorm
     given = []
-    handle = norm.register_forward_hook(lambda module, args, output: given.append((args[0], output)))
+    handle = norm.register_forward_hook(lambda _, args, output: given.append((args[0], output)))
     sides = ("numerator", "denominator", "quotient", "output")
     seen, _ = watch([f"encoder.1.ffn.norm.{side}" for side in sides] + ["encoder.2.attention.input", "embeddings.sum"])
     handle.remove()

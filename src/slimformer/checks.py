@@ -197,13 +197,19 @@ def points_are_reached(family: type[Family]) -> None:
             points = anatomy.after(plan).points
             if not points:
                 return  # a family may do without; its models cannot be trained with fake quantization
-            read = [name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules]
+            read = [
+                name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules
+            ]
             linears = [name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)]
             assert sorted(read) == sorted(linears), f"points read {sorted(set(read) ^ set(linears))} or not"
             seen: list[str] = []
 
             def passed(name: str, seen: list[str] = seen) -> Any:
-                return lambda values: (seen.append(name), values)[1]
+                def change(values: torch.Tensor) -> torch.Tensor:
+                    seen.append(name)
+                    return values
+
+                return change
 
             inputs, hooks = batch(small), _hooks(small)
             with torch.no_grad():

@@ -49,18 +49,16 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
                 (attentions if point.role is PointRole.SOFTMAX else norms).add(point.modules[0])
         stack.enter_context(computing(model, {name: _norm(parts[name]) for name in norms}))
         for name in attentions:
-            module = model.get_submodule(name)
-            stack.callback(SOFTMAX.pop, module, None)
-            SOFTMAX[module] = _softmax(parts[name])
+            attention = model.get_submodule(name)
+            stack.callback(lambda gone=attention: SOFTMAX.pop(gone, None))
+            SOFTMAX[attention] = _softmax(parts[name])
         if attentions:
             _register()
             stack.enter_context(attention_named(model, NAME))
         yield
 
 
-def quantized(
-    model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()
-) -> AbstractContextManager[None]:
+def quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()) -> AbstractContextManager[None]:
     """Lets a model whose weights are on their grids compute as the int8 files do: what its Linears read is quantized.
 
     `floats`: points whose matrices stay in float.

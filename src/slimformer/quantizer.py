@@ -63,9 +63,7 @@ def symmetric(largest: Tensor, bits: int) -> Grid:
 def grid_of(weight: Tensor, bits: int, *, rows: bool, even: bool, exact_zero: bool = True) -> Grid:
     """The grid of a weight from its own extremes, a bucket per row (the output dimension, or a word) or one for all."""
     weight = weight.detach()
-    low, high = (
-        (weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)) if rows else (weight.amin(), weight.amax())
-    )
+    low, high = (weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)) if rows else (weight.amin(), weight.amax())
     return symmetric(torch.maximum(-low, high), bits) if even else affine(low, high, bits, exact_zero=exact_zero)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from slimformer.errors import DataError, ModelError
 
 Finder = Literal["min_max", "percentile", "entropy"]
+Calibration = Literal["least_squares", "min_max", "percentile", "entropy"]  # of a file; the first is `exporters/onnx.py`'s own
 FILE = "ranges.json"
 VERSION = 1
 BINS = 2048  # as TensorRT
@@ -30,6 +31,12 @@ def check_bits(name: str, bits: int, least: int = 2, most: int = 8) -> None:
     """ValueError unless `bits` is a width that a grid can have."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
         raise ValueError(f"{name} must be from {least} to {most}, got {bits}")
+
+
+def check_percentile(percentile: float) -> None:
+    """ValueError unless a percentile leaves something between its two ends."""
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile must be above 50 and at most 100, got {percentile:g}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,9 @@ class Ranges:
             found = {str(name): Range(float(low), float(high)) for name, (low, high) in data.pop("activations").items()}
             return Ranges(found, **data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{FILE} cannot be read: {error}.", help="make the model again, or calibrate without it.") from None
+            raise ModelError(
+                f"{FILE} cannot be read: {error}.", help="make the model again, or calibrate without it."
+            ) from None
 
 
 # -- Finding a range -----------------------------------------------------------------------------------------------------------
@@ -123,8 +132,7 @@ def find(histogram: Histogram, how: Finder, *, percentile: float = 99.99, bits: 
 
 def by_percentile(histogram: Histogram, percentile: float) -> Range:
     """The shortest run of bins that leaves at most 100 - percentile per cent of the values out on either side."""
-    if not 50 < percentile <= 100:
-        raise ValueError(f"percentile must be above 50 and at most 100, got {percentile:g}")
+    check_percentile(percentile)
     out = (1 - percentile / 100) * histogram.counts.sum() + 1e-9
     below, above = histogram.counts.cumsum(), histogram.counts[::-1].cumsum()
     first = int((below <= out).sum())  # bins that go whole

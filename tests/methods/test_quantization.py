@@ -137,8 +137,14 @@ def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
     method = Quantization(weights=4, activations=4, embeddings=4, roles=roles, activation_buckets="feature", start=0.2)
     found = train(around, features, (method, Distillation(scores=1.0)), SETTINGS, tmp_path, QUIET)
     assert all(math.isfinite(loss) for loss in found.losses)
-    assert set(found.decision.ranges.activations) >= {"encoder.0.attention.input", "classifier.input", "encoder.0.softmax.output"}
-    assert "encoder.0.attention.norm.numerator" not in found.decision.ranges.activations  # a range per feature: for training only
+    assert set(found.decision.ranges.activations) >= {
+        "encoder.0.attention.input",
+        "classifier.input",
+        "encoder.0.softmax.output",
+    }
+    assert (
+        "encoder.0.attention.norm.numerator" not in found.decision.ranges.activations
+    )  # a range per feature: for training only
     assert "bert.encoder.layer.0.output.LayerNorm.weight" in found.decision.weights
     assert found.decision.ranges.activations["encoder.2.softmax.output"].high <= 1.0
     assert not any("forward" in vars(module) or module._forward_hooks for module in around.model.modules())
