@@ -31,7 +31,7 @@ from slimformer.bench import (
     workloads,
 )
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
-from slimformer.machine import FLAGS, Load, environment, quiet
+from slimformer.machine import FLAGS, Load, environment, quiet, saturates
 from slimformer.tasks.base import Features
 
 ENGINE = Engine("fake", "1.0", 2)
@@ -193,6 +193,14 @@ def test_quiet_waits_a_bounded_time_then_warns(caplog: pytest.LogCaptureFixture)
         load = quiet(12, 0.25, busy=lambda: 1.5, clock=clock, sleep=sleep)
     assert (load.quiet, load.waited_seconds) == (False, 12.0)
     assert "the machine is busy: other work takes 1.5" in caplog.text
+
+
+def test_int8_sums_overflow_on_x86_without_vnni() -> None:
+    assert saturates(("avx2", "fma", "avx512f"))
+    assert not saturates(("avx2", "avx512f", "avx512_vnni"))
+    assert not saturates(("avx2", "avx_vnni"))
+    assert not saturates(("asimd", "i8mm"))
+    assert not saturates(())
 
 
 def test_the_environment_names_this_machine() -> None:

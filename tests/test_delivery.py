@@ -43,6 +43,15 @@ def test_where_none_is_within_the_loss_the_one_that_loses_least_is() -> None:
     assert choose([STATIC, DYNAMIC], 0.1) == DYNAMIC
 
 
+def test_an_int8_file_slower_than_its_float_version_is_told() -> None:
+    slow = trial(Variant.INT8_STATIC, 0.0, 1.4)
+    assert delivery.slower([FLOAT, DYNAMIC, slow]) == [(slow, 1.5)]
+    assert delivery.slower([DYNAMIC, slow]) == []  # no float file beside them: the teacher's, at 1
+    alone = trial(Variant.INT8_DYNAMIC, 0.0, 0.9)
+    assert delivery.slower([alone]) == [(alone, 1.0)]
+    assert delivery.slower([FLOAT, trial(Variant.FUSED, 0.0, 1.0)]) == []
+
+
 losses = st.floats(-5, 50)
 speeds = st.floats(0.1, 20)
 

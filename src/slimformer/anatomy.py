@@ -1,14 +1,15 @@
 """What can be cut in a model, told by names and sizes alone.
 
 A family (`families/`) writes an `Anatomy`: *sites* where units can go, each as a list of coupled tensor slices; the
-*matrices* that may change form; the modules where hidden states and attentions can be watched. Nothing here touches a tensor:
-`shrink.py` cuts, `gating.py` masks, `cost.py` counts, all from these tables.
+*matrices* that may change form; the *points* where activations can be seen or quantized; the modules where hidden states and
+attentions can be watched. Nothing here touches a tensor: `shrink.py` cuts, `gating.py` masks, `points.py` reaches activations,
+`cost.py` counts, all from these tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,16 @@ class Role(StrEnum):
     FFN_OUT = "ffn_out"
     EMBEDDING = "embedding"
     CLASSIFIER = "classifier"
+
+
+class PointRole(StrEnum):
+    MATRIX = "matrix"  # what a Linear reads; these are the products that int8 files compute in integers
+    HEAD = "head"  # what the last Linear reads, the one that gives the outputs
+    ATTENTION = "attention"  # what attention's own two products read: queries, keys, values
+    SOFTMAX = "softmax"  # its numerator, denominator and output
+    NORM = "norm"  # a LayerNorm's numerator, denominator, their quotient, and its output
+    BRANCH = "branch"  # what a feed-forward block gives, before the residual is added
+    EMBEDDING = "embedding"  # the sum of the embeddings, before its norm
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,22 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Point:
+    """Where an activation passes: the input or output of a module, or a part that is computed within it.
+
+    Several modules are those that read one and the same tensor. Parts are a LayerNorm's, or those of the softmax in an attention.
+    """
+
+    id: str  # "encoder.3.ffn_out.input"
+    modules: tuple[str, ...]
+    side: Literal["input", "output", "numerator", "denominator", "quotient"]
+    role: PointRole
+    sublayer: str | None = None  # the SUBLAYER site it vanishes with
+
+
+@dataclass(frozen=True)
 class Anatomy:
-    """All sites and matrices of one model, by id, and the modules that hold each layer's hidden state."""
+    """All sites, matrices and points of one model, by id, and the modules that hold each layer's hidden state."""
 
     sites: Mapping[str, Site]
     matrices: Mapping[str, Matrix]
@@ -109,6 +134,7 @@ class Anatomy:
     attentions: tuple[str | None, ...]  # module that computes the attention of layer i, None where it was cut
     hidden_size: int
     head_dim: int
+    points: Mapping[str, Point] = field(default_factory=dict)
 
     def of_kind(self, kind: Kind) -> tuple[Site, ...]:
         """Sites of one kind, in order of their layers."""
@@ -131,7 +157,8 @@ class Anatomy:
         }
         lost = {self.sites[name].layer for name in gone if name.endswith(".attention")}
         attentions = tuple(None if layer in lost else name for layer, name in enumerate(self.attentions))
-        return replace(self, sites=sites, matrices=matrices, attentions=attentions)
+        points = {point.id: point for point in self.points.values() if point.sublayer not in gone}
+        return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 
     def _shape(self, matrix: Matrix, plan: Plan) -> tuple[int, int]:
         shape = list(matrix.shape)

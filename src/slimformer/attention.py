@@ -8,14 +8,17 @@ to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, matmul, nn
 
 LARGEST = 16 << 20  # scores of a layer, batch * heads * seq * seq
 NAME = "slimformer_quick"  # our name among transformers' attention functions
+# Attention module -> the softmax it computes with instead; whichever of our attention functions is at work asks here.
+SOFTMAX: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
 
 
 def attend(
@@ -23,7 +26,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """What follows the scores (batch, heads, seq, seq): mask, softmax, dropout and the mixing of `value`."""
     masked = scores if attention_mask is None else scores + attention_mask
-    weights = nn.functional.dropout(nn.functional.softmax(masked, dim=-1), p=dropout, training=module.training)
+    own = SOFTMAX.get(module)
+    shares = nn.functional.softmax(masked, dim=-1) if own is None else own(masked)
+    weights = nn.functional.dropout(shares, p=dropout, training=module.training)
     mixed = matmul(weights, value).transpose(1, 2).contiguous()  # (batch, seq, heads, head_dim)
     return mixed, weights
 
@@ -43,7 +48,8 @@ def _quick(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if query.requires_grad and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= LARGEST:
+    small = query.requires_grad and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= LARGEST
+    if small or module in SOFTMAX:
         return attend(module, score(query, key, scaling), value, attention_mask, dropout)
     mask = None if attention_mask is None else attention_mask.to(query.dtype)
     mixed = nn.functional.scaled_dot_product_attention(

@@ -145,11 +145,13 @@ def card(
     dataset: str | None = None,
     language: str | None = None,
     license: str | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Writes README.md, the model card of an exported folder, and returns its text.
 
     `record` is the file that ships, `records` all rows of its comparison; `texts` are inputs for the snippet. `base_model` and
-    `dataset` go into the hub's metadata where they are hub names ("owner/name"), and are left out otherwise.
+    `dataset` go into the hub's metadata where they are hub names ("owner/name"), and are left out otherwise. `notes`: what the
+    exporter says of the file.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -186,13 +188,13 @@ def card(
             )
         ],
     )
-    body = _card_body(folder, record, records, snippet(folder, record.file, texts, max_length))
+    body = _card_body(folder, record, records, snippet(folder, record.file, texts, max_length), notes)
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
     write_text(folder / "README.md", text if text.endswith("\n") else text + "\n")
     return text
 
 
-def _card_body(folder: Path, record: Record, records: Sequence[Record], code: str) -> str:
+def _card_body(folder: Path, record: Record, records: Sequence[Record], code: str, notes: Sequence[str]) -> str:
     verdicts = [judge(record), *against(record, records)]
     there = [name for name in _TOLD if (folder / name).is_file()]
     best = " (**the best here**)"
@@ -245,5 +247,7 @@ def _card_body(folder: Path, record: Record, records: Sequence[Record], code: st
             for layer in record.layers
         ]
         lines.append("")
+    if notes:
+        lines += [f"## What `{record.file}` holds", "", *(f"- {_markdown(note)}" for note in notes), ""]
     lines += ["## How it was made and measured", "", *about, ""]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Saved models: config.json + plan.json + model.safetensors + tokenizer files; written whole, loaded strictly.
+"""Saved models: config.json + plan.json + model.safetensors + tokenizer files, and ranges.json where activations were quantized in
+training; written whole, loaded strictly.
 
 A saved model's `model_type` is "slimformer_<base>", so that plain AutoModel refuses the folder instead of filling what was cut with
 random weights; `import slimformer` teaches it to the Auto classes. Loading builds an empty skeleton, shrinks it by the plan and
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from slimformer.errors import ModelError, PlanError
 from slimformer.files import whole_folder
 from slimformer.plan import Plan
+from slimformer.ranges import FILE as RANGES
+from slimformer.ranges import Ranges
 from slimformer.sparse import Values, pack, read
 
 if TYPE_CHECKING:
@@ -51,13 +54,14 @@ def save(
     tokenizer_from: Path,
     sparse: bool = True,
     values: Values = "float32",
+    ranges: Ranges | None = None,
 ) -> None:
     """Writes a loadable model folder, whole: `plan` is everything that was cut since the dense model.
 
     `sparse`: matrices with many zeros are stored without them (docs/sparse-file.md), their `values` exactly unless said otherwise.
     """
     with whole_folder(folder) as part:
-        write(model, plan, part, tokenizer_from=tokenizer_from, sparse=sparse, values=values)
+        write(model, plan, part, tokenizer_from=tokenizer_from, sparse=sparse, values=values, ranges=ranges)
 
 
 def write(
@@ -68,6 +72,7 @@ def write(
     tokenizer_from: Path,
     sparse: bool = True,
     values: Values = "float32",
+    ranges: Ranges | None = None,
 ) -> None:
     """Writes the same files into a folder that is there already (one the caller makes whole)."""
     import transformers
@@ -89,6 +94,8 @@ def write(
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if ranges is not None:
+        (folder / RANGES).write_text(ranges.to_json() + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
@@ -123,6 +130,12 @@ def load_plan(path: str | Path) -> Plan:
     """What was cut from the model at `path`: the empty plan for a plain transformers folder."""
     file = Path(path) / "plan.json"
     return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else Plan()
+
+
+def load_ranges(path: str | Path) -> Ranges | None:
+    """What activations of the model at `path` span, where that was learned."""
+    file = Path(path) / RANGES
+    return Ranges.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from slimformer import checkpoint, cost, registry
-from slimformer.anatomy import Anatomy, Kind
+from slimformer.anatomy import Anatomy, Kind, PointRole
 from slimformer.errors import SlimformerError
 from slimformer.families.base import Family, anatomy_of
 from slimformer.gating import gated
@@ -57,6 +57,7 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             saved_is_loaded,
             predicted_is_counted,
             slices_fit,
+            points_are_reached,
         ),
         "methods": (is_frozen, round_trips, attaches_neutrally, leaves_no_trace, decides_what_fits),
         "tasks": (is_frozen, declares_its_outputs),
@@ -184,6 +185,41 @@ def slices_fit(family: type[Family]) -> None:
             assert tuple(shapes[f"{matrix.module}.weight"]) == matrix.shape, f"{matrix.id} has another shape"
         for name in (*anatomy.layers, anatomy.embedding, *(item for item in anatomy.attentions if item)):
             model.get_submodule(name)
+
+
+def points_are_reached(family: type[Family]) -> None:
+    """each point is passed once in a forward pass and each Linear read at one point; passing changes nothing, and leaves nothing."""
+    from slimformer.points import touched
+
+    for model, anatomy, plans in _each(family, plans=2):
+        for plan in (Plan(), *plans):
+            small = shrink(model, anatomy, plan)
+            points = anatomy.after(plan).points
+            if not points:
+                return  # a family may do without; its models cannot be trained with fake quantization
+            read = [
+                name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules
+            ]
+            linears = [name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)]
+            assert sorted(read) == sorted(linears), f"points read {sorted(set(read) ^ set(linears))} or not"
+            seen: list[str] = []
+
+            def passed(name: str, seen: list[str] = seen) -> Any:
+                def change(values: torch.Tensor) -> torch.Tensor:
+                    seen.append(name)
+                    return values
+
+                return change
+
+            inputs, hooks = batch(small), _hooks(small)
+            with torch.no_grad():
+                expected = small(**inputs).logits
+                with touched(small, anatomy_of(small), {name: passed(name) for name in points}):
+                    found = small(**inputs).logits
+                assert sorted(seen) == sorted(points), f"passed {sorted(set(points) - set(seen))[:3]} not, or some twice"
+                assert torch.allclose(found, expected, atol=1e-5), "passing changed the output"
+                assert torch.equal(small(**inputs).logits, expected), "something was left"
+            assert _hooks(small) == hooks, "hooks are left"
 
 
 def _open(size: int, kept: tuple[int, ...] | None) -> torch.Tensor:

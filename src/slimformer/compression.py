@@ -1,8 +1,9 @@
 """The short command: a tuned model, its data, a speed and a loss that is allowed; out comes the best model that was found.
 
 Tune if need be; let `fisher` choose what fits the wanted speed on this machine; distil; int8; verify the exported file on held
-examples. If it loses too much, a gentler budget is tried (bisection on the speed); in the end the best is delivered with a clear
-word, never nothing. What was done is written down as a recipe that `slimformer run` repeats.
+examples. If only int8 loses too much, the matrices that cost most may stay in float (`floats.py`); else a gentler budget is tried
+(bisection on the speed); in the end the best is delivered with a clear word, never nothing. What was done is written down as a
+recipe that `slimformer run` repeats.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ class _Attempt:
     bundle: Bundle
     trials: tuple[delivery.Trial, ...]
     files: Path | None = None  # all that ship, where they are written already
+    floats: tuple[str, ...] = ()  # points whose matrices stay in float in its int8 files
 
     def best(self, max_loss: float) -> delivery.Trial:
         return delivery.choose([trial for trial in self.trials if trial.variant is not Variant.FLOAT], max_loss)
@@ -155,11 +157,14 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
     attempts: list[_Attempt] = []
     whole = _whole(bundle, state, reference)
     slow, aim = whole.trials[0].speed_32, wishes.speedup
-    if aim <= slow:
+    uncut = aim <= slow
+    if uncut:
         log.say(f"int8 alone is {slow:.2f} times as fast; nothing needs to be cut for {wishes.speedup:g}.")
-        attempts.append(whole)
+        attempts += _uncut(whole, wishes, state, reference)
     scale: _Scale | None = None
-    while len(attempts) < wishes.tries and not (attempts and attempts[-1] is whole):
+    tries = 0
+    while tries < wishes.tries and not uncut:
+        tries += 1
         scale = scale or _Scale(bundle, state)
         keep = scale.keep(aim)
         attempt = _try(bundle, keep, distil, state, reference)
@@ -172,15 +177,20 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
         if best.loss <= wishes.max_loss:
             break
         aim = math.sqrt(slow * aim)
+        rescued = _rescue(attempt, wishes, state, reference)
+        if rescued is not None:
+            attempts.append(rescued)
+            if rescued.best(wishes.max_loss).speed_32 >= aim:
+                break  # a gentler cut would not be faster
         if aim / slow < 1.05:
             break
-        if len(attempts) < wishes.tries:
+        if tries < wishes.tries:
             log.say(f"that is more than {wishes.max_loss:g}: trying {aim:.2f} times as fast.")
     minutes = clock.stop()  # the search and all budgets tried: what the user waited for, without the rivals
     chosen = _pick([*attempts, whole], wishes)
     chosen = replace(chosen, bundle=replace(chosen.bundle, minutes=minutes))
     best = chosen.best(wishes.max_loss)
-    if not chosen.stages and attempts[-1] is not whole:
+    if not chosen.stages and not uncut:
         log.say("no cut stays within the loss that is allowed: delivering the uncut model in its best file.")
     if best.loss > wishes.max_loss or best.speed_32 < wishes.speedup * CLOSE:
         log.say(
@@ -190,7 +200,8 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
     target = Target(wishes.speedup, wishes.max_loss)
     # without the levels, the same recipe would measure its own and cut a little otherwise
     levels = scale.levels if scale is not None and chosen.stages else None
-    final = replace(recipe, stages=(*lead, *chosen.stages), latency=levels)
+    export = replace(recipe.export, floats=chosen.floats)
+    final = replace(recipe, stages=(*lead, *chosen.stages), latency=levels, export=export)
     ready = Ready(chosen.files, chosen.trials) if chosen.files else None
     measurement = finish(chosen.bundle, chosen.stages, final, state, folder, target=target, command=command, ready=ready)
     tidy(state)
@@ -320,16 +331,77 @@ def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: deli
     fisher = registry.find("methods", "fisher")
     stages: tuple[Stage, ...] = (Calibrate(fisher(keep=round(keep, 4), cost="latency")), distil)
     made = advance(stages, bundle, state.under(f"keep-{keep:.4f}"))
-    folder = state.root / f"keep-{keep:.4f}"
+    return _exported(_Attempt(keep, stages, made, ()), state.root / f"keep-{keep:.4f}", state, reference)
+
+
+def _exported(attempt: _Attempt, folder: Path, state: Run, reference: delivery.Reference) -> _Attempt:
+    """The attempt with all files that ship, and how they do on held examples."""
+    made = attempt.bundle
     file = folder / "trials.json"
     files = folder / "files"
     if not file.is_file():
         shutil.rmtree(files, ignore_errors=True)  # what a killed run left
-        exported = delivery.export_files(made.model, made.material, files, delivery.SHIPPED, state.log)
+        exported = delivery.export_files(made.model, made.material, files, delivery.SHIPPED, state.log, ranges=made.ranges)
         paths = {variant: artifact.path for variant, artifact in exported.items()}
-        baseline = delivery.teacher_files(bundle, state)[Variant.FUSED]
+        baseline = delivery.teacher_files(made, state)[Variant.FUSED]
         delivery.save_trials(file, delivery.try_out(paths, baseline, made, state, reference))
-    return _Attempt(keep, stages, made, tuple(delivery.read_trials(file)), files)
+    return replace(attempt, trials=tuple(delivery.read_trials(file)), files=files)
+
+
+def _uncut(whole: _Attempt, wishes: Wishes, state: Run, reference: delivery.Reference) -> list[_Attempt]:
+    """What can be had without a cut: the uncut model, and where its first int8 file loses too much, its others, rescued if need be."""
+    if whole.best(wishes.max_loss).loss <= wishes.max_loss:
+        return [whole]
+    others = _exported(whole, state.root / "whole", state, reference)
+    if others.best(wishes.max_loss).loss <= wishes.max_loss:
+        return [whole, others]
+    rescued = _rescue(others, wishes, state, reference)
+    return [whole, others] if rescued is None else [whole, others, rescued]
+
+
+def _rescue(attempt: _Attempt, wishes: Wishes, state: Run, reference: delivery.Reference) -> _Attempt | None:
+    """The same model with those matrices in float that int8 costs most; None where that is not within the loss, or not faster."""
+    from slimformer import floats
+
+    float_file = next(trial for trial in attempt.trials if trial.variant is Variant.FLOAT)
+    if float_file.loss > wishes.max_loss or attempt.files is None:
+        return None  # the cut itself loses too much: no int8 file can lose less
+    name = f"floats-{wishes.max_loss:g}"
+    folder = attempt.files.with_name(name)
+    found = attempt.files.with_name(f"{name}.json")
+    if not found.is_file():
+        state.log.say("the model itself is within that loss: looking for matrices that have to stay in float.")
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+        choice, draft = floats.choose(attempt.bundle, state, reference, wishes.max_loss)
+        for verdict in choice.verdicts:
+            state.log.event("verdict", point=verdict.point, int8=verdict.small, reason=verdict.reason)
+        trials = [float_file]
+        if choice.within:
+            shutil.copytree(attempt.files, folder)
+            small = [variant for variant in delivery.SHIPPED if variant is not Variant.FLOAT]
+            made = [draft.write(folder / delivery.FILES[variant], variant, choice.floats) for variant in small]
+            reasons = tuple(map(str, choice.verdicts))
+            delivery.keep_notes(folder, [replace(file, notes=(*file.notes, *reasons)) for file in made], state.log)
+            baseline = delivery.teacher_files(attempt.bundle, state)[Variant.FUSED]
+            paths = {file.variant: file.path for file in made}
+            trials += delivery.try_out(paths, baseline, attempt.bundle, state, reference)
+        delivery.save_trials(folder.with_name(f"{name}-trials.json"), trials)
+        write_text(found, json.dumps(list(choice.floats)))
+    kept = tuple(json.loads(found.read_text(encoding="utf-8")))
+    trials = delivery.read_trials(folder.with_name(f"{name}-trials.json"))
+    rescued = replace(attempt, trials=tuple(trials), files=folder, floats=kept)
+    best = rescued.best(wishes.max_loss) if len(trials) > 1 else None
+    if best is None or best.loss > wishes.max_loss:
+        state.log.say("no choice of matrices in float was found that stays within it.")
+        return None
+    if best.speed_32 <= float_file.speed_32:
+        state.log.say(f"with {len(kept)} of its inputs in float, int8 is not faster than float: left out.")
+        return None
+    state.log.say(
+        f"with {len(kept)} inputs of matrices in float: {best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost "
+        f"on held examples ({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
+    )
+    return rescued
 
 
 def _pick(attempts: Sequence[_Attempt], wishes: Wishes) -> _Attempt:

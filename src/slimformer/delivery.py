@@ -7,7 +7,7 @@ same rounds as ours. Nothing is trained or cut here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimformer import checkpoint, registry
+from slimformer import checkpoint, machine, registry
 from slimformer.batching import collate
-from slimformer.exporters.base import Artifact, Variant
+from slimformer.exporters.base import Artifact, Exporter, Variant
 from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.plan import Plan
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slimformer.bench import Entry, Measurement
+    from slimformer.ranges import Ranges
     from slimformer.report import Target
     from slimformer.runtimes.base import Runner
 
@@ -40,10 +41,23 @@ FILES = {
 }
 # The int8 file for ONNX Runtime has fixed ranges, not dynamic ones: docs/decisions/0002-onnx-graphs.md
 SHIPPED = (Variant.FLOAT, Variant.INT8_FUSED, Variant.INT8_STATIC)
+INT8 = (Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC)
+SATURATES = (
+    "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
+    "measured here; if int8 loses too much, set `reduce_range: true` under `export` in a recipe (7-bit weights)."
+)
+NOTES = "notes.json"  # beside exported files: file -> what its artifact notes
 
 
 def export_files(
-    model: PreTrainedModel, material: Material, folder: Path, variants: Sequence[Variant], log: Log
+    model: PreTrainedModel,
+    material: Material,
+    folder: Path,
+    variants: Sequence[Variant],
+    log: Log,
+    *,
+    exporter: Exporter | None = None,
+    ranges: Ranges | None = None,
 ) -> dict[Variant, Artifact]:
     """The model as ONNX files in `folder`, the fp32 ones proven against the model on real batches.
 
@@ -51,13 +65,27 @@ def export_files(
     """
     from slimformer.families.base import family_of
 
-    exporter = registry.find("exporters", "onnx")(agreement=0.0)
+    options: Any = exporter or registry.find("exporters", "onnx")(agreement=0.0)
     batches = material.batches(family_of(model.config.model_type).inputs(model))
     paths = {variant: folder / FILES[variant] for variant in variants}
-    made: dict[Variant, Artifact] = exporter.export_all(model, batches, paths, material.task.outputs)
-    for artifact in made.values():
-        log.event("exported", **{key: str(value) for key, value in asdict(artifact).items()})
+    made: dict[Variant, Artifact] = options.export_all(model, batches, paths, material.task.outputs, ranges)
+    keep_notes(folder, made.values(), log)
     return made
+
+
+def keep_notes(folder: Path, made: Iterable[Artifact], log: Log) -> None:
+    """Writes down what is known of exported files: in the log, and beside them for the card."""
+    notes = read_notes(folder)
+    for artifact in made:
+        log.event("exported", **{key: str(value) for key, value in asdict(artifact).items()})
+        notes[artifact.path.name] = list(artifact.notes)
+    write_text(folder / NOTES, json.dumps(notes, indent=1))
+
+
+def read_notes(folder: Path) -> dict[str, list[str]]:
+    """What `keep_notes` wrote, by the name of the file."""
+    file = folder / NOTES
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -131,13 +159,9 @@ def try_out(
 
     material = bundle.material
     runners = {str(variant): load(path, run.threads) for variant, path in files.items()}
-    sign = 100 if material.task.higher_is_better else -100
     scores, losses = {}, {}
     for name, runner in runners.items():
-        scores[name] = _score(runner, material, Split.HELD)
-        losses[name] = sign * (reference.held - scores[name])
-        if not reference.trusted:
-            losses[name] = (losses[name] + sign * (reference.seen - _score(runner, material, Split.TRAIN))) / 2
+        scores[name], losses[name] = loss_of(runner, material, reference)
     runners["teacher"] = load(baseline, run.threads)
     engine = Engine("onnxruntime", registry.find("runtimes", "onnxruntime")().version(), run.threads)
     state = quiet(run.wait_seconds)
@@ -155,7 +179,28 @@ def try_out(
     ]
     for trial in trials:
         run.log.event("trial", **asdict(trial))
+    for trial, speed in slower(trials):
+        run.log.say(
+            f"on this machine {FILES[trial.variant]} is slower than float: {trial.speed_32:.2f} times the teacher's fp32 speed at "
+            f"batch 32, float has {speed:.2f}."
+        )
     return trials
+
+
+def slower(trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+    """Int8 files that are slower than the float file beside them, or where there is none than the teacher's; with its speed."""
+    float_speed = next((trial.speed_32 for trial in trials if trial.variant is Variant.FLOAT), 1.0)
+    return [(trial, float_speed) for trial in trials if trial.variant in INT8 and trial.speed_32 < float_speed]
+
+
+def loss_of(runner: Runner, material: Material, reference: Reference) -> tuple[float, float]:
+    """A file's score on held examples, and the points that it loses there to the teacher."""
+    sign = 100 if material.task.higher_is_better else -100
+    score = _score(runner, material, Split.HELD)
+    loss = sign * (reference.held - score)
+    if not reference.trusted:
+        loss = (loss + sign * (reference.seen - _score(runner, material, Split.TRAIN))) / 2
+    return score, loss
 
 
 def teacher_files(bundle: Bundle, run: Run) -> dict[Variant, Path]:
@@ -164,6 +209,8 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[Variant, Path]:
     wanted = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
     missing = [variant for variant in wanted if not (folder / FILES[variant]).is_file()]
     if missing:
+        if machine.saturates(machine.environment().flags):
+            run.log.say(SATURATES)
         export_files(bundle.teacher, bundle.material, folder, missing, run.log)
     return {variant: folder / FILES[variant] for variant in wanted}
 
@@ -186,7 +233,8 @@ def rivals(
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
     if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small
         small = small_dense(bundle, stages, run)
-        made = export_files(small.model, small.material, run.root / "small", [Variant.INT8_DYNAMIC], run.log)
+        folder, wanted_file = run.root / "small", [Variant.INT8_DYNAMIC]
+        made = export_files(small.model, small.material, folder, wanted_file, run.log, ranges=small.ranges)
         facts = facts_of(small, bundle.teacher, run, "")
         count = sum(layer.heads + layer.neurons > 0 for layer in facts["layers"])
         name = f"{count} dense layer{'s' if count > 1 else ''} int8"
@@ -376,13 +424,14 @@ def deliver(
         **shared,
     )
     with whole_folder(run.root / "delivery") as part:
-        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source)
+        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source, ranges=bundle.ranges)
         for variant in SHIPPED:
             (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
         write_facts(part, facts)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
-        card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name)
+        notes = read_notes(exported).get(FILES[best.variant], [])
+        card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name, notes=notes)
         differences = changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
         page(found.records, Details(changed=differences, command=command), part / "report.html")
         for record in found.records:

@@ -8,13 +8,15 @@ docs/decisions/0002-onnx-graphs.md says what each rewrite is worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from slimformer.ranges import TABLE_ROWS
 
 MARKER = ("slimformer", "Attention")  # (query, key, value, mask): each (a, b, heads, dim); which of a, b is the batch: a Layout
 MICROSOFT = "com.microsoft"
@@ -415,6 +417,12 @@ def heads_of(graph: ir.Graph) -> set[ir.Node]:
     return found
 
 
+def smalls(graph: ir.Graph, floats: Collection[str] = ()) -> list[Product]:
+    """The products that int8 concerns: all but the classifier and those that `floats` names."""
+    keep = heads_of(graph)
+    return [item for item in products(graph) if item.node not in keep and item.name not in floats]
+
+
 def quantized(weight: np.ndarray, axis: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric int8 values and fp32 scales, one scale per index of `axis`; `bits` 7 leaves room where int8 sums saturate."""
     top = float(2 ** (bits - 1) - 1)
@@ -440,7 +448,16 @@ class Sample:
     high: np.ndarray  # (in,)
 
 
-def smooth(graph: ir.Graph, samples: Mapping[str, Sample], bits: int) -> dict[str, Sample]:
+@dataclass(frozen=True)
+class Coding:
+    """How an activation is stored: (integer - zero) * step, with integers from 0 to `top`."""
+
+    step: np.float32
+    zero: int
+    top: int = 255
+
+
+def smooth(graph: ir.Graph, samples: Mapping[str, Sample], bits: int, floats: Collection[str] = ()) -> dict[str, Sample]:
     """Moves outliers of activations into weights, before int8, where that brings the int8 products closer to the fp32 ones.
 
     SmoothQuant (Xiao et al. 2023, https://arxiv.org/abs/2211.10438, eq. 3 and 4): input channel j is divided by
@@ -449,11 +466,9 @@ def smooth(graph: ir.Graph, samples: Mapping[str, Sample], bits: int) -> dict[st
     the samples of the new inputs.
     """
     editor = _Editor(graph)
-    keep = heads_of(graph)
     groups: dict[ir.Value, list[Product]] = {}
-    for item in products(graph):
-        if item.node not in keep:
-            groups.setdefault(item.source, []).append(item)
+    for item in smalls(graph, floats):
+        groups.setdefault(item.source, []).append(item)
     eased_samples = {}
     for source, items in groups.items():
         sample = samples[str(source.name)]
@@ -501,14 +516,13 @@ def _is_transposed(node: ir.Node) -> bool:
     return node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
 
 
-def int8_dynamic(graph: ir.Graph, bits: int) -> int:
-    """Puts int8 products in the place of all Linears but the classifier; gives their number.
+def int8_dynamic(graph: ir.Graph, bits: int, floats: Collection[str] = ()) -> int:
+    """Puts int8 products in the place of all Linears but the classifier and `floats`; gives their number.
 
     Weights per output channel; activations are measured and quantized as they come, once for all products that read them.
     """
     editor = _Editor(graph)
-    keep = heads_of(graph)
-    chosen = [item for item in products(graph) if item.node not in keep]
+    chosen = smalls(graph, floats)
     readers: dict[ir.Value, int] = {}
     for item in chosen:
         readers[item.source] = readers.get(item.source, 0) + 1
@@ -531,24 +545,26 @@ def int8_dynamic(graph: ir.Graph, bits: int) -> int:
     return len(chosen)
 
 
-def int8_static(graph: ir.Graph, ranges: Mapping[str, tuple[float, float]], bits: int, fused: bool) -> int:
-    """Int8 products with known ranges for all Linears but the classifier; `ranges`: name of a product's input -> what it spans.
+def int8_static(graph: ir.Graph, codings: Mapping[str, Coding], bits: int, fused: bool, floats: Collection[str] = ()) -> int:
+    """Int8 products with known ranges for all Linears but the classifier and `floats`; `codings`: by name of a product's input.
 
     Standard operators: quantize and dequantize around a MatMul, which runtimes fuse by themselves. `fused`: ONNX Runtime's own
     product, ready made. Gives the number of products.
     """
     editor = _Editor(graph)
-    keep = heads_of(graph)
-    chosen = [item for item in products(graph) if item.node not in keep]
+    chosen = smalls(graph, floats)
     shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
     for item in chosen:
         node, source, name = item.node, item.source, item.name
         if source not in shared:
-            low, high = ranges[str(source.name)]
-            step = np.float32((high - low) / 255)
-            scale = editor.constant(step, np.float32, f"{source.name}.scale")
-            zero = editor.constant(int(np.clip(np.rint(-low / step), 0, 255)), np.uint8, f"{source.name}.zero")
-            small = editor.one(node, "QuantizeLinear", [source, scale, zero])
+            coding = codings[str(source.name)]
+            scale = editor.constant(coding.step, np.float32, f"{source.name}.scale")
+            zero = editor.constant(coding.zero, np.uint8, f"{source.name}.zero")
+            inside = source
+            if coding.top < 255:  # fewer bits than the byte that holds them: the byte would not clamp
+                ends = ((whole - coding.zero) * coding.step for whole in (0, coding.top))
+                inside = editor.one(node, "Clip", [source, *(editor.constant(end, np.float32) for end in ends)])
+            small = editor.one(node, "QuantizeLinear", [inside, scale, zero])
             wide = small if fused else editor.one(node, "DequantizeLinear", [small, scale, zero])
             shared[source] = (wide, scale, zero)
         values, scales = quantized(item.weight, 1, bits)
@@ -566,13 +582,12 @@ def int8_static(graph: ir.Graph, ranges: Mapping[str, tuple[float, float]], bits
     return len(chosen)
 
 
-def observed(graph: ir.Graph) -> dict[str, ir.Value]:
+def observed(graph: ir.Graph, floats: Collection[str] = ()) -> dict[str, ir.Value]:
     """Inputs of the products that int8 concerns, by name."""
-    keep = heads_of(graph)
-    return {str(item.source.name): item.source for item in products(graph) if item.node not in keep}
+    return {str(item.source.name): item.source for item in smalls(graph, floats)}
 
 
-def int8_embeddings(graph: ir.Graph, rows: int = 64) -> int:
+def int8_embeddings(graph: ir.Graph, bits: int = 8, rows: int = TABLE_ROWS) -> int:
     """Stores embedding tables of at least `rows` rows in int8 with a scale per row; gives their number."""
     editor = _Editor(graph)
     count = 0
@@ -581,7 +596,7 @@ def int8_embeddings(graph: ir.Graph, rows: int = 64) -> int:
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < rows:
             continue
         name = _given(node.inputs[0]).name
-        values, scales = quantized(table, 0, 8)
+        values, scales = quantized(table, 0, bits)
         small = editor.constant(values, np.int8, f"{name}.int8")
         scale = editor.constant(scales[:, None], np.float32, f"{name}.scale")
         got = editor.one(node, "Cast", [editor.one(node, "Gather", [small, node.inputs[1]])], to=int(ir.DataType.FLOAT))

@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,6 +77,11 @@ def environment() -> Environment:
         python=platform.python_version(),
         packages=packages,
     )
+
+
+def saturates(flags: Collection[str]) -> bool:
+    """Whether int8 products may overflow on a processor: x86 without VNNI adds pairs of them in 16 bits."""
+    return "avx2" in flags and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
 
 
 def cores() -> int:

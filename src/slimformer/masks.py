@@ -1,4 +1,4 @@
-"""The only code that masks weights: a module computes with weight * mask while a context lasts, and with its weight again after.
+"""The only code that masks weights, or lets a module compute with changed ones, while a context lasts; after it all is as before.
 
 Parameters keep their names, objects and places in `state_dict`, so that optimisers, saved states and digests see nothing; that
 is why this swaps the tensor inside `forward` and is no torch parametrisation, which renames. Gradients reach weight and mask.
@@ -19,6 +19,7 @@ from slimformer.anatomy import Anatomy, Kind, Role, Site, Slice
 from slimformer.errors import PlanError, RecipeError, nearest
 
 Mask = Tensor | Callable[[], Tensor]
+Change = Callable[[Tensor], Tensor]  # a tensor in, one of the same shape out
 
 FEEDS = (Role.VALUE, Role.FFN_IN)  # a unit without these rows and their biases gives 0: GELU, ReLU, SiLU and tanh map 0 to 0
 
@@ -30,18 +31,30 @@ def masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None
     A mask is a tensor or a function that returns one: it is then asked in every forward pass. Contexts may overlap, also on
     one parameter, and end in any order. Raises PlanError for a parameter that does not exist or a mask that does not fit it.
     """
-    handles: list[tuple[_Forward, tuple[str, Mask]]] = []
+    parameters = dict(model.named_parameters())
+
+    def change(name: str, mask: Mask) -> Change:
+        if isinstance(mask, Tensor) and name in parameters:
+            _check(mask.shape, parameters[name].shape, name)
+        return lambda weight: masked(weight, mask() if callable(mask) else mask)
+
+    with changed_weights(model, {name: change(name, mask) for name, mask in masks.items()}):
+        yield
+
+
+@contextmanager
+def changed_weights(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Passes each named parameter through a function in every forward pass while the context lasts; as `masked_weights`."""
+    handles: list[tuple[_Forward, tuple[str, Change]]] = []
     parameters = dict(model.named_parameters())
     try:
-        for name, mask in masks.items():
+        for name, change in changes.items():
             if name not in parameters:
-                raise PlanError(f"no parameter '{name}' to mask.", help=nearest(name, parameters))
-            if isinstance(mask, Tensor):
-                _check(mask.shape, parameters[name].shape, name)
+                raise PlanError(f"no parameter '{name}' to change.", help=nearest(name, parameters))
             path, _, own = name.rpartition(".")
             forward = _Forward.on(model.get_submodule(path))
-            entry = (own, mask)
-            forward.masks.append(entry)
+            entry = (own, change)
+            forward.changes.append(entry)
             handles.append((forward, entry))
         yield
     finally:
@@ -49,12 +62,30 @@ def masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None
             forward.remove(entry)
 
 
+@contextmanager
+def computing(model: nn.Module, ways: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Lets each named module compute in another way while the context lasts: a function of the module and its arguments."""
+    handles: list[_Forward] = []
+    try:
+        for name, way in ways.items():
+            forward = _Forward.on(model.get_submodule(name))
+            assert forward.way is None, f"{name} computes in another way already"
+            forward.way = way
+            handles.append(forward)
+        yield
+    finally:
+        for forward in handles:
+            forward.way = None
+            forward.leave()
+
+
 class _Forward:
-    """Stands in for a module's `forward` and swaps masked tensors in around it; gone with its last mask."""
+    """Stands in for a module's `forward` and swaps changed tensors in around it; gone with its last change."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.masks: list[tuple[str, Mask]] = []
+        self.changes: list[tuple[str, Change]] = []
+        self.way: Callable[..., Any] | None = None
 
     @staticmethod
     def on(module: nn.Module) -> _Forward:
@@ -65,18 +96,22 @@ class _Forward:
         assert isinstance(there, _Forward), f"{type(module).__name__}.forward is replaced already"
         return there
 
-    def remove(self, entry: tuple[str, Mask]) -> None:
-        self.masks = [other for other in self.masks if other is not entry]
-        if not self.masks:
+    def remove(self, entry: tuple[str, Change]) -> None:
+        self.changes = [other for other in self.changes if other is not entry]
+        self.leave()
+
+    def leave(self) -> None:
+        """Gives the module its own `forward` back where nothing is left to do."""
+        if not self.changes and self.way is None:
             del self.module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameters: dict[str, Any] = self.module._parameters
         plain = dict(parameters)
         try:
-            for name, mask in self.masks:
-                parameters[name] = masked(parameters[name], mask() if callable(mask) else mask)
-            return type(self.module).forward(self.module, *args, **kwargs)
+            for name, change in self.changes:
+                parameters[name] = change(parameters[name])
+            return (self.way or type(self.module).forward)(self.module, *args, **kwargs)
         finally:
             parameters.update(plain)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimformer.anatomy import Anatomy
+    from slimformer.ranges import Ranges
 
 VERSION = 1
 
@@ -111,9 +112,11 @@ class Decision:
     """A plan, and what to fold into the weights while cutting.
 
     `scales`: site -> (size,) multiplied at the site's taps, in the numbering before the cut. `weights`: parameter name ->
-    new values, in shapes before the cut; a method that repairs what is left sets them.
+    new values, in shapes before the cut; a method that repairs what is left sets them. `ranges`: what activations span, where a
+    method learned it; it holds for the model as it then is, and the next stage drops it.
     """
 
     plan: Plan = field(default_factory=Plan)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ranges: Ranges | None = None

@@ -27,6 +27,7 @@ from slimformer.files import claim
 from slimformer.latency import Levels
 from slimformer.log import Log
 from slimformer.plan import Plan
+from slimformer.ranges import Calibration, check_percentile
 from slimformer.stages import Bundle, Calibrate, Material, Run, Stage, Train, advance, prepare, torch_outputs
 from slimformer.tasks.base import Split, Task
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from slimformer.bench import Measurement
     from slimformer.delivery import Trial
+    from slimformer.exporters.base import Exporter
     from slimformer.report import Target
 
 RivalName = Literal["teacher-int8", "small-dense", "openvino-int8"]
@@ -44,10 +46,31 @@ RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8")
 
 @dataclass(frozen=True)
 class Export:
-    """Which files to write. `choose_within`: points of loss within which the fastest file is called the best."""
+    """Which files to write. `choose_within`: points of loss within which the fastest file is called the best.
+
+    Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
+    `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
+    the anatomy whose matrices stay in float.
+    """
 
     to: Literal["onnx"] = "onnx"
     choose_within: float = 1.0
+    calibration: Calibration = "least_squares"
+    percentile: float = 99.99
+    reduce_range: bool = False
+    floats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "floats", tuple(self.floats))
+        check_percentile(self.percentile)
+
+    def exporter(self) -> Exporter:
+        """The exporter with these options."""
+        bits = 7 if self.reduce_range else 8
+        made: Exporter = registry.find("exporters", self.to)(
+            weight_bits=bits, calibration=self.calibration, percentile=self.percentile, floats=self.floats
+        )
+        return made
 
 
 @dataclass(frozen=True)
@@ -230,7 +253,7 @@ class _Reader:
             self.mistakes.append(f"{place}.methods: must be a list")
             entries = []
         methods = [self.named(entry, "methods", f"{place}.methods[{number}]") for number, entry in enumerate(entries)]
-        deciding = [registry.name_of(method) for method in methods if method is not None and method.decides]
+        deciding = [registry.name_of(m) for m in methods if m is not None and (m.decides or m.rewrites)]
         for number, method in enumerate(methods):
             if method is not None and not method.trains:
                 name = registry.name_of(method)
@@ -435,8 +458,9 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
     tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
     if tuned:
         task = recipe.task.bind(config)
-        model, plan = checkpoint.load(source), checkpoint.load_plan(source)
+        model, plan, ranges = checkpoint.load(source), checkpoint.load_plan(source), checkpoint.load_ranges(source)
     else:
+        ranges = None
         # a named teacher knows the order of the classes, which the fresh head must share
         task = recipe.task.bind(checkpoint.read_config(Path(recipe.teacher))) if recipe.teacher else recipe.task
         model, plan = checkpoint.load_dense(source, task.auto_class, task.configure(), state.seed), Plan()
@@ -455,10 +479,10 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
                 help="teacher and student must read the same token ids.",
             )
         _try_out(teacher, material)
-        return Bundle(model, plan, material, teacher), stages
+        return Bundle(model, plan, material, teacher, ranges=ranges), stages
     if tuned:
         _try_out(model, material)
-        return Bundle(model, plan, material, model), stages
+        return Bundle(model, plan, material, model, ranges=ranges), stages
     lead = _lead(stages)
     bundle = advance(stages[:lead], Bundle(model, plan, material, model), state.under("teacher"))
     return Bundle(bundle.model, bundle.plan, material, bundle.model, tuned_here=True), stages[lead:]
@@ -509,7 +533,15 @@ def finish(
     if ready is None:
         log.say("exporting, and comparing the files on held examples.")
         folder = state.root / "export"
-        files = delivery.export_files(bundle.model, bundle.material, folder, delivery.SHIPPED, log)
+        files = delivery.export_files(
+            bundle.model,
+            bundle.material,
+            folder,
+            delivery.SHIPPED,
+            log,
+            exporter=recipe.export.exporter(),
+            ranges=bundle.ranges,
+        )
         paths = {variant: artifact.path for variant, artifact in files.items()}
         reference = delivery.reference(bundle, state)
         ready = Ready(folder, tuple(delivery.try_out(paths, teacher[Variant.FUSED], bundle, state, reference)))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from slimformer.anatomy import Anatomy
     from slimformer.cost import Cost
     from slimformer.latency import Levels
+    from slimformer.ranges import Ranges
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
@@ -81,6 +82,7 @@ class Bundle:
     tuned_here: bool = False  # the teacher has not seen the held examples
     minutes: float = 0.0  # spent on making `model` from the teacher
     peak_rss_bytes: int = 0
+    ranges: Ranges | None = None  # what activations span, where the stage just done learned it
 
 
 @dataclass(frozen=True)
@@ -177,14 +179,15 @@ def _spent(folder: Path) -> float:
 
 def _keep(bundle: Bundle, folder: Path) -> None:
     with whole_folder(folder) as part:
-        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=bundle.material.source)
+        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=bundle.material.source, ranges=bundle.ranges)
         facts = {"minutes": bundle.minutes, "peak_rss_bytes": bundle.peak_rss_bytes}
         (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _restore(bundle: Bundle, folder: Path) -> Bundle:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return replace(bundle, model=checkpoint.load(folder), plan=checkpoint.load_plan(folder), **facts)
+    ranges = checkpoint.load_ranges(folder)
+    return replace(bundle, model=checkpoint.load(folder), plan=checkpoint.load_plan(folder), ranges=ranges, **facts)
 
 
 # -- What stands around a method -----------------------------------------------------------------------------------------------
@@ -299,7 +302,8 @@ class Train(Stage):
         if not self.dropout:
             _copy_dropout(bundle.model, small)
         run.log.event("trained", **{name: value for name, value in vars(trained).items() if name != "decision"})
-        return replace(bundle, model=small, plan=bundle.plan.then(trained.decision.plan))
+        decision = trained.decision
+        return replace(bundle, model=small, plan=bundle.plan.then(decision.plan), ranges=decision.ranges)
 
 
 def _copy_dropout(source: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -333,7 +337,7 @@ class Calibrate(Stage):
         finally:
             state.close()
         small = shrink(context.model, context.anatomy, decision)
-        return replace(bundle, model=small, plan=bundle.plan.then(decision.plan))
+        return replace(bundle, model=small, plan=bundle.plan.then(decision.plan), ranges=decision.ranges)
 
 
 def held_score(model: PreTrainedModel, material: Material) -> float:

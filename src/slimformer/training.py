@@ -142,7 +142,7 @@ class Estimate:
 def check(methods: Sequence[Method], *, teacher: bool) -> None:
     """RecipeError where these methods cannot train together: two that decide, one-shot ones, no teacher where one is needed."""
     wrong = []
-    deciding = [name_of(method) for method in methods if method.decides]
+    deciding = [name_of(method) for method in methods if method.decides or method.rewrites]
     if len(deciding) > 1:
         wrong.append(f"{' and '.join(deciding)} both decide what is cut: put them into stages of their own")
     wrong += [f"{name_of(m)} looks once and does not train: use it in a calibrate stage" for m in methods if not m.trains]
@@ -549,12 +549,13 @@ class _Rig:
         self._recorder.listening = False
         decision = Decision()
         for method, state in zip(self.methods, self.states, strict=True):
-            if method.decides:
+            if method.decides or method.rewrites:
                 decision = method.decide(state, self.context)
         return Decision(
             decision.plan,
             {name: value.detach().to(self._home) for name, value in decision.scales.items()},
             {name: value.detach().to(self._home) for name, value in decision.weights.items()},
+            decision.ranges,
         )
 
     def state(self, step: int, facts: Mapping[str, Any]) -> RunState:

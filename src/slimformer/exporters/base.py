@@ -18,6 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slimformer.ranges import Ranges
+
 Arrays = Mapping[str, np.ndarray]  # model input -> (batch, seq) int64
 
 
@@ -55,6 +57,8 @@ class Exporter(ABC):
         path: Path,
         variant: Variant,
         outputs: Sequence[str] = ("logits",),
+        ranges: Ranges | None = None,
     ) -> Artifact:
         """Writes `path` whole or not at all. `batches` are real inputs of several shapes: the parity check runs on them and
-        static int8 takes its ranges from them. ExportError where the file disagrees with the model."""
+        static int8 takes its ranges from them, unless `ranges` were learned with the model. ExportError where the file disagrees
+        with the model."""

@@ -14,22 +14,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final, get_args
 
 import numpy as np
 
 from slimformer import graphs
-from slimformer.errors import ExportError
+from slimformer.errors import ExportError, nearest
 from slimformer.exporters.base import Arrays, Artifact, Exporter, Variant
 from slimformer.files import whole
 from slimformer.graphs import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
+from slimformer.ranges import Calibration, Histogram, Range, Ranges, check_bits, check_percentile, find
 
 if TYPE_CHECKING:
     import onnx_ir
     import torch
     from transformers import PreTrainedModel
 
-    from slimformer.anatomy import Anatomy
+    from slimformer.anatomy import Anatomy, Point
 
 __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
 
@@ -49,13 +50,27 @@ CHATTER = (  # known and harmless; anything else that warns is heard
 @final
 @dataclass(frozen=True)
 class Onnx(Exporter):
-    """`weight_bits` 7 is for CPUs whose int8 sums saturate (x86 without VNNI), where 8 can lose all accuracy."""
+    """`weight_bits` 7 is for CPUs whose int8 sums saturate (x86 without VNNI), where 8 can lose all accuracy.
+
+    `calibration`: how the range of an activation is found in its sample: by the least squared error, the extremes, a
+    `percentile`, or the least divergence. Ranges learned in training go before it. `floats`: points of the anatomy whose
+    matrices stay in float in int8 files.
+    """
 
     weight_bits: int = 8
     tolerance: float = 1e-4  # of fp32 files, relative to the largest output
     agreement: float = 0.9  # of int8 files: least share of parity rows with the model's answer
+    calibration: Calibration = "least_squares"
+    percentile: float = 99.99
+    floats: tuple[str, ...] = ()
 
     variants: ClassVar[tuple[Variant, ...]] = tuple(Variant)
+
+    def __post_init__(self) -> None:
+        check_bits("weight_bits", self.weight_bits)
+        if self.calibration not in get_args(Calibration):
+            raise ValueError(f"calibration must be one of {', '.join(get_args(Calibration))}, got {self.calibration}")
+        check_percentile(self.percentile)
 
     def export(
         self,
@@ -64,8 +79,9 @@ class Onnx(Exporter):
         path: Path,
         variant: Variant,
         outputs: Sequence[str] = ("logits",),
+        ranges: Ranges | None = None,
     ) -> Artifact:
-        return self.export_all(model, batches, {variant: path}, outputs)[variant]
+        return self.export_all(model, batches, {variant: path}, outputs, ranges)[variant]
 
     def export_all(
         self,
@@ -73,102 +89,30 @@ class Onnx(Exporter):
         batches: Sequence[Arrays],
         paths: Mapping[Variant, Path],
         outputs: Sequence[str] = ("logits",),
+        ranges: Ranges | None = None,
     ) -> dict[Variant, Artifact]:
         """Several variants from one trace, which is what takes the time; otherwise as `export`, file by file."""
-        from slimformer.families.base import anatomy_of, family_of
+        draft = self.draft(model, batches, outputs, ranges)
+        return {variant: draft.write(path, variant, self.floats) for variant, path in paths.items()}
 
+    def draft(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        outputs: Sequence[str] = ("logits",),
+        ranges: Ranges | None = None,
+    ) -> Draft:
+        """The model traced, ready to be written in any variant."""
         if not batches:
             raise ExportError("no batches to check the file with.", help="give export() some real inputs.")
-        anatomy = anatomy_of(model)
-        names = family_of(model.config.model_type).inputs(model)
-        with _eval(model):
-            reference = [_torch_outputs(model, names, batch, outputs) for batch in batches]
-            program = _trace(model, anatomy, names, outputs)
-            files = {}
-            for variant, path in paths.items():
-                files[variant] = self._write(program.clone(), model, anatomy, batches, path, variant, names, outputs, reference)
-        return files
+        return Draft(self, model, batches, outputs, ranges)
 
-    def _write(
-        self,
-        program: onnx_ir.Model,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        batches: Sequence[Arrays],
-        path: Path,
-        variant: Variant,
-        names: Sequence[str],
-        outputs: Sequence[str],
-        reference: Sequence[dict[str, np.ndarray]],
-    ) -> Artifact:
-        import onnx_ir
-
-        notes = self._rewrite(program, model, anatomy, variant, batches, names)
-        with whole(path) as part:
-            onnx_ir.save(program, part)
-            difference, agreeing = self._parity(part, variant, batches, names, outputs, reference)
-        if variant in INT8:
-            notes.append(f"{agreeing:.1%} of {sum(len(item[outputs[0]]) for item in reference)} rows answer as before")
-        return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
-
-    def _rewrite(
-        self,
-        program: onnx_ir.Model,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        variant: Variant,
-        batches: Sequence[Arrays],
-        names: Sequence[str],
-    ) -> list[str]:
-        """Turns the trace into the variant's graph, in place, and says what was counted."""
-        from torch import nn
-
-        graph = program.graph
-        layout = SEQ_FIRST if variant in FUSED else BATCH_FIRST
-        attentions = sum(name is not None for name in anatomy.attentions)
-        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
-        try:
-            _same("attentions", graphs.flatten_attentions(graph), attentions)
-            if layout == BATCH_FIRST:
-                graphs.unturn(graph)
-            narrowed = graphs.read_only_first(graph, layout)
-            _same("attentions", graphs.lower_attentions(graph, layout, fused=variant in FUSED), attentions)
-            _same("matrices", len(graphs.products(graph)), linears)
-            graphs.plain_gemms(graph)
-            notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
-            if narrowed:
-                notes.append("the last layer computes the first token only")
-            if variant in INT8:
-                notes.append(self._quantize(program, variant, linears, batches, names))
-            if variant in FUSED:
-                graphs.lower_norms(graph)
-                graphs.separate_gelus(graph)
-        except graphs.Unexpected as reason:
-            raise ExportError(f"the traced graph is not as expected: {reason}.", help=_REPORT) from None
-        graphs.tidy(program)
-        program.producer_name = "slimformer"
-        return notes
-
-    def _quantize(
-        self, program: onnx_ir.Model, variant: Variant, linears: int, batches: Sequence[Arrays], names: Sequence[str]
-    ) -> str:
-        """Int8 for every Linear but the classifier and for the embeddings, in place; says how many."""
-        graph = program.graph
-        expected = linears - len(graphs.heads_of(graph))
-        graphs.tidy(program)
-        samples = _samples(program, batches, names)
-        smoothed = graphs.smooth(graph, samples, self.weight_bits)
-        if variant is Variant.INT8_DYNAMIC:
-            done = graphs.int8_dynamic(graph, self.weight_bits)
-        else:
-            ranges = {name: best_range(sample) for name, sample in (samples | smoothed).items()}
-            done = graphs.int8_static(graph, ranges, self.weight_bits, fused=variant in FUSED)
-        _same("int8 matrices", done, expected)
-        tables = graphs.int8_embeddings(graph)
-        return (
-            f"int8: {done} of {linears} matrices ({len(smoothed)} inputs smoothed), {tables} embedding tables; "
-            "the classifier stays in fp32"
-        )
+    def span(self, sample: graphs.Sample) -> Range:
+        """The range that the calibration picks for an activation; one that never moves gets a range of its own."""
+        low, high = min(0.0, float(sample.low.min())), max(0.0, float(sample.high.max()))
+        if low == high or self.calibration == "least_squares":
+            return Range(*best_range(sample))
+        return find(Histogram.of(sample.rows, low, high), self.calibration, percentile=self.percentile)
 
     def _parity(
         self,
@@ -207,7 +151,7 @@ class Onnx(Exporter):
                 raise ExportError(
                     f"the {variant} file answers as the model does on {share:.1%} of {rows} rows only.",
                     facts=[f"least allowed: {self.agreement:.0%}", f"largest difference: {worst:.3g} of {top:.3g}"],
-                    help="this CPU may saturate int8 sums: try weight_bits=7; or ship the fp32 file.",
+                    help="this CPU may saturate int8 sums: try weight_bits=7 (export: {reduce_range: true}); or ship the fp32 file.",
                 )
         elif worst > self.tolerance * max(1.0, top):
             raise ExportError(
@@ -216,6 +160,184 @@ class Onnx(Exporter):
                 help=_REPORT,
             )
         return worst, share
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A graph of one layout, rewritten up to where int8 begins, and what its int8 products read."""
+
+    program: onnx_ir.Model
+    samples: Mapping[str, graphs.Sample]  # by the name of a product's input
+    notes: tuple[str, ...]
+
+
+class Draft:
+    """A model traced once, from which every variant is written, with any of its matrices left in float."""
+
+    def __init__(
+        self, options: Onnx, model: PreTrainedModel, batches: Sequence[Arrays], outputs: Sequence[str], ranges: Ranges | None
+    ) -> None:
+        from torch import nn
+
+        from slimformer.families.base import anatomy_of, family_of
+
+        self.options, self.model, self.batches, self.outputs, self.ranges = options, model, batches, outputs, ranges
+        self.anatomy = anatomy_of(model)
+        self.names = family_of(model.config.model_type).inputs(model)
+        self._linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        with _eval(model):
+            self.reference = [_torch_outputs(model, self.names, batch, outputs) for batch in batches]
+            self._traced = _trace(model, self.anatomy, self.names, outputs)
+        self._ready: dict[tuple[bool, frozenset[str]], _Ready] = {}
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Points whose matrices become int8 unless they are named in `floats`."""
+        from slimformer.anatomy import PointRole
+
+        return tuple(point for point in self.anatomy.points.values() if point.role is PointRole.MATRIX)
+
+    def write(self, path: Path, variant: Variant, floats: Sequence[str] = ()) -> Artifact:
+        """One variant as a file, compared with the model."""
+        import onnx_ir
+
+        program, notes = self._graph(variant, floats, floats)
+        reference = self._expected(variant, floats)
+        with whole(path) as part:
+            onnx_ir.save(program, part)
+            difference, agreeing = self.options._parity(part, variant, self.batches, self.names, self.outputs, reference)
+        if variant in INT8:
+            notes.append(f"{agreeing:.1%} of {sum(len(item[self.outputs[0]]) for item in reference)} rows answer as before")
+            if self._learned(variant):
+                notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
+        return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
+
+    def error(self, variant: Variant, floats: Sequence[str] = ()) -> float:
+        """Squared error of an int8 variant's outputs on the batches, as a share of their square; a look, no file is written."""
+        import onnx_ir
+
+        program, _ = self._graph(variant, floats, ())
+        session = _session(onnx_ir.to_proto(program).SerializeToString())
+        wrong = square = 0.0
+        for batch, expected in zip(self.batches, self.reference, strict=True):
+            for name, value in zip(self.outputs, session.run(list(self.outputs), _feed(self.names, batch)), strict=True):
+                real = np.isfinite(expected[name])
+                wrong += float(np.square(value[real] - expected[name][real]).sum())
+                square += float(np.square(expected[name][real]).sum())
+        return wrong / max(square, 1e-12)
+
+    def _learned(self, variant: Variant) -> bool:
+        return self.ranges is not None and variant in (Variant.INT8_FUSED, Variant.INT8_STATIC)
+
+    def _expected(self, variant: Variant, floats: Sequence[str]) -> Sequence[dict[str, np.ndarray]]:
+        """What the file should give: the model's outputs, with its inputs on the grids where those were learned."""
+        if self.ranges is None or not self._learned(variant):
+            return self.reference
+        from slimformer.points import quantized
+
+        with _eval(self.model), quantized(self.model, self.anatomy, self.ranges, floats):
+            return [_torch_outputs(self.model, self.names, batch, self.outputs) for batch in self.batches]
+
+    def _graph(self, variant: Variant, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:
+        """The variant's graph, and what was counted. `rough`: points that smoothing leaves alone."""
+        unknown = sorted(set(floats) - {point.id for point in self.points})
+        if unknown:
+            known = [point.id for point in self.points]
+            raise ExportError(f"there is no matrix '{unknown[0]}' to leave in float.", help=nearest(unknown[0], known))
+        try:
+            if variant in INT8:
+                ready = self._readied(variant, rough)
+                program, notes = ready.program.clone(), list(ready.notes)
+                notes.append(self._quantize(program, variant, floats, ready))
+                if floats:
+                    notes.append(f"in float: {', '.join(floats)}")
+            else:
+                program = self._traced.clone()
+                notes = self._rewrite(program, variant)
+            if variant in FUSED:
+                graphs.lower_norms(program.graph)
+                graphs.separate_gelus(program.graph)
+        except graphs.Unexpected as reason:
+            raise ExportError(f"the traced graph is not as expected: {reason}.", help=_REPORT) from None
+        graphs.tidy(program)
+        program.producer_name = "slimformer"
+        return program, notes
+
+    def _rewrite(self, program: onnx_ir.Model, variant: Variant) -> list[str]:
+        """Turns the trace into the variant's graph in float, in place, and says what was counted."""
+        graph = program.graph
+        layout = SEQ_FIRST if variant in FUSED else BATCH_FIRST
+        attentions = sum(name is not None for name in self.anatomy.attentions)
+        _same("attentions", graphs.flatten_attentions(graph), attentions)
+        if layout == BATCH_FIRST:
+            graphs.unturn(graph)
+        narrowed = graphs.read_only_first(graph, layout)
+        _same("attentions", graphs.lower_attentions(graph, layout, fused=variant in FUSED), attentions)
+        _same("matrices", len(graphs.products(graph)), self._linears)
+        graphs.plain_gemms(graph)
+        notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
+        if narrowed:
+            notes.append("the last layer computes the first token only")
+        return notes
+
+    def _readied(self, variant: Variant, rough: Sequence[str]) -> _Ready:
+        """The variant's graph in float, smoothed where that helps and no ranges were learned; kept for the next file."""
+        key = (variant in FUSED, frozenset(rough))
+        if key not in self._ready:
+            program = self._traced.clone()
+            notes = self._rewrite(program, variant)
+            graphs.tidy(program)
+            samples: dict[str, graphs.Sample] = {}
+            if self.ranges is None:
+                graph, named = program.graph, self._named(program.graph, rough)
+                samples = _samples(program, self.batches, self.names)
+                smoothed = graphs.smooth(graph, samples, self.options.weight_bits, named)
+                samples |= smoothed
+                notes.append(f"{len(smoothed)} inputs smoothed")
+                still = sum(sample.low.min() == sample.high.max() for sample in samples.values())
+                if still:
+                    notes.append(f"{still} inputs are constant on the calibration data, their ranges a guess")
+            self._ready[key] = _Ready(program, samples, tuple(notes))
+        return self._ready[key]
+
+    def _named(self, graph: onnx_ir.Graph, floats: Sequence[str]) -> list[str]:
+        """Names of the products that read these points."""
+        return [item.name for item in graphs.products(graph) if self._point(item) in floats]
+
+    def _point(self, item: graphs.Product) -> str | None:
+        """The point at which a product reads."""
+        module = item.name.removesuffix(".weight").removeprefix("model.")  # the tracer holds the model as `model`
+        return next((point.id for point in self.points if module in point.modules), None)
+
+    def _quantize(self, program: onnx_ir.Model, variant: Variant, floats: Sequence[str], ready: _Ready) -> str:
+        """Int8 for every Linear but the classifier and `floats`, and for the embeddings, in place; says how many."""
+        graph = program.graph
+        named = self._named(graph, floats)
+        expected = self._linears - len(graphs.heads_of(graph)) - len(named)
+        bits = self.options.weight_bits
+        tables: int | None = 8
+        if self.ranges is not None:
+            bits, tables = min(bits, self.ranges.weight_bits), self.ranges.embedding_bits
+        if variant is Variant.INT8_DYNAMIC:
+            done = graphs.int8_dynamic(graph, bits, named)
+        else:
+            done = graphs.int8_static(graph, self._codings(program, named, ready), bits, variant in FUSED, named)
+        _same("int8 matrices", done, expected)
+        count = graphs.int8_embeddings(graph, tables) if tables is not None else 0
+        return f"int8: {done} of {self._linears} matrices, {count} embedding tables; the classifier stays in fp32"
+
+    def _codings(self, program: onnx_ir.Model, named: Sequence[str], ready: _Ready) -> dict[str, graphs.Coding]:
+        """How the input of each int8 product is stored: by learned ranges where there are any, else by those of its sample."""
+        codings, missing = {}, set[str]()
+        for item in graphs.smalls(program.graph, named):
+            source, point = str(item.source.name), self._point(item)
+            if self.ranges is not None and point is not None and point in self.ranges.activations:
+                bits = self.ranges.activation_bits
+                codings[source] = graphs.Coding(*self.ranges.activations[point].grid(bits), 2**bits - 1)
+            else:
+                missing.add(source)
+        samples = ready.samples or (_samples(program, self.batches, self.names) if missing else {})
+        return codings | {name: graphs.Coding(*self.options.span(samples[name]).grid(8)) for name in sorted(missing)}
 
 
 _REPORT = "this is a fault of the exporter or of a package it stands on; please report it with the model's config.json."
@@ -392,9 +514,11 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
     copy.graph.outputs.extend(value for value in watched.values() if not value.is_graph_output())
     session = _session(onnx_ir.to_proto(copy).SerializeToString())
     some: list[Arrays] = []
-    for batch in batches:
+    for batch in (item for item in batches if np.any(item["attention_mask"])):
         if sum(len(item["input_ids"]) for item in some) < CALIBRATION_ROWS:
             some.append(batch)
+    if not some:
+        raise ExportError("the calibration data is empty: no batch holds a real token.", help="give export() some real inputs.")
     share = -(-SAMPLE_ROWS // len(some))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in watched}
     ends: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in watched}

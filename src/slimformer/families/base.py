@@ -7,12 +7,12 @@ a whole sublayer out so that only the residual is left, under unchanged names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from slimformer import registry
-from slimformer.anatomy import Anatomy, Counter, Kind, Site, Slice, Tap
+from slimformer.anatomy import Anatomy, Counter, Kind, Point, PointRole, Site, Slice, Tap
 from slimformer.errors import ModelError
 
 if TYPE_CHECKING:
@@ -141,3 +141,60 @@ def sublayer_site(layer: int, name: str, *, end: str, start: str, modules: tuple
         taps=(Tap(end, "output", residual=start),),
         modules=modules,
     )
+
+
+def attention_points(layer: int, own: str, inputs: tuple[str, str, str], output: str, norm: str) -> list[Point]:
+    """Points of one attention: what its projections read and give, its softmax, what the output projection reads, its norm."""
+    where = f"encoder.{layer}.attention"
+    given = [
+        Point(f"encoder.{layer}.{name}.output", (module,), "output", PointRole.ATTENTION, where)
+        for name, module in zip(("query", "key", "value"), inputs, strict=True)
+    ]
+    softmax = [
+        Point(f"encoder.{layer}.softmax.numerator", (own,), "numerator", PointRole.SOFTMAX, where),
+        Point(f"encoder.{layer}.softmax.denominator", (own,), "denominator", PointRole.SOFTMAX, where),
+        Point(f"encoder.{layer}.softmax.output", (own,), "quotient", PointRole.SOFTMAX, where),
+    ]
+    return [
+        Point(f"{where}.input", inputs, "input", PointRole.MATRIX, where),
+        *given,
+        *softmax,
+        Point(f"encoder.{layer}.attention_out.input", (output,), "input", PointRole.MATRIX, where),
+        *norm_points(f"{where}.norm", norm, where),
+    ]
+
+
+def ffn_points(layer: int, into: str, out: str, norm: str) -> list[Point]:
+    """Points of one feed-forward block: what its two matrices read, what it gives, its norm."""
+    where = f"encoder.{layer}.ffn"
+    return [
+        Point(f"encoder.{layer}.ffn_in.input", (into,), "input", PointRole.MATRIX, where),
+        Point(f"encoder.{layer}.ffn_out.input", (out,), "input", PointRole.MATRIX, where),
+        Point(f"encoder.{layer}.ffn_out.output", (out,), "output", PointRole.BRANCH, where),
+        *norm_points(f"{where}.norm", norm, where),
+    ]
+
+
+def norm_points(name: str, module: str, sublayer: str | None = None) -> list[Point]:
+    """The parts of one LayerNorm, in the order in which they are computed."""
+    sides: tuple[Literal["numerator", "denominator", "quotient", "output"], ...]
+    sides = ("numerator", "denominator", "quotient", "output")
+    return [Point(f"{name}.{side}", (module,), side, PointRole.NORM, sublayer) for side in sides]
+
+
+def outer_points(model: nn.Module, norm: str, inner: tuple[str, ...], last: tuple[str, ...]) -> list[Point]:
+    """Points outside the layers: the embeddings' sum and norm, and what the named Linears read, where the model has them.
+
+    `last` names the Linears that give outputs; which of these names there are differs from head to head.
+    """
+    modules = dict(model.named_modules())
+    return [
+        Point("embeddings.sum", (norm,), "input", PointRole.EMBEDDING),
+        *norm_points("embeddings.norm", norm),
+        *(
+            Point(f"{name}.input", (name,), "input", role)
+            for names, role in ((inner, PointRole.MATRIX), (last, PointRole.HEAD))
+            for name in names
+            if isinstance(modules.get(name), nn.Linear)
+        ),
+    ]

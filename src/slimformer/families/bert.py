@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
-from slimformer.anatomy import Anatomy, Counter, Matrix, Role, Site
+from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site
 from slimformer.families.base import (
     SKIPPED,
     Family,
     SkippedAttention,
     SkippedInput,
     SkippedOutput,
+    attention_points,
     attention_site,
+    ffn_points,
     ffn_site,
+    outer_points,
     sublayer_site,
 )
 
@@ -35,6 +38,12 @@ class Bert(Family):
         sites: list[Site] = []
         matrices: list[Matrix] = []
         attentions: list[str | None] = []
+        points: list[Point] = outer_points(
+            model,
+            f"{prefix}embeddings.LayerNorm",
+            (f"{prefix}embeddings_project", f"{prefix}pooler.dense", "classifier.dense"),
+            ("classifier", "classifier.out_proj", "qa_outputs"),
+        )
 
         def matrix(name: str, module: str, weight: Any, role: Role, sublayer: str | None) -> None:
             matrices.append(Matrix(name, module, (weight.shape[0], weight.shape[1]), role, sublayer))
@@ -56,6 +65,7 @@ class Bert(Family):
                     Counter(own, "all_head_size", head_dim),
                 )
                 heads = core.query.weight.shape[0] // head_dim
+                points += attention_points(index, own, inputs, output, f"{path}.attention.output.LayerNorm")
                 attentions.append(own)
                 where = f"encoder.{index}.attention"
                 sites.append(
@@ -77,6 +87,7 @@ class Bert(Family):
                     matrix(f"encoder.{index}.{role}", name, linear.weight, role, where)
             if not isinstance(layer.intermediate, SKIPPED):
                 into, out = f"{path}.intermediate.dense", f"{path}.output.dense"
+                points += ffn_points(index, into, out, f"{path}.output.LayerNorm")
                 where = f"encoder.{index}.ffn"
                 sites.append(
                     sublayer_site(
@@ -98,6 +109,7 @@ class Bert(Family):
             attentions=tuple(attentions),
             hidden_size=model.config.hidden_size,
             head_dim=head_dim,
+            points={point.id: point for point in points},
         )
 
     def skip(self, model: PreTrainedModel, site: Site) -> None:

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 from torch import nn
 
-from slimformer.anatomy import Anatomy, Counter, Matrix, Role, Site
-from slimformer.families.base import SKIPPED, Family, SkippedBranch, SkippedZero, attention_site, ffn_site, sublayer_site
+from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site
+from slimformer.families.base import (
+    SKIPPED,
+    Family,
+    SkippedBranch,
+    SkippedZero,
+    attention_points,
+    attention_site,
+    ffn_points,
+    ffn_site,
+    outer_points,
+    sublayer_site,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +41,9 @@ class DistilBert(Family):
             Matrix("embeddings.word", f"{prefix}embeddings.word_embeddings", (words.shape[0], words.shape[1]), Role.EMBEDDING)
         ]
         attentions: list[str | None] = []
+        points: list[Point] = outer_points(
+            model, f"{prefix}embeddings.LayerNorm", ("pre_classifier",), ("classifier", "qa_outputs")
+        )
 
         def matrix(role: Role, index: int, module: str, weight: Any, sublayer: str) -> None:
             shape = (weight.shape[0], weight.shape[1])
@@ -44,6 +58,7 @@ class DistilBert(Family):
                 inputs = (f"{own}.q_lin", f"{own}.k_lin", f"{own}.v_lin")
                 counters = (Counter(own, "n_heads"), Counter(own, "dim", head_dim))
                 heads = layer.attention.q_lin.weight.shape[0] // head_dim
+                points += attention_points(index, own, inputs, f"{own}.out_lin", f"{path}.sa_layer_norm")
                 attentions.append(own)
                 sites.append(
                     sublayer_site(
@@ -64,6 +79,7 @@ class DistilBert(Family):
                     matrix(role, index, module, linear.weight, where)
             if not isinstance(layer.ffn, SKIPPED):
                 own, where = f"{path}.ffn", f"encoder.{index}.ffn"
+                points += ffn_points(index, f"{own}.lin1", f"{own}.lin2", f"{path}.output_layer_norm")
                 sites.append(
                     sublayer_site(
                         index, "ffn", start=own, end=f"{path}.output_layer_norm", modules=(own, f"{path}.output_layer_norm")
@@ -80,6 +96,7 @@ class DistilBert(Family):
             attentions=tuple(attentions),
             hidden_size=model.config.dim,
             head_dim=head_dim,
+            points={point.id: point for point in points},
         )
 
     def skip(self, model: PreTrainedModel, site: Site) -> None:

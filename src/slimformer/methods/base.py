@@ -117,6 +117,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Capture]] = frozenset()
     needs_teacher: ClassVar[bool] = False
     decides: ClassVar[bool] = False  # whether `decide` may cut; two such methods in one stage are refused
+    rewrites: ClassVar[bool] = False  # whether `decide` cuts nothing but gives new weights; as much alone as one that decides
     trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
     neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
     cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"

@@ -1,0 +1,187 @@
+"""Training with fake quantization, so that a model learns to live with the integers that its file will compute in.
+
+Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine Translation (Findings of EMNLP 2020): weights on grids from
+their own extremes in every pass, activations from running extremes, gradients straight through but not where a value was clamped,
+switched on after a short start in float. `roles` says what is quantized: `matrix`, all inputs and weights of Linears but the last,
+is what int8 files execute, with the very ranges learned here; the other roles complete the paper and are simulated in training only,
+since files compute them in float. Differences: encoders; symmetric weight grids and a 0 on every grid by default (`quantizer.py`:
+integer kernels want both); the start is a share of the steps, not a number; a denominator's grid begins at the smallest one
+seen, so that none becomes 0. What is read after a dropout is quantized after it: train with `dropout: false`.
+Choose it where post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.anatomy import Point, PointRole
+from slimformer.masks import Change, changed_weights
+from slimformer.methods.base import Context, Method, Progress, State
+from slimformer.plan import Decision
+from slimformer.points import touched
+from slimformer.quantizer import MOMENTUM, Grid, RunningRange, affine, fake, grid_of
+from slimformer.ranges import TABLE_ROWS, Ranges
+
+BITS = (8, 6, 4)
+READING = (PointRole.MATRIX, PointRole.HEAD)  # points whose modules are Linears, with a weight to quantize
+
+
+class _State(State):
+    """Running ranges of the points as buffers, whether quantization is on, and what puts it in place."""
+
+    def __init__(self, context: Context, method: Quantization) -> None:
+        super().__init__()
+        self.method = method
+        model = context.model
+        roles = {PointRole(role) for role in method.roles}
+        self.points = [point for point in context.anatomy.points.values() if point.role in roles]
+        self.ranges = nn.ModuleList([RunningRange(_features(model, point, method), method.momentum) for point in self.points])
+        self.on: Tensor  # a buffer, so that a resumed run knows it
+        self.register_buffer("on", torch.tensor(False))
+        self._on, self._mask = False, cast(Tensor | None, None)
+        modules = [module for point in self.points if point.role in READING for module in point.modules]
+        self.weights = [f"{module}.weight" for module in modules]
+        self.tables = _tables(model) if method.embeddings is not None else {}
+        self.gains = [f"{point.modules[0]}.weight" for point in self.points if point.role is PointRole.NORM and _last(point)]
+        stack = ExitStack()
+        self.on_close(stack.close)
+        stack.callback(model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+        stack.enter_context(touched(model, context.anatomy, {point.id: self._read(i) for i, point in enumerate(self.points)}))
+        stack.enter_context(changed_weights(model, dict.fromkeys((*self.weights, *self.gains), self._weigh)))
+        for table in self.tables.values():
+            stack.callback(table.register_forward_hook(self._look_up).remove)
+
+    def _look(self, _: nn.Module, __: Any, given: Mapping[str, Any]) -> None:
+        """Once per forward pass: asking a GPU at each point would stall it."""
+        self._on, self._mask = bool(self.on), given.get("attention_mask")
+
+    def _read(self, index: int) -> Change:
+        running, point = cast(RunningRange, self.ranges[index]), self.points[index]
+
+        def change(values: Tensor) -> Tensor:
+            if self.training:
+                running.observe(values, self._mask)
+            return fake(values, self.grid(running, point)) if self._on else values
+
+        return change
+
+    def _weigh(self, weight: Tensor) -> Tensor:
+        return fake(weight, self.method.weight_grid(weight)) if self._on else weight
+
+    def _look_up(self, table: nn.Module, _: Any, rows: Tensor) -> Tensor:
+        """Quantizes the rows that were read: the same as quantizing the table, which is much larger."""
+        if not self._on:
+            return rows
+        by_row = self.method.buckets == "row"
+        return fake(rows, self.method.table_grid(rows if by_row else cast(nn.Embedding, table).weight))
+
+    def grid(self, running: RunningRange, point: Point) -> Grid:
+        """The grid of a point as it stands now."""
+        divisor = point.side == "denominator"  # never 0, and far from it where values are
+        low = running.low
+        if point.role is PointRole.SOFTMAX and not divisor:
+            low = torch.zeros_like(low)  # as in the paper: what is masked stays exactly 0
+        return affine(low, running.high, self.method.activations, exact_zero=self.method.exact_zero and not divisor)
+
+
+def _features(model: nn.Module, point: Point, method: Quantization) -> int | None:
+    """How many buckets a point has: one, or one per feature where no integer product reads it."""
+    if method.activation_buckets == "tensor" or point.role in (*READING, PointRole.SOFTMAX) or point.side == "denominator":
+        return None
+    module: Any = model.get_submodule(point.modules[0])
+    return int(module.out_features) if isinstance(module, nn.Linear) else int(module.normalized_shape[-1])
+
+
+def _tables(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Embedding tables long enough to be worth it, by the name of their weight."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings >= TABLE_ROWS
+    }
+
+
+def _last(point: Point) -> bool:
+    return point.side == "output"
+
+
+@final
+@dataclass(frozen=True)
+class Quantization(Method):
+    """Bits of `weights`, `activations` and `embeddings` (null: float): 8, 6 or 4. Files hold fewer than 8 bits in bytes.
+
+    `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding. `buckets`: a range per output row
+    (per word in a table) or one per tensor; `activation_buckets`: one per tensor, or per feature where no integer product reads.
+    `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own grid).
+    `exact_zero`: whether 0 lies on every affine grid; without it, as in the paper, a file moves each range by up to half a step.
+    `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
+    """
+
+    weights: int = 8
+    activations: int = 8
+    embeddings: int | None = 8
+    roles: tuple[Literal["matrix", "head", "attention", "softmax", "norm", "branch", "embedding"], ...] = ("matrix",)
+    buckets: Literal["row", "tensor"] = "row"
+    activation_buckets: Literal["tensor", "feature"] = "tensor"
+    grid: Literal["symmetric", "affine"] = "symmetric"
+    exact_zero: bool = True
+    start: float = 0.1
+    momentum: float = MOMENTUM
+
+    rewrites: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roles", tuple(str(role) for role in self.roles))
+        for name in ("weights", "activations", "embeddings"):
+            bits = getattr(self, name)
+            if bits not in BITS and not (name == "embeddings" and bits is None):
+                raise ValueError(f"{name} must be 8, 6 or 4 bits, got {bits}")
+        known = [str(role) for role in PointRole]
+        unknown = [role for role in self.roles if role not in known]
+        if unknown or not self.roles:
+            raise ValueError(f"roles must be some of {', '.join(known)}, got {', '.join(self.roles) or 'none'}")
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start must be 0 or above, and below 1, got {self.start:g}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be 0 or above, and below 1, got {self.momentum:g}")
+
+    def weight_grid(self, weight: Tensor) -> Grid:
+        rows = self.buckets == "row" and weight.ndim > 1
+        return grid_of(weight, self.weights, rows=rows, even=self.grid == "symmetric", exact_zero=self.exact_zero)
+
+    def table_grid(self, rows: Tensor) -> Grid:
+        assert self.embeddings is not None
+        even = self.grid == "symmetric"
+        return grid_of(rows, self.embeddings, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
+
+    def attach(self, context: Context) -> State:
+        return _State(context, self)
+
+    def advance(self, state: State, progress: Progress) -> None:
+        state = cast(_State, state)
+        if progress.fraction >= self.start:
+            seen = [cast(RunningRange, item).seen for item in state.ranges]
+            state.on.copy_(torch.stack(seen).any() if seen else torch.tensor(True))
+
+    def report(self, state: State) -> Mapping[str, float]:
+        return {"on": float(cast(_State, state).on)}
+
+    @torch.no_grad()
+    def decide(self, state: State, context: Context) -> Decision:
+        """The weights as they were computed with, on their grids, and the ranges of all points with one range each."""
+        state = cast(_State, state)
+        parameters = dict(context.model.named_parameters())
+        changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
+        changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in state.tables}
+        found = {}
+        for point, item in zip(state.points, state.ranges, strict=True):
+            running = cast(RunningRange, item)
+            if bool(running.seen) and running.low.ndim == 0:
+                found[point.id] = running.range()
+        return Decision(weights=changed, ranges=Ranges(found, self.weights, self.activations, self.embeddings))

@@ -1,0 +1,179 @@
+"""What activations span: found from a sample, or learned in training; read by whoever puts them on a grid of integers.
+
+A `Range` is two numbers, `Ranges` those of a whole model by the ids of its points, with the bits they were learned for:
+`ranges.json` in a saved folder. Finders: the extremes; a percentile; the least Kullback-Leibler divergence, as TensorRT describes
+(Migacz, 8-bit Inference with TensorRT, GTC 2017). numpy alone; tensors are put on grids in `quantizer.py`, graphs in `graphs.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from slimformer.errors import DataError, ModelError
+
+Finder = Literal["min_max", "percentile", "entropy"]
+Calibration = Literal["least_squares", "min_max", "percentile", "entropy"]  # of a file; the first is `exporters/onnx.py`'s own
+FILE = "ranges.json"
+VERSION = 1
+BINS = 2048  # as TensorRT
+TABLE_ROWS = 64  # a shorter embedding table stays in float: there is nothing to win
+NARROWEST = 1e-8  # of a step: a unit that is always 0 must not divide by 0
+
+
+def check_bits(name: str, bits: int, least: int = 2, most: int = 8) -> None:
+    """ValueError unless `bits` is a width that a grid can have."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {bits}")
+
+
+def check_percentile(percentile: float) -> None:
+    """ValueError unless a percentile leaves something between its two ends."""
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile must be above 50 and at most 100, got {percentile:g}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """From `low` to `high`; ValueError for a range of no width."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"a range must have a width and finite ends, got {self.low:g} to {self.high:g}")
+
+    def grid(self, bits: int) -> tuple[np.float32, int]:
+        """Step and zero point of the 2^bits integers from 0 that span this range and 0, with 0 on the grid exactly."""
+        low, high = np.float32(min(self.low, 0.0)), np.float32(max(self.high, 0.0))
+        top = 2**bits - 1
+        step = np.maximum(np.float32((high - low) / np.float32(top)), np.float32(NARROWEST))
+        return step, int(np.clip(np.rint(-low / step), 0, top))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Learned ranges by the id of a point, and the bits of weights, activations and embedding tables (None: float)."""
+
+    activations: Mapping[str, Range] = field(default_factory=dict)
+    weight_bits: int = 8
+    activation_bits: int = 8
+    embedding_bits: int | None = 8
+
+    def __post_init__(self) -> None:
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("activation_bits", self.activation_bits)
+        if self.embedding_bits is not None:
+            check_bits("embedding_bits", self.embedding_bits)
+        object.__setattr__(self, "activations", MappingProxyType(dict(sorted(self.activations.items()))))
+
+    def to_json(self) -> str:
+        """The ranges as JSON; `Ranges.from_json` gives them back exactly."""
+        bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits")}
+        found = {name: [item.low, item.high] for name, item in self.activations.items()}
+        return json.dumps({"version": VERSION, **bits, "activations": found}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Ranges:
+        """What `to_json` wrote; ModelError for anything else."""
+        try:
+            data = json.loads(text)
+            if data.pop("version") != VERSION:
+                raise ValueError(f"it is not of version {VERSION}")
+            found = {str(name): Range(float(low), float(high)) for name, (low, high) in data.pop("activations").items()}
+            return Ranges(found, **data)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(
+                f"{FILE} cannot be read: {error}.", help="make the model again, or calibrate without it."
+            ) from None
+
+
+# -- Finding a range -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values between edges of one width; the first and last edge are the extremes."""
+
+    counts: np.ndarray  # (bins,)
+    edges: np.ndarray  # (bins + 1,)
+
+    @staticmethod
+    def of(values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = BINS) -> Histogram:
+        """Of values between `low` and `high`, by default their extremes; DataError where they say nothing about a range."""
+        if values.size == 0:
+            raise DataError("there is no calibration data: no value was seen.", help="give some real inputs.")
+        if not np.isfinite(values).all():
+            raise DataError("the calibration data holds values that are no finite numbers.", help="check the model's outputs.")
+        low = float(values.min()) if low is None else low
+        high = float(values.max()) if high is None else high
+        if not low < high:
+            raise DataError(
+                f"the calibration data is constant: every value is {low:g}, and a range needs a width.",
+                help="give inputs that differ.",
+            )
+        counts, edges = np.histogram(values, bins=bins, range=(low, high))
+        return Histogram(counts, edges)
+
+
+def find(histogram: Histogram, how: Finder, *, percentile: float = 99.99, bits: int = 8) -> Range:
+    """The range that a finder picks; always with a width, never beyond the extremes."""
+    if how == "min_max":
+        return Range(float(histogram.edges[0]), float(histogram.edges[-1]))
+    return by_percentile(histogram, percentile) if how == "percentile" else by_entropy(histogram, bits)
+
+
+def by_percentile(histogram: Histogram, percentile: float) -> Range:
+    """The shortest run of bins that leaves at most 100 - percentile per cent of the values out on either side."""
+    check_percentile(percentile)
+    out = (1 - percentile / 100) * histogram.counts.sum() + 1e-9
+    below, above = histogram.counts.cumsum(), histogram.counts[::-1].cumsum()
+    first = int((below <= out).sum())  # bins that go whole
+    last = len(below) - int((above <= out).sum())
+    return Range(float(histogram.edges[first]), float(histogram.edges[max(last, first + 1)]))
+
+
+def by_entropy(histogram: Histogram, bits: int = 8) -> Range:
+    """TensorRT's threshold on magnitudes; the range is the part of [-threshold, threshold] that values reach.
+
+    Of all thresholds the one whose clipped distribution is closest to the same on 2^(bits-1) levels. Ours differs in that
+    a range that values do not fill stays narrow: a GELU's output keeps its -0.17.
+    """
+    low, high = float(histogram.edges[0]), float(histogram.edges[-1])
+    centres = (histogram.edges[:-1] + histogram.edges[1:]) / 2
+    top = max(-low, high)
+    counts, edges = np.histogram(np.abs(centres), bins=len(histogram.counts), range=(0.0, top), weights=histogram.counts)
+    levels = 2 ** (bits - 1)
+    best, kept = math.inf, len(counts)
+    for size in range(min(levels, len(counts)), len(counts) + 1):
+        divergence = _divergence(counts, size, levels)
+        if divergence < best:
+            best, kept = divergence, size
+    threshold = float(edges[kept])
+    low, high = max(low, -threshold), min(high, threshold)
+    return Range(low, high) if low < high else Range(float(histogram.edges[0]), float(histogram.edges[-1]))
+
+
+def _divergence(counts: np.ndarray, size: int, levels: int) -> float:
+    """KL divergence of the first `size` bins, outliers in the last of them, from the same on `levels` levels."""
+    inside = counts[:size].astype(np.float64)
+    wanted = inside.copy()
+    wanted[-1] += counts[size:].sum()
+    starts = np.arange(levels) * size // levels
+    level = np.repeat(np.arange(levels), np.diff(np.append(starts, size)))  # of each bin
+    filled = inside > 0
+    sums = np.bincount(level, weights=inside, minlength=levels)
+    bins = np.bincount(level, weights=filled, minlength=levels)
+    coarse = np.where(filled, sums[level] / np.maximum(bins[level], 1), 0.0)
+    seen = wanted > 0
+    if coarse.sum() == 0 or (coarse[seen] == 0).any():
+        return math.inf
+    p, q = wanted / wanted.sum(), coarse / coarse.sum()
+    return float((p[seen] * np.log(p[seen] / q[seen])).sum())

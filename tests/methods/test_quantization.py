@@ -1,0 +1,230 @@
+"""Training with fake quantization: what is trained is what is decided, on grids; ranges settle, resume, and reach the Decision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import batch, tiny
+from toy_task import context, rows
+
+from slimformer import checkpoint, training
+from slimformer.anatomy import PointRole
+from slimformer.checks import tiny_context
+from slimformer.errors import RecipeError
+from slimformer.families.base import anatomy_of
+from slimformer.log import Log
+from slimformer.methods.base import Progress
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.gates import Gates
+from slimformer.methods.quantization import Quantization
+from slimformer.plan import Plan
+from slimformer.points import quantized
+from slimformer.recipe import Recipe
+from slimformer.shrink import shrink
+from slimformer.training import Settings, train
+
+QUIET = Log(None, quiet=True)
+SETTINGS = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+def on_grid(weight, steps, largest):
+    """Whether each row holds at most 2 * largest + 1 values, whole multiples of its own step."""
+    integers = weight / steps
+    return bool(((integers - integers.round()).abs() < 1e-3).all()) and bool((integers.abs() < largest + 0.5).all())
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_weights_that_are_decided_lie_on_their_grids(bits):
+    around = tiny_context()
+    method = Quantization(weights=bits, embeddings=bits)
+    state = method.attach(around)
+    decision = method.decide(state, around)
+    state.close()
+    largest = 2 ** (bits - 1) - 1
+    for name in (QUERY, WORDS):
+        before, weight = dict(around.model.named_parameters())[name].detach(), decision.weights[name]
+        steps = before.abs().amax(1, keepdim=True) / largest
+        assert on_grid(weight, steps, largest)
+        assert bool(((weight - before).abs() <= steps * 0.501).all())
+    assert "classifier.weight" not in decision.weights  # the last Linear stays in float in files
+    assert "bert.pooler.dense.weight" in decision.weights
+    assert "bert.embeddings.token_type_embeddings.weight" not in decision.weights  # two rows are not worth it
+    assert decision.plan == Plan()
+
+
+def test_one_bucket_for_a_whole_weight_and_the_papers_affine_grid():
+    around = tiny_context()
+    weight = dict(around.model.named_parameters())[QUERY].detach()
+    method = Quantization(weights=4, buckets="tensor", grid="affine", exact_zero=False, embeddings=None)
+    state = method.attach(around)
+    found = method.decide(state, around).weights
+    state.close()
+    step = (weight.max() - weight.min()) / 15
+    expected = ((weight - weight.min()) / step).round() * step + weight.min()
+    torch.testing.assert_close(found[QUERY], expected)
+    assert WORDS not in found
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_the_model_that_leaves_computes_what_was_trained(model_type):
+    around = tiny_context(model_type)
+    model, inputs = around.model, batch(around.model, rows=8, seed=3)
+    method = Quantization()
+    state = method.attach(around)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        state.train()
+        assert torch.equal(model(**inputs).logits, plain)  # the start is in float
+        method.advance(state, Progress(1, 8))
+        state.eval()
+        trained = model(**inputs).logits
+        assert method.report(state) == {"on": 1.0}
+        decision = method.decide(state, around)
+        state.close()
+        assert torch.equal(model(**inputs).logits, plain)
+        small = shrink(model, around.anatomy, decision)
+        with quantized(small, anatomy_of(small), decision.ranges):
+            left = small(**inputs).logits
+        assert not torch.equal(trained, plain)
+        torch.testing.assert_close(left, trained, atol=1e-5, rtol=1e-5)
+        assert float((small(**inputs).logits - trained).abs().max()) > 1e-4  # without its ranges it is another model
+
+
+def test_quantization_begins_after_its_start():
+    around = tiny_context()
+    method = Quantization(start=0.5)
+    state = method.attach(around)
+    with torch.no_grad():
+        around.model(**batch(around.model))
+    for step in range(1, 9):
+        method.advance(state, Progress(step, 8))
+        assert method.report(state) == {"on": float(step >= 4)}
+    state.close()
+
+
+def test_in_evaluation_ranges_stand_still_and_padding_never_counts():
+    around = tiny_context()
+    method = Quantization()
+    state = method.attach(around)
+    inputs = batch(around.model)
+    far = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)
+    spans = []
+    with torch.no_grad():
+        for ids, training_now in ((inputs["input_ids"], True), (torch.flip(inputs["input_ids"], (0,)), False)):
+            state.train(training_now)
+            around.model(input_ids=ids, attention_mask=inputs["attention_mask"])
+            spans.append(method.decide(state, around).ranges)
+    state.close()
+    assert spans[0] == spans[1]
+    again = tiny_context()
+    state = method.attach(again)
+    with torch.no_grad():
+        again.model(input_ids=far, attention_mask=inputs["attention_mask"])  # other words, but only at padding
+        found = method.decide(state, again).ranges
+    state.close()
+    first = "encoder.0.attention.input"
+    assert found.activations[first] == spans[0].activations[first]
+
+
+def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
+    features = rows(48)
+    around = context(features=features, teacher=tiny("bert", seed=9))
+    roles = tuple(str(role) for role in PointRole)
+    method = Quantization(weights=4, activations=4, embeddings=4, roles=roles, activation_buckets="feature", start=0.2)
+    found = train(around, features, (method, Distillation(scores=1.0)), SETTINGS, tmp_path, QUIET)
+    assert all(math.isfinite(loss) for loss in found.losses)
+    assert set(found.decision.ranges.activations) >= {
+        "encoder.0.attention.input",
+        "classifier.input",
+        "encoder.0.softmax.output",
+    }
+    assert (
+        "encoder.0.attention.norm.numerator" not in found.decision.ranges.activations
+    )  # a range per feature: for training only
+    assert "bert.encoder.layer.0.output.LayerNorm.weight" in found.decision.weights
+    assert found.decision.ranges.activations["encoder.2.softmax.output"].high <= 1.0
+    assert not any("forward" in vars(module) or module._forward_hooks for module in around.model.modules())
+    assert around.model.config._attn_implementation == "sdpa"
+    small = shrink(around.model, around.anatomy, found.decision)
+    with torch.no_grad():
+        assert bool(torch.isfinite(small(**batch(small)).logits).all())
+
+
+def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "STATE_SHARE", math.inf)
+    features = rows(64)
+    settings = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", checkpoint_seconds=0.0, evaluate=False)
+    advance = Quantization.advance
+
+    def run(folder):
+        around = context(features=features)
+        return around, train(around, features, (Quantization(start=0.4),), settings, folder, QUIET)
+
+    def stop(self, state, progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+        advance(self, state, progress)
+
+    straight, expected = run(tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Quantization, "advance", stop)
+        run(tmp_path / "stopped")
+    resumed, found = run(tmp_path / "stopped")
+    assert found.losses == expected.losses
+    assert found.decision.ranges == expected.decision.ranges
+    after = dict(resumed.model.named_parameters())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in straight.model.named_parameters())
+
+
+def test_weights_learn_through_their_grids(tmp_path):
+    features = rows(96)
+    around = context(features=features)
+    settings = Settings(steps=30, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
+    found = train(around, features, (Quantization(weights=4, activations=6),), settings, tmp_path, QUIET)
+    assert sum(found.losses[-5:]) < 0.7 * sum(found.losses[:5])
+
+
+def test_ranges_are_saved_beside_the_plan(tmp_path):
+    around = tiny_context()
+    method = Quantization(activations=6)
+    state = method.attach(around)
+    with torch.no_grad():
+        around.model(**batch(around.model))
+    decision = method.decide(state, around)
+    state.close()
+    small = shrink(around.model, around.anatomy, decision)
+    checkpoint.save(small, Plan(), tmp_path / "model", tokenizer_from=tmp_path, ranges=decision.ranges)
+    assert checkpoint.load_ranges(tmp_path / "model") == decision.ranges
+    assert checkpoint.load_ranges(tmp_path / "model").activation_bits == 6
+    checkpoint.save(small, Plan(), tmp_path / "plain", tokenizer_from=tmp_path)
+    assert checkpoint.load_ranges(tmp_path / "plain") is None
+
+
+def test_it_stands_alone_with_one_that_cuts(tmp_path):
+    with pytest.raises(RecipeError, match="quantization and gates both decide"):
+        train(context(), rows(), (Quantization(), Gates(target=0.5)), SETTINGS, tmp_path, QUIET)
+    data = {"model": "x", "task": "intents", "stages": [{"train": {"methods": ["quantization", "gates"]}}]}
+    with pytest.raises(RecipeError, match="quantization and gates both decide"):
+        Recipe.parse(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": 1}, "weights must be 8, 6 or 4 bits, got 1"),
+        ({"activations": 40}, "activations must be 8, 6 or 4 bits, got 40"),
+        ({"embeddings": 5}, "embeddings must be 8, 6 or 4 bits, got 5"),
+        ({"activations": None}, "activations must be 8, 6 or 4 bits, got None"),
+        ({"roles": ()}, "roles must be some of matrix, .*, got none"),
+        ({"roles": ("matrices",)}, "roles must be some of matrix, .*, got matrices"),
+        ({"start": 1.0}, "start must be 0 or above, and below 1, got 1"),
+        ({"momentum": -0.1}, "momentum must be 0 or above, and below 1, got -0.1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Quantization(**options)

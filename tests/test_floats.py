@@ -1,0 +1,199 @@
+"""Which matrices stay in float: the search on cases worked by hand, verdicts with reasons, and real files rescued by it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_folder import write_data, write_model
+
+from slimformer import checkpoint, compression, delivery, floats
+from slimformer.compression import Wishes
+from slimformer.delivery import Reference, Trial
+from slimformer.exporters.base import Variant
+from slimformer.exporters.onnx import Onnx, quantized_matrices
+from slimformer.floats import Choice, gains, search, shape_of
+from slimformer.log import Log
+from slimformer.plan import Plan
+from slimformer.stages import Bundle, Run, prepare
+from slimformer.tasks.classification import Classification
+
+GAINS = {"a": 2.0, "b": 3.0, "c": 0.9, "d": 2.5, "e": 2.0}
+COST = {"a": 1.0, "b": 6.0, "c": 0.5, "d": 2.0, "e": 0.0}  # squared error that each makes in int8; points lost are the same
+
+
+class Clock:
+    """Time that passes only where something is tried: a second each."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def look(allowed: float, seconds: float = 1000.0) -> tuple[Choice, list[tuple[str, ...]]]:
+    """The search among five points that do not disturb each other, and all that it looked at for the loss."""
+    clock = Clock()
+    seen: list[tuple[str, ...]] = []
+
+    def error(kept: Sequence[str]) -> float:
+        clock.now += 1
+        return sum(cost for point, cost in COST.items() if point not in kept)
+
+    def loss(kept: Sequence[str]) -> float:
+        seen.append(tuple(kept))
+        return error(kept)
+
+    return search(GAINS, error, loss, allowed, seconds=seconds, clock=clock), seen
+
+
+def test_where_all_int8_is_good_only_the_slow_one_stays() -> None:
+    choice, seen = look(allowed=9.0)
+    assert choice.floats == ("c",)
+    assert choice.loss == 9.0
+    assert choice.within
+    assert seen == [("c",)]
+    reasons = {verdict.point: str(verdict) for verdict in choice.verdicts}
+    assert reasons["c"] == "c: float; int8 is 0.90 times as fast on this machine"
+    assert reasons["a"] == "a: int8; 2.00 times as fast on this machine"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [(8.9, ("b", "c")), (3.0, ("b", "c")), (2.9, ("b", "c", "d")), (0.0, ("a", "b", "c", "d"))],
+)
+def test_the_costliest_stay_as_few_as_need_be(allowed: float, expected: tuple[str, ...]) -> None:
+    choice, _ = look(allowed)
+    assert choice.floats == expected
+    assert choice.within
+    assert choice.loss == sum(cost for point, cost in COST.items() if point not in expected)
+    reasons = {verdict.point: str(verdict) for verdict in choice.verdicts}
+    assert reasons["b"] == "b: float; in int8 it makes 67% of the outputs' squared error, and the file loses too much"
+    assert reasons["e"] == "e: int8; 2.00 times as fast on this machine, 0% of the outputs' squared error"
+    assert [verdict.point for verdict in choice.verdicts if not verdict.small] == list(expected)
+
+
+def test_where_nothing_is_within_the_loss_the_least_is_given_and_said() -> None:
+    choice, _ = look(allowed=-1.0)
+    assert not choice.within
+    assert choice.floats == ("a", "b", "c", "d")  # e costs nothing: it is never tried in float
+    assert choice.loss == 0.0
+
+
+def test_time_is_limited_and_what_was_not_tried_is_told() -> None:
+    choice, seen = look(
+        allowed=0.0, seconds=6.0
+    )  # one look at the loss, one at the error, then one point each until half is gone
+    assert "e: int8; 2.00 times as fast on this machine; not tried in float, the time was up" in map(str, choice.verdicts)
+    assert not choice.within
+    assert len(seen) <= 3
+
+
+def test_any_number_of_points_is_searched_to_the_fewest() -> None:
+    for count in range(1, 12):
+        points = {f"p{number}": 2.0 for number in range(12)}
+
+        def loss(kept: Sequence[str], count: int = count) -> float:
+            return float(len(kept) < count)
+
+        def error(kept: Sequence[str]) -> float:
+            return float(12 - len(kept))
+
+        assert len(search(points, error, loss, 0.0, clock=Clock()).floats) == count
+
+
+def test_gains_are_timed_once_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floats, "ROUNDS", 3)
+    built = []
+    products = floats._products
+    monkeypatch.setattr(floats, "_products", lambda shape, small: (built.append((shape, small)), products(shape, small))[1])
+    found = gains([(32, 24), (32, 32, 32), (32, 24)], 16, 1, tmp_path)
+    assert found[0] == found[2]
+    assert all(gain > 0 for gain in found)
+    assert built == [((32, 24), False), ((32, 24), True), ((32, 32, 32), False), ((32, 32, 32), True)]
+
+
+def test_a_timed_product_computes_the_same_kind_of_thing(tmp_path: Path) -> None:
+    for small in (False, True):
+        path = tmp_path / f"{small}.onnx"
+        path.write_bytes(floats._products((8, 4, 6), small))
+        found = delivery.load(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
+        assert [value.shape for value in found.values()] == [(3, 4), (3, 6)]
+        assert quantized_matrices(path) == 2 * small
+
+
+# -- Real files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Callable[[str], Run]]:
+    home = tmp_path_factory.mktemp("home")
+    source = write_model(home / "model")
+    task = Classification(data=str(write_data(home / "data"))).bind(checkpoint.read_config(source))
+    model = checkpoint.load(source)
+
+    def run(name: str) -> Run:
+        (home / name).mkdir(exist_ok=True)
+        return Run(home / name, home / name, Log(home / name, quiet=True), threads=1, wait_seconds=0.0)
+
+    return Bundle(model, Plan(), prepare(task, source), model), run
+
+
+@pytest.mark.slow
+def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, run = made
+    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape[0] == 24 else 2.0 for shape in shapes])
+    reference = Reference(1.0, 1.0, trusted=True)
+    choice, draft = floats.choose(
+        bundle, run("verdicts"), reference, -200.0, seconds=4.0
+    )  # more than all right is not to be had
+    assert not choice.within
+    assert [verdict.point for verdict in choice.verdicts] == [point.id for point in draft.points]
+    slow = [f"encoder.{layer}.ffn_out.input" for layer in range(3)]  # 24 wide: slow, said the clock
+    assert [verdict.point for verdict in choice.verdicts if "int8 is 0.50 times" in verdict.reason] == slow
+    assert set(slow) <= set(choice.floats)
+    assert any("squared error" in verdict.reason for verdict in choice.verdicts)
+    assert shape_of(bundle.model, draft.anatomy.points["encoder.0.attention.input"].modules) == (32, 32, 32, 32)
+
+
+@pytest.mark.slow
+def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, run = made
+    state = run("rescue")
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    reference = delivery.reference(bundle, state)
+    whole = compression._Attempt(1.0, (), bundle, ())
+    attempt = compression._exported(whole, state.root / "whole", state, reference)
+    assert json.loads((state.root / "whole" / "files" / "notes.json").read_text())["model_int8_ort.onnx"]
+    lost = [Trial(item.variant, item.score, 99.0, item.speed_32, item.speed_1, item.size_bytes) for item in attempt.trials]
+    lost[0] = Trial(Variant.FLOAT, 1.0, 0.0, 1e-9, 1e-9, 1)  # no test may fail by a speed: nothing is slower than this one
+    bad = compression.replace(attempt, trials=tuple(lost))
+    wishes = Wishes(max_loss=20.0)
+    rescued = compression._rescue(bad, wishes, state, reference)
+    assert rescued is not None
+    assert rescued.best(20.0).loss <= 20.0
+    assert {trial.variant for trial in rescued.trials} == set(delivery.SHIPPED)
+    notes = delivery.read_notes(rescued.files)["model_int8_ort.onnx"]
+    told = [note for note in notes if note.startswith("encoder.") and "; " in note]
+    assert len(told) == 3 * 4
+    assert sum(": float; " in note for note in notes) == len(rescued.floats)
+    monkeypatch.setattr(floats, "choose", lambda *_: pytest.fail("it was kept"))
+    assert compression._rescue(bad, wishes, state, reference) == rescued
+    worse = compression.replace(bad, trials=(Trial(Variant.FLOAT, 0.5, 50.0, 1.0, 1.0, 1), *lost[1:]))
+    assert compression._rescue(worse, wishes, state, reference) is None  # the model itself loses too much
+
+
+@pytest.mark.slow
+def test_a_recipe_may_name_them(made: Any) -> None:
+    bundle, run = made
+    state = run("named")
+    names = ("encoder.0.attention.input", "encoder.2.ffn_out.input")
+    files = delivery.export_files(
+        bundle.model, bundle.material, state.root / "files", [Variant.INT8_FUSED], state.log, exporter=Onnx(floats=names)
+    )
+    assert quantized_matrices(files[Variant.INT8_FUSED].path) == 19 - 4
