@@ -268,7 +268,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
     lengths = bundle.material.features[Split.DEV].lengths()
     return {
         "params": bundle.model.num_parameters(),
-        "encoder_params": sum(matrix.shape[0] * matrix.shape[1] for matrix in inside),
+        "encoder_params": sum(matrix.parameters for matrix in inside),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),

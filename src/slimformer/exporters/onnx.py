@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slimformer.anatomy import Anatomy
+    from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
 __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
 
@@ -123,19 +124,27 @@ class Onnx(Exporter):
         """Turns the trace into the variant's graph, in place, and says what was counted."""
         from torch import nn
 
+        from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
+
         graph = program.graph
         layout = SEQ_FIRST if variant in FUSED else BATCH_FIRST
         attentions = sum(name is not None for name in anatomy.attentions)
-        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        factored = sum(module.form.terms for module in model.modules() if isinstance(module, KroneckerLinear))
+        tables = sum(isinstance(module, KroneckerEmbedding) for module in model.modules())
+        linears = sum(isinstance(module, nn.Linear) for module in model.modules()) + factored
         try:
             _same("attentions", graphs.flatten_attentions(graph), attentions)
             if layout == BATCH_FIRST:
                 graphs.unturn(graph)
             narrowed = graphs.read_only_first(graph, layout)
             _same("attentions", graphs.lower_attentions(graph, layout, fused=variant in FUSED), attentions)
+            _same("factored products", graphs.lower_factors(graph), factored)
+            _same("factored tables", graphs.lower_tables(graph), tables)
             _same("matrices", len(graphs.products(graph)), linears)
             graphs.plain_gemms(graph)
             notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
+            if factored or tables:
+                notes.append(f"{factored} products by Kronecker factors, {tables} factored tables")
             if narrowed:
                 notes.append("the last layer computes the first token only")
             if variant in INT8:
@@ -299,10 +308,41 @@ def _plain_mask(*, attention_mask: Any, **_: Any) -> Any:
     return attention_mask
 
 
+def _mark_product(module: KroneckerLinear) -> Any:
+    """In place of a factored Linear's product: a marker with its factors and the order of its steps."""
+    import torch
+
+    attributes: dict[str, Any] = {
+        "steps": " ".join(module.form.steps(module.shape)),
+        "right": "b" if module.form.b_is_large(module.shape) else "a",
+    }
+
+    def product(input: torch.Tensor) -> torch.Tensor:
+        shape = (*input.shape[:-1], module.shape[0])
+        inputs = [input, module.a, module.b]
+        return torch.onnx.ops.symbolic("::".join(graphs.FACTORED), inputs, attributes, dtype=input.dtype, shape=shape)
+
+    return product
+
+
+def _mark_table(module: KroneckerEmbedding) -> Any:
+    """In place of a factored Embedding: a marker with its factors."""
+    import torch
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        shape = (*input.shape, module.shape[1])
+        inputs = [input, module.a, module.b]
+        return torch.onnx.ops.symbolic("::".join(graphs.TABLE), inputs, dtype=module.a.dtype, shape=shape)
+
+    return forward
+
+
 @contextmanager
 def _marked(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
-    """Lets the model's attentions leave markers and its layers compute in (seq, batch, hidden)."""
+    """Lets attentions and factored matrices leave markers, and the layers compute in (seq, batch, hidden)."""
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
     AttentionInterface.register(MARKED, _mark)
     AttentionMaskInterface.register(MARKED, _plain_mask)
@@ -316,6 +356,13 @@ def _marked(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(setattr, model.config, "_attn_implementation", before)
         model.config._attn_implementation = MARKED
+        for module in model.modules():
+            if isinstance(module, KroneckerLinear):
+                stack.callback(delattr, module, "product")
+                module.product = _mark_product(module)  # type: ignore[method-assign]
+            elif isinstance(module, KroneckerEmbedding):
+                stack.callback(delattr, module, "forward")
+                module.forward = _mark_table(module)  # type: ignore[method-assign]
         for name in (anatomy.embedding, anatomy.layers[-1]):
             stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
@@ -416,10 +463,9 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
 
 def _unpadded(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Rows of an activation that stand for real tokens: (tokens, width); `mask` (batch, seq)."""
-    if value.shape[:-1] == mask.shape:
-        return np.asarray(value[mask])
-    if value.shape[:-1] == mask.T.shape:
-        return np.asarray(value[mask.T])
+    for real in (mask, mask.T):
+        if value.ndim > 2 and value.shape[:2] == real.shape:
+            return np.asarray(value[real]).reshape(-1, value.shape[-1])
     return value.reshape(-1, value.shape[-1])  # first tokens only
 
 

@@ -114,6 +114,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Capture]] = frozenset()
     needs_teacher: ClassVar[bool] = False
     decides: ClassVar[bool] = False  # whether `decide` may cut; two such methods in one stage are refused
+    forms: ClassVar[bool] = False  # whether it decides forms of matrices instead of cuts: none can be cut afterwards
     trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
     neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
     cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"
