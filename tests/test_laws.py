@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tiny import MODEL_TYPES, batch, tiny
 
 from slimformer import checkpoint, cost
-from slimformer.anatomy import Kind
+from slimformer.anatomy import Kind, Role
 from slimformer.checks import assert_equal, assert_same
 from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
+from slimformer.forms.kronecker import Kronecker
 from slimformer.gating import gated
 from slimformer.plan import Decision, Plan
 from slimformer.shrink import shrink
@@ -22,15 +23,29 @@ ANATOMIES = {name: anatomy_of(model) for name, model in MODELS.items()}
 
 
 @st.composite
-def plans(draw, anatomy):
+def plans(draw, anatomy, forms=False):
     keep = {}
     for site in anatomy.sites.values():
+        if anatomy.factored(site):
+            continue
         if site.kind is Kind.SUBLAYER:
             if draw(st.integers(0, 3)) == 0:
                 keep[site.id] = ()
         elif draw(st.booleans()):
             keep[site.id] = tuple(sorted(draw(st.sets(st.integers(0, site.size - 1), min_size=1))))
-    return Plan(keep)
+    if not forms:
+        return Plan(keep)
+    cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense]
+    return Plan(keep, {matrix.id: draw(factors(matrix)) for matrix in cut if draw(st.integers(0, 2)) == 0})
+
+
+@st.composite
+def factors(draw, matrix):
+    rows, columns = (draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0])) for size in matrix.shape)
+    if matrix.role is Role.EMBEDDING:
+        rows = matrix.shape[0]
+    most = min(rows * columns, matrix.shape[0] * matrix.shape[1] // (rows * columns))
+    return Kronecker((rows, columns), draw(st.integers(1, min(3, most))))
 
 
 def mask(size, kept):
@@ -54,12 +69,12 @@ def test_gate_is_cut(name, data):
 @given(data=st.data())
 def test_plans_compose_and_anatomy_follows(name, data):
     model, anatomy = MODELS[name], ANATOMIES[name]
-    first = data.draw(plans(anatomy))
+    first = data.draw(plans(anatomy, forms=True))
     small = shrink(model, anatomy, first)
     assert anatomy_of(small) == anatomy.after(first)
-    second = data.draw(plans(anatomy.after(first)))
+    second = data.draw(plans(anatomy.after(first), forms=True))
     assert_equal(shrink(small, anatomy.after(first), second), shrink(model, anatomy, first.then(second)))
-    third = data.draw(plans(anatomy.after(first).after(second)))
+    third = data.draw(plans(anatomy.after(first).after(second), forms=True))
     assert first.then(second).then(third) == first.then(second.then(third))
 
 
@@ -68,7 +83,7 @@ def test_plans_compose_and_anatomy_follows(name, data):
 @given(data=st.data())
 def test_predicted_is_counted_and_saved_is_loaded(name, data, tmp_path_factory):
     model, anatomy = MODELS[name], ANATOMIES[name]
-    plan = data.draw(plans(anatomy))
+    plan = data.draw(plans(anatomy, forms=True))
     small = shrink(model, anatomy, plan)
     assert cost.parameters(model, anatomy).of(plan, anatomy) == small.num_parameters()
     folder = tmp_path_factory.mktemp("saved")

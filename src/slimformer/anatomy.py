@@ -1,9 +1,12 @@
 """What can be cut in a model, told by names and sizes alone.
 
 A family (`families/`) writes an `Anatomy`: *sites* where units can go, each as a list of coupled tensor slices; the
-*matrices* that may change form; the *points* where activations can be seen or quantized; the modules where hidden states and
+*matrices* and the form each is stored in; the *points* where activations can be seen or quantized; the modules where hidden states and
 attentions can be watched. Nothing here touches a tensor: `shrink.py` cuts, `gating.py` masks, `points.py` reaches activations,
 `cost.py` counts, all from these tables.
+
+A site keeps its slices and taps whatever form its matrices have: it can still be gated. It can no longer be cut once one of
+them is factored, and `Plan.check` says so.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
+
+from slimformer.forms.base import DENSE, Form
 
 if TYPE_CHECKING:
     from slimformer.plan import Plan
@@ -107,6 +112,18 @@ class Matrix:
     shape: tuple[int, int]
     role: Role
     sublayer: str | None = None
+    form: Form = DENSE
+    tied: str | None = None  # the parameter that is this very weight too
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is stored as a plain matrix."""
+        return self.form == DENSE
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored, the bias left out."""
+        return self.form.parameters(self.shape)
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,7 @@ class Anatomy:
     def after(self, plan: Plan) -> Anatomy:
         """The anatomy of the model that `shrink` makes with `plan`, told without making it (law 3)."""
         plan.check(self)
-        gone = {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
+        gone = self.gone(plan)
         sites = {}
         for site in self.sites.values():
             if site.id in gone or site.sublayer in gone:
@@ -151,7 +168,7 @@ class Anatomy:
             keep = plan.keep.get(site.id)
             sites[site.id] = site if keep is None else replace(site, size=len(keep))
         matrices = {
-            matrix.id: replace(matrix, shape=self._shape(matrix, plan))
+            matrix.id: replace(self.cut(matrix, plan), form=plan.forms.get(matrix.id, matrix.form))
             for matrix in self.matrices.values()
             if matrix.sublayer not in gone
         }
@@ -160,7 +177,17 @@ class Anatomy:
         points = {point.id: point for point in self.points.values() if point.sublayer not in gone}
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 
-    def _shape(self, matrix: Matrix, plan: Plan) -> tuple[int, int]:
+    def gone(self, plan: Plan) -> set[str]:
+        """SUBLAYER sites that `plan` takes out whole."""
+        return {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
+
+    def factored(self, site: Site) -> tuple[Matrix, ...]:
+        """Matrices of a site that are no longer dense: no row or column can be taken out of them."""
+        params = {piece.param for piece in site.slices}
+        return tuple(m for m in self.matrices.values() if not m.dense and f"{m.module}.weight" in params)
+
+    def cut(self, matrix: Matrix, plan: Plan) -> Matrix:
+        """The matrix with the shape that the units kept by `plan` leave it."""
         shape = list(matrix.shape)
         for site in self.sites.values():
             keep = plan.keep.get(site.id)
@@ -169,4 +196,4 @@ class Anatomy:
             for piece in site.slices:
                 if piece.param == f"{matrix.module}.weight":
                     shape[piece.dim] = len(keep) * piece.unit * piece.parts
-        return (shape[0], shape[1])
+        return replace(matrix, shape=(shape[0], shape[1]))

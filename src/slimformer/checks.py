@@ -1,4 +1,4 @@
-"""Contract checks for families, methods, tasks, exporters and runtimes: the laws, on tiny models, for whatever the registry finds.
+"""Contract checks for families, methods, forms, tasks, exporters and runtimes: the laws, on tiny models, for what the registry finds.
 
 Third parties run them with `slimformer check NAME`, our own tests on everything there is. Each check is a function that raises
 AssertionError with a sentence; `checks_of` lists those that belong to a kind.
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from slimformer import checkpoint, cost, registry
-from slimformer.anatomy import Anatomy, Kind, PointRole
+from slimformer.anatomy import Anatomy, Kind, Matrix, PointRole
 from slimformer.errors import SlimformerError
 from slimformer.families.base import Family, anatomy_of
+from slimformer.forms.base import Form, Formed
 from slimformer.gating import gated
 from slimformer.methods.base import Capture, Context, Method
 from slimformer.plan import Decision, Plan
@@ -60,35 +61,43 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             points_are_reached,
         ),
         "methods": (is_frozen, round_trips, attaches_neutrally, leaves_no_trace, decides_what_fits),
+        "forms": (is_frozen, comes_back_from_a_plan, counts_what_it_stores, computes_its_matrix, knows_its_matrix),
         "tasks": (is_frozen, declares_its_outputs),
         "exporters": (is_frozen, declares_variants),
         "runtimes": (is_frozen, tells_whether_it_is_there),
     }[kind]
 
 
-def random_plan(anatomy: Anatomy, generator: np.random.Generator) -> Plan:
-    """A plan that cuts about half of the sites at random, whole sublayers now and then."""
+def random_plan(anatomy: Anatomy, generator: np.random.Generator, *, forms: bool = False) -> Plan:
+    """A plan that cuts about half of the sites at random, whole sublayers now and then; with `forms`, some matrices take one."""
     keep: dict[str, tuple[int, ...]] = {}
     for site in anatomy.sites.values():
+        if anatomy.factored(site):
+            continue
         if site.kind is Kind.SUBLAYER:
             if generator.random() < 0.25:
                 keep[site.id] = ()
         elif generator.random() < 0.6:
             count = int(generator.integers(1, site.size + 1))
             keep[site.id] = tuple(int(unit) for unit in np.sort(generator.choice(site.size, count, replace=False)))
-    return Plan(keep)
+    if not forms:
+        return Plan(keep)
+    kinds = [registry.find("forms", name) for name in registry.names("forms")]
+    cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense and matrix.tied is None]
+    some = [matrix for matrix in cut if generator.random() < 0.3]
+    return Plan(keep, {matrix.id: kinds[int(generator.integers(len(kinds)))].example(matrix) for matrix in some})
 
 
 # -- Laws of families ------------------------------------------------------------------------------------------------------------
 
 
-def _each(family: type[Family], plans: int = 3) -> Iterator[tuple[Any, Anatomy, list[Plan]]]:
+def _each(family: type[Family], plans: int = 3, *, forms: bool = False) -> Iterator[tuple[Any, Anatomy, list[Plan]]]:
     """A tiny model of each type, its anatomy, and some random plans."""
     for model_type in family.model_types:
         model = tiny(model_type)
         anatomy = anatomy_of(model)
         generator = np.random.default_rng(0)
-        yield model, anatomy, [random_plan(anatomy, generator) for _ in range(plans)]
+        yield model, anatomy, [random_plan(anatomy, generator, forms=forms) for _ in range(plans)]
 
 
 def gate_is_cut(family: type[Family]) -> None:
@@ -118,29 +127,29 @@ def soft_gates_fold(family: type[Family]) -> None:
 def plans_compose(family: type[Family]) -> None:
     """law 2: cutting twice equals cutting once by the composed plan, bit for bit; the empty plan is neutral."""
     generator = np.random.default_rng(1)
-    for model, anatomy, plans in _each(family):
+    for model, anatomy, plans in _each(family, forms=True):
         assert_equal(model, shrink(model, anatomy, Plan()))
         for first in plans:
             small = shrink(model, anatomy, first)
-            second = random_plan(anatomy.after(first), generator)
+            second = random_plan(anatomy.after(first), generator, forms=True)
             twice = shrink(small, anatomy_of(small), second)
             assert_equal(twice, shrink(model, anatomy, first.then(second)))
-            third = random_plan(anatomy.after(first).after(second), generator)
+            third = random_plan(anatomy.after(first).after(second), generator, forms=True)
             assert first.then(second).then(third) == first.then(second.then(third)), "`then` is not associative"
             assert Plan().then(first) == first == first.then(Plan()), "the empty plan is not neutral"
 
 
 def anatomy_follows(family: type[Family]) -> None:
     """law 3: the anatomy of the cut model is the one foretold."""
-    for model, anatomy, plans in _each(family):
+    for model, anatomy, plans in _each(family, forms=True):
         for plan in plans:
             found = anatomy_of(shrink(model, anatomy, plan))
-            assert found == anatomy.after(plan), f"{model.config.model_type}: the anatomy after {plan.keep} is another"
+            assert found == anatomy.after(plan), f"{model.config.model_type}: the anatomy after {plan.to_json()} is another"
 
 
 def saved_is_loaded(family: type[Family]) -> None:
     """law 4: a saved model loads strictly, bit for bit."""
-    for model, anatomy, plans in _each(family, plans=2):
+    for model, anatomy, plans in _each(family, plans=2, forms=True):
         for plan in plans:
             small = shrink(model, anatomy, plan)
             with tempfile.TemporaryDirectory() as name:
@@ -155,10 +164,12 @@ def saved_is_loaded(family: type[Family]) -> None:
 
 def predicted_is_counted(family: type[Family]) -> None:
     """law 5: predicted parameters and bytes equal those counted."""
-    for model, anatomy, plans in _each(family):
-        predicted = cost.parameters(model, anatomy)
+    for model, anatomy, plans in _each(family, forms=True):
+        predicted, work = cost.parameters(model, anatomy), cost.macs(anatomy, np.array([7]))
         for plan in plans:
             small = shrink(model, anatomy, plan)
+            again = cost.macs(anatomy_of(small), np.array([7])).dense
+            assert abs(work.of(plan, anatomy) - again) <= 1e-9 * again, "MACs predicted and counted differ"
             counted = small.num_parameters()
             assert predicted.of(plan, anatomy) == counted, f"predicted {predicted.of(plan, anatomy)}, counted {counted}"
             stored = sum(tensor.nbytes for tensor in small.state_dict().values())
@@ -379,6 +390,62 @@ def decides_what_fits(cls: type[Method]) -> None:
 
 def _hooks(model: torch.nn.Module) -> list[int]:
     return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+# -- Contracts of forms ------------------------------------------------------------------------------------------------------------
+
+
+def _examples(cls: type[Form]) -> Iterator[tuple[Matrix, Form, torch.nn.Module, torch.nn.Module]]:
+    """Each matrix of a tiny model: itself, a form of it, its dense module, and the one that the form puts there."""
+    model = tiny("bert")
+    anatomy = anatomy_of(model)
+    forms = {matrix.id: cls.example(matrix) for matrix in anatomy.matrices.values()}
+    small = shrink(model, anatomy, Plan(forms=forms))
+    for matrix in anatomy.matrices.values():
+        yield matrix, forms[matrix.id], model.get_submodule(matrix.module), small.get_submodule(matrix.module)
+
+
+def comes_back_from_a_plan(cls: type[Form]) -> None:
+    """comes back from plan.json the same."""
+    for matrix, form, _, _ in _examples(cls):
+        plan = Plan(forms={matrix.id: form})
+        assert Plan.from_json(plan.to_json()) == plan, f"{form} came back another"
+        assert form.problem(matrix) is None, f"its own example does not fit {matrix.id}"
+
+
+def counts_what_it_stores(cls: type[Form]) -> None:
+    """law 5: stores as many numbers as it says, and leaves the bias alone."""
+    for matrix, form, dense, formed in _examples(cls):
+        bias = 0 if getattr(dense, "bias", None) is None else dense.bias.numel()  # type: ignore[union-attr, operator]
+        stored = sum(parameter.numel() for parameter in formed.parameters())
+        assert stored == form.parameters(matrix.shape) + bias, f"{form} stores {stored - bias} numbers"
+        assert form.macs(matrix.shape) > 0, f"{form} multiplies nothing"
+
+
+def computes_its_matrix(cls: type[Form]) -> None:
+    """gives the product with the matrix it stands for, for inputs of any number of axes."""
+    generator = torch.Generator().manual_seed(0)
+    for matrix, form, dense, formed in _examples(cls):
+        assert isinstance(formed, Formed), f"{type(formed).__name__} is no Formed"
+        whole = formed.matrix()
+        assert tuple(whole.shape) == matrix.shape, f"{form} stands for a matrix of {tuple(whole.shape)}"
+        for leading in ((5,), (2, 3), (2, 1, 3)):
+            with torch.no_grad():
+                if isinstance(dense, torch.nn.Embedding):
+                    inputs = torch.randint(matrix.shape[0], leading, generator=generator)
+                    expected = whole[inputs]
+                else:
+                    inputs = torch.randn(*leading, matrix.shape[1], generator=generator)
+                    expected = torch.nn.functional.linear(inputs, whole, dense.bias)  # type: ignore[arg-type]
+                gap = float((formed(inputs) - expected).abs().max())
+            assert gap < TOLERANCE * (1 + float(expected.abs().max())), f"{form} is off by {gap:.1e}"
+
+
+def knows_its_matrix(cls: type[Form]) -> None:
+    """law 3: a module tells its own form and the shape it stands for."""
+    for matrix, form, _, formed in _examples(cls):
+        assert isinstance(formed, Formed), f"{type(formed).__name__} is no Formed"
+        assert (formed.form, formed.shape) == (form, matrix.shape), f"says {formed.form} of {formed.shape}"
 
 
 # -- Contracts of the rest -----------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def inspect(model: Model, length: Annotated[int, typer.Option(min=1, help="Token
 
 @app.command("list")
 def list_all() -> None:
-    """List the families, methods, tasks, exporters and runtimes there are."""
+    """List the families, methods, forms, tasks, exporters and runtimes there are."""
     from slimformer import registry
 
     for kind in registry.KINDS:
@@ -177,7 +177,9 @@ def list_all() -> None:
 
 @app.command()
 def check(
-    name: Annotated[str | None, typer.Argument(help="A family, method, task, exporter or runtime; all without it.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A family, method, form, task, exporter or runtime; all without it.")
+    ] = None,
 ) -> None:
     """Check that plug-ins keep their contracts, on tiny models."""
     from slimformer.checks import check_all

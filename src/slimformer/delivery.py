@@ -27,6 +27,7 @@ from slimformer.tasks.base import Split, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slimformer.anatomy import Matrix
     from slimformer.bench import Entry, Measurement
     from slimformer.ranges import Ranges
     from slimformer.report import Target
@@ -321,8 +322,8 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
     weights = checkpoint.unshared(bundle.model)
     return {
         "params": bundle.model.num_parameters(),
-        "encoder_params": sum(matrix.shape[0] * matrix.shape[1] for matrix in inside),
-        "encoder_nonzero": sum(int((weights[f"{matrix.module}.weight"] != 0).sum()) for matrix in inside),
+        "encoder_params": sum(matrix.parameters for matrix in inside),
+        "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
         "weights_bytes": size_bytes(weights),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
@@ -333,6 +334,13 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
         "plan": bundle.plan.digest(),
         "recipe": recipe,
     }
+
+
+def _nonzero(weights: Mapping[str, Any], matrix: Matrix) -> int:
+    """Numbers of a matrix that are not 0, in whatever form it is stored."""
+    if matrix.dense:
+        return int((weights[f"{matrix.module}.weight"] != 0).sum())
+    return sum(int((weights[f"{matrix.module}.{name}"] != 0).sum()) for name in ("a", "b"))
 
 
 def measure_all(

@@ -1,6 +1,6 @@
 """Rewrites of a traced encoder graph: the same function in the form that a runtime runs fastest.
 
-The trace (`exporters/onnx.py`) leaves one marker node, `slimformer::Attention`, per attention; every other node is a standard ONNX
+The trace (`exporters/onnx.py`) leaves one marker node per attention and per factored matrix; every other node is a standard ONNX
 operator. Each function here does one rewrite, in place, by declared rules; nothing is searched for with patterns that could
 quietly stop matching, and each returns how many places it changed so that the exporter can compare with the model.
 docs/decisions/0002-onnx-graphs.md says what each rewrite is worth.
@@ -19,6 +19,8 @@ import onnx_ir as ir
 from slimformer.ranges import TABLE_ROWS
 
 MARKER = ("slimformer", "Attention")  # (query, key, value, mask): each (a, b, heads, dim); which of a, b is the batch: a Layout
+FACTORED = ("slimformer", "Kronecker")  # (x, a, b): (., ., n1 n2) -> (., ., m1 m2); factors (terms, rows, columns)
+TABLE = ("slimformer", "KroneckerTable")  # (ids, a, b): (., .) -> (., ., n1 n2)
 MICROSOFT = "com.microsoft"
 MASKED = -10_000.0  # exp() of it is 0 in fp32, and it survives fp16; the smallest float does not
 
@@ -272,7 +274,7 @@ def _rank_of_input(node: ir.Node) -> int | None:
 
 def _rowwise_operands(node: ir.Node) -> tuple[int, ...]:
     """Inputs whose row i alone decides row i of the node's output; empty where the node mixes rows."""
-    if (node.domain, node.op_type) == MARKER:
+    if (node.domain, node.op_type) in {MARKER, FACTORED}:
         return (0,)  # keys and values are read whole
     if node.op_type in _ELEMENTWISE:
         return (0,)
@@ -292,6 +294,76 @@ def _rowwise_operands(node: ir.Node) -> tuple[int, ...]:
             operands.append(index)
         return tuple(operands)
     return ()
+
+
+# ----------------------------------------------------------------------------------------------------------------- factors
+
+
+def lower_factors(graph: ir.Graph) -> int:
+    """Puts reshapes and matrix products in the place of each marker of a factored matrix; gives the products by constants.
+
+    Which factor comes first, which multiplies from the right, and where axes are turned, the marker says. A factor that multiplies
+    from the left, token by token, is the smaller one and is no Linear to any later rewrite: it stays in fp32.
+    """
+    editor = _Editor(graph)
+    count = 0
+    for node in [node for node in graph if (node.domain, node.op_type) == FACTORED]:
+        source, name, factors = _factors(node)
+        steps, right = node.attributes["steps"].as_string().split(), node.attributes["right"].as_string()
+        terms, inner = len(factors["a"]), [factors["a"].shape[2], factors["b"].shape[2]]
+        start = editor.one(node, "Reshape", [source, editor.constant([0, 0, *inner], np.int64)])  # (., ., n1, n2)
+        if steps[0] == "turn":
+            start = editor.one(node, "Transpose", [start], perm=[0, 1, 3, 2])
+        total: ir.Value | None = None
+        for term in range(terms):
+            value = start
+            for step in steps:
+                if step == "turn":
+                    continue
+                value.type = source.type
+                factor = factors[step][term]
+                if step == right:
+                    weight = editor.constant(factor.T, np.float32, f"{name}.{step}.{term}")
+                    value = editor.one(node, "MatMul", [value, weight])
+                else:
+                    weight = editor.constant(factor, np.float32, f"{name}.{step}.{term}")
+                    value = editor.one(node, "MatMul", [weight, value])
+            total = value if total is None else editor.one(node, "Add", [total, value])
+        if steps[-1] == "turn":
+            total = editor.one(node, "Transpose", [total], perm=[0, 1, 3, 2])  # (., ., m1, m2)
+        width = factors["a"].shape[1] * factors["b"].shape[1]
+        editor.replace(node.outputs[0], editor.one(node, "Reshape", [total, editor.constant([0, 0, width], np.int64)]))
+        editor.remove(node)
+        count += terms
+    return count
+
+
+def lower_tables(graph: ir.Graph) -> int:
+    """Puts a lookup and a product with one row per term in the place of each marker of a factored word table; gives their number."""
+    editor = _Editor(graph)
+    found = [node for node in graph if (node.domain, node.op_type) == TABLE]
+    for node in found:
+        ids, name, factors = _factors(node)
+        total: ir.Value | None = None
+        for term, (a, b) in enumerate(zip(factors["a"], factors["b"], strict=True)):
+            rows = editor.one(node, "Gather", [editor.constant(a, np.float32, f"{name}.a.{term}"), ids], axis=0)
+            column = editor.one(node, "Unsqueeze", [rows, editor.constant([3], np.int64)])  # (., ., n1, 1)
+            value = editor.one(node, "Mul", [column, editor.constant(b[0], np.float32, f"{name}.b.{term}")])  # (., ., n1, n2)
+            total = value if total is None else editor.one(node, "Add", [total, value])
+        width = factors["a"].shape[2] * factors["b"].shape[2]
+        editor.replace(node.outputs[0], editor.one(node, "Reshape", [total, editor.constant([0, 0, width], np.int64)]))
+        editor.remove(node)
+    return len(found)
+
+
+def _factors(node: ir.Node) -> tuple[ir.Value, str, dict[str, np.ndarray]]:
+    """What a marker of a factored matrix reads, the matrix's name, and its factors (terms, rows, columns)."""
+    source, *given = (_given(value) for value in node.inputs)
+    values = [_constant_of(value) for value in given]
+    if len(values) != 2 or any(value is None for value in values):
+        raise Unexpected(f"the factors of {node.name} are no constants")
+    name = str(given[0].name).removesuffix(".a")
+    return source, name, {letter: value for letter, value in zip("ab", values, strict=True) if value is not None}
 
 
 # ------------------------------------------------------------------------------------------------------------------- norms
@@ -332,14 +404,15 @@ def separate_gelus(graph: ir.Graph) -> int:
     """
     editor = _Editor(graph)
     count = 0
-    for item in products(graph):
-        if item.add is None or item.bias is None or [use.node.op_type for use in item.output.uses()] != ["Gelu"]:
+    for node in [node for node in graph if node.op_type == "Gelu"]:
+        add = _given(node.inputs[0]).producer()
+        if add is None or add.op_type != "Add" or len(add.outputs[0].uses()) != 1:
             continue
-        bias = _constant_of(item.bias)
-        assert bias is not None
-        wide = editor.constant(bias[None, :], np.float32, f"{item.bias.name}.row")
-        item.add.replace_input_with(list(item.add.inputs).index(item.bias), wide)
-        count += 1
+        for index, value in enumerate(add.inputs):
+            bias = _constant_of(value)
+            if bias is not None and bias.ndim == 1:
+                add.replace_input_with(index, editor.constant(bias[None, :], np.float32, f"{_given(value).name}.row"))
+                count += 1
     return count
 
 

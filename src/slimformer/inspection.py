@@ -22,11 +22,12 @@ def inspect(folder: Path, length: int) -> Table:
     model = checkpoint.load(folder)
     anatomy = anatomy_of(model)
     parameters, macs = cost.parameters(model, anatomy), cost.macs(anatomy, np.array([length]))
-    cut = checkpoint.load_plan(folder).keep
+    plan = checkpoint.load_plan(folder)
     table = Table(
         title=f"{folder.resolve().name}: {type(model).__name__}, {model.num_parameters():,} parameters",
         caption=f"MACs of one example of {length} tokens. A site is cut by name, e.g. encoder.0.heads, encoder.0.ffn."
-        + (f" {len(cut)} sites are cut already." if cut else ""),
+        + (f" {len(plan.keep)} sites are cut already." if plan.keep else "")
+        + (f" {len(plan.forms)} matrices are factored: no unit can be cut there." if plan.forms else ""),
     )
     for name in ("layer", "heads", "neurons", "parameters", "MACs", "share of MACs"):
         table.add_column(name, justify="right")

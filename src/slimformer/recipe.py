@@ -26,9 +26,22 @@ from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
 from slimformer.latency import Levels
 from slimformer.log import Log
+from slimformer.methods.base import Method
 from slimformer.plan import Plan
 from slimformer.ranges import Calibration, check_percentile
-from slimformer.stages import Bundle, Calibrate, Material, Run, Stage, Train, advance, prepare, torch_outputs
+from slimformer.stages import (
+    TASK_TEXT,
+    Bundle,
+    Calibrate,
+    Material,
+    Run,
+    Stage,
+    Train,
+    advance,
+    check_text,
+    prepare,
+    torch_outputs,
+)
 from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
@@ -181,6 +194,12 @@ def _named(item: Any) -> dict[str, Any]:
     return {"use": registry.name_of(item), **_changed_options(item)}
 
 
+def _methods(stage: Stage) -> tuple[Method, ...]:
+    """What takes part in a stage; methods that could not be read are None and left out."""
+    found = (stage.method,) if isinstance(stage, Calibrate) else stage.methods if isinstance(stage, Train) else ()
+    return tuple(method for method in found if method is not None)
+
+
 class _Reader:
     """Reads plain data, collecting mistakes with their places instead of stopping at the first."""
 
@@ -243,8 +262,19 @@ class _Reader:
             else:
                 self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), ('train', 'calibrate', 'export', 'bench'))}")
             if made is not None:
+                self.order(made, found, place)
                 found.append(made)
         return found, export, bench
+
+    def order(self, stage: Stage, before: Sequence[Stage], place: str) -> None:
+        """A mistake where a stage would cut what an earlier one stores in another form."""
+        factoring = [registry.name_of(method) for earlier in before for method in _methods(earlier) if method.forms]
+        for method in _methods(stage):
+            if factoring and method.decides and not method.forms:
+                name = registry.name_of(method)
+                self.mistakes.append(
+                    f"{place}: {name} cannot cut what {factoring[0]} has factored before: cut first, factor after"
+                )
 
     def train(self, options: Any, place: str) -> Train | None:
         options = dict(options) if isinstance(options, Mapping) else options
@@ -260,6 +290,11 @@ class _Reader:
                 self.mistakes.append(f"{place}.methods[{number}]: '{name}' looks once; put it in a calibrate stage")
         if len(deciding) > 1:
             self.mistakes.append(f"{place}: {' and '.join(deciding)} both decide what to cut; give each its own stage")
+        text = options.get("text") if isinstance(options, dict) else None
+        if isinstance(text, str):
+            options["text"] = text if text == TASK_TEXT else self.path(text)
+            if not any(method.needs_teacher for method in methods if method is not None):
+                self.mistakes.append(f"{place}.text: text has no labels, so there is nothing to learn; add distillation")
         stage = self.build(Train, options, place)
         if stage is not None:
             try:
@@ -410,6 +445,9 @@ def look(recipe: Recipe) -> None:
         _look_at_teacher(Path(recipe.teacher), source, recipe.task)
     for split in Split:
         task.split(split)
+    for stage in recipe.stages:
+        if isinstance(stage, Train) and stage.text not in (None, TASK_TEXT):
+            check_text(Path(str(stage.text)))
     load_tokenizer(source)
     max_length_of(source)
 

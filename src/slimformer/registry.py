@@ -1,4 +1,4 @@
-"""Finds families, methods, tasks, exporters and runtimes: kind + name -> class.
+"""Finds families, methods, forms, tasks, exporters and runtimes: kind + name -> class.
 
 The name is the file name. Files in our own folders are found by listing them, third parties' by the entry-point group
 `slimformer.<kind>`. A file is imported only when its name is asked for, so that listing stays quick.
@@ -18,6 +18,7 @@ from slimformer.errors import RecipeError, nearest
 KINDS = {
     "families": "Family",
     "methods": "Method",
+    "forms": "Form",
     "tasks": "Task",
     "exporters": "Exporter",
     "runtimes": "Runtime",

@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -21,16 +22,17 @@ import numpy as np
 
 from slimformer import checkpoint, registry
 from slimformer.batching import collate, epoch_order
-from slimformer.errors import RecipeError
+from slimformer.errors import DataError, PlanError, RecipeError
 from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.methods.base import Context, Method
 from slimformer.plan import Plan
 from slimformer.precision import looking
 from slimformer.tasks.base import Example, Features, Split, Task
-from slimformer.tokenizing import load_tokenizer, max_length_of
+from slimformer.tokenizing import cutting, load_tokenizer, max_length_of, pad_id_of
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from slimformer.ranges import Ranges
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TASK_TEXT = "task"  # what `Train.text` calls the task's own training texts
+LINES = 1000  # of a text file, encoded at a time
 HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
 
 
@@ -60,6 +64,42 @@ class Material:
         picks = order[np.linspace(0, len(order) - 1, min(len(order), 300)).astype(int)]
         groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::38]] for start in range(38))]
         return [collate(features, group, model_inputs) for group in groups if group]
+
+
+def unlabelled(features: Features) -> Features:
+    """The same rows with nothing but what a model reads."""
+    return replace(features, columns={name: column for name, column in features.columns.items() if name in INPUTS})
+
+
+def check_text(file: Path) -> None:
+    """DataError where a file of texts cannot be read or holds none."""
+    if next(_lines(file), None) is None:
+        raise DataError(f"{file} holds no text.", help="put one text on each line.")
+
+
+def encode_text(file: Path, tokenizer: Tokenizer, max_length: int) -> Features:
+    """A row of token ids for each line of a file that is not blank, without labels; what exceeds `max_length` is left out."""
+    rows: list[np.ndarray] = []
+    truncated = 0
+    lines = _lines(file)
+    with cutting(tokenizer, max_length):
+        while some := list(islice(lines, LINES)):
+            for row in tokenizer.encode_batch_fast(some):
+                rows.append(np.asarray(row.ids, dtype=np.int32))  # a list of numbers would be ten times the size
+                truncated += bool(row.overflowing)
+    return Features({"input_ids": rows}, range(len(rows)), truncated, pad_id_of(tokenizer))
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            for line in stream:
+                if line.strip():
+                    yield line.strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read the text {file}: {error}.", help="name a UTF-8 file with one text on each line."
+        ) from None
 
 
 def prepare(task: Task, source: Path) -> Material:
@@ -193,6 +233,24 @@ def _restore(bundle: Bundle, folder: Path) -> Bundle:
 # -- What stands around a method -----------------------------------------------------------------------------------------------
 
 
+def refuse_cuts(methods: Sequence[Method], model: PreTrainedModel) -> None:
+    """PlanError, before any work is done, where a method would choose among units whose matrices are factored already."""
+    from slimformer.families.base import anatomy_of
+
+    cutting = [registry.name_of(method) for method in methods if method.decides and not method.forms]
+    if not cutting:
+        return
+    anatomy = anatomy_of(model)
+    for site in anatomy.sites.values():
+        factored = anatomy.factored(site)
+        if factored:
+            raise PlanError(
+                f"{cutting[0]} chooses what to cut, and '{site.id}' can no longer be cut: '{factored[0].id}' is stored as "
+                f"{factored[0].form}.",
+                help="cut first, factor after.",
+            )
+
+
 def context_of(bundle: Bundle, run: Run, model: PreTrainedModel, cost: str) -> Context:
     """The context of a stage's methods; `cost` is what their budgets count."""
     import torch
@@ -247,7 +305,11 @@ def cost_of(unit: str, model: PreTrainedModel, anatomy: Anatomy, material: Mater
 @final
 @dataclass(frozen=True)
 class Train(Stage):
-    """Trains with any methods; none is plain fine-tuning. What the methods decide is cut at the end."""
+    """Trains with any methods; none is plain fine-tuning. What the methods decide is cut at the end.
+
+    `text`: a file with a text on each line, or "task" for the task's own training texts: then no labels are read, the task's loss
+    is left out, and all there is to learn comes from the teacher.
+    """
 
     methods: tuple[Method, ...] = ()
     epochs: float = 3.0
@@ -260,6 +322,7 @@ class Train(Stage):
     dropout: bool = True  # off where a student should follow its teacher closely and there is little time
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     trackers: tuple[str, ...] = ()
+    text: str | None = None
 
     kind: ClassVar[str] = "train"
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
@@ -267,13 +330,24 @@ class Train(Stage):
     def settings(self, seed: int) -> Any:
         from slimformer.training import Freeze, Settings
 
-        options = {name: value for name, value in vars(self).items() if name not in {"methods", "dropout"}}
+        options = {name: value for name, value in vars(self).items() if name not in {"methods", "dropout", "text"}}
+        if self.text is not None:
+            options["task_weight"] = 0.0
         return Settings(**{**options, "freeze": Freeze(self.freeze)}, seed=seed)
+
+    def rows(self, material: Material) -> Features:
+        """What is trained on."""
+        if self.text is None:
+            return material.features[Split.TRAIN]
+        if self.text == TASK_TEXT:
+            return unlabelled(material.features[Split.TRAIN])
+        return encode_text(Path(self.text), load_tokenizer(material.source), material.max_length)
 
     def prepared(self, bundle: Bundle, run: Run) -> Context:
         """A copy of the bundle's model ready to train, with all that stands around its methods."""
         import torch
 
+        refuse_cuts(self.methods, bundle.model)
         deciding = [method.cost for method in self.methods if method.decides]
         model = copy.deepcopy(bundle.model)
         if not self.dropout:
@@ -287,7 +361,9 @@ class Train(Stage):
         from slimformer.training import train
 
         context = self.prepared(bundle, run)
-        features = bundle.material.features[Split.TRAIN]
+        features = self.rows(bundle.material)
+        if self.text is not None:
+            run.log.say(f"learning from the teacher on {len(features):,} texts without labels.")
         trained = train(
             context,
             features,
@@ -329,7 +405,8 @@ class Calibrate(Stage):
         from slimformer.shrink import shrink
 
         name = registry.name_of(self.method)
-        run.log.say(f"{name}: choosing what to keep.")
+        refuse_cuts((self.method,), bundle.model)
+        run.log.say(f"{name}: choosing {'how to store it' if self.method.forms else 'what to keep'}.")
         context = context_of(bundle, run, copy.deepcopy(bundle.model), self.method.cost)
         state = self.method.attach(context)
         try:

@@ -651,13 +651,13 @@ def _settle(model: PreTrainedModel, home: torch.device, trainable: Mapping[str, 
 
 def _freeze(context: Context, freeze: Freeze) -> None:
     model = context.model
-    words = {f"{matrix.module}.weight" for matrix in context.anatomy.matrices.values() if matrix.role is Role.EMBEDDING}
+    words = tuple(f"{matrix.module}." for matrix in context.anatomy.matrices.values() if matrix.role is Role.EMBEDDING)
     inside = f"{model.base_model_prefix}."
     for name, parameter in model.named_parameters():
         frozen = (
             freeze is Freeze.EVERYTHING
             or (freeze is Freeze.ENCODER and name.startswith(inside))
-            or (freeze is Freeze.EMBEDDINGS and name in words)
+            or (freeze is Freeze.EMBEDDINGS and name.startswith(words))
         )
         if frozen:
             parameter.requires_grad_(False)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from toy_task import context, rows
 
+from slimformer.families.base import anatomy_of
+from slimformer.forms.kronecker import Kronecker
 from slimformer.log import Log
 from slimformer.methods.keep_zeros import KeepZeros
+from slimformer.plan import Plan
+from slimformer.shrink import shrink
 from slimformer.training import Settings, train
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -51,3 +57,15 @@ def test_reports_the_share_it_holds():
     assert masked == [QUERY.removesuffix(".weight")]
     per_layer = 4 * 32 * 32 + 2 * 32 * 24
     assert method.report(state)["zeros"] == 32 * 32 / (3 * per_layer)
+
+
+def test_a_factored_matrix_has_no_zeros_to_hold(tmp_path):
+    around = context(features=rows(48))
+    plan = Plan(forms={"encoder.1.query": Kronecker((2, 2)), "embeddings.word": Kronecker((99, 8))})
+    with torch.no_grad():
+        around.model.get_parameter(QUERY)[:8, 8:16] = 0
+    small = shrink(around.model, around.anatomy, plan)
+    state = KeepZeros().attach(replace(around, model=small, anatomy=anatomy_of(small)))
+    dense = sum(matrix.parameters for matrix in anatomy_of(small).matrices.values() if matrix.dense)
+    assert state.zeros * dense == 64
+    state.close()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slimformer.anatomy import Anatomy, Point
+    from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
 __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
 
@@ -180,11 +181,14 @@ class Draft:
         from torch import nn
 
         from slimformer.families.base import anatomy_of, family_of
+        from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
         self.options, self.model, self.batches, self.outputs, self.ranges = options, model, batches, outputs, ranges
         self.anatomy = anatomy_of(model)
         self.names = family_of(model.config.model_type).inputs(model)
-        self._linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        self._factored = sum(module.form.terms for module in model.modules() if isinstance(module, KroneckerLinear))
+        self._tables = sum(isinstance(module, KroneckerEmbedding) for module in model.modules())
+        self._linears = sum(isinstance(module, nn.Linear) for module in model.modules()) + self._factored
         with _eval(model):
             self.reference = [_torch_outputs(model, self.names, batch, outputs) for batch in batches]
             self._traced = _trace(model, self.anatomy, self.names, outputs)
@@ -273,9 +277,13 @@ class Draft:
             graphs.unturn(graph)
         narrowed = graphs.read_only_first(graph, layout)
         _same("attentions", graphs.lower_attentions(graph, layout, fused=variant in FUSED), attentions)
+        _same("factored products", graphs.lower_factors(graph), self._factored)
+        _same("factored tables", graphs.lower_tables(graph), self._tables)
         _same("matrices", len(graphs.products(graph)), self._linears)
         graphs.plain_gemms(graph)
         notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
+        if self._factored or self._tables:
+            notes.append(f"{self._factored} products by Kronecker factors, {self._tables} factored tables")
         if narrowed:
             notes.append("the last layer computes the first token only")
         return notes
@@ -421,10 +429,41 @@ def _plain_mask(*, attention_mask: Any, **_: Any) -> Any:
     return attention_mask
 
 
+def _mark_product(module: KroneckerLinear) -> Any:
+    """In place of a factored Linear's product: a marker with its factors and the order of its steps."""
+    import torch
+
+    attributes: dict[str, Any] = {
+        "steps": " ".join(module.form.steps(module.shape)),
+        "right": "b" if module.form.b_is_large(module.shape) else "a",
+    }
+
+    def product(input: torch.Tensor) -> torch.Tensor:
+        shape = (*input.shape[:-1], module.shape[0])
+        inputs = [input, module.a, module.b]
+        return torch.onnx.ops.symbolic("::".join(graphs.FACTORED), inputs, attributes, dtype=input.dtype, shape=shape)
+
+    return product
+
+
+def _mark_table(module: KroneckerEmbedding) -> Any:
+    """In place of a factored Embedding: a marker with its factors."""
+    import torch
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        shape = (*input.shape, module.shape[1])
+        inputs = [input, module.a, module.b]
+        return torch.onnx.ops.symbolic("::".join(graphs.TABLE), inputs, dtype=module.a.dtype, shape=shape)
+
+    return forward
+
+
 @contextmanager
 def _marked(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
-    """Lets the model's attentions leave markers and its layers compute in (seq, batch, hidden)."""
+    """Lets attentions and factored matrices leave markers, and the layers compute in (seq, batch, hidden)."""
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
     AttentionInterface.register(MARKED, _mark)
     AttentionMaskInterface.register(MARKED, _plain_mask)
@@ -438,6 +477,13 @@ def _marked(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(setattr, model.config, "_attn_implementation", before)
         model.config._attn_implementation = MARKED
+        for module in model.modules():
+            if isinstance(module, KroneckerLinear):
+                stack.callback(delattr, module, "product")
+                module.product = _mark_product(module)  # type: ignore[method-assign]
+            elif isinstance(module, KroneckerEmbedding):
+                stack.callback(delattr, module, "forward")
+                module.forward = _mark_table(module)  # type: ignore[method-assign]
         for name in (anatomy.embedding, anatomy.layers[-1]):
             stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
@@ -540,10 +586,9 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
 
 def _unpadded(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Rows of an activation that stand for real tokens: (tokens, width); `mask` (batch, seq)."""
-    if value.shape[:-1] == mask.shape:
-        return np.asarray(value[mask])
-    if value.shape[:-1] == mask.T.shape:
-        return np.asarray(value[mask.T])
+    for real in (mask, mask.T):
+        if value.ndim > 2 and value.shape[:2] == real.shape:
+            return np.asarray(value[real]).reshape(-1, value.shape[-1])
     return value.reshape(-1, value.shape[-1])  # first tokens only
 
 

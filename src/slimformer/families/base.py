@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from slimformer import registry
-from slimformer.anatomy import Anatomy, Counter, Kind, Point, PointRole, Site, Slice, Tap
+from slimformer.anatomy import Anatomy, Counter, Kind, Matrix, Point, PointRole, Role, Site, Slice, Tap
 from slimformer.errors import ModelError
+from slimformer.forms.base import form_of, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +55,7 @@ class SkippedOutput(nn.Module):
         return residual
 
 
+ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
 SKIPPED = (SkippedAttention, SkippedBranch, SkippedZero, SkippedInput, SkippedOutput)
 
 
@@ -93,6 +95,15 @@ def family_of(model_type: str) -> Family:
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
     """The anatomy of any supported model."""
     return family_of(model.config.model_type).anatomy(model)
+
+
+def matrix_of(model: PreTrainedModel, name: str, module: str, role: Role, sublayer: str | None = None) -> Matrix:
+    """The matrix of the Linear or Embedding at `module`, in whatever form it is stored."""
+    found = model.get_submodule(module)
+    own = f"{module}.weight"
+    ties = dict(model.all_tied_weights_keys or {})  # name -> the name whose tensor it shares
+    tied = ties.get(own) or next((name for name, source in ties.items() if source == own), None)
+    return Matrix(name, module, shape_of(found), role, sublayer, form_of(found), tied)
 
 
 def linear_slices(module: str, dim: int, unit: int, *, parts: int = 1, bias: bool = True) -> tuple[Slice, ...]:

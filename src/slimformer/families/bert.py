@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site
 from slimformer.families.base import (
+    ATTENTION,
     SKIPPED,
     Family,
     SkippedAttention,
@@ -19,9 +20,11 @@ from slimformer.families.base import (
     attention_site,
     ffn_points,
     ffn_site,
+    matrix_of,
     outer_points,
     sublayer_site,
 )
+from slimformer.forms.base import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,12 +48,8 @@ class Bert(Family):
             ("classifier", "classifier.out_proj", "qa_outputs"),
         )
 
-        def matrix(name: str, module: str, weight: Any, role: Role, sublayer: str | None) -> None:
-            matrices.append(Matrix(name, module, (weight.shape[0], weight.shape[1]), role, sublayer))
-
         embedding = "embeddings_project" if "embeddings_project" in dict(base.named_children()) else "embeddings"
-        words = base.embeddings.word_embeddings
-        matrix("embeddings.word", f"{prefix}embeddings.word_embeddings", words.weight, Role.EMBEDDING, None)
+        matrices.append(matrix_of(model, "embeddings.word", f"{prefix}embeddings.word_embeddings", Role.EMBEDDING))
         for index, layer in enumerate(base.encoder.layer):
             path = f"{prefix}encoder.layer.{index}"
             if isinstance(layer.attention, SKIPPED):
@@ -59,12 +58,11 @@ class Bert(Family):
                 own = f"{path}.attention.self"
                 inputs = (f"{own}.query", f"{own}.key", f"{own}.value")
                 output = f"{path}.attention.output.dense"
-                core = layer.attention.self
                 counters = (
                     Counter(own, "num_attention_heads"),
                     Counter(own, "all_head_size", head_dim),
                 )
-                heads = core.query.weight.shape[0] // head_dim
+                heads = shape_of(layer.attention.self.query)[0] // head_dim
                 points += attention_points(index, own, inputs, output, f"{path}.attention.output.LayerNorm")
                 attentions.append(own)
                 where = f"encoder.{index}.attention"
@@ -78,13 +76,8 @@ class Bert(Family):
                     )
                 )
                 sites.append(attention_site(index, inputs, output, heads=heads, head_dim=head_dim, counters=counters))
-                for role, name, linear in (
-                    (Role.QUERY, inputs[0], core.query),
-                    (Role.KEY, inputs[1], core.key),
-                    (Role.VALUE, inputs[2], core.value),
-                    (Role.ATTENTION_OUT, output, layer.attention.output.dense),
-                ):
-                    matrix(f"encoder.{index}.{role}", name, linear.weight, role, where)
+                for role, name in zip(ATTENTION, (*inputs, output), strict=True):
+                    matrices.append(matrix_of(model, f"encoder.{index}.{role}", name, role, where))
             if not isinstance(layer.intermediate, SKIPPED):
                 into, out = f"{path}.intermediate.dense", f"{path}.output.dense"
                 points += ffn_points(index, into, out, f"{path}.output.LayerNorm")
@@ -98,9 +91,9 @@ class Bert(Family):
                         modules=(f"{path}.intermediate", f"{path}.output"),
                     )
                 )
-                sites.append(ffn_site(index, into, out, width=layer.intermediate.dense.weight.shape[0]))
-                matrix(f"encoder.{index}.{Role.FFN_IN}", into, layer.intermediate.dense.weight, Role.FFN_IN, where)
-                matrix(f"encoder.{index}.{Role.FFN_OUT}", out, layer.output.dense.weight, Role.FFN_OUT, where)
+                sites.append(ffn_site(index, into, out, width=shape_of(layer.intermediate.dense)[0]))
+                for role, name in ((Role.FFN_IN, into), (Role.FFN_OUT, out)):
+                    matrices.append(matrix_of(model, f"encoder.{index}.{role}", name, role, where))
         return Anatomy(
             sites={site.id: site for site in sites},
             matrices={item.id: item for item in matrices},

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 from torch import nn
 
-from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site
+from slimformer.anatomy import Anatomy, Counter, Point, Role, Site
 from slimformer.families.base import (
+    ATTENTION,
     SKIPPED,
     Family,
     SkippedBranch,
@@ -19,9 +20,11 @@ from slimformer.families.base import (
     attention_site,
     ffn_points,
     ffn_site,
+    matrix_of,
     outer_points,
     sublayer_site,
 )
+from slimformer.forms.base import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,19 +38,12 @@ class DistilBert(Family):
         base = cast(Any, model.base_model)
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         head_dim = model.config.dim // model.config.n_heads
-        words = base.embeddings.word_embeddings.weight
         sites: list[Site] = []
-        matrices = [
-            Matrix("embeddings.word", f"{prefix}embeddings.word_embeddings", (words.shape[0], words.shape[1]), Role.EMBEDDING)
-        ]
+        matrices = [matrix_of(model, "embeddings.word", f"{prefix}embeddings.word_embeddings", Role.EMBEDDING)]
         attentions: list[str | None] = []
         points: list[Point] = outer_points(
             model, f"{prefix}embeddings.LayerNorm", ("pre_classifier",), ("classifier", "qa_outputs")
         )
-
-        def matrix(role: Role, index: int, module: str, weight: Any, sublayer: str) -> None:
-            shape = (weight.shape[0], weight.shape[1])
-            matrices.append(Matrix(f"encoder.{index}.{role}", module, shape, role, sublayer))
 
         for index, layer in enumerate(base.transformer.layer):
             path = f"{prefix}transformer.layer.{index}"
@@ -57,7 +53,7 @@ class DistilBert(Family):
                 own, where = f"{path}.attention", f"encoder.{index}.attention"
                 inputs = (f"{own}.q_lin", f"{own}.k_lin", f"{own}.v_lin")
                 counters = (Counter(own, "n_heads"), Counter(own, "dim", head_dim))
-                heads = layer.attention.q_lin.weight.shape[0] // head_dim
+                heads = shape_of(layer.attention.q_lin)[0] // head_dim
                 points += attention_points(index, own, inputs, f"{own}.out_lin", f"{path}.sa_layer_norm")
                 attentions.append(own)
                 sites.append(
@@ -70,13 +66,8 @@ class DistilBert(Family):
                     )
                 )
                 sites.append(attention_site(index, inputs, f"{own}.out_lin", heads=heads, head_dim=head_dim, counters=counters))
-                for role, module, linear in (
-                    (Role.QUERY, inputs[0], layer.attention.q_lin),
-                    (Role.KEY, inputs[1], layer.attention.k_lin),
-                    (Role.VALUE, inputs[2], layer.attention.v_lin),
-                    (Role.ATTENTION_OUT, f"{own}.out_lin", layer.attention.out_lin),
-                ):
-                    matrix(role, index, module, linear.weight, where)
+                for role, module in zip(ATTENTION, (*inputs, f"{own}.out_lin"), strict=True):
+                    matrices.append(matrix_of(model, f"encoder.{index}.{role}", module, role, where))
             if not isinstance(layer.ffn, SKIPPED):
                 own, where = f"{path}.ffn", f"encoder.{index}.ffn"
                 points += ffn_points(index, f"{own}.lin1", f"{own}.lin2", f"{path}.output_layer_norm")
@@ -85,9 +76,9 @@ class DistilBert(Family):
                         index, "ffn", start=own, end=f"{path}.output_layer_norm", modules=(own, f"{path}.output_layer_norm")
                     )
                 )
-                sites.append(ffn_site(index, f"{own}.lin1", f"{own}.lin2", width=layer.ffn.lin1.weight.shape[0]))
-                matrix(Role.FFN_IN, index, f"{own}.lin1", layer.ffn.lin1.weight, where)
-                matrix(Role.FFN_OUT, index, f"{own}.lin2", layer.ffn.lin2.weight, where)
+                sites.append(ffn_site(index, f"{own}.lin1", f"{own}.lin2", width=shape_of(layer.ffn.lin1)[0]))
+                for role, module in ((Role.FFN_IN, f"{own}.lin1"), (Role.FFN_OUT, f"{own}.lin2")):
+                    matrices.append(matrix_of(model, f"encoder.{index}.{role}", module, role, where))
         return Anatomy(
             sites={site.id: site for site in sites},
             matrices={item.id: item for item in matrices},

@@ -118,6 +118,7 @@ class Method(ABC):
     needs_teacher: ClassVar[bool] = False
     decides: ClassVar[bool] = False  # whether `decide` may cut; two such methods in one stage are refused
     rewrites: ClassVar[bool] = False  # whether `decide` cuts nothing but gives new weights; as much alone as one that decides
+    forms: ClassVar[bool] = False  # whether it decides forms of matrices instead of cuts: none can be cut afterwards
     trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
     neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
     cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"

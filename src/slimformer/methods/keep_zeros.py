@@ -24,7 +24,7 @@ class _State(State):
     def __init__(self, context: Context) -> None:
         super().__init__()
         parameters = dict(context.model.named_parameters())
-        inside = [m for m in context.anatomy.matrices.values() if m.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
+        inside = [m for m in context.anatomy.matrices.values() if m.dense and m.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
         opened = {f"{matrix.module}.weight": parameters[f"{matrix.module}.weight"].detach() != 0 for matrix in inside}
         total = sum(mask.numel() for mask in opened.values())
         self.zeros = sum(int((~mask).sum()) for mask in opened.values()) / max(1, total)

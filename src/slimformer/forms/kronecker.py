@@ -1,0 +1,202 @@
+"""A matrix as a sum of Kronecker products A (x) B: block (i, j) of the matrix is A[i, j] times B.
+
+Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022), section 3; the nearest product by the SVD of the
+rearranged matrix is Van Loan and Pitsianis (1993). Differences: the smaller factor multiplies from the left, token by token, so that
+the larger is one product over all tokens and often nothing has to be transposed; a word table keeps a private row of A per word, as
+theirs, and may be a sum too. Fewer multiplications do not mean less time: small factors run at a fraction of a CPU's speed, so
+what a factored model really takes has to be measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimformer.anatomy import Role
+from slimformer.forms.base import Form, Formed, Shape
+
+if TYPE_CHECKING:
+    from slimformer.anatomy import Matrix
+
+
+@final
+@dataclass(frozen=True)
+class Kronecker(Form):
+    """`a`: rows and columns (m1, n1) of the first factor; the second follows from the matrix. `terms`: products in the sum."""
+
+    a: Shape
+    terms: int = 1
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.a, (tuple, list)) and len(self.a) == 2 and all(type(n) is int and n >= 1 for n in self.a)
+        if not whole:
+            raise ValueError(f"a must be two whole numbers from 1, got {self.a!r}")
+        if type(self.terms) is not int or self.terms < 1:
+            raise ValueError(f"terms must be a whole number from 1, got {self.terms!r}")
+        object.__setattr__(self, "a", tuple(self.a))
+
+    def b(self, shape: Shape) -> Shape:
+        """Rows and columns (m2, n2) of the second factor."""
+        return shape[0] // self.a[0], shape[1] // self.a[1]
+
+    def problem(self, matrix: Matrix) -> str | None:
+        (rows, columns), (m1, n1) = matrix.shape, self.a
+        if rows % m1 or columns % n1:
+            return f"a first factor of {m1} x {n1} does not divide its {rows} x {columns}"
+        if matrix.role is Role.EMBEDDING and m1 != rows:
+            return f"each of its {rows} words keeps a row of its own, so the first factor has {rows} rows, not {m1}"
+        most = min(m1 * n1, math.prod(self.b(matrix.shape)))
+        if self.terms > most:
+            return f"{most} terms of {m1} x {n1} are exact already, so {self.terms} would hold nothing more"
+        return None
+
+    def parameters(self, shape: Shape) -> int:
+        return self.terms * (math.prod(self.a) + math.prod(self.b(shape)))
+
+    def macs(self, shape: Shape) -> int:
+        return self.terms * min(self._a_first(shape), self._b_first(shape))
+
+    def _a_first(self, shape: Shape) -> int:
+        (m1, n1), (m2, n2) = self.a, self.b(shape)
+        return m1 * n1 * n2 + m1 * n2 * m2
+
+    def _b_first(self, shape: Shape) -> int:
+        (m1, n1), (m2, n2) = self.a, self.b(shape)
+        return n1 * n2 * m2 + m1 * n1 * m2
+
+    def steps(self, shape: Shape) -> tuple[str, ...]:
+        """How a token x, as X (n1, n2), becomes Y (m1, m2) = A X B^T: "a", "b" and "turn", in order.
+
+        The cheaper factor comes first. The smaller one multiplies from the left; "turn" exchanges the two axes where that needs it.
+        """
+        order = ("a", "b") if self._a_first(shape) <= self._b_first(shape) else ("b", "a")
+        return order if self.b_is_large(shape) else ("turn", *order, "turn")
+
+    def b_is_large(self, shape: Shape) -> bool:
+        """Whether B multiplies all tokens at once from the right, and A each token from the left; else the other way round."""
+        return math.prod(self.b(shape)) >= math.prod(self.a)
+
+    def module(self, dense: nn.Module) -> nn.Module:
+        if isinstance(dense, nn.Embedding):
+            return KroneckerEmbedding(self, dense)
+        return KroneckerLinear(self, cast(nn.Linear, dense))
+
+    def weights(self, weight: Tensor) -> Mapping[str, Tensor]:
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        left, right = _leading(rearranged(weight.detach().double(), self.a), self.terms)  # (m1 n1, terms), (terms, m2 n2)
+        return {
+            "a": left.T.reshape(self.terms, *self.a).to(weight.dtype),
+            "b": right.reshape(self.terms, *self.b(shape)).to(weight.dtype),
+        }
+
+    @classmethod
+    def example(cls, matrix: Matrix) -> Form:
+        rows, columns = matrix.shape
+        down = rows if matrix.role is Role.EMBEDDING else max(n for n in range(1, rows) if rows % n == 0) if rows > 1 else 1
+        across = next(n for n in range(2, columns + 1) if columns % n == 0) if columns > 1 else 1
+        return cls((down, columns // across if matrix.role is Role.EMBEDDING else across))
+
+
+def rearranged(weight: Tensor, a: Shape) -> Tensor:
+    """The matrix with each block as a row, in the order of A's entries: (m1 n1, m2 n2). A (x) B becomes vec(A) vec(B)^T."""
+    (rows, columns), (m1, n1) = weight.shape, a
+    return weight.reshape(m1, rows // m1, n1, columns // n1).transpose(1, 2).reshape(m1 * n1, -1)
+
+
+def squares(weight: Tensor, a: Shape) -> Tensor:
+    """Squared singular values of the rearranged matrix, the largest first: what each further term takes off the squared error."""
+    return torch.linalg.eigvalsh(_gram(rearranged(weight.detach(), a))).flip(0).clamp_min(0)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+
+
+def _leading(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of that rank as a product (rows, terms) (terms, columns), each pair of equal norm.
+
+    By the eigenvectors of the smaller Gram matrix: cheap for a word table, and all of them together give the matrix back exactly.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        right, left = _leading(matrix.T, terms)
+        return left.T, right.T
+    unit = torch.linalg.eigh(_gram(matrix)).eigenvectors.flip(1)[:, :terms]  # (rows, terms)
+    other = unit.T @ matrix  # (terms, columns)
+    size = other.norm(dim=1)  # (terms,): the singular values
+    share = torch.where(size > 0, size.sqrt(), 1.0)  # of a term that is 0 one side stays alive, so that it can still learn
+    return unit * share, other / share[:, None]
+
+
+class _Factors(Formed):
+    """The parameters `a` (terms, m1, n1) and `b` (terms, m2, n2)."""
+
+    def __init__(self, form: Kronecker, weight: Tensor) -> None:
+        super().__init__()
+        self.form: Kronecker = form
+        self.shape = (int(weight.shape[0]), int(weight.shape[1]))
+
+        def empty(factor: Shape) -> nn.Parameter:
+            return nn.Parameter(weight.new_empty(form.terms, *factor), requires_grad=weight.requires_grad)
+
+        self.a, self.b = empty(form.a), empty(form.b(self.shape))
+
+    def matrix(self) -> Tensor:
+        return torch.stack([torch.kron(a, b) for a, b in zip(self.a, self.b, strict=True)]).sum(0)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, a={self.form.a}, b={self.form.b(self.shape)}, terms={self.form.terms}"
+
+
+class KroneckerLinear(_Factors):
+    """y = sum of (A (x) B) x, plus the bias, for inputs of any number of leading axes."""
+
+    def __init__(self, form: Kronecker, dense: nn.Linear) -> None:
+        super().__init__(form, dense.weight)
+        self.bias = dense.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self.product(input)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def product(self, input: Tensor) -> Tensor:
+        """The sum without the bias."""
+        n2 = self.b.shape[2]
+        start = input.unflatten(-1, (self.a.shape[2], n2))  # (..., n1, n2)
+        steps, right = self.form.steps(self.shape), self.form.b_is_large(self.shape)
+        if steps[0] == "turn":
+            start = start.transpose(-1, -2)
+        total = None
+        for a, b in zip(self.a, self.b, strict=True):
+            value = start
+            for step in steps:
+                if step != "turn":
+                    factor = a if step == "a" else b
+                    value = functional.linear(value, factor) if right == (step == "b") else torch.matmul(factor, value)
+            total = value if total is None else total + value
+        assert total is not None
+        if steps[-1] == "turn":
+            total = total.transpose(-1, -2)
+        return total.flatten(-2)  # (..., m1 m2)
+
+
+class KroneckerEmbedding(_Factors):
+    """Row i of the table is the sum of A[i] (x) B, with B a single row: a lookup and a product."""
+
+    def __init__(self, form: Kronecker, dense: nn.Embedding) -> None:
+        super().__init__(form, dense.weight)
+        self.padding_idx = dense.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        total = None
+        for a, b in zip(self.a, self.b, strict=True):
+            row = functional.embedding(input, a, self.padding_idx)  # (..., n1)
+            term = row.unsqueeze(-1) * b[0]  # (..., n1, n2)
+            total = term if total is None else total + term
+        assert total is not None
+        return total.flatten(-2)

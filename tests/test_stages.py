@@ -1,0 +1,144 @@
+"""Stages: text without labels, and no cutting of what is factored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+from tiny_folder import write_data, write_model, write_tokenizer
+
+from slimformer import checkpoint
+from slimformer.errors import DataError, PlanError, RecipeError
+from slimformer.families.base import anatomy_of
+from slimformer.forms.kronecker import Kronecker
+from slimformer.log import Log
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.fisher import Fisher
+from slimformer.methods.gates import Gates
+from slimformer.plan import Plan
+from slimformer.recipe import Recipe, look
+from slimformer.shrink import shrink
+from slimformer.stages import Bundle, Calibrate, Run, Train, encode_text, prepare, refuse_cuts
+from slimformer.tasks.base import Split
+from slimformer.tasks.classification import Classification
+
+# -- Text without labels -------------------------------------------------------------------------------------------------------
+
+
+def test_each_line_of_a_file_is_a_row(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path)
+    file = tmp_path / "text.txt"
+    file.write_text("the film was great\n\n  dull story \nthe film was very very very great\n   \n", encoding="utf-8")
+    features = encode_text(file, tokenizer, 6)
+    rows = [list(map(int, row)) for row in features.columns["input_ids"]]
+    assert rows[:2] == [tokenizer.encode(text).ids for text in ("the film was great", "dull story")]
+    assert [len(row) for row in rows] == [6, 4, 6]
+    assert (features.truncated, len(features), list(features.columns)) == (1, 3, ["input_ids"])
+    assert tokenizer.truncation is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read the text"), (b"\xff\xfe\xff", "cannot read the text"), (b"\n \n", "holds no text")],
+)
+def test_a_file_without_text_is_said_before_anything_starts(tmp_path: Path, content: bytes | None, message: str) -> None:
+    source = write_model(tmp_path / "model", trained=False)
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    task = Classification(data=str(write_data(tmp_path / "data")))
+    with pytest.raises(DataError, match=message):
+        look(Recipe(str(source), task, (Train((Distillation(),), text=str(file)),)))
+
+
+def bundle(folder: Path) -> Bundle:
+    source = write_model(folder / "model")
+    model = checkpoint.load(source)
+    task = Classification(data=str(write_data(folder / "data", train=320))).bind(model.config)
+    plan = Plan({"encoder.0.heads": (0, 1), "encoder.1.neurons": tuple(range(12))})
+    return Bundle(shrink(model, anatomy_of(model), plan), plan, prepare(task, source), model)
+
+
+def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
+    start = bundle(tmp_path)
+    stage = Train((Distillation(hidden=0),), epochs=1, lr=1e-3, dropout=False, precision="fp32", text="task")
+    assert stage.settings(0).task_weight == 0
+    assert set(stage.rows(start.material).columns) == {"input_ids", "token_type_ids"}
+    assert len(stage.rows(start.material)) == len(start.material.features[Split.TRAIN])
+    train = start.material.features[Split.TRAIN]
+    wrong = replace(train, columns=dict(train.columns) | {"labels": [1 - label for label in train.columns["labels"]]})
+    turned = replace(start, material=replace(start.material, features=dict(start.material.features) | {Split.TRAIN: wrong}))
+    log = Log(None, quiet=True)
+    made = [
+        stage.run(each, Run(tmp_path / name, tmp_path / name, log, threads=1)).model.state_dict()
+        for name, each in (("right", start), ("wrong", turned))
+    ]
+    before = start.model.state_dict()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in before)
+    assert any(not torch.equal(made[0][name], before[name]) for name in before)
+
+
+def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
+    start = bundle(tmp_path)
+    words = start.model.get_input_embeddings().weight.shape[0]
+    plan = Plan(forms={"embeddings.word": Kronecker((words, 8))})
+    start = replace(start, model=shrink(start.model, anatomy_of(start.model), plan), plan=start.plan.then(plan))
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
+    before = start.model.state_dict()
+    for freeze, still in (("embeddings", True), ("nothing", False)):
+        stage = Train((Distillation(hidden=0),), epochs=0.2, lr=1e-3, precision="fp32", text="task", freeze=freeze)  # type: ignore[arg-type]
+        after = stage.run(start, run.under(freeze)).model.state_dict()
+        for part in ("a", "b"):
+            name = f"bert.embeddings.word_embeddings.{part}"
+            assert torch.equal(after[name], before[name]) is still
+        assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+
+
+def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a text\n", encoding="utf-8")
+    stage = {"train": {"text": "text.txt", "methods": ["distillation"]}}
+    data: dict[str, Any] = {"model": "x", "task": "intents", "stages": [stage]}
+    recipe = Recipe.parse(data, base=tmp_path)
+    assert recipe.stages == (Train((Distillation(),), text=str(tmp_path / "text.txt")),)
+    assert Recipe.parse(recipe.to_data()) == recipe
+    assert Recipe.parse(data | {"stages": [{"train": {"text": "task", "methods": ["distillation"]}}]}).stages == (
+        Train((Distillation(),), text="task"),
+    )
+    with pytest.raises(
+        RecipeError, match=r"stages\[0\].train.text: text has no labels, so there is nothing to learn; add distil"
+    ):
+        Recipe.parse(data | {"stages": [{"train": {"text": "task"}}]})
+
+
+# -- Cut first, factor after ---------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_that_cuts_what_it_has_factored_is_a_mistake() -> None:
+    stages = [{"calibrate": {"method": "fisher"}}, {"calibrate": {"method": "kronecker"}}]
+    Recipe.parse({"model": "x", "task": "intents", "stages": [*stages, {"train": {"methods": ["distillation"]}}]})
+    for later in ({"calibrate": {"method": "layers"}}, {"train": {"methods": ["distillation", "gates"]}}):
+        with pytest.raises(
+            RecipeError, match=r"stages\[2\].*(layers|gates) cannot cut what kronecker has factored before: cut first"
+        ):
+            Recipe.parse({"model": "x", "task": "intents", "stages": [*stages, later]})
+
+
+def test_a_method_that_cuts_refuses_a_factored_model_before_it_looks(tmp_path: Path) -> None:
+    model = tiny("bert")
+    anatomy = anatomy_of(model)
+    factored = shrink(model, anatomy, Plan(forms={"encoder.1.ffn_out": Kronecker((2, 2))}))
+    run = Run(tmp_path, tmp_path, Log(None, quiet=True))
+    start = Bundle(factored, Plan(), None, factored)  # type: ignore[arg-type]  # no data is asked for
+    message = r"chooses what to cut, and 'encoder.1.neurons' can no longer be cut: 'encoder.1.ffn_out' is stored as Kron"
+    with pytest.raises(PlanError, match=f"fisher {message}"):
+        Calibrate(Fisher()).run(start, run)
+    with pytest.raises(PlanError, match=f"gates {message}"):
+        Train((Gates(), Distillation())).run(start, run)
+    refuse_cuts((Distillation(),), factored)
+    refuse_cuts((Fisher(),), shrink(model, anatomy, Plan(forms={"embeddings.word": Kronecker((99, 8))})))
+    assert np.array_equal(sorted(anatomy.sites), sorted(anatomy_of(factored).sites))
