@@ -50,7 +50,7 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
         stack.enter_context(computing(model, {name: _norm(parts[name]) for name in norms}))
         for name in attentions:
             attention = model.get_submodule(name)
-            stack.callback(lambda gone=attention: SOFTMAX.pop(gone, None))
+            stack.callback(SOFTMAX.pop, attention, None)
             SOFTMAX[attention] = _softmax(parts[name])
         if attentions:
             _register()
