@@ -128,3 +128,24 @@ def test_anything_gives_a_recipe_or_a_recipe_error(data):
         assert error.facts
     else:
         assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_export_options_reach_the_exporter_and_come_back() -> None:
+    from slimformer.exporters.onnx import Onnx
+
+    export = {"calibration": "entropy", "reduce_range": True, "floats": ["encoder.0.ffn_out.input"]}
+    recipe = Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": export}]})
+    assert recipe.export.exporter() == Onnx(weight_bits=7, calibration="entropy", floats=("encoder.0.ffn_out.input",))
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"calibration": "mean"}, "export.calibration"),
+        ({"percentile": 10}, "percentile must be above 50 and at most 100, got 10"),
+    ],
+)
+def test_export_options_that_cannot_be_are_mistakes(options: dict[str, object], place: str) -> None:
+    with pytest.raises(RecipeError, match=place):
+        Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": options}]})
