@@ -311,6 +311,14 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     assert slimformer.load(out).config.id2label == dict(enumerate(LABELS))
 
 
+def test_the_card_tells_what_the_chosen_file_holds(done: Done) -> None:
+    facts = read_facts(done.out)
+    assert facts is not None
+    text = (done.out / "README.md").read_text(encoding="utf-8")
+    assert f"## What `{facts.best}` holds" in text
+    assert "embedding tables" in text
+
+
 def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -151,3 +151,24 @@ def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_pa
     assert all(torch.equal(before[f"bert.{name}"], tensor) for name, tensor in given.items())
     words = "bert.embeddings.word_embeddings.weight"
     assert not torch.equal(before[words], bundle.teacher.state_dict()[words])
+
+
+def test_export_options_reach_the_exporter_and_come_back() -> None:
+    from slimformer.exporters.onnx import Onnx
+
+    export = {"calibration": "entropy", "reduce_range": True, "floats": ["encoder.0.ffn_out.input"]}
+    recipe = Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": export}]})
+    assert recipe.export.exporter() == Onnx(weight_bits=7, calibration="entropy", floats=("encoder.0.ffn_out.input",))
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"calibration": "mean"}, "export.calibration"),
+        ({"percentile": 10}, "percentile must be above 50 and at most 100, got 10"),
+    ],
+)
+def test_export_options_that_cannot_be_are_mistakes(options: dict[str, object], place: str) -> None:
+    with pytest.raises(RecipeError, match=place):
+        Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": options}]})

@@ -195,7 +195,7 @@ def check(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
-    speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 4.0,
+    speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
     from slimformer.compression import Wishes
@@ -203,7 +203,7 @@ def demo(
     from slimformer.demo import encoder
 
     chosen = _task("intents", None, None, None, None, None, None, None)
-    _show(make(encoder(), chosen, out, Wishes(speedup=speedup, epochs=6), command=_command()))
+    _show(make(encoder(), chosen, out, Wishes(speedup=speedup, max_loss=3.0, epochs=6), command=_command()))
 
 
 def _task(

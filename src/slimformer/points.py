@@ -50,7 +50,7 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
         stack.enter_context(computing(model, {name: _norm(parts[name]) for name in norms}))
         for name in attentions:
             attention = model.get_submodule(name)
-            stack.callback(SOFTMAX.pop, attention, None)
+            stack.callback(_forget, attention)
             SOFTMAX[attention] = _softmax(parts[name])
         if attentions:
             _register()
@@ -66,11 +66,19 @@ def quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collec
 
     def change(point: Point) -> Change:
         span = ranges.activations[point.id]
-        grid = affine(torch.tensor(span.low), torch.tensor(span.high), ranges.activation_bits, exact_zero=True)
-        return lambda values: fake(values, grid)
+
+        def quantize(values: Tensor) -> Tensor:
+            low, high = (torch.tensor(end, device=values.device) for end in (span.low, span.high))
+            return fake(values, affine(low, high, ranges.activation_bits, exact_zero=True))
+
+        return quantize
 
     chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
     return touched(model, anatomy, {point.id: change(point) for point in chosen if point.id in ranges.activations})
+
+
+def _forget(attention: nn.Module) -> None:
+    SOFTMAX.pop(attention, None)
 
 
 class _Once:

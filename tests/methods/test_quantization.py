@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from tiny import batch, tiny
+from tiny_folder import write_data, write_model
 from toy_task import context, rows
 
 from slimformer import checkpoint, training
@@ -21,8 +22,10 @@ from slimformer.methods.gates import Gates
 from slimformer.methods.quantization import Quantization
 from slimformer.plan import Plan
 from slimformer.points import quantized
-from slimformer.recipe import Recipe
+from slimformer.recipe import Recipe, begin
 from slimformer.shrink import shrink
+from slimformer.stages import Bundle, Run, Train, advance, prepare
+from slimformer.tasks.classification import Classification
 from slimformer.training import Settings, train
 
 QUIET = Log(None, quiet=True)
@@ -202,6 +205,24 @@ def test_ranges_are_saved_beside_the_plan(tmp_path):
     assert checkpoint.load_ranges(tmp_path / "model").activation_bits == 6
     checkpoint.save(small, Plan(), tmp_path / "plain", tokenizer_from=tmp_path)
     assert checkpoint.load_ranges(tmp_path / "plain") is None
+
+
+def test_ranges_go_with_the_bundle_and_the_next_stage_drops_them(tmp_path):
+    source = write_model(tmp_path / "model")
+    task = Classification(data=str(write_data(tmp_path / "data", train=64, dev=8))).bind(checkpoint.read_config(source))
+    model = checkpoint.load(source)
+    bundle = Bundle(model, Plan(), prepare(task, source), model)
+    run = Run(tmp_path / "work", tmp_path / "work", QUIET, threads=1)
+    stage = Train(methods=(Quantization(activations=6),), epochs=1, batch_size=16, precision="fp32")
+    made = advance((stage,), bundle, run)
+    assert made.ranges.activation_bits == 6
+    assert "encoder.1.ffn_out.input" in made.ranges.activations
+    assert advance((stage,), bundle, run).ranges == made.ranges  # read back, not trained again
+    assert advance((stage, Train(epochs=1, precision="fp32")), bundle, run).ranges is None
+    saved = tmp_path / "saved"
+    checkpoint.save(made.model, made.plan, saved, tokenizer_from=source, ranges=made.ranges)
+    begun, _ = begin(Recipe(str(saved), Classification(data=str(tmp_path / "data")), ()), run)
+    assert begun.ranges == made.ranges
 
 
 def test_it_stands_alone_with_one_that_cuts(tmp_path):
