@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from slimformer import checkpoint, registry
+from slimformer.augmentation import check_masked_model
 from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
 from slimformer.latency import Levels
@@ -237,6 +238,8 @@ class _Reader:
                 self.mistakes.append(f"{place}.methods[{number}]: '{name}' looks once; put it in a calibrate stage")
         if len(deciding) > 1:
             self.mistakes.append(f"{place}: {' and '.join(deciding)} both decide what to cut; give each its own stage")
+        if isinstance(options, dict) and isinstance(options.get("augment_model"), str):
+            options["augment_model"] = self.path(options["augment_model"])
         stage = self.build(Train, options, place)
         if stage is not None:
             try:
@@ -385,6 +388,9 @@ def look(recipe: Recipe) -> None:
         )
     if recipe.teacher:
         _look_at_teacher(Path(recipe.teacher), source, recipe.task)
+    for stage in recipe.stages:
+        if isinstance(stage, Train) and stage.augment_model:
+            check_masked_model(Path(stage.augment_model), source)
     for split in Split:
         task.split(split)
     load_tokenizer(source)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, final
 
 import numpy as np
 
@@ -242,7 +242,11 @@ def cost_of(unit: str, model: PreTrainedModel, anatomy: Anatomy, material: Mater
 @final
 @dataclass(frozen=True)
 class Train(Stage):
-    """Trains with any methods; none is plain fine-tuning. What the methods decide is cut at the end."""
+    """Trains with any methods; none is plain fine-tuning. What the methods decide is cut at the end.
+
+    `augment`: copies of each row with words replaced by like ones, from the embedding table or from the masked language model in the
+    folder `augment_model`; an epoch is then 1 + augment times as long. For distillation: labels may no longer fit.
+    """
 
     methods: tuple[Method, ...] = ()
     epochs: float = 3.0
@@ -255,14 +259,23 @@ class Train(Stage):
     dropout: bool = True  # off where a student should follow its teacher closely and there is little time
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     trackers: tuple[str, ...] = ()
+    augment: int = 0
+    augment_model: str | None = None
 
     kind: ClassVar[str] = "train"
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
 
+    def __post_init__(self) -> None:
+        if self.augment < 0:
+            raise ValueError(f"augment must be 0 or above, got {self.augment}")
+        if self.augment_model is not None and not self.augment:
+            raise ValueError("augment_model says how words are replaced: set augment too")
+
     def settings(self, seed: int) -> Any:
         from slimformer.training import Freeze, Settings
 
-        options = {name: value for name, value in vars(self).items() if name not in {"methods", "dropout"}}
+        ours = {"methods", "dropout", "augment", "augment_model"}
+        options = {name: value for name, value in vars(self).items() if name not in ours}
         return Settings(**{**options, "freeze": Freeze(self.freeze)}, seed=seed)
 
     def prepared(self, bundle: Bundle, run: Run) -> Context:
@@ -277,12 +290,24 @@ class Train(Stage):
                     module.p = 0.0
         return context_of(bundle, run, model, deciding[0] if deciding else "macs")
 
+    def rows(self, bundle: Bundle, run: Run) -> Features:
+        """What is trained on: the task's rows, augmented where that is asked for."""
+        features = bundle.material.features[Split.TRAIN]
+        if not self.augment:
+            return features
+        from slimformer.augmentation import augmented
+
+        masked = checkpoint.load_dense(Path(self.augment_model)) if self.augment_model else None
+        table = cast("Tensor", bundle.model.get_input_embeddings().weight)
+        run.log.say(f"augmenting: {len(features):,} rows become {len(features) * (1 + self.augment):,}.")
+        return augmented(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
+
     def run(self, bundle: Bundle, run: Run) -> Bundle:
         from slimformer.shrink import shrink
         from slimformer.training import train
 
         context = self.prepared(bundle, run)
-        features = bundle.material.features[Split.TRAIN]
+        features = self.rows(bundle, run)
         trained = train(
             context,
             features,
