@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from slimformer import checkpoint, registry
+from slimformer.augmentation import check_masked_model
 from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
 from slimformer.latency import Levels
@@ -295,6 +296,8 @@ class _Reader:
             options["text"] = text if text == TASK_TEXT else self.path(text)
             if not any(method.needs_teacher for method in methods if method is not None):
                 self.mistakes.append(f"{place}.text: text has no labels, so there is nothing to learn; add distillation")
+        if isinstance(options, dict) and isinstance(options.get("augment_model"), str):
+            options["augment_model"] = self.path(options["augment_model"])
         stage = self.build(Train, options, place)
         if stage is not None:
             try:
@@ -443,6 +446,9 @@ def look(recipe: Recipe) -> None:
         )
     if recipe.teacher:
         _look_at_teacher(Path(recipe.teacher), source, recipe.task)
+    for stage in recipe.stages:
+        if isinstance(stage, Train) and stage.augment_model:
+            check_masked_model(Path(stage.augment_model), source)
     for split in Split:
         task.split(split)
     for stage in recipe.stages:

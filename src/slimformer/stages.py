@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, final
 
 import numpy as np
 
@@ -309,6 +309,8 @@ class Train(Stage):
 
     `text`: a file with a text on each line, or "task" for the task's own training texts: then no labels are read, the task's loss
     is left out, and all there is to learn comes from the teacher.
+    `augment`: copies of each row with words replaced by like ones, from the embedding table or from the masked language model in the
+    folder `augment_model`; an epoch is then 1 + augment times as long. For distillation: labels may no longer fit.
     """
 
     methods: tuple[Method, ...] = ()
@@ -323,25 +325,26 @@ class Train(Stage):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     trackers: tuple[str, ...] = ()
     text: str | None = None
+    augment: int = 0
+    augment_model: str | None = None
 
     kind: ClassVar[str] = "train"
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
 
+    def __post_init__(self) -> None:
+        if self.augment < 0:
+            raise ValueError(f"augment must be 0 or above, got {self.augment}")
+        if self.augment_model is not None and not self.augment:
+            raise ValueError("augment_model says how words are replaced: set augment too")
+
     def settings(self, seed: int) -> Any:
         from slimformer.training import Freeze, Settings
 
-        options = {name: value for name, value in vars(self).items() if name not in {"methods", "dropout", "text"}}
+        ours = {"methods", "dropout", "text", "augment", "augment_model"}
+        options = {name: value for name, value in vars(self).items() if name not in ours}
         if self.text is not None:
             options["task_weight"] = 0.0
         return Settings(**{**options, "freeze": Freeze(self.freeze)}, seed=seed)
-
-    def rows(self, material: Material) -> Features:
-        """What is trained on."""
-        if self.text is None:
-            return material.features[Split.TRAIN]
-        if self.text == TASK_TEXT:
-            return unlabelled(material.features[Split.TRAIN])
-        return encode_text(Path(self.text), load_tokenizer(material.source), material.max_length)
 
     def prepared(self, bundle: Bundle, run: Run) -> Context:
         """A copy of the bundle's model ready to train, with all that stands around its methods."""
@@ -356,12 +359,31 @@ class Train(Stage):
                     module.p = 0.0
         return context_of(bundle, run, model, deciding[0] if deciding else "macs")
 
+    def rows(self, bundle: Bundle, run: Run) -> Features:
+        """What is trained on: the task's rows or a text's, augmented where that is asked for."""
+        features = self._plain_rows(bundle.material)
+        if not self.augment:
+            return features
+        from slimformer.augmentation import augmented
+
+        masked = checkpoint.load_dense(Path(self.augment_model)) if self.augment_model else None
+        table = cast("Tensor", bundle.model.get_input_embeddings().weight)
+        run.log.say(f"augmenting: {len(features):,} rows become {len(features) * (1 + self.augment):,}.")
+        return augmented(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
+
+    def _plain_rows(self, material: Material) -> Features:
+        if self.text is None:
+            return material.features[Split.TRAIN]
+        if self.text == TASK_TEXT:
+            return unlabelled(material.features[Split.TRAIN])
+        return encode_text(Path(self.text), load_tokenizer(material.source), material.max_length)
+
     def run(self, bundle: Bundle, run: Run) -> Bundle:
         from slimformer.shrink import shrink
         from slimformer.training import train
 
         context = self.prepared(bundle, run)
-        features = self.rows(bundle.material)
+        features = self.rows(bundle, run)
         if self.text is not None:
             run.log.say(f"learning from the teacher on {len(features):,} texts without labels.")
         trained = train(
