@@ -68,8 +68,8 @@ def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
     start = bundle(tmp_path)
     stage = Train((Distillation(hidden=0),), epochs=1, lr=1e-3, dropout=False, precision="fp32", text="task")
     assert stage.settings(0).task_weight == 0
-    assert set(stage.rows(start.material).columns) == {"input_ids", "token_type_ids"}
-    assert len(stage.rows(start.material)) == len(start.material.features[Split.TRAIN])
+    assert set(stage._plain_rows(start.material).columns) == {"input_ids", "token_type_ids"}
+    assert len(stage._plain_rows(start.material)) == len(start.material.features[Split.TRAIN])
     train = start.material.features[Split.TRAIN]
     wrong = replace(train, columns=dict(train.columns) | {"labels": [1 - label for label in train.columns["labels"]]})
     turned = replace(start, material=replace(start.material, features=dict(start.material.features) | {Split.TRAIN: wrong}))
