@@ -10,7 +10,7 @@ The program over discretised cost is that of SPDY (Frantar and Alistarh, ICML 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -59,33 +59,50 @@ def allocate(
     least = fixed + float(sum(cost.curves[name][choices[name]].min() for name in names))
     if budget < least:
         raise _out_of_reach(budget, least, cost)
-    room = budget - fixed
-    scale = BUCKETS / room if room > 0 else 0.0
-    best = np.zeros(BUCKETS + 1)  # best[c]: most importance within c buckets
-    picks: list[np.ndarray] = []
-    for name in names:
-        order = np.sort(importance[name])[::-1]
-        value = (np.concatenate([[0.0], np.cumsum(order)]) if worth is None else worth[name])[choices[name]]
-        need = np.ceil(cost.curves[name][choices[name]] * scale - 1e-9).astype(int)
-        table = np.full((len(need), BUCKETS + 1), -np.inf)
-        for row, (gain, buckets) in enumerate(zip(value, need, strict=True)):
-            if buckets <= BUCKETS:
-                table[row, buckets:] = best[: BUCKETS + 1 - buckets] + gain
-        picks.append(np.argmax(table, axis=0))
-        best = np.max(table, axis=0)
-    if not np.isfinite(best[-1]):
+    curves = {
+        name: np.concatenate([[0.0], np.cumsum(np.sort(importance[name])[::-1])]) if worth is None else worth[name]
+        for name in names
+    }
+    picks = best_levels(
+        [cost.curves[name][choices[name]] for name in names], [curves[name][choices[name]] for name in names], budget - fixed
+    )
+    if picks is None:
         raise TargetError(
             f"the budget of {budget:.4g} {cost.unit} is too close to the smallest possible, {least:.4g}.",
             help=f"ask for {least * 1.02 / cost.dense:.0%} of the dense cost or more.",
         )
     keep: dict[str, tuple[int, ...]] = {}
-    left = BUCKETS
-    for name, pick in zip(reversed(names), reversed(picks), strict=True):
-        level = int(pick[left])
-        count = int(choices[name][level])
-        left -= int(np.ceil(cost.curves[name][count] * scale - 1e-9))
-        keep |= _kept(anatomy, name, importance[name], count)
+    for name, pick in zip(names, picks, strict=True):
+        keep |= _kept(anatomy, name, importance[name], int(choices[name][pick]))
     return Plan(keep)
+
+
+def best_levels(costs: Sequence[np.ndarray], values: Sequence[np.ndarray], room: float) -> list[int] | None:
+    """One level of each item, with the largest sum of values whose costs, rounded up, fit into `room`; None where nothing fits.
+
+    `costs`, `values`: per item, (levels,).
+    """
+    best = np.zeros(BUCKETS + 1)  # best[c]: most value within c buckets
+    if room > 0:
+        needs = [np.ceil(cost * (BUCKETS / room) - 1e-9).astype(int) for cost in costs]
+    else:
+        needs = [np.where(cost > 0, BUCKETS + 1, 0) for cost in costs]
+    tables: list[np.ndarray] = []
+    for need, value in zip(needs, values, strict=True):
+        table = np.full((len(need), BUCKETS + 1), -np.inf)
+        for row, (gain, buckets) in enumerate(zip(value, need, strict=True)):
+            if buckets <= BUCKETS:
+                table[row, buckets:] = best[: BUCKETS + 1 - buckets] + gain
+        tables.append(np.argmax(table, axis=0))
+        best = np.max(table, axis=0)
+    if room < 0 or not np.isfinite(best[-1]):
+        return None
+    picks = []
+    left = BUCKETS
+    for need, chosen in zip(reversed(needs), reversed(tables), strict=True):
+        picks.append(int(chosen[left]))
+        left -= int(need[picks[-1]])
+    return picks[::-1]
 
 
 def strongest(

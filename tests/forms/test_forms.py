@@ -142,7 +142,7 @@ def brute_macs(shape: tuple[int, int], form: Kronecker) -> int:
 @pytest.mark.parametrize(
     ("shape", "form", "steps", "right"),
     [
-        ((768, 768), Kronecker((384, 384)), ("turn", "a", "b", "turn"), "a"),  # the 7.7x model: attention
+        ((768, 768), Kronecker((384, 384)), ("turn", "b", "a", "turn"), "a"),  # the 7.7x model: attention
         ((3072, 768), Kronecker((8, 2)), ("b", "a"), "b"),  # its first FFN matrix
         ((768, 3072), Kronecker((2, 8)), ("a", "b"), "b"),  # its second
         ((768, 768), Kronecker((384, 48)), ("turn", "b", "a", "turn"), "a"),  # the 21x model: attention

@@ -3,8 +3,8 @@
 Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022), section 3; the nearest product by the SVD of the
 rearranged matrix is Van Loan and Pitsianis (1993). Differences: the smaller factor multiplies from the left, token by token, so that
 the larger is one product over all tokens and often nothing has to be transposed; a word table keeps a private row of A per word, as
-theirs, and may be a sum too. Fewer multiplications do not mean less time: small factors run at a fraction of a CPU's speed, so
-what a factored model really takes has to be measured.
+theirs, and may be a sum too. Fewer multiplications do not mean less time: with as many, one order can take four times as long as
+another (benchmarks/factors.py), so what a factored model really takes has to be measured.
 """
 
 from __future__ import annotations
@@ -73,10 +73,13 @@ class Kronecker(Form):
     def steps(self, shape: Shape) -> tuple[str, ...]:
         """How a token x, as X (n1, n2), becomes Y (m1, m2) = A X B^T: "a", "b" and "turn", in order.
 
-        The cheaper factor comes first. The smaller one multiplies from the left; "turn" exchanges the two axes where that needs it.
+        The cheaper factor comes first; where both cost the same, the smaller. The smaller one multiplies from the left; "turn"
+        exchanges the two axes where that needs it.
         """
-        order = ("a", "b") if self._a_first(shape) <= self._b_first(shape) else ("b", "a")
-        return order if self.b_is_large(shape) else ("turn", *order, "turn")
+        large = self.b_is_large(shape)
+        saved = self._b_first(shape) - self._a_first(shape)
+        order = ("a", "b") if saved > 0 or (saved == 0 and large) else ("b", "a")
+        return order if large else ("turn", *order, "turn")
 
     def b_is_large(self, shape: Shape) -> bool:
         """Whether B multiplies all tokens at once from the right, and A each token from the left; else the other way round."""

@@ -1,0 +1,191 @@
+"""Kronecker factorisation: every matrix of the encoder, and its word table, becomes a sum of products of two small factors.
+
+Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022): Table 1 for the shapes, section 3 for the start by the
+nearest product. Differences: for any budget the shapes are searched, those of least relative error, one shape for like matrices
+(theirs were chosen by hand, and W2 has W1's turned over); at other widths than 768 a named model keeps its small factors, and the large
+ones scale. The start is far from the matrix, so that accuracy is all but gone before training: follow it with a stage on text without
+labels and one on the task, both with `distillation`, as theirs. Choose it where stored size matters; its speed has to be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimformer.allocation import best_levels
+from slimformer.anatomy import Matrix, Role
+from slimformer.errors import PlanError, TargetError
+from slimformer.families.base import ATTENTION
+from slimformer.forms.base import DENSE, Form, Shape
+from slimformer.forms.kronecker import Kronecker as Product
+from slimformer.forms.kronecker import squares
+from slimformer.methods.base import Context, Method, State
+from slimformer.plan import Decision, Plan
+
+SMALL = 128  # entries that the smaller factor of a searched shape may have; a matrix can then shrink about as many times
+NARROW = 64  # columns of a word's row that may share a number in a searched shape
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The small factors of a published model; the large one is what is left of a matrix.
+
+    Table 1 prints "n1, m1" for width 768 and FFN width 3072: 384,384 and 2,8 for the 7.7x model, 48,384 and 2,16 for the 21x model.
+    """
+
+    attention: Shape  # B, of all four matrices
+    ffn: Shape  # A of the first matrix; turned over, A of the second
+    embedding: int  # columns of B, a single row
+
+    def form(self, matrix: Matrix, terms: int) -> Product:
+        """The form of one matrix; PlanError where the small factor does not divide it."""
+        if matrix.role is Role.EMBEDDING:
+            return Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]))
+        if matrix.role in ATTENTION:
+            return Product(_divided(matrix, self.attention), terms)
+        small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
+        _divided(matrix, small)
+        return Product(small, terms)
+
+
+NAMED: Mapping[str, Shapes] = {"7.7x": Shapes((2, 2), (8, 2), 8), "21x": Shapes((2, 16), (16, 2), 16)}
+
+
+@final
+@dataclass(frozen=True)
+class Kronecker(Method):
+    """`shapes` names a published model; else they are searched so that `keep` of the dense `cost` may remain.
+
+    `terms`: products in the sum of each matrix; a word table has one. `embedding`: columns of a word's row that share a number; 0 leaves
+    the table dense, None does as the shapes say, or searches that too.
+    """
+
+    shapes: Literal["7.7x", "21x"] | None = None
+    keep: float = 0.25
+    cost: Literal["parameters", "macs"] = "parameters"
+    terms: int = 1
+    embedding: int | None = None
+
+    decides: ClassVar[bool] = True
+    forms: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.shapes is not None and self.shapes not in NAMED:
+            raise ValueError(f"shapes must be one of {', '.join(NAMED)}, got {self.shapes}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
+        if self.terms < 1:
+            raise ValueError(f"terms must be at least 1, got {self.terms}")
+        if self.embedding is not None and self.embedding < 0:
+            raise ValueError(f"embedding must be 0 or above, got {self.embedding}")
+
+    def decide(self, state: State, context: Context) -> Decision:
+        matrices = [matrix for matrix in context.anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
+        forms: dict[str, Form] = {}
+        for matrix in matrices:
+            if matrix.role is Role.EMBEDDING and self.embedding is not None:
+                forms[matrix.id] = Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]))
+            elif self.shapes is not None:
+                forms[matrix.id] = NAMED[self.shapes].form(matrix, self.terms)
+        if self.shapes is None:
+            forms |= self._searched(context, [matrix for matrix in matrices if matrix.id not in forms], forms)
+        plan = Plan(forms=forms)
+        plan.check(context.anatomy)
+        weights = {
+            f"{context.anatomy.matrices[name].module}.{part}": value
+            for name, form in plan.forms.items()
+            for part, value in form.weights(_weight(context, context.anatomy.matrices[name])).items()
+        }
+        return Decision(plan, weights=weights)
+
+    def _concerns(self, matrix: Matrix) -> bool:
+        """Whether a matrix is to be factored: all are, but a word table only where that is wanted, or nothing is tied to it."""
+        if matrix.role is Role.EMBEDDING:
+            return matrix.tied is None if self.embedding is None else self.embedding > 0
+        return matrix.role is not Role.CLASSIFIER
+
+    def _searched(self, context: Context, matrices: Sequence[Matrix], given: Mapping[str, Form]) -> dict[str, Form]:
+        """The shapes of least relative error within the budget, one for all matrices that are alike; dense where that is best."""
+        assert context.cost.matrix is not None, "parameters and MACs know what a form costs"
+        count = context.cost.matrix
+        groups: dict[tuple[str, Shape], list[Matrix]] = {}
+        for matrix in matrices:
+            kind = "attention" if matrix.role in ATTENTION else str(matrix.role)
+            groups.setdefault((kind, matrix.shape), []).append(matrix)
+        choices: list[list[Form]] = []
+        costs, errors = [], []
+        for group in groups.values():
+            forms: list[Form] = [DENSE, *candidates(group[0], self.terms)]
+            lost = np.zeros(len(forms))
+            for matrix in group:
+                lost += relative_errors(_weight(context, matrix), forms)
+            choices.append(forms)
+            costs.append(np.array([sum(count(replace(matrix, form=form)) for matrix in group) for form in forms]))
+            errors.append(lost)
+        rest = context.cost.of(Plan(forms=given), context.anatomy) - float(sum(cost[0] for cost in costs))
+        budget = self.keep * context.cost.dense
+        picks = best_levels(costs, [-lost for lost in errors], budget - rest)
+        if picks is None:
+            least = (rest + float(sum(cost.min() for cost in costs))) / context.cost.dense
+            raise TargetError(
+                f"{self.keep:.1%} of the {context.cost.unit} cannot be reached: {least:.1%} remain with the smallest factors.",
+                help=f"ask to keep {least * 1.02:.1%} or more; the word table counts too, whether it is factored or not.",
+            )
+        return {
+            matrix.id: forms[pick]
+            for group, forms, pick in zip(groups.values(), choices, picks, strict=True)
+            for matrix in group
+        }
+
+
+def candidates(matrix: Matrix, terms: int) -> Iterator[Product]:
+    """Shapes worth a look: one factor is small, and neither numbers nor multiplications become more."""
+    rows, columns = matrix.shape
+    table = matrix.role is Role.EMBEDDING
+    for m1 in [rows] if table else _divisors(rows):
+        for n1 in _divisors(columns):
+            form = Product((m1, n1), 1 if table else terms)
+            a, b = m1 * n1, rows * columns // (m1 * n1)
+            small = 1 < b <= NARROW if table else 1 < min(a, b) <= SMALL
+            cheap = form.parameters(matrix.shape) < rows * columns and (table or form.macs(matrix.shape) < rows * columns)
+            if small and cheap and form.problem(matrix) is None:
+                yield form
+
+
+@torch.no_grad()
+def relative_errors(weight: Tensor, forms: Sequence[Form]) -> np.ndarray:
+    """What each form loses of a matrix, as a share of its squared norm: (forms,)."""
+    total = float(weight.double().square().sum())
+    lost = []
+    for form in forms:
+        if not isinstance(form, Product):
+            lost.append(0.0)
+            continue
+        kept = float(squares(weight.float(), form.a)[: form.terms].double().sum())
+        lost.append(max(0.0, 1 - kept / total) if total else 0.0)
+    return np.array(lost)
+
+
+def _divided(matrix: Matrix, small: Shape) -> Shape:
+    """The size of the other factor beside `small`; PlanError where that does not divide the matrix."""
+    rows, columns = matrix.shape
+    if rows % small[0] or columns % small[1]:
+        raise PlanError(
+            f"matrix '{matrix.id}' is {rows} x {columns}, which a factor of {small[0]} x {small[1]} does not divide.",
+            help="leave `shapes` out and give `keep`: the search takes shapes that divide; or cut to other sizes first.",
+        )
+    return rows // small[0], columns // small[1]
+
+
+def _weight(context: Context, matrix: Matrix) -> Tensor:
+    return cast(nn.Linear, context.model.get_submodule(matrix.module)).weight.detach()
+
+
+def _divisors(size: int) -> list[int]:
+    return [n for n in range(1, size + 1) if size % n == 0]
