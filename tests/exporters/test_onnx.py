@@ -335,3 +335,16 @@ def test_near_ties_count_as_the_same_answer() -> None:
 def test_options_are_frozen_and_can_be_replaced() -> None:
     assert replace(Onnx(), weight_bits=7) == Onnx(weight_bits=7)
     assert Onnx.variants == tuple(Variant)
+
+
+def test_many_zeros_are_told_to_give_no_speed(tmp_path):
+    notes = []
+    for share, name in ((0.2, "some"), (0.9, "many")):
+        model = tiny("bert", num_hidden_layers=1)
+        with torch.no_grad():
+            for number, module in enumerate(item for item in model.modules() if isinstance(item, torch.nn.Linear)):
+                drawn = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(number))
+                module.weight[drawn < share] = 0
+        notes.append(Onnx().export(model, arrays(model), tmp_path / f"{name}.onnx", Variant.FLOAT).notes)
+    assert not any("zeros" in note for note in notes[0])
+    assert notes[1][-1] == "90% of the matrices' weights are 0: zeros are stored and give no speed here"

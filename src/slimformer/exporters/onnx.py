@@ -39,6 +39,7 @@ MARKED = "slimformer_export"  # the name under which transformers finds the atte
 FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
 INT8 = {Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC}
 CALIBRATION_ROWS = 300  # rows that int8 looks at; more change little
+MANY_ZEROS = 0.3  # of the matrices' weights: as many as make `sparse.py` store a matrix without them
 SAMPLE_ROWS = 2048  # tokens that are kept of each activation
 BINS = 1024
 CHATTER = (  # known and harmless; anything else that warns is heard
@@ -214,6 +215,7 @@ class Draft:
             notes.append(f"{agreeing:.1%} of {sum(len(item[self.outputs[0]]) for item in reference)} rows answer as before")
             if self._learned(variant):
                 notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
+        notes += _zeros(self.model)
         return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
 
     def error(self, variant: Variant, floats: Sequence[str] = ()) -> float:
@@ -346,6 +348,16 @@ class Draft:
                 missing.add(source)
         samples = ready.samples or (_samples(program, self.batches, self.names) if missing else {})
         return codings | {name: graphs.Coding(*self.options.span(samples[name]).grid(8)) for name in sorted(missing)}
+
+
+def _zeros(model: PreTrainedModel) -> Iterator[str]:
+    """A word on matrices that are full of zeros, for whoever expects them to be worth something here."""
+    from torch import nn
+
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    share = sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
+    if share > MANY_ZEROS:
+        yield f"{share:.0%} of the matrices' weights are 0: zeros are stored and give no speed here"
 
 
 _REPORT = "this is a fault of the exporter or of a package it stands on; please report it with the model's config.json."
