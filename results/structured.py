@@ -10,8 +10,9 @@ is a smaller dense model (whole layers dropped evenly) trained for as long. The 
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,12 +20,15 @@ from pathlib import Path
 from sweep import Job, main
 from tables import Run, interval, row_times, runs_of, safe, table
 
+from slimformer import checkpoint
+from slimformer.exporters.base import Variant
 from slimformer.figures import bars
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
 from slimformer.methods.group_lasso import GroupLasso
 from slimformer.methods.importance import Importance
+from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
 from slimformer.recipe import Bench, Export, Recipe
@@ -33,6 +37,7 @@ from slimformer.stages import Calibrate, Stage, Train
 from slimformer.tasks.base import Task
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
+from slimformer.transplant import Target, save, transplant
 
 HOME = Path(__file__).resolve().parent
 ROOT = HOME.parent
@@ -100,56 +105,129 @@ def ablations(share: float, epochs: float, distil: Train) -> dict[str, tuple[Sta
     }
 
 
-def _job(task: Task, name: str, model: str, stages: Sequence[Stage], share: float, needs: str = "") -> Job:
-    return Job(f"{TABLE}/{name}", Recipe(model, task, tuple(stages), export=EXPORT, bench=BENCH), share, needs)
+def five_times(keep: float, epochs: float, distil: Train) -> dict[str, tuple[Stage, ...]]:
+    """Li et al. at their largest ratio: units that go whole, and their own rows inside blocks, which leave zeros."""
+    rows = GroupLasso(groups="block_rows", keep=keep)
+    return {
+        "group_lasso": methods(keep, epochs, distil)["group_lasso"],
+        "group_lasso-block_rows": (
+            replace(distil, epochs=epochs / 2, methods=(rows, Distillation())),
+            replace(distil, epochs=epochs / 2, methods=(KeepZeros(), Distillation())),
+        ),
+    }
+
+
+def _carried(source: str, to: Target) -> tuple[str, Callable[[], None]]:
+    """The folder of a model whose weights are carried over into another family, and what makes it where it is not there."""
+    folder = ROOT / "runs" / f"{Path(source).name}-{to}"
+
+    def make() -> None:
+        if not folder.is_dir():
+            save(transplant(checkpoint.load_dense(ROOT / source), to).model, folder, tokenizer_from=ROOT / source)
+
+    return f"runs/{folder.name}", make
+
+
+def _job(
+    task: Task,
+    name: str,
+    model: str,
+    stages: Sequence[Stage],
+    share: float,
+    needs: str = "",
+    before: Callable[[], None] | None = None,
+) -> Job:
+    return Job(f"{TABLE}/{name}", Recipe(model, task, tuple(stages), export=EXPORT, bench=BENCH), share, needs, before)
+
+
+def _tuned(teacher: Job) -> str:
+    return str(teacher.scratch.relative_to(ROOT))
+
+
+def _glue(name: str) -> Classification:
+    folders = {"mrpc": "MRPC", "sst2": "SST-2", "stsb": "STS-B"}
+    rows = f"{DATA}/splits/sst2-20k.json" if name == "sst2" else None
+    return Classification(data=f"{DATA}/glue/{folders[name]}", glue=name, train_rows=rows)
+
+
+def _questions(version: str, questions: int | str | None, folder: str = "squad") -> QuestionAnswering:
+    return QuestionAnswering(data=f"{DATA}/{folder}", version=version, max_length=256, stride=96, train_ids=questions)  # type: ignore[arg-type]
 
 
 @cache
 def jobs() -> tuple[Job, ...]:
-    """All of the table, the first point of each task before the others."""
-    mrpc = Classification(data=f"{DATA}/glue/MRPC", glue="mrpc")
-    sst2 = Classification(data=f"{DATA}/glue/SST-2", glue="sst2", train_rows=f"{DATA}/splits/sst2-20k.json")
-    small = f"{DATA}/splits/squad-v1.1-small.json"
-    squad = QuestionAnswering(data=f"{DATA}/squad", version="v1", max_length=256, stride=96, train_ids=small)
+    """All of the table, what one wants to know first before the rest."""
+    mrpc, sst2 = _glue("mrpc"), _glue("sst2")
+    squad = _questions("v1", f"{DATA}/splits/squad-v1.1-small.json")
+    sst2_teacher, squad_teacher = "../shared/models/minilm-sst2", "../shared/models/minilm-squad1"
     teacher = _job(mrpc, "mrpc/teacher", "runs/encoder", (Train(epochs=5.0, lr=8e-5),), 1.0)
-    tuned = str(teacher.scratch.relative_to(ROOT))
     long = replace(DISTIL, batch_size=16)
     found = [teacher]
-    for share in POINTS:
-        name = f"{share * 100:.0f}"
-        found += [
-            _job(mrpc, f"mrpc/{method}-{name}", tuned, stages, share, teacher.folder)
-            for method, stages in methods(share, 8.0, DISTIL).items()
-        ]
-        if share == POINTS[0]:
-            found += [
-                _job(sst2, f"sst2/{method}-{name}", "../shared/models/minilm-sst2", stages, share)
-                for method, stages in methods(share, 4.0, DISTIL).items()
-            ]
-            found += [
-                _job(squad, f"squad1/{method}-{name}", "../shared/models/minilm-squad1", stages, share)
-                for method, stages in methods(share, 6.0, long).items()
-            ]
-            found += [
-                _job(mrpc, f"mrpc-choice/{way}-75", tuned, stages, 0.75, teacher.folder)
-                for way, stages in ladder(0.75, DISTIL).items()
-            ]
-            found += [
-                _job(mrpc, f"mrpc-ablations/{what}-{name}", tuned, stages, share, teacher.folder)
-                for what, stages in ablations(share, 8.0, DISTIL).items()
-            ]
-        else:
-            found += [
-                _job(squad, f"squad1/{method}-{name}", "../shared/models/minilm-squad1", stages, share)
-                for method, stages in methods(share, 6.0, long).items()
-                if method in ("fisher", "layers")
-            ]
+
+    def add(task: Task, name: str, model: str | Job, some: Mapping[str, Sequence[Stage]], share: float) -> None:
+        source, needs = (model, "") if isinstance(model, str) else (_tuned(model), model.folder)
+        found.extend(
+            _job(task, f"{name}/{what}-{share * 100:.0f}", source, stages, share, needs) for what, stages in some.items()
+        )
+
+    def tuned(task: Task, name: str, model: str, before: Callable[[], None] | None, stage: Train) -> Job:
+        found.append(_job(task, f"{name}/teacher", model, (stage,), 1.0, before=before))
+        return found[-1]
+
+    def only(some: Mapping[str, tuple[Stage, ...]], *names: str) -> dict[str, tuple[Stage, ...]]:
+        return {name: some[name] for name in names}
+
+    middle, mild, deep = POINTS
+    add(mrpc, "mrpc", teacher, methods(middle, 8.0, DISTIL), middle)
+    add(squad, "squad1", squad_teacher, methods(middle, 6.0, long), middle)
+    add(sst2, "sst2", sst2_teacher, methods(middle, 4.0, DISTIL), middle)
+    add(mrpc, "mrpc-choice", teacher, ladder(0.75, DISTIL), 0.75)
+    add(mrpc, "mrpc-ablations", teacher, ablations(middle, 8.0, DISTIL), middle)
+
+    tune = Train(epochs=2.0, lr=1e-4, batch_size=16)
+    squad2, nq = _questions("v2", None), _questions("v1", None, "nq")
+    dense_models = (
+        tuned(squad2, "squad2", squad_teacher, None, tune),
+        tuned(nq, "nq", *_carried(squad_teacher, "roberta"), tune),
+    )
+    for dense, name in zip(dense_models, ("squad2", "nq"), strict=True):
+        gated = methods(0.5, 4.0, long)
+        alone = {"gates-no-teacher": ablations(0.5, 4.0, long)["gates-no-teacher"]}
+        add(dense.recipe.task, name, dense, only(gated, "gates", "layers") | alone, 0.5)
+
+    more = _questions("v1", 20_000)  # the headline: three quarters of the weights gone
+    add(more, "squad1-20k", squad_teacher, only(methods(0.3, 4.0, long), "fisher", "movement", "layers"), 0.3)
+    add(sst2, "sst2", sst2_teacher, five_times(0.2, 6.0, DISTIL), 0.2)
+    add(mrpc, "mrpc", teacher, five_times(0.2, 10.0, DISTIL), 0.2)
+    families: tuple[Target, ...] = ("distilbert", "roberta")
+    for to in families:
+        name, share = f"mrpc-{to}", 1 / 1.79
+        dense = tuned(mrpc, name, *_carried("runs/encoder", to), Train(epochs=5.0, lr=8e-5))
+        names = ("group_lasso", "layers") if to == "distilbert" else ("gates", "movement", "group_lasso")
+        add(mrpc, name, dense, only(methods(share, 8.0, DISTIL), *names), share)
+    for share in (mild, deep):
+        add(mrpc, "mrpc", teacher, methods(share, 8.0, DISTIL), share)
+        add(squad, "squad1", squad_teacher, only(methods(share, 6.0, long), "fisher", "layers"), share)
     return tuple(found)
 
 
 # -- The page ------------------------------------------------------------------------------------------------------------------
 
-HEAD = ("run", "score", "points lost (95 %)", "encoder weights left", "× batch 32", "× batch 1", "MB", "minutes")
+HEAD = ("run", "score", "points lost (95 %)", "encoder weights left", "× batch 32", "× batch 1", "× fp32 file", "MB", "minutes")
+ORDERS = (  # what a paper found: the first loses most
+    ("McCarley et al.: random < gain < L0 gates, before any retraining", "mrpc-choice", ("random-75", "gain-75", "l0-75")),
+    ("McCarley et al.: retraining with distillation is better", "squad2", ("gates-no-teacher-50", "gates-50")),
+    ("the same on Natural Questions, RoBERTa", "nq", ("gates-no-teacher-50", "gates-50")),
+    ("Lagunas et al.: a teacher helps", "mrpc-ablations", ("movement-no-teacher-35", "mrpc/movement-35")),
+    ("Lagunas et al.: filled is better than not filled", "mrpc-ablations", ("movement-not-filled-35", "mrpc/movement-35")),
+)
+AIMS = (  # what we set out to show: tasks, runs, points that may be lost, times faster in fp32, share of the encoder's weights left
+    ("SQuAD v1.1, 2.4 times in the same precision, 1.0 F1, a quarter of the weights", r"squad1.*/.*", 1.0, 2.4, 0.25),
+    ("SQuAD v2.0 part, gates with distillation, 1.9 times, 1.5 F1", r"squad2/gates-\d+", 1.5, 1.9, 1.0),
+    ("Natural Questions, gates with distillation, 1.9 times, 0.5 F1", r"nq/gates-\d+", 0.5, 1.9, 1.0),
+    ("GLUE, group_lasso, a fifth of the weights, 1.0 point", r"(mrpc|sst2)/group_lasso.*", 1.0, 0.0, 0.2),
+    ("DistilBERT, group_lasso, 1.79 times fewer weights, 1.0 point", r"mrpc-distilbert/group_lasso.*", 1.0, 0.0, 1 / 1.79),
+)
 CLAIMS = (  # in relative terms; the gates' speed has no batch or hardware beside it, the second one's is a GPU's at batch 128
     ("gates", "BERT-large, SQuAD 2.0: 1.95 times as fast, 1.4 F1 lost, 39 % of the encoder's weights left"),
     ("movement", "BERT-base, SQuAD 1.1, Hybrid Filled: 2.25 times as fast, 0.8 F1 lost, 25 % left; 2.69 times, 1.7 lost, 19 %"),
@@ -182,7 +260,8 @@ def _page(found: dict[str, Run]) -> str:
         "what is missing: one command, stopped and started at will. The number in a run's name is the share of the dense encoder's",
         "multiply-accumulates that stays, in per cent. All runs of a task have the same teacher and the same epochs in all; `layers` is",
         "the honest alternative: whole layers dropped evenly, trained for as long. **×**: times faster than the dense teacher in ONNX",
-        "Runtime fp32, in the file that was chosen on held examples; **encoder weights left**: of the encoder's matrices.",
+        "Runtime fp32, in the file that was chosen on held examples; **× fp32 file**: the same for ours in fp32, at batch 32;",
+        "**encoder weights left**: of the encoder's matrices, those that are not 0.",
         "",
     ]
     left = [job for job in jobs() if not job.stands]
@@ -196,6 +275,7 @@ def _page(found: dict[str, Run]) -> str:
         lines += [*table(HEAD, [*_teachers(part), *rows]), ""]
         if _panels(part):
             lines += [f"![What is kept in each layer](structured-{task}.svg)", "", *_where(part), ""]
+    lines += [*_aims(found), *_orders(found)]
     lines += ["## What the papers say", "", *(f"- `{name}`: {claim}." for name, claim in CLAIMS), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -211,23 +291,74 @@ def _row(name: str, run: Run) -> tuple[str, ...]:
     dense = next(record for record in run.records if record.role == Role.TEACHER_FP32)
     ours = run.ours
     assert ours is not None, f"{run.name} has no row of ours"
-    return _cells(f"[{name}](../../results/methods/{TABLE}/{run.folder.parent.name}/{name}/recipe.yaml)", ours, dense)
+    link = f"[{name}](../../results/methods/{TABLE}/{run.folder.parent.name}/{name}/recipe.yaml)"
+    return _cells(link, ours, dense, _plain(run))
 
 
-def _cells(name: str, record: Record, dense: Record | None) -> tuple[str, ...]:
-    left = 100.0
-    if dense is not None and dense.encoder_params and record.encoder_params is not None:
-        left = 100 * record.encoder_params / dense.encoder_params
+def _plain(run: Run) -> Record | None:
+    """Our file in fp32, beside the one that was chosen."""
+    return next((record for record in run.records if record.role == Role.OURS and record.precision == Variant.FLOAT), None)
+
+
+def _left(record: Record, dense: Record) -> float:
+    """Share of the dense encoder's weights that are there and not 0."""
+    if not dense.encoder_params or record.encoder_nonzero is None:
+        return 1.0
+    return record.encoder_nonzero / dense.encoder_params
+
+
+def _cells(name: str, record: Record, dense: Record | None, plain: Record | None = None) -> tuple[str, ...]:
+    left = 1.0 if dense is None else _left(record, dense)
     return (
         name if name.startswith("[") else safe(name),
         f"{record.score:.4f}",
         interval(record),
-        f"{left:.0f} %",
+        f"{100 * left:.0f} %",
         row_times(record, 32),
         row_times(record, 1),
+        row_times(plain, 32) if plain else "",
         mb_text(record.size_bytes),
         f"{record.minutes:.1f}" if record.minutes else "",
     )
+
+
+def _aims(found: dict[str, Run]) -> list[str]:
+    """For each aim the run that loses least among those small and fast enough, else the one that loses least of all."""
+    rows = []
+    for what, names, allowed, times, share in AIMS:
+        tried = []
+        for name, run in found.items():
+            ours, plain = run.ours, _plain(run)
+            if re.fullmatch(names, name) and ours is not None and ours.loss is not None and plain is not None:
+                dense = next(record for record in run.records if record.role == Role.TEACHER_FP32)
+                faster = plain.times_faster(32)
+                speed, left = faster.median if faster else 0.0, _left(ours, dense)
+                enough = speed >= times and left <= share * 1.02
+                tried.append((not enough, ours.loss.value, name, speed, left, interval(ours)))
+        if not tried:
+            rows.append((what, "not run yet", "", "", ""))
+            continue
+        missed, loss, name, speed, left, text = min(tried)
+        verdict = "no" if missed or loss > allowed else "yes"
+        rows.append((what, name, f"{speed:.2f} × in fp32, {100 * left:.0f} % of the weights", text, verdict))
+    head = ("aim", "nearest run", "speed, size", "points lost (95 %)", "met")
+    return ["## What we set out to show", "", *table(head, rows), ""]
+
+
+def _orders(found: dict[str, Run]) -> list[str]:
+    """Whether ablations come out here as in the papers."""
+    rows = []
+    for what, task, names in ORDERS:
+        runs = [found.get(name if "/" in name else f"{task}/{name}") for name in names]
+        scores = [run.ours.quality for run in runs if run is not None and run.ours is not None]
+        shown = " < ".join(name.split("/")[-1] for name in names)
+        if len(scores) < len(names):
+            rows.append((what, shown, "not run yet", ""))
+        else:
+            rows.append(
+                (what, shown, ", ".join(f"{score:.4f}" for score in scores), "yes" if scores == sorted(scores) else "no")
+            )
+    return ["## Ablations that the papers report", "", *table(("finding", "runs", "scores here", "the same order"), rows), ""]
 
 
 def _cut(part: dict[str, Run]) -> dict[str, Record]:

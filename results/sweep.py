@@ -40,6 +40,7 @@ class Job:
     recipe: Recipe
     share: float = 1.0
     needs: str = ""  # the folder of a job that makes this one's model
+    before: Callable[[], None] | None = None  # makes the model that the recipe starts from, where it is not there
 
     @property
     def home(self) -> Path:
@@ -100,6 +101,8 @@ def sweep(jobs: Sequence[Job]) -> int:
         print(f"== {job.folder}", flush=True)
         try:
             if not (job.scratch / LEDGER).is_file():
+                if job.before is not None:
+                    job.before()
                 run(job.recipe, job.scratch, command=f"slimformer run results/methods/{job.folder}/recipe.yaml")
         except SlimformerError as error:
             print(f"   failed: {error}", flush=True)

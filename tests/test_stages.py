@@ -118,7 +118,6 @@ def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> 
 # -- Cut first, factor after ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("kronecker" not in registry.names("methods"), reason="no method factors matrices yet")
 def test_a_recipe_that_cuts_what_it_has_factored_is_a_mistake() -> None:
     stages = [{"calibrate": {"method": "fisher"}}, {"calibrate": {"method": "kronecker"}}]
     Recipe.parse({"model": "x", "task": "intents", "stages": [*stages, {"train": {"methods": ["distillation"]}}]})
