@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from slimformer import checkpoint
 from slimformer.errors import SlimformerError
 from slimformer.files import write_text
 from slimformer.recipe import Recipe, run
@@ -60,7 +59,7 @@ class Job:
         for stage in self.recipe.stages:
             deciding = not isinstance(stage, Train) or any(method.decides for method in stage.methods)
             if isinstance(stage, Train):
-                seen += stage.epochs * share
+                seen += stage.epochs * (1 + stage.augment) * share
             share = min(share, self.share) if deciding else share
         return seen * _tokens(self.recipe.task, self.recipe.model) / RATE / 3600 + AROUND
 
@@ -69,7 +68,7 @@ class Job:
 def _tokens(task: Task, model: str) -> float:
     """Tokens in an epoch, from 500 examples."""
     source = Path(model)
-    examples = task.bind(checkpoint.read_config(source)).split(Split.TRAIN) if source.is_dir() else task.split(Split.TRAIN)
+    examples = task.split(Split.TRAIN)
     some = examples[:: max(1, len(examples) // 500)]
     if not source.is_dir():
         return 64.0 * len(examples)  # the model is still to be made

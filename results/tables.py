@@ -279,6 +279,7 @@ def safe(text: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Writes both pages, or with --check only tells whether they are what the ledgers give."""
     sys.path.insert(0, str(HOME))  # its neighbours, also where this file was loaded by its path
+    import numerics
     import structured
 
     root = HOME.parent
@@ -288,6 +289,7 @@ def main(arguments: Sequence[str]) -> int:
         root / "docs" / "results.md": results_page(found),
         readme: placed(readme.read_text(encoding="utf-8"), readme_table(found)),
         **structured.pages(),
+        **numerics.pages(),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

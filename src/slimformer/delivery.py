@@ -42,6 +42,7 @@ FILES = {
 }
 # The int8 file for ONNX Runtime has fixed ranges, not dynamic ones: docs/decisions/0002-onnx-graphs.md
 SHIPPED = (Variant.FLOAT, Variant.INT8_FUSED, Variant.INT8_STATIC)
+STANDARD = (Variant.FLOAT, Variant.INT8_STATIC)  # without ONNX Runtime's own operators
 INT8 = (Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC)
 SATURATES = (
     "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
@@ -395,10 +396,12 @@ def deliver(
     task_name: str,
     command: str,
     seconds: float = 60.0,
+    openvino: bool = False,
 ) -> Measurement:
     """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
 
-    The ledger row and every file that another tool needs are there when this returns; a killed call leaves `out` as it was.
+    `openvino`: our files of standard operators run there too, where it is installed. The ledger row and every file that another tool
+    needs are there when this returns; a killed call leaves `out` as it was.
     """
     from slimformer.card import card
     from slimformer.page import Details, page
@@ -418,8 +421,13 @@ def deliver(
         for variant in SHIPPED
     ]
     entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
+    own = {FILES[variant]: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=True)}
+    if openvino and find_spec("openvino") is not None:
+        for item in ours:
+            if item.variant in STANDARD:
+                there = replace(item, name=f"{item.name} in OpenVINO", runtime="openvino", facts={**shared, "target": target})
+                entries.append(_entry(there, material, run.threads))
     found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
-    own = {entry.path.name: entry.task for entry in entries[len(rivals) :] if entry.path}
     chosen = next(record for record in found.records if record.chosen)
     facts = Facts(
         best=FILES[best.variant],

@@ -92,10 +92,12 @@ class Bench:
     """What to measure beside ours, and for how long each of the two workloads is timed.
 
     The teacher in fp32 and int8 and the smaller dense model always run where they are named; OpenVINO where it is installed.
+    `openvino`: our own files of standard operators are measured there too.
     """
 
     rivals: tuple[RivalName, ...] = RIVALS
     seconds: float = 60.0
+    openvino: bool = False
 
 
 @dataclass(frozen=True)
@@ -606,6 +608,7 @@ def finish(
         task_name=task_name(recipe.task),
         command=command,
         seconds=recipe.bench.seconds,
+        openvino=recipe.bench.openvino,
     )
 
 
