@@ -93,6 +93,17 @@ def test_a_narrower_student_gets_a_projection_and_a_shallower_one_even_partners(
     assert state.groups()[0]["params"] == [state.project.weight]
 
 
+def test_a_layer_learns_what_the_layers_that_are_gone_after_it_gave():
+    context = tiny_context()
+    gone = Plan({f"encoder.{layer}.{part}": () for layer in (1, 2) for part in ("attention", "ffn")})
+    teacher = tiny("bert", num_hidden_layers=4)
+    student = shrink(teacher, anatomy_of(teacher), gone)
+    context = replace(
+        context, model=student, anatomy=anatomy_of(student), teacher=teacher, teacher_anatomy=anatomy_of(teacher), plan=gone
+    )
+    assert Distillation().attach(context).hidden == [(0, 0), (3, 3), (4, 4)]
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"hidden": -1}, {"logits": 0, "hidden": 0}])
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match="must"):

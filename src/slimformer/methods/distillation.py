@@ -3,7 +3,8 @@
 Hinton et al. (2015) for outputs with temperature; hidden states after every layer as the token loss of Kurtic et al. (ZipLM, NeurIPS
 2023) and PKD; attention scores before the softmax and the embedding's output as in TinyBERT (Jiao et al., 2020). Differences: the hidden
 terms are divided by the teacher's mean square, so that one weight fits all layers and models; padding never counts; a student head
-learns from the teacher head it descends from, told by the plan. Choose it after any cut; with no cut it is plain task-specific
+learns from the teacher head it descends from, told by the plan; where layers are gone, the one before them learns what the last of them
+gave. Choose it after any cut; with no cut it is plain task-specific
 distillation.
 """
 
@@ -64,7 +65,9 @@ class Distillation(Method):
         mine, theirs = context.anatomy, context.teacher_anatomy
         count, deep = len(mine.layers), len(theirs.layers)
         partner = [round((index + 1) * deep / count) - 1 for index in range(count)]  # evenly, the last to the last
-        hidden = [(0, 0)] + [(index + 1, partner[index] + 1) for index in range(count)]
+        alive = {site.layer for site in mine.sites.values()}
+        ends = [index for index in range(min(alive, default=0), count) if index + 1 == count or index + 1 in alive]
+        hidden = [(0, 0)] + [(index + 1, partner[index] + 1) for index in ends]
         heads: dict[int, tuple[int, list[int]]] = {}
         for index in range(count):
             if mine.attentions[index] is None or theirs.attentions[partner[index]] is None:
