@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -103,8 +104,8 @@ def sweep(jobs: Sequence[Job]) -> int:
                 if job.before is not None:
                     job.before()
                 run(job.recipe, job.scratch, command=f"slimformer run results/methods/{job.folder}/recipe.yaml")
-        except SlimformerError as error:
-            print(f"   failed: {error}", flush=True)
+        except Exception as error:  # one job's fault must not keep the others from running
+            traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
             failed += 1
             continue
         if job.stands:
