@@ -12,7 +12,7 @@ import torch
 from tiny import tiny
 from tiny_folder import write_data, write_model, write_tokenizer
 
-from slimformer import checkpoint, registry
+from slimformer import checkpoint
 from slimformer.errors import DataError, PlanError, RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker

@@ -527,7 +527,8 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
         _try_out(teacher, material)
         return Bundle(model, plan, material, teacher, ranges=ranges), stages
     if tuned:
-        _try_out(model, material)
+        if not _lead(stages):  # else the first stage may teach it what it lacks
+            _try_out(model, material)
         return Bundle(model, plan, material, model, ranges=ranges), stages
     lead = _lead(stages)
     bundle = advance(stages[:lead], Bundle(model, plan, material, model), state.under("teacher"))

@@ -7,7 +7,8 @@ instead of zeroed after each step (a closed weight reads as 0 and gets no gradie
 the density itself; the weights that stay are not re-solved as by Kurtic et al., training does that.
 
 In a recipe: `model` is the pre-trained encoder, `teacher` the tuned one, `distillation` stands beside this with `task_weight: 0`; its
-`relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` is the paper's loss. Train on with `keep_zeros`.
+`relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` has the terms and weights of the paper's loss.
+(There padding counts, scores are not centred, and the cross entropy of logits is a mean over classes.) Train on with `keep_zeros`.
 Choose it for the smallest file. Zeros make no dense kernel faster: take 1x4 or N:M where a kernel for them is at hand.
 """
 

@@ -4,7 +4,9 @@ Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022
 nearest product. Differences: for any budget the shapes are searched, those of least relative error, one shape for like matrices
 (theirs were chosen by hand, and W2 has W1's turned over); at other widths than 768 a named model keeps its small factors, and the large
 ones scale. The start is far from the matrix, so that accuracy is all but gone before training: follow it with a stage on text without
-labels and one on the task, both with `distillation`, as theirs. Choose it where stored size matters; its speed has to be measured.
+labels and one on the task, both with `distillation`. (Theirs has the pre-trained model as teacher of the first, with the losses of
+pre-training beside it, on a tenth of Wikipedia; here the tuned teacher speaks in both.) Choose it where stored size matters; its speed
+has to be measured.
 """
 
 from __future__ import annotations
