@@ -61,7 +61,9 @@ def compress(
     train_rows: TrainRows = None,
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model (ONNX Runtime fp32, batch 32).")] = 3.0,
     max_loss: Annotated[float, typer.Option(help="Points of the metric that may be lost.")] = 1.0,
-    epochs: Annotated[float | None, typer.Option(help="Epochs of distillation; by default the data's size decides.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of distillation, augmented rows counted; by default the data's size decides.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
     tries: Annotated[int, typer.Option(help="Budgets to train at most, when the loss is too large.")] = 3,
@@ -203,7 +205,7 @@ def demo(
     from slimformer.demo import encoder
 
     chosen = _task("intents", None, None, None, None, None, None, None)
-    _show(make(encoder(), chosen, out, Wishes(speedup=speedup, max_loss=3.0, epochs=6), command=_command()))
+    _show(make(encoder(), chosen, out, Wishes(speedup=speedup, max_loss=4.0, epochs=6), command=_command()))
 
 
 def _task(

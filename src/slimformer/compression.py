@@ -36,6 +36,8 @@ TRIES = 3  # budgets that are trained, at most
 SHOTS = 4  # exports, untrained, that find the budget for a speed; seconds each
 DISTIL_TOKENS = 3_000_000  # seen while distilling, unless epochs are given: minutes on two cores for a small model
 TUNE_TOKENS = 1_000_000
+MANY_EPOCHS = 6.0  # from here on, copies of the rows with other words in them teach more than the rows once more
+MOST_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -209,17 +211,20 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
 
 
 def _distil(bundle: Bundle, recipe: Recipe, wishes: Wishes) -> Train:
-    """The distillation that every budget gets."""
+    """The distillation that every budget gets. Small data is augmented, for as many steps; its copies have no labels of their own."""
     source = Path(recipe.model)
     method = registry.find("methods", "distillation")
+    epochs = wishes.epochs or _epochs(bundle.material.task, source, DISTIL_TOKENS, 3.0, 12.0)
+    copies = min(MOST_COPIES, int(epochs // 3)) if epochs >= MANY_EPOCHS else 0
     return Train(
         methods=(method(),),
-        epochs=wishes.epochs or _epochs(bundle.material.task, source, DISTIL_TOKENS, 3.0, 12.0),
+        epochs=round(epochs / (1 + copies), 2),
         lr=wishes.lr or 2 * _tune_lr(source),
         batch_size=wishes.batch_size,
-        task_weight=0.1,
+        task_weight=0.0 if copies else 0.1,
         dropout=False,
         freeze="embeddings",
+        augment=copies,
     )
 
 
@@ -421,15 +426,13 @@ def _announce(bundle: Bundle, distil: Train, wishes: Wishes, state: Run) -> None
     if file.is_file():
         return
     context = distil.prepared(bundle, state)
-    found: Estimate = estimate(
-        context, bundle.material.features[Split.TRAIN], distil.methods, distil.settings(wishes.seed), seconds=5.0
-    )
+    found: Estimate = estimate(context, distil.rows(bundle, state), distil.methods, distil.settings(wishes.seed), seconds=5.0)
     write_text(file, json.dumps(asdict(found)))
-    once = found.seconds / 60
+    once, passes = found.seconds / 60, round(distil.epochs * (1 + distil.augment), 1)
     rival = once if "small-dense" in wishes.rivals else 0.0
     log = state.log
     log.say(
-        f"plan: cut to {wishes.speedup:g} times the speed, distil for {distil.epochs:g} epochs ({found.steps:,} steps at "
+        f"plan: cut to {wishes.speedup:g} times the speed, distil for {passes:g} epochs ({found.steps:,} steps at "
         f"{found.tokens_per_second:,.0f} tokens a second uncut), int8, verify; up to {wishes.tries} budgets."
     )
     log.say(

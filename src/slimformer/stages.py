@@ -368,7 +368,7 @@ class Train(Stage):
 
         masked = checkpoint.load_dense(Path(self.augment_model)) if self.augment_model else None
         table = cast("Tensor", bundle.model.get_input_embeddings().weight)
-        run.log.say(f"augmenting: {len(features):,} rows become {len(features) * (1 + self.augment):,}.")
+        run.log.event("augmenting", rows=len(features), copies=self.augment)
         return augmented(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
 
     def _plain_rows(self, material: Material) -> Features:

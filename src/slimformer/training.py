@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -76,7 +77,7 @@ class Settings:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpoint_seconds: float = 60.0
     steps: int | None = None
-    hidden_cache_bytes: int = 2 << 30  # a teacher's hidden states beyond this are not kept on disk but computed again
+    hidden_cache_bytes: int = 8 << 30  # a teacher's hidden states beyond this are not kept on disk but computed again
     evaluate: bool = True  # after each epoch, where `train` is given how
     trackers: tuple[str, ...] = ()  # accelerate's names: "tensorboard", "wandb", ...
 
@@ -611,7 +612,8 @@ def _rigged(
             stack.callback(nn.Module.to, teacher.model, teacher.model.device)
             teacher.model.to(device)
             needs = frozenset[Capture]().union(*(method.needs for method in methods if method.needs_teacher))
-            if cache_folder is None and not is_live(teacher, features, needs, settings.hidden_cache_bytes):
+            cap = _room(settings.hidden_cache_bytes, cache_folder)
+            if cache_folder is None and not is_live(teacher, features, needs, cap):
                 lessons = stack.enter_context(remembering(teacher, needs))
             else:
                 lessons = stack.enter_context(
@@ -621,7 +623,7 @@ def _rigged(
                         needs,
                         cache_folder or Path(),
                         log,
-                        cap_bytes=settings.hidden_cache_bytes,
+                        cap_bytes=cap,
                         writes=accelerator.is_main_process,
                         wait=accelerator.wait_for_everyone,
                     )
@@ -679,6 +681,14 @@ def _optimizer(model: PreTrainedModel, states: Sequence[State], settings: Settin
             f"nothing can train: freeze is '{settings.freeze}' and no method adds parameters.", help="freeze less."
         )
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def _room(most: int, folder: Path | None) -> int:
+    """Bytes that may go to disk: a quarter of what is free there, and no more than `most`."""
+    if folder is None:
+        return most
+    existing = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    return min(most, shutil.disk_usage(existing).free // 4)
 
 
 def _teacher(context: Context, methods: Sequence[Method], accelerator: Accelerator, precision: Precision) -> Teacher | None:
