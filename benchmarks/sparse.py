@@ -14,22 +14,27 @@ DeepSparse, which did run zeros fast, is no longer maintained and not measured h
 
     python benchmarks/sparse.py --threads 2
     python benchmarks/sparse.py --hidden 768 --tokens 4096 128
+    python benchmarks/sparse.py --out results/methods/numbers/engines.json    # then: make docs
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from slimformer.machine import environment
 
 PATTERNS = (("unstructured", (1, 1)), ("1x4", (1, 4)), ("32x32", (32, 32)))
 DENSITIES = (0.2, 0.1, 0.05)
@@ -47,12 +52,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[800, 25])  # 32 sentences of 25 tokens, and one
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows, which docs/methods/numbers.md is drawn from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # "beta", "deprecated": said above
-    print(f"hidden {options.hidden}, {options.threads} threads, {options.rounds} rounds, torch {torch.__version__}")
-    heads = "".join(f" {count} tokens: ms a layer | x |" for count in options.tokens)
-    print(f"| pattern | zeros | engine |{heads}\n|---|---|---|{'---|---|' * len(options.tokens)}")
+    circumstances = f"hidden size {options.hidden}, {options.threads} threads, {options.rounds} rounds, {machine()}"
+    head = [
+        "pattern",
+        "zeros",
+        "engine",
+        *(f"{count} tokens: {what}" for count in options.tokens for what in ("ms a layer", "×")),
+    ]
+    print(f"{circumstances}\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    rows: list[list[str]] = []
     for pattern, block in PATTERNS:
         for density in DENSITIES:
             weights = layer(options.hidden, density, block)
@@ -61,7 +73,19 @@ def main() -> None:
                 for name, cell in row(weights, block, count, options.threads, options.rounds).items():
                     cells.setdefault(name, []).append(cell)
             for name, found in cells.items():
-                print(f"| {pattern} | {1 - density:.0%} | {name} | {' | '.join(found)} |", flush=True)
+                rows.append([pattern, f"{1 - density:.0%}", name, *" | ".join(found).split(" | ")])
+                print(f"| {' | '.join(rows[-1])} |", flush=True)
+    if options.out:
+        options.out.write_text(
+            json.dumps({"circumstances": circumstances, "head": head, "rows": rows}, indent=1) + "\n", "utf-8"
+        )
+
+
+def machine() -> str:
+    """What all figures depend on."""
+    facts = environment()
+    versions = (f"{name} {version(name)}" for name in ("torch", "scipy", "onnxruntime", "openvino") if find_spec(name))
+    return ", ".join((facts.cpu, *versions))
 
 
 def layer(hidden: int, density: float, block: tuple[int, int]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ neurons cut), trained for as long on the same rows. The order of the jobs is tha
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from work import (
     glue,
     left,
     ours_in,
+    rising,
     small_squad,
     teacher,
 )
@@ -51,6 +53,8 @@ from slimformer.tasks.base import Task
 HOME = Path(__file__).resolve().parent
 TABLE = "numbers"
 COMMAND = "python results/numerics.py"
+ENGINES = HOME / "methods" / TABLE / "engines.json"
+ENGINES_COMMAND = "python benchmarks/sparse.py --out results/methods/numbers/engines.json"
 BENCH = Bench(rivals=("teacher-int8", "openvino-int8"), seconds=20.0, openvino=True)
 FIVE = ("mrpc", "rte", "cola", "stsb", "sst2")
 AUGMENT = {"sst2": 0, "squad1": 0}  # copies of each row; the small sets get COPIES
@@ -200,6 +204,18 @@ HEAD = (
     "× OpenVINO",
     "minutes",
 )
+ORDERS = (  # what a paper found: the first loses most
+    ("Xu et al.: at equal encoder weights sparse beats narrow, 5 ×", ("mrpc/fisher-20", "mrpc/sparse-20")),
+    ("the same, 10 ×", ("mrpc/fisher-10", "mrpc/sparse-10")),
+    ("the same, 20 ×", ("mrpc/fisher-5", "mrpc/sparse-5")),
+    ("Xu et al.: sparse beats fewer layers (one of six has more weights than a tenth)", ("mrpc/layers-17", "mrpc/sparse-10")),
+    ("Xu et al.: a student from pre-trained weights beats one from tuned weights", ("mrpc/sparse-from-tuned", "mrpc/sparse-5")),
+    ("Xu et al.: distillation helps", ("mrpc/sparse-no-distillation", "mrpc/sparse-5")),
+    ("Xu et al.: pruning step by step beats one shot", ("mrpc/sparse-one-shot", "mrpc/sparse-5")),
+    ("Kurtic et al.: second-order scores beat magnitudes", ("mrpc/sparse-5", "mrpc/sparse-fisher")),
+    ("Tahaei et al.: a stage on text before the task helps", ("mrpc/kronecker-7.7x-one-stage", "mrpc/kronecker-7.7x")),
+    ("Prato et al.: 4 bits lose, 8 do not", ("mrpc/quantization-4", "mrpc/quantization-6", "mrpc/quantization-8")),
+)
 CLAIMS = (
     ("knowledge_sparse", "BERT-base, four GLUE tasks: 20 times fewer encoder weights, 1.4 points lost on average"),
     ("quantization", "Transformer base, WMT14: 8 bits everywhere, no BLEU lost; 4 bits collapse"),
@@ -222,6 +238,7 @@ def _page(found: dict[str, Run]) -> str:
         "0, and how many times fewer than the dense teacher's; **file**: the ONNX file that was chosen on held examples, whole model;",
         "**stored**: `model.safetensors`, zeros left out; **×**: times faster than the dense teacher in ONNX Runtime fp32, **OpenVINO**:",
         "our static int8 file there, at batch 32, over the same baseline. ONNX Runtime computes zeros like other numbers.",
+        "`quantization-6` and `-4` have weights of so many bits, activations and tables of 6; a file stores them in bytes.",
         "",
     ]
     missing = [job for job in jobs() if not job.stands]
@@ -233,8 +250,33 @@ def _page(found: dict[str, Run]) -> str:
         lines += [f"## {task}", "", f"{records[0].task}; metric: {records[0].metric}.", ""]
         rows = [_row(name.split("/")[1], run) for name, run in part.items()]
         lines += [*table(HEAD, [*_teachers(list(part.values())[-1]), *rows]), ""]
-    lines += [*_aims(found), "## What the papers say", "", *(f"- `{name}`: {claim}." for name, claim in CLAIMS), ""]
+    lines += [
+        *_aims(found),
+        *_orders(found),
+        "## What the papers say",
+        "",
+        *(f"- `{name}`: {claim}." for name, claim in CLAIMS),
+        "",
+    ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _engines() -> list[str]:
+    """What runs zeros fast on a CPU, as benchmarks/sparse.py found it."""
+    lines = ["## What runs zeros fast", ""]
+    if not ENGINES.is_file():
+        return [*lines, f"Not measured yet: `{ENGINES_COMMAND}`.", ""]
+    kept = json.loads(ENGINES.read_text(encoding="utf-8"))
+    lines += [
+        f"The six products of one encoder layer, drawn from `{ENGINES_COMMAND}`; **×**: times faster than PyTorch's dense product."
+    ]
+    lines += [
+        f"{safe(kept['circumstances'])}.",
+        "",
+        *table(kept["head"], ([safe(cell) for cell in row] for row in kept["rows"])),
+        "",
+    ]
+    return lines
 
 
 def _teachers(run: Run) -> list[tuple[str, ...]]:
@@ -279,12 +321,38 @@ def _aims(found: dict[str, Run]) -> list[str]:
             found, "SST-2: int8 at least 2 times as fast, at most 0.3 points", ("sst2/static-least_squares",), 0.3, faster=2.0
         ),
         _kronecker_aim(found),
+        _aim(
+            found,
+            "SST-2: an int8 file at most a quarter of the fp32 file plus 5 %",
+            ("sst2/static-least_squares",),
+            0.3,
+            megabytes=90.9 * 0.25 * 1.05,
+        ),
         *(
             _aim(found, f"{task}: a whole file below 6 MB within 1.0 point", _starting(found, f"{task}/"), 1.0, megabytes=6.0)
             for task in ("sst2", "squad1")
         ),
     ]
     return ["## What we set out to show", "", *table(("aim", "nearest run", "there", "met"), rows), ""]
+
+
+def _orders(found: dict[str, Run]) -> list[str]:
+    """Whether comparisons come out here as in the papers, by the fp32 files, or by int8 ones where integers are the matter."""
+    rows = []
+    for what, names in ORDERS:
+        runs = [found[name] for name in names if name in found]
+        shown = " < ".join(name.split("/")[-1] for name in names)
+        if len(runs) < len(names):
+            rows.append((what, shown, "not run yet", ""))
+            continue
+        integers = "quantization" in names[0]
+        files = [run.ours if integers else ours_in(run, Variant.FLOAT) for run in runs]
+        texts = [
+            f"{file.score:.4f} ({100 * left(file, dense(run)):.0f} %)" for file, run in zip(files, runs, strict=True) if file
+        ]
+        rows.append((what, shown, ", ".join(texts), rising([file.quality for file in files if file])))
+    head = ("finding", "runs", "scores (encoder weights left)", "the same order")
+    return ["## What the papers found, here", "", *table(head, rows), ""]
 
 
 def _starting(found: dict[str, Run], start: str) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 from sweep import Job, main
@@ -370,12 +369,6 @@ def _orders(found: dict[str, Run]) -> list[str]:
             )
     head = ("finding", "runs", "scores of the fp32 files", "the same order")
     return ["## Ablations that the papers report", "", *table(head, rows), ""]
-
-
-def _rising(scores: Sequence[float]) -> str:
-    """Whether each is better than the one before."""
-    steps = [later - earlier for earlier, later in pairwise(scores)]
-    return "yes" if min(steps) > 0 else "no" if min(steps) < 0 else "no difference"
 
 
 def _cut(part: dict[str, Run]) -> dict[str, Record]:

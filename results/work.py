@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from sweep import Job
@@ -67,3 +69,9 @@ def left(record: Record, whole: Record) -> float:
     if not whole.encoder_params or record.encoder_nonzero is None:
         return 1.0
     return record.encoder_nonzero / whole.encoder_params
+
+
+def rising(scores: Sequence[float]) -> str:
+    """Whether each is better than the one before."""
+    steps = [later - earlier for earlier, later in pairwise(scores)]
+    return "yes" if min(steps) > 0 else "no" if min(steps) < 0 else "no difference"
