@@ -162,7 +162,7 @@ def jobs() -> tuple[Job, ...]:
             found.append(Job(f"{TABLE}/{task}/{name}", recipe, share, needs))
 
     for task in ("sst2", "mrpc"):
-        for way in ("least_squares", "minmax", "percentile", "entropy"):
+        for way in ("least_squares", "min_max", "percentile", "entropy"):
             add(task, {f"static-{way}": ()}, export=replace(EXPORT, calibration=way))  # type: ignore[arg-type]
         add(task, quantized())
     add("mrpc", factored("mrpc", "7.7x"))

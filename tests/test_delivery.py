@@ -14,11 +14,12 @@ from tiny_folder import write_data, write_model
 
 from slimformer import checkpoint, delivery, graphs
 from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import Exporter, Variant
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.plan import Plan
+from slimformer.recipe import Export
 from slimformer.stages import Bundle, Run, Train, prepare
 from slimformer.tasks.classification import Classification
 
@@ -86,7 +87,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.mark.slow
-def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exporter", [None, Export().exporter()], ids=["plain", "of a recipe"])
+def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: Exporter | None
+) -> None:
     """A model just cut, or a CPU that saturates: the loss on held examples decides, and the run goes on."""
     quantized = graphs.quantized
 
@@ -99,7 +103,8 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(tmp_path:
     model = checkpoint.load(source)
     task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config.to_dict())
     log = Log(None, quiet=True)
-    made = delivery.export_files(model, prepare(task, source), tmp_path, [Variant.INT8_DYNAMIC], log)[Variant.INT8_DYNAMIC]
+    wanted = [Variant.INT8_DYNAMIC]
+    made = delivery.export_files(model, prepare(task, source), tmp_path, wanted, log, exporter=exporter)[Variant.INT8_DYNAMIC]
     assert made.path.is_file()
     (share,) = (float(note.split("%")[0]) for note in made.notes if note.endswith("rows answer as before"))
     assert share < 90

@@ -13,7 +13,7 @@ from tiny_folder import write_data, write_model
 from slimformer import registry
 from slimformer.errors import RecipeError
 from slimformer.log import Log
-from slimformer.recipe import Bench, Recipe, begin, look
+from slimformer.recipe import Bench, Export, Recipe, begin, look
 from slimformer.stages import Calibrate, Run, Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
@@ -158,7 +158,8 @@ def test_export_options_reach_the_exporter_and_come_back() -> None:
 
     export = {"calibration": "entropy", "reduce_range": True, "floats": ["encoder.0.ffn_out.input"]}
     recipe = Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": export}]})
-    assert recipe.export.exporter() == Onnx(weight_bits=7, calibration="entropy", floats=("encoder.0.ffn_out.input",))
+    floats = ("encoder.0.ffn_out.input",)
+    assert recipe.export.exporter() == Onnx(weight_bits=7, agreement=0.0, calibration="entropy", floats=floats)
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
@@ -172,3 +173,8 @@ def test_export_options_reach_the_exporter_and_come_back() -> None:
 def test_export_options_that_cannot_be_are_mistakes(options: dict[str, object], place: str) -> None:
     with pytest.raises(RecipeError, match=place):
         Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": options}]})
+
+
+def test_a_wrong_calibration_is_told_before_anything_starts_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"calibration: there is no 'minmax'; did you mean 'min_max'\?"):
+        Export(calibration="minmax")  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from slimformer.latency import Levels
 from slimformer.log import Log
 from slimformer.methods.base import Method
 from slimformer.plan import Plan
-from slimformer.ranges import Calibration, check_percentile
+from slimformer.ranges import Calibration, check_calibration, check_percentile
 from slimformer.stages import (
     TASK_TEXT,
     Bundle,
@@ -76,13 +76,17 @@ class Export:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "floats", tuple(self.floats))
+        check_calibration(self.calibration)
         check_percentile(self.percentile)
 
     def exporter(self) -> Exporter:
-        """The exporter with these options."""
-        bits = 7 if self.reduce_range else 8
+        """The exporter with these options. It refuses no int8 file: each is judged by what it loses on held examples."""
         made: Exporter = registry.find("exporters", self.to)(
-            weight_bits=bits, calibration=self.calibration, percentile=self.percentile, floats=self.floats
+            weight_bits=7 if self.reduce_range else 8,
+            agreement=0.0,
+            calibration=self.calibration,
+            percentile=self.percentile,
+            floats=self.floats,
         )
         return made
 

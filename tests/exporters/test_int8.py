@@ -195,7 +195,7 @@ def test_an_input_that_never_moves_is_told() -> None:
     [
         ({"weight_bits": 1}, "weight_bits must be from 2 to 8, got 1"),
         ({"weight_bits": 40}, "weight_bits must be from 2 to 8, got 40"),
-        ({"calibration": "mean"}, "calibration must be one of least_squares, min_max, percentile, entropy, got mean"),
+        ({"calibration": "mean"}, "calibration: there is no 'mean'; known: entropy, least_squares, min_max, percentile"),
         ({"percentile": 10}, "percentile must be above 50 and at most 100, got 10"),
     ],
 )

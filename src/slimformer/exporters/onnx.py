@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from slimformer.errors import ExportError, nearest
 from slimformer.exporters.base import Arrays, Artifact, Exporter, Variant
 from slimformer.files import whole
 from slimformer.graphs import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
-from slimformer.ranges import Calibration, Histogram, Range, Ranges, check_bits, check_percentile, find
+from slimformer.ranges import Calibration, Histogram, Range, Ranges, check_bits, check_calibration, check_percentile, find
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -70,8 +70,7 @@ class Onnx(Exporter):
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
-        if self.calibration not in get_args(Calibration):
-            raise ValueError(f"calibration must be one of {', '.join(get_args(Calibration))}, got {self.calibration}")
+        check_calibration(self.calibration)
         check_percentile(self.percentile)
 
     def export(
