@@ -169,7 +169,9 @@ class GroupLasso(Method):
         groups = groups_of(context.model, context.anatomy, self.groups, self.block)
         if not any(piece.tensor.requires_grad for item in groups for piece in item.pieces):
             raise RecipeError("group_lasso shrinks the encoder's weights, which this stage freezes.", help="freeze less.")
-        if self.groups != "units":
+        if self.groups == "units":
+            self._units_that_stay(groups, context)  # can it be reached?
+        else:
             _check_share(groups, self.keep, self.over)
         return _State(groups, self.epsilon)
 
@@ -206,6 +208,7 @@ class GroupLasso(Method):
             weights[f"{context.anatomy.matrices[item.id].module}.weight"] = piece.tensor * expand(mask, piece.tensor.shape)
         return Decision(_idle(context, weights), weights=weights)
 
+    @torch.no_grad()
     def _units_that_stay(self, groups: Sequence[Groups], context: Context) -> Plan:
         """Within the budget, the units with the largest sum of squares: what is taken away is as small as it can be."""
         return allocate(
