@@ -149,9 +149,11 @@ def choose(
 
 
 def shape_of(model: Any, modules: Sequence[str]) -> tuple[int, ...]:
-    """Width of what these Linears read, and of what each gives."""
-    linears = [model.get_submodule(name) for name in modules]
-    return (linears[0].in_features, *(linear.out_features for linear in linears))
+    """Width of what these Linears, or products with a larger factor, read, and of what each gives."""
+    from slimformer.forms.kronecker import weight_of
+
+    shapes = [model.get_parameter(weight_of(model, name)).shape for name in modules]
+    return (shapes[0][-1], *(shape[-2] for shape in shapes))
 
 
 def gains(shapes: Iterable[tuple[int, ...]], tokens: int, threads: int, folder: Path) -> list[float]:
