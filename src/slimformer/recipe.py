@@ -27,7 +27,7 @@ from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
 from slimformer.latency import Levels
 from slimformer.log import Log
-from slimformer.methods.base import Method
+from slimformer.methods.base import Method, Zeros
 from slimformer.plan import Plan
 from slimformer.ranges import Calibration, check_calibration, check_percentile
 from slimformer.stages import (
@@ -207,6 +207,45 @@ def _methods(stage: Stage) -> tuple[Method, ...]:
     return tuple(method for method in found if method is not None)
 
 
+def disorder(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
+    """Why a stage makes no sense after the stages `before` it: what it would lose of them, and what to do."""
+    methods, earlier = _methods(stage), [method for item in before for method in _methods(item)]
+    factoring = next((registry.name_of(method) for method in earlier if method.forms), None)
+    closing = next((registry.name_of(method) for method in earlier if method.closes), None)
+    zeros = _zeros_after(before)
+    for method in methods:
+        name = registry.name_of(method)
+        if factoring and method.decides and not method.forms:
+            yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
+        if zeros and method.fills:
+            yield (
+                f"{name} gives every matrix new values, and the zeros that {registry.name_of(zeros)} left would be gone: leave out "
+                "one of the two"
+            )
+    if closing and not any(method.closes for method in methods):
+        yield f"{closing} has learned grids and ranges, which this stage would lose: make {closing} the last stage"
+    if zeros and zeros.leaves is Zeros.RESULT and _fills(stage):
+        yield f"training would fill the zeros that {registry.name_of(zeros)} left: add keep_zeros to the methods of this stage"
+
+
+def _zeros_after(stages: Sequence[Stage]) -> Method | None:
+    """The method whose zeros are in the matrices after these stages."""
+    found: Method | None = None
+    for stage in stages:
+        methods = _methods(stage)
+        if _fills(stage) or any(method.fills for method in methods):
+            found = None
+        found = next((method for method in methods if method.leaves is not Zeros.NONE), found)
+    return found
+
+
+def _fills(stage: Stage) -> bool:
+    """Whether training in a stage makes zeros in the encoder's matrices other numbers for good."""
+    if not isinstance(stage, Train) or stage.freeze in ("encoder", "everything"):
+        return False
+    return not any(method.keeps_zeros or method.leaves is Zeros.RESULT for method in _methods(stage))
+
+
 class _Reader:
     """Reads plain data, collecting mistakes with their places instead of stopping at the first."""
 
@@ -269,19 +308,9 @@ class _Reader:
             else:
                 self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), ('train', 'calibrate', 'export', 'bench'))}")
             if made is not None:
-                self.order(made, found, place)
+                self.mistakes += [f"{place}: {mistake}" for mistake in disorder(made, found)]
                 found.append(made)
         return found, export, bench
-
-    def order(self, stage: Stage, before: Sequence[Stage], place: str) -> None:
-        """A mistake where a stage would cut what an earlier one stores in another form."""
-        factoring = [registry.name_of(method) for earlier in before for method in _methods(earlier) if method.forms]
-        for method in _methods(stage):
-            if factoring and method.decides and not method.forms:
-                name = registry.name_of(method)
-                self.mistakes.append(
-                    f"{place}: {name} cannot cut what {factoring[0]} has factored before: cut first, factor after"
-                )
 
     def train(self, options: Any, place: str) -> Train | None:
         options = dict(options) if isinstance(options, Mapping) else options

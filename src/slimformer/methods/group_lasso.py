@@ -24,7 +24,7 @@ from slimformer.allocation import allocate
 from slimformer.anatomy import Anatomy, Kind, Role, Site, Slice
 from slimformer.errors import RecipeError, TargetError
 from slimformer.masks import expand, grid_of, liveliness
-from slimformer.methods.base import Context, Method, Progress, State, Step
+from slimformer.methods.base import Context, Method, Progress, State, Step, Zeros
 from slimformer.plan import Decision, Plan
 
 Pattern = Literal["units", "rows", "columns", "blocks", "block_rows", "block_columns"]
@@ -164,6 +164,10 @@ class GroupLasso(Method):
         ):
             if not good:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def leaves(self) -> Zeros:  # type: ignore[override]
+        return Zeros.NONE if self.groups == "units" else Zeros.RESULT
 
     def attach(self, context: Context) -> State:
         groups = groups_of(context.model, context.anatomy, self.groups, self.block)

@@ -151,6 +151,7 @@ class Quantization(Method):
     momentum: float = MOMENTUM
 
     rewrites: ClassVar[bool] = True
+    closes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(str(role) for role in self.roles))
