@@ -64,7 +64,8 @@ class Export:
 
     Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
     `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
-    the anatomy whose matrices stay in float.
+    the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
+    `choose_within`, and kept where that makes the best file faster.
     """
 
     to: Literal["onnx"] = "onnx"
@@ -72,10 +73,11 @@ class Export:
     calibration: Calibration = "least_squares"
     percentile: float = 99.99
     reduce_range: bool = False
-    floats: tuple[str, ...] = ()
+    floats: tuple[str, ...] | Literal["auto"] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "floats", tuple(self.floats))
+        if self.floats != "auto":
+            object.__setattr__(self, "floats", tuple(self.floats))
         check_calibration(self.calibration)
         check_percentile(self.percentile)
 
@@ -86,7 +88,7 @@ class Export:
             agreement=0.0,
             calibration=self.calibration,
             percentile=self.percentile,
-            floats=self.floats,
+            floats=() if self.floats == "auto" else self.floats,
         )
         return made
 
@@ -604,27 +606,25 @@ def finish(
     ready: Ready | None = None,
 ) -> Measurement:
     """Exports, chooses on held examples, measures beside the rivals on dev, and fills `out`."""
-    from slimformer import delivery
+    from slimformer import delivery, floats
     from slimformer.exporters.base import Variant
 
     log = state.log
     teacher = delivery.teacher_files(bundle, state)
+    allowed = target.max_loss if target else recipe.export.choose_within
     if ready is None:
         log.say("exporting, and comparing the files on held examples.")
-        folder = state.root / "export"
+        folder, exporter = state.root / "export", recipe.export.exporter()
         files = delivery.export_files(
-            bundle.model,
-            bundle.material,
-            folder,
-            delivery.SHIPPED,
-            log,
-            exporter=recipe.export.exporter(),
-            ranges=bundle.ranges,
+            bundle.model, bundle.material, folder, delivery.SHIPPED, log, exporter=exporter, ranges=bundle.ranges
         )
         paths = {variant: artifact.path for variant, artifact in files.items()}
         reference = delivery.reference(bundle, state)
         ready = Ready(folder, tuple(delivery.try_out(paths, teacher[Variant.FUSED], bundle, state, reference)))
-    best = delivery.choose(ready.trials, target.max_loss if target else recipe.export.choose_within)
+        if recipe.export.floats == "auto":
+            found = floats.rescue(bundle, folder, ready.trials, state, reference, allowed, exporter=exporter)
+            ready = ready if found is None else Ready(found.folder, found.trials)
+    best = delivery.choose(ready.trials, allowed)
     rivals = delivery.rivals(bundle, stages, recipe.bench.rivals, teacher, state)
     log.say("measuring everything side by side on the dev examples.")
     return delivery.deliver(
