@@ -7,19 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_export import data, export
 from tiny_folder import write_data, write_model
 
 from slimformer import checkpoint, delivery, graphs
+from slimformer.anatomy import Role
 from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
 from slimformer.exporters.base import Exporter, Variant
+from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.plan import Plan
-from slimformer.recipe import Export
+from slimformer.recipe import Export, Recipe
+from slimformer.recipe import run as run_recipe
+from slimformer.sparse import size_bytes
 from slimformer.stages import Bundle, Run, Train, prepare
 from slimformer.tasks.classification import Classification
 
@@ -152,3 +157,37 @@ def test_the_smaller_dense_rival_trains_in_every_stage() -> None:
     for stage in (Train(methods=(lesson,), freeze="everything"), Train(freeze="embeddings")):
         assert delivery.undecided(stage) == stage
     assert delivery.undecided(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", ["int8", "float16"])
+def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    source = write_model(tmp_path / "model")
+    model = checkpoint.load(source)
+    with torch.no_grad():
+        for matrix in anatomy_of(model).matrices.values():
+            if matrix.role is not Role.EMBEDDING:
+                weight = model.get_submodule(matrix.module).weight
+                weight[:, ::2] = 0.0
+    sparse = tmp_path / "sparse"
+    checkpoint.save(model, Plan(), sparse, tokenizer_from=source)
+    data = {
+        "model": str(sparse),
+        "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},
+        "stages": [{"export": {"values": values}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+    }
+    out = tmp_path / "out"
+    made = run_recipe(Recipe.parse(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
+    ours = next(record for record in made.measurement.records if record.chosen)
+    dense = next(record for record in made.measurement.records if record.role == "teacher-fp32")
+    assert ours.weights_bytes is not None
+    assert dense.weights_bytes is not None
+    assert ours.weights_bytes == size_bytes(checkpoint.unshared(model), values)  # type: ignore[arg-type]
+    assert ours.weights_bytes < dense.weights_bytes
+    assert f"non-zeros of sparse matrices as {values}, rounded by at most" in (out / "README.md").read_text()
+    loaded = checkpoint.load(out).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250)

@@ -156,7 +156,7 @@ def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_pa
 def test_export_options_reach_the_exporter_and_come_back() -> None:
     from slimformer.exporters.onnx import Onnx
 
-    export = {"calibration": "entropy", "reduce_range": True, "floats": ["encoder.0.ffn_out.input"]}
+    export = {"calibration": "entropy", "reduce_range": True, "values": "int8", "floats": ["encoder.0.ffn_out.input"]}
     recipe = Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": export}]})
     floats = ("encoder.0.ffn_out.input",)
     assert recipe.export.exporter() == Onnx(weight_bits=7, agreement=0.0, calibration="entropy", floats=floats)
@@ -167,6 +167,7 @@ def test_export_options_reach_the_exporter_and_come_back() -> None:
     ("options", "place"),
     [
         ({"calibration": "mean"}, "export.calibration"),
+        ({"values": "int4"}, "export.values"),
         ({"percentile": 10}, "percentile must be above 50 and at most 100, got 10"),
     ],
 )

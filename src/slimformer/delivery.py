@@ -21,6 +21,7 @@ from slimformer.exporters.base import Artifact, Exporter, Variant
 from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.plan import Plan
+from slimformer.sparse import Values, rounding, size_bytes
 from slimformer.stages import HELD_ROWS, Bundle, Calibrate, Material, Run, Stage, Train, advance, subset
 from slimformer.tasks.base import Split, Task
 
@@ -309,13 +310,12 @@ class Rival:
     facts: Mapping[str, Any] | None = None
 
 
-def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> dict[str, Any]:
-    """Fields of a Record that belong to a model, whatever file it is in."""
+def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, values: Values = "float32") -> dict[str, Any]:
+    """Fields of a Record that belong to a model, whatever file it is in. `values`: how non-zeros of sparse matrices are stored."""
     from slimformer import cost
     from slimformer.anatomy import Role
     from slimformer.families.base import anatomy_of
     from slimformer.report import layers
-    from slimformer.sparse import size_bytes
 
     anatomy = anatomy_of(bundle.model)
     inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
@@ -325,7 +325,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
         "params": bundle.model.num_parameters(),
         "encoder_params": sum(matrix.parameters for matrix in inside),
         "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
-        "weights_bytes": size_bytes(weights),
+        "weights_bytes": size_bytes(weights, values),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),
@@ -397,10 +397,12 @@ def deliver(
     command: str,
     seconds: float = 60.0,
     openvino: bool = False,
+    values: Values = "float32",
 ) -> Measurement:
     """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
 
-    `openvino`: our files of standard operators run there too, where it is installed. The ledger row and every file that another tool
+    `openvino`: our files of standard operators run there too, where it is installed. `values`: how non-zeros of sparse matrices are
+    stored in model.safetensors; what rounding that means is in the log and on the card. The ledger row and every file that another tool
     needs are there when this returns; a killed call leaves `out` as it was.
     """
     from slimformer.card import card
@@ -409,7 +411,7 @@ def deliver(
 
     material = bundle.material
     digest = _digest(recipe)
-    shared = facts_of(bundle, bundle.teacher, run, digest)
+    shared = facts_of(bundle, bundle.teacher, run, digest, values)
     ours = [
         Rival(
             name=f"slimformer {_short(variant)}",
@@ -440,14 +442,26 @@ def deliver(
         **shared,
     )
     with whole_folder(run.root / "delivery") as part:
-        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source, ranges=bundle.ranges)
+        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source, values=values, ranges=bundle.ranges)
+        stored = _stored(bundle.model, values)
+        if stored:
+            run.log.say(f"model.safetensors: {stored}.")
         for variant in SHIPPED:
             (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
         write_facts(part, facts)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
         notes = read_notes(exported).get(FILES[best.variant], [])
-        card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name, notes=notes)
+        card(
+            part,
+            chosen,
+            found.records,
+            texts=texts,
+            max_length=material.max_length,
+            base_model=model_name,
+            notes=notes,
+            stored=stored,
+        )
         differences = changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
         page(found.records, Details(changed=differences, command=command), part / "report.html")
         for record in found.records:
@@ -455,6 +469,15 @@ def deliver(
     for file in sorted((run.root / "delivery").iterdir()):
         file.replace(out / file.name)
     return found
+
+
+def _stored(model: PreTrainedModel, values: Values) -> str:
+    """What is to be said of values that are stored smaller; nothing where they are not."""
+    if values == "float32":
+        return ""
+    lost = rounding(checkpoint.unshared(model), values)
+    how = f"rounded by at most {lost:.2g} of a matrix's largest" if lost else "exact"
+    return f"non-zeros of sparse matrices as {values}, {how}"
 
 
 def _digest(text: str) -> str:

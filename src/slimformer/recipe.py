@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from slimformer import checkpoint, registry
 from slimformer.augmentation import check_masked_model
@@ -30,6 +30,7 @@ from slimformer.log import Log
 from slimformer.methods.base import Method, Zeros
 from slimformer.plan import Plan
 from slimformer.ranges import Calibration, check_calibration, check_percentile
+from slimformer.sparse import Values
 from slimformer.stages import (
     TASK_TEXT,
     Bundle,
@@ -65,7 +66,8 @@ class Export:
     Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
     `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
     the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
-    `choose_within`, and kept where that makes the best file faster.
+    `choose_within`, and kept where that makes the best file faster. `values`: how the non-zeros of sparse matrices are stored in
+    model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
     """
 
     to: Literal["onnx"] = "onnx"
@@ -74,10 +76,13 @@ class Export:
     percentile: float = 99.99
     reduce_range: bool = False
     floats: tuple[str, ...] | Literal["auto"] = ()
+    values: Values = "float32"
 
     def __post_init__(self) -> None:
         if self.floats != "auto":
             object.__setattr__(self, "floats", tuple(self.floats))
+        if self.values not in get_args(Values):
+            raise ValueError(f"values: there is no '{self.values}'; {nearest(str(self.values), get_args(Values))}")
         check_calibration(self.calibration)
         check_percentile(self.percentile)
 
@@ -642,6 +647,7 @@ def finish(
         command=command,
         seconds=recipe.bench.seconds,
         openvino=recipe.bench.openvino,
+        values=recipe.export.values,
     )
 
 
