@@ -16,6 +16,7 @@ from tiny_folder import write_data, write_model
 from slimformer import checkpoint, delivery, graphs
 from slimformer.anatomy import Role
 from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
+from slimformer.errors import ExtraError
 from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
@@ -24,6 +25,7 @@ from slimformer.methods.gates import Gates
 from slimformer.plan import Plan
 from slimformer.recipe import Export, Recipe
 from slimformer.recipe import run as run_recipe
+from slimformer.runtimes.openvino import OpenVINO
 from slimformer.sparse import size_bytes
 from slimformer.stages import Bundle, Run, Train, prepare
 from slimformer.tasks.classification import Classification
@@ -191,3 +193,38 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
     loaded = checkpoint.load(out).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250)
+
+
+def recipe_for_openvino(folder: Path) -> Recipe:
+    data = {
+        "model": str(write_model(folder / "model")),
+        "task": {"use": "classification", "data": str(write_data(folder / "data"))},
+        "stages": [{"export": {"openvino": True}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+    }
+    return Recipe.parse(data)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OpenVINO().available(), reason="needs the extra: pip install 'slimformer[openvino]'")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    recipe, out = recipe_for_openvino(tmp_path), tmp_path / "out"
+    made = run_recipe(recipe, out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
+    (ours,) = (record for record in made.measurement.records if record.name == "slimformer OpenVINO int8")
+    assert (ours.role, ours.precision, ours.chosen) == ("ours", "int8_static", False)
+    assert ours.size_bytes == sum((out / f"openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
+    assert ours.timings
+    text = (out / "README.md").read_text()
+    assert f"| `openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
+    assert "slimformer OpenVINO int8 | " in text
+    OpenVINO().load(out / "openvino_model.xml", 1)
+
+
+def test_without_the_extra_its_install_line_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimformer.runtimes.openvino.find_spec", lambda *_: None)
+    with pytest.raises(ExtraError, match=r"pip install 'slimformer\[openvino\]'"):
+        run_recipe(recipe_for_openvino(tmp_path), tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ _TOLD = {
     "model_fused.onnx": "fp32 with fused attention: ONNX Runtime only",
     "model_int8_ort.onnx": "int8 with fused attention: ONNX Runtime only",
     "model_int8_qdq.onnx": "static int8 (QDQ): ONNX Runtime and OpenVINO",
+    "openvino_model.xml": "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only",
     "model.safetensors": "the weights for PyTorch, with `slimformer.load`",
 }
 

@@ -49,6 +49,7 @@ SATURATES = (
     "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
     "measured here; if int8 loses too much, set `reduce_range: true` under `export` in a recipe (7-bit weights)."
 )
+OPENVINO = "openvino_model.xml"  # its weights lie beside it, in a file that ends in .bin
 NOTES = "notes.json"  # beside exported files: file -> what its artifact notes
 
 
@@ -231,7 +232,8 @@ def rivals(
         path = teacher[Variant.INT8_DYNAMIC]
         found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
     if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
-        path = openvino_rival(teacher[Variant.FLOAT], bundle, run)
+        folder = run.root / "teacher-files" / "openvino"
+        path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, folder)
         found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
     if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small
@@ -272,16 +274,15 @@ def undecided(stage: Train) -> Train:
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)
 
 
-def openvino_rival(path: Path, bundle: Bundle, run: Run) -> Path:
-    """Rival 3: the dense teacher in OpenVINO, int8 by NNCF on 300 training examples."""
+def openvino_int8(path: Path, model: PreTrainedModel, material: Material, folder: Path) -> Path:
+    """The fp32 file of a model as OpenVINO's own, int8 by NNCF on 300 training examples; made once in `folder`."""
     from slimformer.families.base import family_of
     from slimformer.runtimes.openvino import nncf_int8
 
-    folder = run.root / "teacher-files" / "openvino"
-    made = folder / "openvino_model.xml"
+    made = folder / OPENVINO
     if not made.is_file():
-        names = family_of(bundle.teacher.config.model_type).inputs(bundle.teacher)
-        features = bundle.material.features[Split.TRAIN]
+        names = family_of(model.config.model_type).inputs(model)
+        features = material.features[Split.TRAIN]
         rows = [int(row) for row in np.linspace(0, len(features) - 1, min(300, len(features)))]
         nncf_int8(path, [collate(features, [row], names) for row in rows], folder)
     return made
@@ -397,13 +398,15 @@ def deliver(
     command: str,
     seconds: float = 60.0,
     openvino: bool = False,
+    openvino_file: bool = False,
     values: Values = "float32",
 ) -> Measurement:
     """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
 
-    `openvino`: our files of standard operators run there too, where it is installed. `values`: how non-zeros of sparse matrices are
-    stored in model.safetensors; what rounding that means is in the log and on the card. The ledger row and every file that another tool
-    needs are there when this returns; a killed call leaves `out` as it was.
+    `openvino`: our files of standard operators run there too, where it is installed. `openvino_file`: our model is delivered and
+    measured as OpenVINO's own int8 file besides, made by NNCF. `values`: how non-zeros of sparse matrices are stored in
+    model.safetensors; what rounding that means is in the log and on the card. The ledger row and every file that another tool needs
+    are there when this returns; a killed call leaves `out` as it was.
     """
     from slimformer.card import card
     from slimformer.page import Details, page
@@ -429,9 +432,17 @@ def deliver(
             if item.variant in STANDARD:
                 there = replace(item, name=f"{item.name} in OpenVINO", runtime="openvino", facts={**shared, "target": target})
                 entries.append(_entry(there, material, run.threads))
+    made = run.root / "openvino"
+    if openvino_file:
+        run.log.say("making OpenVINO's int8 file by NNCF.")
+        path = openvino_int8(exported / FILES[Variant.FLOAT], bundle.model, material, made)
+        facts = {**shared, "target": target}
+        item = Rival("slimformer OpenVINO int8", str(Role.OURS), path, Variant.INT8_STATIC, "openvino", facts)
+        entries.append(_entry(item, material, run.threads))
+        own[OPENVINO] = entries[-1].task
     found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
     chosen = next(record for record in found.records if record.chosen)
-    facts = Facts(
+    told = Facts(
         best=FILES[best.variant],
         task=dict(task_options),
         max_length=material.max_length,
@@ -448,7 +459,9 @@ def deliver(
             run.log.say(f"model.safetensors: {stored}.")
         for variant in SHIPPED:
             (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
-        write_facts(part, facts)
+        for file in made.iterdir() if openvino_file else ():
+            (part / file.name).write_bytes(file.read_bytes())
+        write_facts(part, told)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
         notes = read_notes(exported).get(FILES[best.variant], [])

@@ -68,6 +68,7 @@ class Export:
     the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
     `choose_within`, and kept where that makes the best file faster. `values`: how the non-zeros of sparse matrices are stored in
     model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
+    `openvino`: OpenVINO's own int8 file besides, made by NNCF, which the extra slimformer[openvino] brings.
     """
 
     to: Literal["onnx"] = "onnx"
@@ -77,6 +78,7 @@ class Export:
     reduce_range: bool = False
     floats: tuple[str, ...] | Literal["auto"] = ()
     values: Values = "float32"
+    openvino: bool = False
 
     def __post_init__(self) -> None:
         if self.floats != "auto":
@@ -472,8 +474,11 @@ def tidy(state: Run) -> None:
 def look(recipe: Recipe) -> None:
     """All checks of what the user gave that are quick, before anything is made; the errors of `begin`, but earlier."""
     from slimformer.families.base import family_of
+    from slimformer.runtimes.openvino import require_nncf
     from slimformer.tokenizing import load_tokenizer, max_length_of
 
+    if recipe.export.openvino:
+        require_nncf()
     for source in map(Path, filter(None, (recipe.model, recipe.teacher))):
         family_of(checkpoint.base_type(checkpoint.read_config(source)))
         checkpoint.weights_file(source)
@@ -647,6 +652,7 @@ def finish(
         command=command,
         seconds=recipe.bench.seconds,
         openvino=recipe.bench.openvino,
+        openvino_file=recipe.export.openvino,
         values=recipe.export.values,
     )
 
