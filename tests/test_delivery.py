@@ -7,18 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_export import data, export
 from tiny_folder import write_data, write_model
 
 from slimformer import checkpoint, delivery, graphs
+from slimformer.anatomy import Role
 from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
-from slimformer.exporters.base import Variant
+from slimformer.errors import ExtraError
+from slimformer.exporters.base import Exporter, Variant
+from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.plan import Plan
+from slimformer.recipe import Export, Recipe
+from slimformer.recipe import run as run_recipe
+from slimformer.runtimes.openvino import OpenVINO
+from slimformer.sparse import size_bytes
 from slimformer.stages import Bundle, Run, Train, prepare
 from slimformer.tasks.classification import Classification
 
@@ -86,7 +94,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.mark.slow
-def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exporter", [None, Export().exporter()], ids=["plain", "of a recipe"])
+def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: Exporter | None
+) -> None:
     """A model just cut, or a CPU that saturates: the loss on held examples decides, and the run goes on."""
     quantized = graphs.quantized
 
@@ -99,7 +110,8 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(tmp_path:
     model = checkpoint.load(source)
     task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config.to_dict())
     log = Log(None, quiet=True)
-    made = delivery.export_files(model, prepare(task, source), tmp_path, [Variant.INT8_DYNAMIC], log)[Variant.INT8_DYNAMIC]
+    wanted = [Variant.INT8_DYNAMIC]
+    made = delivery.export_files(model, prepare(task, source), tmp_path, wanted, log, exporter=exporter)[Variant.INT8_DYNAMIC]
     assert made.path.is_file()
     (share,) = (float(note.split("%")[0]) for note in made.notes if note.endswith("rows answer as before"))
     assert share < 90
@@ -147,3 +159,72 @@ def test_the_smaller_dense_rival_trains_in_every_stage() -> None:
     for stage in (Train(methods=(lesson,), freeze="everything"), Train(freeze="embeddings")):
         assert delivery.undecided(stage) == stage
     assert delivery.undecided(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", ["int8", "float16"])
+def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    source = write_model(tmp_path / "model")
+    model = checkpoint.load(source)
+    with torch.no_grad():
+        for matrix in anatomy_of(model).matrices.values():
+            if matrix.role is not Role.EMBEDDING:
+                weight = model.get_submodule(matrix.module).weight
+                weight[:, ::2] = 0.0
+    sparse = tmp_path / "sparse"
+    checkpoint.save(model, Plan(), sparse, tokenizer_from=source)
+    data = {
+        "model": str(sparse),
+        "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},
+        "stages": [{"export": {"values": values}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+    }
+    out = tmp_path / "out"
+    made = run_recipe(Recipe.parse(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
+    ours = next(record for record in made.measurement.records if record.chosen)
+    dense = next(record for record in made.measurement.records if record.role == "teacher-fp32")
+    assert ours.weights_bytes is not None
+    assert dense.weights_bytes is not None
+    assert ours.weights_bytes == size_bytes(checkpoint.unshared(model), values)  # type: ignore[arg-type]
+    assert ours.weights_bytes < dense.weights_bytes
+    assert f"non-zeros of sparse matrices as {values}, rounded by at most" in (out / "README.md").read_text()
+    loaded = checkpoint.load(out).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250)
+
+
+def recipe_for_openvino(folder: Path) -> Recipe:
+    data = {
+        "model": str(write_model(folder / "model")),
+        "task": {"use": "classification", "data": str(write_data(folder / "data"))},
+        "stages": [{"export": {"openvino": True}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+    }
+    return Recipe.parse(data)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OpenVINO().available(), reason="needs the extra: pip install 'slimformer[openvino]'")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    recipe, out = recipe_for_openvino(tmp_path), tmp_path / "out"
+    made = run_recipe(recipe, out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
+    (ours,) = (record for record in made.measurement.records if record.name == "slimformer OpenVINO int8")
+    assert (ours.role, ours.precision, ours.chosen) == ("ours", "int8_static", False)
+    assert ours.size_bytes == sum((out / f"openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
+    assert ours.timings
+    text = (out / "README.md").read_text()
+    assert f"| `openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
+    assert "slimformer OpenVINO int8 | " in text
+    OpenVINO().load(out / "openvino_model.xml", 1)
+
+
+def test_without_the_extra_its_install_line_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimformer.runtimes.openvino.find_spec", lambda *_: None)
+    with pytest.raises(ExtraError, match=r"pip install 'slimformer\[openvino\]'"):
+        run_recipe(recipe_for_openvino(tmp_path), tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ import yaml
 from slimformer import registry
 from slimformer.bench import SINGLE, SORTED, Ratio
 from slimformer.machine import Environment
-from slimformer.recipe import Recipe
+from slimformer.recipe import Recipe, disorder
 from slimformer.report import Interval, Record, Role, append
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,17 @@ def test_a_recipe_that_is_shown_parses(name: str, text: str) -> None:
 def test_concepts_show_a_recipe_with_every_stage() -> None:
     (text,) = (text for name, text in shown_recipes() if name == "concepts.md")
     assert {next(iter(stage)) for stage in yaml.safe_load(text)["stages"]} == {"train", "calibrate", "export", "bench"}
+
+
+def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    structured, numerics = (importlib.import_module(name) for name in ("structured", "numerics"))
+    made = [getattr(structured, name)(0.5, 4.0, structured.DISTIL) for name in ("methods", "ablations", "five_times")]
+    made += [numerics.quantized(), numerics.sparse("mrpc", 0.1), numerics.patterns("sst2"), numerics.together("mrpc")]
+    made += [numerics.sparse_ablations(0.05), numerics.factored("mrpc", "7.7x"), numerics.small_and_dense("mrpc", 0.2)]
+    for name, stages in (pair for some in made for pair in some.items()):
+        for number, stage in enumerate(stages):
+            assert list(disorder(stage, stages[:number])) == [], name
 
 
 def test_the_recipes_of_the_clone_are_read_from_their_own_folder() -> None:

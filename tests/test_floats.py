@@ -14,11 +14,14 @@ from tiny_folder import write_data, write_model
 from slimformer import checkpoint, compression, delivery, floats
 from slimformer.compression import Wishes
 from slimformer.delivery import Reference, Trial
+from slimformer.errors import RecipeError
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, quantized_matrices
 from slimformer.floats import Choice, gains, search, shape_of
 from slimformer.log import Log
 from slimformer.plan import Plan
+from slimformer.recipe import Export, Recipe
+from slimformer.recipe import run as run_recipe
 from slimformer.stages import Bundle, Run, prepare
 from slimformer.tasks.classification import Classification
 
@@ -201,3 +204,32 @@ def test_a_recipe_may_name_them(made: Any) -> None:
         bundle.model, bundle.material, state.root / "files", [Variant.INT8_FUSED], state.log, exporter=Onnx(floats=names)
     )
     assert quantized_matrices(files[Variant.INT8_FUSED].path) == 19 - 4
+
+
+@pytest.mark.slow
+def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape[0] == 24 else 2.0 for shape in shapes])
+    data = {
+        "model": str(write_model(tmp_path / "model")),
+        "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},
+        "stages": [{"export": {"floats": "auto", "choose_within": 50.0}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+    }
+    recipe = Recipe.parse(data)
+    assert Recipe.parse(recipe.to_data()) == recipe
+    assert recipe.export.exporter() == Export().exporter()
+    log = Log(tmp_path / "out", quiet=True)
+    run_recipe(recipe, tmp_path / "out", log=log, threads=1, wait_seconds=0.0)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    verdicts = {line["point"]: line["reason"] for line in lines if line["kind"] == "verdict"}
+    assert len(verdicts) == 3 * 4 + 1  # and what the pooler reads
+    assert verdicts["encoder.1.ffn_out.input"] == "int8 is 0.50 times as fast on this machine"
+    left_out = any("not faster than the best file without" in line.get("text", "") for line in lines)
+    told = "int8 is 0.50 times as fast on this machine" in (tmp_path / "out" / "README.md").read_text()
+    best = json.loads((tmp_path / "out" / "slimformer.json").read_text())["best"]
+    assert told == (not left_out and best != "model.onnx")
+
+
+def test_nothing_else_is_a_choice_of_points() -> None:
+    with pytest.raises(RecipeError, match=r"export\.floats"):
+        Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": {"floats": "all"}}]})

@@ -13,7 +13,7 @@ from tiny_folder import write_data, write_model
 from slimformer import registry
 from slimformer.errors import RecipeError
 from slimformer.log import Log
-from slimformer.recipe import Bench, Recipe, begin, look
+from slimformer.recipe import Bench, Export, Recipe, begin, look
 from slimformer.stages import Calibrate, Run, Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
@@ -156,9 +156,10 @@ def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_pa
 def test_export_options_reach_the_exporter_and_come_back() -> None:
     from slimformer.exporters.onnx import Onnx
 
-    export = {"calibration": "entropy", "reduce_range": True, "floats": ["encoder.0.ffn_out.input"]}
+    export = {"calibration": "entropy", "reduce_range": True, "values": "int8", "floats": ["encoder.0.ffn_out.input"]}
     recipe = Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": export}]})
-    assert recipe.export.exporter() == Onnx(weight_bits=7, calibration="entropy", floats=("encoder.0.ffn_out.input",))
+    floats = ("encoder.0.ffn_out.input",)
+    assert recipe.export.exporter() == Onnx(weight_bits=7, agreement=0.0, calibration="entropy", floats=floats)
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
@@ -166,9 +167,78 @@ def test_export_options_reach_the_exporter_and_come_back() -> None:
     ("options", "place"),
     [
         ({"calibration": "mean"}, "export.calibration"),
+        ({"values": "int4"}, "export.values"),
         ({"percentile": 10}, "percentile must be above 50 and at most 100, got 10"),
     ],
 )
 def test_export_options_that_cannot_be_are_mistakes(options: dict[str, object], place: str) -> None:
     with pytest.raises(RecipeError, match=place):
         Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": options}]})
+
+
+def test_a_wrong_calibration_is_told_before_anything_starts_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"calibration: there is no 'minmax'; did you mean 'min_max'\?"):
+        Export(calibration="minmax")  # type: ignore[arg-type]
+
+
+SPARSE = {"train": {"methods": ["knowledge_sparse", "distillation"]}}
+BLOCKS = {"train": {"methods": [{"use": "group_lasso", "groups": "block_rows"}]}}
+UNITS = {"train": {"methods": ["group_lasso"]}}
+MOVED = {"train": {"methods": ["movement"]}}
+FILLED = {"train": {"methods": [{"use": "movement", "fill": True}]}}
+INTEGERS = {"train": {"methods": ["quantization", "distillation"]}}
+HELD = {"train": {"methods": ["keep_zeros", "distillation"]}}
+PLAIN_TRAIN = {"train": {"methods": ["distillation"]}}
+FACTORS = {"calibrate": {"method": "kronecker"}}
+TABLE = {"calibrate": {"method": {"use": "kronecker", "keep": 1.0, "embedding": 8}}}
+CUT = {"calibrate": {"method": "fisher"}}
+FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "mistake"),
+    [
+        (
+            [INTEGERS, PLAIN_TRAIN],
+            "quantization has learned grids and ranges, which this stage would lose: make quantization the",
+        ),
+        ([INTEGERS, CUT], "quantization has learned grids and ranges"),
+        ([INTEGERS, FACTORS], "quantization has learned grids and ranges"),
+        ([INTEGERS, INTEGERS], None),  # fewer bits in a second step
+        (
+            [SPARSE, FACTORS],
+            "kronecker gives every matrix new values, and the zeros that knowledge_sparse left would be gone: leave",
+        ),
+        ([BLOCKS, FACTORS], "the zeros that group_lasso left"),
+        ([MOVED, FACTORS], "the zeros that movement left"),
+        ([MOVED, PLAIN_TRAIN, FACTORS], None),
+        ([FILLED, FACTORS], None),
+        ([UNITS, FACTORS], None),
+        ([SPARSE, TABLE], None),  # the word table alone
+        ([SPARSE, HELD, FACTORS], "the zeros that knowledge_sparse left"),
+        (
+            [SPARSE, PLAIN_TRAIN],
+            "training would fill the zeros that knowledge_sparse left: add keep_zeros to the methods of this",
+        ),
+        ([BLOCKS, PLAIN_TRAIN], "training would fill the zeros that group_lasso left"),
+        ([SPARSE, HELD, PLAIN_TRAIN], "training would fill the zeros that knowledge_sparse left"),
+        ([SPARSE, INTEGERS], "training would fill the zeros that knowledge_sparse left"),
+        ([SPARSE, {"train": {"methods": ["keep_zeros", "quantization"]}}], None),
+        ([SPARSE, SPARSE], None),
+        ([SPARSE, HELD, CUT, HELD], None),
+        ([SPARSE, FROZEN], None),
+        ([MOVED, PLAIN_TRAIN], None),  # a choice: the zeros may be filled
+        ([UNITS, PLAIN_TRAIN], None),
+        ([CUT, PLAIN_TRAIN, FACTORS, PLAIN_TRAIN, PLAIN_TRAIN, INTEGERS], None),
+    ],
+)
+def test_orders_that_make_no_sense_are_mistakes(stages: list[dict[str, object]], mistake: str | None) -> None:
+    data = {"model": "x", "task": "intents", "stages": stages}
+    if mistake is None:
+        Recipe.parse(data)
+        return
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(data)
+    (fact,) = caught.value.facts
+    assert fact.startswith(f"stages[{len(stages) - 1}]")
+    assert mistake in fact

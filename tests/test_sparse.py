@@ -21,10 +21,12 @@ import slimformer
 from slimformer import checkpoint, sparse
 from slimformer.errors import ModelError
 from slimformer.families.base import anatomy_of
+from slimformer.methods.quantization import Quantization
 from slimformer.plan import Plan
+from slimformer.quantizer import fake
 from slimformer.runstate import model_digest
 from slimformer.shrink import shrink
-from slimformer.sparse import BLOCKS, KEY, Layout, _Wrong, pack, pack_matrix, read, size_bytes, unpack_matrix
+from slimformer.sparse import BLOCKS, KEY, Layout, _Wrong, pack, pack_matrix, read, rounding, size_bytes, unpack_matrix
 
 NAME = "encoder.weight"
 LAYOUTS = ("float32", "float16", "int8")
@@ -94,6 +96,26 @@ def test_rounded_values_come_back_as_they_were_rounded(matrix: np.ndarray, value
     elif matrix.size:
         largest = np.abs(matrix).max(1, keepdims=True)
         assert (np.abs(once - matrix) <= largest / 127 * 0.502 + 1e-26).all()
+
+
+@pytest.mark.parametrize("weights", [8, 6, 4])
+@pytest.mark.parametrize("buckets", ["row", "tensor"])
+def test_int8_is_exact_for_weights_that_fake_quantization_left_on_a_grid(weights: Any, buckets: Any) -> None:
+    draw = torch.Generator().manual_seed(weights)
+    weight = torch.randn(96, 160, generator=draw) * torch.rand(96, 1, generator=draw)
+    weight[torch.rand(96, 160, generator=draw) < 0.6] = 0.0
+    weight[5] = 0.0
+    method = Quantization(weights=weights, buckets=buckets)
+    on_grid = fake(weight, method.weight_grid(weight)) + 0.0
+    layout, parts = pack_matrix(on_grid.numpy(), "int8")
+    assert np.array_equal(unpack_matrix(layout, parts), on_grid.numpy())
+    assert np.abs(parts["values"]).max() <= 127
+    assert rounding({"weight": on_grid}, "int8") == 0
+    assert 0 < rounding({"weight": weight}, "int8") < 0.005  # half a step of 127, and a little
+    assert rounding({"weight": weight}, "float32") == 0
+    again = pack_matrix(unpack_matrix(layout, parts), "int8")
+    assert again[0] == layout
+    assert all(np.array_equal(part, again[1][name]) for name, part in parts.items())
 
 
 def test_int8_by_hand():

@@ -99,6 +99,20 @@ def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
         assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
 
 
+def test_a_factored_word_table_finds_like_words_too(tmp_path: Path) -> None:
+    """Factored exactly, the table has the same neighbours, and the rows are augmented as before."""
+    start = bundle(tmp_path)
+    words, width = start.model.get_input_embeddings().weight.shape
+    plan = Plan(forms={"embeddings.word": Kronecker((words, width))})  # the other factor is one number
+    factored = replace(start, model=shrink(start.model, anatomy_of(start.model), plan), plan=start.plan.then(plan))
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
+    stage = Train((Distillation(hidden=0),), epochs=0.2, precision="fp32", augment=1)
+    dense, same = (stage.rows(each, run).columns["input_ids"] for each in (start, factored))
+    assert len(same) == 2 * len(start.material.features[Split.TRAIN])
+    assert all(np.array_equal(one, other) for one, other in zip(dense, same, strict=True))
+    assert stage.run(factored, run).plan.forms == plan.forms
+
+
 def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text\n", encoding="utf-8")
     stage = {"train": {"text": "text.txt", "methods": ["distillation"]}}

@@ -1,5 +1,40 @@
 """Tiny random models of every supported type; the builder lives in the package, because `slimformer check` uses it too."""
 
+from dataclasses import replace
+
+from slimformer.checks import tiny_context
+from slimformer.families.base import anatomy_of
+from slimformer.forms.kronecker import Kronecker
+from slimformer.methods.base import Context
+from slimformer.plan import Plan
+from slimformer.shrink import shrink
 from slimformer.tiny import HEAD_DIM, HEADS, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, batch, tiny, tiny_config
 
-__all__ = ["HEADS", "HEAD_DIM", "LAYERS", "MODEL_TYPES", "VOCABULARY", "WIDTH", "batch", "tiny", "tiny_config"]
+__all__ = [
+    "HEADS",
+    "HEAD_DIM",
+    "LAYERS",
+    "MODEL_TYPES",
+    "VOCABULARY",
+    "WIDTH",
+    "batch",
+    "factored_context",
+    "tiny",
+    "tiny_config",
+]
+
+
+def factored_context(model_type: str) -> Context:
+    """A context around a tiny model with a factored word table and matrices in every order of their steps, in sums too."""
+    around = tiny_context(model_type)
+    forms = {
+        "embeddings.word": Kronecker((VOCABULARY, 8)),
+        "encoder.0.query": Kronecker((16, 16)),
+        "encoder.0.key": Kronecker((16, 2), 2),
+        "encoder.0.attention_out": Kronecker((2, 2)),
+        "encoder.0.ffn_in": Kronecker((8, 2), 2),
+        "encoder.2.value": Kronecker((2, 16)),
+        "encoder.2.ffn_out": Kronecker((2, 6), 3),
+    }
+    model = shrink(around.model, around.anatomy, Plan(forms=forms))
+    return replace(around, model=model, anatomy=anatomy_of(model))

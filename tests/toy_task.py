@@ -40,7 +40,9 @@ class Toy(Task):
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output["logits"], batch["labels"])
 
-    def divergence(self, student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> torch.Tensor:
+    def divergence(
+        self, student: Mapping[str, Any], teacher: Mapping[str, Any], batch: Mapping[str, Any], temperature: float
+    ) -> torch.Tensor:
         ours, theirs = (torch.log_softmax(side["logits"] / temperature, -1) for side in (student, teacher))
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
 

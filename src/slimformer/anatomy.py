@@ -11,7 +11,7 @@ them is factored, and `Plan.check` says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
@@ -125,6 +125,14 @@ class Matrix:
         """Numbers stored, the bias left out."""
         return self.form.parameters(self.shape)
 
+    @property
+    def point(self) -> Point | None:
+        """The point of its own that a factored matrix has: what its integer product reads is its own affair. None without any."""
+        if self.dense or self.form.reads is None:
+            return None
+        module = f"{self.module}.{self.form.reads}"
+        return Point(f"{self.id}.factor.input", (module,), "input", PointRole.MATRIX, self.sublayer)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -138,6 +146,22 @@ class Point:
     side: Literal["input", "output", "numerator", "denominator", "quotient"]
     role: PointRole
     sublayer: str | None = None  # the SUBLAYER site it vanishes with
+
+
+def told_apart(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
+    """Points by id, where a factored matrix no longer counts among those that read one tensor: it has a point of its own."""
+    factored = {matrix.module: matrix for matrix in matrices if not matrix.dense}
+    found: dict[str, Point] = {}
+    for point in points:
+        if point.role is not PointRole.MATRIX:
+            found[point.id] = point
+            continue
+        dense = tuple(module for module in point.modules if module not in factored)
+        if dense:
+            found[point.id] = replace(point, modules=dense)
+        own = (factored[module].point for module in point.modules if module in factored)
+        found |= {item.id: item for item in own if item is not None}
+    return found
 
 
 @dataclass(frozen=True)
@@ -174,7 +198,7 @@ class Anatomy:
         }
         lost = {self.sites[name].layer for name in gone if name.endswith(".attention")}
         attentions = tuple(None if layer in lost else name for layer, name in enumerate(self.attentions))
-        points = {point.id: point for point in self.points.values() if point.sublayer not in gone}
+        points = told_apart((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 
     def gone(self, plan: Plan) -> set[str]:

@@ -675,7 +675,8 @@ def _of_file(file: Path, name: str) -> _Found:
 
     facts = read_facts(file.parent)
     known = {} if facts is None else facts.of_record()
-    return _Found(name, file, file.parent, FILES.get(file.name, "float"), known)
+    small = facts is not None and file.suffix == ".xml"  # ours are int8 by NNCF
+    return _Found(name, file, file.parent, "int8_static" if small else FILES.get(file.name, "float"), known)
 
 
 def _best(folder: Path, files: Sequence[Path]) -> Path:

@@ -36,6 +36,7 @@ _TOLD = {
     "model_fused.onnx": "fp32 with fused attention: ONNX Runtime only",
     "model_int8_ort.onnx": "int8 with fused attention: ONNX Runtime only",
     "model_int8_qdq.onnx": "static int8 (QDQ): ONNX Runtime and OpenVINO",
+    "openvino_model.xml": "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only",
     "model.safetensors": "the weights for PyTorch, with `slimformer.load`",
 }
 
@@ -146,12 +147,13 @@ def card(
     language: str | None = None,
     license: str | None = None,
     notes: Sequence[str] = (),
+    stored: str = "",
 ) -> str:
     """Writes README.md, the model card of an exported folder, and returns its text.
 
     `record` is the file that ships, `records` all rows of its comparison; `texts` are inputs for the snippet. `base_model` and
     `dataset` go into the hub's metadata where they are hub names ("owner/name"), and are left out otherwise. `notes`: what the
-    exporter says of the file.
+    exporter says of the file; `stored`: how model.safetensors holds values, where that is to be known.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -188,20 +190,17 @@ def card(
             )
         ],
     )
-    body = _card_body(folder, record, records, snippet(folder, record.file, texts, max_length), notes)
+    body = _card_body(folder, record, records, snippet(folder, record.file, texts, max_length), notes, stored)
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
     write_text(folder / "README.md", text if text.endswith("\n") else text + "\n")
     return text
 
 
-def _card_body(folder: Path, record: Record, records: Sequence[Record], code: str, notes: Sequence[str]) -> str:
+def _card_body(folder: Path, record: Record, records: Sequence[Record], code: str, notes: Sequence[str], stored: str) -> str:
     verdicts = [judge(record), *against(record, records)]
     there = [name for name in _TOLD if (folder / name).is_file()]
-    best = " (**the best here**)"
-    files = [
-        f"| `{name}` | {size_bytes(folder / name) / MEGA:.1f} | {_TOLD[name]}{best if name == record.file else ''} |"
-        for name in there
-    ]
+    ends = {record.file: " (**the best here**)", "model.safetensors": f"; {stored}" if stored else ""}
+    files = [f"| `{name}` | {size_bytes(folder / name) / MEGA:.1f} | {_TOLD[name]}{ends.get(name, '')} |" for name in there]
     head = ("model", record.metric.replace("_", " "), "points lost (95 %)", "MB", "× batch 32", "× batch 1")
     rows = []
     for item in records:

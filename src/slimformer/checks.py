@@ -270,7 +270,7 @@ class TinyTask:
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output["logits"], batch["labels"])
 
-    def divergence(self, student: Any, teacher: Any, temperature: float) -> torch.Tensor:
+    def divergence(self, student: Any, teacher: Any, batch: Any, temperature: float) -> torch.Tensor:
         return (student["logits"] - teacher["logits"]).square().mean() * temperature**2
 
 

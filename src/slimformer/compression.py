@@ -368,45 +368,10 @@ def _rescue(attempt: _Attempt, wishes: Wishes, state: Run, reference: delivery.R
     """The same model with those matrices in float that int8 costs most; None where that is not within the loss, or not faster."""
     from slimformer import floats
 
-    float_file = next(trial for trial in attempt.trials if trial.variant is Variant.FLOAT)
-    if float_file.loss > wishes.max_loss or attempt.files is None:
-        return None  # the cut itself loses too much: no int8 file can lose less
-    name = f"floats-{wishes.max_loss:g}"
-    folder = attempt.files.with_name(name)
-    found = attempt.files.with_name(f"{name}.json")
-    if not found.is_file():
-        state.log.say("the model itself is within that loss: looking for matrices that have to stay in float.")
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-        choice, draft = floats.choose(attempt.bundle, state, reference, wishes.max_loss)
-        for verdict in choice.verdicts:
-            state.log.event("verdict", point=verdict.point, int8=verdict.small, reason=verdict.reason)
-        trials = [float_file]
-        if choice.within:
-            shutil.copytree(attempt.files, folder)
-            small = [variant for variant in delivery.SHIPPED if variant is not Variant.FLOAT]
-            made = [draft.write(folder / delivery.FILES[variant], variant, choice.floats) for variant in small]
-            reasons = tuple(map(str, choice.verdicts))
-            delivery.keep_notes(folder, [replace(file, notes=(*file.notes, *reasons)) for file in made], state.log)
-            baseline = delivery.teacher_files(attempt.bundle, state)[Variant.FUSED]
-            paths = {file.variant: file.path for file in made}
-            trials += delivery.try_out(paths, baseline, attempt.bundle, state, reference)
-        delivery.save_trials(folder.with_name(f"{name}-trials.json"), trials)
-        write_text(found, json.dumps(list(choice.floats)))
-    kept = tuple(json.loads(found.read_text(encoding="utf-8")))
-    trials = delivery.read_trials(folder.with_name(f"{name}-trials.json"))
-    rescued = replace(attempt, trials=tuple(trials), files=folder, floats=kept)
-    best = rescued.best(wishes.max_loss) if len(trials) > 1 else None
-    if best is None or best.loss > wishes.max_loss:
-        state.log.say("no choice of matrices in float was found that stays within it.")
+    if attempt.files is None:
         return None
-    if best.speed_32 <= float_file.speed_32:
-        state.log.say(f"with {len(kept)} of its inputs in float, int8 is not faster than float: left out.")
-        return None
-    state.log.say(
-        f"with {len(kept)} inputs of matrices in float: {best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost "
-        f"on held examples ({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
-    )
-    return rescued
+    found = floats.rescue(attempt.bundle, attempt.files, attempt.trials, state, reference, wishes.max_loss)
+    return None if found is None else replace(attempt, trials=found.trials, files=found.folder, floats=found.floats)
 
 
 def _pick(attempts: Sequence[_Attempt], wishes: Wishes) -> _Attempt:

@@ -21,6 +21,7 @@ from slimformer.exporters.base import Artifact, Exporter, Variant
 from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.plan import Plan
+from slimformer.sparse import Values, rounding, size_bytes
 from slimformer.stages import HELD_ROWS, Bundle, Calibrate, Material, Run, Stage, Train, advance, subset
 from slimformer.tasks.base import Split, Task
 
@@ -48,6 +49,7 @@ SATURATES = (
     "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
     "measured here; if int8 loses too much, set `reduce_range: true` under `export` in a recipe (7-bit weights)."
 )
+OPENVINO = "openvino_model.xml"  # its weights lie beside it, in a file that ends in .bin
 NOTES = "notes.json"  # beside exported files: file -> what its artifact notes
 
 
@@ -230,7 +232,8 @@ def rivals(
         path = teacher[Variant.INT8_DYNAMIC]
         found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
     if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
-        path = openvino_rival(teacher[Variant.FLOAT], bundle, run)
+        folder = run.root / "teacher-files" / "openvino"
+        path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, folder)
         found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
     if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small
@@ -271,16 +274,15 @@ def undecided(stage: Train) -> Train:
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)
 
 
-def openvino_rival(path: Path, bundle: Bundle, run: Run) -> Path:
-    """Rival 3: the dense teacher in OpenVINO, int8 by NNCF on 300 training examples."""
+def openvino_int8(path: Path, model: PreTrainedModel, material: Material, folder: Path) -> Path:
+    """The fp32 file of a model as OpenVINO's own, int8 by NNCF on 300 training examples; made once in `folder`."""
     from slimformer.families.base import family_of
     from slimformer.runtimes.openvino import nncf_int8
 
-    folder = run.root / "teacher-files" / "openvino"
-    made = folder / "openvino_model.xml"
+    made = folder / OPENVINO
     if not made.is_file():
-        names = family_of(bundle.teacher.config.model_type).inputs(bundle.teacher)
-        features = bundle.material.features[Split.TRAIN]
+        names = family_of(model.config.model_type).inputs(model)
+        features = material.features[Split.TRAIN]
         rows = [int(row) for row in np.linspace(0, len(features) - 1, min(300, len(features)))]
         nncf_int8(path, [collate(features, [row], names) for row in rows], folder)
     return made
@@ -309,13 +311,12 @@ class Rival:
     facts: Mapping[str, Any] | None = None
 
 
-def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> dict[str, Any]:
-    """Fields of a Record that belong to a model, whatever file it is in."""
+def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, values: Values = "float32") -> dict[str, Any]:
+    """Fields of a Record that belong to a model, whatever file it is in. `values`: how non-zeros of sparse matrices are stored."""
     from slimformer import cost
     from slimformer.anatomy import Role
     from slimformer.families.base import anatomy_of
     from slimformer.report import layers
-    from slimformer.sparse import size_bytes
 
     anatomy = anatomy_of(bundle.model)
     inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
@@ -325,7 +326,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str) -> d
         "params": bundle.model.num_parameters(),
         "encoder_params": sum(matrix.parameters for matrix in inside),
         "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
-        "weights_bytes": size_bytes(weights),
+        "weights_bytes": size_bytes(weights, values),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),
@@ -397,11 +398,15 @@ def deliver(
     command: str,
     seconds: float = 60.0,
     openvino: bool = False,
+    openvino_file: bool = False,
+    values: Values = "float32",
 ) -> Measurement:
     """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
 
-    `openvino`: our files of standard operators run there too, where it is installed. The ledger row and every file that another tool
-    needs are there when this returns; a killed call leaves `out` as it was.
+    `openvino`: our files of standard operators run there too, where it is installed. `openvino_file`: our model is delivered and
+    measured as OpenVINO's own int8 file besides, made by NNCF. `values`: how non-zeros of sparse matrices are stored in
+    model.safetensors; what rounding that means is in the log and on the card. The ledger row and every file that another tool needs
+    are there when this returns; a killed call leaves `out` as it was.
     """
     from slimformer.card import card
     from slimformer.page import Details, page
@@ -409,7 +414,7 @@ def deliver(
 
     material = bundle.material
     digest = _digest(recipe)
-    shared = facts_of(bundle, bundle.teacher, run, digest)
+    shared = facts_of(bundle, bundle.teacher, run, digest, values)
     ours = [
         Rival(
             name=f"slimformer {_short(variant)}",
@@ -427,9 +432,17 @@ def deliver(
             if item.variant in STANDARD:
                 there = replace(item, name=f"{item.name} in OpenVINO", runtime="openvino", facts={**shared, "target": target})
                 entries.append(_entry(there, material, run.threads))
+    made = run.root / "openvino"
+    if openvino_file:
+        run.log.say("making OpenVINO's int8 file by NNCF.")
+        path = openvino_int8(exported / FILES[Variant.FLOAT], bundle.model, material, made)
+        facts = {**shared, "target": target}
+        item = Rival("slimformer OpenVINO int8", str(Role.OURS), path, Variant.INT8_STATIC, "openvino", facts)
+        entries.append(_entry(item, material, run.threads))
+        own[OPENVINO] = entries[-1].task
     found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
     chosen = next(record for record in found.records if record.chosen)
-    facts = Facts(
+    told = Facts(
         best=FILES[best.variant],
         task=dict(task_options),
         max_length=material.max_length,
@@ -440,14 +453,28 @@ def deliver(
         **shared,
     )
     with whole_folder(run.root / "delivery") as part:
-        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source, ranges=bundle.ranges)
+        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source, values=values, ranges=bundle.ranges)
+        stored = _stored(bundle.model, values)
+        if stored:
+            run.log.say(f"model.safetensors: {stored}.")
         for variant in SHIPPED:
             (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
-        write_facts(part, facts)
+        for file in made.iterdir() if openvino_file else ():
+            (part / file.name).write_bytes(file.read_bytes())
+        write_facts(part, told)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
         notes = read_notes(exported).get(FILES[best.variant], [])
-        card(part, chosen, found.records, texts=texts, max_length=material.max_length, base_model=model_name, notes=notes)
+        card(
+            part,
+            chosen,
+            found.records,
+            texts=texts,
+            max_length=material.max_length,
+            base_model=model_name,
+            notes=notes,
+            stored=stored,
+        )
         differences = changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
         page(found.records, Details(changed=differences, command=command), part / "report.html")
         for record in found.records:
@@ -455,6 +482,15 @@ def deliver(
     for file in sorted((run.root / "delivery").iterdir()):
         file.replace(out / file.name)
     return found
+
+
+def _stored(model: PreTrainedModel, values: Values) -> str:
+    """What is to be said of values that are stored smaller; nothing where they are not."""
+    if values == "float32":
+        return ""
+    lost = rounding(checkpoint.unshared(model), values)
+    how = f"rounded by at most {lost:.2g} of a matrix's largest" if lost else "exact"
+    return f"non-zeros of sparse matrices as {values}, {how}"
 
 
 def _digest(text: str) -> str:

@@ -7,11 +7,13 @@ timed on this machine for its shape. Every matrix gets a verdict with its reason
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from slimformer import delivery, registry
 from slimformer.errors import ExportError
 from slimformer.exporters.base import Exporter, Variant
+from slimformer.files import write_text
 from slimformer.stages import Bundle, Run
 from slimformer.tasks.base import Split
 
@@ -127,7 +130,7 @@ def choose(
     """The search on a bundle's model, with the draft from which its files can be written."""
     from slimformer.families.base import family_of
 
-    options: Any = exporter or registry.find("exporters", "onnx")()
+    options: Any = exporter or registry.find("exporters", "onnx")(agreement=0.0)
     material = bundle.material
     batches = material.batches(family_of(bundle.model.config.model_type).inputs(bundle.model))
     draft: Draft = options.draft(bundle.model, batches, material.task.outputs, bundle.ranges)
@@ -139,7 +142,7 @@ def choose(
             try:
                 draft.write(folder / "tried.onnx", TRIED, floats)
             except ExportError:
-                return math.inf  # it does not even answer as the model does
+                return math.inf  # its outputs are no numbers
             return delivery.loss_of(delivery.load(folder / "tried.onnx", run.threads), material, reference)[1]
 
         shapes = {point.id: shape_of(bundle.model, point.modules) for point in draft.points}
@@ -148,10 +151,90 @@ def choose(
     return choice, draft
 
 
+@dataclass(frozen=True)
+class Rescue:
+    """All files that ship, those in int8 with the matrices that read `floats` in float, and how they do on held examples."""
+
+    folder: Path
+    trials: tuple[delivery.Trial, ...]
+    floats: tuple[str, ...]
+
+    def best(self, allowed: float) -> delivery.Trial:
+        """The best of the int8 files."""
+        return delivery.choose([trial for trial in self.trials if trial.variant is not Variant.FLOAT], allowed)
+
+
+def rescue(
+    bundle: Bundle,
+    files: Path,
+    trials: Sequence[delivery.Trial],
+    run: Run,
+    reference: delivery.Reference,
+    allowed: float,
+    *,
+    exporter: Exporter | None = None,
+) -> Rescue | None:
+    """The files again, with those matrices in float that int8 costs most or does not make faster; kept for a resumed run.
+
+    `files` and `trials`: the same model without that. None where nothing is found that is within the loss and faster than all of
+    them that are. Why each matrix is stored as it is goes into the log, and into the notes of the files that are kept.
+    """
+    float_file = next(trial for trial in trials if trial.variant is Variant.FLOAT)
+    if float_file.loss > allowed:
+        return None  # the model itself loses too much: no int8 file can lose less
+    name = f"floats-{allowed:g}"
+    folder, found, tried = (files.with_name(f"{name}{end}") for end in ("", ".json", "-trials.json"))
+    if not found.is_file():
+        run.log.say("the model itself is within the loss that is allowed: looking for matrices that have to stay in float.")
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+        choice, draft = choose(bundle, run, reference, allowed, exporter=exporter)
+        for verdict in choice.verdicts:
+            run.log.event("verdict", point=verdict.point, int8=verdict.small, reason=verdict.reason)
+        made = [float_file]
+        if choice.within and choice.floats:
+            made += _written(bundle, files, folder, run, reference, choice, draft)
+        delivery.save_trials(tried, made)
+        write_text(found, json.dumps(list(choice.floats)))
+    kept = tuple(json.loads(found.read_text(encoding="utf-8")))
+    made = delivery.read_trials(tried)
+    rescued = Rescue(folder, tuple(made), kept)
+    best = rescued.best(allowed) if len(made) > 1 else None
+    if not kept:
+        run.log.say("int8 makes every matrix faster, and loses no more than allowed: none stays in float.")
+        return None
+    if best is None or best.loss > allowed:
+        run.log.say("no choice of matrices in float was found that stays within it.")
+        return None
+    bar = max(trial.speed_32 for trial in trials if trial.loss <= allowed)
+    if best.speed_32 <= bar:
+        run.log.say(f"with {len(kept)} of its inputs in float, int8 is not faster than the best file without: left out.")
+        return None
+    run.log.say(
+        f"with {len(kept)} inputs of matrices in float: {best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost "
+        f"on held examples ({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
+    )
+    return rescued
+
+
+def _written(
+    bundle: Bundle, files: Path, folder: Path, run: Run, reference: delivery.Reference, choice: Choice, draft: Draft
+) -> list[delivery.Trial]:
+    """Writes the choice into a copy of the files, with the reasons as notes, and tries its int8 files."""
+    shutil.copytree(files, folder)
+    small = [variant for variant in delivery.SHIPPED if variant is not Variant.FLOAT]
+    made = [draft.write(folder / delivery.FILES[variant], variant, choice.floats) for variant in small]
+    reasons = tuple(map(str, choice.verdicts))
+    delivery.keep_notes(folder, [replace(file, notes=(*file.notes, *reasons)) for file in made], run.log)
+    baseline = delivery.teacher_files(bundle, run)[Variant.FUSED]
+    return delivery.try_out({file.variant: file.path for file in made}, baseline, bundle, run, reference)
+
+
 def shape_of(model: Any, modules: Sequence[str]) -> tuple[int, ...]:
-    """Width of what these Linears read, and of what each gives."""
-    linears = [model.get_submodule(name) for name in modules]
-    return (linears[0].in_features, *(linear.out_features for linear in linears))
+    """Width of what these Linears, or products with a larger factor, read, and of what each gives."""
+    from slimformer.forms.kronecker import weight_of
+
+    shapes = [model.get_parameter(weight_of(model, name)).shape for name in modules]
+    return (shapes[0][-1], *(shape[-2] for shape in shapes))
 
 
 def gains(shapes: Iterable[tuple[int, ...]], tokens: int, threads: int, folder: Path) -> list[float]:

@@ -12,11 +12,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from slimformer.errors import DataError, ModelError
+from slimformer.errors import DataError, ModelError, nearest
 
 Finder = Literal["min_max", "percentile", "entropy"]
 Calibration = Literal["least_squares", "min_max", "percentile", "entropy"]  # of a file; the first is `exporters/onnx.py`'s own
@@ -37,6 +37,12 @@ def check_percentile(percentile: float) -> None:
     """ValueError unless a percentile leaves something between its two ends."""
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile must be above 50 and at most 100, got {percentile:g}")
+
+
+def check_calibration(calibration: str) -> None:
+    """ValueError, with the nearest name, unless there is such a way to find a range."""
+    if calibration not in get_args(Calibration):
+        raise ValueError(f"calibration: there is no '{calibration}'; {nearest(str(calibration), get_args(Calibration))}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from slimformer import checkpoint, registry
 from slimformer.augmentation import check_masked_model
@@ -27,9 +27,10 @@ from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
 from slimformer.latency import Levels
 from slimformer.log import Log
-from slimformer.methods.base import Method
+from slimformer.methods.base import Method, Zeros
 from slimformer.plan import Plan
-from slimformer.ranges import Calibration, check_percentile
+from slimformer.ranges import Calibration, check_calibration, check_percentile
+from slimformer.sparse import Values
 from slimformer.stages import (
     TASK_TEXT,
     Bundle,
@@ -64,7 +65,10 @@ class Export:
 
     Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
     `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
-    the anatomy whose matrices stay in float.
+    the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
+    `choose_within`, and kept where that makes the best file faster. `values`: how the non-zeros of sparse matrices are stored in
+    model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
+    `openvino`: OpenVINO's own int8 file besides, made by NNCF, which the extra slimformer[openvino] brings.
     """
 
     to: Literal["onnx"] = "onnx"
@@ -72,17 +76,26 @@ class Export:
     calibration: Calibration = "least_squares"
     percentile: float = 99.99
     reduce_range: bool = False
-    floats: tuple[str, ...] = ()
+    floats: tuple[str, ...] | Literal["auto"] = ()
+    values: Values = "float32"
+    openvino: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "floats", tuple(self.floats))
+        if self.floats != "auto":
+            object.__setattr__(self, "floats", tuple(self.floats))
+        if self.values not in get_args(Values):
+            raise ValueError(f"values: there is no '{self.values}'; {nearest(str(self.values), get_args(Values))}")
+        check_calibration(self.calibration)
         check_percentile(self.percentile)
 
     def exporter(self) -> Exporter:
-        """The exporter with these options."""
-        bits = 7 if self.reduce_range else 8
+        """The exporter with these options. It refuses no int8 file: each is judged by what it loses on held examples."""
         made: Exporter = registry.find("exporters", self.to)(
-            weight_bits=bits, calibration=self.calibration, percentile=self.percentile, floats=self.floats
+            weight_bits=7 if self.reduce_range else 8,
+            agreement=0.0,
+            calibration=self.calibration,
+            percentile=self.percentile,
+            floats=() if self.floats == "auto" else self.floats,
         )
         return made
 
@@ -203,6 +216,45 @@ def _methods(stage: Stage) -> tuple[Method, ...]:
     return tuple(method for method in found if method is not None)
 
 
+def disorder(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
+    """Why a stage makes no sense after the stages `before` it: what it would lose of them, and what to do."""
+    methods, earlier = _methods(stage), [method for item in before for method in _methods(item)]
+    factoring = next((registry.name_of(method) for method in earlier if method.forms), None)
+    closing = next((registry.name_of(method) for method in earlier if method.closes), None)
+    zeros = _zeros_after(before)
+    for method in methods:
+        name = registry.name_of(method)
+        if factoring and method.decides and not method.forms:
+            yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
+        if zeros and method.fills:
+            yield (
+                f"{name} gives every matrix new values, and the zeros that {registry.name_of(zeros)} left would be gone: leave out "
+                "one of the two"
+            )
+    if closing and not any(method.closes for method in methods):
+        yield f"{closing} has learned grids and ranges, which this stage would lose: make {closing} the last stage"
+    if zeros and zeros.leaves is Zeros.RESULT and _fills(stage):
+        yield f"training would fill the zeros that {registry.name_of(zeros)} left: add keep_zeros to the methods of this stage"
+
+
+def _zeros_after(stages: Sequence[Stage]) -> Method | None:
+    """The method whose zeros are in the matrices after these stages."""
+    found: Method | None = None
+    for stage in stages:
+        methods = _methods(stage)
+        if _fills(stage) or any(method.fills for method in methods):
+            found = None
+        found = next((method for method in methods if method.leaves is not Zeros.NONE), found)
+    return found
+
+
+def _fills(stage: Stage) -> bool:
+    """Whether training in a stage makes zeros in the encoder's matrices other numbers for good."""
+    if not isinstance(stage, Train) or stage.freeze in ("encoder", "everything"):
+        return False
+    return not any(method.keeps_zeros or method.leaves is Zeros.RESULT for method in _methods(stage))
+
+
 class _Reader:
     """Reads plain data, collecting mistakes with their places instead of stopping at the first."""
 
@@ -265,19 +317,9 @@ class _Reader:
             else:
                 self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), ('train', 'calibrate', 'export', 'bench'))}")
             if made is not None:
-                self.order(made, found, place)
+                self.mistakes += [f"{place}: {mistake}" for mistake in disorder(made, found)]
                 found.append(made)
         return found, export, bench
-
-    def order(self, stage: Stage, before: Sequence[Stage], place: str) -> None:
-        """A mistake where a stage would cut what an earlier one stores in another form."""
-        factoring = [registry.name_of(method) for earlier in before for method in _methods(earlier) if method.forms]
-        for method in _methods(stage):
-            if factoring and method.decides and not method.forms:
-                name = registry.name_of(method)
-                self.mistakes.append(
-                    f"{place}: {name} cannot cut what {factoring[0]} has factored before: cut first, factor after"
-                )
 
     def train(self, options: Any, place: str) -> Train | None:
         options = dict(options) if isinstance(options, Mapping) else options
@@ -432,8 +474,11 @@ def tidy(state: Run) -> None:
 def look(recipe: Recipe) -> None:
     """All checks of what the user gave that are quick, before anything is made; the errors of `begin`, but earlier."""
     from slimformer.families.base import family_of
+    from slimformer.runtimes.openvino import require_nncf
     from slimformer.tokenizing import load_tokenizer, max_length_of
 
+    if recipe.export.openvino:
+        require_nncf()
     for source in map(Path, filter(None, (recipe.model, recipe.teacher))):
         family_of(checkpoint.base_type(checkpoint.read_config(source)))
         checkpoint.weights_file(source)
@@ -572,27 +617,25 @@ def finish(
     ready: Ready | None = None,
 ) -> Measurement:
     """Exports, chooses on held examples, measures beside the rivals on dev, and fills `out`."""
-    from slimformer import delivery
+    from slimformer import delivery, floats
     from slimformer.exporters.base import Variant
 
     log = state.log
     teacher = delivery.teacher_files(bundle, state)
+    allowed = target.max_loss if target else recipe.export.choose_within
     if ready is None:
         log.say("exporting, and comparing the files on held examples.")
-        folder = state.root / "export"
+        folder, exporter = state.root / "export", recipe.export.exporter()
         files = delivery.export_files(
-            bundle.model,
-            bundle.material,
-            folder,
-            delivery.SHIPPED,
-            log,
-            exporter=recipe.export.exporter(),
-            ranges=bundle.ranges,
+            bundle.model, bundle.material, folder, delivery.SHIPPED, log, exporter=exporter, ranges=bundle.ranges
         )
         paths = {variant: artifact.path for variant, artifact in files.items()}
         reference = delivery.reference(bundle, state)
         ready = Ready(folder, tuple(delivery.try_out(paths, teacher[Variant.FUSED], bundle, state, reference)))
-    best = delivery.choose(ready.trials, target.max_loss if target else recipe.export.choose_within)
+        if recipe.export.floats == "auto":
+            found = floats.rescue(bundle, folder, ready.trials, state, reference, allowed, exporter=exporter)
+            ready = ready if found is None else Ready(found.folder, found.trials)
+    best = delivery.choose(ready.trials, allowed)
     rivals = delivery.rivals(bundle, stages, recipe.bench.rivals, teacher, state)
     log.say("measuring everything side by side on the dev examples.")
     return delivery.deliver(
@@ -610,6 +653,8 @@ def finish(
         command=command,
         seconds=recipe.bench.seconds,
         openvino=recipe.bench.openvino,
+        openvino_file=recipe.export.openvino,
+        values=recipe.export.values,
     )
 
 

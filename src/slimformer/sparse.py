@@ -32,6 +32,9 @@ BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 4))  # the first that is FULL 
 FULL = 0.95  # of a block's values are not zero, over all blocks that are not empty
 COLUMNS = 1 << 16  # what a column number can tell apart
 SMALLEST = 2.0**-90  # a row below is 0 as int8: its scale would lose digits that it needs
+LARGEST = np.finfo(np.float32).max / 127  # of a scale: the product with any code stays a float32
+TOPS = (127, 31, 7)  # largest codes of the grids that `quantization` leaves weights on: 8, 6 and 4 bits
+SEEN = 64  # columns that tell of nearly every row whether it is worth a look at all of it
 DTYPES: Mapping[Values, tuple[str, Any]] = {
     "float32": ("F32", np.float32),
     "float16": ("F16", np.float16),
@@ -94,6 +97,17 @@ def size_bytes(tensors: Mapping[str, Tensor], values: Values = "float32") -> int
     return sum(tensor.nbytes for tensor in pack(tensors, values)[0].values())
 
 
+def rounding(tensors: Mapping[str, Tensor], values: Values) -> float:
+    """By how much `pack` rounds values at most, as a share of the largest of their matrix; 0 where what is read is what was there."""
+    worst = 0.0
+    for name, tensor in tensors.items():
+        if values != "float32" and tensor.ndim == 2 and _is_sparse(tensor):
+            matrix = tensor.detach().cpu().float().numpy()
+            gap = np.abs(unpack_matrix(*pack_matrix(matrix, values, name)) - matrix).max()
+            worst = max(worst, float(gap / (np.abs(matrix).max() or 1.0)))
+    return worst
+
+
 def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") -> tuple[Layout, dict[str, np.ndarray]]:
     """One float32 matrix in parts, whatever its zeros; ModelError where its values do not fit."""
     if values != "float32" and not np.isfinite(matrix).all():
@@ -127,7 +141,8 @@ def _is_sparse(tensor: Tensor) -> bool:
 def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray | None]:
     """The values as they are stored, and the scale of each row for int8.
 
-    A scale has 16 significant bits: the product with any code is then exact in float32, and what was read rounds to the same codes.
+    A row whose values are whole multiples of one number keeps that as its scale, and comes back exactly. Any other scale has 16
+    significant bits: the product with any code is then exact in float32, and what was read rounds to the same codes.
     """
     if values == "float32":
         return matrix, None
@@ -139,8 +154,38 @@ def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray
     largest = np.abs(matrix).max(axis=1, initial=0.0)  # (rows,)
     scales = (np.where(largest < SMALLEST, 0, largest) / np.float32(127)).astype(np.float32)
     scales = (scales.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
+    steps = _steps(matrix, largest)
+    scales = np.where(steps > 0, steps, scales)
     codes = np.round(np.divide(matrix, scales[:, None], out=np.zeros_like(matrix), where=scales[:, None] > 0))
     return np.clip(codes, -127, 127).astype(np.int8), scales
+
+
+def _steps(matrix: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """The number that all values of a row are whole multiples of, at most 127, in float32; 0 for a row without one: (rows,).
+
+    It is looked for where training with fake quantization puts it: a bucket per row, or one for all. `largest`: (rows,).
+    """
+    found = np.zeros(len(matrix), dtype=np.float32)
+    for span in (largest, np.full_like(largest, largest.max(initial=0.0))):
+        for top in TOPS:
+            step = np.where(largest < SMALLEST, 0, span / np.float32(top)).astype(np.float32)
+            for near in (
+                step,
+                np.nextafter(step, np.float32(0)),
+                np.nextafter(step, np.float32(np.inf)),
+            ):  # top * step was rounded
+                rows = np.flatnonzero((found == 0) & (step > 0) & (near <= LARGEST))
+                rows = rows[_are_multiples(matrix[rows, :SEEN], near[rows])]
+                rows = rows[_are_multiples(matrix[rows], near[rows])]
+                found[rows] = near[rows]
+    return found
+
+
+def _are_multiples(matrix: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Rows that are codes from -127 to 127 times their step, to the last bit: (rows,)."""
+    with np.errstate(over="ignore"):
+        codes = np.round(matrix / steps[:, None])
+        return np.asarray(((codes * steps[:, None] == matrix) & (np.abs(codes) <= 127)).all(axis=1))
 
 
 def _choose(used: np.ndarray) -> tuple[tuple[int, int], Index]:
@@ -299,7 +344,7 @@ def unpack_matrix(layout: Layout, parts: Mapping[str, np.ndarray]) -> np.ndarray
 
 
 def _check_codes(codes: np.ndarray, scales: np.ndarray) -> None:
-    if not ((scales >= 0) & (scales <= np.finfo(np.float32).max / 127)).all() or (codes < -127).any():
+    if not ((scales >= 0) & (scales <= LARGEST)).all() or (codes < -127).any():
         raise _Wrong("has scales below 0 or beyond float32, or codes below -127")
 
 

@@ -365,9 +365,11 @@ class Train(Stage):
         if not self.augment:
             return features
         from slimformer.augmentation import augmented
+        from slimformer.forms.base import Formed
 
         masked = checkpoint.load_dense(Path(self.augment_model)) if self.augment_model else None
-        table = cast("Tensor", bundle.model.get_input_embeddings().weight)
+        words = bundle.model.get_input_embeddings()
+        table = words.matrix().detach() if isinstance(words, Formed) else cast("Tensor", words.weight)
         run.log.event("augmenting", rows=len(features), copies=self.augment)
         return augmented(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled
-PADDING = -1e4  # logit of a padded position in outputs that have one per token: no probability after a softmax
+PADDING = -1e4  # what stands at padding in outputs with a value per token; tasks leave padding out, and never see it
 FACTS = "facts.json"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from tiny import batch, tiny
+from tiny import batch, factored_context, tiny
 
 from slimformer import graphs, machine
 from slimformer.checks import tiny_context
@@ -17,6 +17,7 @@ from slimformer.errors import ExportError
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Draft, Onnx, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
+from slimformer.floats import shape_of
 from slimformer.methods.quantization import Quantization
 from slimformer.points import quantized
 from slimformer.ranges import Range, Ranges
@@ -48,7 +49,8 @@ def logits(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 def trained(model_type: str, bits: int) -> tuple[Any, Ranges]:
     """A model that went through fake quantization, and its ranges."""
-    around = tiny_context(model_type)
+    kind = model_type.removeprefix("factored ")
+    around = tiny_context(kind) if kind == model_type else factored_context(kind)
     state = Quantization(weights=bits, activations=bits, embeddings=bits).attach(around)
     for inputs in arrays(around.model):
         logits(around.model, inputs)
@@ -59,7 +61,7 @@ def trained(model_type: str, bits: int) -> tuple[Any, Ranges]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model_type", "bits"), [("bert", 8), ("distilbert", 6), ("roberta", 4)])
+@pytest.mark.parametrize(("model_type", "bits"), [("bert", 8), ("distilbert", 6), ("roberta", 4), ("factored bert", 6)])
 def test_integers_equal_the_model_with_fake_quantization(model_type: str, bits: int, tmp_path: Path) -> None:
     if bits == 8 and machine.saturates(machine.environment().flags):
         pytest.skip("int8 sums saturate on this processor")
@@ -82,6 +84,18 @@ def test_integers_equal_the_model_with_fake_quantization(model_type: str, bits: 
         assert plain > 2 * WORST * top  # the ranges do matter
         assert artifact.max_difference < WORST * top
         assert any("differs from the model with fake quantization by" in note for note in artifact.notes)
+
+
+@pytest.mark.slow
+def test_a_factored_matrix_may_stay_in_float(tmp_path: Path) -> None:
+    draft = Onnx(agreement=0.0).draft(model := factored_context("bert").model, arrays(model))
+    counts = []
+    for floats in ((), ("encoder.0.key.factor.input",), ("encoder.0.attention.input", "encoder.2.ffn_out.factor.input")):
+        draft.write(tmp_path / "model.onnx", Variant.INT8_STATIC, floats)
+        counts.append(quantized_matrices(tmp_path / "model.onnx"))
+    assert [counts[0] - count for count in counts] == [0, 2, 1 + 3]  # a product for each term of the sum
+    shapes = [shape_of(model, draft.anatomy.points[f"encoder.0.{name}.factor.input"].modules) for name in ("query", "ffn_in")]
+    assert shapes == [(16, 16), (16, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +209,7 @@ def test_an_input_that_never_moves_is_told() -> None:
     [
         ({"weight_bits": 1}, "weight_bits must be from 2 to 8, got 1"),
         ({"weight_bits": 40}, "weight_bits must be from 2 to 8, got 40"),
-        ({"calibration": "mean"}, "calibration must be one of least_squares, min_max, percentile, entropy, got mean"),
+        ({"calibration": "mean"}, "calibration: there is no 'mean'; known: entropy, least_squares, min_max, percentile"),
         ({"percentile": 10}, "percentile must be above 50 and at most 100, got 10"),
     ],
 )

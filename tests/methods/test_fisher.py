@@ -91,7 +91,7 @@ def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
     with torch.no_grad():
         for inputs in context.batches(32):
             given = {name: value for name, value in inputs.items() if name != "labels"}
-            lost += 4 * float(context.task.divergence(small(**given), context.model(**given), 1.0))
+            lost += 4 * float(context.task.divergence(small(**given), context.model(**given), given, 1.0))
             rows += 4
     np.testing.assert_allclose(worth["encoder.1.neurons"][0], -lost / rows, rtol=1e-4)
 

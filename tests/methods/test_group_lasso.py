@@ -316,9 +316,9 @@ def test_a_share_that_leaves_no_group_is_refused_and_the_least_is_named():
         GroupLasso(groups="blocks", block=8, keep=0.05).attach(tiny_context())
     least = float(caught.value.help.split()[2])
     GroupLasso(groups="blocks", block=8, keep=least).attach(tiny_context())
-    with pytest.raises(TargetError, match="cannot be reached"):
-        method = GroupLasso(keep=0.05)
-        method.decide(method.attach(tiny_context()), tiny_context())
+    with pytest.raises(TargetError, match="cannot be reached") as caught:  # units too, before anything is trained
+        GroupLasso(keep=0.05).attach(tiny_context())
+    assert "of the dense cost or more" in caught.value.help
 
 
 def test_an_encoder_that_does_not_train_is_refused():

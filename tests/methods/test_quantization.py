@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import batch, tiny
+from tiny import batch, factored_context, tiny
 from tiny_folder import write_data, write_model
 from toy_task import context, rows
 
@@ -72,9 +72,9 @@ def test_one_bucket_for_a_whole_weight_and_the_papers_affine_grid():
     assert WORDS not in found
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "factored bert"])
 def test_the_model_that_leaves_computes_what_was_trained(model_type):
-    around = tiny_context(model_type)
+    around = factored_context("bert") if "factored" in model_type else tiny_context(model_type)
     model, inputs = around.model, batch(around.model, rows=8, seed=3)
     method = Quantization()
     state = method.attach(around)
@@ -95,6 +95,47 @@ def test_the_model_that_leaves_computes_what_was_trained(model_type):
         assert not torch.equal(trained, plain)
         torch.testing.assert_close(left, trained, atol=1e-5, rtol=1e-5)
         assert float((small(**inputs).logits - trained).abs().max()) > 1e-4  # without its ranges it is another model
+
+
+def test_of_a_factored_matrix_the_larger_factor_lies_on_a_grid():
+    """What int8 files store as int8: rows of the larger factor of each term, and the table's factor with a row for each word."""
+    around = factored_context("bert")
+    method = Quantization(weights=6, embeddings=4)
+    state = method.attach(around)
+    inputs = batch(around.model)
+    with torch.no_grad():
+        around.model(**inputs)
+    decision = method.decide(state, around)
+    state.close()
+    path = "bert.encoder.layer.0.attention"
+    before = dict(around.model.named_parameters())
+    for name, bits in ((f"{path}.self.key.b", 6), (f"{path}.output.dense.b", 6), ("bert.embeddings.word_embeddings.a", 4)):
+        largest = 2 ** (bits - 1) - 1
+        steps = before[name].detach().abs().amax(-1, keepdim=True) / largest
+        assert on_grid(decision.weights[name], steps, largest)
+    assert f"{path}.self.key.a" not in decision.weights
+    assert f"{path}.self.key.weight" not in decision.weights
+    assert f"{path}.self.value.weight" in decision.weights  # dense still
+    points = decision.ranges.activations
+    assert points["encoder.0.key.factor.input"] != points["encoder.0.attention.input"]  # it reads what the smaller factor gives
+    anatomy = anatomy_of(around.model)
+    assert anatomy.points["encoder.0.attention.input"].modules == (f"{path}.self.value",)
+
+
+def test_padding_does_not_reach_the_ranges_of_factors():
+    spans = []
+    for word in (0, 7):
+        around = factored_context("bert")
+        inputs = batch(around.model, rows=4, seq=4)  # as many tokens as one axis of a factor's input
+        ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, word)
+        assert (inputs["attention_mask"] == 0).any()
+        method = Quantization()
+        state = method.attach(around)
+        with torch.no_grad():
+            around.model(input_ids=ids, attention_mask=inputs["attention_mask"])
+            spans.append(method.decide(state, around).ranges.activations["encoder.0.query.factor.input"])
+        state.close()
+    assert spans[0] == spans[1]
 
 
 def test_quantization_begins_after_its_start():

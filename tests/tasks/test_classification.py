@@ -304,14 +304,14 @@ def test_loss_and_divergence_by_hand() -> None:
     sure = {"logits": torch.tensor([[math.log(3.0), 0.0]])}  # 3/4, 1/4
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     level = {"logits": torch.zeros(1, 2)}
-    assert classes.divergence(level, sure, 1.0).item() == pytest.approx(expected, rel=1e-5)
+    assert classes.divergence(level, sure, {}, 1.0).item() == pytest.approx(expected, rel=1e-5)
     hot = {"logits": 2 * sure["logits"]}  # at temperature 2 the same distribution, and times four
-    assert classes.divergence(level, hot, 2.0).item() == pytest.approx(4 * expected, rel=1e-5)
-    assert classes.divergence(sure, sure, 3.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert classes.divergence(level, hot, {}, 2.0).item() == pytest.approx(4 * expected, rel=1e-5)
+    assert classes.divergence(sure, sure, {}, 3.0).item() == pytest.approx(0.0, abs=1e-6)
     score = Classification(kind="score")
     ours, theirs = {"logits": torch.tensor([[1.0], [2.0]])}, {"logits": torch.tensor([[3.0], [2.0]])}
     assert score.loss(ours, {"labels": torch.tensor([2.0, 2.0])}).item() == pytest.approx(0.5)
-    assert score.divergence(ours, theirs, 4.0).item() == pytest.approx(2.0)
+    assert score.divergence(ours, theirs, {}, 4.0).item() == pytest.approx(2.0)
 
 
 # ---- metrics

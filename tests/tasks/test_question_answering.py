@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from toy_task import rows
 
+from slimformer import teaching
 from slimformer.batching import collate
 from slimformer.errors import DataError, ModelError, RecipeError
+from slimformer.families.base import anatomy_of
+from slimformer.log import Log
+from slimformer.methods.base import Capture
 from slimformer.recipe import Recipe
 from slimformer.squad import NOTHING, Answer, exact, f1, normalized, placed
 from slimformer.tasks.base import Example, Features, Split
@@ -494,15 +501,39 @@ def test_divergence_is_zero_for_equals_ignores_padding_and_falls_as_they_near() 
     for value in kept.values():
         value[1, 3:] = MASKED  # as cached outputs have it
     task = QuestionAnswering()
-    assert task.divergence(teacher, teacher, 2.0).item() == pytest.approx(0, abs=1e-6)
-    assert task.divergence(teacher, kept, 2.0).item() == pytest.approx(0, abs=1e-6)  # whatever the student says on padding
+    batch = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    assert task.divergence(teacher, teacher, batch, 2.0).item() == pytest.approx(0, abs=1e-6)
+    assert task.divergence(teacher, kept, batch, 2.0).item() == pytest.approx(0, abs=1e-6)  # whatever stands at padding
     expected = []
     student = {name: torch.zeros(2, 5) for name in NAMES}
     for name in NAMES:
         for row, length in ((0, 5), (1, 3)):
             target = torch.softmax(teacher[name][row, :length] / 2, -1)
             expected.append((target * (target.log() + np.log(length))).sum() * 4)
-    assert task.divergence(student, kept, 2.0).item() == pytest.approx(torch.stack(expected).sum().item() / 4, rel=1e-5)
+    for seen in (teacher, kept):  # a teacher beside the student, and one whose outputs were kept
+        found = task.divergence(student, seen, batch, 2.0).item()
+        assert found == pytest.approx(torch.stack(expected).sum().item() / 4, rel=1e-5)
+
+
+def test_a_live_teacher_and_a_remembered_one_teach_the_same(tmp_path: Path) -> None:
+    """Rows of different lengths in one batch: padding must not enter the lesson in either way."""
+    from transformers import BertForQuestionAnswering
+
+    features, task, some = rows(40, longest=9), QuestionAnswering(), [0, 3, 17, 29]
+    student, model = (BertForQuestionAnswering(tiny_config("bert", num_labels=2)).eval() for _ in range(2))
+    inputs = ("input_ids", "attention_mask")
+    teacher = teaching.Teacher(model, anatomy_of(model), inputs, task, nullcontext, "fp32", torch.device("cpu"))
+    batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        output = student(**{name: batch[name] for name in inputs})
+    losses = []
+    for needs in ({Capture.LOGITS}, {Capture.LOGITS, Capture.SCORES}):  # scores are never kept: the teacher runs along
+        with teaching.teaching(teacher, features, needs, tmp_path, Log(None, quiet=True), cap_bytes=0) as lessons:
+            losses.append(task.divergence(output, lessons.see(some, batch).output, batch, 2.0).item())
+    assert isinstance(lessons, teaching.Live)
+    assert losses[0] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # -- Data ----------------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ Which graph was chosen, and by which measurements: docs/decisions/0002-onnx-grap
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from slimformer.errors import ExportError, nearest
 from slimformer.exporters.base import Arrays, Artifact, Exporter, Variant
 from slimformer.files import whole
 from slimformer.graphs import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
-from slimformer.ranges import Calibration, Histogram, Range, Ranges, check_bits, check_percentile, find
+from slimformer.ranges import Calibration, Histogram, Range, Ranges, check_bits, check_calibration, check_percentile, find
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -70,8 +71,7 @@ class Onnx(Exporter):
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
-        if self.calibration not in get_args(Calibration):
-            raise ValueError(f"calibration must be one of {', '.join(get_args(Calibration))}, got {self.calibration}")
+        check_calibration(self.calibration)
         check_percentile(self.percentile)
 
     def export(
@@ -316,8 +316,8 @@ class Draft:
 
     def _point(self, item: graphs.Product) -> str | None:
         """The point at which a product reads."""
-        module = item.name.removesuffix(".weight").removeprefix("model.")  # the tracer holds the model as `model`
-        return next((point.id for point in self.points if module in point.modules), None)
+        reader = _reader(item.name.removeprefix("model."))  # the tracer holds the model as `model`
+        return next((point.id for point in self.points if reader in point.modules), None)
 
     def _quantize(self, program: onnx_ir.Model, variant: Variant, floats: Sequence[str], ready: _Ready) -> str:
         """Int8 for every Linear but the classifier and `floats`, and for the embeddings, in place; says how many."""
@@ -348,6 +348,15 @@ class Draft:
                 missing.add(source)
         samples = ready.samples or (_samples(program, self.batches, self.names) if missing else {})
         return codings | {name: graphs.Coding(*self.options.span(samples[name]).grid(8)) for name in sorted(missing)}
+
+
+def _reader(weight: str) -> str:
+    """The module that reads for a product by this weight: a Linear, or a factored matrix's product with its larger factor."""
+    from slimformer.forms.kronecker import Kronecker
+
+    name = weight.removesuffix(".smooth")
+    factor = re.fullmatch(r"(.+)\.[ab]\.\d+", name)  # as `graphs.lower_factors` names them
+    return f"{factor[1]}.{Kronecker.reads}" if factor else name.removesuffix(".weight")
 
 
 def _zeros(model: PreTrainedModel) -> Iterator[str]:

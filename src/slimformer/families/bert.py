@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
-from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site
+from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site, told_apart
 from slimformer.families.base import (
     ATTENTION,
     SKIPPED,
@@ -102,7 +102,7 @@ class Bert(Family):
             attentions=tuple(attentions),
             hidden_size=model.config.hidden_size,
             head_dim=head_dim,
-            points={point.id: point for point in points},
+            points=told_apart(points, matrices),
         )
 
     def skip(self, model: PreTrainedModel, site: Site) -> None:

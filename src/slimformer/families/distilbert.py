@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 from torch import nn
 
-from slimformer.anatomy import Anatomy, Counter, Point, Role, Site
+from slimformer.anatomy import Anatomy, Counter, Point, Role, Site, told_apart
 from slimformer.families.base import (
     ATTENTION,
     SKIPPED,
@@ -87,7 +87,7 @@ class DistilBert(Family):
             attentions=tuple(attentions),
             hidden_size=model.config.dim,
             head_dim=head_dim,
-            points={point.id: point for point in points},
+            points=told_apart(points, matrices),
         )
 
     def skip(self, model: PreTrainedModel, site: Site) -> None:

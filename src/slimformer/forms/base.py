@@ -11,7 +11,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -25,7 +25,13 @@ Shape = tuple[int, int]  # of a Linear (out, in), of an Embedding (rows, width)
 
 
 class Form(ABC):
-    """Five questions; none of them touches a model."""
+    """Five questions; none of them touches a model.
+
+    `reads`: the part of its module whose input an integer product reads, "" where that is the module itself; None where there is no
+    such product, and the matrix stays in float.
+    """
+
+    reads: ClassVar[str | None] = None
 
     @abstractmethod
     def problem(self, matrix: Matrix) -> str | None:
@@ -61,6 +67,8 @@ class Form(ABC):
 @dataclass(frozen=True)
 class Dense(Form):
     """A plain matrix."""
+
+    reads: ClassVar[str | None] = ""
 
     def problem(self, matrix: Matrix) -> str | None:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Kronecker(Form):
 
     a: Shape
     terms: int = 1
+
+    reads: ClassVar[str | None] = "large"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.a, (tuple, list)) and len(self.a) == 2 and all(type(n) is int and n >= 1 for n in self.a)
@@ -156,12 +158,24 @@ class _Factors(Formed):
         return f"{self.shape}, a={self.form.a}, b={self.form.b(self.shape)}, terms={self.form.terms}"
 
 
+class LargeProduct(nn.Module):
+    """The product with the larger factor, all tokens at once: what int8 files compute in integers, as a place to see its input."""
+
+    def __init__(self, factor: str) -> None:
+        super().__init__()
+        self.factor = factor  # "a" or "b": the name of the larger one in the module around this
+
+    def forward(self, value: Tensor, factor: Tensor) -> Tensor:
+        return functional.linear(value, factor)
+
+
 class KroneckerLinear(_Factors):
     """y = sum of (A (x) B) x, plus the bias, for inputs of any number of leading axes."""
 
     def __init__(self, form: Kronecker, dense: nn.Linear) -> None:
         super().__init__(form, dense.weight)
         self.bias = dense.bias
+        self.large = LargeProduct("b" if form.b_is_large(self.shape) else "a")
 
     def forward(self, input: Tensor) -> Tensor:
         product = self.product(input)
@@ -171,7 +185,7 @@ class KroneckerLinear(_Factors):
         """The sum without the bias."""
         n2 = self.b.shape[2]
         start = input.unflatten(-1, (self.a.shape[2], n2))  # (..., n1, n2)
-        steps, right = self.form.steps(self.shape), self.form.b_is_large(self.shape)
+        steps = self.form.steps(self.shape)
         if steps[0] == "turn":
             start = start.transpose(-1, -2)
         total = None
@@ -180,7 +194,7 @@ class KroneckerLinear(_Factors):
             for step in steps:
                 if step != "turn":
                     factor = a if step == "a" else b
-                    value = functional.linear(value, factor) if right == (step == "b") else torch.matmul(factor, value)
+                    value = self.large(value, factor) if step == self.large.factor else torch.matmul(factor, value)
             total = value if total is None else total + value
         assert total is not None
         if steps[-1] == "turn":
@@ -203,3 +217,9 @@ class KroneckerEmbedding(_Factors):
             total = term if total is None else total + term
         assert total is not None
         return total.flatten(-2)
+
+
+def weight_of(model: nn.Module, reader: str) -> str:
+    """The parameter that a point's module multiplies by: a Linear's weight, or the larger factor of a factored matrix."""
+    module = model.get_submodule(reader)
+    return f"{reader.rpartition('.')[0]}.{module.factor}" if isinstance(module, LargeProduct) else f"{reader}.weight"

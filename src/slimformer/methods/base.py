@@ -36,6 +36,14 @@ class Capture(StrEnum):
     SCORES = "scores"  # attention logits before the softmax, per layer
 
 
+class Zeros(StrEnum):
+    """What becomes of exact zeros that a method leaves inside the encoder's matrices."""
+
+    NONE = "none"  # it leaves none
+    SPARE = "spare"  # they are left over in units that stay: later training may fill them
+    RESULT = "result"  # they are what it was used for: later training must hold them
+
+
 @dataclass(frozen=True)
 class Captured:
     """What was seen of one model in one forward pass."""
@@ -112,13 +120,20 @@ class State(nn.Module):
 
 
 class Method(ABC):
-    """The four verbs, each with a default that does nothing."""
+    """The four verbs, each with a default that does nothing.
+
+    What a method declares tells which orders of stages make sense: a recipe in another order is refused before anything starts.
+    """
 
     needs: ClassVar[frozenset[Capture]] = frozenset()
     needs_teacher: ClassVar[bool] = False
     decides: ClassVar[bool] = False  # whether `decide` may cut; two such methods in one stage are refused
     rewrites: ClassVar[bool] = False  # whether `decide` cuts nothing but gives new weights; as much alone as one that decides
     forms: ClassVar[bool] = False  # whether it decides forms of matrices instead of cuts: none can be cut afterwards
+    leaves: ClassVar[Zeros] = Zeros.NONE  # zeros of its own making
+    keeps_zeros: ClassVar[bool] = False  # whether zeros that it finds are still there when its stage has trained
+    fills: ClassVar[bool] = False  # whether it gives every matrix new values, so that no zero survives
+    closes: ClassVar[bool] = False  # whether later training or cutting would lose what it learned; only the same may come again
     trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
     neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
     cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"

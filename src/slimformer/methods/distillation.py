@@ -84,7 +84,8 @@ class Distillation(Method):
         mask = step.batch["attention_mask"]
         total = mask.new_zeros((), dtype=torch.float32)
         if self.logits:
-            total = total + self.logits * step.task.divergence(step.student.output, step.teacher.output, self.temperature)
+            apart = step.task.divergence(step.student.output, step.teacher.output, step.batch, self.temperature)
+            total = total + self.logits * apart
         if self.hidden:
             total = total + self.hidden * self._hidden(state, step.student, step.teacher, mask, state.hidden[1:])
         if self.embedding:

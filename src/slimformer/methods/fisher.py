@@ -126,7 +126,7 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
                     total = rows = 0.0
                     with gated(model, anatomy, gates):
                         for batch, expected in zip(batches, whole, strict=True):
-                            total += float(task.divergence(outputs(batch), expected, 1.0)) * len(batch["input_ids"])
+                            total += float(task.divergence(outputs(batch), expected, batch, 1.0)) * len(batch["input_ids"])
                             rows += len(batch["input_ids"])
                     lost.append(total / rows)
                 cut = np.concatenate([np.cumsum(np.sort(units))[::-1], [0.0]])  # information lost with 0, 1, ... units kept

@@ -24,7 +24,7 @@ from slimformer.allocation import allocate
 from slimformer.anatomy import Anatomy, Kind, Role, Site, Slice
 from slimformer.errors import RecipeError, TargetError
 from slimformer.masks import expand, grid_of, liveliness
-from slimformer.methods.base import Context, Method, Progress, State, Step
+from slimformer.methods.base import Context, Method, Progress, State, Step, Zeros
 from slimformer.plan import Decision, Plan
 
 Pattern = Literal["units", "rows", "columns", "blocks", "block_rows", "block_columns"]
@@ -165,11 +165,17 @@ class GroupLasso(Method):
             if not good:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
+    @property
+    def leaves(self) -> Zeros:  # type: ignore[override]
+        return Zeros.NONE if self.groups == "units" else Zeros.RESULT
+
     def attach(self, context: Context) -> State:
         groups = groups_of(context.model, context.anatomy, self.groups, self.block)
         if not any(piece.tensor.requires_grad for item in groups for piece in item.pieces):
             raise RecipeError("group_lasso shrinks the encoder's weights, which this stage freezes.", help="freeze less.")
-        if self.groups != "units":
+        if self.groups == "units":
+            self._units_that_stay(groups, context)  # can it be reached?
+        else:
             _check_share(groups, self.keep, self.over)
         return _State(groups, self.epsilon)
 
@@ -206,6 +212,7 @@ class GroupLasso(Method):
             weights[f"{context.anatomy.matrices[item.id].module}.weight"] = piece.tensor * expand(mask, piece.tensor.shape)
         return Decision(_idle(context, weights), weights=weights)
 
+    @torch.no_grad()
     def _units_that_stay(self, groups: Sequence[Groups], context: Context) -> Plan:
         """Within the budget, the units with the largest sum of squares: what is taken away is as small as it can be."""
         return allocate(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast, final
+from typing import ClassVar, cast, final
 
 from slimformer.anatomy import Role
 from slimformer.masks import masked_weights
@@ -37,6 +37,8 @@ class _State(State):
 @dataclass(frozen=True)
 class KeepZeros(Method):
     """No options: what is 0 when the stage begins is 0 when it ends."""
+
+    keeps_zeros: ClassVar[bool] = True
 
     def attach(self, context: Context) -> State:
         return _State(context)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from slimformer.anatomy import Role
 from slimformer.families.base import family_of
 from slimformer.masks import expand, grid_of, masked_weights
-from slimformer.methods.base import Context, Method, Progress, State
+from slimformer.methods.base import Context, Method, Progress, State, Zeros
 from slimformer.plan import Decision
 
 OUTSIDE = (Role.EMBEDDING, Role.CLASSIFIER)
@@ -183,6 +183,7 @@ class KnowledgeSparse(Method):
     refreshes: int = 10
 
     decides: ClassVar[bool] = True
+    leaves: ClassVar[Zeros] = Zeros.RESULT
 
     def __post_init__(self) -> None:
         pattern = self.shape

@@ -87,6 +87,11 @@ class Kronecker(Method):
         if self.embedding is not None and self.embedding < 0:
             raise ValueError(f"embedding must be 0 or above, got {self.embedding}")
 
+    @property
+    def fills(self) -> bool:  # type: ignore[override]
+        """Unless the word table alone is factored: whatever may stay dense then does."""
+        return self.shapes is not None or self.keep < 1
+
     def decide(self, state: State, context: Context) -> Decision:
         matrices = [matrix for matrix in context.anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
         forms: dict[str, Form] = {}

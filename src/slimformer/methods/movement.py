@@ -29,7 +29,7 @@ from slimformer.anatomy import Kind, Role
 from slimformer.cost import Cost
 from slimformer.errors import TargetError
 from slimformer.masks import grid_of, liveliness, masked, masked_weights
-from slimformer.methods.base import Context, Method, Progress, State, Step
+from slimformer.methods.base import Context, Method, Progress, State, Step, Zeros
 from slimformer.plan import Decision, Plan
 
 ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
@@ -186,6 +186,10 @@ class Movement(Method):
             )
         if self.neuron_multiple < 1:
             raise ValueError(f"neuron_multiple must be at least 1, got {self.neuron_multiple}")
+
+    @property
+    def leaves(self) -> Zeros:  # type: ignore[override]
+        return Zeros.NONE if self.fill else Zeros.SPARE
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -6,7 +6,9 @@ switched on after a short start in float. `roles` says what is quantized: `matri
 is what int8 files execute, with the very ranges learned here; the other roles complete the paper and are simulated in training only,
 since files compute them in float. Differences: encoders; symmetric weight grids and a 0 on every grid by default (`quantizer.py`:
 integer kernels want both); the start is a share of the steps, not a number; a denominator's grid begins at the smallest one
-seen, so that none becomes 0. What is read after a dropout is quantized after it: train with `dropout: false`.
+seen, so that none becomes 0. Of a matrix in Kronecker factors the larger factor and what it reads are quantized, of a word table the
+factor with a row for each word; the smaller factors stay in float, in training as in files.
+What is read after a dropout is quantized after it: train with `dropout: false`.
 Choose it where post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
 """
 
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.anatomy import Point, PointRole
+from slimformer.forms.base import shape_of
+from slimformer.forms.kronecker import KroneckerEmbedding, weight_of
 from slimformer.masks import Change, changed_weights
 from slimformer.methods.base import Context, Method, Progress, State
 from slimformer.plan import Decision
@@ -45,15 +49,17 @@ class _State(State):
         self.on: Tensor  # a buffer, so that a resumed run knows it
         self.register_buffer("on", torch.tensor(False))
         self._on, self._mask = False, cast(Tensor | None, None)
-        modules = [module for point in self.points if point.role in READING for module in point.modules]
-        self.weights = [f"{module}.weight" for module in modules]
+        readers = [module for point in self.points if point.role in READING for module in point.modules]
+        self.weights = [weight_of(model, reader) for reader in readers]
         self.tables = _tables(model) if method.embeddings is not None else {}
+        self.factors = _factors(model) if method.embeddings is not None else []
         self.gains = [f"{point.modules[0]}.weight" for point in self.points if point.role is PointRole.NORM and _last(point)]
         stack = ExitStack()
         self.on_close(stack.close)
         stack.callback(model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
         stack.enter_context(touched(model, context.anatomy, {point.id: self._read(i) for i, point in enumerate(self.points)}))
         stack.enter_context(changed_weights(model, dict.fromkeys((*self.weights, *self.gains), self._weigh)))
+        stack.enter_context(changed_weights(model, dict.fromkeys(self.factors, self._weigh_table)))
         for table in self.tables.values():
             stack.callback(table.register_forward_hook(self._look_up).remove)
 
@@ -66,13 +72,17 @@ class _State(State):
 
         def change(values: Tensor) -> Tensor:
             if self.training:
-                running.observe(values, self._mask)
+                tokens = values.flatten(2) if values.ndim == 4 and point.role in READING else values  # a larger factor's input
+                running.observe(tokens, self._mask)
             return fake(values, self.grid(running, point)) if self._on else values
 
         return change
 
     def _weigh(self, weight: Tensor) -> Tensor:
         return fake(weight, self.method.weight_grid(weight)) if self._on else weight
+
+    def _weigh_table(self, factor: Tensor) -> Tensor:
+        return fake(factor, self.method.table_grid(factor)) if self._on else factor
 
     def _look_up(self, table: nn.Module, _: Any, rows: Tensor) -> Tensor:
         """Quantizes the rows that were read: the same as quantizing the table, which is much larger."""
@@ -95,7 +105,7 @@ def _features(model: nn.Module, point: Point, method: Quantization) -> int | Non
     if method.activation_buckets == "tensor" or point.role in (*READING, PointRole.SOFTMAX) or point.side == "denominator":
         return None
     module: Any = model.get_submodule(point.modules[0])
-    return int(module.out_features) if isinstance(module, nn.Linear) else int(module.normalized_shape[-1])
+    return int(module.normalized_shape[-1]) if isinstance(module, nn.LayerNorm) else shape_of(module)[0]
 
 
 def _tables(model: nn.Module) -> dict[str, nn.Embedding]:
@@ -105,6 +115,12 @@ def _tables(model: nn.Module) -> dict[str, nn.Embedding]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module.num_embeddings >= TABLE_ROWS
     }
+
+
+def _factors(model: nn.Module) -> list[str]:
+    """The factors of factored word tables that hold a row for each word: as long as the table, and looked up like one."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, KroneckerEmbedding)}
+    return [f"{name}.a" for name, module in tables.items() if module.shape[0] >= TABLE_ROWS]
 
 
 def _last(point: Point) -> bool:
@@ -135,6 +151,7 @@ class Quantization(Method):
     momentum: float = MOMENTUM
 
     rewrites: ClassVar[bool] = True
+    closes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(str(role) for role in self.roles))
@@ -178,7 +195,7 @@ class Quantization(Method):
         state = cast(_State, state)
         parameters = dict(context.model.named_parameters())
         changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
-        changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in state.tables}
+        changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
         found = {}
         for point, item in zip(state.points, state.ranges, strict=True):
             running = cast(RunningRange, item)

@@ -1,4 +1,4 @@
-"""Runs .onnx files of standard operators, and OpenVINO's own .xml files, in OpenVINO on the CPU; makes the rival by NNCF.
+"""Runs .onnx files of standard operators, and OpenVINO's own .xml files, in OpenVINO on the CPU; makes int8 models by NNCF.
 
 Needs the extra `slimformer[openvino]`. Files with ONNX Runtime's own operators (fused attention, dynamic int8) are not accepted.
 """
@@ -76,14 +76,19 @@ def _standard(path: Path) -> bool:
     return all(node.domain in {"", "ai.onnx"} for node in onnx_ir.load(path).graph)
 
 
+def require_nncf() -> None:
+    """ExtraError where OpenVINO or NNCF is missing."""
+    if find_spec("openvino") is None or find_spec("nncf") is None:
+        raise ExtraError("making OpenVINO's int8 model needs openvino and nncf, which are not installed.", help=INSTALL)
+
+
 def nncf_int8(model: Path, batches: Sequence[Arrays], folder: Path) -> Path:
     """Quantizes a plain fp32 ONNX file to int8 as NNCF's users do (post-training, `model_type=TRANSFORMER`, 300 examples).
 
-    Writes `folder`/openvino_model.xml and .bin, and gives the path of the .xml. The rival that is hardest to beat: it is what
-    anybody gets in a minute. ExtraError where OpenVINO or NNCF is missing.
+    Writes `folder`/openvino_model.xml and .bin, and gives the path of the .xml. Of the dense teacher it is the rival that is hardest
+    to beat: what anybody gets in a minute. ExtraError where OpenVINO or NNCF is missing.
     """
-    if find_spec("openvino") is None or find_spec("nncf") is None:
-        raise ExtraError("making OpenVINO's int8 model needs openvino and nncf, which are not installed.", help=INSTALL)
+    require_nncf()
     import io
     import logging
     from contextlib import redirect_stdout

@@ -86,9 +86,16 @@ class Task(ABC):
 
     @abstractmethod
     def divergence(
-        self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], temperature: float
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: Mapping[str, torch.Tensor],
+        batch: Mapping[str, torch.Tensor],
+        temperature: float,
     ) -> torch.Tensor:
-        """How far a student's outputs are from the teacher's: KL * temperature^2 for classes, MSE for a score; a scalar."""
+        """How far a student's outputs are from the teacher's: KL * temperature^2 for classes, MSE for a score; a scalar.
+
+        Padding takes no part: where an output has a value per token, `batch` says which tokens are real.
+        """
 
     @abstractmethod
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:

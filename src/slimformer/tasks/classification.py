@@ -324,7 +324,11 @@ class Classification(Task):
         return functional.cross_entropy(logits, batch["labels"])
 
     def divergence(
-        self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], temperature: float
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: Mapping[str, torch.Tensor],
+        batch: Mapping[str, torch.Tensor],
+        temperature: float,
     ) -> torch.Tensor:
         from torch.nn import functional
 

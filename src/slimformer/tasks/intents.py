@@ -719,9 +719,13 @@ class Intents(Task):
         return self._judge.loss(output, batch)
 
     def divergence(
-        self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], temperature: float
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: Mapping[str, torch.Tensor],
+        batch: Mapping[str, torch.Tensor],
+        temperature: float,
     ) -> torch.Tensor:
-        return self._judge.divergence(student, teacher, temperature)
+        return self._judge.divergence(student, teacher, batch, temperature)
 
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
         return self._judge.score(outputs, features, examples)

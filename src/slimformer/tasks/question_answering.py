@@ -48,7 +48,7 @@ SPECIAL = 4  # tokens around question and context, at most: <s> </s></s> </s>
 CHUNK = 512  # questions encoded at once: bounds the memory of the tokenizer's own objects
 MARK = "squad_version"  # key of a model's config: on which kind of questions it was tuned
 FEWEST = 20  # unanswerable questions that say something on a model
-MASKED = -1e4  # logit of padding; also what cached teacher outputs hold there
+MASKED = -1e4  # logit of padding: no probability after a softmax
 SHORT: Mapping[str, tuple[str, Version]] = {"squad": ("rajpurkar/squad", "v1"), "squad_v2": ("rajpurkar/squad_v2", "v2")}
 
 
@@ -222,16 +222,22 @@ class QuestionAnswering(Task):
         return torch.stack(terms).mean()
 
     def divergence(
-        self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], temperature: float
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: Mapping[str, torch.Tensor],
+        batch: Mapping[str, torch.Tensor],
+        temperature: float,
     ) -> torch.Tensor:
-        """KL of start and of end, averaged. Where the teacher's outputs were kept, padding is known by them and takes no part."""
+        """KL of start and of end, averaged; padding takes no part, whatever both models say there."""
         import torch
 
+        mask = batch.get("attention_mask")
         terms = []
         for name in self.outputs:
-            ours, theirs = student[name].float(), teacher[name].float()  # (batch, seq)
-            ours = ours.masked_fill(theirs <= MASKED, MASKED)
-            ours, theirs = (torch.log_softmax(logits / temperature, dim=-1) for logits in (ours, theirs))
+            pair = (student[name].float(), teacher[name].float())  # (batch, seq)
+            if mask is not None:
+                pair = (pair[0].masked_fill(mask == 0, MASKED), pair[1].masked_fill(mask == 0, MASKED))
+            ours, theirs = (torch.log_softmax(logits / temperature, dim=-1) for logits in pair)
             terms.append((theirs.exp() * (theirs - ours)).sum() / len(ours) * temperature**2)
         return torch.stack(terms).mean()
 
