@@ -30,6 +30,7 @@ from work import (
     glue,
     left,
     ours_in,
+    plain_in,
     questions,
     small_squad,
     teacher,
@@ -56,7 +57,7 @@ HOME = Path(__file__).resolve().parent
 TABLE = "structured"
 COMMAND = "python results/structured.py"
 POINTS = (0.35, 0.5, 0.25)  # shares of the dense multiply-accumulates, the middle one first
-BENCH = Bench(rivals=("teacher-int8",), seconds=20.0)
+BENCH = Bench(rivals=("teacher-int8",), seconds=20.0, fused=True)
 DISTIL = Train(
     methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings"
 )  # what follows every cut; a width of 384
@@ -314,7 +315,7 @@ def _row(name: str, run: Run) -> tuple[str, ...]:
     ours = ours_in(run, Variant.INT8_FUSED)
     assert ours is not None, f"{run.name} has no int8 row of ours"
     link = f"[{name}](../../results/methods/{TABLE}/{run.folder.parent.name}/{name}/recipe.yaml)"
-    return _cells(link, ours, dense(run), ours_in(run, Variant.FLOAT))
+    return _cells(link, ours, dense(run), plain_in(run))
 
 
 def _cells(name: str, record: Record, whole: Record | None, plain: Record | None = None) -> tuple[str, ...]:
@@ -338,7 +339,7 @@ def _aims(found: dict[str, Run]) -> list[str]:
     for what, names, allowed, times, share in AIMS:
         tried = []
         for name, run in found.items():
-            plain = ours_in(run, Variant.FLOAT)
+            plain = plain_in(run)
             if re.fullmatch(names, name) and plain is not None and plain.loss is not None:
                 faster, rest = plain.times_faster(32), left(plain, dense(run))
                 speed = faster.median if faster else 0.0

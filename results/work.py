@@ -64,6 +64,11 @@ def ours_in(run: Run, precision: Variant, *, openvino: bool = False) -> Record |
     return next((record for record in rows if record.name.endswith("in OpenVINO") == openvino), None)
 
 
+def plain_in(run: Run) -> Record | None:
+    """Our file in fp32, with fused operators where that was measured: those are what the dense model is timed with."""
+    return ours_in(run, Variant.FUSED) or ours_in(run, Variant.FLOAT)
+
+
 def left(record: Record, whole: Record) -> float:
     """Share of the dense encoder's weights that are there and not 0."""
     if not whole.encoder_params or record.encoder_nonzero is None:

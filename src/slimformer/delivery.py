@@ -398,15 +398,16 @@ def deliver(
     command: str,
     seconds: float = 60.0,
     openvino: bool = False,
+    fused: bool = False,
     openvino_file: bool = False,
     values: Values = "float32",
 ) -> Measurement:
     """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
 
-    `openvino`: our files of standard operators run there too, where it is installed. `openvino_file`: our model is delivered and
-    measured as OpenVINO's own int8 file besides, made by NNCF. `values`: how non-zeros of sparse matrices are stored in
-    model.safetensors; what rounding that means is in the log and on the card. The ledger row and every file that another tool needs
-    are there when this returns; a killed call leaves `out` as it was.
+    `openvino`: our files of standard operators run there too, where it is installed. `fused`: the fused fp32 file that lies in `exported`
+    is measured, not delivered. `openvino_file`: our model is delivered and measured as OpenVINO's own int8 file besides, made by NNCF.
+    `values`: how non-zeros of sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
+    The ledger row and every file that another tool needs are there when this returns; a killed call leaves `out` as it was.
     """
     from slimformer.card import card
     from slimformer.page import Details, page
@@ -432,6 +433,11 @@ def deliver(
             if item.variant in STANDARD:
                 there = replace(item, name=f"{item.name} in OpenVINO", runtime="openvino", facts={**shared, "target": target})
                 entries.append(_entry(there, material, run.threads))
+    if fused:
+        item = replace(
+            ours[0], name=f"slimformer {_short(Variant.FUSED)}", path=exported / FILES[Variant.FUSED], variant=Variant.FUSED
+        )
+        entries.append(_entry(replace(item, facts={**shared, "target": target}), material, run.threads))
     made = run.root / "openvino"
     if openvino_file:
         run.log.say("making OpenVINO's int8 file by NNCF.")

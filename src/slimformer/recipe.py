@@ -105,12 +105,14 @@ class Bench:
     """What to measure beside ours, and for how long each of the two workloads is timed.
 
     The teacher in fp32 and int8 and the smaller dense model always run where they are named; OpenVINO where it is installed.
-    `openvino`: our own files of standard operators are measured there too.
+    `openvino`: our own files of standard operators are measured there too. `fused`: our model in fp32 with fused operators too, which is
+    what the teacher's fp32 is: what cutting alone gains. That file is not delivered.
     """
 
     rivals: tuple[RivalName, ...] = RIVALS
     seconds: float = 60.0
     openvino: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -637,6 +639,8 @@ def finish(
             ready = ready if found is None else Ready(found.folder, found.trials)
     best = delivery.choose(ready.trials, allowed)
     rivals = delivery.rivals(bundle, stages, recipe.bench.rivals, teacher, state)
+    if recipe.bench.fused:
+        delivery.export_files(bundle.model, bundle.material, ready.folder, (Variant.FUSED,), log)
     log.say("measuring everything side by side on the dev examples.")
     return delivery.deliver(
         bundle,
@@ -653,6 +657,7 @@ def finish(
         command=command,
         seconds=recipe.bench.seconds,
         openvino=recipe.bench.openvino,
+        fused=recipe.bench.fused,
         openvino_file=recipe.export.openvino,
         values=recipe.export.values,
     )
