@@ -179,7 +179,7 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
     data = {
         "model": str(sparse),
         "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},
-        "stages": [{"export": {"values": values}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+        "stages": [{"export": {"values": values}}, {"bench": {"seconds": 0.1, "rivals": [], "fused": True}}],
     }
     out = tmp_path / "out"
     made = run_recipe(Recipe.parse(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
@@ -193,6 +193,9 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
     loaded = checkpoint.load(out).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250)
+    (fused,) = (record for record in made.measurement.records if record.name == "slimformer fp32 fused")
+    assert (fused.role, fused.precision, fused.chosen) == ("ours", "fused", False)
+    assert not (out / fused.file).exists()
 
 
 def recipe_for_openvino(folder: Path) -> Recipe:
