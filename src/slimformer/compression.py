@@ -96,7 +96,9 @@ def compress(
     look(recipe)
     given = Given(log, threads, wait_seconds)
     with working(Path(out), f"compress {_purpose(recipe, wishes)}", wishes.seed, given) as state:
-        recipe = replace(recipe, stages=(replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),))
+        tuned = checkpoint.is_tuned(source, task.auto_class)
+        stages = () if tuned else (replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),)
+        recipe = replace(recipe, stages=stages)
         bundle, _ = begin(recipe, state)
         state.root.mkdir(exist_ok=True)
         return _search(bundle, recipe, wishes, state, Path(out), command)
