@@ -106,6 +106,25 @@ def test_a_drift_of_the_machine_leaves_the_ratio_alone() -> None:
     assert timings["base"].round_ms()[-1] > 3 * timings["base"].round_ms()[0]
 
 
+def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
+    def timing(budget: float, count: int) -> Timing:
+        clock = Clock()
+        sorted_32 = workloads(features([1 + row % 40 for row in range(32 * count)]))[1]
+        runners = {name: clock.runner(name, lambda _: 1.0) for name in "AB"}
+        return compare(runners, sorted_32, engines=dict.fromkeys("AB", ENGINE), load=LOAD, budget_seconds=budget, clock=clock)[
+            "B"
+        ]
+
+    # Forty batches at two seconds a round of both: three rounds would take 240 seconds.
+    assert timing(240.0, 40).sizes == (32,) * 40
+    half = timing(120.0, 40)
+    assert (half.sizes, half.rounds, half.examples) == ((32,) * 20, 3, 640)
+    assert (half.lengths.max, half.lengths.p50) == (40, pytest.approx(20.5, abs=1.0))  # the lengths of the whole
+    assert half.tokens == pytest.approx(640 * 20.5, rel=0.05)
+    assert timing(1.0, 40).sizes == (32,) * 8  # never fewer, however short the budget
+    assert timing(1.0, 4).sizes == (32,) * 4
+
+
 def test_the_ratio_is_the_median_over_rounds_with_its_spread() -> None:
     blank = compare({"A": lambda _: {}}, workload((1, 1)), engines={"A": ENGINE}, load=LOAD, rounds=1)["A"]
     # Rounds of 10 ms against 5, 4 and 2: ratios 2, 2.5 and 5. One hiccup of ours does not move the median.

@@ -12,11 +12,11 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SINGLE = "batch 1, in order"
 SORTED = "batch 32, sorted by length"
 # From the fastest file of an export to the plainest: which one stands for a folder that does not name its best.
@@ -44,6 +46,7 @@ FILES = {
     "model_fused.onnx": "fused",
     "model.onnx": "float",
 }
+LEAST_BATCHES = 8  # however short the budget
 METRIC_ROUNDS = 500  # resamples of a metric that is no mean over examples: each is a call of the task's score, some ms
 
 
@@ -79,7 +82,18 @@ def _inputs(features: Features) -> list[str]:
     return [*names, "attention_mask"]
 
 
-def _spread(batches: Sequence[Sequence[int]], limit: int) -> list[Sequence[int]]:
+def _workload(name: str, batch_size: int, order: str, batches: tuple[Mapping[str, np.ndarray], ...]) -> Workload:
+    taken = np.concatenate([batch["attention_mask"].sum(axis=1) for batch in batches])  # (examples,)
+    summary = Lengths(
+        mean=round(float(taken.mean()), 2),
+        p50=float(np.percentile(taken, 50)),
+        p95=float(np.percentile(taken, 95)),
+        max=int(taken.max()),
+    )
+    return Workload(name, batch_size, order, batches, len(taken), int(taken.sum()), summary)
+
+
+def _spread(batches: Sequence[T], limit: int) -> list[T]:
     """At most `limit` of the batches, evenly spaced, so that a sample has the lengths of the whole."""
     if len(batches) <= limit:
         return list(batches)
@@ -98,22 +112,12 @@ def workloads(
 
     if not len(features) or limit < 1:
         raise DataError("there are no examples to time.", help="give a dev split with at least one example.")
-    own = features.lengths()
     names = _inputs(features)
 
     def build(name: str, size: int, order: str, groups: Sequence[Sequence[int]]) -> Workload:
-        groups = _spread(groups, limit)
-        taken = own[np.concatenate([np.asarray(group, dtype=np.int64) for group in groups])]
-        summary = Lengths(
-            mean=round(float(taken.mean()), 2),
-            p50=float(np.percentile(taken, 50)),
-            p95=float(np.percentile(taken, 95)),
-            max=int(taken.max()),
-        )
-        batches = tuple(collate(features, group, names) for group in groups)
-        return Workload(name, size, order, batches, len(taken), int(taken.sum()), summary)
+        return _workload(name, size, order, tuple(collate(features, group, names) for group in _spread(groups, limit)))
 
-    by_length = sorted_by_length(own if lengths is None else lengths, batch_size)
+    by_length = sorted_by_length(features.lengths() if lengths is None else lengths, batch_size)
     return (
         build(SINGLE, 1, "in order", in_order(len(features), 1)),
         build(SORTED.replace("32", str(batch_size)), batch_size, "sorted by length", by_length),
@@ -217,14 +221,12 @@ def compare(
     """Timings of every runner on the same batches, in turn: each batch is run by all, in rotating order, before the next.
 
     A drift of the machine then hits all of them alike. `warmup` rounds come first and are dropped. With `budget_seconds` it
-    stops early, never before `min_rounds` rounds. A workload per runner is for models whose tokenizers differ.
+    stops early, never before `min_rounds` rounds; where so many would take longer, as the last warm-up round shows, it times fewer of
+    the batches, evenly spaced. A workload per runner is for models whose tokenizers differ.
     """
     names = list(runners)
-    per_name = workload if isinstance(workload, Mapping) else dict.fromkeys(names, workload)
-    sizes = {tuple(_rows(batch) for batch in per_name[name].batches) for name in names}
-    if len(sizes) != 1:
-        raise ValueError("the workloads of one comparison must hold the same examples in the same batches")
-    (shape,) = sizes
+    per_name = dict(workload) if isinstance(workload, Mapping) else dict.fromkeys(names, workload)
+    shape = _shape(per_name.values())
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
 
     def one_round(number: int) -> dict[str, tuple[float, ...]]:
@@ -243,7 +245,14 @@ def compare(
     gc.disable()  # a collection in the middle of a batch would be charged to whoever runs just then
     try:
         for number in range(warmup):
+            begin = clock()
             one_round(number)
+            spent = clock() - begin
+            if number == warmup - 1 and budget_seconds is not None and min_rounds * spent > budget_seconds:
+                limit = max(LEAST_BATCHES, int(len(shape) * budget_seconds / (min_rounds * spent)))
+                kept = {id(work): _shorter(work, limit) for work in per_name.values()}
+                per_name = {name: kept[id(work)] for name, work in per_name.items()}
+                shape = _shape(per_name.values())
         start = clock()
         for number in range(rounds):
             for name, values in one_round(number).items():
@@ -278,6 +287,18 @@ def compare(
 
 def _rows(batch: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(batch.values())))
+
+
+def _shape(works: Iterable[Workload]) -> tuple[int, ...]:
+    """Examples in each batch, the same in all of the workloads: (batches,)."""
+    shapes = {tuple(_rows(batch) for batch in work.batches) for work in works}
+    if len(shapes) != 1:
+        raise ValueError("the workloads of one comparison must hold the same examples in the same batches")
+    return shapes.pop()
+
+
+def _shorter(work: Workload, limit: int) -> Workload:
+    return _workload(work.name, work.batch_size, work.order, tuple(_spread(work.batches, limit)))
 
 
 # -- Quality -----------------------------------------------------------------------------------------------------------------
