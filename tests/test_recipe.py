@@ -13,7 +13,7 @@ from tiny_folder import write_data, write_model
 from slimformer import registry
 from slimformer.errors import RecipeError
 from slimformer.log import Log
-from slimformer.recipe import Bench, Export, Recipe, begin, look
+from slimformer.recipe import Bench, Export, Recipe, begin, look, run
 from slimformer.stages import Calibrate, Run, Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
@@ -207,7 +207,7 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
         ([INTEGERS, INTEGERS], None),  # fewer bits in a second step
         (
             [SPARSE, FACTORS],
-            "kronecker gives every matrix new values, and the zeros that knowledge_sparse left would be gone: leave",
+            "kronecker gives matrices new values, and the zeros that knowledge_sparse left would be gone: leave",
         ),
         ([BLOCKS, FACTORS], "the zeros that group_lasso left"),
         ([MOVED, FACTORS], "the zeros that movement left"),
@@ -225,7 +225,8 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
         ([SPARSE, INTEGERS], "training would fill the zeros that knowledge_sparse left"),
         ([SPARSE, {"train": {"methods": ["keep_zeros", "quantization"]}}], None),
         ([SPARSE, SPARSE], None),
-        ([SPARSE, HELD, CUT, HELD], None),
+        ([SPARSE, HELD, CUT], "fisher gives matrices new values, and the zeros that knowledge_sparse left would be gone"),
+        ([SPARSE, HELD, {"calibrate": {"method": {"use": "fisher", "repair": False}}}, HELD], None),
         ([SPARSE, FROZEN], None),
         ([MOVED, PLAIN_TRAIN], None),  # a choice: the zeros may be filled
         ([UNITS, PLAIN_TRAIN], None),
@@ -242,3 +243,12 @@ def test_orders_that_make_no_sense_are_mistakes(stages: list[dict[str, object]],
     (fact,) = caught.value.facts
     assert fact.startswith(f"stages[{len(stages) - 1}]")
     assert mistake in fact
+
+
+def test_a_recipe_built_in_python_is_held_to_the_same_order(tmp_path):
+    sparse, kronecker = (registry.find("methods", name) for name in ("knowledge_sparse", "kronecker"))
+    stages = (Train(methods=(sparse(density=0.5),)), Calibrate(kronecker()))
+    with pytest.raises(RecipeError, match="undo each other") as caught:
+        run(Recipe(str(tmp_path), Intents(), stages), tmp_path / "out")
+    assert "the zeros that knowledge_sparse left" in caught.value.facts[0]
+    assert not (tmp_path / "out").exists()

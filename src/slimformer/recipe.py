@@ -230,7 +230,7 @@ def disorder(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
             yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
         if zeros and method.fills:
             yield (
-                f"{name} gives every matrix new values, and the zeros that {registry.name_of(zeros)} left would be gone: leave out "
+                f"{name} gives matrices new values, and the zeros that {registry.name_of(zeros)} left would be gone: leave out "
                 "one of the two"
             )
     if closing and not any(method.closes for method in methods):
@@ -479,6 +479,11 @@ def look(recipe: Recipe) -> None:
     from slimformer.runtimes.openvino import require_nncf
     from slimformer.tokenizing import load_tokenizer, max_length_of
 
+    orders = [fact for number, stage in enumerate(recipe.stages) for fact in disorder(stage, recipe.stages[:number])]
+    if orders:
+        raise RecipeError(
+            "the stages of this recipe undo each other.", facts=orders, help="docs/concepts.md says what may follow."
+        )
     if recipe.export.openvino:
         require_nncf()
     for source in map(Path, filter(None, (recipe.model, recipe.teacher))):

@@ -132,7 +132,7 @@ class Method(ABC):
     forms: ClassVar[bool] = False  # whether it decides forms of matrices instead of cuts: none can be cut afterwards
     leaves: ClassVar[Zeros] = Zeros.NONE  # zeros of its own making
     keeps_zeros: ClassVar[bool] = False  # whether zeros that it finds are still there when its stage has trained
-    fills: ClassVar[bool] = False  # whether it gives every matrix new values, so that no zero survives
+    fills: ClassVar[bool] = False  # whether it gives matrices new values, so that no zero in them survives
     closes: ClassVar[bool] = False  # whether later training or cutting would lose what it learned; only the same may come again
     trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
     neutral: ClassVar[bool] = True  # attaching changes no output (law 7)

@@ -58,6 +58,11 @@ class Fisher(Method):
         if self.ridge <= 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
 
+    @property
+    def fills(self) -> bool:  # type: ignore[override]
+        """The least squares solve for whole matrices."""
+        return self.repair
+
     def decide(self, state: State, context: Context) -> Decision:
         plan = self.plan(context, self.weigh(context))
         if not self.repair:
