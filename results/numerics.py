@@ -19,21 +19,26 @@ from functools import cache
 from pathlib import Path
 
 from sweep import Job, main
-from tables import Run, interval, row_times, runs_of, safe, table
+from tables import Run, interval, row_times, safe, table
 from work import (
     ENCODER,
     EXPORT,
     ROOT,
     SQUAD_TEACHER,
     SST2_TEACHER,
+    by_task,
     dense,
     folder_of,
+    found_in,
     glue,
     left,
+    orders,
     ours_in,
-    rising,
+    recipe_link,
     small_squad,
+    still_to_run,
     teacher,
+    write,
 )
 
 from slimformer.exporters.base import Variant
@@ -225,8 +230,7 @@ CLAIMS = (
 
 def pages() -> dict[Path, str]:
     """The page, as the ledgers give it."""
-    found = {run.folder.relative_to(Path("methods") / TABLE).as_posix(): run for run in runs_of(HOME / "methods" / TABLE)}
-    return {ROOT / "docs" / "methods" / "numbers.md": _page(found)}
+    return {ROOT / "docs" / "methods" / "numbers.md": _page(found_in(TABLE))}
 
 
 def _page(found: dict[str, Run]) -> str:
@@ -241,21 +245,14 @@ def _page(found: dict[str, Run]) -> str:
         "`quantization-6` and `-4` have weights of so many bits, activations and tables of 6; a file stores them in bytes.",
         "",
     ]
-    missing = [job for job in jobs() if not job.stands]
-    if missing:
-        lines += [f"{len(missing)} of {len(jobs())} runs are still to be made (`{COMMAND} --plan` names them).", ""]
-    for task in dict.fromkeys(name.split("/")[0] for name in found):
-        part = {name: run for name, run in found.items() if name.startswith(f"{task}/")}
-        records = next(iter(part.values())).records
-        lines += [f"## {task}", "", f"{records[0].task}; metric: {records[0].metric}.", ""]
-        part = {
-            name: run for name, run in part.items() if not name.endswith("/teacher")
-        } or part  # a teacher's run has fewer rivals
-        rows = [_row(name.split("/")[1], run) for name, run in part.items()]
-        lines += [*table(HEAD, [*_teachers(list(part.values())[-1]), *rows]), ""]
+    lines += still_to_run(jobs(), COMMAND)
+    for task, part in by_task(found):
+        runs = list(part.values())
+        lines += [f"## {task}", "", f"{runs[0].records[0].task}; metric: {runs[0].records[0].metric}.", ""]
+        lines += [*table(HEAD, [*_teachers(runs[-1]), *(_row(name, run) for name, run in part.items())]), ""]
     lines += [
         *_aims(found),
-        *_orders(found),
+        *orders("What the papers found, here", ORDERS, found),
         *_engines(),
         "## What the papers say",
         "",
@@ -292,7 +289,7 @@ def _teachers(run: Run) -> list[tuple[str, ...]]:
 def _row(name: str, run: Run) -> tuple[str, ...]:
     ours = run.ours
     assert ours is not None, f"{run.name} has no row of ours"
-    link = f"[{name}](../../results/methods/{TABLE}/{run.folder.parent.name}/{name}/recipe.yaml)"
+    link = recipe_link(TABLE, name)
     return _cells(link, ours, dense(run), ours_in(run, Variant.INT8_STATIC, openvino=True))
 
 
@@ -338,25 +335,6 @@ def _aims(found: dict[str, Run]) -> list[str]:
         ),
     ]
     return ["## What we set out to show", "", *table(("aim", "nearest run", "there", "met"), rows), ""]
-
-
-def _orders(found: dict[str, Run]) -> list[str]:
-    """Whether comparisons come out here as in the papers, by the fp32 files, or by int8 ones where integers are the matter."""
-    rows = []
-    for what, names in ORDERS:
-        runs = [found[name] for name in names if name in found]
-        shown = " < ".join(name.split("/")[-1] for name in names)
-        if len(runs) < len(names):
-            rows.append((what, shown, "not run yet", ""))
-            continue
-        integers = "quantization" in names[0]
-        files = [run.ours if integers else ours_in(run, Variant.FLOAT) for run in runs]
-        texts = [
-            f"{file.score:.4f} ({100 * left(file, dense(run)):.0f} %)" for file, run in zip(files, runs, strict=True) if file
-        ]
-        rows.append((what, shown, ", ".join(texts), rising([file.quality for file in files if file])))
-    head = ("finding", "runs", "scores (encoder weights left)", "the same order")
-    return ["## What the papers found, here", "", *table(head, rows), ""]
 
 
 def _starting(found: dict[str, Run], start: str) -> tuple[str, ...]:
@@ -421,9 +399,7 @@ def _kronecker_aim(found: dict[str, Run]) -> tuple[str, ...]:
 
 def draw() -> None:
     """Writes the page."""
-    for path, text in pages().items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    write(pages())
 
 
 if __name__ == "__main__":

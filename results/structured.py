@@ -18,22 +18,28 @@ from functools import cache
 from pathlib import Path
 
 from sweep import Job, main
-from tables import Run, interval, row_times, runs_of, safe, table
+from tables import Run, interval, row_times, safe, table
 from work import (
     ENCODER,
     EXPORT,
     ROOT,
     SQUAD_TEACHER,
     SST2_TEACHER,
+    by_task,
     dense,
     folder_of,
+    found_in,
     glue,
     left,
+    orders,
     ours_in,
     plain_in,
     questions,
+    recipe_link,
     small_squad,
+    still_to_run,
     teacher,
+    write,
 )
 
 from slimformer import checkpoint
@@ -232,12 +238,18 @@ def jobs() -> tuple[Job, ...]:
 
 HEAD = ("run", "score", "points lost (95 %)", "encoder weights left", "× batch 32", "× batch 1", "× fp32 file", "MB", "minutes")
 ORDERS = (  # what a paper found: the first loses most
-    ("McCarley et al.: random < gain < L0 gates, before any retraining", "mrpc-choice", ("random-75", "gain-75", "l0-75")),
-    ("the same for heads alone, with leave-one-out", "mrpc-heads", ("random-85", "gain-85", "leave_one_out-85", "l0-85")),
-    ("McCarley et al.: retraining with distillation is better", "squad2", ("gates-no-teacher-50", "gates-50")),
-    ("the same on Natural Questions, RoBERTa", "nq", ("gates-no-teacher-50", "gates-50")),
-    ("Lagunas et al.: a teacher helps", "mrpc-ablations", ("movement-no-teacher-35", "mrpc/movement-35")),
-    ("Lagunas et al.: filled is better than not filled", "mrpc-ablations", ("movement-not-filled-35", "mrpc/movement-35")),
+    (
+        "McCarley et al.: random < gain < L0 gates, before any retraining",
+        ("mrpc-choice/random-75", "mrpc-choice/gain-75", "mrpc-choice/l0-75"),
+    ),
+    (
+        "the same for heads alone, with leave-one-out",
+        ("mrpc-heads/random-85", "mrpc-heads/gain-85", "mrpc-heads/leave_one_out-85", "mrpc-heads/l0-85"),
+    ),
+    ("McCarley et al.: retraining with distillation is better", ("squad2/gates-no-teacher-50", "squad2/gates-50")),
+    ("the same on Natural Questions, RoBERTa", ("nq/gates-no-teacher-50", "nq/gates-50")),
+    ("Lagunas et al.: a teacher helps", ("mrpc-ablations/movement-no-teacher-35", "mrpc/movement-35")),
+    ("Lagunas et al.: filled is better than not filled", ("mrpc-ablations/movement-not-filled-35", "mrpc/movement-35")),
 )
 AIMS = (  # what we set out to show: tasks, runs, points that may be lost, times faster in fp32, share of the encoder's weights left
     (
@@ -265,11 +277,10 @@ STYLE = (
 
 def pages() -> dict[Path, str]:
     """The page and its pictures, as the ledgers give them."""
-    folder = ROOT / "docs" / "methods"
-    found = {run.folder.relative_to(Path("methods") / TABLE).as_posix(): run for run in runs_of(HOME / "methods" / TABLE)}
+    folder, found = ROOT / "docs" / "methods", found_in(TABLE)
     made = {folder / "structured.md": _page(found)}
-    for task in dict.fromkeys(name.split("/")[0] for name in found):
-        panels = _panels({name: run for name, run in found.items() if name.startswith(f"{task}/")})
+    for task, part in by_task(found):
+        panels = _panels(part)
         if panels:
             picture = bars(panels, width=760, columns=2)
             made[folder / f"structured-{task}.svg"] = picture.replace(">", f">{STYLE}", 1) + "\n"
@@ -289,33 +300,29 @@ def _page(found: dict[str, Run]) -> str:
         "of the encoder's matrices, those that are not 0.",
         "",
     ]
-    left = [job for job in jobs() if not job.stands]
-    if left:
-        lines += [f"{len(left)} of {len(jobs())} runs are still to be made (`{COMMAND} --plan` names them).", ""]
-    for task in dict.fromkeys(name.split("/")[0] for name in found):
-        part = {name: run for name, run in found.items() if name.startswith(f"{task}/")}
-        title = next(run.records[0].task for run in part.values())
-        lines += [f"## {task}", "", f"{title}; metric: {next(iter(part.values())).records[0].metric}.", ""]
-        rows = [_row(name.split("/")[1], run) for name, run in part.items() if not name.endswith("/teacher")]
-        lines += [*table(HEAD, [*_teachers(part), *rows]), ""]
+    lines += still_to_run(jobs(), COMMAND)
+    for task, part in by_task(found):
+        runs = list(part.values())
+        lines += [f"## {task}", "", f"{runs[0].records[0].task}; metric: {runs[0].records[0].metric}.", ""]
+        rows = [_row(name, run) for name, run in part.items() if not name.endswith("/teacher")]
+        lines += [*table(HEAD, [*_teachers(runs[-1]), *rows]), ""]
         if _panels(part):
             lines += [f"![What is kept in each layer](structured-{task}.svg)", "", *_where(part), ""]
-    lines += [*_aims(found), *_orders(found)]
+    lines += [*_aims(found), *orders("Ablations that the papers report", ORDERS, found)]
     lines += ["## What the papers say", "", *(f"- `{name}`: {claim}." for name, claim in CLAIMS), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _teachers(part: dict[str, Run]) -> list[tuple[str, ...]]:
+def _teachers(run: Run) -> list[tuple[str, ...]]:
     """The dense rows, from one of the runs: speeds are ratios to the first."""
-    some = [run for name, run in part.items() if not name.endswith("/teacher")] or list(part.values())
     roles = (Role.TEACHER_FP32, Role.TEACHER_INT8)
-    return [_cells(record.name, record, None) for record in some[-1].records if record.role in roles]
+    return [_cells(record.name, record, None) for record in run.records if record.role in roles]
 
 
 def _row(name: str, run: Run) -> tuple[str, ...]:
     ours = ours_in(run, Variant.INT8_FUSED)
     assert ours is not None, f"{run.name} has no int8 row of ours"
-    link = f"[{name}](../../results/methods/{TABLE}/{run.folder.parent.name}/{name}/recipe.yaml)"
+    link = recipe_link(TABLE, name)
     return _cells(link, ours, dense(run), plain_in(run))
 
 
@@ -354,24 +361,6 @@ def _aims(found: dict[str, Run]) -> list[str]:
         rows.append((what, name, f"{speed:.2f} × in fp32, {100 * rest:.0f} % of the weights", text, verdict))
     head = ("aim", "nearest run", "speed, size", "points lost (95 %)", "met")
     return ["## What we set out to show", "", *table(head, rows), ""]
-
-
-def _orders(found: dict[str, Run]) -> list[str]:
-    """Whether ablations come out here as in the papers."""
-    rows = []
-    for what, task, names in ORDERS:
-        runs = [found.get(name if "/" in name else f"{task}/{name}") for name in names]
-        files = [ours_in(run, Variant.FLOAT) for run in runs if run is not None]
-        scores = [file.quality for file in files if file is not None]
-        shown = " < ".join(name.split("/")[-1] for name in names)
-        if len(scores) < len(names):
-            rows.append((what, shown, "not run yet", ""))
-        else:
-            rows.append(
-                (what, shown, ", ".join(f"{score:.4f}" for score in scores), "yes" if scores == sorted(scores) else "no")
-            )
-    head = ("finding", "runs", "scores of the fp32 files", "the same order")
-    return ["## Ablations that the papers report", "", *table(head, rows), ""]
 
 
 def _cut(part: dict[str, Run]) -> dict[str, Record]:
@@ -414,9 +403,7 @@ def _where(part: dict[str, Run]) -> list[str]:
 
 def draw() -> None:
     """Writes the page and its pictures."""
-    for path, text in pages().items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    write(pages())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The work that tables of methods are measured on: its tasks, its teachers, and how a ledger's rows are read."""
+"""The work that tables of methods are measured on: its tasks, its teachers, how a ledger's rows are read, and what their pages share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from sweep import Job
-from tables import Run
+from tables import Run, runs_of, table
 
 from slimformer.exporters.base import Variant
 from slimformer.recipe import Bench, Export, Recipe
@@ -80,3 +80,56 @@ def rising(scores: Sequence[float]) -> str:
     """Whether each is better than the one before."""
     steps = [later - earlier for earlier, later in pairwise(scores)]
     return "yes" if min(steps) > 0 else "no" if min(steps) < 0 else "no difference"
+
+
+# -- What the pages share ------------------------------------------------------------------------------------------------------
+
+
+def found_in(name: str) -> dict[str, Run]:
+    """The runs of a table that stand, by task and run: 'mrpc/fisher-35'."""
+    home = Path("methods") / name
+    return {run.folder.relative_to(home).as_posix(): run for run in runs_of(Path(__file__).resolve().parent / home)}
+
+
+def by_task(found: Mapping[str, Run]) -> Iterator[tuple[str, dict[str, Run]]]:
+    """The runs of each task without the tuning of its teacher, which had fewer rivals; that one alone where there is no other yet."""
+    for task in dict.fromkeys(name.split("/")[0] for name in found):
+        part = {name: run for name, run in found.items() if name.startswith(f"{task}/")}
+        yield task, {name: run for name, run in part.items() if not name.endswith("/teacher")} or part
+
+
+def still_to_run(jobs: Sequence[Job], command: str) -> list[str]:
+    """A word on the rows that are not there yet."""
+    missing = [job for job in jobs if not job.stands]
+    return [f"{len(missing)} of {len(jobs)} runs are still to be made (`{command} --plan` names them).", ""] if missing else []
+
+
+def recipe_link(table_name: str, name: str) -> str:
+    """A run's name, linked to its recipe, from a page under docs/methods/."""
+    return f"[{name.split('/')[1]}](../../results/methods/{table_name}/{name}/recipe.yaml)"
+
+
+def orders(title: str, findings: Sequence[tuple[str, Sequence[str]]], found: Mapping[str, Run]) -> list[str]:
+    """Whether comparisons come out here as in the papers, the first losing most: by fp32 files, int8 ones where integers matter."""
+    rows = []
+    for what, names in findings:
+        runs = [found[name] for name in names if name in found]
+        shown = " < ".join(name.split("/")[-1] for name in names)
+        if len(runs) < len(names):
+            rows.append((what, shown, "not run yet", ""))
+            continue
+        integers = "quantization" in names[0]
+        files = [run.ours if integers else ours_in(run, Variant.FLOAT) for run in runs]
+        texts = [
+            f"{file.score:.4f} ({100 * left(file, dense(run)):.0f} %)" for file, run in zip(files, runs, strict=True) if file
+        ]
+        rows.append((what, shown, ", ".join(texts), rising([file.quality for file in files if file])))
+    head = ("finding", "runs", "scores (encoder weights left)", "the same order")
+    return [f"## {title}", "", *table(head, rows), ""]
+
+
+def write(pages: Mapping[Path, str]) -> None:
+    """Pages and pictures onto the disk."""
+    for path, text in pages.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
