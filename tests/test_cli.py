@@ -79,6 +79,7 @@ def test_check_exits_1_when_a_contract_is_broken(call: Call, monkeypatch: pytest
     assert shown == "FAILED methods layers: keeps its promise it does not\n"
 
 
+@pytest.mark.slow
 def test_bench_and_report_show_tables(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimformer.bench import bench
     from slimformer.machine import Load

@@ -416,35 +416,25 @@ def deliver(
     material = bundle.material
     digest = _digest(recipe)
     shared = facts_of(bundle, bundle.teacher, run, digest, values)
-    ours = [
-        Rival(
-            name=f"slimformer {_short(variant)}",
-            role=str(Role.OURS),
-            path=exported / FILES[variant],
-            variant=variant,
-            facts={**shared, "chosen": variant == best.variant, "target": target},
-        )
-        for variant in SHIPPED
-    ]
-    entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
-    own = {FILES[variant]: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=True)}
+
+    def mine(variant: Variant, path: Path, name: str = "", runtime: str = "onnxruntime", *, chosen: bool = False) -> Rival:
+        facts = {**shared, "chosen": chosen, "target": target}
+        return Rival(f"slimformer {name or _short(variant)}", str(Role.OURS), path, variant, runtime, facts)
+
+    ours = [mine(variant, exported / FILES[variant], chosen=variant == best.variant) for variant in SHIPPED]
     if openvino and find_spec("openvino") is not None:
-        for item in ours:
-            if item.variant in STANDARD:
-                there = replace(item, name=f"{item.name} in OpenVINO", runtime="openvino", facts={**shared, "target": target})
-                entries.append(_entry(there, material, run.threads))
+        standard = [item for item in ours if item.variant in STANDARD]
+        ours += [mine(item.variant, item.path, f"{_short(item.variant)} in OpenVINO", "openvino") for item in standard]
     if fused:
-        item = replace(
-            ours[0], name=f"slimformer {_short(Variant.FUSED)}", path=exported / FILES[Variant.FUSED], variant=Variant.FUSED
-        )
-        entries.append(_entry(replace(item, facts={**shared, "target": target}), material, run.threads))
+        ours.append(mine(Variant.FUSED, exported / FILES[Variant.FUSED]))
     made = run.root / "openvino"
     if openvino_file:
         run.log.say("making OpenVINO's int8 file by NNCF.")
         path = openvino_int8(exported / FILES[Variant.FLOAT], bundle.model, material, made)
-        facts = {**shared, "target": target}
-        item = Rival("slimformer OpenVINO int8", str(Role.OURS), path, Variant.INT8_STATIC, "openvino", facts)
-        entries.append(_entry(item, material, run.threads))
+        ours.append(mine(Variant.INT8_STATIC, path, "OpenVINO int8", "openvino"))
+    entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
+    own = {FILES[variant]: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=False)}
+    if openvino_file:
         own[OPENVINO] = entries[-1].task
     found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
     chosen = next(record for record in found.records if record.chosen)

@@ -126,6 +126,7 @@ def quantizers(path: Path) -> dict[str, tuple[float, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_learned_ranges_are_the_ones_in_the_file_and_the_rest_is_calibrated(drafts: Any, tmp_path: Path) -> None:
     span = Range(-1.0, 3.0)
     learned = Ranges({"encoder.1.ffn_out.input": span, "encoder.0.attention.input": span}, weight_bits=6)

@@ -337,6 +337,7 @@ def test_options_are_frozen_and_can_be_replaced() -> None:
     assert Onnx.variants == tuple(Variant)
 
 
+@pytest.mark.slow
 def test_many_zeros_are_told_to_give_no_speed(tmp_path):
     notes = []
     for share, name in ((0.2, "some"), (0.9, "many")):

@@ -449,6 +449,7 @@ def check_files(model: Any, folder: Path) -> None:
     assert again == forwards
 
 
+@pytest.mark.slow
 def test_files_of_a_factored_model_equal_it(tmp_path: Path) -> None:
     check_files(mixed("bert")[0], tmp_path)
 
