@@ -159,6 +159,16 @@ def leading(
     return Plan(keep)
 
 
+def something_left(anatomy: Anatomy, plan: Plan) -> None:
+    """TargetError where a plan takes every sublayer: what is left would be a bag of embeddings."""
+    sublayers = {site.sublayer for site in anatomy.sites.values() if site.sublayer}
+    if sublayers and all(plan.keep.get(name) == () for name in sublayers):
+        raise TargetError(
+            "nothing of the encoder would be left: every sublayer would go.",
+            help="ask for a larger share, or keep one unit in each sublayer with `sublayers: false`.",
+        )
+
+
 def _out_of_reach(budget: float, least: float, cost: Cost) -> TargetError:
     return TargetError(
         f"the budget of {budget:.4g} {cost.unit} cannot be reached: {least:.4g} remain with all cut that can be.",

@@ -186,10 +186,12 @@ class Decision:
     `scales`: site -> (size,) multiplied at the site's taps, in the numbering before the cut. `weights`: parameter name ->
     new values, in shapes before the cut; a method that repairs what is left sets them. The parameters of a new form have names there
     too, "<module>.a" for instance; those that are left out come nearest to the matrix as it is after the cut. `ranges`: what activations
-    span, where a method learned it; it holds for the model as it then is, and the next stage drops it.
+    span, where a method learned it; it holds for the model as it then is, and the next stage drops it. `notes`: what the user should be
+    told of it, a sentence each.
     """
 
     plan: Plan = field(default_factory=Plan)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     ranges: Ranges | None = None
+    notes: tuple[str, ...] = ()

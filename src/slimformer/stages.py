@@ -26,7 +26,7 @@ from slimformer.errors import DataError, PlanError, RecipeError
 from slimformer.files import whole_folder, write_text
 from slimformer.log import Log
 from slimformer.methods.base import Context, Method
-from slimformer.plan import Plan
+from slimformer.plan import Decision, Plan
 from slimformer.precision import looking
 from slimformer.tasks.base import Example, Features, Split, Task
 from slimformer.tokenizing import cutting, load_tokenizer, max_length_of, pad_id_of
@@ -381,7 +381,6 @@ class Train(Stage):
         return encode_text(Path(self.text), load_tokenizer(material.source), material.max_length)
 
     def run(self, bundle: Bundle, run: Run) -> Bundle:
-        from slimformer.shrink import shrink
         from slimformer.training import train
 
         context = self.prepared(bundle, run)
@@ -398,12 +397,23 @@ class Train(Stage):
             evaluate=lambda model: held_score(model, bundle.material),
             cache=run.root,
         )
-        small = shrink(context.model.eval(), context.anatomy, trained.decision)
+        decision = trained.decision
+        small = _cut(context, decision, run)
         if not self.dropout:
             _copy_dropout(bundle.model, small)
         run.log.event("trained", **{name: value for name, value in vars(trained).items() if name != "decision"})
-        decision = trained.decision
         return replace(bundle, model=small, plan=bundle.plan.then(decision.plan), ranges=decision.ranges)
+
+
+def _cut(context: Context, decision: Decision, run: Run) -> PreTrainedModel:
+    """The model that a stage's decision leaves, with what is to be said of it; TargetError where that would be nothing."""
+    from slimformer.allocation import something_left
+    from slimformer.shrink import shrink
+
+    something_left(context.anatomy, decision.plan)
+    for note in decision.notes:
+        run.log.say(note)
+    return shrink(context.model.eval(), context.anatomy, decision)
 
 
 def _copy_dropout(source: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -426,8 +436,6 @@ class Calibrate(Stage):
     kind: ClassVar[str] = "calibrate"
 
     def run(self, bundle: Bundle, run: Run) -> Bundle:
-        from slimformer.shrink import shrink
-
         name = registry.name_of(self.method)
         refuse_cuts((self.method,), bundle.model)
         run.log.say(f"{name}: choosing {'how to store it' if self.method.forms else 'what to keep'}.")
@@ -437,7 +445,7 @@ class Calibrate(Stage):
             decision = self.method.decide(state, context)
         finally:
             state.close()
-        small = shrink(context.model, context.anatomy, decision)
+        small = _cut(context, decision, run)
         return replace(bundle, model=small, plan=bundle.plan.then(decision.plan), ranges=decision.ranges)
 
 

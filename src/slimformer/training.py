@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -552,11 +552,10 @@ class _Rig:
         for method, state in zip(self.methods, self.states, strict=True):
             if method.decides or method.rewrites:
                 decision = method.decide(state, self.context)
-        return Decision(
-            decision.plan,
-            {name: value.detach().to(self._home) for name, value in decision.scales.items()},
-            {name: value.detach().to(self._home) for name, value in decision.weights.items()},
-            decision.ranges,
+        return replace(
+            decision,
+            scales={name: value.detach().to(self._home) for name, value in decision.scales.items()},
+            weights={name: value.detach().to(self._home) for name, value in decision.weights.items()},
         )
 
     def state(self, step: int, facts: Mapping[str, Any]) -> RunState:

@@ -240,6 +240,46 @@ def test_a_target_out_of_reach_is_told_before_training(size):
         Gates(target=0.4, size=size, units="heads").attach(priced("parameters"))
 
 
+@pytest.mark.parametrize("size", ["lagrangian", "top_k"])
+def test_a_target_that_would_leave_nothing_is_told_before_training(size):
+    with pytest.raises(TargetError, match="nothing of the encoder would be left"):
+        Gates(target=0.01, size=size).attach(tiny_context())
+
+
+def test_penalties_that_close_no_gate_are_told():
+    method = Gates(size="threshold")
+    around = tiny_context()
+    state = method.attach(around)
+    with pytest.raises(TargetError, match=r"no gate closed, nothing is cut: the lowest settled gate is 1\.00") as caught:
+        method.decide(state, around)
+    state.close()
+    assert "lambda_heads" in caught.value.help
+
+
+def test_a_lagrangian_that_had_no_time_says_so():
+    around = tiny_context()
+    _, short = pressed(Gates(target=0.5), around, steps=20)
+    (note,) = short.notes
+    assert "not to 50%" in note
+    assert "Train longer" in note
+    assert pressed(Gates(target=0.5), around)[1].notes == ()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_plan_keeps_the_gates_that_are_open(seed):
+    """Where open gates cost as much as the target, they are the plan: a head counts for what it costs, as each of its neurons does."""
+    around = tiny_context()
+    method = Gates(neuron_multiple=1, sublayers=False)
+    draw = torch.Generator().manual_seed(seed)
+    wanted = {site.id: torch.rand(site.size, generator=draw) < 0.5 for site in method.sites(around.anatomy)}
+    for open_units in wanted.values():
+        open_units[0] = True
+    plan = Plan({name: tuple(np.flatnonzero(value.numpy()).tolist()) for name, value in wanted.items() if not value.all()})
+    target = around.cost.of(plan, around.anatomy) / around.cost.dense
+    found = replace(method, target=target * 1.001).choose(around, {n: torch.where(v, 4.0, -4.0) for n, v in wanted.items()})
+    assert found.keep == plan.keep
+
+
 def test_gates_that_stay_are_one_or_folded():
     around = tiny_context()
     for fold in (False, True):

@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.allocation import allocate, leading, strongest
+from slimformer.allocation import allocate, leading, something_left, strongest
 from slimformer.anatomy import Anatomy, Kind, Site
+from slimformer.errors import TargetError
 from slimformer.gating import gated
 from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.plan import Decision, Plan
 
+NEAR = 0.04  # of the dense cost: so far above the target the expected cost may end without a word
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2
 _SHIFT = BETA * math.log(-LOW / HIGH)
 
@@ -138,7 +140,7 @@ class _State(State):
 class Gates(Method):
     """`target`: share of the dense cost to reach. `size` says how it is reached.
 
-    "lagrangian": multipliers drive the expected cost to the target while training; `allocate` then meets it by open probability.
+    "lagrangian": multipliers drive the expected cost to the target while training; `allocate` then meets it, keeping the most open cost.
     "top_k": fixed penalties while training; then the units with the largest log alpha stay, as many as fit the target.
     "threshold": fixed penalties, and units stay whose settled gate is above 0.5; the penalties alone make the size, `target` is not used.
 
@@ -191,7 +193,11 @@ class Gates(Method):
         return [site for site in anatomy.sites.values() if site.kind in kinds]
 
     def attach(self, context: Context) -> State:
-        self.choose(context, {site.id: torch.zeros(site.size) for site in self.sites(context.anatomy)})  # can it be reached?
+        plan = self.choose(
+            context, {site.id: torch.zeros(site.size) for site in self.sites(context.anatomy)}
+        )  # can it be reached?
+        if self.size != "threshold":
+            something_left(context.anatomy, plan)
         return _State(context, self)
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
@@ -221,10 +227,23 @@ class Gates(Method):
         state = cast(_State, state)
         values = {site.id: state.log_alpha[index].detach() for index, site in enumerate(state.sites)}
         plan = self.choose(context, values)
+        if self.size == "threshold" and plan == Plan():
+            lowest = min(float(settled(value).min()) for value in values.values())
+            raise TargetError(
+                f"no gate closed, nothing is cut: the lowest settled gate is {lowest:.2f}, and those below 0.5 go.",
+                help="raise lambda_heads or lambda_neurons, train longer, or meet a target by size: top_k.",
+            )
+        expected = self.report(state)["cost"]
+        notes: tuple[str, ...] = ()
+        if self.size == "lagrangian" and expected > self.target + NEAR:
+            notes = (
+                f"gates: their expected cost came down to {expected:.0%} of the dense, not to {self.target:.0%}; the rest is cut from "
+                "gates that are still open. Train longer, or raise multiplier_lr.",
+            )
         if not self.fold:
-            return Decision(plan)
+            return Decision(plan, notes=notes)
         gone = {site.id for site in state.sites if site.sublayer and plan.keep.get(site.sublayer) == ()}
-        return Decision(plan, scales={name: settled(value) for name, value in values.items() if name not in gone})
+        return Decision(plan, scales={name: settled(value) for name, value in values.items() if name not in gone}, notes=notes)
 
     def choose(self, context: Context, log_alpha: Mapping[str, Tensor]) -> Plan:
         """The plan that these gates lead to; TargetError where the target is out of reach."""
@@ -236,7 +255,10 @@ class Gates(Method):
         if self.size == "threshold":  # settled(0) = 0.5
             counts = {name: int((value > 0).sum()) for name, value in score.items()}
             return leading(anatomy, score, counts, neuron_multiple=multiple, sublayers=sublayers)
-        worth = {name: _numpy(opening(value.double())) for name, value in log_alpha.items()}
+        unit = {name: cost.curves[name][-1] / len(value) for name, value in score.items()}
+        worth = {
+            name: unit[name] * _numpy(opening(value.double())) for name, value in log_alpha.items()
+        }  # kept cost that is open
         return allocate(anatomy, worth, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
 
 
