@@ -76,6 +76,7 @@ def main() -> None:
                 rows.append([pattern, f"{1 - density:.0%}", name, *" | ".join(found).split(" | ")])
                 print(f"| {' | '.join(rows[-1])} |", flush=True)
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(
             json.dumps({"circumstances": circumstances, "head": head, "rows": rows}, indent=1) + "\n", "utf-8"
         )

@@ -99,18 +99,20 @@ def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
         assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
 
 
-def test_a_factored_word_table_finds_like_words_too(tmp_path: Path) -> None:
-    """Factored exactly, the table has the same neighbours, and the rows are augmented as before."""
+def test_like_words_are_those_of_the_teacher(tmp_path: Path) -> None:
+    """Whatever became of the student's table, and however the teacher's is stored, the rows are augmented as before."""
     start = bundle(tmp_path)
     words, width = start.model.get_input_embeddings().weight.shape
-    plan = Plan(forms={"embeddings.word": Kronecker((words, width))})  # the other factor is one number
-    factored = replace(start, model=shrink(start.model, anatomy_of(start.model), plan), plan=start.plan.then(plan))
+    exact, coarse = (Plan(forms={"embeddings.word": Kronecker(shape)}) for shape in ((words, width), (words, width // 8)))
+    factored, rough = (shrink(start.model, anatomy_of(start.model), plan) for plan in (exact, coarse))
+    student = replace(start, model=rough, plan=start.plan.then(coarse))
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
     stage = Train((Distillation(hidden=0),), epochs=0.2, precision="fp32", augment=1)
-    dense, same = (stage.rows(each, run).columns["input_ids"] for each in (start, factored))
-    assert len(same) == 2 * len(start.material.features[Split.TRAIN])
-    assert all(np.array_equal(one, other) for one, other in zip(dense, same, strict=True))
-    assert stage.run(factored, run).plan.forms == plan.forms
+    each = [stage.rows(one, run).columns["input_ids"] for one in (start, student, replace(start, teacher=factored))]
+    assert len(each[0]) == 2 * len(start.material.features[Split.TRAIN])
+    for rows in each[1:]:
+        assert all(np.array_equal(one, other) for one, other in zip(each[0], rows, strict=True))
+    assert stage.run(student, run).plan.forms == coarse.forms
 
 
 def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """More rows from few: copies of training rows in which words are replaced by like ones, for a student whose teacher gives the answers.
 
 As in TinyBERT (Jiao et al., 2020, Algorithm 1): each word that is one token is replaced with probability 0.4 by one of 15 candidates.
-Those are its nearest words in the model's own embedding table (cosine), or what a masked language model holds likely at its place.
+Those are its nearest words in the teacher's embedding table (cosine), or what a masked language model holds likely at its place.
 Differences: no GloVe; words of several tokens stay as they are, so that a copy has the tokens, places and labels of its row, whatever
 the task; the masked model reads whole rows, in one pass, where TinyBERT shows it the row beside the row with a mask, once a word. A
 copy may mean something else than its label says: let the teacher's outputs weigh more than the labels.

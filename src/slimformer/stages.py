@@ -368,7 +368,7 @@ class Train(Stage):
         from slimformer.forms.base import Formed
 
         masked = checkpoint.load_dense(Path(self.augment_model)) if self.augment_model else None
-        words = bundle.model.get_input_embeddings()
+        words = bundle.teacher.get_input_embeddings()  # its neighbours mean something, whatever became of the student's
         table = words.matrix().detach() if isinstance(words, Formed) else cast("Tensor", words.weight)
         run.log.event("augmenting", rows=len(features), copies=self.augment)
         return augmented(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
