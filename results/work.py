@@ -85,6 +85,12 @@ def rising(scores: Sequence[float]) -> str:
 # -- What the pages share ------------------------------------------------------------------------------------------------------
 
 
+def epochs(job: Job) -> str:
+    """Passes over the rows, stage by stage, copies of them counted: '2 + 6'."""
+    stages = [stage for stage in job.recipe.stages if isinstance(stage, Train)]
+    return " + ".join(f"{stage.epochs * (1 + stage.augment):.3g}" for stage in stages)
+
+
 def found_in(name: str) -> dict[str, Run]:
     """The runs of a table that stand, by task and run: 'mrpc/fisher-35'."""
     home = Path("methods") / name
