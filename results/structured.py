@@ -95,6 +95,7 @@ def ladder(share: float, distil: Train) -> dict[str, tuple[Stage, ...]]:
         "random": (Calibrate(Importance(how="random", keep=share)),),
         "gain": (Calibrate(Importance(how="gain", keep=share)),),
         "l0": (replace(distil, epochs=2.0, methods=(gates,), freeze="everything", task_weight=1.0),),
+        "l0-long": (replace(distil, epochs=8.0, methods=(gates,), freeze="everything", task_weight=1.0),),
         "fisher": (Calibrate(Fisher(keep=share, cost="macs")),),
     }
 
