@@ -66,7 +66,7 @@ class Export:
     Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
     `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
     the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
-    `choose_within`, and kept where that makes the best file faster. `values`: how the non-zeros of sparse matrices are stored in
+    `choose_within`, and kept where that makes the best file faster. `values`: how matrices and tables are stored in
     model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
     `openvino`: OpenVINO's own int8 file besides, made by NNCF, which the extra slimformer[openvino] brings.
     """
