@@ -24,7 +24,7 @@ from slimformer.files import whole_folder
 from slimformer.plan import Plan
 from slimformer.ranges import FILE as RANGES
 from slimformer.ranges import Ranges
-from slimformer.sparse import Values, pack, read
+from slimformer.sparse import LEAST_ZEROS, Values, pack, read, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +204,37 @@ def weights_file(folder: Path) -> Path:
     return file
 
 
+def sparse_matrices(path: str | Path) -> tuple[str, ...]:
+    """Ids of the encoder's matrices that the model at `path` was saved without the zeros of; no weight is read."""
+    from slimformer.anatomy import Role
+    from slimformer.families.base import anatomy_of
+
+    folder = Path(path)
+    raw = read_config(folder)
+    if not str(raw["model_type"]).startswith(PREFIX):
+        return ()
+    model, file = _skeleton(folder, raw)
+    shares = zeros(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    return tuple(
+        matrix.id
+        for matrix in anatomy_of(model).matrices.values()
+        if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER) and shares.get(f"{matrix.module}.weight", 0.0) >= LEAST_ZEROS
+    )
+
+
 def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
+    model, file = _skeleton(folder, raw)
+    state = read(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    _check_names(folder, model, state)
+    for name, source in _tied(model).items():
+        state.setdefault(name, state[source])
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _skeleton(folder: Path, raw: dict[str, Any]) -> tuple[PreTrainedModel, Path]:
+    """The model without its weights, in the shapes of its plan, and the file that has them."""
     import transformers
     from accelerate import init_empty_weights
 
@@ -239,13 +269,7 @@ def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
         model = shrink(skeleton, anatomy_of(skeleton), plan)
     except PlanError as error:
         raise ModelError(f"{folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
-    state = read(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    _check_names(folder, model, state)
-    for name, source in _tied(model).items():
-        state.setdefault(name, state[source])
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    return model.eval()
+    return model, file
 
 
 def _check_names(folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:

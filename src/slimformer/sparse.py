@@ -274,6 +274,27 @@ def read(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]
     return tensors
 
 
+def zeros(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Share of zeros that were left out of each matrix, where any were, by the file's header alone; refuses what `read` does there."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    try:
+        with safe_open(file, framework="pt") as stream:
+            told = (stream.metadata() or {}).get(KEY)
+            matrices = _read_metadata(file, told) if told is not None else {}
+            header = _header(stream) if matrices else {}
+            for name, facts in matrices.items():
+                with _told(file, name):
+                    layout = _layout(facts, _rows(expected.get(name)))
+                    stored = header[_checked_parts(name, layout, header)["values"]][1]
+                if layout.index != "none":
+                    found[name] = 1 - math.prod(stored) / math.prod(layout.shape)
+    except SafetensorError as error:
+        raise ModelError(f"{file} cannot be read: {error}.", help=_AGAIN) from None
+    return found
+
+
 _AGAIN = "copy the file again, or make it again."
 
 
