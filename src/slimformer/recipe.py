@@ -64,7 +64,8 @@ class Export:
     """Which files to write. `choose_within`: points of loss within which the fastest file is called the best.
 
     Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
-    `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
+    `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI), and so rounds weights again that
+    `quantization` trained on 8 bits: train on 6, which never overflow, where the file must equal the model; `floats` names points of
     the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
     `choose_within`, and kept where that makes the best file faster. `values`: how matrices and tables are stored in
     model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
