@@ -187,9 +187,9 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
     dense = next(record for record in made.measurement.records if record.role == "teacher-fp32")
     assert ours.weights_bytes is not None
     assert dense.weights_bytes is not None
-    assert ours.weights_bytes == size_bytes(checkpoint.unshared(model), values)  # type: ignore[arg-type]
+    assert ours.weights_bytes == size_bytes(checkpoint.unshared(model), values, checkpoint.heads(model))  # type: ignore[arg-type]
     assert ours.weights_bytes < dense.weights_bytes
-    assert f"non-zeros of sparse matrices as {values}, rounded by at most" in (out / "README.md").read_text()
+    assert f"matrices and word tables as {values}, rounded by at most" in (out / "README.md").read_text()
     loaded = checkpoint.load(out).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -10,9 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_folder import write_data, write_model
 
-from slimformer import registry
+from slimformer import checkpoint, registry
+from slimformer.compression import compress
 from slimformer.errors import RecipeError
 from slimformer.log import Log
+from slimformer.plan import Plan
+from slimformer.ranges import Range, Ranges
 from slimformer.recipe import Bench, Export, Recipe, begin, look, run
 from slimformer.stages import Calibrate, Run, Train
 from slimformer.tasks.classification import Classification
@@ -251,4 +256,76 @@ def test_a_recipe_built_in_python_is_held_to_the_same_order(tmp_path):
     with pytest.raises(RecipeError, match="undo each other") as caught:
         run(Recipe(str(tmp_path), Intents(), stages), tmp_path / "out")
     assert "the zeros that knowledge_sparse left" in caught.value.facts[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as runs deliver them: sparse, stored as int8, with ranges; and ones whose zeros and ranges do not count."""
+    root = tmp_path_factory.mktemp("delivered")
+    source = write_model(root / "dense")
+    model = checkpoint.load(source)
+    wide = write_model(root / "wide", trained=False, hidden_size=64, intermediate_size=128)
+    checkpoint.save(checkpoint.load(wide), Plan(), root / "int8", tokenizer_from=wide, values="int8")
+    assert any(name.endswith("sparse.values") for name in load_file(root / "int8" / "model.safetensors"))
+    learned = Ranges({"encoder.0.ffn_in.input": Range(-1.0, 1.0)}, 8, 8, 8)
+    checkpoint.save(model, Plan(), root / "ranges", tokenizer_from=source, ranges=learned)
+    with torch.no_grad():
+        model.get_submodule("bert.embeddings.token_type_embeddings").weight.zero_()
+    checkpoint.save(model, Plan(), root / "no segments", tokenizer_from=source)
+    with torch.no_grad():
+        model.get_submodule("bert.encoder.layer.1.output.dense").weight[:, ::2] = 0.0
+    checkpoint.save(model, Plan(), root / "sparse", tokenizer_from=source)
+    checkpoint.save(model, Plan(), root / "given up", tokenizer_from=source, sparse=False)
+    write_data(root / "data", train=80, dev=20)
+    return root
+
+
+FILLS = "it was saved without its zeros, which training would fill: add keep_zeros to the methods of each stage"
+LOSES = "it has learned grids and ranges, which the first stage would lose: begin with quantization"
+
+
+@pytest.mark.parametrize(
+    ("folder", "stages", "fact"),
+    [
+        ("sparse", [{"train": {}}], FILLS),
+        ("sparse", [HELD, PLAIN_TRAIN], FILLS),
+        ("sparse", [INTEGERS], FILLS),
+        ("sparse", [CUT], "it was saved without its zeros, and fisher gives matrices new values: leave out fisher"),
+        ("sparse", [HELD], None),
+        ("sparse", [SPARSE, HELD], None),
+        ("sparse", [{"train": {"methods": ["keep_zeros", "quantization"]}}], None),
+        ("sparse", [], None),
+        ("given up", [PLAIN_TRAIN], None),
+        ("no segments", [PLAIN_TRAIN], None),  # a table of zeros is no sparse encoder
+        ("int8", [PLAIN_TRAIN], None),
+        ("ranges", [{"train": {}}], LOSES),
+        ("ranges", [CUT, INTEGERS], LOSES),
+        ("ranges", [INTEGERS], None),
+        ("ranges", [], None),
+        ("dense", [PLAIN_TRAIN], None),
+    ],
+)
+def test_what_a_delivered_model_holds_is_not_lost_without_a_word(
+    delivered: Path, folder: str, stages: list[dict[str, object]], fact: str | None
+) -> None:
+    data = {
+        "model": str(delivered / folder),
+        "task": {"use": "classification", "data": str(delivered / "data")},
+        "stages": stages,
+    }
+    recipe = Recipe.parse(data)
+    if fact is None:
+        look(recipe)
+        return
+    with pytest.raises(RecipeError, match="the stages would undo what was made of") as caught:
+        look(recipe)
+    assert caught.value.facts == (fact,)
+
+
+def test_compress_does_not_fill_zeros_either(delivered: Path, tmp_path: Path) -> None:
+    task = Classification(data=str(delivered / "data"))
+    with pytest.raises(RecipeError, match="undo what was made") as caught:
+        compress(delivered / "sparse", task, tmp_path / "out")
+    assert caught.value.facts == (FILLS,)
     assert not (tmp_path / "out").exists()

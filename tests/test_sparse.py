@@ -21,12 +21,13 @@ import slimformer
 from slimformer import checkpoint, sparse
 from slimformer.errors import ModelError
 from slimformer.families.base import anatomy_of
+from slimformer.forms.kronecker import Kronecker
 from slimformer.methods.quantization import Quantization
 from slimformer.plan import Plan
 from slimformer.quantizer import fake
 from slimformer.runstate import model_digest
 from slimformer.shrink import shrink
-from slimformer.sparse import BLOCKS, KEY, Layout, _Wrong, pack, pack_matrix, read, rounding, size_bytes, unpack_matrix
+from slimformer.sparse import BLOCKS, KEY, LARGE, Layout, _Wrong, pack, pack_matrix, read, rounding, size_bytes, unpack_matrix
 
 NAME = "encoder.weight"
 LAYOUTS = ("float32", "float16", "int8")
@@ -48,7 +49,7 @@ def pruned(rows: int, columns: int, density: float, block: tuple[int, int] = (1,
 
 @st.composite
 def matrices(draw: st.DrawFn, finite: bool = False) -> np.ndarray:
-    """Any shape and any bits, with zeros in single weights or in whole blocks."""
+    """Any shape and any bits, with zeros in single weights or in whole blocks, or without zeros."""
     block = draw(st.sampled_from([(1, 1), (1, 4), (4, 4), (2, 3)]))
     shape = tuple(draw(st.integers(0, 6)) * size for size in block)
     if finite:
@@ -56,7 +57,7 @@ def matrices(draw: st.DrawFn, finite: bool = False) -> np.ndarray:
     else:
         matrix = draw(arrays.arrays(np.uint32, shape)).view(np.float32)
     grid = tuple(length // size for length, size in zip(shape, block, strict=True))
-    kept = draw(arrays.arrays(np.bool_, grid, elements=st.booleans()))
+    kept = draw(st.just(np.ones(grid, dtype=bool)) | arrays.arrays(np.bool_, grid, elements=st.booleans()))
     return np.where(kept.repeat(block[0], 0).repeat(block[1], 1), matrix, np.float32(0))
 
 
@@ -116,6 +117,33 @@ def test_int8_is_exact_for_weights_that_fake_quantization_left_on_a_grid(weights
     again = pack_matrix(unpack_matrix(layout, parts), "int8")
     assert again[0] == layout
     assert all(np.array_equal(part, again[1][name]) for name, part in parts.items())
+
+
+@pytest.mark.parametrize("weights", [8, 6, 4])
+@pytest.mark.parametrize("buckets", ["row", "tensor"])
+def test_dense_matrices_are_stored_without_an_index_and_exactly_where_they_are_on_a_grid(weights: Any, buckets: Any) -> None:
+    draw = torch.Generator().manual_seed(weights)
+    weight = torch.randn(5000, 40, generator=draw) * torch.rand(5000, 1, generator=draw)  # more rows than are rounded at a time
+    weight[weight.abs() < 1e-3] = 0.5
+    grid = Quantization(weights=weights, buckets=buckets).weight_grid(weight)
+    on_grid = torch.where(weight > 0, 1, -1) * fake(weight, grid).abs().clamp_min(grid.step)  # no code is 0
+    layout, parts = pack_matrix(on_grid.numpy(), "int8")
+    assert layout == Layout((5000, 40), (1, 40), "none", "int8")
+    assert {part: (str(array.dtype), array.shape) for part, array in parts.items()} == told(layout, 0)
+    assert np.array_equal(bits(unpack_matrix(layout, parts)), bits(on_grid.numpy()))
+    assert rounding({"weight": on_grid}, "int8") == 0
+
+
+def test_the_rounding_that_the_docs_state():
+    """Of a dense matrix that is on no grid, as int8 and as float16."""
+    matrix = np.random.default_rng(3).normal(size=(300, 96)).astype(np.float32) * 10.0 ** -np.arange(300)[:, None].clip(max=6)
+    matrix = matrix.astype(np.float32)
+    back = {values: unpack_matrix(*pack_matrix(matrix, values)) for values in ("int8", "float16")}
+    gap = {values: np.abs(found.astype(np.float64) - matrix) for values, found in back.items()}
+    assert (gap["int8"] <= np.abs(matrix).max(1, keepdims=True) / 253).all()
+    assert (gap["float16"] <= np.maximum(np.abs(matrix) * 2.0**-11, 2.0**-25)).all()
+    told = rounding({"weight": torch.from_numpy(matrix)}, "int8")
+    assert 0 < told <= 1 / 253
 
 
 def test_int8_by_hand():
@@ -199,6 +227,18 @@ def test_dense_tensors_are_left_as_they_are():
     packed, metadata = pack(tensors)
     assert metadata == {}
     assert all(packed[name] is tensor for name, tensor in tensors.items())
+    small = {"few values": torch.ones(LARGE // 64, 63), "the last Linear": torch.ones(LARGE, 2)}
+    packed, metadata = pack(small, "int8", exact=["the last Linear"])
+    assert metadata == {}
+    assert all(packed[name] is tensor for name, tensor in small.items())
+
+
+@pytest.mark.parametrize(("values", "size"), [("float16", 2), ("int8", 1)])
+def test_a_large_matrix_takes_the_bytes_of_its_values(values: Any, size: int) -> None:
+    weight = torch.from_numpy(pruned(384, 1536, 1.0)).abs() + 0.1
+    assert size_bytes({NAME: weight}, values) == 384 * 1536 * size + (384 * 4 if values == "int8" else 0)
+    sparse_too = torch.from_numpy(pruned(384, 1536, 0.2, (1, 4))) * 100
+    assert "sparse.columns" in str(list(pack({NAME: sparse_too}, values)[0]))  # what a kernel reads stays as it was
 
 
 # -- Files ---------------------------------------------------------------------------------------------------------------------
@@ -242,16 +282,69 @@ def test_saved_again_it_is_the_same_file(model: Any, tmp_path: Path, values: Any
     assert files[0] == files[1]
     assert model_digest(model) == model_digest(slimformer.load(tmp_path / "first"))
     before = tiny("bert").state_dict()["bert.embeddings.position_embeddings.weight"]
-    assert torch.equal(model.state_dict()["bert.embeddings.position_embeddings.weight"], before)  # dense, so not rounded
+    assert torch.equal(
+        model.state_dict()["bert.embeddings.position_embeddings.weight"], before
+    )  # small and dense, so not rounded
+
+
+@pytest.mark.parametrize("values", ["float16", "int8"])
+def test_large_matrices_and_tables_are_stored_smaller_and_the_last_linear_is_not(tmp_path: Path, values: Any) -> None:
+    """Also a factored table, whose factor has three dimensions."""
+    dense = tiny("bert", hidden_size=64, intermediate_size=128, vocab_size=300, num_labels=70)
+    plan = Plan(forms={"embeddings.word": Kronecker((300, 32)), "encoder.0.query": Kronecker((2, 2), 2)})
+    model = shrink(dense, anatomy_of(dense), plan)
+    slimformer.save(model, plan, tmp_path / "model", tokenizer_from=tmp_path, values=values)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    whole = {name for name, tensor in model.state_dict().items() if tensor.numel() >= LARGE and name not in stored}
+    assert whole == {
+        "bert.embeddings.word_embeddings.a",
+        *(
+            f"bert.encoder.layer.{n}.attention.{part}.weight"
+            for n in range(3)
+            for part in ("self.key", "self.value", "output.dense")
+        ),
+        *(f"bert.encoder.layer.{n}.attention.self.query.weight" for n in (1, 2)),
+        *(f"bert.encoder.layer.{n}.{part}.dense.weight" for n in range(3) for part in ("intermediate", "output")),
+        "bert.embeddings.position_embeddings.weight",
+        "bert.pooler.dense.weight",
+    }
+    loaded = slimformer.load(tmp_path / "model")
+    before = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.shape == before[name].shape
+        if name not in whole:
+            assert torch.equal(tensor, before[name])
+        else:
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=float(before[name].abs().max()) / 253)
+    slimformer.save(loaded, plan, tmp_path / "again", tokenizer_from=tmp_path, values=values)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again")]
+    assert files[0] == files[1]
+
+
+def test_files_of_version_1_are_still_read(model: Any, tmp_path: Path) -> None:
+    """Version 2 added an index and changed nothing."""
+    slimformer.save(model, PLAN, tmp_path / "model", tokenizer_from=tmp_path, values="float32")
+    file = tmp_path / "model" / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    old = data[8 : 8 + length].replace(rb"\"version\": 2", rb"\"version\": 1")
+    assert old != data[8 : 8 + length]
+    file.write_bytes(data[:8] + old + data[8 + length :])
+    assert model_digest(slimformer.load(tmp_path / "model")) == model_digest(model)
 
 
 # -- What is false -------------------------------------------------------------------------------------------------------------
 
 
 def parts_of(index: str = "columns", values: Any = "int8") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and metadata of one sparse matrix of 8 x 64."""
-    matrix = pruned(8, 64, 0.25, (1, 4) if index == "columns" else (1, 1))
+    """Tensors and metadata of one matrix: a sparse one of 8 x 64, or a dense one of 64 x 64."""
+    if index == "none":
+        matrix = pruned(64, 64, 1.0)
+        matrix += np.where(matrix < 0, np.float32(-0.1), np.float32(0.1))  # no code is 0
+    else:
+        matrix = pruned(8, 64, 0.25, (1, 4) if index == "columns" else (1, 1))
     tensors, metadata = pack({NAME: torch.from_numpy(matrix)}, values)
+    assert json.loads(metadata[KEY])["matrices"][NAME]["index"] == index
     return tensors, json.loads(metadata[KEY])
 
 
@@ -284,6 +377,12 @@ FALSE = {
     "a part too many": ("columns", {"bits": torch.zeros(64, dtype=torch.uint8)}, r"has a part too many, '.*bits'"),
     "values without a shape": ("columns", {"values": torch.tensor(1, dtype=torch.int8)}, "needs '.*columns'|values"),
     "a bit too many": ("bits", {"bits": lambda t: changed(t, 0, 255)}, r"bits set and 128 values"),
+    "fewer rows": ("none", {"values": lambda t: t[:-1].clone()}, r"needs '.*values' as I8 of \(64, 64\), it is I8 of \(63, 64\)"),
+    "more rows": ("none", {"values": lambda t: torch.cat([t, t])}, r"needs '.*values' as I8 of \(64, 64\), it is I8 of \(128, 64\)"),
+    "rows without scales": ("none", {"scales": None}, r"has no part '.*scales'"),
+    "rows with an index": ("none", {"columns": torch.zeros(64, dtype=torch.uint16)}, r"has a part too many, '.*columns'"),
+    "rows with scales below 0": ("none", {"scales": lambda t: -t}, "scales below 0"),
+    "rows with codes below -127": ("none", {"values": lambda t: changed(t, 0, -128)}, "codes below -127"),
     "fewer bits": ("bits", {"bits": lambda t: t[:-1].clone()}, r"needs '.*bits' as U8 of \(64,\), it is U8 of \(63,\)"),
 }  # fmt: skip
 
@@ -300,7 +399,7 @@ def test_parts_that_do_not_agree_are_refused(tmp_path: Path, case: str) -> None:
             tensors[full] = change(tensors[full]) if callable(change) else change
     file = write(tmp_path, tensors, told)
     with pytest.raises(ModelError, match=message) as caught:
-        read(file, {NAME: (8, 64)})
+        read(file, {NAME: (64 if index == "none" else 8, 64)})
     assert caught.value.what.startswith(f"{file}: the sparse matrix '{NAME}' ")
     assert "\n" not in caught.value.what
 
@@ -315,6 +414,10 @@ def test_parts_that_do_not_agree_are_refused(tmp_path: Path, case: str) -> None:
         ({"block": [1, 5]}, "do not divide"),
         ({"block": [1, 2]}, r"needs '.*values' as I8 of \(32, 2\)"),
         ({"index": "bits"}, "has bits for blocks"),
+        ({"index": "none"}, "has blocks that are no rows, and no index"),
+        ({"index": "none", "block": [8, 64]}, "has blocks that are no rows, and no index"),
+        ({"index": "none", "block": [1, 64]}, "has a part too many, '.*columns'"),
+        ({"index": ["none"]}, "which nothing writes"),
         ({"index": "tree"}, "which nothing writes"),
         ({"values": "int4"}, "which nothing writes"),
         ({"values": ["int8"]}, "which nothing writes"),
@@ -334,7 +437,7 @@ def test_facts_that_are_false_are_refused(tmp_path: Path, facts: dict[str, Any],
         ("{", "do not tell how"),
         ("[" * 100_000, "do not tell how"),
         ("[]", "do not tell how"),
-        ('{"version": 2, "matrices": {}}', r"have the layout 2, this slimformer reads 1\."),
+        ('{"version": 3, "matrices": {}}', r"have the layout 3, this slimformer reads 1 and 2\."),
         ('{"version": true, "matrices": {}}', "have the layout True"),
         ('{"version": 1, "matrices": []}', "do not tell how"),
         ('{"version": 1, "matrices": {"encoder.weight": 3}}', "is not told as"),
@@ -379,9 +482,10 @@ def test_a_model_folder_with_a_false_index_is_refused(model: Any, tmp_path: Path
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(LAYOUTS), st.sampled_from([(1, 1), (1, 4)]), st.data())
-def test_any_bytes_give_a_matrix_or_a_sentence(values: Any, block: tuple[int, int], data: st.DataObject) -> None:
-    layout, parts = pack_matrix(pruned(6, 16, 0.4, block), values)
+@given(st.sampled_from(LAYOUTS), st.sampled_from([(1, 1), (1, 4), None]), st.data())
+def test_any_bytes_give_a_matrix_or_a_sentence(values: Any, block: tuple[int, int] | None, data: st.DataObject) -> None:
+    layout, parts = pack_matrix(pruned(6, 16, 0.4, block) if block else np.abs(pruned(6, 16, 1.0)) + 1, values)
+    assert (layout.index == "none") == (block is None)
     part = data.draw(st.sampled_from(sorted(parts)))
     spoiled = parts[part].copy()
     flat = spoiled.reshape(-1).view(np.uint8)
@@ -404,5 +508,36 @@ def test_layouts_of_a_hostile_size_are_not_made():
     huge = replace(layout, shape=(8, 1 << 44))
     with pytest.raises(_Wrong, match="has the block column 65535"):
         unpack_matrix(replace(huge, shape=(8, 4)), parts | {"columns": np.full_like(parts["columns"], 65535)})
-    with pytest.raises(ModelError, match="expected"), sparse._told(Path("x"), NAME):
-        sparse._layout({"shape": [8, 1 << 44], "block": [1, 4], "index": "columns", "values": "float32"}, (8, 64))
+    for block, index in ([1, 4], "columns"), ([1, 1 << 44], "none"):
+        with pytest.raises(ModelError, match="expected"), sparse._told(Path("x"), NAME):
+            sparse._layout({"shape": [8, 1 << 44], "block": block, "index": index, "values": "float32"}, (8, 64))
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_any_facts_in_the_metadata_give_the_matrix_or_a_sentence(data: st.DataObject) -> None:
+    """Whatever the metadata say of the parts that are there: nothing of another size is made."""
+    number = st.integers(-1, 1 << 62) | st.sampled_from([0, 1, 4, 8, 64])
+    pair = st.lists(number, min_size=1, max_size=3)
+    facts = {"shape": [8, 64], "block": [1, 4], "index": "columns", "values": "int8"} | data.draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "shape": pair,
+                "block": pair,
+                "index": st.sampled_from(["bits", "columns", "none", "", None, 3]),
+                "values": st.sampled_from(["float32", "float16", "int8", "", None, 3]),
+            },
+        )
+    )
+    tensors, _ = parts_of()
+    header = {
+        name: ({"int8": "I8", "uint16": "U16", "int32": "I32", "float32": "F32"}[str(tensor.dtype)[6:]], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    try:
+        layout = sparse._layout(facts, (8, 64))
+        sparse._checked_parts(NAME, layout, header)
+    except _Wrong:
+        return
+    assert layout == Layout((8, 64), (1, 4), "columns", "int8")

@@ -4,7 +4,7 @@ training; written whole, loaded strictly.
 A saved model's `model_type` is "slimformer_<base>", so that plain AutoModel refuses the folder instead of filling what was cut with
 random weights; `import slimformer` teaches it to the Auto classes. Loading builds an empty skeleton, shrinks it by the plan and
 takes every weight by name. Plain transformers folders load too. No pickle, no remote code. Matrices with many zeros are stored
-without them: `sparse.py`.
+without them, and all large ones in smaller values where that is asked for: `sparse.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slimformer.files import whole_folder
 from slimformer.plan import Plan
 from slimformer.ranges import FILE as RANGES
 from slimformer.ranges import Ranges
-from slimformer.sparse import Values, pack, read
+from slimformer.sparse import LEAST_ZEROS, Values, pack, read, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,8 @@ def save(
 ) -> None:
     """Writes a loadable model folder, whole: `plan` is everything that was cut since the dense model.
 
-    `sparse`: matrices with many zeros are stored without them (docs/sparse-file.md), their `values` exactly unless said otherwise.
+    `sparse`: matrices with many zeros are stored without them (docs/sparse-file.md). `values`: "float16" or "int8" stores these and all
+    other large ones in fewer bytes, exactly where they are on such a grid; the last Linear stays as it is.
     """
     with whole_folder(folder) as part:
         write(model, plan, part, tokenizer_from=tokenizer_from, sparse=sparse, values=values, ranges=ranges)
@@ -89,7 +90,7 @@ def write(
         "slimformer": {"base_model_type": base_type, "plan": plan.digest()},
         "transformers_version": transformers.__version__,
     }
-    tensors, metadata = pack(unshared(model), values) if sparse else (unshared(model), {})
+    tensors, metadata = pack(unshared(model), values, exact=heads(model)) if sparse else (unshared(model), {})
     save_file(tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"})  # one entry: of several the order is drawn
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
@@ -112,6 +113,15 @@ def unshared(model: PreTrainedModel) -> dict[str, Tensor]:
         seen.add(key)
         state[name] = tensor.detach().contiguous()
     return state
+
+
+def heads(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the matrices that give a model's outputs, which smaller values leave alone, as int8 files do."""
+    from slimformer.anatomy import PointRole
+    from slimformer.families.base import anatomy_of
+
+    points = anatomy_of(model).points.values()
+    return frozenset(f"{module}.weight" for point in points if point.role is PointRole.HEAD for module in point.modules)
 
 
 def load(path: str | Path) -> PreTrainedModel:
@@ -194,7 +204,37 @@ def weights_file(folder: Path) -> Path:
     return file
 
 
+def sparse_matrices(path: str | Path) -> tuple[str, ...]:
+    """Ids of the encoder's matrices that the model at `path` was saved without the zeros of; no weight is read."""
+    from slimformer.anatomy import Role
+    from slimformer.families.base import anatomy_of
+
+    folder = Path(path)
+    raw = read_config(folder)
+    if not str(raw["model_type"]).startswith(PREFIX):
+        return ()
+    model, file = _skeleton(folder, raw)
+    shares = zeros(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    return tuple(
+        matrix.id
+        for matrix in anatomy_of(model).matrices.values()
+        if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER) and shares.get(f"{matrix.module}.weight", 0.0) >= LEAST_ZEROS
+    )
+
+
 def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
+    model, file = _skeleton(folder, raw)
+    state = read(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    _check_names(folder, model, state)
+    for name, source in _tied(model).items():
+        state.setdefault(name, state[source])
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _skeleton(folder: Path, raw: dict[str, Any]) -> tuple[PreTrainedModel, Path]:
+    """The model without its weights, in the shapes of its plan, and the file that has them."""
     import transformers
     from accelerate import init_empty_weights
 
@@ -229,13 +269,7 @@ def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
         model = shrink(skeleton, anatomy_of(skeleton), plan)
     except PlanError as error:
         raise ModelError(f"{folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
-    state = read(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    _check_names(folder, model, state)
-    for name, source in _tied(model).items():
-        state.setdefault(name, state[source])
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    return model.eval()
+    return model, file
 
 
 def _check_names(folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:

@@ -312,7 +312,7 @@ class Rival:
 
 
 def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, values: Values = "float32") -> dict[str, Any]:
-    """Fields of a Record that belong to a model, whatever file it is in. `values`: how non-zeros of sparse matrices are stored."""
+    """Fields of a Record that belong to a model, whatever file it is in. `values`: how model.safetensors stores large matrices."""
     from slimformer import cost
     from slimformer.anatomy import Role
     from slimformer.families.base import anatomy_of
@@ -326,7 +326,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, valu
         "params": bundle.model.num_parameters(),
         "encoder_params": sum(matrix.parameters for matrix in inside),
         "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
-        "weights_bytes": size_bytes(weights, values),
+        "weights_bytes": size_bytes(weights, values, checkpoint.heads(bundle.model)),
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),
@@ -406,7 +406,7 @@ def deliver(
 
     `openvino`: our files of standard operators run there too, where it is installed. `fused`: the fused fp32 file that lies in `exported`
     is measured, not delivered. `openvino_file`: our model is delivered and measured as OpenVINO's own int8 file besides, made by NNCF.
-    `values`: how non-zeros of sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
+    `values`: how large and sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
     The ledger row and every file that another tool needs are there when this returns; a killed call leaves `out` as it was.
     """
     from slimformer.card import card
@@ -484,9 +484,9 @@ def _stored(model: PreTrainedModel, values: Values) -> str:
     """What is to be said of values that are stored smaller; nothing where they are not."""
     if values == "float32":
         return ""
-    lost = rounding(checkpoint.unshared(model), values)
+    lost = rounding(checkpoint.unshared(model), values, checkpoint.heads(model))
     how = f"rounded by at most {lost:.2g} of a matrix's largest" if lost else "exact"
-    return f"non-zeros of sparse matrices as {values}, {how}"
+    return f"matrices and word tables as {values}, {how}"
 
 
 def _digest(text: str) -> str:

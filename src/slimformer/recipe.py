@@ -64,9 +64,10 @@ class Export:
     """Which files to write. `choose_within`: points of loss within which the fastest file is called the best.
 
     Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
-    `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI); `floats` names points of
+    `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI), and so rounds weights again that
+    `quantization` trained on 8 bits: train on 6, which never overflow, where the file must equal the model; `floats` names points of
     the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
-    `choose_within`, and kept where that makes the best file faster. `values`: how the non-zeros of sparse matrices are stored in
+    `choose_within`, and kept where that makes the best file faster. `values`: how matrices and tables are stored in
     model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
     `openvino`: OpenVINO's own int8 file besides, made by NNCF, which the extra slimformer[openvino] brings.
     """
@@ -489,6 +490,7 @@ def look(recipe: Recipe) -> None:
     for source in map(Path, filter(None, (recipe.model, recipe.teacher))):
         family_of(checkpoint.base_type(checkpoint.read_config(source)))
         checkpoint.weights_file(source)
+    _look_at_gains(Path(recipe.model), recipe.stages)
     source, task = Path(recipe.model), recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
@@ -510,6 +512,28 @@ def look(recipe: Recipe) -> None:
             check_text(Path(str(stage.text)))
     load_tokenizer(source)
     max_length_of(source)
+
+
+def _look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
+    """RecipeError where a model comes with zeros or learned ranges, as a run delivers it, that the stages would lose."""
+    lost = []
+    if stages and checkpoint.load_ranges(source) is not None and not any(method.closes for method in _methods(stages[0])):
+        lost.append("it has learned grids and ranges, which the first stage would lose: begin with quantization")
+    spoiling = next((stage for stage in stages if _fills(stage) or any(method.fills for method in _methods(stage))), None)
+    if spoiling is not None and checkpoint.sparse_matrices(source):
+        filling = next((registry.name_of(method) for method in _methods(spoiling) if method.fills), None)
+        if filling:
+            lost.append(f"it was saved without its zeros, and {filling} gives matrices new values: leave out {filling}")
+        else:
+            lost.append(
+                "it was saved without its zeros, which training would fill: add keep_zeros to the methods of each stage"
+            )
+    if lost:
+        raise RecipeError(
+            f"the stages would undo what was made of {source}.",
+            facts=lost,
+            help="docs/concepts.md says what may follow, and how to give up zeros and ranges.",
+        )
 
 
 def _look_at_teacher(teacher: Path, source: Path, task: Task) -> None:

@@ -1,19 +1,21 @@
-"""The sparse file: matrices with many exact zeros in model.safetensors without them, by a layout of our own.
+"""The sparse file: matrices with many exact zeros in model.safetensors without them, and any large one in smaller values.
 
 docs/sparse-file.md is the layout, byte by byte. `pack` picks one for each matrix: blocks with a column number each (1x4 above all: a
-kernel can compute from it as it stands), or single values with a bit for every weight or a column number each, whichever is smaller.
-float32 comes back bit for bit. Smaller values are rounded first and packed after, so that what was read and packed again is the
-same file. `read` trusts nothing: shapes, counts and indices are checked before a matrix is made. Nothing here computes with a model.
+kernel can compute from it as it stands), single values with a bit for every weight or a column number each, or, in smaller values
+alone, every weight and no index; whichever is smaller. float32 comes back bit for bit. Smaller values are rounded first and packed
+after, so that what was read and packed again is the same file. `read` trusts nothing: shapes, counts and indices are checked before
+a matrix is made. Nothing here computes with a model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Values = Literal["float32", "float16", "int8"]
-Index = Literal["bits", "columns"]
+Index = Literal["bits", "columns", "none"]
 
 KEY = "slimformer.sparse"  # of the file's metadata
-VERSION = 1
+VERSION = 2
+READ = (1, 2)  # 1 knew no index "none", and no tensors of three dimensions
+LARGE = 4096  # values of a matrix without zeros that smaller values are worth a name in the header for
 LEAST_ZEROS = 0.3  # of a matrix; below, a bit for every weight saves too little to be worth an own layout
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 4))  # the first that is FULL is taken: a column number for many values
 FULL = 0.95  # of a block's values are not zero, over all blocks that are not empty
@@ -34,6 +38,7 @@ COLUMNS = 1 << 16  # what a column number can tell apart
 SMALLEST = 2.0**-90  # a row below is 0 as int8: its scale would lose digits that it needs
 LARGEST = np.finfo(np.float32).max / 127  # of a scale: the product with any code stays a float32
 TOPS = (127, 31, 7)  # largest codes of the grids that `quantization` leaves weights on: 8, 6 and 4 bits
+ROWS = 4096  # that are rounded at a time: a word table has a quarter of a million
 SEEN = 64  # columns that tell of nearly every row whether it is worth a look at all of it
 DTYPES: Mapping[Values, tuple[str, Any]] = {
     "float32": ("F32", np.float32),
@@ -44,7 +49,7 @@ DTYPES: Mapping[Values, tuple[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How one matrix is stored. Blocks larger than one weight have column numbers."""
+    """How one matrix is stored. Blocks larger than one weight have column numbers; without an index they are the rows, all of them."""
 
     shape: tuple[int, int]
     block: tuple[int, int]
@@ -59,8 +64,11 @@ class Layout:
     def parts(self, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors that hold it where `count` blocks are not empty: name -> safetensors' dtype and shape."""
         rows, columns = self.shape
-        if self.index == "bits":
-            found: dict[str, tuple[str, tuple[int, ...]]] = {"bits": ("U8", (-(-rows * columns // 8),))}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.index == "none":
+            count = rows
+        elif self.index == "bits":
+            found = {"bits": ("U8", (-(-rows * columns // 8),))}
         else:
             found = {"starts": ("I32", (self.grid[0] + 1,)), "columns": ("U16", (count,))}
         found["values"] = (DTYPES[self.values][0], (count, self.block[0] * self.block[1]))
@@ -72,40 +80,60 @@ class Layout:
 # -- Writing -------------------------------------------------------------------------------------------------------------------
 
 
-def pack(tensors: Mapping[str, Tensor], values: Values = "float32") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same tensors with those that have enough zeros in parts, and the metadata that `read` needs; none of it where none has.
+def pack(
+    tensors: Mapping[str, Tensor], values: Values = "float32", exact: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same tensors with those that are worth it in parts, and the metadata that `read` needs; none of it where none is.
 
-    `values` is how the non-zeros of these matrices are stored: "float16" and "int8" (with a scale for each output) round them.
+    `values` is how large and sparse matrices are stored: "float16" and "int8" (with a scale for each output, or each word of a table)
+    round them, but not those named in `exact`.
     """
     import torch
 
     packed: dict[str, Tensor] = {}
     layouts: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or tensor.ndim != 2 or not _is_sparse(tensor):
+        own = _values(tensor, "float32" if name in exact else values)
+        if own is None:
             packed[name] = tensor
             continue
-        layout, parts = pack_matrix(tensor.detach().cpu().numpy(), values, name)
+        layout, parts = pack_matrix(_matrix(tensor), own, name)
         layouts[name] = asdict(layout)
         packed |= {_part(name, part): torch.from_numpy(array) for part, array in parts.items()}
     metadata = {KEY: json.dumps({"version": VERSION, "matrices": layouts}, sort_keys=True)} if layouts else {}
     return packed, metadata
 
 
-def size_bytes(tensors: Mapping[str, Tensor], values: Values = "float32") -> int:
+def size_bytes(tensors: Mapping[str, Tensor], values: Values = "float32", exact: Collection[str] = ()) -> int:
     """Bytes of all tensors as `pack` stores them; a file has some kilobytes of header on top."""
-    return sum(tensor.nbytes for tensor in pack(tensors, values)[0].values())
+    return sum(tensor.nbytes for tensor in pack(tensors, values, exact)[0].values())
 
 
-def rounding(tensors: Mapping[str, Tensor], values: Values) -> float:
+def rounding(tensors: Mapping[str, Tensor], values: Values, exact: Collection[str] = ()) -> float:
     """By how much `pack` rounds values at most, as a share of the largest of their matrix; 0 where what is read is what was there."""
     worst = 0.0
     for name, tensor in tensors.items():
-        if values != "float32" and tensor.ndim == 2 and _is_sparse(tensor):
-            matrix = tensor.detach().cpu().float().numpy()
+        if values != "float32" and name not in exact and _values(tensor, values) is not None:
+            matrix = _matrix(tensor)
             gap = np.abs(unpack_matrix(*pack_matrix(matrix, values, name)) - matrix).max()
             worst = max(worst, float(gap / (np.abs(matrix).max() or 1.0)))
     return worst
+
+
+def _values(tensor: Tensor, values: Values) -> Values | None:
+    """What a tensor is stored in by parts where `values` are asked for; None where it is left as it is."""
+    import torch
+
+    if tensor.dtype != torch.float32 or tensor.ndim < 2 or not tensor.numel():
+        return None
+    if values != "float32" and tensor.numel() >= LARGE:
+        return values
+    return values if int((tensor == 0).sum()) >= LEAST_ZEROS * tensor.numel() else None
+
+
+def _matrix(tensor: Tensor) -> np.ndarray:
+    """Its rows, whatever stands before the last dimension: a Kronecker factor has its terms there."""
+    return tensor.detach().cpu().flatten(0, -2).numpy()
 
 
 def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") -> tuple[Layout, dict[str, np.ndarray]]:
@@ -116,8 +144,11 @@ def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") ->
     if not np.isfinite(codes).all() and values == "float16":
         raise ModelError(f"{name} has values above 65,504, which float16 cannot hold.", help="store float32 or int8.")
     used = codes.view(np.uint32) != 0 if values == "float32" else codes != 0  # by its bits, -0.0 is no zero
-    block, index = _choose(used)
+    block, index = _choose(used, codes.itemsize)
     layout = Layout((matrix.shape[0], matrix.shape[1]), block, index, values)
+    scaled = {} if scales is None else {"scales": scales}
+    if index == "none":
+        return layout, {"values": codes, **scaled}
     down, across = layout.grid
     tiles = codes.reshape(down, block[0], across, block[1])
     occupied = used.reshape(tiles.shape).any(axis=(1, 3))  # (down, across)
@@ -129,13 +160,7 @@ def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") ->
         parts["starts"] = np.concatenate([[0], occupied.sum(1).cumsum()]).astype(np.int32)
         parts["columns"] = where[1].astype(np.uint16)
     parts["values"] = np.ascontiguousarray(tiles[where[0], :, where[1], :].reshape(len(where[0]), block[0] * block[1]))
-    if scales is not None:
-        parts["scales"] = scales
-    return layout, parts
-
-
-def _is_sparse(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and int((tensor == 0).sum()) >= LEAST_ZEROS * tensor.numel()
+    return layout, parts | scaled
 
 
 def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray | None]:
@@ -156,8 +181,15 @@ def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray
     scales = (scales.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
     steps = _steps(matrix, largest)
     scales = np.where(steps > 0, steps, scales)
-    codes = np.round(np.divide(matrix, scales[:, None], out=np.zeros_like(matrix), where=scales[:, None] > 0))
-    return np.clip(codes, -127, 127).astype(np.int8), scales
+    codes = np.zeros(matrix.shape, dtype=np.int8)
+    for rows in _some(np.flatnonzero(scales > 0)):
+        codes[rows] = np.clip(np.round(matrix[rows] / scales[rows, None]), -127, 127)
+    return codes, scales
+
+
+def _some(rows: np.ndarray) -> list[np.ndarray]:
+    """The same rows, some thousand at a time."""
+    return np.array_split(rows, -(-len(rows) // ROWS)) if len(rows) else []
 
 
 def _steps(matrix: np.ndarray, largest: np.ndarray) -> np.ndarray:
@@ -176,8 +208,9 @@ def _steps(matrix: np.ndarray, largest: np.ndarray) -> np.ndarray:
             ):  # top * step was rounded
                 rows = np.flatnonzero((found == 0) & (step > 0) & (near <= LARGEST))
                 rows = rows[_are_multiples(matrix[rows, :SEEN], near[rows])]
-                rows = rows[_are_multiples(matrix[rows], near[rows])]
-                found[rows] = near[rows]
+                for some in _some(rows):
+                    right = some[_are_multiples(matrix[some], near[some])]
+                    found[right] = near[right]
     return found
 
 
@@ -188,10 +221,12 @@ def _are_multiples(matrix: np.ndarray, steps: np.ndarray) -> np.ndarray:
         return np.asarray(((codes * steps[:, None] == matrix) & (np.abs(codes) <= 127)).all(axis=1))
 
 
-def _choose(used: np.ndarray) -> tuple[tuple[int, int], Index]:
-    """The largest block that is nearly full of values; else single ones, by bits or by numbers."""
+def _choose(used: np.ndarray, size: int) -> tuple[tuple[int, int], Index]:
+    """All values of `size` bytes where that takes less than bits; the largest block that is nearly full; else single ones."""
     rows, columns = used.shape
     count = int(used.sum())
+    if used.size and size * used.size <= size * count + -(-used.size // 8):
+        return (1, columns), "none"
     for block in BLOCKS:
         if count and not (rows % block[0] or columns % block[1]) and columns // block[1] <= COLUMNS:
             tiles = used.reshape(rows // block[0], block[0], columns // block[1], block[1]).any(axis=(1, 3))
@@ -228,15 +263,36 @@ def read(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]
             taken: set[str] = set()
             for name, facts in matrices.items():
                 with _told(file, name):
-                    layout = _layout(facts, expected.get(name))
+                    layout = _layout(facts, _rows(expected.get(name)))
                     names = _checked_parts(name, layout, header)
                     taken |= set(names.values())
                     parts = {part: stream.get_tensor(full).numpy() for part, full in names.items()}
-                    tensors[name] = from_numpy(unpack_matrix(layout, parts))
+                    tensors[name] = from_numpy(unpack_matrix(layout, parts)).view(*expected[name])
             tensors |= {name: stream.get_tensor(name) for name in header if name not in taken}
     except SafetensorError as error:
         raise ModelError(f"{file} cannot be read: {error}.", help=_AGAIN) from None
     return tensors
+
+
+def zeros(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Share of zeros that were left out of each matrix, where any were, by the file's header alone; refuses what `read` does there."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    try:
+        with safe_open(file, framework="pt") as stream:
+            told = (stream.metadata() or {}).get(KEY)
+            matrices = _read_metadata(file, told) if told is not None else {}
+            header = _header(stream) if matrices else {}
+            for name, facts in matrices.items():
+                with _told(file, name):
+                    layout = _layout(facts, _rows(expected.get(name)))
+                    stored = header[_checked_parts(name, layout, header)["values"]][1]
+                if layout.index != "none":
+                    found[name] = 1 - math.prod(stored) / math.prod(layout.shape)
+    except SafetensorError as error:
+        raise ModelError(f"{file} cannot be read: {error}.", help=_AGAIN) from None
+    return found
 
 
 _AGAIN = "copy the file again, or make it again."
@@ -268,30 +324,37 @@ def _read_metadata(file: Path, text: str) -> dict[str, Any]:
         data = None
     if not isinstance(data, dict) or set(data) != {"version", "matrices"} or not isinstance(data["matrices"], dict):
         raise ModelError(f"{file}: its metadata do not tell how matrices are stored.", help=_AGAIN)
-    if type(data["version"]) is not int or data["version"] != VERSION:
+    if type(data["version"]) is not int or data["version"] not in READ:
         raise ModelError(
-            f"{file}: its sparse matrices have the layout {data['version']!r}, this slimformer reads {VERSION}.",
+            f"{file}: its sparse matrices have the layout {data['version']!r}, this slimformer reads {' and '.join(map(str, READ))}.",
             help="install the slimformer that wrote it, or make the file again.",
         )
     return cast(dict[str, Any], data["matrices"])
 
 
-def _layout(facts: Any, expected: Sequence[int] | None) -> Layout:
+def _rows(shape: Sequence[int] | None) -> tuple[int, int] | None:
+    """The shape of a tensor's matrix, as `_matrix` makes it; None where there is none."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape is not None and len(shape) > 1 else None
+
+
+def _layout(facts: Any, expected: tuple[int, int] | None) -> Layout:
     """The layout that metadata tell of; _Wrong where it is none, or not of a matrix that the model has."""
     if not isinstance(facts, dict) or set(facts) != {"shape", "block", "index", "values"}:
         raise _Wrong("is not told as shape, block, index and values")
     shape, block = (_pair(facts[key], key) for key in ("shape", "block"))
-    if facts["index"] not in ("bits", "columns") or facts["values"] not in tuple(DTYPES):
+    if facts["index"] not in get_args(Index) or facts["values"] not in tuple(DTYPES):
         raise _Wrong(f"has the index {facts['index']!r} and the values {facts['values']!r}, which nothing writes")
     if expected is None:
         raise _Wrong("is none of the model's")
-    if shape != tuple(expected):
-        raise _Wrong(f"is {shape}, expected {tuple(expected)}")
+    if shape != expected:
+        raise _Wrong(f"is {shape}, expected {expected}")
     if min(block) < 1 or shape[0] % block[0] or shape[1] % block[1]:
         raise _Wrong(f"is {shape}, which blocks of {block} do not divide")
     layout = Layout(shape, block, facts["index"], facts["values"])
     if layout.index == "bits" and block != (1, 1):
         raise _Wrong("has bits for blocks, which nothing writes")
+    if layout.index == "none" and block != (1, shape[1]):
+        raise _Wrong("has blocks that are no rows, and no index")
     return layout
 
 
@@ -323,7 +386,9 @@ def unpack_matrix(layout: Layout, parts: Mapping[str, np.ndarray]) -> np.ndarray
     values, rows = parts["values"], layout.shape[0]
     if layout.values == "int8":
         _check_codes(values, parts["scales"])
-    if layout.index == "bits":
+    if layout.index == "none":
+        codes = values
+    elif layout.index == "bits":
         _check_bits(parts["bits"], len(values), down * across)
         occupied = np.unpackbits(parts["bits"], count=down * across, bitorder="little").view(bool)
         flat = np.zeros(down * across, dtype=values.dtype)

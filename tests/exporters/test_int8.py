@@ -87,6 +87,39 @@ def test_integers_equal_the_model_with_fake_quantization(model_type: str, bits: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("bits", "again"), [(8, True), (6, False)])
+def test_weights_that_are_rounded_a_second_time_are_told(bits: int, again: bool, tmp_path: Path) -> None:
+    model, ranges = trained("bert", bits)
+    draft = Onnx(weight_bits=7, agreement=0.0).draft(model, arrays(model), ranges=ranges)
+    for variant in (Variant.INT8_STATIC, Variant.INT8_DYNAMIC):
+        notes = draft.write(tmp_path / "model.onnx", variant).notes
+        told = "weights that were trained on 8 bits are rounded again, to 7: the file is not the model that was trained"
+        assert (told in notes) == again
+        assert any("rounded again" in note for note in notes) == again
+
+
+@pytest.mark.slow
+def test_an_input_that_never_moves_is_told_and_computed(tmp_path: Path) -> None:
+    """Neurons that are all off: what their second matrix reads is 0 on any data."""
+    model = tiny("bert")
+    with torch.no_grad():
+        for tensor in model.get_submodule("bert.encoder.layer.1.intermediate.dense").parameters():
+            tensor.zero_()
+    note = "1 inputs are constant on the calibration data, their ranges a guess"
+    for variant in (Variant.INT8_STATIC, Variant.INT8_FUSED, Variant.INT8_DYNAMIC):
+        artifact = Onnx(agreement=0.0).export(model, arrays(model), tmp_path / f"{variant}.onnx", variant)
+        assert note in artifact.notes
+        got = OnnxRuntime().load(artifact.path, threads=1)(arrays(model)[0])["logits"]
+        np.testing.assert_allclose(got, logits(model, arrays(model)[0]), atol=0.3)
+    model.get_submodule("bert.encoder.layer.1.intermediate.dense").bias.data.fill_(1.0)
+    assert note in Onnx(agreement=0.0).export(model, arrays(model), tmp_path / "one.onnx", Variant.INT8_STATIC).notes
+    assert not any(
+        "constant" in note
+        for note in Onnx(agreement=0.0).export(tiny("bert"), arrays(model), tmp_path / "any.onnx", Variant.INT8_STATIC).notes
+    )
+
+
+@pytest.mark.slow
 def test_a_factored_matrix_may_stay_in_float(tmp_path: Path) -> None:
     draft = Onnx(agreement=0.0).draft(model := factored_context("bert").model, arrays(model))
     counts = []

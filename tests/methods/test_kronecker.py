@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import init_empty_weights
 from tiny import tiny
 from tiny_folder import write_data, write_model
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from slimformer import checkpoint, cost
 from slimformer.anatomy import Matrix, Role
 from slimformer.batching import collate
 from slimformer.checks import tiny_context
-from slimformer.errors import PlanError, TargetError
+from slimformer.errors import PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.base import DENSE
 from slimformer.forms.kronecker import Kronecker as Product
@@ -28,10 +29,12 @@ from slimformer.methods.base import Context, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.kronecker import NAMED, Kronecker, candidates, relative_errors
 from slimformer.plan import Decision, Plan
+from slimformer.recipe import Recipe
 from slimformer.shrink import shrink
 from slimformer.stages import Bundle, Calibrate, Run, Train, prepare
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
+from slimformer.tasks.intents import Intents
 
 
 def matrix(role: Role, rows: int, columns: int) -> Matrix:
@@ -75,6 +78,39 @@ def test_named_models_have_the_published_size(name: str, millions: float, ratio:
     assert small.num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
     assert model.num_parameters() / small.num_parameters() == pytest.approx(ratio, abs=0.05)
     assert cost.parameters(model, anatomy).of(Plan(forms=forms), anatomy) == small.num_parameters()
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("7.7x", 7.2), ("21x", 15.7)])
+def test_on_a_narrow_encoder_the_names_are_not_its_ratio(name: str, ratio: float) -> None:
+    """What the docs say of six layers of width 384."""
+    with init_empty_weights(include_buffers=False):
+        shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+        model = BertForSequenceClassification(BertConfig(**shape)).eval()
+    anatomy = anatomy_of(model)
+    counted = cost.parameters(model, anatomy)
+    forms = {item.id: NAMED[name].form(item, 1) for item in anatomy.matrices.values() if item.role is not Role.CLASSIFIER}
+    assert counted.dense / counted.of(Plan(forms=forms), anatomy) == pytest.approx(ratio, abs=0.05)
+
+
+@pytest.mark.parametrize("more", [{"keep": 0.1}, {"keep": 0.25}, {"cost": "macs"}])
+def test_a_share_beside_named_shapes_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="shapes 7.7x leave nothing to search: leave out keep and cost, or shapes"):
+        Kronecker(shapes="7.7x", **more)
+    method = {"use": "kronecker", "shapes": "7.7x", **more}
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": method}}]})
+    assert caught.value.facts == (
+        "stages[0].calibrate.method: shapes 7.7x leave nothing to search: leave out keep and cost, or shapes",
+    )
+
+
+@pytest.mark.parametrize(
+    "method", [Kronecker(), Kronecker(keep=0.25), Kronecker(shapes="21x"), Kronecker(keep=0.1, cost="macs")]
+)
+def test_recipes_bring_the_method_back(method: Kronecker) -> None:
+    recipe = Recipe("x", Intents(), (Calibrate(method),))
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())).stages == recipe.stages
+    assert method.share == (method.keep or 0.25)
 
 
 def test_at_other_widths_the_small_factors_stay_and_the_large_ones_scale() -> None:

@@ -53,7 +53,8 @@ CHATTER = (  # known and harmless; anything else that warns is heard
 @final
 @dataclass(frozen=True)
 class Onnx(Exporter):
-    """`weight_bits` 7 is for CPUs whose int8 sums saturate (x86 without VNNI), where 8 can lose all accuracy.
+    """`weight_bits` 7 is for CPUs whose int8 sums saturate (x86 without VNNI), where 8 can lose all accuracy. It rounds weights that
+    were trained on 8 bits a second time.
 
     `calibration`: how the range of an activation is found in its sample: by the least squared error, the extremes, a
     `percentile`, or the least divergence. Ranges learned in training go before it. `floats`: points of the anatomy whose
@@ -213,6 +214,11 @@ class Draft:
             difference, agreeing = self.options._parity(part, variant, self.batches, self.names, self.outputs, reference)
         if variant in INT8:
             notes.append(f"{agreeing:.1%} of {sum(len(item[self.outputs[0]]) for item in reference)} rows answer as before")
+            if self.ranges is not None and self.options.weight_bits < self.ranges.weight_bits:
+                notes.append(
+                    f"weights that were trained on {self.ranges.weight_bits} bits are rounded again, to {self.options.weight_bits}: "
+                    "the file is not the model that was trained"
+                )
             if self._learned(variant):
                 notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
         notes += _zeros(self.model)

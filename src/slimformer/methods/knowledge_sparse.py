@@ -1,14 +1,17 @@
 """Knowledge-aware sparse pruning: a student from the pre-trained weights is pruned while it learns from the tuned teacher.
 
-Xu, Yen, Zhao, Xiao: Rethinking Network Pruning under the Pre-train and Fine-tune Paradigm (NAACL 2021); constants and schedule as in
-their code. Some hundred times in a run the lowest weights of every encoder matrix are closed for good, by a cubic ramp. Second-order
-scores: Kurtic et al.: The Optimal BERT Surgeon (EMNLP 2022), sections 3.1 and 3.2. Differences: weights are masked in the forward pass
-instead of zeroed after each step (a closed weight reads as 0 and gets no gradient; `decide` writes exact zeros); the last update leaves
-the density itself; the weights that stay are not re-solved as by Kurtic et al., training does that.
+Xu, Yen, Zhao, Xiao: Rethinking Network Pruning under the Pre-train and Fine-tune Paradigm (NAACL 2021); density, number of updates and
+cubic ramp as in their code. Some hundred times in a run the lowest weights of every encoder matrix are closed for good, by a cubic
+ramp. Second-order scores: Kurtic et al.: The Optimal BERT Surgeon (EMNLP 2022), sections 3.1 and 3.2. Differences: weights are masked
+in the forward pass instead of zeroed after each step (a closed weight reads as 0 and gets no gradient; `decide` writes exact zeros);
+the last update leaves the density itself; the weights that stay are not re-solved as by Kurtic et al., training does that. The stage
+trains as all stages do: a tenth of the steps warms up, the rate then falls to 0, gradients are clipped by their norm over all tensors.
+(Theirs: 3e-5 throughout, no warm-up, each tensor clipped to a norm of 1 by itself.)
 
 In a recipe: `model` is the pre-trained encoder, `teacher` the tuned one, `distillation` stands beside this with `task_weight: 0`; its
 `relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` has the terms and weights of the paper's loss.
-(There padding counts, scores are not centred, and the cross entropy of logits is a mean over classes.) Train on with `keep_zeros`.
+(There padding counts, scores are not centred, and the cross entropy of logits is a mean over classes; of a score, as in STS-B, they take
+the squared error to the label, we that to the teacher.) Train on with `keep_zeros`.
 Choose it for the smallest file. Zeros make no dense kernel faster: take 1x4 or N:M where a kernel for them is at hand.
 """
 
