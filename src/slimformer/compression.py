@@ -92,13 +92,14 @@ def compress(
     wishes = wishes or Wishes()
     source = Path(model)
     tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wishes.batch_size)
-    recipe = Recipe(str(model), task, (tune,), seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
+    tuned = checkpoint.is_tuned(source, task.auto_class)
+    stages = () if tuned else (tune,)
+    recipe = Recipe(str(model), task, stages, seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
     look(recipe)
     given = Given(log, threads, wait_seconds)
     with working(Path(out), f"compress {_purpose(recipe, wishes)}", wishes.seed, given) as state:
-        tuned = checkpoint.is_tuned(source, task.auto_class)
-        stages = () if tuned else (replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),)
-        recipe = replace(recipe, stages=stages)
+        if not tuned:
+            recipe = replace(recipe, stages=(replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),))
         bundle, _ = begin(recipe, state)
         state.root.mkdir(exist_ok=True)
         return _search(bundle, recipe, wishes, state, Path(out), command)

@@ -24,7 +24,7 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toy_task import rows
 
-from slimformer import teaching
+from slimformer import registry, teaching
 from slimformer.batching import collate
 from slimformer.errors import DataError, ModelError, RecipeError
 from slimformer.families.base import anatomy_of
@@ -801,6 +801,32 @@ def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> Non
     write_data(data, train=60, without=0.5)
     with pytest.raises(DataError, match="it cannot say that there is none"):
         task.bind(checkpoint.read_config(tmp_path / "tuned"))
+
+
+def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
+    """A leading stage makes it one of v2, its own teacher, and its mark says so; without the stage it is refused."""
+    from slimformer import checkpoint
+    from slimformer.recipe import begin, look
+    from slimformer.stages import Run, Train
+
+    task = QuestionAnswering(data=str(write_data(tmp_path / "data", train=60, without=0.5)), stride=8, max_length=48)
+    folder = write_folder(tmp_path / "model")
+    config = folder / "config.json"
+    write(config, json.loads(config.read_text(encoding="utf-8")) | {"squad_version": "v1"})
+    distil = Train(methods=(registry.find("methods", "distillation")(),))
+    with pytest.raises(DataError, match=r"it cannot say that there is none[\s\S]*begin the recipe with '- train"):
+        look(Recipe(str(folder), task, (distil,)))
+    recipe = Recipe(str(folder), task, (Train(epochs=1), distil))
+    look(recipe)
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
+    bundle, left = begin(recipe, run)
+    assert left == (distil,)
+    assert bundle.teacher is bundle.model
+    assert not bundle.tuned_here  # the questions that all have an answer it may have seen before
+    assert bundle.material.task.bind(bundle.model.config.to_dict()).version == "v2"
+    (made,) = run.root.glob("teacher/1-train-*/made")
+    assert checkpoint.read_config(made)["squad_version"] == "v2"
+    assert checkpoint.read_config(folder)["squad_version"] == "v1"
 
 
 def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path) -> None:
