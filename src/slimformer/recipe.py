@@ -42,6 +42,8 @@ from slimformer.stages import (
     advance,
     check_text,
     prepare,
+    refuse_cuts,
+    sampled_lengths,
     torch_outputs,
 )
 from slimformer.tasks.base import Split, Task
@@ -510,6 +512,30 @@ def look(recipe: Recipe) -> None:
             check_text(Path(str(stage.text)))
     load_tokenizer(source)
     max_length_of(source)
+    _look_at_cuts(recipe, task)
+
+
+def _look_at_cuts(recipe: Recipe, task: Task) -> None:
+    """RecipeError, TargetError or PlanError where the first method that decides cannot do so with this model.
+
+    What a later one meets is known only once there is something left to cut.
+    """
+    from slimformer import cost
+    from slimformer.families.base import anatomy_of
+
+    first = next((method for stage in recipe.stages for method in _methods(stage) if method.decides), None)
+    if first is None:
+        return
+    source = Path(recipe.model)
+    model = checkpoint.skeleton(source, task.auto_class)
+    refuse_cuts((first,), model)
+    anatomy = anatomy_of(model)
+    counted = None  # latency takes weights and a minute to measure
+    if first.cost == "parameters":
+        counted = cost.parameters(model, anatomy)
+    elif first.cost == "macs":
+        counted = cost.macs(anatomy, sampled_lengths(task, source))
+    first.check(anatomy, counted)
 
 
 def _look_at_teacher(teacher: Path, source: Path, task: Task) -> None:

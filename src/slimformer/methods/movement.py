@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Kind, Role
+from slimformer.anatomy import Anatomy, Kind, Matrix, Role
 from slimformer.cost import Cost
 from slimformer.errors import TargetError
 from slimformer.masks import grid_of, liveliness, masked, masked_weights
@@ -196,27 +196,38 @@ class Movement(Method):
         """Rows and columns of a block of Q, K, V."""
         return (self.block, self.block) if isinstance(self.block, int) else self.block
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        self._grids(anatomy)
+        if self.target is None or cost is None:
+            return
+        least = _cost({name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}, cost, 0.0)
+        if self.target * cost.dense < least:
+            raise TargetError(
+                f"a target of {self.target:.3g} cannot be reached: with one head or neuron in each sublayer "
+                f"{least / cost.dense:.1%} of the {cost.unit} remain.",
+                help="ask for more, or take whole layers out first (`layers`).",
+            )
+
     def attach(self, context: Context) -> State:
-        if self.target is not None:
-            least = _cost({name: np.zeros(len(curve) - 1) for name, curve in context.cost.curves.items()}, context.cost, 0.0)
-            if self.target * context.cost.dense < least:
-                raise TargetError(
-                    f"a target of {self.target:.3g} cannot be reached: with one head or neuron in each sublayer "
-                    f"{least / context.cost.dense:.1%} of the {context.cost.unit} remain.",
-                    help="ask for more, or take whole layers out first (`layers`).",
-                )
+        self.check(context.anatomy, context.cost)
         return _State(self._scores(context), context, self.score_lr)
+
+    def _grids(self, anatomy: Anatomy) -> list[tuple[Matrix, tuple[int, int]]]:
+        """The matrices whose blocks have scores, and how many blocks each has along its axes."""
+        found = []
+        for matrix in anatomy.matrices.values():
+            if matrix.role not in ATTENTION and not (self.variant == "block" and matrix.role in FFN):
+                continue
+            rows, columns = self.blocks if self.variant != "struct" else (anatomy.head_dim, matrix.shape[1])
+            if matrix.role in READERS:
+                rows, columns = (matrix.shape[0], rows) if self.variant == "struct" else (columns, rows)
+            found.append((matrix, grid_of(matrix.shape, (rows, columns), matrix.id)))
+        return found
 
     def _scores(self, context: Context) -> list[_Scores]:
         parameters = set(dict(context.model.named_parameters()))
         found = []
-        for matrix in context.anatomy.matrices.values():
-            if matrix.role not in ATTENTION and not (self.variant == "block" and matrix.role in FFN):
-                continue
-            rows, columns = self.blocks if self.variant != "struct" else (context.anatomy.head_dim, matrix.shape[1])
-            if matrix.role in READERS:
-                rows, columns = (matrix.shape[0], rows) if self.variant == "struct" else (columns, rows)
-            grid = grid_of(matrix.shape, (rows, columns), matrix.id)
+        for matrix, grid in self._grids(context.anatomy):
             bias = f"{matrix.module}.bias"
             part = "attention" if matrix.role in ATTENTION else "ffn"
             biases = [(bias, _any_in_row)] if bias in parameters else []
