@@ -5,8 +5,10 @@ order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, AC
 As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train; options `apart: true`, `size: top_k`,
 `fold: false`, `sublayers: false`; then stages that retrain what is left, with or without `distillation`. Differences: the size is met
 exactly, in MACs, parameters or measured milliseconds, where the paper tries penalties until one fits; penalties are a *mean* open
-probability per kind, so that one number serves models of any size. The paper gives neither the initial log alpha nor the penalties:
-we start at +2.5, P(open) = 0.98, so that training begins near the tuned model, and let both penalties rise to 1 over half the steps.
+probability per kind, so that one number serves models of any size; the paper's third vector of gates, on the width of embeddings and
+hidden states, is left out: it could not train those, and found no other way to cut there. The paper gives neither the initial log
+alpha nor the penalties: we start at +2.5, P(open) = 0.98, so that training begins near the tuned model, and let both penalties rise
+to 1 over half the steps.
 Choose it over `fisher` and `importance` when there is time for an epoch or more of selection.
 """
 

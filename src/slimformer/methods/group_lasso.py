@@ -4,8 +4,10 @@ Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Lang
 Structured Pruning (Findings of EMNLP 2020). Its three phases are stages: this method in a `train` stage is the reweighted training
 (1) and, at its end, the hard prune (2); the next `train` stage is the retraining (3), with `keep_zeros` where zeros were left.
 Differences: the weights beta are renewed at shares of the training, so that they change in short runs too (the authors' code renews
-them at epochs 4, 8, 12, 16); the penalty is a mean over weights, so that `strength` means the same for any block or model; exact
-counts instead of percentiles; `units` (ours) are groups closed under the network, so that what goes leaves a smaller dense model.
+them at epochs 4, 8, 12, 16); the penalty is a mean over weights, so that `strength` means the same for any block or model, and epsilon is
+added to the root mean square of a group (they add the same 1e-3 to its L2 norm); `block` is a side in weights (they cut each matrix into
+a number of blocks, 8); exact counts instead of percentiles; `distillation` beside phases 1 and 3 is ours, their runs have the task's loss
+alone; `units` (ours) are groups closed under the network, so that what goes leaves a smaller dense model.
 The paper may square the norm in beta, its text was not at hand; the authors' code does not, nor do we.
 Choose `units` where weights should train while they are chosen among; the others for storage: no dense kernel skips their zeros.
 """

@@ -1,10 +1,12 @@
 """One-shot pruning by what each gate is worth: at random, by first-order gain, or by leaving one head out at a time.
 
 The three plain ways of McCarley, Chakravarti, Sil (2019), section 3.3, below `gates` on the paper's ladder; gain is that of Michel,
-Levy, Neubig (2019). Nothing is repaired or folded: gates that stay are 1. What we chose: gain takes the absolute value per example, so
-that the batch size does not matter; leave-one-out measures the mean task loss on training examples, not F1 on the dev set, which nothing
-here may choose on, and in float32, since one head changes little; one ranking fills the budget, of gain per cost (a head costs as much
-as a hundred neurons), of the plain number for the other two. Choose it as the baseline that a better method has to beat.
+Levy, Neubig (2019). Nothing is repaired or folded: gates that stay are 1. What we chose: random keeps an exact number, where the paper
+draws each gate by itself, Bernoulli(p); gain looks at 2,048 examples, the paper at the training set once, and takes the absolute value
+per example, so that the batch size does not matter; leave-one-out measures the mean task loss on training examples, not F1 on the dev
+set, which nothing here may choose on, and in float32, since one head changes little; one ranking fills the budget, of gain per cost (a
+head costs as much as a hundred neurons), of the plain number for the other two. Choose it as the baseline that a better method has to
+beat.
 """
 
 from __future__ import annotations

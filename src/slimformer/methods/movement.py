@@ -9,6 +9,10 @@ average); and with a `target` no threshold is fixed: it is the one that leaves t
 As recipes, each variant with its `variant` option: a teacher is `distillation` beside it with `task_weight: 0.1`; no teacher (NT): leave
 `distillation` out; large teacher (LT): name the larger tuned model as the recipe's `teacher`. Block and Hybrid keep zeros inside
 surviving heads: train on with `keep_zeros`. Hybrid Filled: `fill: true`, then a dense stage with `distillation`.
+Our recipes differ from the paper's runs: they prune the tuned model, which is its own teacher, where the paper prunes the pre-trained
+weights and has a tuned model beside them; `distillation` learns hidden states (weight 1) and logits (1), where the paper's loss is 0.9
+of the logits' divergence and 0.1 of the cross entropy, at temperature 2; and `train` decays weights by 0.01, where the paper has 0.
+docs/methods.md shows the paper's own form.
 Choose it when there is time for several epochs, and over `gates` where quality at high compression counts most.
 """
 
@@ -145,7 +149,8 @@ class Movement(Method):
     Each attention keeps one head and each FFN one neuron, a masked one if need be, as in the paper.
     `variant`: "block": blocks on all matrices; "hybrid": blocks on attention, whole neurons of the FFN; "struct": whole rows of
     a head in each attention matrix, whole neurons. `block`: rows and columns of a block (of Q, K, V; transposed for output
-    matrices), not used by "struct". `fill`: zeros left in surviving units become small noise, so that a dense stage can use them.
+    matrices), not used by "struct"; one that does not divide every matrix it is laid on is refused: nothing is padded. `fill`: zeros
+    left in surviving units become small noise, so that a dense stage can use them.
     """
 
     variant: Literal["block", "hybrid", "struct"] = "hybrid"
