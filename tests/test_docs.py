@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +49,53 @@ def test_a_recipe_that_is_shown_parses(name: str, text: str) -> None:
     recipe = Recipe.parse(yaml.safe_load(text), where=name)
     assert recipe.stages
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_parts_of_recipes_that_are_shown_parse() -> None:
+    shown = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "yaml")]
+    stages = [yaml.safe_load(block) for block in shown if block.startswith("- ")]
+    tasks = [yaml.safe_load(block)["task"] for block in shown if block.startswith("task:")]
+    assert stages
+    assert tasks
+    for some in stages:
+        Recipe.parse({"model": "x", "task": "intents", "stages": some})
+    for task in tasks:
+        Recipe.parse({"model": "x", "task": task, "stages": []})
+
+
+def test_the_options_of_question_answering_are_told() -> None:
+    from slimformer.tasks.question_answering import QuestionAnswering
+
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    part = text.split("## Question answering")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \|\s*`?([^|`]*?)`?\s*\|", part, re.MULTILINE))
+    assert told == {item.name: "" if item.default in (None, "") else str(item.default) for item in fields(QuestionAnswering)}
+
+
+def test_the_example_of_squads_form_and_of_natural_questions_can_be_read(tmp_path: Path) -> None:
+    from slimformer.squad import read_questions
+
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    (shown,) = blocks(text, "json")
+    (tmp_path / "train.json").write_text(shown, encoding="utf-8")
+    first, second = read_questions([tmp_path / "train.json"]).examples
+    assert (first.answer.texts, first.answer.start, second.answer.texts) == (("1932",), 25, ())
+
+    scope: dict[str, Any] = {}
+    (code,) = (block for block in blocks(text, "python") if "def paragraph" in block)
+    exec(code, scope)
+    words = "<H1> A film </H1> <P> It was made by <b> Ann Lee </b> and Bo Berg . </P> The end"
+    note = {
+        "long_answer": {"start_token": 4, "end_token": 17},
+        "short_answers": [{"start_token": 10, "end_token": 12}, {"start_token": 14, "end_token": 17}],
+    }
+    row = {"document_text": words, "annotations": [note], "example_id": 7, "question_text": "who made it"}
+    made = scope["paragraph"](row)
+    (tmp_path / "nq.json").write_text(json.dumps({"data": [{"paragraphs": [made]}]}), encoding="utf-8")
+    (found,) = read_questions([tmp_path / "nq.json"]).examples
+    assert found.texts == ("who made it", "It was made by Ann Lee and Bo Berg . ")
+    assert (found.answer.texts, found.answer.start) == (("Ann Lee", "Bo Berg ."), 15)
+    assert scope["paragraph"](row | {"annotations": [note | {"short_answers": []}]}) is None
 
 
 def test_concepts_show_a_recipe_with_every_stage() -> None:

@@ -14,11 +14,13 @@ from tiny_folder import write_data, write_model
 
 from slimformer import checkpoint, registry
 from slimformer.compression import compress
-from slimformer.errors import RecipeError
+from slimformer.errors import PlanError, RecipeError, TargetError
+from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.ranges import Range, Ranges
 from slimformer.recipe import Bench, Export, Recipe, begin, look, run
+from slimformer.shrink import shrink
 from slimformer.stages import Calibrate, Run, Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
@@ -329,3 +331,58 @@ def test_compress_does_not_fill_zeros_either(delivered: Path, tmp_path: Path) ->
         compress(delivered / "sparse", task, tmp_path / "out")
     assert caught.value.facts == (FILLS,)
     assert not (tmp_path / "out").exists()
+
+
+HOPELESS = {
+    "a block of movement": ("movement", {"block": 5}, "blocks of 5 x 5 do not divide encoder.0.query, which is 32 x 32"),
+    "a target of movement": ("movement", {"target": 0.01}, "a target of 0.01 cannot be reached: .*% of the MACs remain"),
+    "of parameters": ("movement", {"target": 0.01, "cost": "parameters"}, "% of the parameters remain"),
+    "a block of group_lasso": (
+        "group_lasso",
+        {"groups": "blocks", "block": 7},
+        "blocks of 7 x 7 do not divide encoder.0.query",
+    ),
+    "units of group_lasso": ("group_lasso", {"keep": 0.01}, "the budget of .* MACs cannot be reached"),
+    "a share of group_lasso": ("group_lasso", {"keep": 0.01, "groups": "blocks", "block": 8}, "keep is 0.01, and one group"),
+    "a pattern": ("knowledge_sparse", {"pattern": "1x5"}, "blocks of 1 x 5 do not divide encoder.0.query"),
+    "gates": ("gates", {"target": 0.01}, "nothing of the encoder would be left"),
+    "importance": ("importance", {"keep": 0.01}, "the budget of .* MACs cannot be reached"),
+    "a factor": ("kronecker", {"embedding": 5}, "a factor of 1 x 5 does not divide"),
+    "layers": ("layers", {"keep": 0.01}, "even one layer costs 33%"),
+    "fisher without sublayers": ("fisher", {"keep": 0.01, "sublayers": False}, "the budget of .* MACs cannot be reached"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "message"), HOPELESS.values(), ids=HOPELESS)
+def test_what_cannot_be_is_told_before_a_leading_stage_tunes(tmp_path, name, options, message):
+    """An untuned encoder: its names and sizes are enough to know, so nothing is trained and no folder is made."""
+    source = write_model(tmp_path / "encoder", trained=False, bare=True)
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    method = registry.find("methods", name)(**options)
+    cutting = Train(methods=(method,)) if method.trains else Calibrate(method)
+    with pytest.raises((RecipeError, TargetError, PlanError), match=message):
+        run(Recipe(str(source), task, (Train(), cutting)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_can_be_is_let_through_and_latency_is_left_to_be_measured(tmp_path):
+    source = write_model(tmp_path / "encoder", trained=False, bare=True)
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    movement, layers = (registry.find("methods", name) for name in ("movement", "layers"))
+    for cutting in (movement(block=8), movement(block=8, target=0.01, cost="latency")):
+        look(Recipe(str(source), task, (Train(), Train(methods=(cutting,)))))
+    later = Train(methods=(movement(target=0.01),))  # whether it can be, only what is left then tells
+    look(Recipe(str(source), task, (Train(), Calibrate(layers()), later)))
+
+
+def test_a_model_that_was_cut_before_is_looked_at_as_it_is(tmp_path):
+    source = write_model(tmp_path / "model", trained=False)
+    dense = checkpoint.load(source)
+    plan = Plan({"encoder.0.heads": (1,), "encoder.1.attention": ()})
+    checkpoint.save(shrink(dense, anatomy_of(dense), plan), plan, tmp_path / "small", tokenizer_from=source)
+    assert anatomy_of(checkpoint.skeleton(tmp_path / "small", "AutoModel")) == anatomy_of(dense).after(plan)
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    lasso, movement = (registry.find("methods", name) for name in ("group_lasso", "movement"))
+    look(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(movement(block=8),)))))
+    with pytest.raises(RecipeError, match="blocks of 16 x 16 do not divide encoder.0.query, which is 8 x 32"):
+        look(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(lasso(groups="blocks", block=16),)))))

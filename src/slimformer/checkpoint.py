@@ -213,8 +213,8 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     raw = read_config(folder)
     if not str(raw["model_type"]).startswith(PREFIX):
         return ()
-    model, file = _skeleton(folder, raw)
-    shares = zeros(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    model = _cut_skeleton(folder, raw)
+    shares = zeros(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
     return tuple(
         matrix.id
         for matrix in anatomy_of(model).matrices.values()
@@ -223,8 +223,8 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
 
 
 def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
-    model, file = _skeleton(folder, raw)
-    state = read(file, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    model = _cut_skeleton(folder, raw)
+    state = read(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
     _check_names(folder, model, state)
     for name, source in _tied(model).items():
         state.setdefault(name, state[source])
@@ -233,8 +233,32 @@ def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-def _skeleton(folder: Path, raw: dict[str, Any]) -> tuple[PreTrainedModel, Path]:
-    """The model without its weights, in the shapes of its plan, and the file that has them."""
+def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
+    """The names and shapes of the model at `path`, without its weights; as `auto_class` where it has no head yet."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    folder = Path(path)
+    raw = read_config(folder)
+    if str(raw["model_type"]).startswith(PREFIX):
+        return _cut_skeleton(folder, raw)
+    fields = {key: value for key, value in raw.items() if key != "model_type"}
+    try:
+        config = transformers.AutoConfig.for_model(raw["model_type"], **fields)
+        with _quiet(), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise _does_not_load(folder, error) from error
+    return model
+
+
+def _does_not_load(folder: Path, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(f"{folder} does not load: {first}", help="does config.json belong to these weights?")
+
+
+def _cut_skeleton(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
+    """Names and shapes of a model that we saved: an empty model, cut by its plan."""
     import transformers
     from accelerate import init_empty_weights
 
@@ -260,16 +284,14 @@ def _skeleton(folder: Path, raw: dict[str, Any]) -> tuple[PreTrainedModel, Path]
             f"{folder}: plan.json ({plan.digest()}) is not the plan of this model ({facts.get('plan')}).",
             help="copy the whole folder again.",
         )
-    file = weights_file(folder)
     fields = {key: value for key, value in raw.items() if key not in {"slimformer", "model_type"}}
     config = transformers.AutoConfig.for_model(kind, **fields)
     with init_empty_weights(include_buffers=False):
-        skeleton = cls(config)
+        empty = cls(config)
     try:
-        model = shrink(skeleton, anatomy_of(skeleton), plan)
+        return shrink(empty, anatomy_of(empty), plan)
     except PlanError as error:
         raise ModelError(f"{folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
-    return model, file
 
 
 def _check_names(folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
@@ -327,8 +349,7 @@ def load_dense(
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{folder} does not load: {first}", help="does config.json belong to these weights?") from error
+            raise _does_not_load(folder, error) from error
     base = f"{model.base_model_prefix}."
     extra = [name for name in info["missing_keys"] if name.startswith(base) and ".pooler." not in name]
     wrong = [str(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]]

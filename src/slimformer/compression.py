@@ -24,7 +24,7 @@ from slimformer.exporters.base import Variant
 from slimformer.files import write_text
 from slimformer.log import Log
 from slimformer.recipe import RIVALS, Bench, Given, Outcome, Ready, Recipe, RivalName, begin, finish, look, tidy, working
-from slimformer.stages import Bundle, Calibrate, Clock, Run, Stage, Train, advance, context_of, subset
+from slimformer.stages import Bundle, Calibrate, Clock, Run, Stage, Train, advance, context_of, sampled_lengths, subset
 from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
@@ -92,13 +92,14 @@ def compress(
     wishes = wishes or Wishes()
     source = Path(model)
     tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wishes.batch_size)
-    recipe = Recipe(str(model), task, (tune,), seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
+    tuned = checkpoint.is_tuned(source, task.auto_class)
+    stages = () if tuned else (tune,)
+    recipe = Recipe(str(model), task, stages, seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
     look(recipe)
     given = Given(log, threads, wait_seconds)
     with working(Path(out), f"compress {_purpose(recipe, wishes)}", wishes.seed, given) as state:
-        tuned = checkpoint.is_tuned(source, task.auto_class)
-        stages = () if tuned else (replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),)
-        recipe = replace(recipe, stages=stages)
+        if not tuned:
+            recipe = replace(recipe, stages=(replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0)),))
         bundle, _ = begin(recipe, state)
         state.root.mkdir(exist_ok=True)
         return _search(bundle, recipe, wishes, state, Path(out), command)
@@ -123,12 +124,8 @@ def _tune_lr(source: Path) -> float:
 
 def _epochs(task: Task, source: Path, tokens: int, least: float, most: float) -> float:
     """Epochs that see about this many tokens."""
-    from slimformer.tokenizing import load_tokenizer, max_length_of
-
-    examples = task.split(Split.TRAIN)
-    some = examples[:: max(1, len(examples) // 500)]
-    lengths = task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source))).lengths()
-    return float(min(most, max(least, round(tokens / (float(lengths.mean()) * len(examples)), 1))))
+    total = float(sampled_lengths(task, source).mean()) * len(task.split(Split.TRAIN))
+    return float(min(most, max(least, round(tokens / total, 1))))
 
 
 # -- The search ----------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ from slimformer.stages import (
     advance,
     check_text,
     prepare,
+    refuse_cuts,
+    sampled_lengths,
     torch_outputs,
 )
 from slimformer.tasks.base import Split, Task
@@ -494,7 +496,7 @@ def look(recipe: Recipe) -> None:
     source, task = Path(recipe.model), recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
-        task = task.bind(checkpoint.read_config(source))
+        task = task.bind(checkpoint.read_config(source) | _marks(recipe))
     elif recipe.teacher is None and not _lead(recipe.stages):
         raise RecipeError(
             f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
@@ -512,6 +514,30 @@ def look(recipe: Recipe) -> None:
             check_text(Path(str(stage.text)))
     load_tokenizer(source)
     max_length_of(source)
+    _look_at_cuts(recipe, task)
+
+
+def _look_at_cuts(recipe: Recipe, task: Task) -> None:
+    """RecipeError, TargetError or PlanError where the first method that decides cannot do so with this model.
+
+    What a later one meets is known only once there is something left to cut.
+    """
+    from slimformer import cost
+    from slimformer.families.base import anatomy_of
+
+    first = next((method for stage in recipe.stages for method in _methods(stage) if method.decides), None)
+    if first is None:
+        return
+    source = Path(recipe.model)
+    model = checkpoint.skeleton(source, task.auto_class)
+    refuse_cuts((first,), model)
+    anatomy = anatomy_of(model)
+    counted = None  # latency takes weights and a minute to measure
+    if first.cost == "parameters":
+        counted = cost.parameters(model, anatomy)
+    elif first.cost == "macs":
+        counted = cost.macs(anatomy, sampled_lengths(task, source))
+    first.check(anatomy, counted)
 
 
 def _look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
@@ -569,18 +595,28 @@ def _lead(stages: Sequence[Stage]) -> int:
     return count
 
 
+def _marks(recipe: Recipe) -> dict[str, Any]:
+    """What the config of the recipe's model says once leading `train` stages have trained it on the task's data."""
+    return dict(recipe.task.marks()) if _lead(recipe.stages) else {}
+
+
 def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
     """The bundle with a teacher that is ready, and the stages still to run; `look` has checked the recipe.
 
-    An untuned model is first tuned by the recipe's leading plain `train` stages, and is then its own teacher. Where the recipe names
-    a teacher, the untuned model itself is the student.
+    A model that is not tuned, or whose config says that it was tuned on data of another kind, is first tuned by the recipe's leading
+    plain `train` stages, and is then its own teacher. Where the recipe names a teacher, such a model itself is the student.
     """
     source = Path(recipe.model)
     config = checkpoint.read_config(source)
     tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
+    ready = tuned
     if tuned:
-        task = recipe.task.bind(config)
+        marks = _marks(recipe)
+        ready = all(config.get(name, value) == value for name, value in marks.items())
+        task = recipe.task.bind(config | marks)
         model, plan, ranges = checkpoint.load(source), checkpoint.load_plan(source), checkpoint.load_ranges(source)
+        for name, value in marks.items():
+            setattr(model.config, name, value)  # reaches a file only with the weights that a stage has trained
     else:
         ranges = None
         # a named teacher knows the order of the classes, which the fresh head must share
@@ -602,13 +638,13 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
             )
         _try_out(teacher, material)
         return Bundle(model, plan, material, teacher, ranges=ranges), stages
-    if tuned:
+    if ready:
         if not _lead(stages):  # else the first stage may teach it what it lacks
             _try_out(model, material)
         return Bundle(model, plan, material, model, ranges=ranges), stages
     lead = _lead(stages)
     bundle = advance(stages[:lead], Bundle(model, plan, material, model), state.under("teacher"))
-    return Bundle(bundle.model, bundle.plan, material, bundle.model, tuned_here=True), stages[lead:]
+    return Bundle(bundle.model, bundle.plan, material, bundle.model, tuned_here=not tuned), stages[lead:]
 
 
 def _try_out(model: PreTrainedModel, material: Material) -> None:

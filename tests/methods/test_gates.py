@@ -183,7 +183,7 @@ def test_the_plan_of_a_bert_large_is_within_two_percent_of_its_target(large, uni
     for target in (0.4, 0.75):
         method = Gates(target=target, size=size, sublayers=False)
         values = {site.id: 3 * torch.randn(site.size, generator=draw) for site in method.sites(anatomy)}
-        left = around.cost.of(method.choose(around, values), anatomy) / around.cost.dense
+        left = around.cost.of(method.choose(around.anatomy, around.cost, values), anatomy) / around.cost.dense
         assert 0.98 * target <= left <= target
 
 
@@ -231,7 +231,7 @@ def test_threshold_keeps_what_is_more_open_than_shut():
         "encoder.0.heads",
         "encoder.2.neurons",
     ]
-    assert method.choose(around, values).keep == {"encoder.0.heads": (1, 3), "encoder.2.ffn": ()}
+    assert method.choose(around.anatomy, around.cost, values).keep == {"encoder.0.heads": (1, 3), "encoder.2.ffn": ()}
 
 
 @pytest.mark.parametrize("size", ["lagrangian", "top_k"])
@@ -276,7 +276,9 @@ def test_the_plan_keeps_the_gates_that_are_open(seed):
         open_units[0] = True
     plan = Plan({name: tuple(np.flatnonzero(value.numpy()).tolist()) for name, value in wanted.items() if not value.all()})
     target = around.cost.of(plan, around.anatomy) / around.cost.dense
-    found = replace(method, target=target * 1.001).choose(around, {n: torch.where(v, 4.0, -4.0) for n, v in wanted.items()})
+    found = replace(method, target=target * 1.001).choose(
+        around.anatomy, around.cost, {n: torch.where(v, 4.0, -4.0) for n, v in wanted.items()}
+    )
     assert found.keep == plan.keep
 
 

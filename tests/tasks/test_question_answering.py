@@ -24,7 +24,7 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toy_task import rows
 
-from slimformer import teaching
+from slimformer import registry, teaching
 from slimformer.batching import collate
 from slimformer.errors import DataError, ModelError, RecipeError
 from slimformer.families.base import anatomy_of
@@ -77,6 +77,15 @@ def bert_like(words: Sequence[str] = (*NUMBERS, *FILLERS, *ASKED)) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    return tokenizer
+
+
+def whole_words_of_roberta() -> Tokenizer:
+    """The same words, with the special tokens of RoBERTa."""
+    tokens = ("<s>", "<pad>", "</s>", "<unk>", *NUMBERS, *FILLERS, *ASKED)
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return tokenizer
 
 
@@ -727,17 +736,20 @@ def test_a_recipe_with_it_round_trips_and_finds_files_beside_it(tmp_path: Path) 
 # -- Models --------------------------------------------------------------------------------------------------------------------
 
 
-def write_folder(folder: Path, *, trained: int = 0, without: float = 0.0, bare: bool = False, words: Any = None) -> Path:
-    """A BERT of hidden size 32 for questions with its tokenizer, trained for so many steps on `questions`."""
+def write_folder(
+    folder: Path, *, trained: int = 0, without: float = 0.0, bare: bool = False, words: Any = None, kind: str = "bert"
+) -> Path:
+    """A BERT or RoBERTa of hidden size 32 for questions with its tokenizer, trained for so many steps on `questions`."""
+    from slimformer.families.base import family_of
     from slimformer.tiny import tiny
 
-    tokenizer = bert_like(words) if words else bert_like()
+    tokenizer = whole_words_of_roberta() if kind == "roberta" else bert_like(words) if words else bert_like()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}), encoding="utf-8")
-    shape = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "num_labels": 2}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 60}), encoding="utf-8")
+    shape = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": int(kind == "roberta"), "num_labels": 2}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = tiny("bert", auto_class="AutoModelForQuestionAnswering", **shape, **still)
+    model = tiny(kind, auto_class="AutoModelForQuestionAnswering", **shape, **still)
     if trained:
         content = questions(160, 7, without=without)
         rows = [
@@ -751,7 +763,7 @@ def write_folder(folder: Path, *, trained: int = 0, without: float = 0.0, bare: 
         for step in range(trained):
             some = range(step % 5 * 32, step % 5 * 32 + 32)
             batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
-            names = ("input_ids", "attention_mask", "token_type_ids")
+            names = family_of(kind).inputs(model)
             loss = task.loss(model(**{name: batch[name] for name in names}), batch)
             optimizer.zero_grad()
             loss.backward()
@@ -801,6 +813,32 @@ def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> Non
     write_data(data, train=60, without=0.5)
     with pytest.raises(DataError, match="it cannot say that there is none"):
         task.bind(checkpoint.read_config(tmp_path / "tuned"))
+
+
+def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
+    """A leading stage makes it one of v2, its own teacher, and its mark says so; without the stage it is refused."""
+    from slimformer import checkpoint
+    from slimformer.recipe import begin, look
+    from slimformer.stages import Run, Train
+
+    task = QuestionAnswering(data=str(write_data(tmp_path / "data", train=60, without=0.5)), stride=8, max_length=48)
+    folder = write_folder(tmp_path / "model")
+    config = folder / "config.json"
+    write(config, json.loads(config.read_text(encoding="utf-8")) | {"squad_version": "v1"})
+    distil = Train(methods=(registry.find("methods", "distillation")(),))
+    with pytest.raises(DataError, match=r"it cannot say that there is none[\s\S]*begin the recipe with '- train"):
+        look(Recipe(str(folder), task, (distil,)))
+    recipe = Recipe(str(folder), task, (Train(epochs=1), distil))
+    look(recipe)
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
+    bundle, left = begin(recipe, run)
+    assert left == (distil,)
+    assert bundle.teacher is bundle.model
+    assert not bundle.tuned_here  # the questions that all have an answer it may have seen before
+    assert bundle.material.task.bind(bundle.model.config.to_dict()).version == "v2"
+    (made,) = run.root.glob("teacher/1-train-*/made")
+    assert checkpoint.read_config(made)["squad_version"] == "v2"
+    assert checkpoint.read_config(folder)["squad_version"] == "v1"
 
 
 def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path) -> None:
@@ -974,6 +1012,51 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     code, _, err = call("bench", "small", "--wait", 0, "--seconds", 0, "--threads", 1)
     assert code == 2
     assert "DataError: small was made for data of another kind" in err
+
+
+@pytest.mark.slow
+def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short command: what it delivers answers questions, always with a span, and its recipe names what was done."""
+    from test_compression import DELIVERED, hurry
+
+    from slimformer import checkpoint
+    from slimformer.report import Role, read, read_facts
+
+    hurry(monkeypatch)
+    monkeypatch.setattr("slimformer.latency.SECONDS", 3.0)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        write_data(Path("data"), train=240)
+        write_folder(Path("model"), trained=80, kind="roberta")
+        wanted = ("--speedup", 1.5, "--max-loss", 100, "--epochs", 2, "--tries", 1)
+        read_as = ("--data", "data", "--stride", 8, "--max-length", 48)
+        code, _, err = call("compress", "model", *read_as, *wanted, "--threads", 1, "--wait", 0, "--out", "small")
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0, err
+    assert {item.name for item in Path("small").iterdir()} >= DELIVERED
+    assert not Path("small/work").exists()
+    facts = read_facts(Path("small"))
+    assert facts is not None
+    assert facts.task == {
+        "use": "question_answering", "data": "data", "version": "v1", "max_length": 48, "stride": 8,
+    }  # fmt: skip
+    assert not any(facts.fitted.values())  # v1 has no threshold
+    rows = read([Path("small/ledger.jsonl")])
+    teacher = next(item for item in rows if item.role == Role.TEACHER_FP32)
+    ours = {item.file: item for item in rows if item.role == Role.OURS}
+    assert set(ours) == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
+    assert {item.metric for item in rows} == {"f1"}
+    assert teacher.score > 0.9
+    assert ours["model.onnx"].score > 0.9
+    assert set(teacher.scores) == {"f1", "exact"}
+    stages = Recipe.read("small/recipe.yaml").stages
+    assert [stage.kind for stage in stages] == ["calibrate", "train"]
+    model = checkpoint.load("small")
+    assert type(model).__name__ == "RobertaForQuestionAnswering"
+    assert checkpoint.load_plan("small").keep
 
 
 def test_the_page_cuts_long_texts_to_the_answers() -> None:

@@ -138,7 +138,15 @@ class Method(ABC):
     neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
     cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        """Raises where blocks do not divide this model's matrices, or the budget is out of reach: all that names and sizes tell.
+
+        `attach` calls it. For the first method of a recipe that decides it is called before anything runs, with the model's own
+        anatomy; `cost` is None where it is not known then, because it is measured.
+        """
+
     def attach(self, context: Context) -> State:
+        self.check(context.anatomy, context.cost)
         return State()
 
     def penalty(self, state: State, step: Step) -> Tensor | None:

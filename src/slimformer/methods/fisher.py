@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from slimformer.allocation import allocate
 from slimformer.anatomy import Anatomy, Kind, Site
+from slimformer.cost import Cost
 from slimformer.gating import gated
 from slimformer.methods.base import Batch, Context, Method, State
 from slimformer.plan import Decision, Plan
@@ -63,6 +64,10 @@ class Fisher(Method):
         """The least squares solve for whole matrices."""
         return self.repair
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        if cost is not None:
+            self._chosen(Weighed({name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}, None), anatomy, cost)
+
     def decide(self, state: State, context: Context) -> Decision:
         plan = self.plan(context, self.weigh(context))
         if not self.repair:
@@ -80,11 +85,14 @@ class Fisher(Method):
 
     def plan(self, context: Context, weighed: Weighed) -> Plan:
         """The best plan within `keep` of the dense cost; TargetError where there is none."""
+        return self._chosen(weighed, context.anatomy, context.cost)
+
+    def _chosen(self, weighed: Weighed, anatomy: Anatomy, cost: Cost) -> Plan:
         return allocate(
-            context.anatomy,
+            anatomy,
             weighed.importance,
-            context.cost,
-            self.keep * context.cost.dense,
+            cost,
+            self.keep * cost.dense,
             worth=weighed.worth,
             neuron_multiple=self.neuron_multiple,
             sublayers=self.sublayers,

@@ -4,8 +4,10 @@ Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Lang
 Structured Pruning (Findings of EMNLP 2020). Its three phases are stages: this method in a `train` stage is the reweighted training
 (1) and, at its end, the hard prune (2); the next `train` stage is the retraining (3), with `keep_zeros` where zeros were left.
 Differences: the weights beta are renewed at shares of the training, so that they change in short runs too (the authors' code renews
-them at epochs 4, 8, 12, 16); the penalty is a mean over weights, so that `strength` means the same for any block or model; exact
-counts instead of percentiles; `units` (ours) are groups closed under the network, so that what goes leaves a smaller dense model.
+them at epochs 4, 8, 12, 16); the penalty is a mean over weights, so that `strength` means the same for any block or model, and epsilon is
+added to the root mean square of a group (they add the same 1e-3 to its L2 norm); `block` is a side in weights (they cut each matrix into
+a number of blocks, 8); exact counts instead of percentiles; `distillation` beside phases 1 and 3 is ours, their runs have the task's loss
+alone; `units` (ours) are groups closed under the network, so that what goes leaves a smaller dense model.
 The paper may square the norm in beta, its text was not at hand; the authors' code does not, nor do we.
 Choose `units` where weights should train while they are chosen among; the others for storage: no dense kernel skips their zeros.
 """
@@ -17,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimformer.allocation import allocate
-from slimformer.anatomy import Anatomy, Kind, Role, Site, Slice
+from slimformer.anatomy import Anatomy, Kind, Matrix, Role, Site, Slice
+from slimformer.cost import Cost
 from slimformer.errors import RecipeError, TargetError
 from slimformer.masks import expand, grid_of, liveliness
 from slimformer.methods.base import Context, Method, Progress, State, Step, Zeros
@@ -72,13 +76,17 @@ def groups_of(model: nn.Module, anatomy: Anatomy, pattern: Pattern, block: int) 
     if pattern == "units":
         return [_units(model, site) for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
     found = []
-    for matrix in anatomy.matrices.values():
-        if matrix.role not in OUTSIDE:
-            rows, columns = tile(matrix.shape, pattern, block)
-            down, across = grid_of(matrix.shape, (rows, columns), matrix.id)
-            piece = Piece(model.get_submodule(matrix.module), "weight", (down, rows, across, columns), (1, 3))
-            found.append(Groups(matrix.id, (piece,), down * across, rows * columns))
+    for matrix, (down, across) in tiled(anatomy, pattern, block):
+        rows, columns = tile(matrix.shape, pattern, block)
+        piece = Piece(model.get_submodule(matrix.module), "weight", (down, rows, across, columns), (1, 3))
+        found.append(Groups(matrix.id, (piece,), down * across, rows * columns))
     return found
+
+
+def tiled(anatomy: Anatomy, pattern: Pattern, block: int) -> list[tuple[Matrix, tuple[int, int]]]:
+    """The encoder's matrices, and how many groups each has along its axes."""
+    inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in OUTSIDE]
+    return [(matrix, grid_of(matrix.shape, tile(matrix.shape, pattern, block), matrix.id)) for matrix in inside]
 
 
 def tile(shape: tuple[int, int], pattern: Pattern, block: int) -> tuple[int, int]:
@@ -169,14 +177,18 @@ class GroupLasso(Method):
     def leaves(self) -> Zeros:  # type: ignore[override]
         return Zeros.NONE if self.groups == "units" else Zeros.RESULT
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        if self.groups != "units":
+            grids = tiled(anatomy, self.groups, self.block)
+            _check_share([(down * across, math.prod(matrix.shape)) for matrix, (down, across) in grids], self.keep, self.over)
+        elif cost is not None:
+            self._chosen({name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}, anatomy, cost)
+
     def attach(self, context: Context) -> State:
+        self.check(context.anatomy, context.cost)
         groups = groups_of(context.model, context.anatomy, self.groups, self.block)
         if not any(piece.tensor.requires_grad for item in groups for piece in item.pieces):
             raise RecipeError("group_lasso shrinks the encoder's weights, which this stage freezes.", help="freeze less.")
-        if self.groups == "units":
-            self._units_that_stay(groups, context)  # can it be reached?
-        else:
-            _check_share(groups, self.keep, self.over)
         return _State(groups, self.epsilon)
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
@@ -215,14 +227,13 @@ class GroupLasso(Method):
     @torch.no_grad()
     def _units_that_stay(self, groups: Sequence[Groups], context: Context) -> Plan:
         """Within the budget, the units with the largest sum of squares: what is taken away is as small as it can be."""
-        return allocate(
-            context.anatomy,
-            {item.id: (item.rms().double().square() * item.size).cpu().numpy() for item in groups},
-            context.cost,
-            self.keep * context.cost.dense,
-            neuron_multiple=self.neuron_multiple,
-            sublayers=self.sublayers,
-        )
+        squares = {item.id: (item.rms().double().square() * item.size).cpu().numpy() for item in groups}
+        return self._chosen(squares, context.anatomy, context.cost)
+
+    def _chosen(self, squares: Mapping[str, np.ndarray], anatomy: Anatomy, cost: Cost) -> Plan:
+        """The plan that these sums of squares lead to; TargetError where `keep` is out of reach."""
+        budget, multiple = self.keep * cost.dense, self.neuron_multiple
+        return allocate(anatomy, squares, cost, budget, neuron_multiple=multiple, sublayers=self.sublayers)
 
 
 def renews(progress: Progress, every: float) -> bool:
@@ -233,10 +244,10 @@ def renews(progress: Progress, every: float) -> bool:
     return math.floor(after) > math.floor(before)
 
 
-def _check_share(groups: Sequence[Groups], keep: float, over: str) -> None:
-    """TargetError where a matrix, or the model, could not keep even one group."""
-    total = sum(item.count * item.size for item in groups)
-    least = max(1 / item.count for item in groups) if over == "matrix" else max(item.size for item in groups) / total
+def _check_share(matrices: Sequence[tuple[int, int]], keep: float, over: str) -> None:
+    """TargetError where a matrix, or the model, could not keep even one group. `matrices`: groups and weights of each."""
+    total = sum(weights for _, weights in matrices)
+    least = max(1 / count if over == "matrix" else weights / count / total for count, weights in matrices)
     if keep < least:
         raise TargetError(
             f"keep is {keep:.4g}, and one group alone is {least:.4g} of the weights.",

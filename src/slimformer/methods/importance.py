@@ -1,14 +1,17 @@
 """One-shot pruning by what each gate is worth: at random, by first-order gain, or by leaving one head out at a time.
 
 The three plain ways of McCarley, Chakravarti, Sil (2019), section 3.3, below `gates` on the paper's ladder; gain is that of Michel,
-Levy, Neubig (2019). Nothing is repaired or folded: gates that stay are 1. What we chose: gain takes the absolute value per example, so
-that the batch size does not matter; leave-one-out measures the mean task loss on training examples, not F1 on the dev set, which nothing
-here may choose on, and in float32, since one head changes little; one ranking fills the budget, of gain per cost (a head costs as much
-as a hundred neurons), of the plain number for the other two. Choose it as the baseline that a better method has to beat.
+Levy, Neubig (2019). Nothing is repaired or folded: gates that stay are 1. What we chose: random keeps an exact number, where the paper
+draws each gate by itself, Bernoulli(p); gain looks at 2,048 examples, the paper at the training set once, and takes the absolute value
+per example, so that the batch size does not matter; leave-one-out measures the mean task loss on training examples, not F1 on the dev
+set, which nothing here may choose on, and in float32, since one head changes little; one ranking fills the budget, of gain per cost (a
+head costs as much as a hundred neurons), of the plain number for the other two. Choose it as the baseline that a better method has to
+beat.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -16,11 +19,12 @@ import numpy as np
 import torch
 
 from slimformer.allocation import strongest
-from slimformer.anatomy import Kind, Site
+from slimformer.anatomy import Anatomy, Kind, Site
+from slimformer.cost import Cost
 from slimformer.families.base import family_of
 from slimformer.gating import gated
 from slimformer.methods.base import Batch, Context, Method, State
-from slimformer.plan import Decision
+from slimformer.plan import Decision, Plan
 from slimformer.precision import looking
 
 if TYPE_CHECKING:
@@ -61,18 +65,22 @@ class Importance(Method):
         if self.neuron_multiple < 1:
             raise ValueError(f"neuron_multiple must be at least 1, got {self.neuron_multiple}")
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        if cost is not None:
+            self._chosen({site.id: np.zeros(site.size) for site in self.sites(anatomy)}, anatomy, cost)
+
     def decide(self, state: State, context: Context) -> Decision:
+        return Decision(self._chosen(self.rank(context, self.sites(context.anatomy)), context.anatomy, context.cost))
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        """The sites that are ranked."""
         kinds = (Kind.HEADS, Kind.NEURONS) if self.units == "both" else (Kind(self.units),)
-        sites = [site for site in context.anatomy.sites.values() if site.kind in kinds]
-        plan = strongest(
-            context.anatomy,
-            self.rank(context, sites),
-            context.cost,
-            self.keep * context.cost.dense,
-            neuron_multiple=self.neuron_multiple,
-            sublayers=self.sublayers,
-        )
-        return Decision(plan)
+        return [site for site in anatomy.sites.values() if site.kind in kinds]
+
+    def _chosen(self, ranked: Mapping[str, np.ndarray], anatomy: Anatomy, cost: Cost) -> Plan:
+        """The plan of a ranking; TargetError where `keep` is out of reach."""
+        budget, multiple = self.keep * cost.dense, self.neuron_multiple
+        return strongest(anatomy, ranked, cost, budget, neuron_multiple=multiple, sublayers=self.sublayers)
 
     def rank(self, context: Context, sites: list[Site]) -> dict[str, np.ndarray]:
         """What the ranking goes by: site -> (size,), the largest stay."""

@@ -28,7 +28,8 @@ from typing import ClassVar, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Role
+from slimformer.anatomy import Anatomy, Matrix, Role
+from slimformer.cost import Cost
 from slimformer.families.base import family_of
 from slimformer.masks import expand, grid_of, masked_weights
 from slimformer.methods.base import Context, Method, Progress, State, Zeros
@@ -223,15 +224,26 @@ class KnowledgeSparse(Method):
         pattern = self.shape
         return pattern.keep / pattern.of if pattern.of else DENSITY if self.density is None else self.density
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        self._grids(anatomy)
+
     def attach(self, context: Context) -> State:
+        pattern, fisher = self.shape, self.score == "fisher"
+        masks = [
+            _Mask(f"{matrix.module}.weight", matrix.shape, grid, pattern, fisher)
+            for matrix, grid in self._grids(context.anatomy)
+        ]
+        return _State(masks, context)
+
+    def _grids(self, anatomy: Anatomy) -> list[tuple[Matrix, tuple[int, int]]]:
+        """The encoder's matrices, and how many blocks each has along its axes; RecipeError where the pattern does not divide one."""
         pattern = self.shape
-        masks = []
-        for matrix in context.anatomy.matrices.values():
+        found = []
+        for matrix in anatomy.matrices.values():
             if matrix.role not in OUTSIDE:
                 grid_of(matrix.shape, (1, pattern.of or 1), matrix.id)
-                grid = grid_of(matrix.shape, (pattern.rows, pattern.columns), matrix.id)
-                masks.append(_Mask(f"{matrix.module}.weight", matrix.shape, grid, pattern, self.score == "fisher"))
-        return _State(masks, context)
+                found.append((matrix, grid_of(matrix.shape, (pattern.rows, pattern.columns), matrix.id)))
+        return found
 
     def advance(self, state: State, progress: Progress) -> None:
         state = cast(_State, state)

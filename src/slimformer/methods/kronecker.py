@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.allocation import best_levels
-from slimformer.anatomy import Matrix, Role
+from slimformer.anatomy import Anatomy, Matrix, Role
+from slimformer.cost import Cost
 from slimformer.errors import PlanError, TargetError
 from slimformer.families.base import ATTENTION
 from slimformer.forms.base import DENSE, Form, Shape
@@ -102,16 +103,14 @@ class Kronecker(Method):
         """Unless the word table alone is factored: whatever may stay dense then does."""
         return self.shapes is not None or self.share < 1
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        Plan(forms=self._given(anatomy)).check(anatomy)
+
     def decide(self, state: State, context: Context) -> Decision:
-        matrices = [matrix for matrix in context.anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
-        forms: dict[str, Form] = {}
-        for matrix in matrices:
-            if matrix.role is Role.EMBEDDING and self.embedding is not None:
-                forms[matrix.id] = Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]))
-            elif self.shapes is not None:
-                forms[matrix.id] = NAMED[self.shapes].form(matrix, self.terms)
+        forms = self._given(context.anatomy)
         if self.shapes is None:
-            forms |= self._searched(context, [matrix for matrix in matrices if matrix.id not in forms], forms)
+            rest = [matrix for matrix in self._concerned(context.anatomy) if matrix.id not in forms]
+            forms |= self._searched(context, rest, forms)
         plan = Plan(forms=forms)
         plan.check(context.anatomy)
         weights = {
@@ -120,6 +119,19 @@ class Kronecker(Method):
             for part, value in form.weights(_weight(context, context.anatomy.matrices[name])).items()
         }
         return Decision(plan, weights=weights)
+
+    def _given(self, anatomy: Anatomy) -> dict[str, Form]:
+        """The forms that the options name, matrix by matrix; PlanError where a factor does not divide one."""
+        forms: dict[str, Form] = {}
+        for matrix in self._concerned(anatomy):
+            if matrix.role is Role.EMBEDDING and self.embedding is not None:
+                forms[matrix.id] = Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]))
+            elif self.shapes is not None:
+                forms[matrix.id] = NAMED[self.shapes].form(matrix, self.terms)
+        return forms
+
+    def _concerned(self, anatomy: Anatomy) -> list[Matrix]:
+        return [matrix for matrix in anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
 
     def _concerns(self, matrix: Matrix) -> bool:
         """Whether a matrix is to be factored: all are, but a word table only where that is wanted, or nothing is tied to it."""

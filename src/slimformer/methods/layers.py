@@ -12,7 +12,8 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from slimformer.anatomy import Kind
+from slimformer.anatomy import Anatomy, Kind
+from slimformer.cost import Cost
 from slimformer.errors import TargetError
 from slimformer.methods.base import Context, Method, State
 from slimformer.plan import Decision, Plan
@@ -33,20 +34,25 @@ class Layers(Method):
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        if cost is not None:
+            self._chosen(anatomy, cost)
+
     def decide(self, state: State, context: Context) -> Decision:
-        sublayers = context.anatomy.of_kind(Kind.SUBLAYER)
+        return Decision(self._chosen(context.anatomy, context.cost))
+
+    def _chosen(self, anatomy: Anatomy, cost: Cost) -> Plan:
+        sublayers = anatomy.of_kind(Kind.SUBLAYER)
         left = sorted({site.layer for site in sublayers})
-        budget = self.keep * context.cost.dense
+        budget = self.keep * cost.dense
         for count in range(len(left), 0, -1):
             stay = {left[place] for place in evenly(count, len(left))}
             plan = Plan({site.id: () for site in sublayers if site.layer not in stay})
-            cost = context.cost.of(plan, context.anatomy)
-            if cost <= budget or count == len(left) == 1:
-                return Decision(plan)
-        raise TargetError(
-            f"even one layer costs {cost / context.cost.dense:.0%} of the dense {context.cost.unit}.",
-            help=f"ask to keep {cost / context.cost.dense:.0%} or more.",
-        )
+            needed = cost.of(plan, anatomy)
+            if needed <= budget or count == len(left) == 1:
+                return plan
+        share = f"{needed / cost.dense:.0%}"
+        raise TargetError(f"even one layer costs {share} of the dense {cost.unit}.", help=f"ask to keep {share} or more.")
 
 
 def evenly(count: int, total: int) -> list[int]:

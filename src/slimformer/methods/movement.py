@@ -9,6 +9,10 @@ average); and with a `target` no threshold is fixed: it is the one that leaves t
 As recipes, each variant with its `variant` option: a teacher is `distillation` beside it with `task_weight: 0.1`; no teacher (NT): leave
 `distillation` out; large teacher (LT): name the larger tuned model as the recipe's `teacher`. Block and Hybrid keep zeros inside
 surviving heads: train on with `keep_zeros`. Hybrid Filled: `fill: true`, then a dense stage with `distillation`.
+Our recipes differ from the paper's runs: they prune the tuned model, which is its own teacher, where the paper prunes the pre-trained
+weights and has a tuned model beside them; `distillation` learns hidden states (weight 1) and logits (1), where the paper's loss is 0.9
+of the logits' divergence and 0.1 of the cross entropy, at temperature 2; and `train` decays weights by 0.01, where the paper has 0.
+docs/methods.md shows the paper's own form.
 Choose it when there is time for several epochs, and over `gates` where quality at high compression counts most.
 """
 
@@ -25,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Kind, Role
+from slimformer.anatomy import Anatomy, Kind, Matrix, Role
 from slimformer.cost import Cost
 from slimformer.errors import TargetError
 from slimformer.masks import grid_of, liveliness, masked, masked_weights
@@ -145,7 +149,8 @@ class Movement(Method):
     Each attention keeps one head and each FFN one neuron, a masked one if need be, as in the paper.
     `variant`: "block": blocks on all matrices; "hybrid": blocks on attention, whole neurons of the FFN; "struct": whole rows of
     a head in each attention matrix, whole neurons. `block`: rows and columns of a block (of Q, K, V; transposed for output
-    matrices), not used by "struct". `fill`: zeros left in surviving units become small noise, so that a dense stage can use them.
+    matrices), not used by "struct"; one that does not divide every matrix it is laid on is refused: nothing is padded. `fill`: zeros
+    left in surviving units become small noise, so that a dense stage can use them.
     """
 
     variant: Literal["block", "hybrid", "struct"] = "hybrid"
@@ -196,27 +201,38 @@ class Movement(Method):
         """Rows and columns of a block of Q, K, V."""
         return (self.block, self.block) if isinstance(self.block, int) else self.block
 
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        self._grids(anatomy)
+        if self.target is None or cost is None:
+            return
+        least = _cost({name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}, cost, 0.0)
+        if self.target * cost.dense < least:
+            raise TargetError(
+                f"a target of {self.target:.3g} cannot be reached: with one head or neuron in each sublayer "
+                f"{least / cost.dense:.1%} of the {cost.unit} remain.",
+                help="ask for more, or take whole layers out first (`layers`).",
+            )
+
     def attach(self, context: Context) -> State:
-        if self.target is not None:
-            least = _cost({name: np.zeros(len(curve) - 1) for name, curve in context.cost.curves.items()}, context.cost, 0.0)
-            if self.target * context.cost.dense < least:
-                raise TargetError(
-                    f"a target of {self.target:.3g} cannot be reached: with one head or neuron in each sublayer "
-                    f"{least / context.cost.dense:.1%} of the {context.cost.unit} remain.",
-                    help="ask for more, or take whole layers out first (`layers`).",
-                )
+        self.check(context.anatomy, context.cost)
         return _State(self._scores(context), context, self.score_lr)
+
+    def _grids(self, anatomy: Anatomy) -> list[tuple[Matrix, tuple[int, int]]]:
+        """The matrices whose blocks have scores, and how many blocks each has along its axes."""
+        found = []
+        for matrix in anatomy.matrices.values():
+            if matrix.role not in ATTENTION and not (self.variant == "block" and matrix.role in FFN):
+                continue
+            rows, columns = self.blocks if self.variant != "struct" else (anatomy.head_dim, matrix.shape[1])
+            if matrix.role in READERS:
+                rows, columns = (matrix.shape[0], rows) if self.variant == "struct" else (columns, rows)
+            found.append((matrix, grid_of(matrix.shape, (rows, columns), matrix.id)))
+        return found
 
     def _scores(self, context: Context) -> list[_Scores]:
         parameters = set(dict(context.model.named_parameters()))
         found = []
-        for matrix in context.anatomy.matrices.values():
-            if matrix.role not in ATTENTION and not (self.variant == "block" and matrix.role in FFN):
-                continue
-            rows, columns = self.blocks if self.variant != "struct" else (context.anatomy.head_dim, matrix.shape[1])
-            if matrix.role in READERS:
-                rows, columns = (matrix.shape[0], rows) if self.variant == "struct" else (columns, rows)
-            grid = grid_of(matrix.shape, (rows, columns), matrix.id)
+        for matrix, grid in self._grids(context.anatomy):
             bias = f"{matrix.module}.bias"
             part = "attention" if matrix.role in ATTENTION else "ffn"
             biases = [(bias, _any_in_row)] if bias in parameters else []

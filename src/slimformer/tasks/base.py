@@ -76,6 +76,10 @@ class Task(ABC):
     def configure(self) -> Mapping[str, Any]:
         """What a fresh model's config must hold for this task: num_labels, id2label, label2id, problem_type."""
 
+    def marks(self) -> Mapping[str, Any]:
+        """What else of this data a model's config says once the model is trained on it, beside the labels; here, nothing."""
+        return {}
+
     @abstractmethod
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Task:
         """This task with its labels in the order of a tuned model's config; DataError where they cannot be matched."""

@@ -149,7 +149,8 @@ class QuestionAnswering(Task):
             raise DataError(
                 f"{self.data} has questions without an answer (SQuAD v2.0), and the model was tuned on questions that all have "
                 "one (v1.1): it cannot say that there is none.",
-                help="tune a model on such questions first: start from an encoder; or name data in which each has an answer.",
+                help="tune it on such questions first: begin the recipe with '- train: {epochs: 3}', or start from an encoder; or name "
+                "data in which each has an answer.",
             )
         return task
 
@@ -204,7 +205,10 @@ class QuestionAnswering(Task):
         return Features(columns, owners, cut, pad_id_of(tokenizer))
 
     def configure(self) -> Mapping[str, Any]:
-        return {"num_labels": 2, MARK: self.settled().version}
+        return {"num_labels": 2, **self.marks()}
+
+    def marks(self) -> Mapping[str, Any]:
+        return {MARK: self.settled().version}
 
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Cross entropy of start and end, averaged; padding takes no part, and a position out of range counts nothing."""
