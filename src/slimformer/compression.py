@@ -23,7 +23,21 @@ from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.files import write_text
 from slimformer.log import Log
-from slimformer.recipe import RIVALS, Bench, Given, Outcome, Ready, Recipe, RivalName, begin, finish, look, tidy, working
+from slimformer.recipe import (
+    RIVALS,
+    Bench,
+    Given,
+    Outcome,
+    Ready,
+    Recipe,
+    RivalName,
+    begin,
+    finish,
+    look,
+    look_at_gains,
+    tidy,
+    working,
+)
 from slimformer.stages import Bundle, Calibrate, Clock, Run, Stage, Train, advance, context_of, sampled_lengths, subset
 from slimformer.tasks.base import Split, Task
 
@@ -96,6 +110,7 @@ def compress(
     stages = () if tuned else (tune,)
     recipe = Recipe(str(model), task, stages, seed=wishes.seed, bench=Bench(rivals=wishes.rivals))
     look(recipe)
+    look_at_gains(source, (tune,))  # what follows trains, tuned or not
     given = Given(log, threads, wait_seconds)
     with working(Path(out), f"compress {_purpose(recipe, wishes)}", wishes.seed, given) as state:
         if not tuned:

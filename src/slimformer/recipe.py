@@ -492,7 +492,7 @@ def look(recipe: Recipe) -> None:
     for source in map(Path, filter(None, (recipe.model, recipe.teacher))):
         family_of(checkpoint.base_type(checkpoint.read_config(source)))
         checkpoint.weights_file(source)
-    _look_at_gains(Path(recipe.model), recipe.stages)
+    look_at_gains(Path(recipe.model), recipe.stages)
     source, task = Path(recipe.model), recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
@@ -540,7 +540,7 @@ def _look_at_cuts(recipe: Recipe, task: Task) -> None:
     first.check(anatomy, counted)
 
 
-def _look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
+def look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
     """RecipeError where a model comes with zeros or learned ranges, as a run delivers it, that the stages would lose."""
     lost = []
     if stages and checkpoint.load_ranges(source) is not None and not any(method.closes for method in _methods(stages[0])):
