@@ -35,6 +35,7 @@ from work import (
     folder_of,
     found_in,
     glue,
+    heading,
     left,
     orders,
     ours_in,
@@ -278,9 +279,8 @@ def _page(found: dict[str, Run]) -> str:
     ]
     lines += still_to_run(jobs(), COMMAND)
     for task, part in by_task(found):
-        runs = list(part.values())
-        lines += [f"## {task}", "", f"{runs[0].records[0].task}; metric: {runs[0].records[0].metric}.", ""]
-        lines += [*table(HEAD, [*_teachers(runs[-1]), *(_row(name, run) for name, run in part.items())]), ""]
+        lines += heading(task, part)
+        lines += [*table(HEAD, [*_teachers(list(part.values())[-1]), *(_row(name, run) for name, run in part.items())]), ""]
     lines += [
         *_aims(found),
         *orders("What the papers found, here", ORDERS, found),
@@ -322,7 +322,7 @@ def _row(name: str, run: Run) -> tuple[str, ...]:
     ours = ours_in(run, Variant.INT8_FUSED) if integers else run.ours
     assert ours is not None, f"{run.name} has no row of ours"
     link = recipe_link(TABLE, name)
-    passes = next(epochs(job) for job in jobs() if job.folder == f"{TABLE}/{name}")
+    passes = epochs(jobs(), f"{TABLE}/{name}")
     return _cells(link, ours, dense(run), ours_in(run, Variant.INT8_STATIC, openvino=True), passes)
 
 

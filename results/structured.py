@@ -31,6 +31,7 @@ from work import (
     folder_of,
     found_in,
     glue,
+    heading,
     left,
     orders,
     ours_in,
@@ -306,8 +307,8 @@ CLAIMS = (  # in relative terms; the gates' speed has no batch or hardware besid
     ("group_lasso", "DistilBERT, GLUE: 1.79 times fewer weights on average, with the same words"),
 )
 NOTES = (  # what the rows so far say beyond their numbers, by hand
-    "Gates want steps. After 218 of them, half for each kind, they chose hardly better than the gain (`mrpc-choice/l0-75`); after 872 "
-    "almost nothing was lost before any retraining (`l0-long-75`). So they get as many epochs here as the retraining.",
+    "Gates want steps. After 2 epochs of MRPC they chose hardly better than the gain (`mrpc-choice/l0-75`); after 8 almost nothing was "
+    "lost before any retraining (`l0-long-75`). So they get as many epochs here as the retraining.",
     "Where leaving out one head at a time can be afforded, it chooses heads no worse than gates do.",
     "With few examples the one-shot choice is hard to beat: on SQuAD with 4,000 questions `fisher` loses least. `group_lasso` has some "
     "hundreds of steps there to decide what the paper decides in tens of thousands, and loses more; that is why the aim on SQuAD v1.1 is "
@@ -349,10 +350,9 @@ def _page(found: dict[str, Run]) -> str:
     ]
     lines += still_to_run(jobs(), COMMAND)
     for task, part in by_task(found):
-        runs = list(part.values())
-        lines += [f"## {task}", "", f"{runs[0].records[0].task}; metric: {runs[0].records[0].metric}.", ""]
+        lines += heading(task, part)
         rows = [_row(name, run) for name, run in part.items() if not name.endswith("/teacher")]
-        lines += [*table(HEAD, [*_teachers(runs[-1]), *rows]), ""]
+        lines += [*table(HEAD, [*_teachers(list(part.values())[-1]), *rows]), ""]
         if _panels(part):
             lines += [f"![What is kept in each layer](structured-{task}.svg)", "", *_where(part), ""]
     lines += ["## What the rows say", "", *(f"- {note}" for note in NOTES), ""]
@@ -371,7 +371,7 @@ def _row(name: str, run: Run) -> tuple[str, ...]:
     ours = ours_in(run, Variant.INT8_FUSED)
     assert ours is not None, f"{run.name} has no int8 row of ours"
     link = recipe_link(TABLE, name)
-    passes = next(epochs(job) for job in jobs() if job.folder == f"{TABLE}/{name}")
+    passes = epochs(jobs(), f"{TABLE}/{name}")
     return _cells(link, ours, dense(run), plain_in(run), passes)
 
 

@@ -85,9 +85,9 @@ def rising(scores: Sequence[float]) -> str:
 # -- What the pages share ------------------------------------------------------------------------------------------------------
 
 
-def epochs(job: Job) -> str:
-    """Passes over the rows, stage by stage, copies of them counted: '2 + 6'."""
-    stages = [stage for stage in job.recipe.stages if isinstance(stage, Train)]
+def epochs(jobs: Sequence[Job], folder: str) -> str:
+    """Passes of a job over the rows, stage by stage, copies of them counted: '2 + 6'; nothing where the job is none of these."""
+    stages = [stage for job in jobs if job.folder == folder for stage in job.recipe.stages if isinstance(stage, Train)]
     return " + ".join(f"{stage.epochs * (1 + stage.augment):.3g}" for stage in stages)
 
 
@@ -102,6 +102,12 @@ def by_task(found: Mapping[str, Run]) -> Iterator[tuple[str, dict[str, Run]]]:
     for task in dict.fromkeys(name.split("/")[0] for name in found):
         part = {name: run for name, run in found.items() if name.startswith(f"{task}/")}
         yield task, {name: run for name, run in part.items() if not name.endswith("/teacher")} or part
+
+
+def heading(task: str, part: Mapping[str, Run]) -> list[str]:
+    """The title of a task's part of a page, and what is measured there."""
+    record = next(iter(part.values())).records[0]
+    return [f"## {task}", "", f"{record.task}; metric: {record.metric}.", ""]
 
 
 def still_to_run(jobs: Sequence[Job], command: str) -> list[str]:

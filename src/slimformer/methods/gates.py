@@ -262,9 +262,8 @@ class Gates(Method):
             counts = {name: int((value > 0).sum()) for name, value in score.items()}
             return leading(anatomy, score, counts, neuron_multiple=multiple, sublayers=sublayers)
         unit = {name: cost.curves[name][-1] / len(value) for name, value in score.items()}
-        worth = {
-            name: unit[name] * _numpy(opening(value.double())) for name, value in log_alpha.items()
-        }  # kept cost that is open
+        # what a plan keeps of the cost that is open
+        worth = {name: unit[name] * _numpy(opening(value.double())) for name, value in log_alpha.items()}
         return allocate(anatomy, worth, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
 
 
