@@ -77,7 +77,7 @@ class Settings:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpoint_seconds: float = 60.0
     steps: int | None = None
-    hidden_cache_bytes: int = 8 << 30  # a teacher's hidden states beyond this are not kept on disk but computed again
+    hidden_cache_bytes: int = 16 << 30  # a teacher's hidden states beyond this are not kept on disk but computed again
     evaluate: bool = True  # after each epoch, where `train` is given how
     trackers: tuple[str, ...] = ()  # accelerate's names: "tensorboard", "wandb", ...
 
