@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,12 +22,15 @@ from torch import nn
 from toy_task import accuracy, context, rows
 
 from slimformer import runstate, teaching, training
+from slimformer.batching import collate
 from slimformer.errors import RecipeError
+from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.base import Capture, Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.plan import Decision, Plan
+from slimformer.shrink import shrink
 from slimformer.training import Freeze, Settings, estimate, rate, train
 
 QUIET = Log(None, quiet=True)
@@ -408,27 +412,61 @@ def test_a_cache_hit_does_not_run_the_teacher(tmp_path: Path) -> None:
     assert run("b", Distillation(hidden=0.0)) == 0
     assert run("c", Distillation()) == filled
     assert run("d", Distillation()) == 0
-    assert run("e", Distillation(scores=1.0)) == 2 * math.ceil(150 / 16)  # scores are never kept: the teacher runs along
+    assert run("e", Distillation(scores=1.0)) == filled
+    assert run("f", Distillation(scores=1.0)) == 0
     with torch.no_grad():
         teacher.classifier.bias += 1
-    assert run("f", Distillation(hidden=0.0)) == filled  # another teacher now
+    assert run("g", Distillation(hidden=0.0)) == filled  # another teacher now
 
 
-def test_hidden_states_above_the_cap_are_computed_live(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [Distillation(), Distillation(hidden=0.0, scores=1.0)])
+def test_what_is_above_the_cap_is_computed_live(tmp_path: Path, method: Distillation) -> None:
     features = rows(48)
     around = context(features=features, teacher=tiny("bert", seed=5))
     calls = count_calls(around.teacher)
-    train(around, features, (Distillation(),), replace(FAST, hidden_cache_bytes=1000), tmp_path, QUIET)
+    train(around, features, (method,), replace(FAST, cache_bytes=1000), tmp_path, QUIET)
     assert len(calls) == 2 * 3
     assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {},
+        {"encoder.1.attention": (), "encoder.0.heads": (0, 2, 3)},  # layers of different width, and one without attention
+        {f"encoder.{layer}.attention": () for layer in range(3)},
+    ],
+)
+def test_what_is_kept_is_what_a_live_teacher_shows(tmp_path: Path, cut: dict[str, tuple[int, ...]]) -> None:
+    features, some, needs = rows(40, longest=9), [3, 17, 29], {Capture.HIDDEN, Capture.SCORES}
+    dense = tiny("bert", seed=5)
+    model = shrink(dense, anatomy_of(dense), Plan(cut))
+    around = context(model, features)
+    names = ("input_ids", "attention_mask")
+    teacher = teaching.Teacher(model, around.anatomy, names, around.task, nullcontext, "fp32", torch.device("cpu"))
+    batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
+    seen = []
+    for cap in (0, 1 << 30):
+        with teaching.teaching(teacher, features, needs, tmp_path, QUIET, cap_bytes=cap) as lessons:
+            assert isinstance(lessons, teaching.Cached if cap else teaching.Live)
+            seen.append(lessons.see(some, batch))
+    live, kept = seen
+    real = batch["attention_mask"].bool()
+    pairs = real[:, None, :, None] & real[:, None, None, :]
+    assert not real.all()
+    assert [score is None for score in live.scores] == [score is None for score in kept.scores]
+    for theirs, ours in zip(live.scores, kept.scores, strict=True):
+        if theirs is not None and ours is not None:
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours * pairs, theirs * pairs, atol=1e-3, rtol=1e-3)
+    for theirs, ours in zip(live.hidden, kept.hidden, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=1e-3, rtol=1e-3)
 
 
 def test_outputs_per_token_are_kept_per_token(tmp_path: Path) -> None:
     """Span scores, one per token, come back padded to the width of any batch, also where a class count equals a width."""
     from tiny import tiny_config
     from transformers import BertForQuestionAnswering, BertForSequenceClassification
-
-    from slimformer.batching import collate
 
     features = rows(40, longest=6)
     for cls, names, per_token in (

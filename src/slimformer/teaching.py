@@ -1,8 +1,8 @@
 """What the teacher sees in each batch: read from disk where that is possible, computed where it must be.
 
 The one idea: a teacher does not change, so its outputs for a row are computed once, sorted by length, and kept on disk under a
-digest of weights, rows and precision. Outputs always fit; hidden states are kept in half precision under a cap of bytes;
-attention scores never are (4,000 SQuAD questions would be tens of gigabytes): a method that asks for them gets a live teacher.
+digest of weights, rows and precision. Outputs always fit; hidden states and attention scores are kept in half precision where both
+fit under a cap of bytes: scores of short texts do, those of 4,000 SQuAD questions would be tens of gigabytes. Else the teacher is live.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled
+LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # what may not fit
 PADDING = -1e4  # what stands at padding in outputs with a value per token; tasks leave padding out, and never see it
 FACTS = "facts.json"
 
@@ -97,7 +98,7 @@ class Remembered(Lessons):
 
 
 class Cached(Lessons):
-    """A teacher's outputs (and hidden states) read from a folder that `fill` wrote."""
+    """A teacher's outputs, and what else was kept, read from a folder that `_fill` wrote."""
 
     def __init__(self, folder: Path, device: torch.device, seconds: float) -> None:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -107,9 +108,13 @@ class Cached(Lessons):
         self._lengths: np.ndarray = np.load(folder / "lengths.npy", allow_pickle=False)  # (rows,)
         self._place: np.ndarray = np.load(folder / "place.npy", allow_pickle=False)  # row -> position in visiting order
         self._start: np.ndarray = np.load(folder / "start.npy", allow_pickle=False)  # row -> its first token
+        self._first_pair: np.ndarray = np.load(folder / "pair.npy", allow_pickle=False)  # row -> its first pair of tokens
         self._outputs = {name: np.load(folder / f"output-{name}.npy", allow_pickle=False) for name in self._per_token}
-        hidden = folder / "hidden.npy"
-        self._hidden: np.ndarray | None = np.load(hidden, mmap_mode="r", allow_pickle=False) if hidden.exists() else None
+        self._heads: list[int] = facts["heads"]  # by layer, 0 where there is no attention; empty where scores are not kept
+        self._hidden, self._scores = (
+            np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
+            for file in (folder / "hidden.npy", folder / "scores.npy")
+        )
 
     def see(self, rows: Sequence[int], batch: Batch) -> Captured:
         width = max(int(self._lengths[row]) for row in rows)
@@ -119,10 +124,10 @@ class Cached(Lessons):
             else torch.from_numpy(self._outputs[name][self._place[list(rows)]]).to(self._device)
             for name, per_token in self._per_token.items()
         }
-        if self._hidden is None:
-            return Captured(output)
-        hidden = self._padded(self._hidden, rows, width, 0.0)  # (batch, seq, layers + 1, hidden)
-        return Captured(output, hidden.unbind(2))
+        hidden: tuple[Tensor, ...] = ()
+        if self._hidden is not None:
+            hidden = self._padded(self._hidden, rows, width, 0.0).unbind(2)  # layers + 1 of (batch, seq, hidden)
+        return Captured(output, hidden, self._scores_of(self._scores, rows, width) if self._scores is not None else ())
 
     def _padded(self, tokens: np.ndarray, rows: Sequence[int], width: int, fill: float) -> Tensor:
         out = np.full((len(rows), width, *tokens.shape[1:]), fill, dtype=np.float32)
@@ -131,10 +136,20 @@ class Cached(Lessons):
             out[index, :length] = tokens[start : start + length]
         return torch.from_numpy(out).to(self._device)
 
+    def _scores_of(self, kept: np.ndarray, rows: Sequence[int], width: int) -> tuple[Tensor | None, ...]:
+        """By layer (batch, heads, seq, seq), 0 at padding."""
+        every = sum(self._heads)
+        out = np.zeros((len(rows), every, width, width), dtype=np.float32)
+        for index, row in enumerate(rows):
+            length, start = int(self._lengths[row]), every * int(self._first_pair[row])
+            out[index, :, :length, :length] = kept[start : start + every * length**2].reshape(every, length, length)
+        layers = torch.from_numpy(out).to(self._device).split(self._heads, dim=1)
+        return tuple(layer if layer.shape[1] else None for layer in layers)
+
 
 def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
     """Whether the teacher must run beside the student, because what is asked of it is too large to keep."""
-    return Capture.SCORES in needs or (Capture.HIDDEN in needs and _hidden_bytes(teacher.anatomy, features) > cap_bytes)
+    return _bytes(teacher.anatomy, features, LARGE & set(needs)) > cap_bytes
 
 
 @contextmanager
@@ -160,7 +175,7 @@ def teaching(
             with capturing(teacher.model, teacher.anatomy, needs) as recorder:
                 yield Live(teacher, recorder)
             return
-        kept = {Capture.HIDDEN} & set(needs)
+        kept = LARGE & set(needs)
         home = folder / FOLDER / _key(teacher, features, kept)
         seconds = 0.0
         if writes and not (home / FACTS).exists():
@@ -196,53 +211,68 @@ def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> st
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
-def _hidden_bytes(anatomy: Anatomy, features: Features) -> int:
-    return int(features.lengths().sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size * 2
+def _bytes(anatomy: Anatomy, features: Features, kept: Collection[Capture]) -> int:
+    """What these would take on disk."""
+    lengths = features.lengths().astype(np.int64)
+    hidden = int(lengths.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
+    scores = int((lengths**2).sum()) * sum(_heads(anatomy))
+    return 2 * ((hidden if Capture.HIDDEN in kept else 0) + (scores if Capture.SCORES in kept else 0))
+
+
+def _heads(anatomy: Anatomy) -> list[int]:
+    """By layer, 0 where there is no attention."""
+    layers = enumerate(anatomy.attentions)
+    return [anatomy.sites[f"encoder.{layer}.heads"].size if attention is not None else 0 for layer, attention in layers]
 
 
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:
     """Computes everything once, from short rows to long ones, and writes it whole."""
-    lengths = features.lengths()
+    lengths = features.lengths().astype(np.int64)
     batches = sorted_by_length(lengths, BATCH)
     visited = np.asarray([row for rows in batches for row in rows], dtype=np.int64)
-    place, start = np.empty_like(visited), np.empty_like(visited)
+    place, start, pair = (np.empty_like(visited) for _ in range(3))
     place[visited] = np.arange(len(visited))
     start[visited] = np.cumsum(lengths[visited]) - lengths[visited]
+    pair[visited] = np.cumsum(lengths[visited] ** 2) - lengths[visited] ** 2
+    heads = _heads(teacher.anatomy) if Capture.SCORES in needs else []
+    shapes = {
+        Capture.HIDDEN: (int(lengths.sum()), len(teacher.anatomy.layers) + 1, teacher.anatomy.hidden_size),
+        Capture.SCORES: (int((lengths**2).sum()) * sum(heads),),
+    }
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.task.outputs}
     for stale in home.parent.glob(".part-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    with whole_folder(home) as part, open(part / "hidden.npy", "wb") as file:
-        if needs:
-            shape = (int(lengths.sum()), len(teacher.anatomy.layers) + 1, teacher.anatomy.hidden_size)
-            _header(file, shape, np.dtype(np.float16))
-        with (
-            capturing(teacher.model, teacher.anatomy, needs) as recorder,
-            log.track("teacher outputs", len(visited)) as advance,
-        ):
-            done = 0
-            per_token: dict[str, bool] = {}
-            for rows in batches:
-                batch = {name: torch.from_numpy(array).to(teacher.device) for name, array in collate(features, rows).items()}
-                per_token = per_token or _per_token(teacher, recorder, batch)
-                seen = teacher.look(recorder, batch)
-                for name, value in seen.output.items():
-                    outputs[name].append(value.cpu().numpy())
-                if needs:
-                    stacked = torch.stack(seen.hidden, dim=2)  # (batch, seq, layers + 1, hidden)
-                    real = batch["attention_mask"].bool()
-                    # written in order with plain writes: a full disk then raises, where a memory map would kill the process
-                    file.write(stacked[real].half().cpu().numpy().tobytes())
-                done += len(rows)
-                advance(done)
+    with whole_folder(home) as part, ExitStack() as stack:
+        files = {kind: stack.enter_context(open(part / f"{kind}.npy", "wb")) for kind in needs}
+        for kind, file in files.items():
+            _header(file, shapes[kind], np.dtype(np.float16))
+        recorder = stack.enter_context(capturing(teacher.model, teacher.anatomy, needs))
+        advance = stack.enter_context(log.track("teacher outputs", len(visited)))
+        done = 0
+        per_token: dict[str, bool] = {}
+        for rows in batches:
+            batch = {name: torch.from_numpy(array).to(teacher.device) for name, array in collate(features, rows).items()}
+            per_token = per_token or _per_token(teacher, recorder, batch)
+            seen = teacher.look(recorder, batch)
+            for name, value in seen.output.items():
+                outputs[name].append(value.cpu().numpy())
+            # written in order with plain writes: a full disk then raises, where a memory map would kill the process
+            if Capture.HIDDEN in files:
+                real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
+                files[Capture.HIDDEN].write(real.half().cpu().numpy().tobytes())
+            if Capture.SCORES in files and any(heads):
+                every = torch.cat([layer for layer in seen.scores if layer is not None], dim=1).half().cpu().numpy()
+                for scores, row in zip(every, rows, strict=True):  # (heads of all layers, seq, seq)
+                    files[Capture.SCORES].write(scores[:, : lengths[row], : lengths[row]].tobytes())
+            done += len(rows)
+            advance(done)
         for name, arrays in outputs.items():
             if per_token[name]:
                 arrays = [a[i, : lengths[row]] for a, rows in zip(arrays, batches, strict=True) for i, row in enumerate(rows)]
             np.save(part / f"output-{name}.npy", np.concatenate(arrays), allow_pickle=False)
-        for name, array in (("lengths", lengths), ("place", place), ("start", start)):
+        for name, array in (("lengths", lengths), ("place", place), ("start", start), ("pair", pair)):
             np.save(part / f"{name}.npy", array, allow_pickle=False)
-        if not needs:
-            (part / "hidden.npy").unlink()
-        (part / FACTS).write_text(json.dumps({"outputs": per_token}), encoding="utf-8")
+        (part / FACTS).write_text(json.dumps({"outputs": per_token, "heads": heads}), encoding="utf-8")
 
 
 def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, bool]:

@@ -77,7 +77,7 @@ class Settings:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpoint_seconds: float = 60.0
     steps: int | None = None
-    hidden_cache_bytes: int = 16 << 30  # a teacher's hidden states beyond this are not kept on disk but computed again
+    cache_bytes: int = 16 << 30  # a teacher's hidden states and scores beyond this are not kept on disk but computed again
     evaluate: bool = True  # after each epoch, where `train` is given how
     trackers: tuple[str, ...] = ()  # accelerate's names: "tensorboard", "wandb", ...
 
@@ -611,7 +611,7 @@ def _rigged(
             stack.callback(nn.Module.to, teacher.model, teacher.model.device)
             teacher.model.to(device)
             needs = frozenset[Capture]().union(*(method.needs for method in methods if method.needs_teacher))
-            cap = _room(settings.hidden_cache_bytes, cache_folder)
+            cap = _room(settings.cache_bytes, cache_folder)
             if cache_folder is None and not is_live(teacher, features, needs, cap):
                 lessons = stack.enter_context(remembering(teacher, needs))
             else:

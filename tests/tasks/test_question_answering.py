@@ -537,7 +537,7 @@ def test_a_live_teacher_and_a_remembered_one_teach_the_same(tmp_path: Path) -> N
     with torch.no_grad():
         output = student(**{name: batch[name] for name in inputs})
     losses = []
-    for needs in ({Capture.LOGITS}, {Capture.LOGITS, Capture.SCORES}):  # scores are never kept: the teacher runs along
+    for needs in ({Capture.LOGITS}, {Capture.LOGITS, Capture.SCORES}):  # scores do not fit: the teacher runs along
         with teaching.teaching(teacher, features, needs, tmp_path, Log(None, quiet=True), cap_bytes=0) as lessons:
             losses.append(task.divergence(output, lessons.see(some, batch).output, batch, 2.0).item())
     assert isinstance(lessons, teaching.Live)
