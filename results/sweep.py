@@ -29,6 +29,7 @@ from slimformer.tokenizing import load_tokenizer, max_length_of
 HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
 RATE = 4000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
+LOOK = 0.4  # what a look of the teacher at a row costs beside a training step
 AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
 
 
@@ -60,7 +61,10 @@ class Job:
         for stage in self.recipe.stages:
             deciding = not isinstance(stage, Train) or any(method.decides for method in stage.methods)
             if isinstance(stage, Train):
-                seen += stage.epochs * (1 + stage.augment) * share
+                rows = 1 + stage.augment
+                seen += stage.epochs * rows * share
+                if any(method.needs_teacher for method in stage.methods):
+                    seen += LOOK * rows * min(1.0, stage.epochs)  # kept on disk
             share = min(share, self.share) if deciding else share
         return seen * _tokens(self.recipe.task, self.recipe.model) / RATE / 3600 + AROUND
 
