@@ -321,6 +321,7 @@ NOTES = (  # what the rows so far say beyond their numbers, by hand
     "hundreds of steps there to decide what the paper decides in tens of thousands, and loses more; that is why the aim on SQuAD v1.1 is "
     "missed with these rows. The runs `squad1-10k` have two and a half times the questions.",
     "Whole layers are the fastest way to spend the same operations, and by far the most costly one.",
+    "`squad1/movement-35` shared its two cores with other work: its minutes are too many by about a quarter.",
 )
 STYLE = (
     "<style>text{font:12px sans-serif;fill:#333}.panel{font-weight:bold}.of{fill:#e4ddd3}.kept{fill:#0b6b5d}"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimformer.batching import MEGA, collate, epoch_order, in_order, sorted_by_length
+from slimformer.batching import MEGA, collate, epoch_order, in_order, rounded, sorted_by_length
 from slimformer.tasks.base import Features
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=300)
@@ -35,6 +35,20 @@ def test_collate_pads_to_the_longest_row_of_the_batch(features: Features) -> Non
     assert batch["token_type_ids"].tolist() == [[0, 1], [1, 0]]
     assert batch["labels"].tolist() == [1, 0]
     assert {array.dtype for array in batch.values()} == {np.dtype(np.int64)}
+
+
+def test_collate_pads_further_where_that_is_asked_for(features: Features) -> None:
+    batch = collate(features, [2, 1], width=4)
+    assert batch["input_ids"].tolist() == [[9, 10, 99, 99], [8, 99, 99, 99]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert collate(features, [0], width=2)["input_ids"].tolist() == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("length", "width"), [(1, 4), (4, 4), (5, 8), (64, 64), (65, 72), (128, 128), (129, 144), (490, 496), (499, 499)]
+)
+def test_widths_are_rounded_up_but_never_beyond_the_longest_row(length: int, width: int) -> None:
+    assert rounded(np.array([length, 1, 499]), [1, 0]) == width
 
 
 def test_collate_keeps_only_the_named_columns(features: Features) -> None:

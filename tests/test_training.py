@@ -127,6 +127,20 @@ def test_learns_in_bfloat16_with_float32_weights(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in around.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("precision", "all_of"), [("bf16", {4, 8, 12, 16, 19}), ("fp32", set(range(3, 20)))])
+def test_widths_of_batches_are_rounded_in_half_precision(tmp_path: Path, precision: str, all_of: set[int]) -> None:
+    """Cached lessons of the teacher too: padding them to another width would not fit."""
+    features, widths = rows(60, longest=19), set()
+    around = context(features=features, teacher=tiny("bert", seed=5))
+    around.model.register_forward_pre_hook(lambda _, __, inputs: widths.add(inputs["input_ids"].shape[1]), with_kwargs=True)
+    settings = replace(FAST, precision=precision, batch_size=4)
+    train(around, features, (Distillation(scores=1.0),), settings, tmp_path, QUIET)
+    assert widths <= all_of
+    assert len(widths) > len(all_of) / 4
+    assert int(features.lengths().max()) in widths
+    assert precision == "bf16" or any(width % 4 for width in widths - {19})
+
+
 def test_the_rate_rises_then_falls_in_lines() -> None:
     assert [rate(step, 10, 0.2) for step in range(10)] == [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     assert [rate(step, 4, 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]

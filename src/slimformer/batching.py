@@ -16,14 +16,27 @@ from slimformer.tasks.base import Features
 MEGA = 50  # batches per chunk that is sorted: padding is near its minimum from about 20, and batches still mix well at 50
 
 
-def collate(features: Features, rows: Sequence[int], names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The rows as one batch: token columns (batch, longest of the batch) int64, others (batch,) int64 or float32.
+def rounded(lengths: np.ndarray, rows: Sequence[int]) -> int:
+    """The width of a batch of these rows in half precision: rounded up, but no wider than the longest row of all.
+
+    To a multiple of 4 up to 64 tokens, of 8 up to 128, else of 16. Half-precision kernels are made anew for each shape, and a model
+    that was cut has many: docs/decisions/0003-training-loop.md.
+    """
+    longest = int(lengths[list(rows)].max())
+    step = 4 if longest <= 64 else 8 if longest <= 128 else 16
+    return min(-(-longest // step) * step, int(lengths.max()))
+
+
+def collate(
+    features: Features, rows: Sequence[int], names: Collection[str] | None = None, *, width: int = 0
+) -> dict[str, np.ndarray]:
+    """The rows as one batch: token columns (batch, longest of the batch, at least `width`) int64, others (batch,) int64 or float32.
 
     Tuples are of one length, whatever their rows' tokens: (batch, that) int64.
     `names` keeps only those columns; None keeps all. The attention mask is made here, 1 on tokens and 0 on padding.
     """
     lengths = [len(features.columns["input_ids"][row]) for row in rows]
-    width = max(lengths, default=0)
+    width = max([width, *lengths])
     columns = [*features.columns, "attention_mask"] if "attention_mask" not in features.columns else list(features.columns)
     batch = {}
     for name in columns:

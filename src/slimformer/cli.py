@@ -271,12 +271,14 @@ def _command() -> str:
     return shlex.join(["slimformer", *sys.argv[1:]])
 
 
-SPINS = "1000"  # turns that an OpenMP thread waits actively: docs/decisions/0004-waiting-threads.md
+# Read by the libraries when they first need them: docs/decisions/0004-waiting-threads.md and 0003-training-loop.md
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
 
 
 def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported, so here and not later
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         app(prog_name="slimformer")
     except SlimformerError as error:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy
-from slimformer.batching import collate, sorted_by_length
+from slimformer.batching import collate, rounded, sorted_by_length
 from slimformer.capture import Recorder, capturing
 from slimformer.files import whole_folder
 from slimformer.log import Log
@@ -117,7 +117,7 @@ class Cached(Lessons):
         )
 
     def see(self, rows: Sequence[int], batch: Batch) -> Captured:
-        width = max(int(self._lengths[row]) for row in rows)
+        width = batch["input_ids"].shape[1]
         output = {
             name: self._padded(self._outputs[name], rows, width, PADDING)
             if per_token
@@ -251,7 +251,9 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
         done = 0
         per_token: dict[str, bool] = {}
         for rows in batches:
-            batch = {name: torch.from_numpy(array).to(teacher.device) for name, array in collate(features, rows).items()}
+            width = rounded(lengths, rows) if teacher.precision != "fp32" else 0
+            columns = collate(features, rows, width=width)
+            batch = {name: torch.from_numpy(column).to(teacher.device) for name, column in columns.items()}
             per_token = per_token or _per_token(teacher, recorder, batch)
             seen = teacher.look(recorder, batch)
             for name, value in seen.output.items():
