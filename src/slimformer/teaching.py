@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOLDER = "teacher"
-BATCH = 64  # rows per pass while the cache is filled
+BATCH = 64  # rows per pass while the cache is filled; a quarter where scores are seen, which take more memory than all the rest
+LAYOUT = 2  # of the files below, part of their digest: a run that an earlier version began fills its cache anew
 LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # what may not fit
 PADDING = -1e4  # what stands at padding in outputs with a value per token; tasks leave padding out, and never see it
 FACTS = "facts.json"
@@ -207,7 +208,7 @@ def forget(folder: Path) -> None:
 
 def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> str:
     parts = [model_digest(teacher.model), features_digest(features, teacher.inputs), str(features.pad_id)]
-    parts += [teacher.precision, *teacher.task.outputs, *sorted(needs)]
+    parts += [str(LAYOUT), teacher.precision, *teacher.task.outputs, *sorted(needs)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
@@ -228,7 +229,7 @@ def _heads(anatomy: Anatomy) -> list[int]:
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:
     """Computes everything once, from short rows to long ones, and writes it whole."""
     lengths = features.lengths().astype(np.int64)
-    batches = sorted_by_length(lengths, BATCH)
+    batches = sorted_by_length(lengths, BATCH // 4 if Capture.SCORES in needs else BATCH)
     visited = np.asarray([row for rows in batches for row in rows], dtype=np.int64)
     place, start, pair = (np.empty_like(visited) for _ in range(3))
     place[visited] = np.arange(len(visited))
