@@ -317,9 +317,10 @@ NOTES = (  # what the rows so far say beyond their numbers, by hand
     "steps enough, and the retraining has better use for the rest (`gates-quarter-35` beside `gates-35`): v2.0 and Natural Questions "
     "give them a third.",
     "Where leaving out one head at a time can be afforded, it chooses heads no worse than gates do.",
-    "With few examples the one-shot choice is hard to beat: on SQuAD with 4,000 questions `fisher` loses least. `group_lasso` has some "
-    "hundreds of steps there to decide what the paper decides in tens of thousands, and loses more; that is why the aim on SQuAD v1.1 is "
-    "missed with these rows. The runs `squad1-10k` have two and a half times the questions.",
+    "With few examples the one-shot choice is hard to beat: on SQuAD with 4,000 questions `fisher` loses least, then `movement`, whose "
+    "decision takes three quarters of the steps. `group_lasso` and `gates` have some hundreds of steps there to decide what the papers "
+    "decide in tens of thousands, and lose more; that is why the aim on SQuAD v1.1 is missed with these rows. The runs `squad1-10k` have "
+    "two and a half times the questions.",
     "Whole layers are the fastest way to spend the same operations, and by far the most costly one.",
     "`squad1/movement-35` shared its two cores with other work: its minutes are too many by about a quarter.",
 )
