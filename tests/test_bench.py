@@ -107,13 +107,18 @@ def test_a_drift_of_the_machine_leaves_the_ratio_alone() -> None:
 
 
 def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
-    def timing(budget: float, count: int) -> Timing:
-        clock = Clock()
+    def timing(budget: float, count: int, clock: Clock | None = None) -> Timing:
+        clock = clock or Clock()
         sorted_32 = workloads(features([1 + row % 40 for row in range(32 * count)]))[1]
         runners = {name: clock.runner(name, lambda _: 1.0) for name in "AB"}
         return compare(runners, sorted_32, engines=dict.fromkeys("AB", ENGINE), load=LOAD, budget_seconds=budget, clock=clock)[
             "B"
         ]
+
+    def spent(budget: float, count: int) -> float:
+        clock = Clock()
+        timing(budget, count, clock)
+        return clock()
 
     # Forty batches at two seconds a round of both: three rounds would take 240 seconds.
     assert timing(240.0, 40).sizes == (32,) * 40
@@ -122,6 +127,8 @@ def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
     assert (half.lengths.max, half.lengths.p50) == (40, pytest.approx(20.5, abs=1.0))  # the lengths of the whole
     assert half.tokens == pytest.approx(640 * 20.5, rel=0.05)
     assert timing(1.0, 40).sizes == (32,) * 8  # never fewer, however short the budget
+    assert spent(1.0, 40) == 2 * 8 * (1 + 1 + 3)  # a look, the warm-up and three rounds: never all of the batches
+    assert spent(240.0, 40) == 2 * (8 + 40 * (1 + 3))
     assert timing(1.0, 4).sizes == (32,) * 4
 
 

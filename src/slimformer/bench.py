@@ -221,7 +221,7 @@ def compare(
     """Timings of every runner on the same batches, in turn: each batch is run by all, in rotating order, before the next.
 
     A drift of the machine then hits all of them alike. `warmup` rounds come first and are dropped. With `budget_seconds` it
-    stops early, never before `min_rounds` rounds; where so many would take longer, as the last warm-up round shows, it times fewer of
+    stops early, never before `min_rounds` rounds; where so many would take longer, as a few batches show beforehand, it times fewer of
     the batches, evenly spaced. A workload per runner is for models whose tokenizers differ.
     """
     names = list(runners)
@@ -244,15 +244,16 @@ def compare(
     gc.collect()
     gc.disable()  # a collection in the middle of a batch would be charged to whoever runs just then
     try:
-        for number in range(warmup):
+        if warmup and budget_seconds is not None and len(shape) > LEAST_BATCHES:
+            whole, every = per_name, len(shape)
+            per_name, shape = _sampled(whole, LEAST_BATCHES)
             begin = clock()
+            one_round(0)
+            spent = (clock() - begin) * every / LEAST_BATCHES
+            fitting = int(every * budget_seconds / (min_rounds * spent)) if min_rounds * spent > budget_seconds else every
+            per_name, shape = _sampled(whole, max(LEAST_BATCHES, fitting))
+        for number in range(warmup):
             one_round(number)
-            spent = clock() - begin
-            if number == warmup - 1 and budget_seconds is not None and min_rounds * spent > budget_seconds:
-                limit = max(LEAST_BATCHES, int(len(shape) * budget_seconds / (min_rounds * spent)))
-                kept = {id(work): _shorter(work, limit) for work in per_name.values()}
-                per_name = {name: kept[id(work)] for name, work in per_name.items()}
-                shape = _shape(per_name.values())
         start = clock()
         for number in range(rounds):
             for name, values in one_round(number).items():
@@ -297,8 +298,14 @@ def _shape(works: Iterable[Workload]) -> tuple[int, ...]:
     return shapes.pop()
 
 
-def _shorter(work: Workload, limit: int) -> Workload:
-    return _workload(work.name, work.batch_size, work.order, tuple(_spread(work.batches, limit)))
+def _sampled(works: Mapping[str, Workload], limit: int) -> tuple[dict[str, Workload], tuple[int, ...]]:
+    """The same workloads with at most `limit` batches, evenly spaced, and the examples in each of these."""
+    kept = {
+        id(work): _workload(work.name, work.batch_size, work.order, tuple(_spread(work.batches, limit)))
+        for work in works.values()
+    }
+    fewer = {name: kept[id(work)] for name, work in works.items()}
+    return fewer, _shape(fewer.values())
 
 
 # -- Quality -----------------------------------------------------------------------------------------------------------------
