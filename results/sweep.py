@@ -8,7 +8,6 @@ run again. Nothing is measured or drawn here.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from slimformer.cli import ENVIRONMENT
+from slimformer.cli import prefer_environment
 from slimformer.errors import SlimformerError
 from slimformer.files import write_text
 from slimformer.recipe import Recipe, run
@@ -125,8 +124,7 @@ def sweep(jobs: Sequence[Job]) -> int:
 
 def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]) -> int:
     """The command line of a table."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prefer_environment()
     reader = argparse.ArgumentParser(description="Runs the recipes of a table and draws it; stop and start it at will.")
     reader.add_argument("--plan", action="store_true", help="only say what would run, and for how long")
     reader.add_argument("--draw", action="store_true", help="only draw the page from the rows that stand")

@@ -271,14 +271,19 @@ def _command() -> str:
     return shlex.join(["slimformer", *sys.argv[1:]])
 
 
-# Read by the libraries when they first need them: docs/decisions/0004-waiting-threads.md and 0003-training-loop.md
+# Turns that an OpenMP thread waits actively, and kernels that are kept: docs/decisions/0004-waiting-threads.md, 0003-training-loop.md
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
+
+
+def prefer_environment() -> None:
+    """Sets what is not set yet. The first is read when torch is imported, the second with the first kernel."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prefer_environment()
     try:
         app(prog_name="slimformer")
     except SlimformerError as error:

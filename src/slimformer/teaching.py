@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slimformer.anatomy import Anatomy
-from slimformer.batching import collate, rounded, sorted_by_length
+from slimformer.batching import collate, least_width, sorted_by_length
 from slimformer.capture import Recorder, capturing
 from slimformer.files import whole_folder
 from slimformer.log import Log
@@ -252,8 +252,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
         done = 0
         per_token: dict[str, bool] = {}
         for rows in batches:
-            width = rounded(lengths, rows) if teacher.precision != "fp32" else 0
-            columns = collate(features, rows, width=width)
+            columns = collate(features, rows, width=least_width(lengths, rows, teacher.precision))
             batch = {name: torch.from_numpy(column).to(teacher.device) for name, column in columns.items()}
             per_token = per_token or _per_token(teacher, recorder, batch)
             seen = teacher.look(recorder, batch)

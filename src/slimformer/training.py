@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from slimformer import runstate
 from slimformer.anatomy import Role
 from slimformer.attention import quick_attention
-from slimformer.batching import collate, epoch_order, rounded
+from slimformer.batching import collate, epoch_order, least_width
 from slimformer.capture import Recorder, capturing
 from slimformer.errors import RecipeError
 from slimformer.families.base import family_of
@@ -478,8 +478,7 @@ class _Rig:
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The rows as tensors on the device."""
-        width = rounded(self.lengths, rows) if self.precision != "fp32" else 0
-        arrays = collate(self.features, rows, width=width)
+        arrays = collate(self.features, rows, width=least_width(self.lengths, rows, self.precision))
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
 
     def _sample(self) -> None:
