@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from slimformer.cli import prefer_environment
+from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
 from slimformer.files import write_text
 from slimformer.recipe import Recipe, run
@@ -29,7 +30,8 @@ from slimformer.tokenizing import load_tokenizer, max_length_of
 
 HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
-RATE = 4000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
+RATE = 5000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
+LETTERS = 4.5  # bytes of a text for each of its tokens
 LOOK = 0.4  # what a look of the teacher at a row costs beside a training step
 AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
 
@@ -62,22 +64,22 @@ class Job:
         for stage in self.recipe.stages:
             deciding = not isinstance(stage, Train) or any(method.decides for method in stage.methods)
             if isinstance(stage, Train):
-                rows = 1 + stage.augment
-                seen += stage.epochs * rows * share
+                tokens = (1 + stage.augment) * _tokens(self.recipe.task, self.recipe.model, stage.text)
+                seen += stage.epochs * tokens * share
                 if any(method.needs_teacher for method in stage.methods):
-                    seen += LOOK * rows * min(1.0, stage.epochs)  # kept on disk
+                    seen += LOOK * tokens * min(1.0, stage.epochs)  # kept on disk
             share = min(share, self.share) if deciding else share
-        return seen * _tokens(self.recipe.task, self.recipe.model) / RATE / 3600 + AROUND
+        return seen / RATE / 3600 + AROUND
 
 
 @cache
-def _tokens(task: Task, model: str) -> float:
-    """Tokens in an epoch, from 500 examples."""
-    source = Path(model)
+def _tokens(task: Task, model: str, text: str | None) -> float:
+    """Tokens in an epoch, from 500 examples; of a file of texts from its size. A model still to be made will cut words as the demo's."""
+    if text is not None and Path(text).is_file():
+        return Path(text).stat().st_size / LETTERS
+    source = Path(model) if Path(model).is_dir() else encoder()
     examples = task.split(Split.TRAIN)
     some = examples[:: max(1, len(examples) // 500)]
-    if not source.is_dir():
-        return 64.0 * len(examples)  # the model is still to be made
     features = task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source)))
     return float(features.lengths().sum()) / len(some) * len(examples)
 
