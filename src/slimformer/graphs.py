@@ -20,7 +20,7 @@ from slimformer.ranges import TABLE_ROWS
 
 MARKER = ("slimformer", "Attention")  # (query, key, value, mask): each (a, b, heads, dim); which of a, b is the batch: a Layout
 FACTORED = ("slimformer", "Kronecker")  # (x, a, b): (., ., n1 n2) -> (., ., m1 m2); factors (terms, rows, columns)
-TABLE = ("slimformer", "KroneckerTable")  # (ids, a, b): (., .) -> (., ., n1 n2)
+TABLE = ("slimformer", "KroneckerTable")  # (ids, a, b): (., .) -> (., ., n1 n2); a (1, words, terms n1), b (terms, 1, n2)
 MICROSOFT = "com.microsoft"
 MASKED = -10_000.0  # exp() of it is 0 in fp32, and it survives fp16; the smallest float does not
 
@@ -339,25 +339,33 @@ def lower_factors(graph: ir.Graph) -> int:
 
 
 def lower_tables(graph: ir.Graph) -> int:
-    """Puts a lookup and a product with one row per term in the place of each marker of a factored word table; gives their number."""
+    """Puts a lookup and a product in the place of each marker of a factored word table; gives their number.
+
+    What sums the terms is a constant of three axes, so that it is no Linear to any later rewrite: it stays in fp32.
+    """
     editor = _Editor(graph)
     found = [node for node in graph if (node.domain, node.op_type) == TABLE]
     for node in found:
         ids, name, factors = _factors(node)
-        total: ir.Value | None = None
-        for term, (a, b) in enumerate(zip(factors["a"], factors["b"], strict=True)):
-            rows = editor.one(node, "Gather", [editor.constant(a, np.float32, f"{name}.a.{term}"), ids], axis=0)
-            column = editor.one(node, "Unsqueeze", [rows, editor.constant([3], np.int64)])  # (., ., n1, 1)
-            value = editor.one(node, "Mul", [column, editor.constant(b[0], np.float32, f"{name}.b.{term}")])  # (., ., n1, n2)
-            total = value if total is None else editor.one(node, "Add", [total, value])
-        width = factors["a"].shape[2] * factors["b"].shape[2]
-        editor.replace(node.outputs[0], editor.one(node, "Reshape", [total, editor.constant([0, 0, width], np.int64)]))
+        table, sums = factors["a"][0], factors["b"][:, 0]  # (words, terms n1), (terms, n2)
+        terms, n2 = sums.shape
+        n1 = table.shape[1] // terms
+        value = editor.one(node, "Gather", [editor.constant(table, np.float32, f"{name}.a"), ids], axis=0)
+        if min(terms, n1) > 1:
+            value = editor.one(node, "Reshape", [value, editor.constant([0, 0, terms, n1], np.int64)])
+            value = editor.one(node, "Transpose", [value], perm=[0, 1, 3, 2])  # (., ., n1, terms)
+        else:
+            value = editor.one(node, "Reshape", [value, editor.constant([0, 0, n1, terms], np.int64)])
+        small = editor.constant(sums[None], np.float32, f"{name}.b")  # (1, terms, n2)
+        value = editor.one(node, "Mul" if terms == 1 else "MatMul", [value, small])  # (., ., n1, n2)
+        value = editor.one(node, "Reshape", [value, editor.constant([0, 0, n1 * n2], np.int64)])
+        editor.replace(node.outputs[0], value)
         editor.remove(node)
     return len(found)
 
 
 def _factors(node: ir.Node) -> tuple[ir.Value, str, dict[str, np.ndarray]]:
-    """What a marker of a factored matrix reads, the matrix's name, and its factors (terms, rows, columns)."""
+    """What a marker of a factored matrix reads, the matrix's name, and its factors, as their modules hold them."""
     source, *given = (_given(value) for value in node.inputs)
     values = [_constant_of(value) for value in given]
     if len(values) != 2 or any(value is None for value in values):

@@ -85,7 +85,9 @@ def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, torch.Te
     if wrong:
         have = tuple(slots[wrong[0]].shape) if wrong[0] in slots else "no such parameter"
         raise PlanError(f"the decision fills '{path}.{wrong[0]}' with shape {tuple(given[wrong[0]].shape)}; {form} has {have}.")
-    values = given if set(given) == set(slots) or dense.weight.is_meta else {**form.weights(dense.weight), **given}
+    table = isinstance(dense, nn.Embedding)
+    whole = set(given) == set(slots) or dense.weight.is_meta
+    values = given if whole else {**form.weights(dense.weight, table=table), **given}
     for name, value in values.items():
         slots[name].copy_(value)
     model.set_submodule(path, module.train(dense.training))

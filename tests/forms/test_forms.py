@@ -192,15 +192,30 @@ def test_a_table_keeps_a_row_per_word_and_its_padding_never_learns() -> None:
     table = form.module(dense)
     assert isinstance(table, KroneckerEmbedding)
     with torch.no_grad():
-        for name, value in form.weights(dense.weight).items():
+        for name, value in form.weights(dense.weight, table=True).items():
             table.get_parameter(name).copy_(value)
-    assert table.a.shape == (2, 7, 2)
+    assert table.a.shape == (1, 7, 4)  # a word's numbers side by side
     assert table.b.shape == (2, 1, 3)
+    by_term = table.a.detach()[0].unflatten(-1, (2, 2))  # (words, terms, n1)
+    whole = sum(torch.kron(by_term[:, term], table.b.detach()[term]) for term in range(2))
+    torch.testing.assert_close(table.matrix(), whole)
     ids = torch.tensor([[0, 1], [6, 1]])
     torch.testing.assert_close(table(ids), table.matrix()[ids])
     table(ids).square().sum().backward()
     touched = table.a.grad.abs().sum((0, 2)) > 0  # type: ignore[union-attr]
     assert touched.tolist() == [True, False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("terms", [1, 3, 6])
+def test_a_sum_of_products_with_one_column_is_the_nearest_table_of_that_rank(terms: int) -> None:
+    dense = nn.Embedding(9, 6)
+    table = Kronecker((9, 1), terms).module(dense)
+    with torch.no_grad():
+        for name, value in Kronecker((9, 1), terms).weights(dense.weight, table=True).items():
+            table.get_parameter(name).copy_(value)
+    assert isinstance(table, KroneckerEmbedding)
+    u, s, v = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
+    torch.testing.assert_close(table.matrix(), u[:, :terms] * s[:terms] @ v[:terms], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +467,13 @@ def check_files(model: Any, folder: Path) -> None:
 @pytest.mark.slow
 def test_files_of_a_factored_model_equal_it(tmp_path: Path) -> None:
     check_files(mixed("bert")[0], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [Kronecker((99, 1)), Kronecker((99, 1), 12), Kronecker((99, 4), 2)])
+def test_files_of_a_table_with_few_numbers_a_word_equal_the_model(form: Kronecker, tmp_path: Path) -> None:
+    model = tiny("bert")
+    check_files(shrink(model, anatomy_of(model), Plan(forms={"embeddings.word": form})), tmp_path)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_named_shapes_are_the_published_ones(name: str, attention: Any, first: A
         assert shapes.form(matrix(role, 768, 768), 1) == Product(attention)
     assert shapes.form(matrix(Role.FFN_IN, 3072, 768), 2) == Product(first, 2)
     assert shapes.form(matrix(Role.FFN_OUT, 768, 3072), 1) == Product(second)
-    assert shapes.form(matrix(Role.EMBEDDING, 30522, 768), 3) == Product(table)
+    assert shapes.form(matrix(Role.EMBEDDING, 30522, 768), 3) == Product(table, 3)
 
 
 @pytest.mark.parametrize(("name", "millions", "ratio"), [("7.7x", 14.65, 7.47), ("21x", 5.23, 20.9)])
@@ -230,6 +230,12 @@ def test_the_table_is_left_alone_factored_as_told_or_kept_out_where_it_is_tied()
     assert "embeddings.word" not in decided(context, keep=0.5, embedding=0).plan.forms
     assert decided(context, keep=0.5, embedding=4).plan.forms["embeddings.word"] == Product((99, 8))
     assert decided(context, shapes="7.7x", embedding=16).plan.forms["embeddings.word"] == Product((99, 2))
+    assert decided(context, shapes="7.7x", embedding_terms=3).plan.forms["embeddings.word"] == Product((99, 4), 3)
+    alone = decided(context, keep=1.0, embedding=32, embedding_terms=12)
+    assert alone.plan.forms == {"embeddings.word": Product((99, 1), 12)}
+    assert alone.weights["bert.embeddings.word_embeddings.a"].shape == (1, 99, 12)
+    with pytest.raises(PlanError, match="32 terms of 99 x 1 are exact already"):
+        decided(context, embedding=32, embedding_terms=33)
     with pytest.raises(PlanError, match="'embeddings.word' is 99 x 32, which a factor of 1 x 5"):
         decided(context, embedding=5)
     tied = around(tiny("bert", auto_class="AutoModelForMaskedLM"))
@@ -252,10 +258,14 @@ def test_what_cannot_be_reached_names_the_least() -> None:
         decided(around(tiny("bert")), keep=0.01)
 
 
-@pytest.mark.parametrize("options", [{"shapes": "8x"}, {"keep": 0}, {"keep": 1.1}, {"terms": 0}, {"embedding": -1}])
+@pytest.mark.parametrize(
+    "options", [{"shapes": "8x"}, {"keep": 0}, {"keep": 1.1}, {"terms": 0}, {"embedding": -1}, {"embedding_terms": 0}]
+)
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Kronecker(**options)
+    with pytest.raises(ValueError, match="embedding 0 leaves it dense"):
+        Kronecker(embedding=0, embedding_terms=2)
 
 
 # -- With training -------------------------------------------------------------------------------------------------------------

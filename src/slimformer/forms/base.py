@@ -50,8 +50,11 @@ class Form(ABC):
         """What replaces a Linear or Embedding: its bias is taken over, the parameters of the form still hold nothing."""
 
     @abstractmethod
-    def weights(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """The form's parameters, by their names in the module, that come nearest to `weight` in the Frobenius norm."""
+    def weights(self, weight: Tensor, *, table: bool = False) -> Mapping[str, Tensor]:
+        """The form's parameters, by their names in the module, that come nearest to `weight` in the Frobenius norm.
+
+        `table`: whether it is an Embedding's, whose module may lay them out in another way than a Linear's.
+        """
 
     @classmethod
     @abstractmethod
@@ -82,7 +85,7 @@ class Dense(Form):
     def module(self, dense: nn.Module) -> nn.Module:
         return dense
 
-    def weights(self, weight: Tensor) -> Mapping[str, Tensor]:
+    def weights(self, weight: Tensor, *, table: bool = False) -> Mapping[str, Tensor]:
         return {"weight": weight}
 
     @classmethod

@@ -4,7 +4,8 @@ Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022
 rearranged matrix is Van Loan and Pitsianis (1993). Differences: the smaller factor multiplies from the left, token by token, so that
 the larger is one product over all tokens and often nothing has to be transposed; a word table keeps a private row of A per word, as
 theirs, and may be a sum too. Fewer multiplications do not mean less time: with as many, one order can take four times as long as
-another (benchmarks/factors.py), so what a factored model really takes has to be measured.
+another (benchmarks/factors.py), so what a factored model really takes has to be measured. A sum of products with one column each,
+A (words, 1) and B (1, width), is a table of low rank: of all tables with as many numbers a word, the nearest.
 """
 
 from __future__ import annotations
@@ -92,13 +93,13 @@ class Kronecker(Form):
             return KroneckerEmbedding(self, dense)
         return KroneckerLinear(self, cast(nn.Linear, dense))
 
-    def weights(self, weight: Tensor) -> Mapping[str, Tensor]:
+    def weights(self, weight: Tensor, *, table: bool = False) -> Mapping[str, Tensor]:
         shape = (int(weight.shape[0]), int(weight.shape[1]))
         left, right = _leading(rearranged(weight.detach().double(), self.a), self.terms)  # (m1 n1, terms), (terms, m2 n2)
-        return {
-            "a": left.T.reshape(self.terms, *self.a).to(weight.dtype),
-            "b": right.reshape(self.terms, *self.b(shape)).to(weight.dtype),
-        }
+        a = left.T.reshape(self.terms, *self.a)
+        if table:
+            a = a.transpose(0, 1).flatten(1)[None]  # (1, words, terms n1)
+        return {"a": a.to(weight.dtype), "b": right.reshape(self.terms, *self.b(shape)).to(weight.dtype)}
 
     @classmethod
     def example(cls, matrix: Matrix) -> Form:
@@ -139,20 +140,17 @@ def _leading(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
 
 
 class _Factors(Formed):
-    """The parameters `a` (terms, m1, n1) and `b` (terms, m2, n2)."""
+    """The parameters `a`, of the shape given, and `b` (terms, m2, n2)."""
 
-    def __init__(self, form: Kronecker, weight: Tensor) -> None:
+    def __init__(self, form: Kronecker, weight: Tensor, a: tuple[int, int, int]) -> None:
         super().__init__()
         self.form: Kronecker = form
         self.shape = (int(weight.shape[0]), int(weight.shape[1]))
 
-        def empty(factor: Shape) -> nn.Parameter:
-            return nn.Parameter(weight.new_empty(form.terms, *factor), requires_grad=weight.requires_grad)
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(weight.new_empty(shape), requires_grad=weight.requires_grad)
 
-        self.a, self.b = empty(form.a), empty(form.b(self.shape))
-
-    def matrix(self) -> Tensor:
-        return torch.stack([torch.kron(a, b) for a, b in zip(self.a, self.b, strict=True)]).sum(0)
+        self.a, self.b = empty(*a), empty(form.terms, *form.b(self.shape))
 
     def extra_repr(self) -> str:
         return f"{self.shape}, a={self.form.a}, b={self.form.b(self.shape)}, terms={self.form.terms}"
@@ -170,12 +168,15 @@ class LargeProduct(nn.Module):
 
 
 class KroneckerLinear(_Factors):
-    """y = sum of (A (x) B) x, plus the bias, for inputs of any number of leading axes."""
+    """y = sum of (A (x) B) x, plus the bias, for inputs of any number of leading axes; `a` is (terms, m1, n1)."""
 
     def __init__(self, form: Kronecker, dense: nn.Linear) -> None:
-        super().__init__(form, dense.weight)
+        super().__init__(form, dense.weight, (form.terms, *form.a))
         self.bias = dense.bias
         self.large = LargeProduct("b" if form.b_is_large(self.shape) else "a")
+
+    def matrix(self) -> Tensor:
+        return torch.stack([torch.kron(a, b) for a, b in zip(self.a, self.b, strict=True)]).sum(0)
 
     def forward(self, input: Tensor) -> Tensor:
         product = self.product(input)
@@ -203,20 +204,28 @@ class KroneckerLinear(_Factors):
 
 
 class KroneckerEmbedding(_Factors):
-    """Row i of the table is the sum of A[i] (x) B, with B a single row: a lookup and a product."""
+    """Row i of the table is the sum of A[i] (x) B, with B a single row: a lookup and a product.
+
+    `a` is (1, words, terms n1): what a word has of all terms stands side by side, so that one lookup finds it and one scale rounds it.
+    """
 
     def __init__(self, form: Kronecker, dense: nn.Embedding) -> None:
-        super().__init__(form, dense.weight)
+        words, n1 = form.a
+        super().__init__(form, dense.weight, (1, words, form.terms * n1))
         self.padding_idx = dense.padding_idx
 
+    def matrix(self) -> Tensor:
+        return self._product(self.a[0])
+
     def forward(self, input: Tensor) -> Tensor:
-        total = None
-        for a, b in zip(self.a, self.b, strict=True):
-            row = functional.embedding(input, a, self.padding_idx)  # (..., n1)
-            term = row.unsqueeze(-1) * b[0]  # (..., n1, n2)
-            total = term if total is None else total + term
-        assert total is not None
-        return total.flatten(-2)
+        return self._product(functional.embedding(input, self.a[0], self.padding_idx))
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """The table's rows (..., n1 n2) from those of A (..., terms n1)."""
+        rows = rows.unflatten(-1, (self.form.terms, -1))  # (..., terms, n1)
+        if self.form.terms == 1:
+            return (rows.transpose(-1, -2) * self.b[0]).flatten(-2)
+        return torch.einsum("...tj,tk->...jk", rows, self.b[:, 0]).flatten(-2)
 
 
 def weight_of(model: nn.Module, reader: str) -> str:

@@ -2,11 +2,11 @@
 
 Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022): Table 1 for the shapes, section 3 for the start by the
 nearest product. Differences: for any budget the shapes are searched, those of least relative error, one shape for like matrices
-(theirs were chosen by hand, and W2 has W1's turned over); at other widths than 768 a named model keeps its small factors, and the large
-ones scale. The start is far from the matrix, so that accuracy is all but gone before training: follow it with a stage on text without
-labels and one on the task, both with `distillation`. (Theirs has the pre-trained model as teacher of the first, with the losses of
-pre-training beside it, on a tenth of Wikipedia; here the tuned teacher speaks in both.) Choose it where stored size matters; its speed
-has to be measured.
+(theirs were chosen by hand, and W2 has W1's turned over); a word table may be a sum too; at other widths than 768 a named model keeps
+its small factors, and the large ones scale. The start is far from the matrix, so that accuracy is all but gone before training: follow
+it with a stage on text without labels and one on the task, both with `distillation`. (Theirs has the pre-trained model as teacher of
+the first, with the losses of pre-training beside it, on a tenth of Wikipedia; here the tuned teacher speaks in both.) Choose it where
+stored size matters; its speed has to be measured.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Shapes:
     def form(self, matrix: Matrix, terms: int) -> Product:
         """The form of one matrix; PlanError where the small factor does not divide it."""
         if matrix.role is Role.EMBEDDING:
-            return Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]))
+            return Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]), terms)
         if matrix.role in ATTENTION:
             return Product(_divided(matrix, self.attention), terms)
         small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
@@ -67,8 +67,10 @@ NAMED: Mapping[str, Shapes] = {"7.7x": Shapes((2, 2), (8, 2), 8), "21x": Shapes(
 class Kronecker(Method):
     """`shapes` names a published model; else they are searched so that `keep` of the dense `cost` may remain, 0.25 if not said.
 
-    `terms`: products in the sum of each matrix; a word table has one. `embedding`: columns of a word's row that share a number; 0 leaves
-    the table dense, None does as the shapes say, or searches that too.
+    `terms`: products in the sum of each matrix. `embedding`: columns of a word's row that share a number; 0 leaves the table dense,
+    None does as the shapes say, or searches that too. `embedding_terms`: products in the sum of a table, 1 in the paper. Where all
+    columns share a number in each product the table has low rank, and no other with as many numbers a word comes nearer: 48 terms of
+    `embedding: 384` are as small as one of `embedding: 8`.
     """
 
     shapes: Literal["7.7x", "21x"] | None = None
@@ -76,6 +78,7 @@ class Kronecker(Method):
     cost: Literal["parameters", "macs"] = "parameters"
     terms: int = 1
     embedding: int | None = None
+    embedding_terms: int = 1
 
     decides: ClassVar[bool] = True
     forms: ClassVar[bool] = True
@@ -88,10 +91,13 @@ class Kronecker(Method):
             raise ValueError(f"shapes {self.shapes} leave nothing to search: leave out keep and cost, or shapes")
         if not 0 < self.share <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
-        if self.terms < 1:
-            raise ValueError(f"terms must be at least 1, got {self.terms}")
+        for name in ("terms", "embedding_terms"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.embedding is not None and self.embedding < 0:
             raise ValueError(f"embedding must be 0 or above, got {self.embedding}")
+        if self.embedding == 0 and self.embedding_terms > 1:
+            raise ValueError(f"embedding_terms of {self.embedding_terms} has no table: embedding 0 leaves it dense")
 
     @property
     def share(self) -> float:
@@ -116,7 +122,7 @@ class Kronecker(Method):
         weights = {
             f"{context.anatomy.matrices[name].module}.{part}": value
             for name, form in plan.forms.items()
-            for part, value in form.weights(_weight(context, context.anatomy.matrices[name])).items()
+            for part, value in _nearest(context, context.anatomy.matrices[name], form).items()
         }
         return Decision(plan, weights=weights)
 
@@ -125,10 +131,13 @@ class Kronecker(Method):
         forms: dict[str, Form] = {}
         for matrix in self._concerned(anatomy):
             if matrix.role is Role.EMBEDDING and self.embedding is not None:
-                forms[matrix.id] = Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]))
+                forms[matrix.id] = Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]), self.embedding_terms)
             elif self.shapes is not None:
-                forms[matrix.id] = NAMED[self.shapes].form(matrix, self.terms)
+                forms[matrix.id] = NAMED[self.shapes].form(matrix, self._terms(matrix))
         return forms
+
+    def _terms(self, matrix: Matrix) -> int:
+        return self.embedding_terms if matrix.role is Role.EMBEDDING else self.terms
 
     def _concerned(self, anatomy: Anatomy) -> list[Matrix]:
         return [matrix for matrix in anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
@@ -150,7 +159,7 @@ class Kronecker(Method):
         choices: list[list[Form]] = []
         costs, errors = [], []
         for group in groups.values():
-            forms: list[Form] = [DENSE, *candidates(group[0], self.terms)]
+            forms: list[Form] = [DENSE, *candidates(group[0], self._terms(group[0]))]
             lost = np.zeros(len(forms))
             for matrix in group:
                 lost += relative_errors(_weight(context, matrix), forms)
@@ -179,7 +188,7 @@ def candidates(matrix: Matrix, terms: int) -> Iterator[Product]:
     table = matrix.role is Role.EMBEDDING
     for m1 in [rows] if table else _divisors(rows):
         for n1 in _divisors(columns):
-            form = Product((m1, n1), 1 if table else terms)
+            form = Product((m1, n1), terms)
             a, b = m1 * n1, rows * columns // (m1 * n1)
             small = 1 < b <= NARROW if table else 1 < min(a, b) <= SMALL
             cheap = form.parameters(matrix.shape) < rows * columns and (table or form.macs(matrix.shape) < rows * columns)
@@ -210,6 +219,10 @@ def _divided(matrix: Matrix, small: Shape) -> Shape:
             help="leave `shapes` out and give `keep`: the search takes shapes that divide; or cut to other sizes first.",
         )
     return rows // small[0], columns // small[1]
+
+
+def _nearest(context: Context, matrix: Matrix, form: Form) -> Mapping[str, Tensor]:
+    return form.weights(_weight(context, matrix), table=matrix.role is Role.EMBEDDING)
 
 
 def _weight(context: Context, matrix: Matrix) -> Tensor:
