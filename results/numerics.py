@@ -167,13 +167,17 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
     """Combinations: prune and quantize; the word table in factors besides, which is half of a small model.
 
     The table as one product, as in the paper, or as a sum of so many that each word has as many numbers of its own: 48 here, and 72
-    where the layers leave room for them.
+    where the layers leave room for them. Most words of a table are in no row of a small task: `text` learns from sentences before.
     """
     learn = lesson(task, like=WIN_BACK)
     open_table = replace(learn, freeze="nothing", methods=(Distillation(embedding=1.0),))
 
-    def small(keep: float, table: Kronecker) -> tuple[Stage, ...]:
-        return (Calibrate(Fisher(keep=keep, cost="macs")), Calibrate(table), open_table, to_integers(8))
+    on_text = replace(
+        open_table, text=TEXT, epochs=1.0, lr=5e-4, task_weight=0.0, methods=(Distillation(logits=0.0, embedding=1.0),)
+    )
+
+    def small(keep: float, table: Kronecker, *before: Train) -> tuple[Stage, ...]:
+        return (Calibrate(Fisher(keep=keep, cost="macs")), Calibrate(table), *before, open_table, to_integers(8))
 
     def of_sums(terms: int) -> Kronecker:
         return Kronecker(keep=1.0, embedding=384, embedding_terms=terms)
@@ -182,10 +186,11 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
         "fisher-35-quantization": (Calibrate(Fisher(keep=0.35, cost="macs")), learn, to_integers(8)),
         "fisher-35-table-quantization": small(0.35, Kronecker(keep=1.0, embedding=8)),
         "fisher-35-table-sum-quantization": small(0.35, of_sums(48)),
-        "fisher-25-table-sum-quantization": small(0.25, of_sums(72)),
+        "fisher-35-table-text-quantization": small(0.35, of_sums(48), on_text),
+        "fisher-25-table-text-quantization": small(0.25, of_sums(72), on_text),
     }
-    if task == "squad1":
-        del found["fisher-35-table-quantization"]  # what one product loses is seen on SST-2
+    if task == "squad1":  # what one product loses, and what text gives, is seen on SST-2
+        del found["fisher-35-table-quantization"], found["fisher-35-table-sum-quantization"]
     return found
 
 
@@ -205,7 +210,7 @@ def jobs() -> tuple[Job, ...]:
         for name, stages in some.items():
             source, other = (ENCODER, taught) if student and "from-tuned" not in name else (taught, None)
             recipe = Recipe(source, tasks[task], stages, teacher=other, export=export, bench=BENCH)
-            before = sentences if name.startswith("kronecker") else None
+            before = sentences if any(isinstance(stage, Train) and stage.text == TEXT for stage in stages) else None
             found.append(Job(f"{TABLE}/{task}/{name}", recipe, share, needs, before))
 
     for task in ("sst2", "mrpc"):
