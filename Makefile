@@ -16,10 +16,10 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 test: install
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 fast: install
-	$(PYTHON) -m pytest -m 'not slow'
+	$(PYTHON) -m pytest -n auto -m 'not slow'
 
 check: install
 	$(VENV)/bin/ruff check
