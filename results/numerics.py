@@ -171,7 +171,6 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
     """
     learn = lesson(task, like=WIN_BACK)
     open_table = replace(learn, freeze="nothing", methods=(Distillation(embedding=1.0),))
-
     on_text = replace(
         open_table, text=TEXT, epochs=1.0, lr=5e-4, task_weight=0.0, methods=(Distillation(logits=0.0, embedding=1.0),)
     )
@@ -182,16 +181,16 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
     def of_sums(terms: int) -> Kronecker:
         return Kronecker(keep=1.0, embedding=384, embedding_terms=terms)
 
-    found = {
-        "fisher-35-quantization": (Calibrate(Fisher(keep=0.35, cost="macs")), learn, to_integers(8)),
+    without_text = {
         "fisher-35-table-quantization": small(0.35, Kronecker(keep=1.0, embedding=8)),
         "fisher-35-table-sum-quantization": small(0.35, of_sums(48)),
+    }
+    return {
+        "fisher-35-quantization": (Calibrate(Fisher(keep=0.35, cost="macs")), learn, to_integers(8)),
+        **(without_text if task == "sst2" else {}),
         "fisher-35-table-text-quantization": small(0.35, of_sums(48), on_text),
         "fisher-25-table-text-quantization": small(0.25, of_sums(72), on_text),
     }
-    if task == "squad1":  # what one product loses, and what text gives, is seen on SST-2
-        del found["fisher-35-table-quantization"], found["fisher-35-table-sum-quantization"]
-    return found
 
 
 @cache

@@ -264,8 +264,14 @@ def test_what_cannot_be_reached_names_the_least() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Kronecker(**options)
+
+
+def test_terms_of_a_table_that_stays_dense_are_refused() -> None:
     with pytest.raises(ValueError, match="embedding 0 leaves it dense"):
         Kronecker(embedding=0, embedding_terms=2)
+    tied = around(tiny("bert", auto_class="AutoModelForMaskedLM"))
+    with pytest.raises(PlanError, match="embedding_terms is 2, but there is no word table to factor"):
+        decided(tied, keep=0.6, embedding_terms=2)
 
 
 # -- With training -------------------------------------------------------------------------------------------------------------

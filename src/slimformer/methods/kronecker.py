@@ -51,7 +51,7 @@ class Shapes:
     def form(self, matrix: Matrix, terms: int) -> Product:
         """The form of one matrix; PlanError where the small factor does not divide it."""
         if matrix.role is Role.EMBEDDING:
-            return Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]), terms)
+            return _table(matrix, self.embedding, terms)
         if matrix.role in ATTENTION:
             return Product(_divided(matrix, self.attention), terms)
         small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
@@ -127,11 +127,17 @@ class Kronecker(Method):
         return Decision(plan, weights=weights)
 
     def _given(self, anatomy: Anatomy) -> dict[str, Form]:
-        """The forms that the options name, matrix by matrix; PlanError where a factor does not divide one."""
+        """The forms that the options name, matrix by matrix; PlanError where a factor does not divide one, or there is no table."""
         forms: dict[str, Form] = {}
-        for matrix in self._concerned(anatomy):
+        concerned = self._concerned(anatomy)
+        if self.embedding_terms > 1 and not any(matrix.role is Role.EMBEDDING for matrix in concerned):
+            raise PlanError(
+                f"embedding_terms is {self.embedding_terms}, but there is no word table to factor: it is tied, or factored already.",
+                help="leave embedding_terms out.",
+            )
+        for matrix in concerned:
             if matrix.role is Role.EMBEDDING and self.embedding is not None:
-                forms[matrix.id] = Product((matrix.shape[0], _divided(matrix, (1, self.embedding))[1]), self.embedding_terms)
+                forms[matrix.id] = _table(matrix, self.embedding, self.embedding_terms)
             elif self.shapes is not None:
                 forms[matrix.id] = NAMED[self.shapes].form(matrix, self._terms(matrix))
         return forms
@@ -208,6 +214,11 @@ def relative_errors(weight: Tensor, forms: Sequence[Form]) -> np.ndarray:
         kept = float(squares(weight.float(), form.a)[: form.terms].double().sum())
         lost.append(max(0.0, 1 - kept / total) if total else 0.0)
     return np.array(lost)
+
+
+def _table(matrix: Matrix, shared: int, terms: int) -> Product:
+    """The form of a word table of which `shared` columns have one number in each term; PlanError where they do not divide it."""
+    return Product((matrix.shape[0], _divided(matrix, (1, shared))[1]), terms)
 
 
 def _divided(matrix: Matrix, small: Shape) -> Shape:
