@@ -541,8 +541,8 @@ def test_a_live_teacher_and_a_remembered_one_teach_the_same(tmp_path: Path) -> N
         with teaching.teaching(teacher, features, needs, tmp_path, Log(None, quiet=True), cap_bytes=0) as lessons:
             losses.append(task.divergence(output, lessons.see(some, batch).output, batch, 2.0).item())
     assert isinstance(lessons, teaching.Live)
-    assert losses[0] > 0
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] > 1e-3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)  # fp32: terms of up to one, each to seven digits
 
 
 # -- Data ----------------------------------------------------------------------------------------------------------------------
