@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from tables import Run, runs_of, table
 
 from slimformer.exporters.base import Variant
 from slimformer.recipe import Bench, Export, Recipe
-from slimformer.report import Record, Role
+from slimformer.report import Record, Role, signed
 from slimformer.stages import Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
@@ -138,6 +139,39 @@ def orders(title: str, findings: Sequence[tuple[str, Sequence[str]]], found: Map
         rows.append((what, shown, ", ".join(texts), rising([file.quality for file in files if file])))
     head = ("finding", "runs", "scores (encoder weights left)", "the same order")
     return [f"## {title}", "", *table(head, rows), ""]
+
+
+def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
+    """What rows say, in sentences whose figures are the rows': '{mrpc/fisher-35:lost}'. One that names a row not there yet stays out.
+
+    lost, gained: points of the fp32 file, refused where the sign is the other; faster: that file's times at batch 32; int8: points that
+    the int8 file lost, signed; left: per cent of the encoder's weights.
+    """
+
+    def figure(match: re.Match[str]) -> str:
+        run = found[match[1]]
+        plain, integers = plain_in(run), ours_in(run, Variant.INT8_FUSED)
+        assert plain is not None, f"{match[1]} has no fp32 row"
+        assert plain.loss is not None, f"{match[1]} is compared with nothing"
+        match match[2]:
+            case "lost" | "gained" as way:
+                value = plain.loss.value if way == "lost" else -plain.loss.value
+                if value < 0:
+                    raise ValueError(f"a sentence says {way} of {match[1]}: it is {value:.1f}")
+                return f"{value:.1f}"
+            case "faster":
+                times = plain.times_faster(32)
+                return f"{times.median:.1f}" if times else "?"
+            case "int8" if integers is not None and integers.loss is not None:
+                return signed(integers.loss.value)
+            case "left":
+                return f"{100 * left(plain, dense(run)):.0f}"
+            case what:
+                raise ValueError(f"{match[1]} has no {what}")
+
+    pattern = re.compile(r"\{([^:{}]+):(\w+)\}")
+    there = [sentence for sentence in sentences if all(name in found for name, _ in pattern.findall(sentence))]
+    return ["## What the rows say", "", *(f"- {pattern.sub(figure, sentence)}" for sentence in there), ""] if there else []
 
 
 def write(pages: Mapping[Path, str]) -> None:

@@ -327,6 +327,26 @@ def test_the_pages_are_what_the_ledgers_give() -> None:
     assert tables().main(["--check"]) == 0, "run python results/tables.py"
 
 
+def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    work = importlib.import_module("work")
+    dense = row("dense fp32", Role.TEACHER_FP32, 1.0, encoder_params=1000, encoder_nonzero=1000)
+    plain = row(
+        "fp32", Role.OURS, 2.44, precision="fused", loss=Interval(1.26, 0.4, 2.1), encoder_params=400, encoder_nonzero=240
+    )
+    integers = replace(plain, name="int8", precision="int8_fused", loss=Interval(-0.3, -1.0, 0.4))
+    found = {"mrpc/fisher-35": work.Run(Path("methods/structured/mrpc/fisher-35"), (dense, plain, integers))}
+    figures = (
+        "lost {mrpc/fisher-35:lost}, {mrpc/fisher-35:int8} in int8, {mrpc/fisher-35:faster} times, {mrpc/fisher-35:left} %"
+    )
+    said = work.notes([figures, "no figure", "{mrpc/fisher-50:lost} of a run that is not there"], found)
+    assert said[2:] == ["- lost 1.3, −0.3 in int8, 2.4 times, 24 %", "- no figure", ""]
+    with pytest.raises(ValueError, match=r"says gained of mrpc/fisher-35: it is -1\.3"):
+        work.notes(["{mrpc/fisher-35:gained}"], found)
+    with pytest.raises(ValueError, match="has no colour"):
+        work.notes(["{mrpc/fisher-35:colour}"], found)
+
+
 def test_without_a_ledger_the_pages_say_so(tmp_path: Path) -> None:
     drawn = tables()
     assert drawn.runs(tmp_path) == []
