@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -103,7 +103,7 @@ def results_page(found: Sequence[Run]) -> str:
         lines += [f"## {title}", ""]
         for run in part:
             lines += _run(run)
-        lines += _spread(part)
+        lines += spread(part)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -203,11 +203,11 @@ def _theory(run: Run) -> list[str]:
     ]
 
 
-def _spread(part: Sequence[Run]) -> list[str]:
-    """Mean and range over seeds, for claims that were run with more than one."""
+def spread(part: Sequence[Run], pick: Callable[[Run], Record | None] = lambda run: run.ours) -> list[str]:
+    """Mean and range over seeds, for claims that were run with more than one; of the file that ships, or of another."""
     rows = []
     for claim in dict.fromkeys(run.claim for run in part):
-        ours = [run.ours for run in part if run.claim == claim]
+        ours = [pick(run) for run in part if run.claim == claim]
         chosen = [record for record in ours if record is not None]
         if len({record.seed for record in chosen}) < 2:
             continue
@@ -216,7 +216,7 @@ def _spread(part: Sequence[Run]) -> list[str]:
         }
         rows.append(
             (
-                claim,
+                re.sub(rf"^{METHODS}/\w+/[^/]+/", "", claim),
                 ", ".join(str(record.seed) for record in chosen),
                 _range([record.score for record in chosen], "{:.4f}"),
                 _range([record.loss.value for record in chosen if record.loss], "{:+.1f}"),
