@@ -342,9 +342,9 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "{mrpc/fisher-25:lost}, `gates` {mrpc/gates-25:lost}, `movement` {mrpc/movement-25:lost}, `group_lasso` {mrpc/group_lasso-25:lost}.",
     "A quarter of the weights on SQuAD: with 10,000 questions `fisher` lost {squad1-10k/fisher-25:lost} F1 at "
     "{squad1-10k/fisher-25:faster} times the speed in fp32.",
-    "With 20,000, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at {squad1-20k/fisher-25:faster} times the "
-    "speed in fp32, and lost {squad1-20k/fisher-25:int8} in int8. The teacher saw its questions once, this model six times, half of its "
-    "lesson being the teacher's: a dense model tuned for longer may well be better than both.",
+    "With 20,000, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at {squad1-20k/fisher-25:faster} times "
+    "the speed in fp32, and lost {squad1-20k/fisher-25:int8} in int8. The teacher saw its questions once, this model six times with the "
+    "answers and the teacher weighing as much: a dense model tuned for as long may be better than both.",
     "`squad1-all` trains on the 76,159 questions whose answer occurs once: half of them to learn from the teacher, then each once for "
     "its answer alone. It gained {squad1-all/fisher-25:gained} F1 over a teacher that saw 20,000 of them once: no fair figure, but what "
     "a user can do who has more answers than the model was tuned on.",
