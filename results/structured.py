@@ -340,6 +340,10 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "On MRPC the methods part as less is left. At 50 % `gates` gained {mrpc/gates-50:gained} points, `group_lasso` "
     "{mrpc/group_lasso-50:gained} and `fisher` {mrpc/fisher-50:gained}, all within the noise of 408 examples; at 25 % `fisher` lost "
     "{mrpc/fisher-25:lost}, `gates` {mrpc/gates-25:lost}, `movement` {mrpc/movement-25:lost}, `group_lasso` {mrpc/group_lasso-25:lost}.",
+    "With 1.79 times fewer weights no method loses in other families: RoBERTa gained {mrpc-roberta/movement-56:gained} points with "
+    "`movement`, {mrpc-roberta/gates-56:gained} with `gates`, {mrpc-roberta/group_lasso-56:gained} with `group_lasso`, DistilBERT "
+    "{mrpc-distilbert/group_lasso-56:gained} with `group_lasso`; three of six layers lost {mrpc-roberta/layers-56:lost} and "
+    "{mrpc-distilbert/layers-56:lost}.",
     "A quarter of the weights on SQuAD: with 10,000 questions `fisher` lost {squad1-10k/fisher-25:lost} F1 at "
     "{squad1-10k/fisher-25:faster} times the speed in fp32.",
     "With 20,000, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at {squad1-20k/fisher-25:faster} times "
