@@ -283,8 +283,8 @@ NOTES = (  # work.notes reads the figures from the rows
     "lost {sst2/fisher-35-table-quantization:int8} points; as a sum of products "
     "{sst2/fisher-35-table-sum-quantization:int8}; the same after one pass over 50,000 sentences without labels "
     "{sst2/fisher-35-table-text-quantization:int8}: most words of the table are in no row of the task.",
-    "At 80 % zeros in 1x4 blocks int8 lost {sst2/sparse-1x4-20-quantization:int8} points on SST-2. It is not faster than dense int8 in "
-    "ONNX Runtime, which computes zeros like other numbers; the layout is made for a kernel to come.",
+    "At 80 % zeros in 1x4 blocks int8 lost {sst2/sparse-1x4-20-quantization:int8} points on SST-2. The zeros bring no speed in "
+    "ONNX Runtime, which computes them like other numbers; the layout is made for a kernel to come.",
 )
 
 

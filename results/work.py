@@ -148,26 +148,24 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
     the int8 file lost, signed; left: per cent of the encoder's weights.
     """
 
-    def figure(match: re.Match[str]) -> str:
-        run = found[match[1]]
+    def figure(asked: re.Match[str]) -> str:
+        name, what = asked.groups()
+        run = found[name]
         plain, integers = plain_in(run), ours_in(run, Variant.INT8_FUSED)
-        assert plain is not None, f"{match[1]} has no fp32 row"
-        assert plain.loss is not None, f"{match[1]} is compared with nothing"
-        match match[2]:
-            case "lost" | "gained" as way:
-                value = plain.loss.value if way == "lost" else -plain.loss.value
-                if value < 0:
-                    raise ValueError(f"a sentence says {way} of {match[1]}: it is {value:.1f}")
-                return f"{value:.1f}"
-            case "faster":
-                times = plain.times_faster(32)
-                return f"{times.median:.1f}" if times else "?"
-            case "int8" if integers is not None and integers.loss is not None:
-                return signed(integers.loss.value)
-            case "left":
-                return f"{100 * left(plain, dense(run)):.0f}"
-            case what:
-                raise ValueError(f"{match[1]} has no {what}")
+        assert plain is not None, f"{name} has no fp32 row"
+        assert plain.loss is not None, f"{name} is compared with nothing"
+        if what in ("lost", "gained"):
+            value = plain.loss.value if what == "lost" else -plain.loss.value
+            if value < 0:
+                raise ValueError(f"a sentence says {what} of {name}: it is {value:.1f}")
+            return f"{abs(value):.1f}"
+        if what == "int8" and integers is not None and integers.loss is not None:
+            return signed(integers.loss.value)
+        if what == "faster" and (times := plain.times_faster(32)):
+            return f"{times.median:.1f}"
+        if what == "left":
+            return f"{100 * left(plain, dense(run)):.0f}"
+        raise ValueError(f"{name} has no {what}")
 
     pattern = re.compile(r"\{([^:{}]+):(\w+)\}")
     there = [sentence for sentence in sentences if all(name in found for name, _ in pattern.findall(sentence))]
