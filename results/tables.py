@@ -122,13 +122,14 @@ def readme_table(found: Sequence[Run]) -> str:
     threads = sorted({timing.threads for record in records for timing in record.timings})
     machine = " and ".join(sorted({record.environment.cpu for record in records}))
     machine += f", {' or '.join(map(str, threads))} threads" if threads else ""
+    sizes = " and ".join(sorted({count_text(record.params) for record in records if record.role == Role.TEACHER_FP32}))
     return "\n".join(
         [
             *table(HEAD, rows),
             "",
-            f"On the dev splits, measured on the exported files; {machine}. ×: times faster than the dense teacher in ONNX Runtime fp32,",
-            "medians of rounds taken in turn. The first seed of each run; all rows, spreads over seeds and circumstances are in",
-            f"[docs/results.md](docs/results.md). Drawn by `{COMMAND}`.",
+            f"Dense models of {sizes} parameters; the exported files on the dev splits; {machine}. ×: times faster than the dense",
+            "teacher in ONNX Runtime fp32, medians of rounds taken in turn. One seed of each run; all rows, more seeds where they are,",
+            f"and circumstances are in [docs/results.md](docs/results.md). Drawn by `{COMMAND}`.",
         ]
     )
 
@@ -167,6 +168,8 @@ def _run(run: Run) -> list[str]:
         lines += [*(f"- {safe(text)}" for text in said if text), ""]
     lines += _theory(run)
     about = [f"{label}: {value}" for label, value in circumstances(run.records) if label not in {"Recipe", "Plan"}]
+    trained = {record.train_examples for record in run.records if record.train_examples is not None}
+    about += [f"Trained on: {', '.join(f'{count:,}' for count in sorted(trained))} examples"] if trained else []
     seeds = sorted({record.seed for record in run.records if record.seed is not None})
     about += [f"Seed: {', '.join(map(str, seeds))}"] if seeds else []
     return [

@@ -12,7 +12,7 @@ from tables import Run, runs_of, table
 
 from slimformer.exporters.base import Variant
 from slimformer.recipe import Bench, Export, Recipe
-from slimformer.report import Record, Role, signed
+from slimformer.report import Record, Role, count_text, signed
 from slimformer.stages import Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
@@ -107,8 +107,11 @@ def by_task(found: Mapping[str, Run]) -> Iterator[tuple[str, dict[str, Run]]]:
 
 def heading(task: str, part: Mapping[str, Run]) -> list[str]:
     """The title of a task's part of a page, and what is measured there."""
-    record = next(iter(part.values())).records[0]
-    return [f"## {task}", "", f"{record.task}; metric: {record.metric}.", ""]
+    run = next(iter(part.values()))
+    ours, whole = next(record for record in run.records if record.role == Role.OURS), dense(run)
+    size = f"a dense model of {count_text(whole.params)} parameters; " if whole.params else ""
+    trained = f"{ours.train_examples:,} examples to train on, " if ours.train_examples else ""
+    return [f"## {task}", "", f"{whole.task}; metric: {whole.metric}; {size}{trained}{whole.examples:,} scored.", ""]
 
 
 def still_to_run(jobs: Sequence[Job], command: str) -> list[str]:
@@ -169,7 +172,12 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
 
     pattern = re.compile(r"\{([^:{}]+):(\w+)\}")
     there = [sentence for sentence in sentences if all(name in found for name, _ in pattern.findall(sentence))]
-    return ["## What the rows say", "", *(f"- {pattern.sub(figure, sentence)}" for sentence in there), ""] if there else []
+    intro = "Losses and gains in these sentences are those of the fp32 files where int8 is not said."
+    return (
+        ["## What the rows say", "", intro, "", *(f"- {pattern.sub(figure, sentence)}" for sentence in there), ""]
+        if there
+        else []
+    )
 
 
 def write(pages: Mapping[Path, str]) -> None:

@@ -17,7 +17,7 @@ from slimformer.delivery import Reference, Trial
 from slimformer.errors import RecipeError
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, quantized_matrices
-from slimformer.floats import Choice, gains, search, shape_of
+from slimformer.floats import Choice, Products, gains, products_of, search
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.recipe import Export, Recipe
@@ -115,16 +115,17 @@ def test_gains_are_timed_once_a_shape(tmp_path: Path, monkeypatch: pytest.Monkey
     built = []
     products = floats._products
     monkeypatch.setattr(floats, "_products", lambda shape, small: (built.append((shape, small)), products(shape, small))[1])
-    found = gains([(32, 24), (32, 32, 32), (32, 24)], 16, 1, tmp_path)
+    one, two, more_rows = Products(32, (24,)), Products(32, (32, 32)), Products(32, (24,), rows=3)
+    found = gains([one, two, one, more_rows], 16, 1, tmp_path)
     assert found[0] == found[2]
     assert all(gain > 0 for gain in found)
-    assert built == [((32, 24), False), ((32, 24), True), ((32, 32, 32), False), ((32, 32, 32), True)]
+    assert built == [(shape, small) for shape in (one, two, more_rows) for small in (False, True)]
 
 
 def test_a_timed_product_computes_the_same_kind_of_thing(tmp_path: Path) -> None:
     for small in (False, True):
         path = tmp_path / f"{small}.onnx"
-        path.write_bytes(floats._products((8, 4, 6), small))
+        path.write_bytes(floats._products(Products(8, (4, 6)), small))
         found = delivery.load(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
         assert [value.shape for value in found.values()] == [(3, 4), (3, 6)]
         assert quantized_matrices(path) == 2 * small
@@ -150,7 +151,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Callable[[st
 @pytest.mark.slow
 def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, run = made
-    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape[0] == 24 else 2.0 for shape in shapes])
+    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape.width == 24 else 2.0 for shape in shapes])
     reference = Reference(1.0, 1.0, trusted=True)
     choice, draft = floats.choose(
         bundle, run("verdicts"), reference, -200.0, seconds=4.0
@@ -161,7 +162,8 @@ def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.M
     assert [verdict.point for verdict in choice.verdicts if "int8 is 0.50 times" in verdict.reason] == slow
     assert set(slow) <= set(choice.floats)
     assert any("squared error" in verdict.reason for verdict in choice.verdicts)
-    assert shape_of(bundle.model, draft.anatomy.points["encoder.0.attention.input"].modules) == (32, 32, 32, 32)
+    read = products_of(bundle.model, draft.anatomy.points["encoder.0.attention.input"].modules)
+    assert read == Products(32, (32, 32, 32), rows=1)
 
 
 @pytest.mark.slow
@@ -209,7 +211,7 @@ def test_a_recipe_may_name_them(made: Any) -> None:
 @pytest.mark.slow
 def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
-    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape[0] == 24 else 2.0 for shape in shapes])
+    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape.width == 24 else 2.0 for shape in shapes])
     data = {
         "model": str(write_model(tmp_path / "model")),
         "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},

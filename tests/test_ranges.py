@@ -18,14 +18,16 @@ def test_a_grid_worked_by_hand():
     assert Range(0.0, 1e-30).grid(8) == (np.float32(1e-8), 0)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (1.0, -1.0), (0.0, float("inf")), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.5, 0.5), (1.0, -1.0), (0.0, float("inf")), (float("nan"), 1.0), (-1e300, 1e300), (0.0, 3e38)]
+)
 def test_a_range_without_width_is_refused(low, high):
     with pytest.raises(ValueError, match="a range must have a width and finite ends, got"):
         Range(low, high)
 
 
 def test_ranges_come_back_from_json_exactly():
-    ranges = Ranges({"b": Range(-0.1, 1 / 3), "a": Range(0.0, 7.0)}, 4, 6, None)
+    ranges = Ranges({"b": Range(-0.1, 1 / 3), "a": Range(0.0, 7.0)}, 4, 6, None, "tensor")
     again = Ranges.from_json(ranges.to_json())
     assert again == ranges
     assert list(again.activations) == ["a", "b"]
@@ -43,6 +45,8 @@ def test_bits_that_no_grid_has_are_refused(bits):
     [
         "nothing",
         "[]",
+        '{"version": 1, "weight_buckets": "column", "activations": {}}',
+        pytest.param('{"version": 1, "activations": {"a": [0, 1' + "0" * 400 + "]}}", id="an integer beyond any float"),
         '{"version": 2, "activations": {}}',
         '{"version": 1, "activations": {"a": [1, 1]}}',
         '{"version": 1, "activations": {"a": [1]}}',
@@ -90,6 +94,12 @@ def test_entropy_drops_a_few_far_values_and_keeps_a_short_side():
     found = by_entropy(Histogram.of(np.append(np.abs(rng.normal(size=50_000)) - 0.17, [60.0, -0.2])))
     assert 2 < found.high < 10
     assert found.low == -0.2
+    for draw, low, high in ((rng.standard_t(4, 50_000), -33.0, 42.0), (rng.laplace(size=50_000), -9.0, 9.0)):
+        values = np.clip(draw, low, high)
+        sizes, edges = np.histogram(np.abs(values), bins=1024, range=(0, high))
+        best = min(range(128, 1025), key=lambda size: _divergence(sizes, size, 128))
+        clipped = by_entropy(Histogram.of(np.append(values, [low, high])))
+        assert clipped.high == pytest.approx(edges[best], rel=0.25)
     flat = by_entropy(Histogram.of(rng.uniform(-1, 1, 50_000)))
     assert flat.high > 0.95
     assert flat.low < -0.95

@@ -231,6 +231,10 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
         ([SPARSE, HELD, PLAIN_TRAIN], "training would fill the zeros that knowledge_sparse left"),
         ([SPARSE, INTEGERS], "training would fill the zeros that knowledge_sparse left"),
         ([SPARSE, {"train": {"methods": ["keep_zeros", "quantization"]}}], None),
+        (
+            [SPARSE, {"train": {"methods": ["keep_zeros", {"use": "quantization", "grid": "affine", "exact_zero": False}]}}],
+            "quantization gives matrices new values, and the zeros that knowledge_sparse left would be gone",
+        ),
         ([SPARSE, SPARSE], None),
         ([SPARSE, HELD, CUT], "fisher gives matrices new values, and the zeros that knowledge_sparse left would be gone"),
         ([SPARSE, HELD, {"calibrate": {"method": {"use": "fisher", "repair": False}}}, HELD], None),
@@ -347,6 +351,7 @@ HOPELESS = {
     "a pattern": ("knowledge_sparse", {"pattern": "1x5"}, "blocks of 1 x 5 do not divide encoder.0.query"),
     "gates": ("gates", {"target": 0.01}, "nothing of the encoder would be left"),
     "importance": ("importance", {"keep": 0.01}, "the budget of .* MACs cannot be reached"),
+    "a share of kronecker": ("kronecker", {"keep": 0.01}, r"1.0% of the parameters cannot be reached: [\d.]+% remain"),
     "a factor": ("kronecker", {"embedding": 5}, "a factor of 1 x 5 does not divide"),
     "layers": ("layers", {"keep": 0.01}, "even one layer costs 33%"),
     "fisher without sublayers": ("fisher", {"keep": 0.01, "sublayers": False}, "the budget of .* MACs cannot be reached"),

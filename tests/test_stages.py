@@ -23,7 +23,7 @@ from slimformer.methods.gates import Gates
 from slimformer.plan import Plan
 from slimformer.recipe import Recipe, look
 from slimformer.shrink import shrink
-from slimformer.stages import Bundle, Calibrate, Run, Train, encode_text, prepare, refuse_cuts
+from slimformer.stages import Bundle, Calibrate, Run, Train, context_of, encode_text, prepare, refuse_cuts
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 
@@ -81,6 +81,15 @@ def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
     before = start.model.state_dict()
     assert all(torch.equal(made[0][name], made[1][name]) for name in before)
     assert any(not torch.equal(made[0][name], before[name]) for name in before)
+
+
+def test_batches_come_where_the_model_is_by_now(tmp_path: Path) -> None:
+    """Training moves a model after the context of its methods is made."""
+    start = bundle(tmp_path)
+    context = context_of(start, Run(tmp_path, tmp_path, Log(None, quiet=True), threads=1), start.model, "macs")
+    assert {value.device.type for value in next(iter(context.batches(4))).values()} == {"cpu"}
+    start.model.to("meta")
+    assert {value.device.type for value in next(iter(context.batches(4))).values()} == {"meta"}
 
 
 def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:

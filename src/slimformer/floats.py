@@ -145,7 +145,7 @@ def choose(
                 return math.inf  # its outputs are no numbers
             return delivery.loss_of(delivery.load(folder / "tried.onnx", run.threads), material, reference)[1]
 
-        shapes = {point.id: shape_of(bundle.model, point.modules) for point in draft.points}
+        shapes = {point.id: products_of(bundle.model, point.modules) for point in draft.points}
         found = dict(zip(shapes, gains(shapes.values(), 32 * int(lengths.mean()), run.threads, folder), strict=True))
         choice = search(found, lambda floats: draft.error(TRIED, floats), loss, allowed, seconds=seconds)
     return choice, draft
@@ -229,17 +229,29 @@ def _written(
     return delivery.try_out({file.variant: file.path for file in made}, baseline, bundle, run, reference)
 
 
-def shape_of(model: Any, modules: Sequence[str]) -> tuple[int, ...]:
-    """Width of what these Linears, or products with a larger factor, read, and of what each gives."""
-    from slimformer.forms.kronecker import weight_of
+@dataclass(frozen=True)
+class Products:
+    """Products that read one activation: rows of it for each token, its width, and the widths of what they give."""
 
-    shapes = [model.get_parameter(weight_of(model, name)).shape for name in modules]
-    return (shapes[0][-1], *(shape[-2] for shape in shapes))
+    width: int
+    outs: tuple[int, ...]
+    rows: int = 1
 
 
-def gains(shapes: Iterable[tuple[int, ...]], tokens: int, threads: int, folder: Path) -> list[float]:
-    """How many times as fast as in float the products of each shape are in int8, quantizing included: median of rounds in turn."""
-    known: dict[tuple[int, ...], float] = {}
+def products_of(model: Any, modules: Sequence[str]) -> Products:
+    """What these Linears, or products with the larger factor of each term, multiply."""
+    from slimformer.forms.kronecker import KroneckerLinear, weight_of
+
+    weights = [model.get_parameter(weight_of(model, name)) for name in modules]
+    outs = tuple(weight.shape[-2] for weight in weights for _ in range(len(weight) if weight.ndim == 3 else 1))
+    around = model.get_submodule(modules[0].rpartition(".")[0])
+    rows = around.form.rows(around.shape) if isinstance(around, KroneckerLinear) else 1
+    return Products(weights[0].shape[-1], outs, rows)
+
+
+def gains(shapes: Iterable[Products], tokens: int, threads: int, folder: Path) -> list[float]:
+    """How many times as fast as in float products of these shapes are in int8, quantizing included: median of rounds in turn."""
+    known: dict[Products, float] = {}
     found = []
     for shape in shapes:
         if shape not in known:
@@ -247,7 +259,7 @@ def gains(shapes: Iterable[tuple[int, ...]], tokens: int, threads: int, folder: 
             for small, path in paths.items():
                 path.write_bytes(_products(shape, small))
             runners = {small: delivery.load(path, threads) for small, path in paths.items()}
-            inputs = {"x": np.random.default_rng(0).normal(size=(tokens, shape[0])).astype(np.float32)}
+            inputs = {"x": np.random.default_rng(0).normal(size=(tokens * shape.rows, shape.width)).astype(np.float32)}
             times: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(ROUNDS):
                 for small, runner in runners.items():
@@ -259,12 +271,12 @@ def gains(shapes: Iterable[tuple[int, ...]], tokens: int, threads: int, folder: 
     return found
 
 
-def _products(shape: Sequence[int], small: bool) -> bytes:
+def _products(shape: Products, small: bool) -> bytes:
     """A graph that multiplies (tokens, in) by each matrix and adds a bias, in float or as int8 files do."""
     from onnx import TensorProto, helper, numpy_helper
 
     draw = np.random.default_rng(0)
-    width, outs = shape[0], shape[1:]
+    width, outs = shape.width, shape.outs
     constants: dict[str, Any] = {"step": np.float32(0.03), "zero": np.uint8(128)}
     nodes = [helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"])] if small else []
     for index, out in enumerate(outs):

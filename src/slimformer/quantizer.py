@@ -61,9 +61,10 @@ def symmetric(largest: Tensor, bits: int) -> Grid:
 
 
 def grid_of(weight: Tensor, bits: int, *, rows: bool, even: bool, exact_zero: bool = True) -> Grid:
-    """The grid of a weight from its own extremes, a bucket per row (the output dimension, or a word) or one for all."""
+    """The grid of a weight from its own extremes, a bucket per row (the output dimension, or a word) or one for a matrix."""
     weight = weight.detach()
-    low, high = (weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)) if rows else (weight.amin(), weight.amax())
+    along = -1 if rows else tuple(range(-min(weight.ndim, 2), 0))  # of several terms each is a matrix
+    low, high = weight.amin(along, keepdim=True), weight.amax(along, keepdim=True)
     return symmetric(torch.maximum(-low, high), bits) if even else affine(low, high, bits, exact_zero=exact_zero)
 
 

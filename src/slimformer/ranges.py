@@ -24,6 +24,7 @@ FILE = "ranges.json"
 VERSION = 1
 BINS = 2048  # as TensorRT
 TABLE_ROWS = 64  # a shorter embedding table stays in float: there is nothing to win
+WIDEST = float(np.finfo(np.float32).max) / 4  # of either end: the width and its steps stay float32
 NARROWEST = 1e-8  # of a step: a unit that is always 0 must not divide by 0
 
 
@@ -47,13 +48,14 @@ def check_calibration(calibration: str) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`; ValueError for a range of no width."""
+    """From `low` to `high`; ValueError for a range of no width, or of one that float32 cannot hold."""
 
     low: float
     high: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        ends = (self.low, self.high)
+        if not (all(map(math.isfinite, ends)) and self.low < self.high and max(map(abs, ends)) <= WIDEST):
             raise ValueError(f"a range must have a width and finite ends, got {self.low:g} to {self.high:g}")
 
     def grid(self, bits: int) -> tuple[np.float32, int]:
@@ -66,14 +68,20 @@ class Range:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Learned ranges by the id of a point, and the bits of weights, activations and embedding tables (None: float)."""
+    """Learned ranges by the id of a point, and the bits of weights, activations and embedding tables (None: float).
+
+    `weight_buckets`: whether each row of a matrix, and each word of a table, has a grid of its own, or the whole of it one.
+    """
 
     activations: Mapping[str, Range] = field(default_factory=dict)
     weight_bits: int = 8
     activation_bits: int = 8
     embedding_bits: int | None = 8
+    weight_buckets: Literal["row", "tensor"] = "row"
 
     def __post_init__(self) -> None:
+        if self.weight_buckets not in ("row", "tensor"):
+            raise ValueError(f"weight_buckets must be row or tensor, got {self.weight_buckets!r}")
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
         if self.embedding_bits is not None:
@@ -82,7 +90,7 @@ class Ranges:
 
     def to_json(self) -> str:
         """The ranges as JSON; `Ranges.from_json` gives them back exactly."""
-        bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits")}
+        bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits", "weight_buckets")}
         found = {name: [item.low, item.high] for name, item in self.activations.items()}
         return json.dumps({"version": VERSION, **bits, "activations": found}, indent=1)
 
@@ -95,7 +103,7 @@ class Ranges:
                 raise ValueError(f"it is not of version {VERSION}")
             found = {str(name): Range(float(low), float(high)) for name, (low, high) in data.pop("activations").items()}
             return Ranges(found, **data)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ModelError(
                 f"{FILE} cannot be read: {error}.", help="make the model again, or calibrate without it."
             ) from None
@@ -153,9 +161,7 @@ def by_entropy(histogram: Histogram, bits: int = 8) -> Range:
     a range that values do not fill stays narrow: a GELU's output keeps its -0.17.
     """
     low, high = float(histogram.edges[0]), float(histogram.edges[-1])
-    centres = (histogram.edges[:-1] + histogram.edges[1:]) / 2
-    top = max(-low, high)
-    counts, edges = np.histogram(np.abs(centres), bins=len(histogram.counts), range=(0.0, top), weights=histogram.counts)
+    counts, edges = _magnitudes(histogram)
     levels = 2 ** (bits - 1)
     best, kept = math.inf, len(counts)
     for size in range(min(levels, len(counts)), len(counts) + 1):
@@ -165,6 +171,21 @@ def by_entropy(histogram: Histogram, bits: int = 8) -> Range:
     threshold = float(edges[kept])
     low, high = max(low, -threshold), min(high, threshold)
     return Range(low, high) if low < high else Range(float(histogram.edges[0]), float(histogram.edges[-1]))
+
+
+def _magnitudes(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of |values| in bins about as wide, and their edges; what a bin holds is spread evenly over those that it overlaps.
+
+    (Its centre alone would fall into one bin and leave its neighbour empty wherever the two sets of edges do not agree.)
+    """
+    top = max(-float(histogram.edges[0]), float(histogram.edges[-1]))
+    width = float(histogram.edges[-1] - histogram.edges[0]) / len(histogram.counts)
+    edges = np.linspace(0.0, top, max(1, round(top / width)) + 1)
+    below = np.concatenate([[0.0], histogram.counts.cumsum()])  # at each edge of the histogram
+    within = np.interp(edges, histogram.edges, below) - np.interp(-edges, histogram.edges, below)
+    within[0] = 0.0
+    counts = np.diff(within)
+    return np.where(counts > 1e-6, counts, 0.0), edges
 
 
 def _divergence(counts: np.ndarray, size: int, levels: int) -> float:

@@ -1,10 +1,10 @@
 """The sparse file: matrices with many exact zeros in model.safetensors without them, and any large one in smaller values.
 
-docs/sparse-file.md is the layout, byte by byte. `pack` picks one for each matrix: blocks with a column number each (1x4 above all: a
-kernel can compute from it as it stands), single values with a bit for every weight or a column number each, or, in smaller values
-alone, every weight and no index; whichever is smaller. float32 comes back bit for bit. Smaller values are rounded first and packed
-after, so that what was read and packed again is the same file. `read` trusts nothing: shapes, counts and indices are checked before
-a matrix is made. Nothing here computes with a model.
+docs/sparse-file.md is the layout, byte by byte. `pack` picks one for each matrix: every weight and no index, where smaller values are
+enough; blocks with a column number each, where values come in blocks (1x4 above all: a kernel can compute from it as it stands, so it
+goes before bits that would take less); else single values with a bit for every weight or a column number each, whichever is smaller.
+float32 comes back bit for bit. Smaller values are rounded first and packed after, so that what was read and packed again is the same
+file. `read` trusts nothing: shapes, counts and indices are checked before a matrix is made. Nothing here computes with a model.
 """
 
 from __future__ import annotations

@@ -268,10 +268,9 @@ def context_of(bundle: Bundle, run: Run, model: PreTrainedModel, cost: str) -> C
     anatomy = anatomy_of(model)
     names = (*family_of(model.config.model_type).inputs(model), "labels")
     features = bundle.material.features[Split.TRAIN]
-    device = next(model.parameters()).device
 
     def batches(count: int) -> Iterator[dict[str, Tensor]]:
-        taken = 0
+        taken, device = 0, next(model.parameters()).device  # training moves the model after this context is made
         for rows in epoch_order(features.lengths(), 32, run.seed, 0):
             if taken >= count:
                 return

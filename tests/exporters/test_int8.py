@@ -17,7 +17,7 @@ from slimformer.errors import ExportError
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Draft, Onnx, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
-from slimformer.floats import shape_of
+from slimformer.floats import Products, products_of
 from slimformer.methods.quantization import Quantization
 from slimformer.points import quantized
 from slimformer.ranges import Range, Ranges
@@ -127,8 +127,78 @@ def test_a_factored_matrix_may_stay_in_float(tmp_path: Path) -> None:
         draft.write(tmp_path / "model.onnx", Variant.INT8_STATIC, floats)
         counts.append(quantized_matrices(tmp_path / "model.onnx"))
     assert [counts[0] - count for count in counts] == [0, 2, 1 + 3]  # a product for each term of the sum
-    shapes = [shape_of(model, draft.anatomy.points[f"encoder.0.{name}.factor.input"].modules) for name in ("query", "ffn_in")]
-    assert shapes == [(16, 16), (16, 3)]
+    found = {}
+    for name in ("query", "key", "ffn_in"):
+        module = model.get_submodule(draft.anatomy.points[f"encoder.0.{name}.factor.input"].modules[0])
+        seen: list[int] = []
+        hook = module.register_forward_pre_hook(lambda _, inputs, into=seen: into.append(inputs[0].shape[-2]))
+        logits(model, arrays(model)[0])
+        hook.remove()
+        found[name] = products_of(model, draft.anatomy.points[f"encoder.0.{name}.factor.input"].modules)
+        assert seen == [found[name].rows] * len(found[name].outs)
+    assert found == {"query": Products(16, (16,), 2), "key": Products(16, (2, 2), 2), "ffn_in": Products(16, (3, 3), 2)}
+
+
+@pytest.mark.slow
+def test_matrices_on_one_grid_are_stored_on_it(tmp_path: Path) -> None:
+    """A bucket for a whole matrix: rows have the same scale, and few of them reach its ends."""
+    around = tiny_context()
+    state = Quantization(weights=4, embeddings=4, buckets="tensor").attach(around)
+    for inputs in arrays(around.model):
+        logits(around.model, inputs)
+    decision = Quantization(weights=4, embeddings=4, buckets="tensor").decide(state, around)
+    state.close()
+    assert decision.ranges is not None
+    assert Ranges.from_json(decision.ranges.to_json()) == decision.ranges
+    model = shrink(around.model, around.anatomy, decision)
+    file = Onnx(agreement=0.0).export(
+        model, arrays(model), tmp_path / "model.onnx", Variant.INT8_STATIC, ranges=decision.ranges
+    )
+    constants = {name: value.const_value for name, value in onnx_ir.load(file.path).graph.initializers.items()}
+    own = {name.removeprefix("model."): name for name in constants}
+    true = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    compared = 0
+    for name in own:
+        weight = name.removesuffix(".int8")
+        if name.endswith(".int8") and weight in true:
+            stored = constants[own[name]].numpy().astype(np.float32)
+            scales = constants[own[f"{weight}.scale"]].numpy()
+            again = stored * scales if "embeddings" in name else (stored * scales).T
+            np.testing.assert_allclose(again, true[weight], rtol=1e-6, atol=1e-9)
+            compared += 1
+    assert compared == 19 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [Variant.INT8_FUSED, Variant.INT8_STATIC])
+def test_products_are_told_apart_where_biases_are_equal(variant: Variant, tmp_path: Path) -> None:
+    model = tiny("bert")
+    biases = [module.bias for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    with torch.no_grad():
+        for bias in biases:
+            bias.zero_()
+    draft = Onnx(agreement=0.0).draft(model, arrays(model))
+    draft.write(tmp_path / "float.onnx", Variant.FLOAT)  # proven to 1e-4
+    assert all(float(bias.detach().abs().max()) == 0 for bias in biases)
+    draft.write(tmp_path / "model.onnx", variant, ("encoder.1.attention.input",))
+    assert quantized_matrices(tmp_path / "model.onnx") == 19 - 3
+
+
+def test_padding_is_left_out_of_square_batches() -> None:
+    """As many rows as tokens: both orders of the axes fit."""
+    model = tiny("bert")
+    inputs = {name: value[:, :6] for name, value in arrays(model)[0].items()}
+    inputs = {name: np.concatenate([value] * 6)[:6] for name, value in inputs.items()}
+    inputs["attention_mask"] = np.tril(np.ones((6, 6), dtype=np.int64))
+    draft = Onnx(agreement=0.0).draft(model, [inputs])
+    rest = {name: value[:-1] for name, value in inputs.items()}
+    oblong = Onnx(agreement=0.0).draft(model, [rest])
+    for variant in (Variant.INT8_FUSED, Variant.INT8_STATIC):
+        mine, theirs = (each._readied(variant, ()).samples for each in (draft, oblong))
+        for name, sample in theirs.items():
+            np.testing.assert_array_equal(mine[name].low, sample.low)
+            np.testing.assert_array_equal(mine[name].high, sample.high)
+            assert len(sample.rows) in (1 + 2 + 3 + 4 + 5, 5)
 
 
 @pytest.fixture(scope="module")

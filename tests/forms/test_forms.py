@@ -480,3 +480,14 @@ def test_files_of_a_table_with_few_numbers_a_word_equal_the_model(form: Kronecke
 @pytest.mark.parametrize("model_type", ["roberta", "electra", "distilbert"])
 def test_files_of_every_family_equal_the_factored_model(model_type: str, tmp_path: Path) -> None:
     check_files(mixed(model_type)[0], tmp_path)
+
+
+@pytest.mark.parametrize("a", [(2, 2), (4, 3), (12, 1), (1, 6), (6, 12), (24, 4), (3, 12)])
+def test_rows_of_a_token_at_the_larger_factor(a: tuple[int, int]) -> None:
+    form = Kronecker(a)
+    module = form.module(nn.Linear(12, 24))
+    seen: list[tuple[int, ...]] = []
+    module.large.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))  # type: ignore[union-attr]
+    with torch.no_grad():
+        module(torch.zeros(5, 12))
+    assert [math.prod(shape[:-1]) for shape in seen] == [5 * form.rows((24, 12))]

@@ -190,6 +190,34 @@ def test_woodbury_is_the_dense_inverse():
     torch.testing.assert_close(curvature(inverse, 1).flatten(), 1 / inverse.diagonal(dim1=1, dim2=2).flatten())
 
 
+def test_of_fewer_examples_than_asked_all_count_and_closed_weights_dampen_nothing():
+    around = tiny_context()
+    rows = sum(len(inputs["labels"]) for inputs in around.batches(10**6))
+    found = []
+    for examples in (rows, 10**6):
+        state = KnowledgeSparse(score="fisher", fisher_block=16).attach(around)
+        measure(state, examples, 16, 0.5)
+        found.append(next(mask for mask in state.each() if mask.parameter == QUERY).curvature.clone())
+        state.close()
+    assert torch.equal(*found)
+    state = KnowledgeSparse(score="fisher", fisher_block=16).attach(around)
+    (mask,) = [mask for mask in state.each() if mask.parameter == QUERY]
+    mask.open[:, 16:] = False  # whole blocks: in what is open nothing but the dampening could change
+    gradients = []
+    for inputs in around.batches(12):
+        for row in range(len(inputs["labels"])):
+            output = around.model(input_ids=inputs["input_ids"][[row]], attention_mask=inputs["attention_mask"][[row]])
+            weight = state.weights[QUERY]
+            gradients.append(torch.autograd.grad(around.task.loss(output, {"labels": inputs["labels"][[row]]}), weight)[0])
+    measure(state, 12, 16, 0.5)
+    state.close()
+    opened = torch.stack(gradients)[:, :, :16].double()
+    lam = 0.5 * opened[:8].square().mean()
+    for row in range(32):
+        inverse = torch.linalg.inv(lam * torch.eye(16, dtype=torch.float64) + opened[:, row].T @ opened[:, row] / 12)
+        torch.testing.assert_close(mask.curvature[row, :16].flatten(), (1 / inverse.diagonal()).float(), rtol=1e-3, atol=1e-12)
+
+
 @pytest.mark.parametrize(("pattern", "size"), [("unstructured", 16), ("1x4", 8), ("2x4", 20), ("1:4", 16)])
 def test_damage_is_the_quadratic_form_of_a_dense_fisher_inverse(pattern, size):
     """The whole way, gradients of single examples included, against dense inverses; 20 does not divide 32 columns."""

@@ -72,6 +72,15 @@ def test_one_bucket_for_a_whole_weight_and_the_papers_affine_grid():
     assert WORDS not in found
 
 
+def test_matrices_that_were_not_trained_on_a_grid_are_stored_in_eight_bits():
+    around = tiny_context()
+    for roles, bits in ((("matrix",), 4), (("softmax", "norm"), 8)):
+        method = Quantization(weights=4, roles=roles)
+        state = method.attach(around)
+        assert method.decide(state, around).ranges.weight_bits == bits
+        state.close()
+
+
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "factored bert"])
 def test_the_model_that_leaves_computes_what_was_trained(model_type):
     around = factored_context("bert") if "factored" in model_type else tiny_context(model_type)

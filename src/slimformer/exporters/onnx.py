@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
 
+FILL = {"attention_mask": 1}  # of an input that is not given; 0 for all others
 MARKED = "slimformer_export"  # the name under which transformers finds the attention that leaves a marker
 FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
 INT8 = {Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC}
@@ -330,16 +331,16 @@ class Draft:
         graph = program.graph
         named = self._named(graph, floats)
         expected = self._linears - len(graphs.heads_of(graph)) - len(named)
-        bits = self.options.weight_bits
-        tables: int | None = 8
-        if self.ranges is not None:
-            bits, tables = min(bits, self.ranges.weight_bits), self.ranges.embedding_bits
+        learned = self.ranges or Ranges()
+        whole = learned.weight_buckets == "tensor"
+        grid = graphs.Grid(min(self.options.weight_bits, learned.weight_bits), whole)
         if variant is Variant.INT8_DYNAMIC:
-            done = graphs.int8_dynamic(graph, bits, named)
+            done = graphs.int8_dynamic(graph, grid, named)
         else:
-            done = graphs.int8_static(graph, self._codings(program, named, ready), bits, variant in FUSED, named)
+            done = graphs.int8_static(graph, self._codings(program, named, ready), grid, variant in FUSED, named)
         _same("int8 matrices", done, expected)
-        count = graphs.int8_embeddings(graph, tables) if tables is not None else 0
+        tables = learned.embedding_bits
+        count = graphs.int8_embeddings(graph, graphs.Grid(tables, whole)) if tables is not None else 0
         return f"int8: {done} of {self._linears} matrices, {count} embedding tables; the classifier stays in fp32"
 
     def _codings(self, program: onnx_ir.Model, named: Sequence[str], ready: _Ready) -> dict[str, graphs.Coding]:
@@ -360,7 +361,7 @@ def _reader(weight: str) -> str:
     """The module that reads for a product by this weight: a Linear, or a factored matrix's product with its larger factor."""
     from slimformer.forms.kronecker import Kronecker
 
-    name = weight.removesuffix(".smooth")
+    name = weight.removesuffix(".transposed").removesuffix(".smooth")
     factor = re.fullmatch(r"(.+)\.[ab]\.\d+", name)  # as `graphs.lower_factors` names them
     return f"{factor[1]}.{Kronecker.reads}" if factor else name.removesuffix(".weight")
 
@@ -398,9 +399,9 @@ def _agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:
 
 
 def _feed(names: Sequence[str], batch: Arrays) -> dict[str, np.ndarray]:
-    """What the model reads of a batch; a missing token_type_ids is all zeros, as in transformers."""
-    zeros = np.zeros_like(batch["input_ids"])
-    return {name: np.asarray(batch.get(name, zeros), dtype=np.int64) for name in names}
+    """What the model reads of a batch; as in transformers a missing token_type_ids is all zeros, a missing mask all ones."""
+    ids = np.asarray(batch["input_ids"])
+    return {name: np.asarray(batch.get(name, np.full_like(ids, FILL.get(name, 0))), dtype=np.int64) for name in names}
 
 
 def _session(model: bytes) -> Any:
@@ -517,6 +518,31 @@ def _marked(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
 
 
 @contextmanager
+def _told_apart(model: PreTrainedModel) -> Iterator[dict[str, np.ndarray]]:
+    """Gives each bias values of its own, and back; yields the true ones by name.
+
+    The tracer keeps one of several equal constants, and products are told apart by the names of their biases.
+    """
+    import torch
+
+    from slimformer.forms.kronecker import KroneckerLinear
+
+    linear = (torch.nn.Linear, KroneckerLinear)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
+    biases = {f"{name}.bias": module.bias for name, module in modules.items() if module.bias is not None}
+    true = {name: bias.detach().clone() for name, bias in biases.items()}
+    try:
+        with torch.no_grad():
+            for index, bias in enumerate(biases.values()):
+                bias.copy_(torch.linspace(index + 0.25, index + 0.75, len(bias)))  # no constant of a model looks like that
+        yield {name: value.float().cpu().numpy() for name, value in true.items()}
+    finally:
+        with torch.no_grad():
+            for name, bias in biases.items():
+                bias.copy_(true[name])
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what the exporter is known to say for nothing, and restores logging."""
     logger = logging.getLogger("torch.onnx")
@@ -533,6 +559,7 @@ def _quiet() -> Iterator[None]:
 
 def _trace(model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outputs: Sequence[str]) -> onnx_ir.Model:
     """The model as a SEQ_FIRST graph with markers for attentions; batch and sequence are free."""
+    import onnx_ir
     import torch
 
     class Flat(torch.nn.Module):
@@ -547,10 +574,9 @@ def _trace(model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outpu
             return tuple(result[name] for name in outputs)
 
     # One tensor per input: the tracer would take one object given twice for one input.
-    fill = {"attention_mask": 1}
-    example = tuple(torch.full((2, 8), fill.get(name, 0), dtype=torch.int64, device=model.device) for name in names)
+    example = tuple(torch.full((2, 8), FILL.get(name, 0), dtype=torch.int64, device=model.device) for name in names)
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=_longest(model))
-    with _marked(model, anatomy), _quiet(), torch.no_grad():
+    with _marked(model, anatomy), _told_apart(model) as biases, _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 Flat().eval(),
@@ -564,7 +590,11 @@ def _trace(model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outpu
         except Exception as error:  # whatever tracing raises means the same to a user: this model cannot be exported
             first = str(error).strip().splitlines()[:1]
             raise ExportError(f"PyTorch could not trace {type(model).__name__}.", facts=first, help=_REPORT) from error
-    assert program is not None
+        assert program is not None
+        constants = program.model.graph.initializers
+        for name, bias in biases.items():
+            if f"model.{name}" in constants:
+                constants[f"model.{name}"].const_value = onnx_ir.tensor(bias, name=f"model.{name}")
     return program.model
 
 
@@ -595,7 +625,7 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
     share = -(-SAMPLE_ROWS // len(some))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in watched}
     ends: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in watched}
-    for batch in some:
+    for batch in map(_oblong, some):
         mask = np.asarray(batch["attention_mask"], dtype=bool)
         for name, value in zip(watched, session.run(list(watched), _feed(names, batch)), strict=True):
             flat = _unpadded(value, mask)  # (tokens, width)
@@ -609,6 +639,12 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
         )
         for name in watched
     }
+
+
+def _oblong(batch: Arrays) -> Arrays:
+    """A batch with as many rows as tokens without its last row: only then tells a shape which of its axes is which."""
+    rows, tokens = np.shape(batch["input_ids"])
+    return batch if rows != tokens or rows == 1 else {name: value[:-1] for name, value in batch.items()}
 
 
 def _unpadded(value: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -88,6 +88,13 @@ class Kronecker(Form):
         """Whether B multiplies all tokens at once from the right, and A each token from the left; else the other way round."""
         return math.prod(self.b(shape)) >= math.prod(self.a)
 
+    def rows(self, shape: Shape) -> int:
+        """Rows that a token is at the product with the larger factor: what the smaller one gives, or what it is yet to read."""
+        large, (m1, n1), (m2, n2) = self.b_is_large(shape), self.a, self.b(shape)
+        given, read = (m1, n1) if large else (m2, n2)
+        first = next(step for step in self.steps(shape) if step != "turn")
+        return read if first == ("b" if large else "a") else given
+
     def module(self, dense: nn.Module) -> nn.Module:
         if isinstance(dense, nn.Embedding):
             return KroneckerEmbedding(self, dense)

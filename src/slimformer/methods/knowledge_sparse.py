@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -285,25 +285,33 @@ class KnowledgeSparse(Method):
 
 
 def measure(state: _State, examples: int, size: int, dampening: float) -> None:
-    """Fills the masks' curvature from the gradients of single examples, in blocks of `size` consecutive inputs of one output."""
+    """Fills the masks' curvature from the gradients of single examples, in blocks of `size` consecutive inputs of one output.
+
+    Where there are fewer than `examples`, all of them count. The mean square that dampening is relative to is that of open
+    weights over the first RANK.
+    """
     masks = state.each()
     weights = [state.weights[mask.parameter] for mask in masks]
     inverses: list[Tensor] = []
-    for chunk in _chunks(_gradients(state.context, weights, examples), RANK):
+    batches = list(state.context.batches(examples))
+    seen = sum(len(batch["attention_mask"]) for batch in batches)
+    for chunk in _chunks(_gradients(state.context, weights, batches), RANK):
         blocks = [_blocks(torch.stack(grads), size) for grads in zip(*chunk, strict=True)]  # each (k, blocks, size)
         if not inverses:
-            scales = [(dampening * block.square().mean()).clamp_min(1e-12) for block in blocks]
+            still = [mask.open.float().mean().clamp_min(1e-6) for mask in masks]  # closed weights have no gradient
+            squares = [block.square().mean() / share for block, share in zip(blocks, still, strict=True)]
+            scales = [(dampening * square).clamp_min(1e-12) for square in squares]
             eyes = [torch.eye(size, device=block.device).repeat(block.shape[1], 1, 1) for block in blocks]
             inverses = [eye / scale for eye, scale in zip(eyes, scales, strict=True)]
         for inverse, block in zip(inverses, blocks, strict=True):
-            woodbury(inverse, block, examples)
+            woodbury(inverse, block, seen)
     for mask, inverse in zip(masks, inverses, strict=True):
         groups = -(-mask.shape[1] // size) * size // mask.pattern.columns  # with those of the padding
         found = curvature(inverse, mask.pattern.columns).view(mask.shape[0], groups, *mask.curvature.shape[2:])
         mask.curvature.copy_(found[:, : mask.curvature.shape[1]])
 
 
-def _gradients(context: Context, weights: Sequence[Tensor], examples: int) -> Iterator[list[Tensor]]:
+def _gradients(context: Context, weights: Sequence[Tensor], batches: Iterable[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
     """The gradient of the task's loss for one example after another, in eval mode and float32."""
     model = context.model
     inputs = family_of(model.config.model_type).inputs(model)
@@ -312,7 +320,7 @@ def _gradients(context: Context, weights: Sequence[Tensor], examples: int) -> It
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for batch in context.batches(examples):
+        for batch in batches:
             for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
                 one = {name: value[row : row + 1] for name, value in batch.items()}
                 seen = {name: one[name][:, :length] for name in inputs if name in one}

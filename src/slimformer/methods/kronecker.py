@@ -110,13 +110,18 @@ class Kronecker(Method):
         return self.shapes is not None or self.share < 1
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        Plan(forms=self._given(anatomy)).check(anatomy)
+        forms = self._given(anatomy)
+        Plan(forms=forms).check(anatomy)
+        if self.shapes is None and cost is not None:
+            choices = self._choices(anatomy, cost, forms)
+            room, least = self._room(choices, anatomy, cost, forms)
+            if least > room:
+                raise self._too_little(least - room, cost)
 
     def decide(self, state: State, context: Context) -> Decision:
         forms = self._given(context.anatomy)
         if self.shapes is None:
-            rest = [matrix for matrix in self._concerned(context.anatomy) if matrix.id not in forms]
-            forms |= self._searched(context, rest, forms)
+            forms |= self._searched(context, forms)
         plan = Plan(forms=forms)
         plan.check(context.anatomy)
         weights = {
@@ -154,38 +159,51 @@ class Kronecker(Method):
             return matrix.tied is None if self.embedding is None else self.embedding > 0
         return matrix.role is not Role.CLASSIFIER
 
-    def _searched(self, context: Context, matrices: Sequence[Matrix], given: Mapping[str, Form]) -> dict[str, Form]:
-        """The shapes of least relative error within the budget, one for all matrices that are alike; dense where that is best."""
-        assert context.cost.matrix is not None, "parameters and MACs know what a form costs"
-        count = context.cost.matrix
+    def _choices(self, anatomy: Anatomy, cost: Cost, given: Mapping[str, Form]) -> list[_Choice]:
+        """What matrices that are alike may become, all of them the same; those with a form `given` are left out."""
+        assert cost.matrix is not None, "parameters and MACs know what a form costs"
         groups: dict[tuple[str, Shape], list[Matrix]] = {}
-        for matrix in matrices:
-            kind = "attention" if matrix.role in ATTENTION else str(matrix.role)
-            groups.setdefault((kind, matrix.shape), []).append(matrix)
-        choices: list[list[Form]] = []
-        costs, errors = [], []
+        for matrix in self._concerned(anatomy):
+            if matrix.id not in given:
+                kind = "attention" if matrix.role in ATTENTION else str(matrix.role)
+                groups.setdefault((kind, matrix.shape), []).append(matrix)
+        found = []
         for group in groups.values():
-            forms: list[Form] = [DENSE, *candidates(group[0], self._terms(group[0]))]
-            lost = np.zeros(len(forms))
-            for matrix in group:
-                lost += relative_errors(_weight(context, matrix), forms)
-            choices.append(forms)
-            costs.append(np.array([sum(count(replace(matrix, form=form)) for matrix in group) for form in forms]))
-            errors.append(lost)
-        rest = context.cost.of(Plan(forms=given), context.anatomy) - float(sum(cost[0] for cost in costs))
-        budget = self.share * context.cost.dense
-        picks = best_levels(costs, [-lost for lost in errors], budget - rest)
+            forms: tuple[Form, ...] = (DENSE, *candidates(group[0], self._terms(group[0])))
+            costs = np.array([sum(cost.matrix(replace(matrix, form=form)) for matrix in group) for form in forms])
+            found.append(_Choice(group, forms, costs))
+        return found
+
+    def _room(self, choices: Sequence[_Choice], anatomy: Anatomy, cost: Cost, given: Mapping[str, Form]) -> tuple[float, float]:
+        """What the choices may cost together, and what the smallest factors of all cost."""
+        rest = cost.of(Plan(forms=given), anatomy) - float(sum(choice.costs[0] for choice in choices))
+        return self.share * cost.dense - rest, float(sum(choice.costs.min() for choice in choices))
+
+    def _too_little(self, missing: float, cost: Cost) -> TargetError:
+        least = self.share + missing / cost.dense
+        return TargetError(
+            f"{self.share:.1%} of the {cost.unit} cannot be reached: {least:.1%} remain with the smallest factors.",
+            help=f"ask to keep {least * 1.02:.1%} or more; the word table counts too, whether it is factored or not.",
+        )
+
+    def _searched(self, context: Context, given: Mapping[str, Form]) -> dict[str, Form]:
+        """The shapes of least relative error within the budget; dense where that is best."""
+        choices = self._choices(context.anatomy, context.cost, given)
+        room, least = self._room(choices, context.anatomy, context.cost, given)
+        lost = [sum(relative_errors(_weight(context, matrix), choice.forms) for matrix in choice.group) for choice in choices]
+        picks = best_levels([choice.costs for choice in choices], [-np.asarray(errors) for errors in lost], room)
         if picks is None:
-            least = (rest + float(sum(cost.min() for cost in costs))) / context.cost.dense
-            raise TargetError(
-                f"{self.share:.1%} of the {context.cost.unit} cannot be reached: {least:.1%} remain with the smallest factors.",
-                help=f"ask to keep {least * 1.02:.1%} or more; the word table counts too, whether it is factored or not.",
-            )
-        return {
-            matrix.id: forms[pick]
-            for group, forms, pick in zip(groups.values(), choices, picks, strict=True)
-            for matrix in group
-        }
+            raise self._too_little(least - room, context.cost)
+        return {matrix.id: choice.forms[pick] for choice, pick in zip(choices, picks, strict=True) for matrix in choice.group}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Matrices that are alike, the forms that they may take, dense the first, and what all of them cost in each."""
+
+    group: list[Matrix]
+    forms: tuple[Form, ...]
+    costs: np.ndarray  # (forms,)
 
 
 def candidates(matrix: Matrix, terms: int) -> Iterator[Product]:

@@ -189,6 +189,11 @@ class Quantization(Method):
     def report(self, state: State) -> Mapping[str, float]:
         return {"on": float(cast(_State, state).on)}
 
+    @property
+    def fills(self) -> bool:  # type: ignore[override]
+        """Where 0 is on no grid of a weight: a zero then becomes the nearest value that is."""
+        return self.grid == "affine" and not self.exact_zero and PointRole.MATRIX in self.roles
+
     @torch.no_grad()
     def decide(self, state: State, context: Context) -> Decision:
         """The weights as they were computed with, on their grids, and the ranges of all points with one range each."""
@@ -201,4 +206,7 @@ class Quantization(Method):
             running = cast(RunningRange, item)
             if bool(running.seen) and running.low.ndim == 0:
                 found[point.id] = running.range()
-        return Decision(weights=changed, ranges=Ranges(found, self.weights, self.activations, self.embeddings))
+        bits = (
+            self.weights if PointRole.MATRIX in self.roles else 8
+        )  # matrices that were not trained on a grid are stored as ever
+        return Decision(weights=changed, ranges=Ranges(found, bits, self.activations, self.embeddings, self.buckets))
