@@ -407,7 +407,7 @@ def deliver(
     `openvino`: our files of standard operators run there too, where it is installed. `fused`: the fused fp32 file that lies in `exported`
     is measured, not delivered. `openvino_file`: our model is delivered and measured as OpenVINO's own int8 file besides, made by NNCF.
     `values`: how large and sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
-    The ledger row and every file that another tool needs are there when this returns; a killed call leaves `out` as it was.
+    The ledger row and every file that another tool needs are there when this returns; a call that was killed can be made again.
     """
     from slimformer.card import card
     from slimformer.page import Details, page
