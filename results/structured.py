@@ -360,8 +360,9 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "its answer alone. It gained {squad1-all/fisher-25:gained} F1 over a teacher that saw 20,000 of them once: no fair figure, but what "
     "a user can do who has more answers than the model was tuned on.",
     "Gates with distillation made a model of v2.0 {squad2/gates-48:faster} times as fast and lost {squad2/gates-48:lost} F1, without a "
-    "teacher in the retraining {squad2/gates-no-teacher-48:lost}, three dense layers {squad2/layers-48:lost}. On Natural Questions, with a "
-    "quarter of the questions to learn from, they lost {nq/gates-48:lost}, {nq/gates-no-teacher-48:lost} and {nq/layers-48:lost}.",
+    "teacher in the retraining {squad2/gates-no-teacher-48:lost}, three dense layers {squad2/layers-48:lost}. On Natural Questions, "
+    "with a quarter of the questions to learn from, they lost {nq/gates-48:lost}, {nq/gates-no-teacher-48:lost} and "
+    "{nq/layers-48:lost}.",
     "More passes over those few questions of Natural Questions: with two and a half times as many gates lost {nq/gates-long-48:lost}.",
     "Whole layers are the fastest way to spend the same operations, and by far the most costly one: {mrpc/layers-35:lost} points lost at "
     "{mrpc/layers-35:faster} times the speed with two of six layers on MRPC, {mrpc/layers-50:lost} at {mrpc/layers-50:faster} times with "
