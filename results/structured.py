@@ -346,6 +346,10 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "On MRPC the methods part as less is left. At 50 % `gates` gained {mrpc/gates-50:gained} points, `group_lasso` "
     "{mrpc/group_lasso-50:gained} and `fisher` {mrpc/fisher-50:gained}, all within the noise of 408 examples; at 25 % `fisher` lost "
     "{mrpc/fisher-25:lost}, `gates` {mrpc/gates-25:lost}, `movement` {mrpc/movement-25:lost}, `group_lasso` {mrpc/group_lasso-25:lost}.",
+    "A fifth of the weights: as whole units `group_lasso` lost {sst2/group_lasso-20:lost} points on SST-2 and {mrpc/group_lasso-20:lost} "
+    "on MRPC, as rows inside blocks, the published pattern, {sst2/group_lasso-block_rows-20:lost} and "
+    "{mrpc/group_lasso-block_rows-20:lost}, at {sst2/group_lasso-block_rows-20:faster} times the speed; one layer of six lost "
+    "{sst2/layers-20:lost} and {mrpc/layers-20:lost}.",
     "With 1.79 times fewer weights no method loses in other families: RoBERTa gained {mrpc-roberta/movement-56:gained} points with "
     "`movement`, {mrpc-roberta/gates-56:gained} with `gates`, {mrpc-roberta/group_lasso-56:gained} with `group_lasso`, DistilBERT "
     "{mrpc-distilbert/group_lasso-56:gained} with `group_lasso`; three of six layers lost {mrpc-roberta/layers-56:lost} and "
