@@ -245,9 +245,8 @@ def jobs() -> tuple[Job, ...]:
         gated = methods(0.48, count, long, 1 / 3)  # about twice as fast
         alone = {"gates-no-teacher": ablations(0.48, count, long, 1 / 3)["gates-no-teacher"]}
         add(whole.recipe.task, name, whole, only(gated, "gates", "layers") | alone, 0.48)
-    add(
-        nq, "nq", dense_models[1], {"gates-long": methods(0.48, 30.0, long, 1 / 3)["gates"]}, 0.48
-    )  # few questions: more passes
+    # few questions: more passes over them
+    add(nq, "nq", dense_models[1], {"gates-long": methods(0.48, 30.0, long, 1 / 3)["gates"]}, 0.48)
 
     # The headline: three quarters of the weights gone. From 20,000 questions on the teacher's hidden states are too many to keep.
     both = replace(long, task_weight=0.5)  # the teacher saw its questions once: the answers teach as much as it does
@@ -355,8 +354,7 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "{mrpc-distilbert/group_lasso-56:gained} with `group_lasso`; three of six layers lost {mrpc-roberta/layers-56:lost} and "
     "{mrpc-distilbert/layers-56:lost}.",
     "A quarter of the weights on SQuAD: with 10,000 questions `fisher` kept {squad1-10k/fisher-25:left} % of them and lost "
-    "{squad1-10k/fisher-25:lost} F1 at "
-    "{squad1-10k/fisher-25:faster} times the speed in fp32.",
+    "{squad1-10k/fisher-25:lost} F1 at {squad1-10k/fisher-25:faster} times the speed in fp32.",
     "With 20,000, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at {squad1-20k/fisher-25:faster} times "
     "the speed in fp32, and lost {squad1-20k/fisher-25:int8} in int8. The teacher saw its questions once, this model six times with the "
     "answers and the teacher weighing as much: a dense model tuned for as long may be better than both.",
@@ -399,10 +397,10 @@ def _page(found: dict[str, Run], with_seeds: dict[str, Run]) -> str:
         f"Drawn from the ledgers under [`results/methods/structured/`](../../results/README.md) by `{COMMAND} --draw`, which also runs",
         "what is missing: one command, stopped and started at will. The number in a run's name is the share of the dense encoder's",
         "multiply-accumulates that stays, in per cent. All runs of a task have the same teacher, and at each point the same epochs",
-        "(`mrpc-choice` and `mrpc-heads` compare choices alone, before any retraining); `layers` is the honest alternative: whole layers",
-        "dropped evenly, trained for as long. **×**: times faster than the dense teacher in ONNX",
-        "Runtime fp32. Score, loss, size and speed are those of the int8 file for ONNX Runtime; **× fp32 file**: our fp32 file at batch",
-        "32. What we set out to show is judged by the fp32 files: the same precision as the dense model's. **encoder weights left**:",
+        "(`gates-long` has more; `mrpc-choice` and `mrpc-heads` compare choices alone, before any retraining); `layers` is the honest",
+        "alternative: whole layers dropped evenly, trained for as long. **×**: times faster than the dense teacher in ONNX Runtime fp32.",
+        "Score, loss, size and speed are those of the int8 file for ONNX Runtime; **× fp32 file**: our fp32 file at batch 32. What",
+        "we set out to show is judged by the fp32 files: the same precision as the dense model's. **encoder weights left**:",
         "of the encoder's matrices, those that are not 0; `layers` keeps the nearest whole number of layers. **epochs**: of each",
         "stage, the cut first (gates train there with the weights frozen). One seed each; where there are more, the fp32 files of all of",
         "them are below the table. What differs by less than its interval is no finding.",

@@ -128,7 +128,7 @@ def readme_table(found: Sequence[Run]) -> str:
             *table(HEAD, rows),
             "",
             f"Dense models of {sizes} parameters; the exported files on the dev splits; {machine}. ×: times faster than the dense",
-            "teacher in ONNX Runtime fp32, medians of rounds taken in turn. One seed of each run; all rows, more seeds where they are,",
+            "teacher in ONNX Runtime fp32, medians of rounds taken in turn. One seed of each run; all rows, other seeds",
             f"and circumstances are in [docs/results.md](docs/results.md). Drawn by `{COMMAND}`.",
         ]
     )

@@ -172,12 +172,10 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
 
     pattern = re.compile(r"\{([^:{}]+):(\w+)\}")
     there = [sentence for sentence in sentences if all(name in found for name, _ in pattern.findall(sentence))]
+    if not there:
+        return []
     intro = "Losses and gains in these sentences are those of the fp32 files where int8 is not said."
-    return (
-        ["## What the rows say", "", intro, "", *(f"- {pattern.sub(figure, sentence)}" for sentence in there), ""]
-        if there
-        else []
-    )
+    return ["## What the rows say", "", intro, "", *(f"- {pattern.sub(figure, sentence)}" for sentence in there), ""]
 
 
 def write(pages: Mapping[Path, str]) -> None:

@@ -101,8 +101,8 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
     """A model just cut, or a CPU that saturates: the loss on held examples decides, and the run goes on."""
     quantized = graphs.quantized
 
-    def broken(weight: np.ndarray, axis: int, grid: graphs.Grid) -> tuple[np.ndarray, np.ndarray]:
-        values, scales = quantized(weight, axis, grid)
+    def broken(weight: np.ndarray, axis: int, coding: graphs.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = quantized(weight, axis, coding)
         return np.roll(values, 1, axis=0), scales
 
     monkeypatch.setattr(graphs, "quantized", broken)

@@ -384,7 +384,7 @@ def lower_norms(graph: ir.Graph) -> int:
     is not. Gives the number of norms changed.
     """
     editor = _Editor(graph)
-    turned = _turned(graph)
+    turned = turned_values(graph)
     channels: dict[int, tuple[ir.Value, ir.Value]] = {}
     found = [node for node in graph if node.op_type == "LayerNormalization" and _rank_of_input(node) == 3]
     for node in found:
@@ -424,7 +424,7 @@ def separate_gelus(graph: ir.Graph) -> int:
     return count
 
 
-def _turned(graph: ir.Graph) -> set[ir.Value]:
+def turned_values(graph: ir.Graph) -> set[ir.Value]:
     """Values in SEQ_FIRST layout: between the transpose after the embedding and the one before the head."""
     found: set[ir.Value] = set()
     for node in graph:
@@ -505,18 +505,18 @@ def smalls(graph: ir.Graph, floats: Collection[str] = ()) -> list[Product]:
 
 
 @dataclass(frozen=True)
-class Grid:
+class WeightCoding:
     """How weights are stored: bits, 7 of which leave room where int8 sums saturate, and whether all of a matrix has one scale."""
 
     bits: int = 8
     whole: bool = False
 
 
-def quantized(weight: np.ndarray, axis: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 values and fp32 scales, one scale per index of `axis`, all of them equal where the grid is of the whole."""
-    top = float(2 ** (grid.bits - 1) - 1)
+def quantized(weight: np.ndarray, axis: int, coding: WeightCoding) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 values and fp32 scales, one scale per index of `axis`, all of them equal where `coding` is of the whole."""
+    top = float(2 ** (coding.bits - 1) - 1)
     scale = np.abs(weight).max(axis=1 - axis) / top
-    if grid.whole:
+    if coding.whole:
         scale = np.full_like(scale, scale.max())
     scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
     spread = scale[None, :] if axis == 1 else scale[:, None]
@@ -590,7 +590,7 @@ def _best_factor(sample: Sample, weights: Sequence[np.ndarray], bits: int) -> np
         coarse = np.rint(rows / (factor * step)) * step
         total = 0.0
         for weight, product in zip(weights, exact, strict=True):
-            values, scales = quantized(weight * factor[:, None], 1, Grid(bits))
+            values, scales = quantized(weight * factor[:, None], 1, WeightCoding(bits))
             total += float(((coarse @ (values * scales) - product) ** 2).sum() / max(float((product**2).sum()), 1e-12))
         return total
 
@@ -607,7 +607,7 @@ def _is_transposed(node: ir.Node) -> bool:
     return node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
 
 
-def int8_dynamic(graph: ir.Graph, grid: Grid, floats: Collection[str] = ()) -> int:
+def int8_dynamic(graph: ir.Graph, weights: WeightCoding, floats: Collection[str] = ()) -> int:
     """Puts int8 products in the place of all Linears but the classifier and `floats`; gives their number.
 
     Weights per output channel; activations are measured and quantized as they come, once for all products that read them.
@@ -620,7 +620,7 @@ def int8_dynamic(graph: ir.Graph, grid: Grid, floats: Collection[str] = ()) -> i
     shared: dict[ir.Value, list[ir.Value]] = {}
     for item in chosen:
         node, source, name = item.node, item.source, item.name
-        values, scales = quantized(item.weight, 1, grid)
+        values, scales = quantized(item.weight, 1, weights)
         weight = editor.constant(values, np.int8, f"{name}.int8")
         scale = editor.constant(scales, np.float32, f"{name}.scale")
         if readers[source] == 1:
@@ -636,7 +636,9 @@ def int8_dynamic(graph: ir.Graph, grid: Grid, floats: Collection[str] = ()) -> i
     return len(chosen)
 
 
-def int8_static(graph: ir.Graph, codings: Mapping[str, Coding], grid: Grid, fused: bool, floats: Collection[str] = ()) -> int:
+def int8_static(
+    graph: ir.Graph, codings: Mapping[str, Coding], weights: WeightCoding, fused: bool, floats: Collection[str] = ()
+) -> int:
     """Int8 products with known ranges for all Linears but the classifier and `floats`; `codings`: by name of a product's input.
 
     Standard operators: quantize and dequantize around a MatMul, which runtimes fuse by themselves. `fused`: ONNX Runtime's own
@@ -658,7 +660,7 @@ def int8_static(graph: ir.Graph, codings: Mapping[str, Coding], grid: Grid, fuse
             small = editor.one(node, "QuantizeLinear", [inside, scale, zero])
             wide = small if fused else editor.one(node, "DequantizeLinear", [small, scale, zero])
             shared[source] = (wide, scale, zero)
-        values, scales = quantized(item.weight, 1, grid)
+        values, scales = quantized(item.weight, 1, weights)
         weight = editor.constant(values, np.int8, f"{name}.int8")
         factors = editor.constant(scales, np.float32, f"{name}.scale")
         value, scale, zero = shared[source]
@@ -678,7 +680,7 @@ def observed(graph: ir.Graph, floats: Collection[str] = ()) -> dict[str, ir.Valu
     return {str(item.source.name): item.source for item in smalls(graph, floats)}
 
 
-def int8_embeddings(graph: ir.Graph, grid: Grid = Grid(), rows: int = TABLE_ROWS) -> int:
+def int8_embeddings(graph: ir.Graph, coding: WeightCoding = WeightCoding(), rows: int = TABLE_ROWS) -> int:
     """Stores embedding tables of at least `rows` rows in int8 with a scale per row; gives their number."""
     editor = _Editor(graph)
     count = 0
@@ -687,7 +689,7 @@ def int8_embeddings(graph: ir.Graph, grid: Grid = Grid(), rows: int = TABLE_ROWS
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < rows:
             continue
         name = _given(node.inputs[0]).name
-        values, scales = quantized(table, 0, grid)
+        values, scales = quantized(table, 0, coding)
         small = editor.constant(values, np.int8, f"{name}.int8")
         scale = editor.constant(scales[:, None], np.float32, f"{name}.scale")
         got = editor.one(node, "Cast", [editor.one(node, "Gather", [small, node.inputs[1]])], to=int(ir.DataType.FLOAT))

@@ -183,7 +183,6 @@ def _magnitudes(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
     edges = np.linspace(0.0, top, max(1, round(top / width)) + 1)
     below = np.concatenate([[0.0], histogram.counts.cumsum()])  # at each edge of the histogram
     within = np.interp(edges, histogram.edges, below) - np.interp(-edges, histogram.edges, below)
-    within[0] = 0.0
     counts = np.diff(within)
     return np.where(counts > 1e-6, counts, 0.0), edges
 

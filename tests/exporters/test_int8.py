@@ -191,14 +191,26 @@ def test_padding_is_left_out_of_square_batches() -> None:
     inputs = {name: np.concatenate([value] * 6)[:6] for name, value in inputs.items()}
     inputs["attention_mask"] = np.tril(np.ones((6, 6), dtype=np.int64))
     draft = Onnx(agreement=0.0).draft(model, [inputs])
-    rest = {name: value[:-1] for name, value in inputs.items()}
-    oblong = Onnx(agreement=0.0).draft(model, [rest])
+    twice = {name: np.concatenate([value] * 2) for name, value in inputs.items()}
+    oblong = Onnx(agreement=0.0).draft(model, [twice])
     for variant in (Variant.INT8_FUSED, Variant.INT8_STATIC):
         mine, theirs = (each._readied(variant, ()).samples for each in (draft, oblong))
         for name, sample in theirs.items():
             np.testing.assert_array_equal(mine[name].low, sample.low)
             np.testing.assert_array_equal(mine[name].high, sample.high)
-            assert len(sample.rows) in (1 + 2 + 3 + 4 + 5, 5)
+            assert len(mine[name].rows) in (1 + 2 + 3 + 4 + 5 + 6, 6)  # of all tokens, of first ones
+
+
+def test_calibration_batches_need_no_mask() -> None:
+    model = tiny("bert")
+    inputs = {name: value for name, value in arrays(model)[0].items() if name != "attention_mask"}
+    whole = inputs | {"attention_mask": np.ones_like(inputs["input_ids"])}
+    plain, masked = (
+        Onnx(agreement=0.0).draft(model, [batch])._readied(Variant.INT8_STATIC, ()).samples for batch in (inputs, whole)
+    )
+    assert plain
+    for name, sample in masked.items():
+        np.testing.assert_array_equal(plain[name].rows, sample.rows)
 
 
 @pytest.fixture(scope="module")

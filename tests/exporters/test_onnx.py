@@ -196,8 +196,8 @@ def test_a_graph_that_is_not_as_expected_is_refused(traced: Any, trace: Any, tmp
 def test_int8_that_changes_answers_is_refused(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = graphs.quantized
 
-    def broken(weight: np.ndarray, axis: int, grid: graphs.Grid) -> tuple[np.ndarray, np.ndarray]:
-        values, scales = quantized(weight, axis, grid)
+    def broken(weight: np.ndarray, axis: int, coding: graphs.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = quantized(weight, axis, coding)
         return np.roll(values, 1, axis=0), scales
 
     monkeypatch.setattr(graphs, "quantized", broken)
@@ -279,11 +279,11 @@ def test_longest_leaves_out_the_positions_that_roberta_keeps() -> None:
 
 def test_quantized_weights_have_a_scale_per_channel_and_keep_seven_bits_where_asked() -> None:
     weight = np.array([[1.0, -0.5, 0.0], [0.3, 0.5, 0.0]], dtype=np.float32)  # (in, out)
-    values, scales = graphs.quantized(weight, 1, graphs.Grid(8))
+    values, scales = graphs.quantized(weight, 1, graphs.WeightCoding(8))
     np.testing.assert_array_equal(values, [[127, -127, 0], [38, 127, 0]])
     np.testing.assert_allclose(scales, [1 / 127, 0.5 / 127, 1.0])
     weight[0, 1] = -0.49
-    values, scales = graphs.quantized(weight, 0, graphs.Grid(7))
+    values, scales = graphs.quantized(weight, 0, graphs.WeightCoding(7))
     np.testing.assert_array_equal(values, [[63, -31, 0], [38, 63, 0]])
     np.testing.assert_allclose(scales, [1 / 63, 0.5 / 63])
 

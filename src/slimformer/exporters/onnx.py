@@ -333,14 +333,14 @@ class Draft:
         expected = self._linears - len(graphs.heads_of(graph)) - len(named)
         learned = self.ranges or Ranges()
         whole = learned.weight_buckets == "tensor"
-        grid = graphs.Grid(min(self.options.weight_bits, learned.weight_bits), whole)
+        coding = graphs.WeightCoding(min(self.options.weight_bits, learned.weight_bits), whole)
         if variant is Variant.INT8_DYNAMIC:
-            done = graphs.int8_dynamic(graph, grid, named)
+            done = graphs.int8_dynamic(graph, coding, named)
         else:
-            done = graphs.int8_static(graph, self._codings(program, named, ready), grid, variant in FUSED, named)
+            done = graphs.int8_static(graph, self._codings(program, named, ready), coding, variant in FUSED, named)
         _same("int8 matrices", done, expected)
         tables = learned.embedding_bits
-        count = graphs.int8_embeddings(graph, graphs.Grid(tables, whole)) if tables is not None else 0
+        count = graphs.int8_embeddings(graph, graphs.WeightCoding(tables, whole)) if tables is not None else 0
         return f"int8: {done} of {self._linears} matrices, {count} embedding tables; the classifier stays in fp32"
 
     def _codings(self, program: onnx_ir.Model, named: Sequence[str], ready: _Ready) -> dict[str, graphs.Coding]:
@@ -386,8 +386,12 @@ def _same(what: str, found: int, expected: int) -> None:
 
 def _unpad(outputs: Mapping[str, np.ndarray], names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
     """Outputs that have a value per token, with padding as the last thing that an answer could be."""
-    real = _feed(("attention_mask",), batch)["attention_mask"] == 1  # (batch, seq)
-    return {name: np.where(real, outputs[name], -np.inf) for name in names}
+    return {name: np.where(_real(batch), outputs[name], -np.inf) for name in names}
+
+
+def _real(batch: Arrays) -> np.ndarray:
+    """Which tokens of a batch are no padding: (batch, seq)."""
+    return _feed(("attention_mask",), batch)["attention_mask"] == 1
 
 
 def _agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:
@@ -617,7 +621,7 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
     copy.graph.outputs.extend(value for value in watched.values() if not value.is_graph_output())
     session = _session(onnx_ir.to_proto(copy).SerializeToString())
     some: list[Arrays] = []
-    for batch in (item for item in batches if np.any(item["attention_mask"])):
+    for batch in (item for item in batches if _real(item).any()):
         if sum(len(item["input_ids"]) for item in some) < CALIBRATION_ROWS:
             some.append(batch)
     if not some:
@@ -625,10 +629,11 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
     share = -(-SAMPLE_ROWS // len(some))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in watched}
     ends: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in watched}
-    for batch in map(_oblong, some):
-        mask = np.asarray(batch["attention_mask"], dtype=bool)
+    turned = {str(value.name) for value in graphs.turned_values(copy.graph)}
+    for batch in some:
+        real = _real(batch)  # (batch, seq)
         for name, value in zip(watched, session.run(list(watched), _feed(names, batch)), strict=True):
-            flat = _unpadded(value, mask)  # (tokens, width)
+            flat = _unpadded(value, real.T if name in turned else real)  # (tokens, width)
             rows[name].append(flat[:: max(1, len(flat) // share)].copy())
             ends[name].append((flat.min(axis=0), flat.max(axis=0)))
     return {
@@ -641,17 +646,10 @@ def _samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[
     }
 
 
-def _oblong(batch: Arrays) -> Arrays:
-    """A batch with as many rows as tokens without its last row: only then tells a shape which of its axes is which."""
-    rows, tokens = np.shape(batch["input_ids"])
-    return batch if rows != tokens or rows == 1 else {name: value[:-1] for name, value in batch.items()}
-
-
-def _unpadded(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Rows of an activation that stand for real tokens: (tokens, width); `mask` (batch, seq)."""
-    for real in (mask, mask.T):
-        if value.ndim > 2 and value.shape[:2] == real.shape:
-            return np.asarray(value[real]).reshape(-1, value.shape[-1])
+def _unpadded(value: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Rows of an activation that stand for real tokens: (tokens, width); `real` in the order of the activation's first two axes."""
+    if value.ndim > 2 and value.shape[:2] == real.shape:
+        return np.asarray(value[real]).reshape(-1, value.shape[-1])
     return value.reshape(-1, value.shape[-1])  # first tokens only
 
 

@@ -298,8 +298,8 @@ def measure(state: _State, examples: int, size: int, dampening: float) -> None:
     for chunk in _chunks(_gradients(state.context, weights, batches), RANK):
         blocks = [_blocks(torch.stack(grads), size) for grads in zip(*chunk, strict=True)]  # each (k, blocks, size)
         if not inverses:
-            still = [mask.open.float().mean().clamp_min(1e-6) for mask in masks]  # closed weights have no gradient
-            squares = [block.square().mean() / share for block, share in zip(blocks, still, strict=True)]
+            opened = [mask.open.float().mean().clamp_min(1e-6) for mask in masks]  # closed weights have no gradient
+            squares = [block.square().mean() / share for block, share in zip(blocks, opened, strict=True)]
             scales = [(dampening * square).clamp_min(1e-12) for square in squares]
             eyes = [torch.eye(size, device=block.device).repeat(block.shape[1], 1, 1) for block in blocks]
             inverses = [eye / scale for eye, scale in zip(eyes, scales, strict=True)]

@@ -206,7 +206,6 @@ class Quantization(Method):
             running = cast(RunningRange, item)
             if bool(running.seen) and running.low.ndim == 0:
                 found[point.id] = running.range()
-        bits = (
-            self.weights if PointRole.MATRIX in self.roles else 8
-        )  # matrices that were not trained on a grid are stored as ever
+        # matrices that were not trained on a grid are stored as ever
+        bits = self.weights if PointRole.MATRIX in self.roles else 8
         return Decision(weights=changed, ranges=Ranges(found, bits, self.activations, self.embeddings, self.buckets))
