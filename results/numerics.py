@@ -73,7 +73,7 @@ FIVE = ("mrpc", "rte", "cola", "stsb", "sst2")
 AUGMENT = {"sst2": 0, "squad1": 0}  # copies of each row; the small sets get COPIES
 COPIES = 4
 TEXT, SENTENCES = "runs/sweep/sentences.txt", 50_000
-PASSES = 15.0  # over the rows of a small set, copies counted; a third of that where a set is large
+PASSES = 10.0  # over the rows of a small set, copies counted; half of that where a set is large
 
 PAPER_LOSS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)  # Xu et al., Tahaei et al.
 LEARN = Train(methods=(PAPER_LOSS,), lr=1.6e-4, task_weight=0.0, dropout=False)
@@ -83,7 +83,7 @@ WIN_BACK = Train(methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=
 def lesson(task: str, *more: Method, like: Train = LEARN) -> Train:
     """A stage of distillation with other methods, as long for every method of a task."""
     copies = AUGMENT.get(task, COPIES)
-    epochs = PASSES / (1 + copies) if copies else PASSES / 3
+    epochs = PASSES / (1 + copies) if copies else PASSES / 2
     size = 16 if task == "squad1" else 32
     weight = 0.0 if copies else like.task_weight  # a copy may mean something else than its label says
     taught = like.methods

@@ -250,9 +250,9 @@ def jobs() -> tuple[Job, ...]:
 
     # The headline: three quarters of the weights gone. From 20,000 questions on the teacher's hidden states are too many to keep.
     both = replace(long, task_weight=0.5)  # the teacher saw its questions once: the answers teach as much as it does
-    add(questions("v1", 10_000), "squad1-10k", SQUAD_TEACHER, only(methods(0.25, 6.0, both), "fisher"), 0.25)
+    add(questions("v1", 10_000), "squad1-10k", SQUAD_TEACHER, only(methods(0.25, 6.0, both), "fisher", "movement"), 0.25)
     as_many = questions("v1", 20_000)  # as the teacher saw
-    add(as_many, "squad1-20k", SQUAD_TEACHER, only(methods(0.25, 6.0, both), "fisher", "movement"), 0.25)
+    add(as_many, "squad1-20k", SQUAD_TEACHER, only(methods(0.25, 6.0, both), "fisher"), 0.25)
     answers = replace(long, epochs=1.0, lr=1e-4, methods=(), task_weight=1.0)
     cut = methods(0.25, 0.5, both)["fisher"]
     add(questions("v1", None), "squad1-all", SQUAD_TEACHER, {"fisher": (*cut, answers)}, 0.25)
