@@ -111,7 +111,12 @@ def heading(task: str, part: Mapping[str, Run]) -> list[str]:
     ours, whole = next(record for record in run.records if record.role == Role.OURS), dense(run)
     size = f"a dense model of {count_text(whole.params)} parameters; " if whole.params else ""
     trained = f"{ours.train_examples:,} examples to train on, " if ours.train_examples else ""
-    return [f"## {task}", "", f"{whole.task}; metric: {whole.metric}; {size}{trained}{whole.examples:,} scored.", ""]
+    lines = [f"## {task}", "", f"{whole.task}; metric: {whole.metric}; {size}{trained}{whole.examples:,} scored.", ""]
+    scores = [dense(other).score for other in part.values()]
+    if min(scores) < max(scores):
+        tuned = f"The dense model was tuned more than once: its scores are {min(scores):.4f} to {max(scores):.4f}."
+        lines += [f"{tuned} Each run is compared with the one that it learned from.", ""]
+    return lines
 
 
 def still_to_run(jobs: Sequence[Job], command: str) -> list[str]:

@@ -347,6 +347,18 @@ def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) 
         work.notes(["{mrpc/fisher-35:colour}"], found)
 
 
+def test_a_page_says_where_runs_learned_from_different_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    work = importlib.import_module("work")
+    dense = row("dense fp32", Role.TEACHER_FP32, 1.0)
+    first, second = (
+        work.Run(Path(name), (replace(dense, scores={"accuracy": score}), row("fp32", Role.OURS, 2.0)))
+        for name, score in (("a", 0.8), ("b", 0.9))
+    )
+    assert "0.8000 to 0.9000" in "\n".join(work.heading("sst2", {"sst2/a": first, "sst2/b": second}))
+    assert "more than once" not in "\n".join(work.heading("sst2", {"sst2/a": first, "sst2/b": first}))
+
+
 def test_without_a_ledger_the_pages_say_so(tmp_path: Path) -> None:
     drawn = tables()
     assert drawn.runs(tmp_path) == []
