@@ -37,6 +37,7 @@ from work import (
     glue,
     heading,
     left,
+    minutes,
     notes,
     orders,
     ours_in,
@@ -384,7 +385,7 @@ def _cells(name: str, record: Record, whole: Record | None, there: Record | None
         row_times(record, 1),
         row_times(there, 32) if there else "",
         passes,
-        f"{record.minutes:.1f}" if record.minutes else "",
+        minutes(record),
     )
 
 

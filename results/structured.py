@@ -33,6 +33,7 @@ from work import (
     glue,
     heading,
     left,
+    minutes,
     notes,
     orders,
     ours_in,
@@ -446,7 +447,7 @@ def _cells(name: str, record: Record, whole: Record | None, plain: Record | None
         row_times(plain, 32) if plain else "",
         mb_text(record.size_bytes),
         passes,
-        f"{record.minutes:.1f}" if record.minutes else "",
+        minutes(record),
     )
 
 

@@ -2,14 +2,17 @@
 
 The one idea: a table of the docs is a list of jobs, each a recipe and the folder that its rows belong to. Scratch lies under runs/, so
 a sweep that was stopped goes on where it was; a finished job leaves ledger.jsonl and recipe.yaml under results/methods/, and is never
-run again. Nothing is measured or drawn here.
+run again. Small models use one core better than two: jobs can train side by side, and are then measured one after the other, alone.
+Nothing is drawn here.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -18,11 +21,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from slimformer.bench import cores
 from slimformer.cli import prefer_environment
 from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
 from slimformer.files import write_text
-from slimformer.recipe import Recipe, run
+from slimformer.recipe import Recipe, run, train
 from slimformer.report import LEDGER
 from slimformer.stages import Train
 from slimformer.tasks.base import Split, Task
@@ -100,28 +104,71 @@ def forecast(jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-def sweep(jobs: Sequence[Job]) -> int:
-    """Runs what does not stand yet; a job that fails is told and left, the others go on. How many failed."""
+def sweep(jobs: Sequence[Job], beside: int = 1) -> int:
+    """Runs what does not stand yet; a job that fails is told and left, the others go on. How many failed.
+
+    `beside`: jobs that train at a time.
+    """
     failed = 0
-    for job in due(jobs):
-        begin = time.monotonic()
-        print(f"== {job.folder}", flush=True)
-        try:
-            if not (job.scratch / LEDGER).is_file():
-                if job.before is not None:
-                    job.before()
-                run(job.recipe, job.scratch, command=f"slimformer run results/methods/{job.folder}/recipe.yaml")
-        except Exception as error:  # one job's fault must not keep the others from running
-            traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
-            failed += 1
-            continue
-        if job.stands:
-            continue
+    for some in rounds(due(jobs), beside):
+        if len(some) > 1:
+            train_beside(some)
+        failed += sum(not _finish(job) for job in some)
+    return failed
+
+
+def _finish(job: Job) -> bool:
+    """Runs a job to its end and keeps its rows; False where it failed."""
+    begin = time.monotonic()
+    print(f"== {job.folder}", flush=True)
+    try:
+        if not (job.scratch / LEDGER).is_file():
+            if job.before is not None:
+                job.before()
+            run(job.recipe, job.scratch, command=f"slimformer run results/methods/{job.folder}/recipe.yaml")
+    except Exception as error:  # one job's fault must not keep the others from running
+        traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
+        return False
+    if not job.stands:
         job.home.mkdir(parents=True, exist_ok=True)
         write_text(job.home / "recipe.yaml", job.recipe.to_yaml())
         shutil.copy(job.scratch / LEDGER, job.home / LEDGER)
         print(f"   {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
-    return failed
+    return True
+
+
+def rounds(jobs: Sequence[Job], beside: int) -> list[list[Job]]:
+    """Jobs in groups of `beside`, in order; a job is in a later group than the one that makes its model."""
+    found: list[list[Job]] = []
+    for job in jobs:
+        if found and len(found[-1]) < beside and all(other.folder != job.needs for other in found[-1]):
+            found[-1].append(job)
+        else:
+            found.append([job])
+    return found
+
+
+def train_beside(jobs: Sequence[Job]) -> None:
+    """Trains jobs side by side, each in a process with its share of the cores; what fails there is told when the job is finished."""
+    print(f"== training side by side: {', '.join(job.folder for job in jobs)}", flush=True)
+    print(
+        f"   their progress: {', '.join(str((job.scratch / 'log.jsonl').relative_to(HOME.parent)) for job in jobs)}", flush=True
+    )
+    for job in jobs:
+        if job.before is not None:
+            job.before()  # here, so that two do not make the same
+    share = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // len(jobs)))}
+    command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--train", "--only"]
+    quiet = subprocess.DEVNULL
+    at_work = [
+        subprocess.Popen([*command, f"^{re.escape(job.folder)}$"], env=share, stdout=quiet, stderr=quiet) for job in jobs
+    ]
+    try:
+        for process in at_work:
+            process.wait()
+    finally:
+        for process in at_work:
+            process.terminate()
 
 
 def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]) -> int:
@@ -131,14 +178,22 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     reader.add_argument("--plan", action="store_true", help="only say what would run, and for how long")
     reader.add_argument("--draw", action="store_true", help="only draw the page from the rows that stand")
     reader.add_argument("--only", default="", help="a regular expression on the names of jobs")
+    reader.add_argument("--beside", type=int, default=1, help="jobs that train at a time, each on its share of the cores")
+    reader.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # no more than that: what train_beside starts
     chosen = reader.parse_args(arguments)
     some = [job for job in jobs if re.search(chosen.only, job.folder)]
     some = [job for job in jobs if job in some or job.folder in {other.needs for other in some}]
     if not chosen.draw:
         print(forecast(some), flush=True)
-    failed = 0 if chosen.plan or chosen.draw else sweep(some)
-    if not chosen.plan:
-        draw()
+    if chosen.plan:
+        return 0
+    if chosen.train:
+        for job in due(some):
+            if not (job.scratch / LEDGER).is_file():
+                train(job.recipe, job.scratch)
+        return 0
+    failed = 0 if chosen.draw else sweep(some, chosen.beside)
+    draw()
     return 1 if failed else 0
 
 

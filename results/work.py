@@ -92,6 +92,14 @@ def epochs(jobs: Sequence[Job], folder: str) -> str:
     return " + ".join(f"{stage.epochs * (1 + stage.augment):.3g}" for stage in stages)
 
 
+def minutes(record: Record) -> str:
+    """What making a model took; with the threads, where they were fewer than the cores of the machine."""
+    if not record.minutes:
+        return ""
+    few = record.threads is not None and record.threads < record.environment.cores
+    return f"{record.minutes:.1f}" + f" ({record.threads} thread{'s' * (record.threads != 1)})" * few
+
+
 def found_in(name: str) -> dict[str, Run]:
     """The runs of a table that stand, by task and run: 'mrpc/fisher-35'."""
     home = Path("methods") / name

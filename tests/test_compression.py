@@ -33,7 +33,7 @@ from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.latency import Levels
 from slimformer.plan import Plan
-from slimformer.recipe import Recipe, run
+from slimformer.recipe import Recipe, run, train
 from slimformer.report import Role, read, read_facts
 from slimformer.stages import Calibrate, Train, prepare
 from slimformer.tasks.base import Split
@@ -263,8 +263,12 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     recipe = Recipe.read(done.out / "recipe.yaml")
     assert [type(stage) for stage in recipe.stages] == [Calibrate, Train]
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    train(recipe, "again", wait_seconds=0)
+    assert not Path("again/model.onnx").exists()
     outcome = run(recipe, "again", threads=1, wait_seconds=0)
     assert outcome.out == Path("again")
+    assert sum("is done already" in line for line in said(Path("again"))) == len(recipe.stages)
+    assert {record.threads for record in outcome.measurement.records if record.role == Role.OURS} == {1}
     assert checkpoint.load_plan("again").digest() == checkpoint.load_plan(done.out).digest()
     assert {item.name for item in Path("again").iterdir()} >= DELIVERED
     assert Recipe.read("again/recipe.yaml") == recipe

@@ -146,7 +146,7 @@ def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkey
     assert [item.role for item in alone] == ["teacher-fp32"]
     both = delivery.rivals(bundle, (), ("teacher-int8", "small-dense"), teacher, run)
     assert [item.role for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
-    assert both[0].facts == {"minutes": None, "peak_rss_bytes": None}
+    assert both[0].facts == {"minutes": None, "threads": None, "peak_rss_bytes": None}
 
 
 def test_the_smaller_dense_rival_trains_in_every_stage() -> None:

@@ -21,6 +21,7 @@ from slimformer.bench import SINGLE, SORTED, Ratio
 from slimformer.machine import Environment
 from slimformer.recipe import Recipe, disorder
 from slimformer.report import Interval, Record, Role, append
+from slimformer.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")])
@@ -112,6 +113,16 @@ def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: 
     for name, stages in (pair for some in made for pair in some.items()):
         for number, stage in enumerate(stages):
             assert list(disorder(stage, stages[:number])) == [], name
+
+
+def test_jobs_train_side_by_side_after_the_one_that_makes_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    sweep = importlib.import_module("sweep")
+    recipe = Recipe("model", Classification("data"), ())
+    jobs = [sweep.Job(name, recipe, needs=needs) for name, needs in (("a", ""), ("b", "a"), ("c", "a"), ("d", ""))]
+    assert [[job.folder for job in some] for some in sweep.rounds(jobs, 2)] == [["a"], ["b", "c"], ["d"]]
+    assert [len(some) for some in sweep.rounds(jobs, 1)] == [1] * 4
+    assert [len(some) for some in sweep.rounds(jobs[1:], 3)] == [3]
 
 
 def test_the_recipes_of_the_clone_are_read_from_their_own_folder() -> None:
@@ -345,6 +356,14 @@ def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) 
         work.notes(["{mrpc/fisher-35:gained}"], found)
     with pytest.raises(ValueError, match="has no colour"):
         work.notes(["{mrpc/fisher-35:colour}"], found)
+
+
+def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    work = importlib.import_module("work")
+    ours = row("fp32", Role.OURS, 2.0, minutes=20.26)
+    assert [work.minutes(replace(ours, threads=threads)) for threads in (None, 1, 2)] == ["20.3", "20.3 (1 thread)", "20.3"]
+    assert work.minutes(replace(ours, minutes=None)) == work.minutes(replace(ours, minutes=0.0)) == ""
 
 
 def test_a_page_says_where_runs_learned_from_different_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def rivals(
     from slimformer.report import Role
 
     dense = facts_of(replace(bundle, model=bundle.teacher, plan=Plan(), minutes=0.0), bundle.teacher, run, "")
-    dense |= {"minutes": None, "peak_rss_bytes": None}
+    dense |= {"minutes": None, "threads": None, "peak_rss_bytes": None}
     found = [Rival("dense fp32", Role.TEACHER_FP32, teacher[Variant.FUSED], Variant.FUSED, facts=dense)]
     if "teacher-int8" in wanted:
         path = teacher[Variant.INT8_DYNAMIC]
@@ -330,6 +330,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, valu
         "macs": round(cost.macs(anatomy, lengths).dense),
         "layers": layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),
+        "threads": bundle.threads,
         "peak_rss_bytes": bundle.peak_rss_bytes,
         "seed": run.seed,
         "train_examples": len(bundle.material.examples[Split.TRAIN]),

@@ -269,7 +269,8 @@ def cost_facts(ours: Record | None) -> tuple[tuple[str, str], ...]:
         return ()
     found = []
     if ours.minutes is not None:
-        found.append(("Compression took", f"{ours.minutes:.1f} minutes"))
+        on = f" on {ours.threads} thread{'s' * (ours.threads != 1)}" if ours.threads else ""
+        found.append(("Compression took", f"{ours.minutes:.1f} minutes{on}"))
     if ours.peak_rss_bytes is not None:
         found.append(("Peak memory of it", f"{ours.peak_rss_bytes / 2**30:.1f} GiB"))
     if ours.train_examples is not None:

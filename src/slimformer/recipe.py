@@ -429,13 +429,29 @@ def run(
     """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off."""
     look(recipe)
     given = Given(log, threads, wait_seconds)
-    with working(Path(out), f"recipe {_digest(recipe)}", recipe.seed, given, recipe.latency) as state:
-        bundle, stages = begin(recipe, state)
-        state.root.mkdir(exist_ok=True)
-        bundle = advance(stages, bundle, state)
+    with _staged(recipe, Path(out), given) as (bundle, stages, state):
         measurement = finish(bundle, stages, recipe, state, Path(out), command=command)
         tidy(state)
     return Outcome(Path(out), measurement)
+
+
+def train(recipe: Recipe, out: str | Path, *, log: Log | None = None, wait_seconds: float = 60.0) -> None:
+    """Runs the stages of a recipe and delivers nothing: `run` with the same recipe and folder goes on from there.
+
+    What is trained needs no quiet machine, what is measured does: several recipes can be trained side by side, then delivered in turn.
+    """
+    look(recipe)
+    with _staged(recipe, Path(out), Given(log, None, wait_seconds)):
+        pass
+
+
+@contextmanager
+def _staged(recipe: Recipe, out: Path, given: Given) -> Iterator[tuple[Bundle, tuple[Stage, ...], Run]]:
+    """The bundle after all stages, and those that ran after the teacher was ready; the folder is claimed meanwhile."""
+    with working(out, f"recipe {_digest(recipe)}", recipe.seed, given, recipe.latency) as state:
+        bundle, stages = begin(recipe, state)
+        state.root.mkdir(exist_ok=True)
+        yield advance(stages, bundle, state), stages, state
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ class Record:
     baseline: str = ""  # name of the row that the speeds compare with, of the same run
     speed: Mapping[str, Ratio] = field(default_factory=dict)  # workload -> times faster than the baseline
     minutes: float | None = None
+    threads: int | None = None  # that it was made with in those minutes; timings say theirs
     peak_rss_bytes: int | None = None
     recipe: str = ""
     plan: str = ""
@@ -164,6 +165,7 @@ class Facts:
     seed: int | None = None
     train_examples: int | None = None
     minutes: float | None = None
+    threads: int | None = None
     peak_rss_bytes: int | None = None
     layers: tuple[Layer, ...] = ()
     recipe: str = ""
@@ -172,8 +174,9 @@ class Facts:
 
     def of_record(self) -> dict[str, Any]:
         """The fields that a record of any of these files shares."""
-        shared = ("params", "encoder_params", "encoder_nonzero", "weights_bytes", "macs", "seed", "train_examples", "minutes")
-        return {name: getattr(self, name) for name in (*shared, "peak_rss_bytes", "layers", "recipe", "plan")}
+        sizes = ("params", "encoder_params", "encoder_nonzero", "weights_bytes", "macs")
+        making = ("seed", "train_examples", "minutes", "threads", "peak_rss_bytes")
+        return {name: getattr(self, name) for name in (*sizes, *making, "layers", "recipe", "plan")}
 
 
 def today() -> str:

@@ -129,6 +129,7 @@ class Bundle:
     teacher: PreTrainedModel
     tuned_here: bool = False  # the teacher has not seen the held examples
     minutes: float = 0.0  # spent on making `model` from the teacher
+    threads: int | None = None  # that the last stage computed with
     peak_rss_bytes: int = 0
     ranges: Ranges | None = None  # what activations span, where the stage just done learned it
 
@@ -180,9 +181,12 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Bundle:
         clock = Clock(folder)
         made = stage.run(bundle, run.under(folder.name))
         minutes = clock.stop()
+        import torch
+
         from slimformer.bench import peak_rss_bytes
 
-        bundle = replace(made, minutes=bundle.minutes + minutes, peak_rss_bytes=max(bundle.peak_rss_bytes, peak_rss_bytes()))
+        peak = max(bundle.peak_rss_bytes, peak_rss_bytes())
+        bundle = replace(made, minutes=bundle.minutes + minutes, threads=torch.get_num_threads(), peak_rss_bytes=peak)
         _keep(bundle, done)
         for item in folder.iterdir():
             if item != done:
@@ -228,7 +232,7 @@ def _spent(folder: Path) -> float:
 def _keep(bundle: Bundle, folder: Path) -> None:
     with whole_folder(folder) as part:
         checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=bundle.material.source, ranges=bundle.ranges)
-        facts = {"minutes": bundle.minutes, "peak_rss_bytes": bundle.peak_rss_bytes}
+        facts = {"minutes": bundle.minutes, "threads": bundle.threads, "peak_rss_bytes": bundle.peak_rss_bytes}
         (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
