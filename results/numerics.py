@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -323,7 +323,7 @@ def _page(found: dict[str, Run]) -> str:
     lines += still_to_run(jobs(), COMMAND)
     for task, part in by_task(found):
         lines += heading(task, part)
-        lines += [*table(HEAD, [*_teachers(list(part.values())[-1]), *(_row(name, run) for name, run in part.items())]), ""]
+        lines += [*table(HEAD, [*_teachers(part.values()), *(_row(name, run) for name, run in part.items())]), ""]
     lines += [
         *notes(NOTES, found),
         *_aims(found),
@@ -355,10 +355,11 @@ def _engines() -> list[str]:
     return lines
 
 
-def _teachers(run: Run) -> list[tuple[str, ...]]:
-    """The dense rows, from one of the runs: speeds are ratios to the first."""
+def _teachers(runs: Iterable[Run]) -> list[tuple[str, ...]]:
+    """The dense rows, from the last of the runs that measured most of them: speeds are ratios to the first."""
     roles = (Role.TEACHER_FP32, Role.TEACHER_INT8, Role.OPENVINO_INT8)
-    return [_cells(safe(record.name), record, None, None) for record in run.records if record.role in roles]
+    found = [[record for record in run.records if record.role in roles] for run in runs]
+    return [_cells(safe(record.name), record, None, None) for record in max(reversed(found), key=len)]
 
 
 def _row(name: str, run: Run) -> tuple[str, ...]:
