@@ -39,15 +39,15 @@ def test_it_is_the_grid_that_files_use(bits):
         theirs = np.clip(np.rint(values.numpy() / step) + zero, 0, 2**bits - 1)  # QuantizeLinear
         np.testing.assert_array_equal(mine.integers(values).numpy() + zero, theirs)
     weight = torch.randn(5, 7, generator=generator)
-    integers, scales = graphs.quantized(weight.numpy(), 0, graphs.Grid(bits))
+    integers, scales = graphs.quantized(weight.numpy(), 0, graphs.WeightCoding(bits))
     grid = grid_of(weight, bits, rows=True, even=True)
     np.testing.assert_array_equal(grid.integers(weight).numpy(), integers)
-    again, _ = graphs.quantized(fake(weight, grid).numpy(), 0, graphs.Grid(bits))
+    again, _ = graphs.quantized(fake(weight, grid).numpy(), 0, graphs.WeightCoding(bits))
     np.testing.assert_array_equal(again, integers)  # what lies on a grid is found there again
     np.testing.assert_array_equal(grid.step[:, 0].numpy(), scales)
     whole = grid_of(weight, bits, rows=False, even=True)
     for axis in (0, 1):
-        again, scales = graphs.quantized(fake(weight, whole).numpy(), axis, graphs.Grid(bits, whole=True))
+        again, scales = graphs.quantized(fake(weight, whole).numpy(), axis, graphs.WeightCoding(bits, whole=True))
         np.testing.assert_array_equal(again, whole.integers(weight).numpy())
         np.testing.assert_array_equal(scales, np.full(weight.shape[axis], whole.step.item(), dtype=np.float32))
     terms = torch.stack([weight, 3 * weight])
