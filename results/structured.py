@@ -356,6 +356,8 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "{mrpc-distilbert/layers-56:lost}.",
     "A quarter of the weights on SQuAD: with 10,000 questions `fisher` kept {squad1-10k/fisher-25:left} % of them and lost "
     "{squad1-10k/fisher-25:lost} F1 at {squad1-10k/fisher-25:faster} times the speed in fp32.",
+    "Those are examples enough for a choice that learns: with the same questions and passes `movement` kept "
+    "{squad1-10k/movement-25:left} % and lost {squad1-10k/movement-25:lost}, at {squad1-10k/movement-25:faster} times the speed.",
     "With 20,000, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at {squad1-20k/fisher-25:faster} times "
     "the speed in fp32, and lost {squad1-20k/fisher-25:int8} in int8. The teacher saw its questions once, this model six times with the "
     "answers and the teacher weighing as much: a dense model tuned for as long may be better than both.",
@@ -370,8 +372,6 @@ NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the
     "Whole layers are the fastest way to spend the same operations, and by far the most costly one: {mrpc/layers-35:lost} points lost at "
     "{mrpc/layers-35:faster} times the speed with two of six layers on MRPC, {mrpc/layers-50:lost} at {mrpc/layers-50:faster} times with "
     "three. At that last speed `fisher-35` gained {mrpc/fisher-35:gained}.",
-    "There are examples enough here for a choice that learns: with the same questions and passes `movement` kept "
-    "{squad1-10k/movement-25:left} % and lost {squad1-10k/movement-25:lost}, at {squad1-10k/movement-25:faster} times the speed.",
     "`squad1/movement-35` shared its two cores with other work: its minutes are too many by about a quarter. "
     "`squad1-10k/movement-25` had one core of a slower processor for most of its training: its minutes compare with no others.",
 )

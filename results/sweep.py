@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -156,7 +157,8 @@ def train_beside(jobs: Sequence[Job]) -> None:
     )
     for job in jobs:
         if job.before is not None:
-            job.before()  # here, so that two do not make the same
+            with suppress(Exception):  # told when the job is finished
+                job.before()  # here, so that two do not make the same
     share = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // len(jobs)))}
     command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--train", "--only"]
     quiet = subprocess.DEVNULL

@@ -386,7 +386,8 @@ def _same(what: str, found: int, expected: int) -> None:
 
 def _unpad(outputs: Mapping[str, np.ndarray], names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
     """Outputs that have a value per token, with padding as the last thing that an answer could be."""
-    return {name: np.where(_real(batch), outputs[name], -np.inf) for name in names}
+    real = _real(batch)
+    return {name: np.where(real, outputs[name], -np.inf) for name in names}
 
 
 def _real(batch: Arrays) -> np.ndarray:
