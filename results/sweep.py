@@ -38,6 +38,7 @@ RUNS = HOME.parent / "runs"
 RATE = 5000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
 LETTERS = 4.5  # bytes of a text for each of its tokens
 LOOK = 0.4  # what a look of the teacher at a row costs beside a training step
+TEACHERS = RUNS / "sweep" / "teachers"  # outputs of teachers, which the runs of a task share: gigabytes
 AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
 
 
@@ -126,7 +127,8 @@ def _finish(job: Job) -> bool:
         if not (job.scratch / LEDGER).is_file():
             if job.before is not None:
                 job.before()
-            run(job.recipe, job.scratch, command=f"slimformer run results/methods/{job.folder}/recipe.yaml")
+            command = f"slimformer run results/methods/{job.folder}/recipe.yaml"
+            run(job.recipe, job.scratch, command=command, cache=TEACHERS)
     except Exception as error:  # one job's fault must not keep the others from running
         traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
         return False
@@ -192,7 +194,7 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     if chosen.train:
         for job in due(some):
             if not (job.scratch / LEDGER).is_file():
-                train(job.recipe, job.scratch)
+                train(job.recipe, job.scratch, cache=TEACHERS)
         return 0
     failed = 0 if chosen.draw else sweep(some, chosen.beside)
     draw()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import threading
 
 import pytest
 
 from slimformer.errors import OutputError
-from slimformer.files import claim, speaking, whole, whole_folder, write_text
+from slimformer.files import claim, in_turn, speaking, whole, whole_folder, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -72,6 +73,22 @@ def test_a_run_killed_before_it_left_its_mark_may_come_back(tmp_path):
     (tmp_path / ".part-x").touch()
     with claim(tmp_path, "x"):
         assert not (tmp_path / ".part-x").exists()
+
+
+def test_one_folder_is_used_in_turn(tmp_path):
+    order, waits = [], threading.Event()
+
+    def second():
+        with in_turn(tmp_path / "made", waits.set):
+            order.append("second")
+
+    with in_turn(tmp_path / "made", lambda: order.append("told, with nobody there")):
+        other = threading.Thread(target=second)
+        other.start()
+        assert waits.wait(30)
+        order.append("first")
+    other.join(30)
+    assert order == ["first", "second"]
 
 
 def _hold(folder, ready, done):

@@ -19,7 +19,7 @@ from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.ranges import Range, Ranges
-from slimformer.recipe import Bench, Export, Recipe, begin, look, run
+from slimformer.recipe import Bench, Export, Recipe, begin, look, run, train
 from slimformer.shrink import shrink
 from slimformer.stages import Calibrate, Run, Train
 from slimformer.tasks.classification import Classification
@@ -158,6 +158,20 @@ def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_pa
     assert all(torch.equal(before[f"bert.{name}"], tensor) for name, tensor in given.items())
     words = "bert.embeddings.word_embeddings.weight"
     assert not torch.equal(before[words], bundle.teacher.state_dict()[words])
+
+
+def test_runs_share_what_their_teacher_gives(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "dense")
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    for name, lr in (("first", 1e-3), ("second", 2e-3)):
+        stage = Train((registry.find("methods", "distillation")(),), epochs=1, lr=lr, task_weight=0.0)
+        train(Recipe(str(source), task, (stage,)), tmp_path / name, log=Log(None, quiet=True), cache=tmp_path / "shared")
+        facts = list((tmp_path / "shared").glob("teacher/*/facts.json"))
+        assert len(facts) == 1
+        if name == "first":
+            made = facts[0].stat().st_mtime_ns
+        assert not (tmp_path / name / "work" / "teacher").exists()
+    assert facts[0].stat().st_mtime_ns == made, "made again"
 
 
 def test_export_options_reach_the_exporter_and_come_back() -> None:

@@ -95,13 +95,19 @@ def compress(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], out: Out, threads: Threads = None, wait: Wait = 60.0
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    out: Out,
+    threads: Threads = None,
+    wait: Wait = 60.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="A folder where runs with the same teacher share its outputs; gigabytes, and they stay.")
+    ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
     from slimformer.recipe import Recipe
     from slimformer.recipe import run as carry_out
 
-    _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads, wait_seconds=wait))
+    _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
 @app.command()

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,6 +147,22 @@ def _lock(folder: Path) -> Iterator[None]:
                 f"another run is at work in {folder}.", help="wait for it, or choose another --out for this one."
             ) from None
         yield
+
+
+@contextmanager
+def in_turn(folder: Path, told: Callable[[], None]) -> Iterator[None]:
+    """Owns `folder` while the block lasts; where another process does, says so by `told` and waits for it."""
+    import fcntl
+
+    with speaking(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def _sync(path: Path) -> None:

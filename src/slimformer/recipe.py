@@ -425,23 +425,35 @@ def run(
     command: str = "",
     threads: int | None = None,
     wait_seconds: float = 60.0,
+    cache: str | Path | None = None,
 ) -> Outcome:
-    """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off."""
+    """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off.
+
+    `cache`: a folder for teachers' outputs that other runs with the same teacher and rows will read instead of making them again;
+    gigabytes may lie there, and stay.
+    """
     look(recipe)
-    given = Given(log, threads, wait_seconds)
+    given = Given(log, threads, wait_seconds, Path(cache) if cache else None)
     with _staged(recipe, Path(out), given) as (bundle, stages, state):
         measurement = finish(bundle, stages, recipe, state, Path(out), command=command)
         tidy(state)
     return Outcome(Path(out), measurement)
 
 
-def train(recipe: Recipe, out: str | Path, *, log: Log | None = None, wait_seconds: float = 60.0) -> None:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    log: Log | None = None,
+    wait_seconds: float = 60.0,
+    cache: str | Path | None = None,
+) -> None:
     """Runs the stages of a recipe and delivers nothing: `run` with the same recipe and folder goes on from there.
 
     What is trained needs no quiet machine, what is measured does: several recipes can be trained side by side, then delivered in turn.
     """
     look(recipe)
-    with _staged(recipe, Path(out), Given(log, None, wait_seconds)):
+    with _staged(recipe, Path(out), Given(log, None, wait_seconds, Path(cache) if cache else None)):
         pass
 
 
@@ -461,6 +473,7 @@ class Given:
     log: Log | None
     threads: int | None
     wait_seconds: float
+    cache: Path | None = None
 
 
 @contextmanager
@@ -470,7 +483,8 @@ def working(folder: Path, purpose: str, seed: int, given: Given, levels: Levels 
         if (folder / "report.html").is_file() and not (folder / "work").exists():
             raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
         scratch = folder / "work"
-        yield Run(scratch, scratch, given.log or Log(folder), seed, given.threads or _cores(), levels, given.wait_seconds)
+        threads = given.threads or _cores()
+        yield Run(scratch, scratch, given.log or Log(folder), seed, threads, levels, given.wait_seconds, given.cache)
 
 
 def _digest(recipe: Recipe) -> str:

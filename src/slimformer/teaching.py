@@ -25,7 +25,7 @@ from torch import Tensor
 from slimformer.anatomy import Anatomy
 from slimformer.batching import collate, least_width, sorted_by_length
 from slimformer.capture import Recorder, capturing
-from slimformer.files import whole_folder
+from slimformer.files import in_turn, whole_folder
 from slimformer.log import Log
 from slimformer.methods.base import Batch, Capture, Captured
 from slimformer.runstate import features_digest, model_digest
@@ -167,7 +167,7 @@ def teaching(
 ) -> Iterator[Lessons]:
     """The teacher's lessons for these rows: from `folder`, which is filled first where it must be, or live.
 
-    Of several processes one `writes` and all `wait` for it.
+    Of several processes of one run one `writes` and all `wait` for it; runs that share `folder` fill it in turn.
     """
     trained = teacher.model.training
     teacher.model.train(False)
@@ -179,10 +179,12 @@ def teaching(
         kept = LARGE & set(needs)
         home = folder / FOLDER / _key(teacher, features, kept)
         seconds = 0.0
-        if writes and not (home / FACTS).exists():
-            begin = time.perf_counter()
-            _fill(teacher, features, kept, home, log)
-            seconds = time.perf_counter() - begin
+        if writes:
+            with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
+                if not (home / FACTS).exists():
+                    begin = time.perf_counter()
+                    _fill(teacher, features, kept, home, log)
+                    seconds = time.perf_counter() - begin
         wait()
         yield Cached(home, teacher.device, seconds)
     finally:
