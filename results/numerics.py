@@ -77,6 +77,7 @@ TEXT, SENTENCES = "runs/sweep/sentences.txt", 50_000
 PASSES = 10.0  # over the rows of a small set, copies counted; half of that where a set is large
 
 PAPER_LOSS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)  # Xu et al., Tahaei et al.
+OURS_LR = 4e-4
 LEARN = Train(methods=(PAPER_LOSS,), lr=1.6e-4, task_weight=0.0, dropout=False)
 WIN_BACK = Train(methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings")
 
@@ -94,8 +95,14 @@ def lesson(task: str, *more: Method, like: Train = LEARN) -> Train:
 
 
 def sparse(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
-    """Xu et al. at one density."""
+    """Xu et al. at one density, all of it: start, loss, rate."""
     return {f"sparse-{density * 100:.0f}": (lesson(task, KnowledgeSparse(density=density)),)}
+
+
+def sparse_ours(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
+    """The same with what few passes need: a start from the tuned weights, our balance of losses, a higher rate."""
+    learn = replace(LEARN, methods=(Distillation(),), lr=OURS_LR)
+    return {f"sparse-ours-{density * 100:.0f}": (lesson(task, KnowledgeSparse(density=density), like=learn),)}
 
 
 def patterns(task: str) -> dict[str, tuple[Stage, ...]]:
@@ -236,8 +243,10 @@ def jobs() -> tuple[Job, ...]:
     for name, stages in patterns("sst2").items():
         integers = "quantization" in name
         add("sst2", {name: stages}, student=True, export=bytes_only if integers else EXPORT, bench=BENCH if integers else BRIEF)
-    for task in ("sst2", "rte", "cola", "stsb"):
-        add(task, sparse(task, 0.2) | sparse(task, 0.1) | sparse(task, 0.05), student=True, bench=BRIEF)
+    for task in ("mrpc", "sst2", "cola", "stsb", "rte"):
+        add(task, sparse_ours(task, 0.2) | sparse_ours(task, 0.1) | sparse_ours(task, 0.05), bench=BRIEF)
+    for task in ("sst2", "cola", "stsb", "rte"):
+        add(task, sparse(task, 0.05), student=True, bench=BRIEF)
         add(task, factored(task, "7.7x"), bench=BENCH if task == "sst2" else BRIEF)
     add("mrpc", sparse_ablations(0.1), student=True, bench=BRIEF)  # at 0.05 all is lost in so few passes, whatever the choice
     for density in (0.2, 0.1, 0.05):
@@ -321,7 +330,8 @@ def _page(found: dict[str, Run]) -> str:
         "`quantization-6` and `-4` have weights of so many bits, activations and tables of 6; a file stores them in bytes. Of runs named",
         "after a way to integers the int8 file for ONNX Runtime is shown, chosen or not. **all weights**: of the whole model, embeddings",
         "included, how many times fewer; `7.7x` and `21x` are the shapes published for BERT-base, which give less here. One seed each.",
-        "`sparse-` with a word instead of a number changes one choice of `sparse-10`. Runs with one teacher share its outputs: the",
+        "`sparse-` does all as Xu et al., with a word instead of a number one choice of `sparse-10` changed; `sparse-ours-` is from",
+        "the tuned weights and learns outputs and relative hidden states at a higher rate. Runs with one teacher share its outputs: the",
         "minutes that those took are counted where they were made.",
         "",
     ]
@@ -455,13 +465,16 @@ def _aim(
 
 def _sparse_aim(found: dict[str, Run], percent: int) -> tuple[str, ...]:
     what = f"{100 // percent} × fewer encoder weights: at most 1.4 points lost on average over five tasks"
-    runs = [found.get(f"{task}/sparse-{percent}") for task in FIVE]
-    files = [ours_in(run, Variant.FLOAT) for run in runs if run is not None]
-    losses = [file.loss.value for file in files if file is not None and file.loss is not None]
-    if len(losses) < len(FIVE):
-        return (what, f"{len(losses)} of {len(FIVE)} tasks run", "", "")
-    mean = sum(losses) / len(losses)
-    return (what, f"sparse-{percent} on {', '.join(FIVE)}", f"{mean:.1f} points", "yes" if mean <= 1.4 else "no")
+    kinds = {}
+    for kind in (f"sparse-{percent}", f"sparse-ours-{percent}"):
+        runs = [found.get(f"{task}/{kind}") for task in FIVE]
+        files = [ours_in(run, Variant.FLOAT) for run in runs if run is not None]
+        kinds[kind] = [file.loss.value for file in files if file is not None and file.loss is not None]
+    means = {kind: sum(losses) / len(losses) for kind, losses in kinds.items() if len(losses) == len(FIVE)}
+    if not means:
+        return (what, f"{max(map(len, kinds.values()))} of {len(FIVE)} tasks run", "", "")
+    best = min(means, key=lambda kind: means[kind])
+    return (what, f"{best} on {', '.join(FIVE)}", f"{means[best]:.1f} points", "yes" if means[best] <= 1.4 else "no")
 
 
 def _kronecker_aim(found: dict[str, Run]) -> tuple[str, ...]:
