@@ -1,0 +1,72 @@
+"""Students with few weights after few passes: what they start from, learn, and how fast; the score of each on held examples.
+
+    python benchmarks/sparse_students.py --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
+        --train-rows ../shared/data/splits/sst2-20k.json [--density 0.05] [--passes 2] [--only relative]
+
+One way differs from the next in one choice; the first is that of Xu et al. (2021). Stop and start it at will: folders below --out go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from slimformer.cli import prefer_environment
+from slimformer.demo import encoder
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.knowledge_sparse import KnowledgeSparse
+from slimformer.recipe import Recipe, train
+from slimformer.stages import Train
+from slimformer.tasks.classification import Classification
+
+PAPER = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)
+PLAIN = Train(lr=1.6e-4, task_weight=0.0, dropout=False)
+
+
+def ways(density: float) -> dict[str, tuple[bool, Train]]:
+    """Whether a student starts from the tuned weights, and its stage."""
+    prune = KnowledgeSparse(density=density)
+    paper, relative = replace(PLAIN, methods=(prune, PAPER)), replace(PLAIN, methods=(prune, Distillation()))
+    return {
+        "Xu et al.": (False, paper),
+        "from tuned weights": (True, paper),
+        "relative hidden states, no scores": (True, relative),
+        "relative, rate 4e-4": (True, replace(relative, lr=4e-4)),
+        "relative, rate 8e-4": (True, replace(relative, lr=8e-4)),
+        "relative, rate 4e-4, scores of second order": (
+            True,
+            replace(relative, lr=4e-4, methods=(replace(prune, score="fisher"), Distillation())),
+        ),
+    }
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--tuned", required=True, help="the teacher's folder")
+    reader.add_argument("--encoder", default=str(encoder()), help="the same model as it was pre-trained; the demo's by default")
+    reader.add_argument("--data", required=True)
+    reader.add_argument("--glue", default=None)
+    reader.add_argument("--train-rows", default=None)
+    reader.add_argument("--density", type=float, default=0.05)
+    reader.add_argument("--passes", type=float, default=2.0)
+    reader.add_argument("--only", default="", help="part of a line's name")
+    reader.add_argument("--out", type=Path, default=Path("runs/sparse-students"))
+    chosen = reader.parse_args()
+    prefer_environment()
+    task = Classification(data=chosen.data, glue=chosen.glue, train_rows=chosen.train_rows)
+    print(f"{'way':46} held score after each pass")
+    for number, (name, (from_tuned, stage)) in enumerate(ways(chosen.density).items()):
+        if chosen.only not in name:
+            continue
+        source, other = (chosen.tuned, None) if from_tuned else (chosen.encoder, chosen.tuned)
+        out = chosen.out / f"{chosen.density:g}-{chosen.passes:g}-{number}"
+        train(Recipe(source, task, (replace(stage, epochs=chosen.passes),), teacher=other), out, cache=chosen.out / "teachers")
+        events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
+        print(f"{name:46} {scores}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
