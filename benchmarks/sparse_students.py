@@ -1,4 +1,4 @@
-"""Students with few weights after few passes: what they start from, learn, and how fast; the score of each on held examples.
+"""Students with few weights after few passes: what they start from, learn, and how fast; the scores of each.
 
     python benchmarks/sparse_students.py --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
         --train-rows ../shared/data/splits/sst2-20k.json [--density 0.05] [--passes 2] [--only relative]
@@ -13,12 +13,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from slimformer import checkpoint
 from slimformer.cli import prefer_environment
 from slimformer.demo import encoder
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.recipe import Recipe, train
-from slimformer.stages import Train
+from slimformer.stages import Train, prepare, torch_outputs
+from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 
 PAPER = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)
@@ -56,7 +58,8 @@ def main() -> None:
     chosen = reader.parse_args()
     prefer_environment()
     task = Classification(data=chosen.data, glue=chosen.glue, train_rows=chosen.train_rows)
-    print(f"{'way':46} held score after each pass")
+    material = prepare(task, Path(chosen.tuned))
+    print(f"{'way':46} {'held, by pass':14} dev")
     for number, (name, (from_tuned, stage)) in enumerate(ways(chosen.density).items()):
         if chosen.only not in name:
             continue
@@ -65,7 +68,9 @@ def main() -> None:
         train(Recipe(source, task, (replace(stage, epochs=chosen.passes),), teacher=other), out, cache=chosen.out / "teachers")
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
-        print(f"{name:46} {scores}", flush=True)
+        (made,) = out.glob("work/*/made")
+        outputs, features, rows = torch_outputs(checkpoint.load(made), material, Split.DEV, 10_000)
+        print(f"{name:46} {scores:14} {task.score(outputs, features, rows)[task.metric]:.3f}", flush=True)
 
 
 if __name__ == "__main__":
