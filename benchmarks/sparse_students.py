@@ -13,13 +13,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from slimformer import checkpoint
 from slimformer.cli import prefer_environment
 from slimformer.demo import encoder
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.recipe import Recipe, train
-from slimformer.stages import Train, prepare, torch_outputs
+from slimformer.stages import Material, Train, held_score, prepare, torch_outputs
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 
@@ -44,6 +46,12 @@ def ways(density: float) -> dict[str, tuple[bool, Train]]:
     }
 
 
+def dev_score(model: PreTrainedModel, material: Material) -> float:
+    """The task's metric on all of dev."""
+    outputs, features, rows = torch_outputs(model, material, Split.DEV, 10_000)
+    return material.task.score(outputs, features, rows)[material.task.metric]
+
+
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("--tuned", required=True, help="the teacher's folder")
@@ -60,6 +68,8 @@ def main() -> None:
     task = Classification(data=chosen.data, glue=chosen.glue, train_rows=chosen.train_rows)
     material = prepare(task, Path(chosen.tuned))
     print(f"{'way':46} {'held, by pass':14} dev")
+    dense = checkpoint.load(Path(chosen.tuned))
+    print(f"{'the dense teacher':46} {held_score(dense, material):<14.3f} {dev_score(dense, material):.3f}", flush=True)
     for number, (name, (from_tuned, stage)) in enumerate(ways(chosen.density).items()):
         if chosen.only not in name:
             continue
@@ -69,8 +79,7 @@ def main() -> None:
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
         (made,) = out.glob("work/*/made")
-        outputs, features, rows = torch_outputs(checkpoint.load(made), material, Split.DEV, 10_000)
-        print(f"{name:46} {scores:14} {task.score(outputs, features, rows)[task.metric]:.3f}", flush=True)
+        print(f"{name:46} {scores:14} {dev_score(checkpoint.load(made), material):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -338,8 +338,8 @@ def _page(found: dict[str, Run]) -> str:
         "after a way to integers the int8 file for ONNX Runtime is shown, chosen or not. **all weights**: of the whole model, embeddings",
         "included, how many times fewer; `7.7x` and `21x` are the shapes published for BERT-base, which give less here. One seed each.",
         "`sparse-` does all as Xu et al., with a word instead of a number one choice of `sparse-10` changed; `sparse-ours-` is from",
-        "the tuned weights and learns outputs and relative hidden states at a higher rate. Runs with one teacher share its outputs: the",
-        "minutes that those took are counted where they were made.",
+        "the tuned weights and learns outputs and relative hidden states at a higher rate. Runs with one teacher share its outputs: what",
+        "making them took is in the minutes of one row at most.",
         "",
     ]
     lines += still_to_run(jobs(), COMMAND)

@@ -109,7 +109,12 @@ def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: 
     structured, numerics = (importlib.import_module(name) for name in ("structured", "numerics"))
     made = [getattr(structured, name)(0.5, 4.0, structured.DISTIL) for name in ("methods", "ablations", "five_times")]
     made += [numerics.quantized(), numerics.sparse("mrpc", 0.1), numerics.patterns("sst2"), numerics.together("mrpc")]
-    made += [numerics.sparse_ablations(0.1), numerics.factored("mrpc", "7.7x"), numerics.small_and_dense("mrpc", 0.2)]
+    made += [
+        numerics.sparse_ablations(0.1),
+        numerics.sparse_ours("mrpc", 0.1),
+        numerics.factored("mrpc", "7.7x"),
+        numerics.small_and_dense("mrpc", 0.2),
+    ]
     for name, stages in (pair for some in made for pair in some.items()):
         for number, stage in enumerate(stages):
             assert list(disorder(stage, stages[:number])) == [], name

@@ -14,7 +14,7 @@ from tiny_folder import write_data, write_model
 
 from slimformer import checkpoint, registry
 from slimformer.compression import compress
-from slimformer.errors import PlanError, RecipeError, TargetError
+from slimformer.errors import OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.plan import Plan
@@ -172,6 +172,9 @@ def test_runs_share_what_their_teacher_gives(tmp_path: Path) -> None:
             made = facts[0].stat().st_mtime_ns
         assert not (tmp_path / name / "work" / "teacher").exists()
     assert facts[0].stat().st_mtime_ns == made, "made again"
+    with pytest.raises(OutputError, match=r"config\.json is a file"):
+        train(Recipe(str(source), task, (stage,)), tmp_path / "third", cache=source / "config.json")
+    assert not (tmp_path / "third").exists()
 
 
 def test_export_options_reach_the_exporter_and_come_back() -> None:

@@ -104,16 +104,14 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
     mark = folder / MARK
     if folder.is_dir() and not mark.exists() and not all(_is_ours(item.name) for item in folder.iterdir()):
         raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
-    with speaking(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
-            if mark.exists():
-                _same_purpose(folder, mark, purpose)
-            else:
-                write_text(mark, json.dumps({"purpose": purpose}))
-            for part in folder.glob(".part-*"):
-                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-            yield
+    with in_turn(folder, lambda: _refuse(folder)):
+        if mark.exists():
+            _same_purpose(folder, mark, purpose)
+        else:
+            write_text(mark, json.dumps({"purpose": purpose}))
+        for part in folder.glob(".part-*"):
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        yield
 
 
 def _is_ours(name: str) -> bool:
@@ -135,23 +133,11 @@ def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """An advisory lock that the operating system drops with the process, `kill -9` included."""
-    import fcntl
+def in_turn(folder: Path, taken: Callable[[], None]) -> Iterator[None]:
+    """Owns a folder while the block lasts; where another process does, calls `taken`, which may raise, and waits for it.
 
-    with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another run is at work in {folder}.", help="wait for it, or choose another --out for this one."
-            ) from None
-        yield
-
-
-@contextmanager
-def in_turn(folder: Path, told: Callable[[], None]) -> Iterator[None]:
-    """Owns `folder` while the block lasts; where another process does, says so by `told` and waits for it."""
+    By an advisory lock that the operating system drops with the process, `kill -9` included.
+    """
     import fcntl
 
     with speaking(folder):
@@ -160,9 +146,15 @@ def in_turn(folder: Path, told: Callable[[], None]) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                told()
+                taken()
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _refuse(folder: Path) -> None:
+    raise OutputError(
+        f"another run is at work in {folder}.", help="wait for it, or choose another --out for this one."
+    ) from None
 
 
 def _sync(path: Path) -> None:

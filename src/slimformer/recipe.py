@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from slimformer import checkpoint, registry
 from slimformer.augmentation import check_masked_model
-from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
+from slimformer.errors import ModelError, OutputError, RecipeError, SlimformerError, nearest
 from slimformer.files import claim
 from slimformer.latency import Levels
 from slimformer.log import Log
@@ -433,7 +433,7 @@ def run(
     gigabytes may lie there, and stay.
     """
     look(recipe)
-    given = Given(log, threads, wait_seconds, Path(cache) if cache else None)
+    given = Given(log, threads, wait_seconds, _folder(cache))
     with _staged(recipe, Path(out), given) as (bundle, stages, state):
         measurement = finish(bundle, stages, recipe, state, Path(out), command=command)
         tidy(state)
@@ -453,8 +453,14 @@ def train(
     What is trained needs no quiet machine, what is measured does: several recipes can be trained side by side, then delivered in turn.
     """
     look(recipe)
-    with _staged(recipe, Path(out), Given(log, None, wait_seconds, Path(cache) if cache else None)):
+    with _staged(recipe, Path(out), Given(log, None, wait_seconds, _folder(cache))):
         pass
+
+
+def _folder(cache: str | Path | None) -> Path | None:
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise OutputError(f"{cache} is a file.", help="choose a folder as --cache; it is made where there is none.")
+    return None if cache is None else Path(cache)
 
 
 @contextmanager

@@ -179,9 +179,9 @@ def teaching(
         kept = LARGE & set(needs)
         home = folder / FOLDER / _key(teacher, features, kept)
         seconds = 0.0
-        if writes:
+        if writes and not (home / FACTS).exists():
             with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
-                if not (home / FACTS).exists():
+                if not (home / FACTS).exists():  # nor made by another run meanwhile
                     begin = time.perf_counter()
                     _fill(teacher, features, kept, home, log)
                     seconds = time.perf_counter() - begin
