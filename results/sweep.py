@@ -92,9 +92,17 @@ def _tokens(task: Task, model: str, text: str | None) -> float:
 
 def due(jobs: Sequence[Job]) -> list[Job]:
     """What is still to run: jobs without rows, and before them those whose model they start from, where it is not there any more."""
-    left = [job for job in jobs if not job.stands]
-    needed = {job.needs for job in left}
-    return [job for job in jobs if job in left or (job.folder in needed and not (job.scratch / "config.json").is_file())]
+    gone = {job.folder for job in jobs if not (job.scratch / "config.json").is_file()}
+    return _with_makers(jobs, {job.folder for job in jobs if not job.stands}, gone)
+
+
+def _with_makers(jobs: Sequence[Job], some: set[str], gone: set[str]) -> list[Job]:
+    """Some of the jobs, and before them those that make what is gone of the models they start from; a maker comes before its users."""
+    found = set(some)
+    for job in reversed(jobs):
+        if job.folder in found:
+            found |= {job.needs} & gone
+    return [job for job in jobs if job.folder in found]
 
 
 def forecast(jobs: Sequence[Job]) -> str:
@@ -185,8 +193,8 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     reader.add_argument("--beside", type=int, default=1, help="jobs that train at a time, each on its share of the cores")
     reader.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # no more than that: what train_beside starts
     chosen = reader.parse_args(arguments)
-    some = [job for job in jobs if re.search(chosen.only, job.folder)]
-    some = [job for job in jobs if job in some or job.folder in {other.needs for other in some}]
+    named = {job.folder for job in jobs if re.search(chosen.only, job.folder)}
+    some = _with_makers(jobs, named, {job.folder for job in jobs})
     if not chosen.draw:
         print(forecast(some), flush=True)
     if chosen.plan:

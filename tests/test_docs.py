@@ -130,6 +130,22 @@ def test_jobs_train_side_by_side_after_the_one_that_makes_their_model(monkeypatc
     assert [len(some) for some in sweep.rounds(jobs[1:], 3)] == [3]
 
 
+def test_a_job_brings_those_that_make_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    sweep = importlib.import_module("sweep")
+    monkeypatch.setattr(sweep, "HOME", tmp_path / "results")
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    recipe = Recipe("model", Classification("data"), ())
+    jobs = [sweep.Job(name, recipe, needs=needs) for name, needs in (("a", ""), ("b", "a"), ("c", "b"), ("d", ""))]
+    for name in "abd":
+        (tmp_path / "results" / "methods" / name).mkdir(parents=True)
+        (tmp_path / "results" / "methods" / name / "ledger.jsonl").touch()
+    assert [job.folder for job in sweep.due(jobs)] == ["a", "b", "c"]
+    (tmp_path / "runs" / "sweep" / "b").mkdir(parents=True)
+    (tmp_path / "runs" / "sweep" / "b" / "config.json").touch()
+    assert [job.folder for job in sweep.due(jobs)] == ["c"]
+
+
 def test_the_recipes_of_the_clone_are_read_from_their_own_folder() -> None:
     for file in sorted(ROOT.glob("recipes/*.yaml")):
         recipe = Recipe.read(file)
