@@ -127,6 +127,15 @@ def test_learns_in_bfloat16_with_float32_weights(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in around.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("gain", "taken"), [(1.2, "fp32"), (1.9, "bf16")])
+def test_auto_takes_bfloat16_on_a_cpu_that_gains_clearly(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gain: float, taken: str
+) -> None:
+    monkeypatch.setattr(training, "bf16_gain", lambda: gain)
+    result = train(context(), rows(32), (), Settings(steps=1, batch_size=16), tmp_path, QUIET)
+    assert result.precision == taken
+
+
 @pytest.mark.parametrize(("precision", "all_of"), [("bf16", {4, 8, 12, 16, 19}), ("fp32", set(range(3, 20)))])
 def test_widths_of_batches_are_rounded_in_half_precision(tmp_path: Path, precision: str, all_of: set[int]) -> None:
     """Cached lessons of the teacher too: padding them to another width would not fit."""
