@@ -12,7 +12,7 @@ from tables import Run, runs_of, table
 
 from slimformer.exporters.base import Variant
 from slimformer.recipe import Bench, Export, Recipe
-from slimformer.report import Record, Role, count_text, signed
+from slimformer.report import Record, Role, count_text, mb_text, signed
 from slimformer.stages import Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
@@ -164,7 +164,7 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
     """What rows say, in sentences whose figures are the rows': '{mrpc/fisher-35:lost}'. One that names a row not there yet stays out.
 
     lost, gained: points of the fp32 file, refused where the sign is the other; faster: that file's times at batch 32; int8: points that
-    the int8 file lost, signed; left: per cent of the encoder's weights.
+    the int8 file lost, signed; mb: that file's megabytes; left: per cent of the encoder's weights.
     """
 
     def figure(asked: re.Match[str]) -> str:
@@ -180,6 +180,8 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
             return f"{abs(value):.1f}"
         if what == "int8" and integers is not None and integers.loss is not None:
             return signed(integers.loss.value)
+        if what == "mb" and integers is not None:
+            return mb_text(integers.size_bytes)
         if what == "faster" and (times := plain.times_faster(32)):
             return f"{times.median:.1f}"
         if what == "left":
