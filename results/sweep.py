@@ -38,7 +38,7 @@ RUNS = HOME.parent / "runs"
 RATE = 5000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
 LETTERS = 4.5  # bytes of a text for each of its tokens
 LOOK = 0.4  # what a look of the teacher at a row costs beside a training step
-TEACHERS = RUNS / "sweep" / "teachers"  # outputs of teachers, which the runs of a task share: gigabytes
+TEACHERS = RUNS / "sweep" / "teachers"  # what is made of teachers, which the runs of a task share: gigabytes
 AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
 
 

@@ -51,6 +51,32 @@ def test_where_none_is_within_the_loss_the_one_that_loses_least_is() -> None:
     assert choose([STATIC, DYNAMIC], 0.1) == DYNAMIC
 
 
+@pytest.mark.slow
+def test_runs_share_the_files_and_scores_of_their_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    sources = [write_model(tmp_path / f"dense-{seed}", seed=seed) for seed in (0, 1)]
+
+    def begun(name: str, source: Path, task: Classification) -> tuple[Bundle, Run]:
+        model = checkpoint.load(source)
+        bundle = Bundle(model, Plan(), prepare(task.bind(model.config.to_dict()), source), model)
+        return bundle, Run(tmp_path / name, tmp_path / name, Log(None, quiet=True), cache=tmp_path / "shared")
+
+    first = begun("first", sources[0], task)
+    files, scores = delivery.teacher_files(*first), delivery.reference(*first)
+    assert not (tmp_path / "first").exists()
+    other = begun("other", sources[1], task)
+    assert delivery.teacher_files(*other)[Variant.FUSED].parent != files[Variant.FUSED].parent, "another teacher"
+    fewer = begun("fewer", sources[0], replace(task, train_rows=40))
+    assert delivery.teacher_files(*fewer)[Variant.FUSED].parent != files[Variant.FUSED].parent, "other rows"
+    monkeypatch.setattr(delivery, "export_files", lambda *_, **__: pytest.fail("exported again"))
+    monkeypatch.setattr(delivery, "_score", lambda *_: pytest.fail("scored again"))
+    second = begun("second", sources[0], task)
+    assert delivery.teacher_files(*second) == files
+    assert delivery.reference(*second) == scores
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        delivery.reference(*begun("third", sources[0], replace(task, metric="f1")))
+
+
 def test_an_int8_file_slower_than_its_float_version_is_told() -> None:
     slow = trial(Variant.INT8_STATIC, 0.0, 1.4)
     assert delivery.slower([FLOAT, DYNAMIC, slow]) == [(slow, 1.5)]

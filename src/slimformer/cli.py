@@ -100,7 +100,8 @@ def run(
     threads: Threads = None,
     wait: Wait = 60.0,
     cache: Annotated[
-        Path | None, typer.Option(help="A folder where runs with the same teacher share its outputs; gigabytes, and they stay.")
+        Path | None,
+        typer.Option(help="A folder where runs share what is made of a teacher; gigabytes, and they stay."),
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""

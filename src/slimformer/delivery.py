@@ -18,7 +18,7 @@ import numpy as np
 from slimformer import checkpoint, machine, registry
 from slimformer.batching import collate
 from slimformer.exporters.base import Artifact, Exporter, Variant
-from slimformer.files import whole_folder, write_text
+from slimformer.files import in_turn, whole_folder, write_text
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.sparse import Values, rounding, size_bytes
@@ -50,6 +50,7 @@ SATURATES = (
     "measured here; if int8 loses too much, set `reduce_range: true` under `export` in a recipe (7-bit weights)."
 )
 OPENVINO = "openvino_model.xml"  # its weights lie beside it, in a file that ends in .bin
+TEACHER_FILES = "teacher-files"
 NOTES = "notes.json"  # beside exported files: file -> what its artifact notes
 
 
@@ -125,9 +126,16 @@ class Reference:
 
 
 def reference(bundle: Bundle, run: Run) -> Reference:
-    """Scores of the teacher's fp32 file on held and on training examples, each with what is fitted there."""
-    runner = load(teacher_files(bundle, run)[Variant.FUSED], run.threads)
-    held, seen = (_score(runner, bundle.material, split) for split in (Split.HELD, Split.TRAIN))
+    """Scores of the teacher's fp32 file on held and on training examples, each with what is fitted there; kept beside the file."""
+    if machine.saturates(machine.environment().flags):
+        run.log.say(SATURATES)
+    fused, material = teacher_files(bundle, run)[Variant.FUSED], bundle.material
+    rows = repr((material.task, [material.examples[split] for split in (Split.HELD, Split.TRAIN)]))
+    file = fused.with_name(f"scores-{_digest(rows)}.json")
+    if not file.is_file():
+        runner = load(fused, run.threads)
+        write_text(file, json.dumps([_score(runner, material, split) for split in (Split.HELD, Split.TRAIN)]))
+    held, seen = json.loads(file.read_text(encoding="utf-8"))
     return Reference(held, seen, bundle.tuned_here)
 
 
@@ -208,15 +216,25 @@ def loss_of(runner: Runner, material: Material, reference: Reference) -> tuple[f
 
 
 def teacher_files(bundle: Bundle, run: Run) -> dict[Variant, Path]:
-    """The teacher's own files, exported once a run: fp32 fused (the baseline), fp32 standard, int8."""
-    folder = run.root / "teacher-files"
+    """The teacher's own files: fp32 fused (the baseline), fp32 standard, int8. Exported once a run, or once a cache."""
+    folder = _teacher_home(bundle, run)
     wanted = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
-    missing = [variant for variant in wanted if not (folder / FILES[variant]).is_file()]
-    if missing:
-        if machine.saturates(machine.environment().flags):
-            run.log.say(SATURATES)
-        export_files(bundle.teacher, bundle.material, folder, missing, run.log)
+    with in_turn(folder, lambda: run.log.say("another run exports this teacher: waiting for it.")):
+        missing = [variant for variant in wanted if not (folder / FILES[variant]).is_file()]
+        if missing:
+            export_files(bundle.teacher, bundle.material, folder, missing, run.log)
     return {variant: folder / FILES[variant] for variant in wanted}
+
+
+def _teacher_home(bundle: Bundle, run: Run) -> Path:
+    """The folder of what is made of the teacher: the run's own, or one in its cache for the same weights, rows and packages."""
+    if run.cache is None:
+        return run.root / TEACHER_FILES
+    from slimformer.runstate import features_digest, model_digest
+
+    rows = [features_digest(bundle.material.features[split]) for split in (Split.HELD, Split.TRAIN)]
+    parts = [model_digest(bundle.teacher), *rows, *map(str, machine.environment().packages.items())]
+    return run.cache / TEACHER_FILES / _digest(" ".join(parts))
 
 
 def rivals(
@@ -232,8 +250,9 @@ def rivals(
         path = teacher[Variant.INT8_DYNAMIC]
         found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
     if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
-        folder = run.root / "teacher-files" / "openvino"
-        path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, folder)
+        home = teacher[Variant.FLOAT].parent
+        with in_turn(home, lambda: run.log.say("another run makes OpenVINO's file of this teacher: waiting for it.")):
+            path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
         found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
     if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small

@@ -429,8 +429,8 @@ def run(
 ) -> Outcome:
     """Runs a recipe into the folder `out`, going on after the last finished stage where a former run was cut off.
 
-    `cache`: a folder for teachers' outputs that other runs with the same teacher and rows will read instead of making them again;
-    gigabytes may lie there, and stay.
+    `cache`: a folder for what is made of teachers (outputs, exported files, their scores), which other runs with the same teacher and
+    rows will read instead of making it again; gigabytes may lie there, and stay.
     """
     look(recipe)
     given = Given(log, threads, wait_seconds, _folder(cache))

@@ -145,7 +145,7 @@ class Run:
     threads: int = 2
     levels: Levels | None = None  # measured before, elsewhere; None: measured here when a budget counts latency
     wait_seconds: float = 60.0  # at most, before each timing, until nothing else runs on the machine
-    cache: Path | None = None  # where runs share their teachers' outputs; None: in `root`
+    cache: Path | None = None  # where runs share what is made of their teachers; None: in `root`
     memo: dict[str, Any] = field(default_factory=dict)  # see Context; the runs of its stages share it
 
     def under(self, name: str) -> Run:
