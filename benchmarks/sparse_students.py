@@ -1,7 +1,7 @@
 """Students with few weights after few passes: what they start from, learn, and how fast; the scores of each.
 
     python benchmarks/sparse_students.py --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
-        --train-rows ../shared/data/splits/sst2-20k.json [--density 0.05] [--passes 2] [--only relative]
+        --train-rows ../shared/data/splits/sst2-20k.json [--density 0.05] [--passes 2] [--augment 4] [--only relative]
 
 One way differs from the next in one choice; the first is that of Xu et al. (2021). Stop and start it at will: folders below --out go on.
 """
@@ -43,6 +43,8 @@ def ways(density: float) -> dict[str, tuple[bool, Train]]:
             True,
             replace(relative, lr=4e-4, methods=(replace(prune, score="fisher"), Distillation())),
         ),
+        "from tuned weights, rate 4e-4": (True, replace(paper, lr=4e-4)),
+        "relative with scores, rate 4e-4": (True, replace(relative, lr=4e-4, methods=(prune, Distillation(scores=1.0)))),
     }
 
 
@@ -61,8 +63,10 @@ def main() -> None:
     reader.add_argument("--train-rows", default=None)
     reader.add_argument("--density", type=float, default=0.05)
     reader.add_argument("--passes", type=float, default=2.0)
+    reader.add_argument("--augment", type=int, default=0, help="copies of each row with other words in them")
     reader.add_argument("--only", default="", help="part of a line's name")
     reader.add_argument("--out", type=Path, default=Path("runs/sparse-students"))
+    reader.add_argument("--cache", type=Path, default=None, help="where outputs of the teacher lie; below --out by default")
     chosen = reader.parse_args()
     prefer_environment()
     task = Classification(data=chosen.data, glue=chosen.glue, train_rows=chosen.train_rows)
@@ -75,7 +79,8 @@ def main() -> None:
             continue
         source, other = (chosen.tuned, None) if from_tuned else (chosen.encoder, chosen.tuned)
         out = chosen.out / f"{chosen.density:g}-{chosen.passes:g}-{number}"
-        train(Recipe(source, task, (replace(stage, epochs=chosen.passes),), teacher=other), out, cache=chosen.out / "teachers")
+        stage = replace(stage, epochs=chosen.passes, augment=chosen.augment)
+        train(Recipe(source, task, (stage,), teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
         (made,) = out.glob("work/*/made")

@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from slimformer import checkpoint
 from slimformer.attention import quick_attention
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 
 
-def speed(model: nn.Module, lengths: list[int], rows: int, width_of: Callable[[int], int]) -> float:
+def speed(model: PreTrainedModel, lengths: list[int], rows: int, width_of: Callable[[int], int]) -> float:
     """Tokens a second of forward and backward passes, without the padding that rounding adds."""
     model.train()
     model.get_input_embeddings().weight.requires_grad_(False)  # as the recipes do; its gradient would take as long as the rest

@@ -120,7 +120,6 @@ def heads_ladder(share: float) -> dict[str, tuple[Stage, ...]]:
 def ablations(share: float, epochs: float, distil: Train, gating: float = 0.5) -> dict[str, tuple[Stage, ...]]:
     """With a teacher or without, filled or not, other granularities: one option changed at a time."""
     whole = methods(share, epochs, distil, gating)
-    alone = {"task_weight": 1.0}
     filled, rest = whole["movement"]
     assert isinstance(filled, Train)
     assert isinstance(rest, Train)
@@ -128,20 +127,21 @@ def ablations(share: float, epochs: float, distil: Train, gating: float = 0.5) -
     def movement(**options: object) -> tuple[Stage, ...]:
         return (replace(filled, methods=(replace(Movement(target=share, fill=True), **options), Distillation())), rest)  # type: ignore[arg-type]
 
-    taught = whole["gates"]
-    assert isinstance(taught[1], Train)
+    gated, healed = whole["gates"]
+    assert isinstance(gated, Train)
+    assert isinstance(healed, Train)
     return {
         "movement-not-filled": (movement(fill=False)[0], replace(rest, methods=(KeepZeros(), *rest.methods))),
         "movement-struct": movement(variant="struct"),
         "movement-block": movement(variant="block"),
         "movement-no-teacher": (
-            replace(filled, methods=(Movement(target=share, fill=True),), **alone),  # type: ignore[arg-type]
-            replace(rest, methods=(), **alone),  # type: ignore[arg-type]
+            replace(filled, methods=(Movement(target=share, fill=True),), task_weight=1.0),
+            replace(rest, methods=(), task_weight=1.0),
         ),
-        "gates-no-teacher": (taught[0], replace(taught[1], methods=(), **alone)),  # type: ignore[arg-type]
+        "gates-no-teacher": (gated, replace(healed, methods=(), task_weight=1.0)),
         "gates-together": (
-            replace(taught[0], methods=(Gates(target=share, fold=False, sublayers=False),)),  # type: ignore[arg-type]
-            taught[1],
+            replace(gated, methods=(Gates(target=share, fold=False, sublayers=False),)),
+            healed,
         ),
     }
 
@@ -263,7 +263,9 @@ def jobs() -> tuple[Job, ...]:
     for to in families:
         name, share = f"mrpc-{to}", 1 / 1.79
         whole = tuned(mrpc, name, *_carried(ENCODER, to), Train(epochs=5.0, lr=8e-5))
-        names = ("group_lasso", "layers") if to == "distilbert" else ("gates", "movement", "group_lasso", "layers")
+        names: tuple[str, ...] = (
+            ("group_lasso", "layers") if to == "distilbert" else ("gates", "movement", "group_lasso", "layers")
+        )
         add(mrpc, name, whole, only(methods(share, 8.0, DISTIL), *names), share)
     for share in (mild, deep):
         add(mrpc, "mrpc", tuned_mrpc, methods(share, 8.0, DISTIL), share)
