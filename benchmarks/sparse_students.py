@@ -44,6 +44,9 @@ def ways(density: float) -> dict[str, tuple[bool, Train]]:
             replace(relative, lr=4e-4, methods=(replace(prune, score="fisher"), Distillation())),
         ),
         "from tuned weights, rate 4e-4": (True, replace(paper, lr=4e-4)),
+        "pre-trained weights, rate 4e-4": (False, replace(paper, lr=4e-4)),
+        "from tuned weights, rate 8e-4": (True, replace(paper, lr=8e-4)),
+        "from tuned weights, rate 1.6e-3": (True, replace(paper, lr=1.6e-3)),
         "relative with scores, rate 4e-4": (True, replace(relative, lr=4e-4, methods=(prune, Distillation(scores=1.0)))),
     }
 
@@ -74,11 +77,11 @@ def main() -> None:
     print(f"{'way':46} {'held, by pass':14} dev")
     dense = checkpoint.load(Path(chosen.tuned))
     print(f"{'the dense teacher':46} {held_score(dense, material):<14.3f} {dev_score(dense, material):.3f}", flush=True)
-    for number, (name, (from_tuned, stage)) in enumerate(ways(chosen.density).items()):
+    for name, (from_tuned, stage) in ways(chosen.density).items():
         if chosen.only not in name:
             continue
         source, other = (chosen.tuned, None) if from_tuned else (chosen.encoder, chosen.tuned)
-        out = chosen.out / f"{chosen.density:g}-{chosen.passes:g}-{number}"
+        out = chosen.out / f"{chosen.density:g}-{chosen.passes:g}-{name.replace(' ', '-')}"
         stage = replace(stage, epochs=chosen.passes, augment=chosen.augment)
         train(Recipe(source, task, (stage,), teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
