@@ -47,6 +47,7 @@ def ways(density: float) -> dict[str, tuple[bool, Train]]:
         "pre-trained weights, rate 4e-4": (False, replace(paper, lr=4e-4)),
         "from tuned weights, rate 8e-4": (True, replace(paper, lr=8e-4)),
         "from tuned weights, rate 1.6e-3": (True, replace(paper, lr=1.6e-3)),
+        "from tuned weights, rate 3.2e-3": (True, replace(paper, lr=3.2e-3)),
         "relative with scores, rate 4e-4": (True, replace(relative, lr=4e-4, methods=(prune, Distillation(scores=1.0)))),
     }
 
