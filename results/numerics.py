@@ -328,8 +328,8 @@ NOTES = (  # work.notes reads the figures from the rows
     "A twentieth of the encoder's weights, as Xu et al. make it, lost {mrpc/sparse-5:lost} points on MRPC in ten passes: no better than "
     "one answer to all. From the tuned weights at a higher rate, {mrpc/sparse-ours-5:lost}.",
     "Attention scores and plain hidden states are worth their time: with outputs and relative hidden states alone, at a rate that suits "
-    "them, a tenth of the weights lost {mrpc/sparse-relative-10:lost} points on MRPC instead of {mrpc/sparse-ours-10:lost}.",
-    "On SST-2 at a twentieth they lost {sst2/sparse-ours-5:lost} points, without them {sst2/sparse-relative-5:lost}.",
+    "them, a twentieth of the weights lost {mrpc/sparse-relative-5:lost} points on MRPC and {sst2/sparse-relative-5:lost} on SST-2, "
+    "where `sparse-ours-` lost {mrpc/sparse-ours-5:lost} and {sst2/sparse-ours-5:lost}.",
     "RTE's dense model is hardly better than chance (the encoder was pre-trained to compare sentences one by one, and 2,290 rows do not "
     "teach it to read two at once): what a file loses there, {rte/sparse-ours-5:int8} points at a twentieth in int8, says little.",
     "`mrpc/sparse-20`, `mrpc/sparse-10` and `mrpc/kronecker-7.7x` trained beside another run, on one core each: their minutes compare "
