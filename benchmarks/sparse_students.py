@@ -3,7 +3,8 @@
     python benchmarks/sparse_students.py --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
         --train-rows ../shared/data/splits/sst2-20k.json [--density 0.05] [--passes 2] [--augment 4] [--only relative]
 
-One way differs from the next in one choice; the first is that of Xu et al. (2021). Stop and start it at will: folders below --out go on.
+The first way is that of Xu et al. (2021); each other differs in one choice from one above it.
+Stop and start it at will: folders below --out go on.
 """
 
 from __future__ import annotations
@@ -43,11 +44,10 @@ def ways(density: float) -> dict[str, tuple[bool, Train]]:
             True,
             replace(relative, lr=4e-4, methods=(replace(prune, score="fisher"), Distillation())),
         ),
-        "from tuned weights, rate 4e-4": (True, replace(paper, lr=4e-4)),
-        "pre-trained weights, rate 4e-4": (False, replace(paper, lr=4e-4)),
-        "from tuned weights, rate 8e-4": (True, replace(paper, lr=8e-4)),
-        "from tuned weights, rate 1.6e-3": (True, replace(paper, lr=1.6e-3)),
-        "from tuned weights, rate 3.2e-3": (True, replace(paper, lr=3.2e-3)),
+        **{
+            f"from tuned weights, rate {rate}": (True, replace(paper, lr=float(rate)))
+            for rate in ("4e-4", "8e-4", "1.6e-3", "3.2e-3")
+        },
         "relative with scores, rate 4e-4": (True, replace(relative, lr=4e-4, methods=(prune, Distillation(scores=1.0)))),
     }
 

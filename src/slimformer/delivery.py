@@ -7,7 +7,9 @@ same rounds as ours. Nothing is trained or cut here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,14 +129,16 @@ class Reference:
 
 def reference(bundle: Bundle, run: Run) -> Reference:
     """Scores of the teacher's fp32 file on held and on training examples, each with what is fitted there; kept beside the file."""
-    if machine.saturates(machine.environment().flags):
+    if machine.saturates(machine.environment().flags) and not run.memo.get(SATURATES):
+        run.memo[SATURATES] = True
         run.log.say(SATURATES)
     fused, material = teacher_files(bundle, run)[Variant.FUSED], bundle.material
     rows = repr((material.task, [material.examples[split] for split in (Split.HELD, Split.TRAIN)]))
     file = fused.with_name(f"scores-{_digest(rows)}.json")
-    if not file.is_file():
-        runner = load(fused, run.threads)
-        write_text(file, json.dumps([_score(runner, material, split) for split in (Split.HELD, Split.TRAIN)]))
+    with _teacher_turn(fused.parent, run):
+        if not file.is_file():
+            runner = load(fused, run.threads)
+            write_text(file, json.dumps([_score(runner, material, split) for split in (Split.HELD, Split.TRAIN)]))
     held, seen = json.loads(file.read_text(encoding="utf-8"))
     return Reference(held, seen, bundle.tuned_here)
 
@@ -219,7 +223,7 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[Variant, Path]:
     """The teacher's own files: fp32 fused (the baseline), fp32 standard, int8. Exported once a run, or once a cache."""
     folder = _teacher_home(bundle, run)
     wanted = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
-    with in_turn(folder, lambda: run.log.say("another run exports this teacher: waiting for it.")):
+    with _teacher_turn(folder, run):
         missing = [variant for variant in wanted if not (folder / FILES[variant]).is_file()]
         if missing:
             export_files(bundle.teacher, bundle.material, folder, missing, run.log)
@@ -237,6 +241,15 @@ def _teacher_home(bundle: Bundle, run: Run) -> Path:
     return run.cache / TEACHER_FILES / _digest(" ".join(parts))
 
 
+@contextmanager
+def _teacher_turn(home: Path, run: Run) -> Iterator[None]:
+    """Owns the folder of a teacher's files, without what a killed run left there; waits for another run that is at work in it."""
+    with in_turn(home, lambda: run.log.say("another run makes files of this teacher: waiting for it.")):
+        for part in home.glob(".part-*"):
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        yield
+
+
 def rivals(
     bundle: Bundle, stages: Sequence[Stage], wanted: Sequence[str], teacher: Mapping[Variant, Path], run: Run
 ) -> list[Rival]:
@@ -251,7 +264,7 @@ def rivals(
         found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
     if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
         home = teacher[Variant.FLOAT].parent
-        with in_turn(home, lambda: run.log.say("another run makes OpenVINO's file of this teacher: waiting for it.")):
+        with _teacher_turn(home, run):
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
         found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)

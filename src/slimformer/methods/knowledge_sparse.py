@@ -12,7 +12,7 @@ In a recipe: `model` is the pre-trained encoder, `teacher` the tuned one, `disti
 `relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` has the terms and weights of the paper's loss.
 (There padding counts, scores are not centred, and the cross entropy of logits is a mean over classes; of a score, as in STS-B, they take
 the squared error to the label, we that to the teacher.) Train on with `keep_zeros`.
-With few passes a start from the tuned weights and ten times the rate that tunes a model do far better: docs/decisions/0008.
+With few passes a start from the tuned weights and ten times the usual rate of distillation do far better: docs/decisions/0008.
 Choose it for the smallest file. Zeros make no dense kernel faster: take 1x4 or N:M where a kernel for them is at hand.
 """
 
