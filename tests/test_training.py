@@ -452,6 +452,16 @@ def test_what_is_above_the_cap_is_computed_live(tmp_path: Path, method: Distilla
     assert not (tmp_path / "teacher").exists()
 
 
+def test_what_is_kept_is_read_also_where_there_is_no_room_any_more(tmp_path: Path) -> None:
+    """The cache itself takes room: a run that goes on must not find its disk too full to read what it has."""
+    features = rows(48)
+    around = context(features=features, teacher=tiny("bert", seed=5))
+    train(around, features, (Distillation(),), FAST, tmp_path / "once", QUIET, cache=tmp_path)
+    calls = count_calls(around.teacher)
+    train(around, features, (Distillation(),), replace(FAST, cache_bytes=1000), tmp_path / "again", QUIET, cache=tmp_path)
+    assert not calls
+
+
 @pytest.mark.parametrize(
     "cut",
     [

@@ -150,7 +150,15 @@ class Cached(Lessons):
 
 def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
     """Whether the teacher must run beside the student, because what is asked of it is too large to keep."""
-    return _bytes(teacher.anatomy, features, LARGE & set(needs)) > cap_bytes
+    return kept_bytes(teacher.anatomy, features.lengths(), needs) > cap_bytes
+
+
+def kept_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]) -> int:
+    """What hidden states and attention scores of texts of these lengths (rows,) take on disk."""
+    tokens = lengths.astype(np.int64)
+    hidden = int(tokens.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
+    scores = int((tokens**2).sum()) * sum(_heads(anatomy))
+    return 2 * ((hidden if Capture.HIDDEN in needs else 0) + (scores if Capture.SCORES in needs else 0))
 
 
 @contextmanager
@@ -172,14 +180,15 @@ def teaching(
     trained = teacher.model.training
     teacher.model.train(False)
     try:
-        if is_live(teacher, features, needs, cap_bytes):
+        kept = LARGE & set(needs)
+        home = folder / FOLDER / _key(teacher, features, kept)
+        made = (home / FACTS).exists()  # what is there is read, whatever room its making has left on the disk
+        if not made and is_live(teacher, features, needs, cap_bytes):
             with capturing(teacher.model, teacher.anatomy, needs) as recorder:
                 yield Live(teacher, recorder)
             return
-        kept = LARGE & set(needs)
-        home = folder / FOLDER / _key(teacher, features, kept)
         seconds = 0.0
-        if writes and not (home / FACTS).exists():
+        if writes and not made:
             with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
                 if not (home / FACTS).exists():  # nor made by another run meanwhile
                     begin = time.perf_counter()
@@ -212,14 +221,6 @@ def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> st
     parts = [model_digest(teacher.model), features_digest(features, teacher.inputs), str(features.pad_id)]
     parts += [str(LAYOUT), teacher.precision, *teacher.task.outputs, *sorted(needs)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
-
-
-def _bytes(anatomy: Anatomy, features: Features, kept: Collection[Capture]) -> int:
-    """What these would take on disk."""
-    lengths = features.lengths().astype(np.int64)
-    hidden = int(lengths.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
-    scores = int((lengths**2).sum()) * sum(_heads(anatomy))
-    return 2 * ((hidden if Capture.HIDDEN in kept else 0) + (scores if Capture.SCORES in kept else 0))
 
 
 def _heads(anatomy: Anatomy) -> list[int]:
