@@ -26,16 +26,17 @@ import yaml
 from tiny_folder import LABELS, write_data, write_model
 
 import slimformer
-from slimformer import checkpoint, cli, delivery
+from slimformer import checkpoint, cli, compression, delivery
 from slimformer.batching import collate, in_order
 from slimformer.compression import Wishes, compress, nearer
 from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import Variant
+from slimformer.families.base import anatomy_of
 from slimformer.latency import Levels
 from slimformer.plan import Plan
 from slimformer.recipe import Recipe, run, train
 from slimformer.report import Role, read, read_facts
-from slimformer.stages import Calibrate, Train, prepare
+from slimformer.stages import Bundle, Calibrate, Train, prepare
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 
@@ -342,6 +343,30 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     monkeypatch.setattr("slimformer.compression._announce", reached)
     with pytest.raises(KeyboardInterrupt):  # the folder is still ours for another speed
         compress("model", task, out, Wishes(speedup=1.5, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)
+
+
+def test_attention_scores_are_learned_where_they_fit_on_disk(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = done.home / "model"
+    dense = slimformer.load(source)
+    task = Classification(data=str(done.home / "data")).bind(dense.config.to_dict())
+    bundle = Bundle(dense, Plan(), prepare(task, source), dense)
+    anatomy, lengths = anatomy_of(dense), bundle.material.features[Split.TRAIN].lengths()
+    heads = sum(anatomy.sites[f"encoder.{layer}.heads"].size for layer in range(len(anatomy.layers)))
+    needed = 2 * int((lengths**2).sum() * heads + lengths.sum() * (len(anatomy.layers) + 1) * anatomy.hidden_size)
+    found = []
+    for room in (needed, needed - 1):
+        monkeypatch.setattr(compression, "KEPT_BYTES", room)
+        found.append(compression._distil(bundle, Recipe(str(source), task, ()), Wishes(epochs=2.0)))
+    fits, does_not = found
+    assert [[method.scores for method in stage.methods] for stage in found] == [[6.0], [0.0]]
+    assert fits.lr >= does_not.lr
+    assert (fits.task_weight, does_not.task_weight) == (0.0, 0.1)
+    widths = {384: 8e-4, 768: 2e-4, 128: 8e-4}
+    for width, rate in widths.items():
+        monkeypatch.setattr(compression, "_hidden_size", lambda _, width=width: width)
+        assert compression._fast_lr(source) == rate
+    chosen = compression._distil(bundle, Recipe(str(source), task, ()), Wishes(epochs=12.0, lr=1e-5))
+    assert (chosen.lr, chosen.augment, chosen.methods[0].scores) == (1e-5, 4, 0.0)  # copies take room too
 
 
 def test_the_next_budget_lies_between_the_nearest_on_both_sides() -> None:

@@ -1,9 +1,10 @@
-"""Students with few weights after few passes: what they start from, learn, and how fast; the scores of each.
+"""Small students after few passes: what they start from, learn, and how fast; the scores of each.
 
-    python benchmarks/sparse_students.py --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
-        --train-rows ../shared/data/splits/sst2-20k.json [--density 0.05] [--passes 2] [--augment 4] [--only relative]
+    python benchmarks/students.py sparse --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
+        --train-rows ../shared/data/splits/sst2-20k.json [--share 0.05] [--passes 2] [--augment 4] [--only relative]
 
-The first way is that of Xu et al. (2021); each other differs in one choice from one above it.
+`sparse` students keep a share of the encoder's weights; the first way is that of Xu et al. (2021). `narrow` ones are cut by `fisher`
+to a share of the multiply-accumulates; the first way is what `compress` did. Each other way differs in one choice from one above it.
 Stop and start it at will: folders below --out go on.
 """
 
@@ -20,19 +21,21 @@ from slimformer import checkpoint
 from slimformer.cli import prefer_environment
 from slimformer.demo import encoder
 from slimformer.methods.distillation import Distillation
+from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.recipe import Recipe, train
-from slimformer.stages import Material, Train, held_score, prepare, torch_outputs
+from slimformer.stages import Calibrate, Material, Stage, Train, held_score, prepare, torch_outputs
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 
 PAPER = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)
 PLAIN = Train(lr=1.6e-4, task_weight=0.0, dropout=False)
+NARROW = Train(methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings")
 
 
-def ways(density: float) -> dict[str, tuple[bool, Train]]:
+def sparse(share: float) -> dict[str, tuple[bool, Train]]:
     """Whether a student starts from the tuned weights, and its stage."""
-    prune = KnowledgeSparse(density=density)
+    prune = KnowledgeSparse(density=share)
     paper, relative = replace(PLAIN, methods=(prune, PAPER)), replace(PLAIN, methods=(prune, Distillation()))
     return {
         "Xu et al.": (False, paper),
@@ -52,6 +55,20 @@ def ways(density: float) -> dict[str, tuple[bool, Train]]:
     }
 
 
+def narrow() -> dict[str, Train]:
+    """How a student that has been cut wins back what it lost."""
+    paper = replace(NARROW, methods=(PAPER,), task_weight=0.0)
+    without = replace(paper, methods=(replace(PAPER, scores=0.0),))
+    with_scores = replace(NARROW, methods=(Distillation(scores=1.0),))
+    return {
+        "relative hidden states, no scores": NARROW,
+        **{f"relative, rate {rate}": replace(NARROW, lr=float(rate)) for rate in ("4e-4", "8e-4")},
+        **{f"Xu et al., rate {rate}": replace(paper, lr=float(rate)) for rate in ("4e-4", "8e-4", "1.6e-3")},
+        **{f"Xu et al. without scores, rate {rate}": replace(without, lr=float(rate)) for rate in ("4e-4", "8e-4")},
+        **{f"relative with scores, rate {rate}": replace(with_scores, lr=float(rate)) for rate in ("4e-4", "8e-4")},
+    }
+
+
 def dev_score(model: PreTrainedModel, material: Material) -> float:
     """The task's metric on all of dev."""
     outputs, features, rows = torch_outputs(model, material, Split.DEV, 10_000)
@@ -60,16 +77,17 @@ def dev_score(model: PreTrainedModel, material: Material) -> float:
 
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("kind", choices=("sparse", "narrow"))
     reader.add_argument("--tuned", required=True, help="the teacher's folder")
     reader.add_argument("--encoder", default=str(encoder()), help="the same model as it was pre-trained; the demo's by default")
     reader.add_argument("--data", required=True)
     reader.add_argument("--glue", default=None)
     reader.add_argument("--train-rows", default=None)
-    reader.add_argument("--density", type=float, default=0.05)
+    reader.add_argument("--share", type=float, default=0.05)
     reader.add_argument("--passes", type=float, default=2.0)
     reader.add_argument("--augment", type=int, default=0, help="copies of each row with other words in them")
     reader.add_argument("--only", default="", help="part of a line's name")
-    reader.add_argument("--out", type=Path, default=Path("runs/sparse-students"))
+    reader.add_argument("--out", type=Path, default=Path("runs/students"))
     reader.add_argument("--cache", type=Path, default=None, help="where outputs of the teacher lie; below --out by default")
     chosen = reader.parse_args()
     prefer_environment()
@@ -78,16 +96,19 @@ def main() -> None:
     print(f"{'way':46} {'held, by pass':14} dev")
     dense = checkpoint.load(Path(chosen.tuned))
     print(f"{'the dense teacher':46} {held_score(dense, material):<14.3f} {dev_score(dense, material):.3f}", flush=True)
-    for name, (from_tuned, stage) in ways(chosen.density).items():
+    ways = sparse(chosen.share) if chosen.kind == "sparse" else {name: (True, stage) for name, stage in narrow().items()}
+    for name, (from_tuned, stage) in ways.items():
         if chosen.only not in name:
             continue
         source, other = (chosen.tuned, None) if from_tuned else (chosen.encoder, chosen.tuned)
-        out = chosen.out / f"{chosen.density:g}-{chosen.passes:g}-{name.replace(' ', '-')}"
-        stage = replace(stage, epochs=chosen.passes, augment=chosen.augment)
-        train(Recipe(source, task, (stage,), teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
+        out = chosen.out / f"{chosen.kind}-{chosen.share:g}-{chosen.passes:g}-{name.replace(' ', '-')}"
+        learn = replace(stage, epochs=chosen.passes, augment=chosen.augment)
+        cut = (Calibrate(Fisher(keep=chosen.share, cost="macs")),)
+        stages: tuple[Stage, ...] = (learn,) if chosen.kind == "sparse" else (*cut, learn)
+        train(Recipe(source, task, stages, teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
-        (made,) = out.glob("work/*/made")
+        made = max(out.glob("work/*/made"), key=lambda folder: folder.stat().st_mtime_ns)
         print(f"{name:46} {scores:14} {dev_score(checkpoint.load(made), material):.3f}", flush=True)
 
 
