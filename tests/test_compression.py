@@ -365,6 +365,7 @@ def test_attention_scores_are_learned_where_they_fit_on_disk(done: Done, monkeyp
     for width, rate in widths.items():
         monkeypatch.setattr(compression, "_hidden_size", lambda _, width=width: width)
         assert compression._fast_lr(source) == rate
+    monkeypatch.setattr(compression, "KEPT_BYTES", needed)
     chosen = compression._distil(bundle, Recipe(str(source), task, ()), Wishes(epochs=12.0, lr=1e-5))
     assert (chosen.lr, chosen.augment, chosen.methods[0].scores) == (1e-5, 4, 0.0)  # copies take room too
 
