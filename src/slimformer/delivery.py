@@ -7,7 +7,6 @@ same rounds as ours. Nothing is trained or cut here.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ import numpy as np
 from slimformer import checkpoint, machine, registry
 from slimformer.batching import collate
 from slimformer.exporters.base import Artifact, Exporter, Variant
-from slimformer.files import in_turn, whole_folder, write_text
+from slimformer.files import in_turn, remove_parts, whole_folder, write_text
 from slimformer.log import Log
 from slimformer.plan import Plan
 from slimformer.sparse import Values, rounding, size_bytes
@@ -245,8 +244,7 @@ def _teacher_home(bundle: Bundle, run: Run) -> Path:
 def _teacher_turn(home: Path, run: Run) -> Iterator[None]:
     """Owns the folder of a teacher's files, without what a killed run left there; waits for another run that is at work in it."""
     with in_turn(home, lambda: run.log.say("another run makes files of this teacher: waiting for it.")):
-        for part in home.glob(".part-*"):
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        remove_parts(home)
         yield
 
 

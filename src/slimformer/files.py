@@ -93,6 +93,12 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what writes that were killed left in a folder; the caller owns it."""
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+
 @contextmanager
 def claim(folder: Path, purpose: str) -> Iterator[None]:
     """Owns `folder` for one run: OutputError if it holds something we did not make, or another run is in it.
@@ -109,8 +115,7 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
             _same_purpose(folder, mark, purpose)
         else:
             write_text(mark, json.dumps({"purpose": purpose}))
-        for part in folder.glob(".part-*"):
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        remove_parts(folder)
         yield
 
 

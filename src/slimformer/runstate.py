@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.files import whole_folder
+from slimformer.files import remove_parts, whole_folder
 from slimformer.tasks.base import Features
 
 FACTS = "state.json"
@@ -54,8 +54,7 @@ def latest(folder: Path) -> RunState | None:
     from safetensors.torch import load_file
 
     home = folder / FOLDER
-    for part in home.glob(".part-*"):
-        shutil.rmtree(part, ignore_errors=True)
+    remove_parts(home)
     for path in _found(home):
         try:
             facts = json.loads((path / FACTS).read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from torch import Tensor
 from slimformer.anatomy import Anatomy
 from slimformer.batching import collate, least_width, sorted_by_length
 from slimformer.capture import Recorder, capturing
-from slimformer.files import in_turn, whole_folder
+from slimformer.files import in_turn, remove_parts, whole_folder
 from slimformer.log import Log
 from slimformer.methods.base import Batch, Capture, Captured
 from slimformer.runstate import features_digest, model_digest
@@ -244,8 +244,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
         Capture.SCORES: (int((lengths**2).sum()) * sum(heads),),
     }
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.task.outputs}
-    for stale in home.parent.glob(".part-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_parts(home.parent)
     with whole_folder(home) as part, ExitStack() as stack:
         files = {kind: stack.enter_context(open(part / f"{kind}.npy", "wb")) for kind in needs}
         for kind, file in files.items():
