@@ -86,14 +86,15 @@ def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
         assert len(curve) == context.anatomy.sites[name].size + 1
         assert curve[-1] == 0
         assert (np.diff(curve) >= 0).all()
-    lost = rows = 0.0
-    small = shrink(context.model, context.anatomy, Plan({"encoder.1.ffn": ()}))
-    with torch.no_grad():
-        for inputs in context.batches(32):
-            given = {name: value for name, value in inputs.items() if name != "labels"}
-            lost += 4 * float(context.task.divergence(small(**given), context.model(**given), given, 1.0))
-            rows += 4
-    np.testing.assert_allclose(worth["encoder.1.neurons"][0], -lost / rows, rtol=1e-4)
+    for sublayer, site in (("encoder.0.attention", "encoder.0.heads"), ("encoder.1.ffn", "encoder.1.neurons")):
+        lost = rows = 0.0
+        small = shrink(context.model, context.anatomy, Plan({sublayer: ()}))
+        with torch.no_grad():
+            for inputs in context.batches(32):
+                given = {name: value for name, value in inputs.items() if name != "labels"}
+                lost += 4 * float(context.task.divergence(small(**given), context.model(**given), given, 1.0))
+                rows += 4
+        np.testing.assert_allclose(worth[site][0], -lost / rows, rtol=1e-4)
 
 
 def test_a_sublayer_that_does_much_is_kept_even_if_its_units_seem_idle():

@@ -12,7 +12,7 @@ matter; distil afterwards to win back what it lost.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, final
@@ -127,8 +127,13 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
         with torch.no_grad(), looking(next(model.parameters()).device):
             whole = [outputs(batch) for batch in batches]
             found = {}
+            start = 0
+            states: list[Tensor | None] = [None] * len(batches)  # what enters layer `start`: earlier ones are whole
             for name, units in importance.items():
                 site = anatomy.sites[name]
+                if site.layer > start:
+                    states = _forward_to(model, anatomy, site.layer, batches, start, states)
+                    start = site.layer
                 order = np.argsort(-units, kind="stable")
                 counts = sorted({round(share * site.size) for share in SHARES} - {site.size})
                 lost = []
@@ -138,8 +143,9 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
                     gates = {name: gate} if count or site.sublayer is None else {site.sublayer: gate[:1]}
                     total = rows = 0.0
                     with gated(model, anatomy, gates):
-                        for batch, expected in zip(batches, whole, strict=True):
-                            total += float(task.divergence(outputs(batch), expected, batch, 1.0)) * len(batch["input_ids"])
+                        for batch, state, expected in zip(batches, states, whole, strict=True):
+                            with _starting(model, anatomy, start, state):
+                                total += float(task.divergence(outputs(batch), expected, batch, 1.0)) * len(batch["input_ids"])
                             rows += len(batch["input_ids"])
                     lost.append(total / rows)
                 cut = np.concatenate([np.cumsum(np.sort(units))[::-1], [0.0]])  # information lost with 0, 1, ... units kept
@@ -202,10 +208,7 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
             if not _downstream(site, plan, anatomy):
                 continue
             if site.layer > start:
-                states = [
-                    _entering(model, anatomy, site.layer, batch, start, state)
-                    for batch, state in zip(batches, states, strict=True)
-                ]
+                states = _forward_to(model, anatomy, site.layer, batches, start, states)
                 start = site.layer
             kept = plan.keep.get(site.id, tuple(range(site.size)))
             tap = site.taps[0]
@@ -318,6 +321,13 @@ def _entering(model: nn.Module, anatomy: Anatomy, layer: int, batch: Batch, star
     finally:
         handle.remove()
     return seen[0]
+
+
+def _forward_to(
+    model: nn.Module, anatomy: Anatomy, layer: int, batches: Sequence[Batch], start: int, states: list[Tensor | None]
+) -> list[Tensor | None]:
+    """What enters `layer` in each batch, from what enters the earlier layer `start`."""
+    return [_entering(model, anatomy, layer, batch, start, state) for batch, state in zip(batches, states, strict=True)]
 
 
 def _sums(model: nn.Module, anatomy: Anatomy, sites: list[Site], batch: Batch, task: Task) -> dict[str, tuple[Tensor, Tensor]]:
