@@ -25,8 +25,9 @@ from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.recipe import Recipe, train
 from slimformer.stages import Calibrate, Material, Stage, Train, held_score, prepare, torch_outputs
-from slimformer.tasks.base import Split
+from slimformer.tasks.base import Split, Task
 from slimformer.tasks.classification import Classification
+from slimformer.tasks.question_answering import QuestionAnswering
 
 PAPER = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)
 PLAIN = Train(lr=1.6e-4, task_weight=0.0, dropout=False)
@@ -82,7 +83,11 @@ def main() -> None:
     reader.add_argument("--encoder", default=str(encoder()), help="the same model as it was pre-trained; the demo's by default")
     reader.add_argument("--data", required=True)
     reader.add_argument("--glue", default=None)
+    reader.add_argument(
+        "--squad", choices=("v1", "v2"), default=None, help="questions in windows of 256 tokens, of a file of ids"
+    )
     reader.add_argument("--train-rows", default=None)
+    reader.add_argument("--batch-size", type=int, default=32)
     reader.add_argument("--share", type=float, default=0.05)
     reader.add_argument("--passes", type=float, default=2.0)
     reader.add_argument("--augment", type=int, default=0, help="copies of each row with other words in them")
@@ -91,7 +96,9 @@ def main() -> None:
     reader.add_argument("--cache", type=Path, default=None, help="where outputs of the teacher lie; below --out by default")
     chosen = reader.parse_args()
     prefer_environment()
-    task = Classification(data=chosen.data, glue=chosen.glue, train_rows=chosen.train_rows)
+    task: Task = Classification(data=chosen.data, glue=chosen.glue, train_rows=chosen.train_rows)
+    if chosen.squad:
+        task = QuestionAnswering(data=chosen.data, version=chosen.squad, max_length=256, stride=96, train_ids=chosen.train_rows)
     material = prepare(task, Path(chosen.tuned))
     print(f"{'way':46} {'held, by pass':14} dev")
     dense = checkpoint.load(Path(chosen.tuned))
@@ -102,7 +109,7 @@ def main() -> None:
             continue
         source, other = (chosen.tuned, None) if from_tuned else (chosen.encoder, chosen.tuned)
         out = chosen.out / f"{chosen.kind}-{chosen.share:g}-{chosen.passes:g}-{name.replace(' ', '-')}"
-        learn = replace(stage, epochs=chosen.passes, augment=chosen.augment)
+        learn = replace(stage, epochs=chosen.passes, augment=chosen.augment, batch_size=chosen.batch_size)
         cut = (Calibrate(Fisher(keep=chosen.share, cost="macs")),)
         stages: tuple[Stage, ...] = (learn,) if chosen.kind == "sparse" else (*cut, learn)
         train(Recipe(source, task, stages, teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
