@@ -59,7 +59,7 @@ from slimformer.methods.kronecker import Kronecker
 from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
 from slimformer.recipe import Bench, Export, Recipe
-from slimformer.report import Record, Role, mb_text
+from slimformer.report import Record, Role, mb_text, signed
 from slimformer.stages import Calibrate, Stage, Train
 from slimformer.tasks.base import Task
 
@@ -520,7 +520,7 @@ def _sparse_aim(found: dict[str, Run], percent: int) -> tuple[str, ...]:
     if not means:
         return (what, f"{sum(f'{task}/{ways[0]}' in found for task in FIVE)} of {len(FIVE)} tasks run", "", "")
     best = min(means, key=lambda way: means[way])
-    return (what, f"{best} on {', '.join(FIVE)}", f"{means[best]:.1f} points", "yes" if means[best] <= 1.4 else "no")
+    return (what, f"{best} on {', '.join(FIVE)}", f"{signed(means[best])} points", "yes" if means[best] <= 1.4 else "no")
 
 
 def _kronecker_aim(found: dict[str, Run]) -> tuple[str, ...]:
