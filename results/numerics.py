@@ -486,7 +486,7 @@ def _aim(
 ) -> tuple[str, ...]:
     """Of our int8 files in ONNX Runtime the one nearest to an aim.
 
-    Where bytes are the aim, the smallest of those within the allowed loss; else the one that loses least of those fast and small enough.
+    Where bytes are the aim, the smallest of those that meet it; else the one that loses least of those fast and small enough.
     """
     tried = []
     files = [(n, ours_in(found[n], kind)) for n in names if n in found for kind in (Variant.INT8_FUSED, Variant.INT8_STATIC)]
@@ -499,7 +499,8 @@ def _aim(
         enough = speed >= faster and size <= megabytes and (whole is None or ours.size_bytes <= share * whole)
         text = f"{interval(ours)} points, {speed:.2f} ×, {size:.1f} MB"
         met = enough and ours.loss.value <= allowed
-        rank = (not met, size) if megabytes < float("inf") else (not enough, ours.loss.value if enough else size)
+        smallest = met and megabytes < float("inf")
+        rank = (not met, not enough, size if smallest or not enough else ours.loss.value)
         tried.append((rank, name, text, met))
     if not tried:
         return (what, "not run yet", "", "")
