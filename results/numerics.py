@@ -163,17 +163,14 @@ def quantized(*widths: int) -> dict[str, tuple[Stage, ...]]:
     return {f"quantization-{bits}": (to_integers(bits),) for bits in widths}
 
 
-def factored(task: str, shapes: str, *, two_stages: bool = True, lr: float = 2e-4) -> dict[str, tuple[Stage, ...]]:
-    """Tahaei et al.: factors, a stage on text without labels, a stage on the task; or the latter alone, for half as long again.
-
-    `lr`: of the stage on the task; a run with another one than the default's is called `kronecker-ours-`.
-    """
+def factored(task: str, shapes: str, *, two_stages: bool = True) -> dict[str, tuple[Stage, ...]]:
+    """Tahaei et al.: factors, a stage on text without labels, a stage on the task; or the latter alone, for half as long again."""
     start = Calibrate(Kronecker(shapes=shapes) if shapes in ("7.7x", "21x") else Kronecker(keep=1 / float(shapes[:-1])))  # type: ignore[arg-type]
     on_text = replace(LEARN, text=TEXT, epochs=1.0, lr=1e-3, methods=(replace(PAPER_LOSS, logits=0.0),))
-    on_task = lesson(task, like=replace(LEARN, lr=lr, task_weight=0.1))
+    on_task = lesson(task, like=replace(LEARN, lr=2e-4, task_weight=0.1))
     if not two_stages:
         return {f"kronecker-{shapes}-one-stage": (start, replace(on_task, epochs=1.5 * on_task.epochs))}
-    return {f"kronecker-{'ours-' if lr > 2e-4 else ''}{shapes}": (start, on_text, on_task)}
+    return {f"kronecker-{shapes}": (start, on_text, on_task)}
 
 
 def sentences() -> None:
@@ -299,7 +296,7 @@ def jobs() -> tuple[Job, ...]:
     add("squad1", factored("squad1", "7.7x"))
     add("squad1", sparse("squad1", 0.1), student=True, bench=BRIEF)
     add("squad1", together("squad1"), 0.35)
-    add("squad1", factored("squad1", "21x") | factored("squad1", "21x", lr=1e-3), bench=BRIEF)
+    add("squad1", factored("squad1", "21x"), bench=BRIEF)
     small = next(job for job in found if job.folder == f"{TABLE}/squad1/fisher-35-table-text-quantization")
     tasks["squad1-20k"] = more_questions()
     add("squad1-20k", goes_on(), 0.35, after=small, bench=BRIEF)  # as fast as the model it goes on from
