@@ -361,6 +361,12 @@ NOTES = (  # work.notes reads the figures from the rows
     "The stage on text is what carries the small factors: without it, and with half as many passes more over the task's rows, the shapes "
     "of 7.7 times lost {mrpc/kronecker-7.7x-one-stage:lost} points on MRPC; those of 21 times, with it, "
     "{mrpc/kronecker-21x:lost} with {mrpc/kronecker-21x:left} % of the encoder's weights.",
+    "On SQuAD, with 3,800 questions to learn from, the shapes of 7.7 times lost {squad1/kronecker-7.7x:lost} F1 and those of 21 times "
+    "{squad1/kronecker-21x:lost}.",
+    "A tenth of the encoder's weights, as Xu et al. make it but without attention scores in the loss, lost {squad1/sparse-10:lost} F1 on "
+    "SQuAD in five passes; from the tuned weights at a higher rate {squad1/sparse-ours-10:lost}.",
+    "SQuAD's file below 6 MB lost {squad1/fisher-35-table-text-quantization:int8} F1 in int8; after one pass more, over 20,000 questions "
+    "(as many as the teacher saw), {squad1-20k/fisher-35-table-text-more-quantization:int8}.",
     "A twentieth of the encoder's weights, as Xu et al. make it, lost {mrpc/sparse-5:lost} points on MRPC in ten passes: no better than "
     "one answer to all. From the tuned weights at a higher rate, {mrpc/sparse-ours-5:lost}.",
     "Attention scores and plain hidden states are worth their time: with outputs and relative hidden states alone, at a rate that suits "
