@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -30,6 +31,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import numpy as np
 import torch
@@ -227,6 +230,7 @@ def _onnxruntime(model: bytes, inputs: Sequence[torch.Tensor], threads: int) -> 
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it slows down the engine that comes next
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {f"x{i}": x.numpy() for i, x in enumerate(inputs)}
     return lambda: session.run(None, feed)
