@@ -63,7 +63,6 @@ from slimformer.recipe import Bench, Export, Recipe
 from slimformer.report import Record, Role, mb_text, signed
 from slimformer.stages import Calibrate, Stage, Train
 from slimformer.tasks.base import Split, Task
-from slimformer.tasks.question_answering import QuestionAnswering
 
 HOME = Path(__file__).resolve().parent
 TABLE = "numbers"
@@ -80,6 +79,7 @@ MORE_IDS = "runs/sweep/squad-v1.1-20k.json"
 PASSES = 10.0  # over the rows of a small set, copies counted; half of that where a set is large
 
 PAPER_LOSS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)  # Xu et al., Tahaei et al.
+NO_SCORES = replace(PAPER_LOSS, scores=0.0)
 OURS_LR = 1.6e-3
 LEARN = Train(methods=(PAPER_LOSS,), lr=1.6e-4, task_weight=0.0, dropout=False)
 WIN_BACK = Train(methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings")
@@ -184,14 +184,13 @@ def sentences() -> None:
     write_text(ROOT / TEXT, "".join(f"{line}\n" for line in found[:: max(1, len(found) // SENTENCES)][:SENTENCES]))
 
 
-def more_questions() -> QuestionAnswering:
-    """SQuAD with as many questions to learn from as the teacher saw, scored on those of the small split; says which in a file."""
-    ids = ROOT / MORE_IDS
-    if not ids.is_file() and (ROOT / DATA / "squad").is_dir():  # a page is drawn without data
-        drawn, few = questions("v1", 20_000), small_squad()
-        train = [example.id for split in (Split.TRAIN, Split.HELD) for example in drawn.split(split)]
-        write_text(ids, json.dumps({"train": train, "dev": [example.id for example in few.split(Split.DEV)]}))
-    return questions("v1", MORE_IDS)
+def more_ids() -> None:
+    """Writes which questions `squad1-20k` learns from, as many as the teacher saw; it is scored on those of the small split."""
+    if (ROOT / MORE_IDS).is_file():
+        return
+    drawn, few = questions("v1", 20_000), small_squad()
+    train = [example.id for split in (Split.TRAIN, Split.HELD) for example in drawn.split(split)]
+    write_text(ROOT / MORE_IDS, json.dumps({"train": train, "dev": [example.id for example in few.split(Split.DEV)]}))
 
 
 def together(task: str) -> dict[str, tuple[Stage, ...]]:
@@ -204,7 +203,7 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
     learn = lesson(task, like=WIN_BACK)
     taught, rate = Distillation(embedding=1.0), learn.lr
     if task == "squad1":
-        taught, rate = replace(PAPER_LOSS, scores=0.0), 5e-4  # its batches are half as large as those of 0009
+        taught, rate = NO_SCORES, 5e-4  # its batches are half as large as those of 0009
     open_table = replace(learn, freeze="nothing", lr=rate, methods=(taught,))
     on_text = replace(open_table, text=TEXT, epochs=1.0, lr=5e-4, task_weight=0.0, methods=(replace(taught, logits=0.0),))
 
@@ -229,7 +228,7 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
 def goes_on() -> dict[str, tuple[Stage, ...]]:
     """SQuAD's combination once more, over other questions: quantized from the first step, as it comes."""
     last = to_integers(8)
-    methods = tuple(replace(PAPER_LOSS, scores=0.0) if isinstance(each, Distillation) else each for each in last.methods)
+    methods = tuple(NO_SCORES if isinstance(each, Distillation) else each for each in last.methods)
     again = replace(last, methods=methods, lr=4e-4, epochs=1.0, batch_size=16, freeze="nothing")
     return {"fisher-35-table-text-more-quantization": (again,)}
 
@@ -300,7 +299,7 @@ def jobs() -> tuple[Job, ...]:
     add("squad1", together("squad1"), 0.35)
     add("squad1", factored("squad1", "21x"), bench=BRIEF)
     small = next(job for job in found if job.folder == f"{TABLE}/squad1/fisher-35-table-text-quantization")
-    tasks["squad1-20k"] = more_questions()
+    tasks["squad1-20k"] = questions("v1", MORE_IDS)
     add("squad1-20k", goes_on(), 0.35, after=small, bench=BRIEF)  # as fast as the model it goes on from
     unique = {job.folder: job for job in found}  # one dense layer is the nearest to several densities
     return tuple(unique.values())
@@ -597,4 +596,6 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
+    if "--draw" not in sys.argv:  # a page is drawn without data
+        more_ids()
     sys.exit(main(jobs(), draw, sys.argv[1:]))
