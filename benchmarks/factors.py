@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from slimformer import graphs
-from slimformer.anatomy import Matrix, Role
+from slimformer.core.anatomy import Matrix, Role
+from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.forms.kronecker import Kronecker
 from slimformer.methods.kronecker import NAMED
 

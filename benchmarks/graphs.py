@@ -25,18 +25,18 @@ from unittest import mock
 import numpy as np
 import onnx_ir
 
-from slimformer import graphs
-from slimformer.batching import collate, in_order, sorted_by_length
-from slimformer.checkpoint import load, read_config
+from slimformer.data.batching import collate, in_order, sorted_by_length
+from slimformer.data.tokenizer import load_tokenizer
 from slimformer.exporters import onnx as exporter
+from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, family_of
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.runtimes.openvino import OpenVINO, nncf_int8
+from slimformer.saving.checkpoint import load, read_config
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
-from slimformer.tokenizing import load_tokenizer
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimformer.batching import collate
-from slimformer.checkpoint import load_dense
-from slimformer.cost import parameters
+from slimformer.core.cost import parameters
+from slimformer.core.plan import Plan
+from slimformer.data.batching import collate
+from slimformer.data.tokenizer import load_tokenizer
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.base import Context
-from slimformer.plan import Plan
+from slimformer.saving.checkpoint import load_dense
 from slimformer.tasks.base import Features, Split, Task
-from slimformer.tokenizing import load_tokenizer
-from slimformer.training import Settings, Trained, train
+from slimformer.training.loop import Settings, Trained, train
 
 SKIPPED = 2  # first steps of a segment of the Trainer's that are not timed: ours is timed from its first step
 

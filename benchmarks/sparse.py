@@ -37,7 +37,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 import numpy as np
 import torch
 
-from slimformer.machine import environment
+from slimformer.measuring.machine import environment
 
 PATTERNS = (("unstructured", (1, 1)), ("1x4", (1, 4)), ("32x32", (32, 32)))
 DENSITIES = (0.2, 0.1, 0.05)

@@ -33,7 +33,7 @@ sys.path.insert(0, "results")
 import structured
 import work
 
-from slimformer.recipe import Recipe
+from slimformer.running.recipe import Recipe
 from slimformer.tasks.question_answering import QuestionAnswering
 
 # epochs in all: gates 1 for each kind and 6 to retrain; group_lasso 4 + 4; movement 18 + 6 filled; the rival as long as the longest

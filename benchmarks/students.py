@@ -17,14 +17,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from slimformer import checkpoint
 from slimformer.cli import prefer_environment
 from slimformer.demo import encoder
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
-from slimformer.recipe import Recipe, train
-from slimformer.stages import Calibrate, Material, Stage, Train, held_score, prepare, torch_outputs
+from slimformer.running.recipe import Recipe, train
+from slimformer.running.stages import Calibrate, Material, Stage, Train, held_score, prepare, torch_outputs
+from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slimformer import checkpoint
-from slimformer.attention import quick_attention
-from slimformer.batching import rounded
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
+from slimformer.data.batching import rounded
 from slimformer.demo import encoder
 from slimformer.families.base import anatomy_of
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
+from slimformer.hooks.attention import quick_attention
+from slimformer.saving import checkpoint
 
 WAYS: dict[str, Callable[[int], int]] = {
     "longest row": lambda length: length,

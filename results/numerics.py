@@ -50,7 +50,6 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
-from slimformer.files import write_text
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -59,9 +58,10 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.kronecker import Kronecker
 from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
-from slimformer.recipe import Bench, Export, Recipe
-from slimformer.report import Record, Role, mb_text, signed
-from slimformer.stages import Calibrate, Stage, Train
+from slimformer.reporting.ledger import Record, Role, mb_text, signed
+from slimformer.running.recipe import Bench, Export, Recipe
+from slimformer.running.stages import Calibrate, Stage, Train
+from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
 
 HOME = Path(__file__).resolve().parent

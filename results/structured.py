@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sweep import Job, main
 from tables import Run, interval, row_times, safe, spread, table
+from transplant import Target, save, transplant
 from work import (
     ENCODER,
     EXPORT,
@@ -46,9 +47,7 @@ from work import (
     write,
 )
 
-from slimformer import checkpoint
 from slimformer.exporters.base import Variant
-from slimformer.figures import bars
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
@@ -57,11 +56,12 @@ from slimformer.methods.importance import Importance
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
-from slimformer.recipe import Bench, Recipe
-from slimformer.report import Record, Role, mb_text
-from slimformer.stages import Calibrate, Stage, Train
+from slimformer.reporting.ledger import Record, Role, mb_text
+from slimformer.reporting.svg import bars
+from slimformer.running.recipe import Bench, Recipe
+from slimformer.running.stages import Calibrate, Stage, Train
+from slimformer.saving import checkpoint
 from slimformer.tasks.base import Task
-from slimformer.transplant import Target, save, transplant
 
 HOME = Path(__file__).resolve().parent
 TABLE = "structured"

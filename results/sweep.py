@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from slimformer.bench import cores
 from slimformer.cli import prefer_environment
+from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
-from slimformer.files import write_text
-from slimformer.recipe import Recipe, run, train
-from slimformer.report import LEDGER
-from slimformer.stages import Train
+from slimformer.reporting.ledger import LEDGER
+from slimformer.running.bench import cores
+from slimformer.running.recipe import Recipe, run, train
+from slimformer.running.stages import Train
+from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
-from slimformer.tokenizing import load_tokenizer, max_length_of
 
 HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from slimformer.page import circumstances
-from slimformer.report import (
+from slimformer.reporting.ledger import (
     LEDGER,
     Record,
     Role,
@@ -31,6 +30,7 @@ from slimformer.report import (
     signed,
     tally,
 )
+from slimformer.reporting.page import circumstances
 
 HOME = Path(__file__).resolve().parent
 METHODS = "methods"  # the folder of the tables that compare methods

@@ -11,9 +11,9 @@ from sweep import Job
 from tables import Run, runs_of, table
 
 from slimformer.exporters.base import Variant
-from slimformer.recipe import Bench, Export, Recipe
-from slimformer.report import Record, Role, count_text, mb_text, signed
-from slimformer.stages import Train
+from slimformer.reporting.ledger import Record, Role, count_text, mb_text, signed
+from slimformer.running.recipe import Bench, Export, Recipe
+from slimformer.running.stages import Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
 

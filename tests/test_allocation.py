@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny
 
-from slimformer.allocation import allocate, levels
-from slimformer.anatomy import Kind
-from slimformer.cost import Cost, latency, macs, parameters
+from slimformer.core.anatomy import Kind
+from slimformer.core.budget import allocate, levels
+from slimformer.core.cost import Cost, latency, macs, parameters
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slimformer import attention
-from slimformer.attention import quick_attention
-from slimformer.tiny import batch, tiny
+from slimformer.hooks import attention
+from slimformer.hooks.attention import quick_attention
+from slimformer.testing.tiny import batch, tiny
 
 TYPES = ("bert", "roberta", "electra", "distilbert")
 

@@ -14,12 +14,12 @@ from tiny import tiny
 from tiny_folder import write_data, write_model
 from tokenizers import Tokenizer, models
 
-from slimformer.augmentation import Words, augmented, check_masked_model, likely_words, nearest_words
+from slimformer.core.plan import Plan
+from slimformer.data.augmentation import Words, augmented, check_masked_model, likely_words, nearest_words
 from slimformer.errors import ModelError, RecipeError
 from slimformer.log import Log
-from slimformer.plan import Plan
-from slimformer.recipe import Recipe, begin, look
-from slimformer.stages import Run, Train
+from slimformer.running.recipe import Recipe, begin, look
+from slimformer.running.stages import Run, Train
 from slimformer.tasks.base import Features, Split
 from slimformer.tasks.classification import Classification
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimformer.batching import MEGA, collate, epoch_order, in_order, rounded, sorted_by_length
+from slimformer.data.batching import MEGA, collate, epoch_order, in_order, rounded, sorted_by_length
 from slimformer.tasks.base import Features
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=300)

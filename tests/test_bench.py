@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from tiny_export import data, export
 
-from slimformer.bench import (
+from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
+from slimformer.measuring.machine import FLAGS, Load, environment, quiet, saturates
+from slimformer.running.bench import (
     SINGLE,
     SORTED,
     Engine,
@@ -30,8 +32,6 @@ from slimformer.bench import (
     size_bytes,
     workloads,
 )
-from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
-from slimformer.machine import FLAGS, Load, environment, quiet, saturates
 from slimformer.tasks.base import Features
 
 ENGINE = Engine("fake", "1.0", 2)
@@ -283,7 +283,7 @@ def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
 
 
 def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
-    from slimformer.report import Facts, write_facts
+    from slimformer.reporting.ledger import Facts, write_facts
 
     folder = export(tmp_path / "model", ("model.onnx", "model_int8_qdq.onnx"))
     options = {"use": "classification", "data": str(data(tmp_path / "data"))}
@@ -333,9 +333,9 @@ def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path)
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, Refuse())
         from pathlib import Path
-        from slimformer.bench import bench
+        from slimformer.running.bench import bench
         from slimformer.errors import ExtraError
-        from slimformer.report import table
+        from slimformer.reporting.ledger import table
         from slimformer.tasks.classification import Classification
         from rich.console import Console
         task = Classification(data="data")

@@ -10,12 +10,12 @@ import torch
 from tiny import HEAD_DIM, HEADS, LAYERS, MODEL_TYPES, batch, tiny
 from torch import nn
 
-from slimformer import capture
-from slimformer.capture import capturing
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
+from slimformer.hooks import capture
+from slimformer.hooks.capture import capturing
 from slimformer.methods.base import Capture
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ from tiny import batch, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 import slimformer
-from slimformer import checkpoint
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import ModelError
 from slimformer.families.base import anatomy_of
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
+from slimformer.saving import checkpoint
 
 PLAN = Plan({"encoder.0.heads": (1, 3), "encoder.1.attention": (), "encoder.2.neurons": (0, 5, 6)})
 

@@ -73,7 +73,7 @@ def test_check_exits_1_when_a_contract_is_broken(call: Call, monkeypatch: pytest
         """keeps its promise"""
         raise AssertionError("it does not")
 
-    monkeypatch.setattr("slimformer.checks.checks_of", lambda _: (broken,))
+    monkeypatch.setattr("slimformer.testing.checks.checks_of", lambda _: (broken,))
     code, shown, _ = call("check", "layers")
     assert code == 1
     assert shown == "FAILED methods layers: keeps its promise it does not\n"
@@ -81,9 +81,9 @@ def test_check_exits_1_when_a_contract_is_broken(call: Call, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_bench_and_report_show_tables(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimformer.bench import bench
-    from slimformer.machine import Load
-    from slimformer.report import LEDGER, append
+    from slimformer.measuring.machine import Load
+    from slimformer.reporting.ledger import LEDGER, append
+    from slimformer.running.bench import bench
     from slimformer.tasks.classification import Classification
 
     export(tmp_path / "model")

@@ -26,17 +26,20 @@ import yaml
 from tiny_folder import LABELS, write_data, write_model
 
 import slimformer
-from slimformer import checkpoint, cli, compression, delivery
-from slimformer.batching import collate, in_order
-from slimformer.compression import Wishes, compress, nearer
+from slimformer import cli
+from slimformer.core.plan import Plan
+from slimformer.data.batching import collate, in_order
 from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import anatomy_of
-from slimformer.latency import Levels
-from slimformer.plan import Plan
-from slimformer.recipe import Recipe, run, train
-from slimformer.report import Role, read, read_facts
-from slimformer.stages import Bundle, Calibrate, Train, prepare
+from slimformer.measuring.latency import Levels
+from slimformer.reporting.ledger import Role, read, read_facts
+from slimformer.running import delivery
+from slimformer.running import search as compression
+from slimformer.running.recipe import Recipe, run, train
+from slimformer.running.search import Wishes, compress, nearer
+from slimformer.running.stages import Bundle, Calibrate, Train, prepare
+from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 
@@ -44,9 +47,9 @@ pytestmark = pytest.mark.slow
 
 # What makes a run quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
 HURRY: dict[str, Any] = {
-    "slimformer.latency.SHARES": (1.0, 0.0),
-    "slimformer.compression.SHOTS": 1,
-    "slimformer.recipe.RIVALS": ("teacher-int8", "small-dense"),
+    "slimformer.measuring.latency.SHARES": (1.0, 0.0),
+    "slimformer.running.search.SHOTS": 1,
+    "slimformer.running.recipe.RIVALS": ("teacher-int8", "small-dense"),
     "psutil.cpu_percent": lambda **_: 0.0,
 }
 OPTIONS = ("--data", "data", "--speedup", "1.5", "--max-loss", "100", "--epochs", "2", "--tries", "1", "--threads", "1")
@@ -75,7 +78,8 @@ def kill_in_the_middle() -> None:
     import os
     from functools import partial
 
-    from slimformer import runstate, training
+    from slimformer.training import loop as training
+    from slimformer.training import runstate
 
     patch = pytest.MonkeyPatch()
     hurry(patch)
@@ -301,7 +305,7 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     hurry(monkeypatch)
     levels = Recipe.read(done.out / "recipe.yaml").latency
     assert isinstance(levels, Levels)
-    monkeypatch.setattr("slimformer.latency._measure", lambda *_: levels)
+    monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
     monkeypatch.setattr(delivery, "reference", lambda *_: delivery.Reference(held=2.0, seen=2.0, trusted=True))
     task = Classification(data=str(done.home / "data"))
     wishes = Wishes(speedup=1.5, max_loss=0, epochs=1, tries=1, rivals=())
@@ -329,7 +333,7 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
 ) -> None:
     hurry(monkeypatch)
     levels = Recipe.read(done.out / "recipe.yaml").latency
-    monkeypatch.setattr("slimformer.latency._measure", lambda *_: levels)
+    monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
     monkeypatch.chdir(done.home)
     out = tmp_path / "small"
     task = Classification(data="data")
@@ -340,7 +344,7 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     def reached(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimformer.compression._announce", reached)
+    monkeypatch.setattr("slimformer.running.search._announce", reached)
     with pytest.raises(KeyboardInterrupt):  # the folder is still ours for another speed
         compress("model", task, out, Wishes(speedup=1.5, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)
 

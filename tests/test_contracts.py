@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slimformer import registry
-from slimformer.checks import checks_of
+from slimformer.testing.checks import checks_of
 
 CASES = [(kind, name, check) for kind in registry.KINDS for name in registry.names(kind) for check in checks_of(kind)]
 

@@ -13,21 +13,23 @@ from hypothesis import strategies as st
 from tiny_export import data, export
 from tiny_folder import write_data, write_model
 
-from slimformer import checkpoint, delivery, graphs
-from slimformer.anatomy import Role
-from slimformer.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
+from slimformer.core.anatomy import Role
+from slimformer.core.plan import Plan
 from slimformer.errors import ExtraError
+from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
-from slimformer.plan import Plan
-from slimformer.recipe import Export, Recipe
-from slimformer.recipe import run as run_recipe
+from slimformer.running import delivery
+from slimformer.running.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
+from slimformer.running.recipe import Export, Recipe
+from slimformer.running.recipe import run as run_recipe
+from slimformer.running.stages import Bundle, Run, Train, prepare
 from slimformer.runtimes.openvino import OpenVINO
-from slimformer.sparse import size_bytes
-from slimformer.stages import Bundle, Run, Train, prepare
+from slimformer.saving import checkpoint
+from slimformer.saving.sparse import size_bytes
 from slimformer.tasks.classification import Classification
 
 

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from slimformer import registry
-from slimformer.bench import SINGLE, SORTED, Ratio
-from slimformer.machine import Environment
-from slimformer.recipe import Recipe, disorder
-from slimformer.report import Interval, Record, Role, append
+from slimformer.measuring.machine import Environment
+from slimformer.reporting.ledger import Interval, Record, Role, append
+from slimformer.running.bench import SINGLE, SORTED, Ratio
+from slimformer.running.recipe import Recipe, disorder
 from slimformer.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def test_the_options_of_question_answering_are_told() -> None:
 
 
 def test_the_example_of_squads_form_and_of_natural_questions_can_be_read(tmp_path: Path) -> None:
-    from slimformer.squad import read_questions
+    from slimformer.data.squad import read_questions
 
     text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
     (shown,) = blocks(text, "json")
@@ -189,7 +189,7 @@ def forget() -> None:
 
 
 def test_the_method_that_is_shown_passes_all_checks(plugin: str) -> None:
-    from slimformer.checks import check_all, checks_of
+    from slimformer.testing.checks import check_all, checks_of
 
     lines = list(check_all(plugin))
     assert len(lines) == len(checks_of("methods"))
@@ -281,8 +281,8 @@ def test_every_method_has_its_paragraph() -> None:
 
 
 def test_every_delivered_file_is_told() -> None:
-    from slimformer.delivery import FILES, SHIPPED
-    from slimformer.report import FACTS, LEDGER
+    from slimformer.reporting.ledger import FACTS, LEDGER
+    from slimformer.running.delivery import FILES, SHIPPED
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in (*(FILES[variant] for variant in SHIPPED), FACTS, LEDGER, "plan.json", "recipe.yaml", "report.html"):

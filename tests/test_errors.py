@@ -16,7 +16,7 @@ from tiny_folder import write_data, write_model
 
 from slimformer import cli
 from slimformer.errors import OutputError
-from slimformer.files import claim
+from slimformer.saving.files import claim
 
 MARKS = {".lock", ".slimformer"}
 Fail = Callable[..., str]
@@ -375,7 +375,7 @@ def test_a_disk_that_fills_up_while_weights_are_written(home: Path, monkeypatch:
     import torch
     from safetensors.torch import save_file as save
 
-    from slimformer.files import whole_folder
+    from slimformer.saving.files import whole_folder
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -400,7 +400,7 @@ def test_a_bug_keeps_its_traceback(home: Path, monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("slimformer.compression.compress", broken)
+    monkeypatch.setattr("slimformer.running.search.compress", broken)
     monkeypatch.setattr(sys, "argv", ["slimformer", "compress", "model", "--data", "data", "--out", "out"])
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main()
@@ -412,7 +412,7 @@ def test_an_interrupt_says_how_to_go_on(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimformer.compression.compress", stopped)
+    monkeypatch.setattr("slimformer.running.search.compress", stopped)
     code, _, err = call("compress", "model", "--data", "data", "--out", "out")
     assert code == 130
     assert "goes on from here" in err

@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 from tiny_folder import write_data, write_model
 
-from slimformer import checkpoint, compression, delivery, floats
-from slimformer.compression import Wishes
-from slimformer.delivery import Reference, Trial
+from slimformer.core.plan import Plan
 from slimformer.errors import RecipeError
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, quantized_matrices
-from slimformer.floats import Choice, Products, gains, products_of, search
 from slimformer.log import Log
-from slimformer.plan import Plan
-from slimformer.recipe import Export, Recipe
-from slimformer.recipe import run as run_recipe
-from slimformer.stages import Bundle, Run, prepare
+from slimformer.running import delivery
+from slimformer.running import rescue as floats
+from slimformer.running import search as compression
+from slimformer.running.delivery import Reference, Trial
+from slimformer.running.recipe import Export, Recipe
+from slimformer.running.recipe import run as run_recipe
+from slimformer.running.rescue import Choice, Products, gains, products_of, search
+from slimformer.running.search import Wishes
+from slimformer.running.stages import Bundle, Run, prepare
+from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 
 GAINS = {"a": 2.0, "b": 3.0, "c": 0.9, "d": 2.5, "e": 2.0}
@@ -170,7 +173,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     bundle, run = made
     state = run("rescue")
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
-    monkeypatch.setattr("slimformer.machine.saturates", lambda _: True)
+    monkeypatch.setattr("slimformer.measuring.machine.saturates", lambda _: True)
     reference = delivery.reference(bundle, state)
     delivery.reference(bundle, state)
     said = [json.loads(line).get("text", "") for line in (state.root / "log.jsonl").read_text().splitlines()]

@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import MODEL_TYPES, batch, tiny
 
-from slimformer import checkpoint, cost
-from slimformer.anatomy import Kind, Role
-from slimformer.checks import assert_equal, assert_same
+from slimformer.core import cost
+from slimformer.core.anatomy import Kind, Role
+from slimformer.core.plan import Decision, Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
-from slimformer.gating import gated
-from slimformer.plan import Decision, Plan
-from slimformer.shrink import shrink
+from slimformer.hooks.gating import gated
+from slimformer.saving import checkpoint
+from slimformer.testing.checks import assert_equal, assert_same
 
 MODELS = {name: tiny(name) for name in MODEL_TYPES}
 ANATOMIES = {name: anatomy_of(model) for name, model in MODELS.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimformer.lookup import kept_gradient
+from slimformer.training.embedding_gradient import kept_gradient
 
 
 def loss(embedding: nn.Embedding, ids: torch.Tensor, also: bool) -> torch.Tensor:

@@ -10,11 +10,11 @@ import torch
 from tiny import batch, tiny
 from torch import nn
 
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import anatomy_of
-from slimformer.masks import expand, grid_of, liveliness, masked, masked_weights
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
+from slimformer.hooks.weights import expand, grid_of, liveliness, masked, masked_weights
 
 OWN = "bert.encoder.layer.1.attention.self"
 OUT = "bert.encoder.layer.1.attention.output.dense"

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
 
+from slimformer.core.plan import Plan
 from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
-from slimformer.plan import Plan
 
 ANATOMY = anatomy_of(tiny("bert"))
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import batch, tiny
 
-from slimformer.anatomy import PointRole
-from slimformer.attention import quick_attention
-from slimformer.capture import capturing
+from slimformer.core.anatomy import PointRole
 from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.attention import quick_attention
+from slimformer.hooks.capture import capturing
+from slimformer.hooks.points import quantized, touched
 from slimformer.methods.base import Capture
-from slimformer.points import quantized, touched
-from slimformer.ranges import Range, Ranges
+from slimformer.quantizing.ranges import Range, Ranges
 
 MODEL = tiny("bert")
 ANATOMY = anatomy_of(MODEL)

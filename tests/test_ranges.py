@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slimformer.errors import DataError, ModelError
-from slimformer.ranges import Histogram, Range, Ranges, _divergence, by_entropy, by_percentile, find
+from slimformer.quantizing.ranges import Histogram, Range, Ranges, _divergence, by_entropy, by_percentile, find
 
 
 def test_a_grid_worked_by_hand():

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_folder import write_data, write_model
 
-from slimformer import checkpoint, registry
-from slimformer.compression import compress
+from slimformer import registry
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
-from slimformer.plan import Plan
-from slimformer.ranges import Range, Ranges
-from slimformer.recipe import Bench, Export, Recipe, begin, look, run, train
-from slimformer.shrink import shrink
-from slimformer.stages import Calibrate, Run, Train
+from slimformer.quantizing.ranges import Range, Ranges
+from slimformer.running.recipe import Bench, Export, Recipe, begin, look, run, train
+from slimformer.running.search import compress
+from slimformer.running.stages import Calibrate, Run, Train
+from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
 

@@ -21,13 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_export import export
 
-from slimformer.bench import SINGLE, SORTED, Lengths, Ratio, Timing
-from slimformer.card import card, snippet
 from slimformer.errors import DataError, ModelError
-from slimformer.figures import Mark, bars, scatter, ticks
-from slimformer.machine import Environment, Load
-from slimformer.page import Details, page
-from slimformer.report import (
+from slimformer.measuring.machine import Environment, Load
+from slimformer.reporting.card import card, snippet
+from slimformer.reporting.ledger import (
     Changed,
     Facts,
     Interval,
@@ -48,6 +45,9 @@ from slimformer.report import (
     tally,
     write_facts,
 )
+from slimformer.reporting.page import Details, page
+from slimformer.reporting.svg import Mark, bars, scatter, ticks
+from slimformer.running.bench import SINGLE, SORTED, Lengths, Ratio, Timing
 
 MACHINE = Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0", "numpy": "2.4"})
 

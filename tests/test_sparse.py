@@ -18,16 +18,28 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 import slimformer
-from slimformer import checkpoint, sparse
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import ModelError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.methods.quantization import Quantization
-from slimformer.plan import Plan
-from slimformer.quantizer import fake
-from slimformer.runstate import model_digest
-from slimformer.shrink import shrink
-from slimformer.sparse import BLOCKS, KEY, LARGE, Layout, _Wrong, pack, pack_matrix, read, rounding, size_bytes, unpack_matrix
+from slimformer.quantizing.grids import fake
+from slimformer.saving import checkpoint, sparse
+from slimformer.saving.sparse import (
+    BLOCKS,
+    KEY,
+    LARGE,
+    Layout,
+    _Wrong,
+    pack,
+    pack_matrix,
+    read,
+    rounding,
+    size_bytes,
+    unpack_matrix,
+)
+from slimformer.training.runstate import model_digest
 
 NAME = "encoder.weight"
 LAYOUTS = ("float32", "float16", "int8")

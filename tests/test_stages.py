@@ -12,7 +12,8 @@ import torch
 from tiny import tiny
 from tiny_folder import write_data, write_model, write_tokenizer
 
-from slimformer import checkpoint
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import DataError, PlanError, RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
@@ -20,10 +21,9 @@ from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
-from slimformer.plan import Plan
-from slimformer.recipe import Recipe, look
-from slimformer.shrink import shrink
-from slimformer.stages import Bundle, Calibrate, Run, Train, context_of, encode_text, prepare, refuse_cuts
+from slimformer.running.recipe import Recipe, look
+from slimformer.running.stages import Bundle, Calibrate, Run, Train, context_of, encode_text, prepare, refuse_cuts
+from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
 from slimformer.errors import ModelError
-from slimformer.tokenizing import cutting, load_tokenizer, max_length_of, pad_id_of
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s"]
 

@@ -21,17 +21,19 @@ from tiny import tiny
 from torch import nn
 from toy_task import accuracy, context, rows
 
-from slimformer import runstate, teaching, training
-from slimformer.batching import collate
+from slimformer.core.plan import Decision, Plan
+from slimformer.core.shrink import shrink
+from slimformer.data.batching import collate
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.base import Capture, Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
-from slimformer.plan import Decision, Plan
-from slimformer.shrink import shrink
-from slimformer.training import Freeze, Settings, estimate, rate, train
+from slimformer.training import loop as training
+from slimformer.training import runstate
+from slimformer.training import teacher as teaching
+from slimformer.training.loop import Freeze, Settings, estimate, rate, train
 
 QUIET = Log(None, quiet=True)
 FAST = Settings(epochs=2, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
@@ -249,7 +251,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from toy_task import context, rows
-from slimformer import training
+from slimformer.training import loop as training
 from slimformer.log import Log
 from slimformer.methods.gates import Gates
 torch.set_num_threads(1)
@@ -563,7 +565,7 @@ from safetensors.torch import save_file
 from test_training import Nudge
 from tiny import tiny
 from toy_task import accuracy, context, rows
-from slimformer import training
+from slimformer.training import loop as training
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 torch.set_num_threads(1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +12,17 @@ import transformers
 from tiny import HEAD_DIM, VOCABULARY, batch, tiny, tiny_config
 from tiny_folder import write_model
 
-from slimformer import checkpoint
-from slimformer.checks import assert_equal
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
+from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import ExtraError, ModelError
 from slimformer.families.base import anatomy_of
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
-from slimformer.tokenizing import load_tokenizer, max_length_of
-from slimformer.transplant import CLASSES, save, transplant
+from slimformer.saving import checkpoint
+from slimformer.testing.checks import assert_equal
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
+
+from transplant import CLASSES, save, transplant  # noqa: E402
 
 TARGETS = tuple(CLASSES)
 

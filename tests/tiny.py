@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from slimformer.checks import tiny_context
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.methods.base import Context
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
-from slimformer.tiny import HEAD_DIM, HEADS, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, batch, tiny, tiny_config
+from slimformer.testing.checks import tiny_context
+from slimformer.testing.tiny import HEAD_DIM, HEADS, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, batch, tiny, tiny_config
 
 __all__ = [
     "HEADS",

@@ -64,7 +64,7 @@ def write_model(folder: Path, *, trained: bool = True, bare: bool = False, **cha
     """A BERT of hidden size 32 that tells LABELS apart (if `trained`), or only its encoder without a head (if `bare`)."""
     import torch
 
-    from slimformer.tiny import tiny
+    from slimformer.testing.tiny import tiny
 
     tokenizer = write_tokenizer(folder)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from tiny import tiny
 
-from slimformer.batching import collate, in_order
-from slimformer.cost import parameters
+from slimformer.core.cost import parameters
+from slimformer.core.plan import Plan
+from slimformer.data.batching import collate, in_order
 from slimformer.families.base import anatomy_of
 from slimformer.methods.base import Context
-from slimformer.plan import Plan
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task
 
 BANDS = 3

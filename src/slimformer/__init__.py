@@ -12,52 +12,48 @@ Names are imported when they are used, so that `import slimformer` is quick.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from slimformer import _auto
+from slimformer.saving import auto_classes as _auto
 
 if TYPE_CHECKING:
-    from slimformer.allocation import allocate
-    from slimformer.anatomy import Anatomy
-    from slimformer.bench import bench
-    from slimformer.checkpoint import load, save
-    from slimformer.compression import Wishes, compress
+    from slimformer.core.anatomy import Anatomy
+    from slimformer.core.budget import allocate
+    from slimformer.core.plan import Decision, Plan
+    from slimformer.core.shrink import shrink
     from slimformer.families.base import anatomy_of
-    from slimformer.gating import gated
-    from slimformer.plan import Decision, Plan
-    from slimformer.recipe import Bench, Export, Recipe, run
-    from slimformer.report import Record, report
-    from slimformer.shrink import shrink
-    from slimformer.stages import Bundle, Calibrate, Train
-    from slimformer.transplant import transplant
+    from slimformer.hooks.gating import gated
+    from slimformer.reporting.ledger import Record, report
+    from slimformer.running.bench import bench
+    from slimformer.running.recipe import Bench, Export, Recipe, run
+    from slimformer.running.search import Wishes, compress
+    from slimformer.running.stages import Bundle, Calibrate, Train
+    from slimformer.saving.checkpoint import load, save
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "Anatomy": "anatomy",
-    "Bench": "recipe",
-    "Bundle": "stages",
-    "Calibrate": "stages",
-    "Decision": "plan",
-    "Export": "recipe",
-    "Plan": "plan",
-    "Recipe": "recipe",
-    "Record": "report",
-    "Train": "stages",
-    "Wishes": "compression",
-    "allocate": "allocation",
+    "Anatomy": "core.anatomy",
+    "Bench": "running.recipe",
+    "Bundle": "running.stages",
+    "Calibrate": "running.stages",
+    "Decision": "core.plan",
+    "Export": "running.recipe",
+    "Plan": "core.plan",
+    "Recipe": "running.recipe",
+    "Record": "reporting.ledger",
+    "Train": "running.stages",
+    "Wishes": "running.search",
+    "allocate": "core.budget",
     "anatomy_of": "families.base",
-    "bench": "bench",
-    "compress": "compression",
-    "gated": "gating",
-    "load": "checkpoint",
-    "report": "report",
-    "run": "recipe",
-    "save": "checkpoint",
-    "shrink": "shrink",
-    "transplant": "transplant",
+    "bench": "running.bench",
+    "compress": "running.search",
+    "gated": "hooks.gating",
+    "load": "saving.checkpoint",
+    "report": "reporting.ledger",
+    "run": "running.recipe",
+    "save": "saving.checkpoint",
+    "shrink": "core.shrink",
 }
 
 __all__ = [
@@ -82,7 +78,6 @@ __all__ = [
     "run",
     "save",
     "shrink",
-    "transplant",
 ]
 
 
@@ -96,13 +91,4 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-class _Package(ModuleType):
-    """Keeps `slimformer.shrink` the function when the module of that name is imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _PLACES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 _auto.watch()

@@ -75,9 +75,9 @@ def compress(
     wait: Wait = 60.0,
 ) -> None:
     """Make a model smaller and faster: tune if needed, cut, distil, int8, verify, report."""
-    from slimformer.compression import Wishes
-    from slimformer.compression import compress as make
-    from slimformer.recipe import RIVALS
+    from slimformer.running.recipe import RIVALS
+    from slimformer.running.search import Wishes
+    from slimformer.running.search import compress as make
 
     wishes = Wishes(
         speedup=speedup,
@@ -105,8 +105,8 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
-    from slimformer.recipe import Recipe
-    from slimformer.recipe import run as carry_out
+    from slimformer.running.recipe import Recipe
+    from slimformer.running.recipe import run as carry_out
 
     _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
@@ -130,8 +130,8 @@ def bench(
     """Compare models side by side, in turn: quality, size and speed on this machine."""
     from rich.console import Console
 
-    from slimformer.bench import bench as side_by_side
-    from slimformer.report import table
+    from slimformer.reporting.ledger import table
+    from slimformer.running.bench import bench as side_by_side
 
     given = (task, data, text, text_pair, label, metric, max_length, None, stride, models[0])
     chosen = _task(*given) if task or data else None
@@ -155,8 +155,8 @@ def report(
     """Draw the frontier of quality against speed and size over all runs: a table and report.html."""
     from rich.console import Console
 
-    from slimformer.report import report as draw
-    from slimformer.report import table
+    from slimformer.reporting.ledger import report as draw
+    from slimformer.reporting.ledger import table
 
     records = draw(runs, out)
     Console().print(table(records))
@@ -168,7 +168,7 @@ def inspect(model: Model, length: Annotated[int, typer.Option(min=1, help="Token
     """Show what could be cut: sites, parameters and MACs per layer."""
     from rich.console import Console
 
-    from slimformer.inspection import inspect as look
+    from slimformer.reporting.inspection import inspect as look
 
     Console().print(look(model, length))
 
@@ -191,7 +191,7 @@ def check(
     ] = None,
 ) -> None:
     """Check that plug-ins keep their contracts, on tiny models."""
-    from slimformer.checks import check_all
+    from slimformer.testing.checks import check_all
 
     failed = False
     for line, good in check_all(name):
@@ -207,9 +207,9 @@ def demo(
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
-    from slimformer.compression import Wishes
-    from slimformer.compression import compress as make
     from slimformer.demo import encoder
+    from slimformer.running.search import Wishes
+    from slimformer.running.search import compress as make
 
     chosen = _task("intents", None, None, None, None, None, None, None)
     _show(make(encoder(), chosen, out, Wishes(speedup=speedup, max_loss=4.0, epochs=6), command=_command()))
@@ -252,8 +252,8 @@ def _task(
 
 def _is_for_questions(model: Path) -> bool:
     """Whether a model folder, or that of a model file, says that it is one for question answering; what is wrong is told later."""
-    from slimformer import checkpoint
     from slimformer.errors import ModelError
+    from slimformer.saving import checkpoint
 
     try:
         return checkpoint.is_tuned(model if model.is_dir() else model.parent, "AutoModelForQuestionAnswering")
@@ -264,7 +264,7 @@ def _is_for_questions(model: Path) -> bool:
 def _show(outcome: Any) -> None:
     from rich.console import Console
 
-    from slimformer.report import choice, judge, table
+    from slimformer.reporting.ledger import choice, judge, table
 
     console = Console()
     console.print(table(outcome.measurement.records))

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from slimformer.files import speaking
+from slimformer.saving.files import speaking
 
 if TYPE_CHECKING:
     from rich.console import Console

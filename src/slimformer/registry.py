@@ -29,7 +29,7 @@ KINDS = {
 def names(kind: str) -> tuple[str, ...]:
     """Names of one kind, ours and third parties', sorted."""
     folder = Path(__file__).parent / kind
-    own = {file.stem for file in folder.glob("*.py") if file.stem not in {"__init__", "base"}}
+    own = {file.stem for file in folder.glob("*.py") if not file.stem.startswith("_") and file.stem != "base"}
     return tuple(sorted(own | {point.name for point in entry_points(group=f"slimformer.{kind}")}))
 
 

@@ -11,18 +11,19 @@ import pytest
 import torch
 from tiny import batch, factored_context, tiny
 
-from slimformer import graphs, machine
-from slimformer.checks import tiny_context
+from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
+from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Draft, Onnx, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
-from slimformer.floats import Products, products_of
+from slimformer.hooks.points import quantized
+from slimformer.measuring import machine
 from slimformer.methods.quantization import Quantization
-from slimformer.points import quantized
-from slimformer.ranges import Range, Ranges
+from slimformer.quantizing.ranges import Range, Ranges
+from slimformer.running.rescue import Products, products_of
 from slimformer.runtimes.onnxruntime import OnnxRuntime
-from slimformer.shrink import shrink
+from slimformer.testing.checks import tiny_context
 
 SHAPES = ((3, 7), (1, 5), (6, 12), (40, 16))
 UNSEEN = ((4, 9), (1, 3), (2, 31), (64, 8))

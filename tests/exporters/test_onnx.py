@@ -12,17 +12,17 @@ import pytest
 import torch
 from tiny import MODEL_TYPES, VOCABULARY, batch, tiny, tiny_config
 
-from slimformer import graphs
-from slimformer.anatomy import Kind
+from slimformer.core.anatomy import Kind
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
 from slimformer.exporters import onnx as exporter
+from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, best_range, fused_attentions, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
-from slimformer.plan import Plan
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.runtimes.openvino import OpenVINO
-from slimformer.shrink import shrink
 
 SHAPES = ((3, 7), (1, 5), (6, 12), (2, 2), (40, 16))  # the last so that int8 sees most of the vocabulary
 FAMILIES = ("bert", "roberta", "electra", "distilbert")

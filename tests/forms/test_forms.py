@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tiny import MODEL_TYPES, batch, tiny
 from torch import nn
 
-from slimformer import checkpoint, cost
-from slimformer.anatomy import Anatomy, Matrix, Role
-from slimformer.checks import assert_equal, assert_same
+from slimformer.core import cost
+from slimformer.core.anatomy import Anatomy, Matrix, Role
+from slimformer.core.plan import Decision, Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import PlanError, TargetError
 from slimformer.exporters import onnx as exporter
 from slimformer.exporters.base import Variant
@@ -26,10 +27,10 @@ from slimformer.exporters.onnx import Onnx, fused_attentions, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
 from slimformer.forms.base import DENSE
 from slimformer.forms.kronecker import Kronecker, KroneckerEmbedding, KroneckerLinear, rearranged, squares
-from slimformer.gating import gated
-from slimformer.plan import Decision, Plan
+from slimformer.hooks.gating import gated
 from slimformer.runtimes.onnxruntime import OnnxRuntime
-from slimformer.shrink import shrink
+from slimformer.saving import checkpoint
+from slimformer.testing.checks import assert_equal, assert_same
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import tiny
 
-from slimformer.checks import tiny_context
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
 from slimformer.methods.base import Capture, Captured, Progress, Step
 from slimformer.methods.distillation import Distillation
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
+from slimformer.testing.checks import tiny_context
 
 
 def step(context, student, teacher, mask):

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny import tiny
 
-from slimformer.checks import tiny_context
+from slimformer.core.plan import Decision, Plan
+from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
-from slimformer.gating import gated
+from slimformer.hooks.gating import gated
 from slimformer.methods import fisher
 from slimformer.methods.base import State
 from slimformer.methods.fisher import Fisher
-from slimformer.plan import Decision, Plan
-from slimformer.shrink import shrink
+from slimformer.testing.checks import tiny_context
 
 
 def test_information_is_the_mean_square_of_each_examples_gradient(monkeypatch):

@@ -15,20 +15,22 @@ from torch import nn
 from toy_task import context, rows
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from slimformer import cost, runstate, training
-from slimformer.allocation import leading, strongest
-from slimformer.anatomy import Kind
-from slimformer.batching import collate, epoch_order
-from slimformer.checks import tiny_context
+from slimformer.core import cost
+from slimformer.core.anatomy import Kind
+from slimformer.core.budget import leading, strongest
+from slimformer.core.plan import Decision, Plan
+from slimformer.data.batching import collate, epoch_order
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
-from slimformer.gating import gated
+from slimformer.hooks.gating import gated
 from slimformer.log import Log
 from slimformer.methods import gates
 from slimformer.methods.base import Captured, Context, Method, Progress, State, Step
 from slimformer.methods.gates import Gates
-from slimformer.plan import Decision, Plan
-from slimformer.training import Settings, rate, train
+from slimformer.testing.checks import tiny_context
+from slimformer.training import loop as training
+from slimformer.training import runstate
+from slimformer.training.loop import Settings, rate, train
 
 QUIET = Log(None, quiet=True)
 FROZEN = Settings(epochs=2, batch_size=16, precision="fp32", evaluate=False, freeze="everything")

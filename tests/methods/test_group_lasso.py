@@ -14,17 +14,17 @@ from torch import nn
 from toy_task import context as toy_context
 from toy_task import rows
 
-from slimformer import cost
-from slimformer.anatomy import Anatomy, Kind, Matrix, Role
-from slimformer.checks import assert_equal, assert_same, tiny_context
+from slimformer.core import cost
+from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.base import Captured, Context, Progress, Step
 from slimformer.methods.group_lasso import GroupLasso, groups_of, renews
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
-from slimformer.training import Settings, train
+from slimformer.testing.checks import assert_equal, assert_same, tiny_context
+from slimformer.training.loop import Settings, train
 
 PATTERNS = ("rows", "columns", "blocks", "block_rows", "block_columns")
 TYPES = ("bert", "roberta", "distilbert", "electra")

@@ -10,17 +10,17 @@ import pytest
 import torch
 from tiny import tiny
 
-from slimformer import cost
-from slimformer.anatomy import Kind
-from slimformer.checks import tiny_context
+from slimformer.core import cost
+from slimformer.core.anatomy import Kind
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
-from slimformer.gating import gated
+from slimformer.hooks.gating import gated
 from slimformer.methods import importance
 from slimformer.methods.base import State
 from slimformer.methods.importance import Importance
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
+from slimformer.testing.checks import tiny_context
 
 WIDE = {"intermediate_size": 512, "hidden_size": 128, "num_attention_heads": 16}  # fine enough for 2 % of a budget
 

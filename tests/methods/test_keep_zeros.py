@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from toy_task import context, rows
 
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.log import Log
 from slimformer.methods.keep_zeros import KeepZeros
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
-from slimformer.training import Settings, train
+from slimformer.training.loop import Settings, train
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 BIAS = "bert.encoder.layer.0.attention.self.query.bias"

@@ -11,8 +11,8 @@ import torch
 from tiny import MODEL_TYPES, batch, tiny
 from toy_task import context, rows
 
-from slimformer import runstate, training
-from slimformer.checks import tiny_context
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
@@ -20,9 +20,10 @@ from slimformer.methods.base import Method, Progress, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, highest, measure, updates_done, woodbury
-from slimformer.plan import Plan
-from slimformer.shrink import shrink
-from slimformer.training import Settings, train
+from slimformer.testing.checks import tiny_context
+from slimformer.training import loop as training
+from slimformer.training import runstate
+from slimformer.training.loop import Settings, train
 
 QUIET = Log(None, quiet=True)
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"

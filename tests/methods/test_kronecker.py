@@ -16,10 +16,11 @@ from tiny import tiny
 from tiny_folder import write_data, write_model
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from slimformer import checkpoint, cost
-from slimformer.anatomy import Matrix, Role
-from slimformer.batching import collate
-from slimformer.checks import tiny_context
+from slimformer.core import cost
+from slimformer.core.anatomy import Matrix, Role
+from slimformer.core.plan import Decision, Plan
+from slimformer.core.shrink import shrink
+from slimformer.data.batching import collate
 from slimformer.errors import PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.base import DENSE
@@ -28,13 +29,13 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.kronecker import NAMED, Kronecker, candidates, relative_errors
-from slimformer.plan import Decision, Plan
-from slimformer.recipe import Recipe
-from slimformer.shrink import shrink
-from slimformer.stages import Bundle, Calibrate, Run, Train, prepare
+from slimformer.running.recipe import Recipe
+from slimformer.running.stages import Bundle, Calibrate, Run, Train, prepare
+from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
+from slimformer.testing.checks import tiny_context
 
 
 def matrix(role: Role, rows: int, columns: int) -> Matrix:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from slimformer.checks import tiny_context
 from slimformer.errors import TargetError
 from slimformer.methods.base import State
 from slimformer.methods.layers import Layers, evenly
+from slimformer.testing.checks import tiny_context
 
 
 @pytest.mark.parametrize(

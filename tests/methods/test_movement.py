@@ -12,19 +12,21 @@ import torch
 from tiny import MODEL_TYPES, batch, tiny
 from toy_task import context, rows
 
-from slimformer import cost, runstate, training
-from slimformer.anatomy import Kind
-from slimformer.checks import tiny_context
+from slimformer.core import cost
+from slimformer.core.anatomy import Kind
+from slimformer.core.plan import Decision
+from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError, TargetError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.weights import masked
 from slimformer.log import Log
-from slimformer.masks import masked
 from slimformer.methods.base import Captured, Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.movement import Movement, _cost, _lowest_bar, ramp, straight_through
-from slimformer.plan import Decision
-from slimformer.shrink import shrink
-from slimformer.training import Settings, train
+from slimformer.testing.checks import tiny_context
+from slimformer.training import loop as training
+from slimformer.training import runstate
+from slimformer.training.loop import Settings, train
 
 QUIET = Log(None, quiet=True)
 LAYER = "bert.encoder.layer.1"

@@ -10,23 +10,24 @@ from tiny import batch, factored_context, tiny
 from tiny_folder import write_data, write_model
 from toy_task import context, rows
 
-from slimformer import checkpoint, training
-from slimformer.anatomy import PointRole
-from slimformer.checks import tiny_context
+from slimformer.core.anatomy import PointRole
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.points import quantized
 from slimformer.log import Log
 from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.methods.quantization import Quantization
-from slimformer.plan import Plan
-from slimformer.points import quantized
-from slimformer.recipe import Recipe, begin
-from slimformer.shrink import shrink
-from slimformer.stages import Bundle, Run, Train, advance, prepare
+from slimformer.running.recipe import Recipe, begin
+from slimformer.running.stages import Bundle, Run, Train, advance, prepare
+from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
-from slimformer.training import Settings, train
+from slimformer.testing.checks import tiny_context
+from slimformer.training import loop as training
+from slimformer.training.loop import Settings, train
 
 QUIET = Log(None, quiet=True)
 SETTINGS = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from slimformer.data.files import read_table
 from slimformer.errors import DataError, RecipeError
-from slimformer.tables import read_table
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.classification import (
     GLUE,

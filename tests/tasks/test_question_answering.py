@@ -24,14 +24,14 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toy_task import rows
 
-from slimformer import registry, teaching
-from slimformer.batching import collate
+from slimformer import registry
+from slimformer.data.batching import collate
+from slimformer.data.squad import NOTHING, Answer, exact, f1, normalized, placed
 from slimformer.errors import DataError, ModelError, RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.base import Capture
-from slimformer.recipe import Recipe
-from slimformer.squad import NOTHING, Answer, exact, f1, normalized, placed
+from slimformer.running.recipe import Recipe
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.question_answering import (
     MASKED,
@@ -41,6 +41,7 @@ from slimformer.tasks.question_answering import (
     room,
 )
 from slimformer.tasks.question_answering import from_cli as question_task
+from slimformer.training import teacher as teaching
 
 SHARED = Path(__file__).parents[3] / "shared"
 NAMES = ("start_logits", "end_logits")
@@ -330,7 +331,7 @@ def test_rows_hold_what_a_model_needs_and_where_the_context_is() -> None:
     batch = collate(features, [0, 1])
     np.testing.assert_array_equal(batch["labels"], [[10, 10], [0, 0]])
     assert batch["attention_mask"].sum(axis=1).tolist() == [16, 8]
-    from slimformer.bench import _inputs
+    from slimformer.running.bench import _inputs
 
     assert set(_inputs(features)) == {"input_ids", "token_type_ids", "attention_mask"}
 
@@ -431,7 +432,7 @@ def test_broken_numbers_are_no_answer() -> None:
 
 
 def test_the_bootstrap_takes_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = importlib.import_module("slimformer.bench")  # the package shows the function of that name
+    bench = importlib.import_module("slimformer.running.bench")  # the package shows the function of that name
 
     task = QuestionAnswering(max_length=24, stride=4, version="v2", threshold=0.0)
     rows = [asked(f"the old {word} room", word, id=word) for word in NUMBERS] + [asked("so dull", id="none")]
@@ -743,7 +744,7 @@ def write_folder(
 ) -> Path:
     """A BERT or RoBERTa of hidden size 32 for questions with its tokenizer, trained for so many steps on `questions`."""
     from slimformer.families.base import family_of
-    from slimformer.tiny import tiny
+    from slimformer.testing.tiny import tiny
 
     tokenizer = whole_words_of_roberta() if kind == "roberta" else bert_like(words) if words else bert_like()
     folder.mkdir(parents=True, exist_ok=True)
@@ -802,8 +803,8 @@ def test_a_tuned_model_that_never_says_none_is_refused_for_v2(call: Call, tmp_pa
 
 
 def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> None:
-    from slimformer import checkpoint
-    from slimformer.plan import Plan
+    from slimformer.core.plan import Plan
+    from slimformer.saving import checkpoint
 
     data = write_data(tmp_path / "data", train=60)
     task = QuestionAnswering(data=str(data), stride=8)
@@ -819,9 +820,9 @@ def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> Non
 
 def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
     """A leading stage makes it one of v2, its own teacher, and its mark says so; without the stage it is refused."""
-    from slimformer import checkpoint
-    from slimformer.recipe import begin, look
-    from slimformer.stages import Run, Train
+    from slimformer.running.recipe import begin, look
+    from slimformer.running.stages import Run, Train
+    from slimformer.saving import checkpoint
 
     task = QuestionAnswering(data=str(write_data(tmp_path / "data", train=60, without=0.5)), stride=8, max_length=48)
     folder = write_folder(tmp_path / "model")
@@ -862,7 +863,7 @@ def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path
 def test_a_teacher_of_another_task_or_tokenizer_is_refused(tmp_path: Path) -> None:
     from tiny_folder import write_model
 
-    from slimformer.recipe import look
+    from slimformer.running.recipe import look
 
     data = write_data(tmp_path / "data")
     model = write_folder(tmp_path / "model")
@@ -881,13 +882,13 @@ def test_a_teacher_of_another_task_or_tokenizer_is_refused(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["roberta", "electra", "distilbert"])
 def test_exported_files_give_both_logits_of_every_token(model_type: str, tmp_path: Path) -> None:
+    from slimformer.core.plan import Plan
+    from slimformer.core.shrink import shrink
     from slimformer.exporters.base import Variant
     from slimformer.exporters.onnx import Onnx, quantized_matrices
     from slimformer.families.base import anatomy_of, family_of
-    from slimformer.plan import Plan
     from slimformer.runtimes.onnxruntime import OnnxRuntime
-    from slimformer.shrink import shrink
-    from slimformer.tiny import batch, tiny
+    from slimformer.testing.tiny import batch, tiny
 
     dense = tiny(model_type, auto_class="AutoModelForQuestionAnswering", num_labels=2)
     anatomy = anatomy_of(dense)
@@ -941,10 +942,10 @@ def python(code: str, folder: Path, *options: str) -> subprocess.CompletedProces
 @pytest.mark.slow
 def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tuned model is cut and distilled, thresholds are fitted per file, and bench and card use them."""
-    from slimformer.bench import evaluate
-    from slimformer.checkpoint import read_config
-    from slimformer.report import read, read_facts
+    from slimformer.reporting.ledger import read, read_facts
+    from slimformer.running.bench import evaluate
     from slimformer.runtimes.onnxruntime import OnnxRuntime
+    from slimformer.saving.checkpoint import read_config
 
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     monkeypatch.chdir(tmp_path)
@@ -997,8 +998,8 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     code = textwrap.dedent(REFUSE.format(refused={"torch", "transformers"})) + textwrap.dedent("""
         import sys
         from pathlib import Path
-        from slimformer.bench import bench
-        from slimformer.machine import Load
+        from slimformer.running.bench import bench
+        from slimformer.measuring.machine import Load
         found = bench([Path("small")], seconds=0, rounds=1, threads=1, load=Load(0, 0, 0, True))
         assert not {"torch", "transformers"} & set(sys.modules)
         print({record.file: record.scores["f1"] for record in found.records})
@@ -1021,11 +1022,11 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
     """The short command: what it delivers answers questions, always with a span, and its recipe names what was done."""
     from test_compression import DELIVERED, hurry
 
-    from slimformer import checkpoint
-    from slimformer.report import Role, read, read_facts
+    from slimformer.reporting.ledger import Role, read, read_facts
+    from slimformer.saving import checkpoint
 
     hurry(monkeypatch)
-    monkeypatch.setattr("slimformer.latency.SECONDS", 3.0)
+    monkeypatch.setattr("slimformer.measuring.latency.SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1062,7 +1063,7 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
 
 
 def test_the_page_cuts_long_texts_to_the_answers() -> None:
-    from slimformer.page import BRIEF, excerpt
+    from slimformer.reporting.page import BRIEF, excerpt
 
     text = " ".join(f"word{number}" for number in range(400))
     assert excerpt("short text", ("x",)) == "short text"
@@ -1097,9 +1098,9 @@ def test_natural_questions_with_gold_passages() -> None:
 @pytest.mark.skipif(not (SHARED / "models" / "minilm-squad1").is_dir(), reason="the trained model is not beside this checkout")
 def test_a_trained_model_scores_what_is_known_of_it() -> None:
     """F1 74.5 and exact 63.0 on 1,000 dev questions; on 60 of them, within three standard errors."""
-    from slimformer import checkpoint
-    from slimformer.bench import evaluate
-    from slimformer.tokenizing import load_tokenizer
+    from slimformer.data.tokenizer import load_tokenizer
+    from slimformer.running.bench import evaluate
+    from slimformer.saving import checkpoint
 
     folder = SHARED / "models" / "minilm-squad1"
     ids = SHARED / "data" / "splits" / "squad-v1.1-small.json"

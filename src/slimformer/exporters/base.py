@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.ranges import Ranges
+    from slimformer.quantizing.ranges import Ranges
 
 Arrays = Mapping[str, np.ndarray]  # model input -> (batch, seq) int64
 

@@ -19,19 +19,28 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
-from slimformer import graphs
 from slimformer.errors import ExportError, nearest
+from slimformer.exporters._onnx import rewrite as graphs
+from slimformer.exporters._onnx.rewrite import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
 from slimformer.exporters.base import Arrays, Artifact, Exporter, Variant
-from slimformer.files import whole
-from slimformer.graphs import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
-from slimformer.ranges import Calibration, Histogram, Range, Ranges, check_bits, check_calibration, check_percentile, find
+from slimformer.quantizing.ranges import (
+    Calibration,
+    Histogram,
+    Range,
+    Ranges,
+    check_bits,
+    check_calibration,
+    check_percentile,
+    find,
+)
+from slimformer.saving.files import whole
 
 if TYPE_CHECKING:
     import onnx_ir
     import torch
     from transformers import PreTrainedModel
 
-    from slimformer.anatomy import Anatomy, Point
+    from slimformer.core.anatomy import Anatomy, Point
     from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
 __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
@@ -200,7 +209,7 @@ class Draft:
     @property
     def points(self) -> tuple[Point, ...]:
         """Points whose matrices become int8 unless they are named in `floats`."""
-        from slimformer.anatomy import PointRole
+        from slimformer.core.anatomy import PointRole
 
         return tuple(point for point in self.anatomy.points.values() if point.role is PointRole.MATRIX)
 
@@ -246,7 +255,7 @@ class Draft:
         """What the file should give: the model's outputs, with its inputs on the grids where those were learned."""
         if self.ranges is None or not self._learned(variant):
             return self.reference
-        from slimformer.points import quantized
+        from slimformer.hooks.points import quantized
 
         with _eval(self.model), quantized(self.model, self.anatomy, self.ranges, floats):
             return [_torch_outputs(self.model, self.names, batch, self.outputs) for batch in self.batches]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from slimformer import registry
-from slimformer.anatomy import Anatomy, Counter, Kind, Matrix, Point, PointRole, Role, Site, Slice, Tap
+from slimformer.core.anatomy import Anatomy, Counter, Kind, Matrix, Point, PointRole, Role, Site, Slice, Tap
 from slimformer.errors import ModelError
 from slimformer.forms.base import form_of, shape_of
 

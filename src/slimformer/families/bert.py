@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
-from slimformer.anatomy import Anatomy, Counter, Matrix, Point, Role, Site, told_apart
+from slimformer.core.anatomy import Anatomy, Counter, Matrix, Point, Role, Site, told_apart
 from slimformer.families.base import (
     ATTENTION,
     SKIPPED,

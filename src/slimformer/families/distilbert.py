@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 from torch import nn
 
-from slimformer.anatomy import Anatomy, Counter, Point, Role, Site, told_apart
+from slimformer.core.anatomy import Anatomy, Counter, Point, Role, Site, told_apart
 from slimformer.families.base import (
     ATTENTION,
     SKIPPED,

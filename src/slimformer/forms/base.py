@@ -19,7 +19,7 @@ from slimformer import registry
 from slimformer.errors import PlanError, nearest
 
 if TYPE_CHECKING:
-    from slimformer.anatomy import Matrix
+    from slimformer.core.anatomy import Matrix
 
 Shape = tuple[int, int]  # of a Linear (out, in), of an Embedding (rows, width)
 

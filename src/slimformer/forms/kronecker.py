@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimformer.anatomy import Role
+from slimformer.core.anatomy import Role
 from slimformer.forms.base import Form, Formed, Shape
 
 if TYPE_CHECKING:
-    from slimformer.anatomy import Matrix
+    from slimformer.core.anatomy import Matrix
 
 
 @final

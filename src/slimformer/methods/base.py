@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimformer.plan import Decision, Plan
+from slimformer.core.plan import Decision, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.anatomy import Anatomy
-    from slimformer.cost import Cost
+    from slimformer.core.anatomy import Anatomy
+    from slimformer.core.cost import Cost
     from slimformer.tasks.base import Task
 
 Batch = Mapping[str, Tensor]  # "input_ids" (batch, seq), "attention_mask" (batch, seq), ..., "labels" (batch,)

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.allocation import allocate
-from slimformer.anatomy import Anatomy, Kind, Site
-from slimformer.cost import Cost
-from slimformer.gating import gated
+from slimformer.core.anatomy import Anatomy, Kind, Site
+from slimformer.core.budget import allocate
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
+from slimformer.hooks.gating import gated
 from slimformer.methods.base import Batch, Context, Method, State
-from slimformer.plan import Decision, Plan
-from slimformer.precision import looking
-from slimformer.runstate import model_digest
 from slimformer.tasks.base import Task
+from slimformer.training.precision import looking
+from slimformer.training.runstate import model_digest
 
 SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
 FLOOR = 0.02  # the least weight of a token: later layers may still read it

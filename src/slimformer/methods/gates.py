@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.allocation import allocate, leading, something_left, strongest
-from slimformer.anatomy import Anatomy, Kind, Site
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Kind, Site
+from slimformer.core.budget import allocate, leading, something_left, strongest
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
-from slimformer.gating import gated
+from slimformer.hooks.gating import gated
 from slimformer.methods.base import Context, Method, Progress, State, Step
-from slimformer.plan import Decision, Plan
 
 NEAR = 0.04  # of the dense cost: so far above the target the expected cost may end without a word
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2

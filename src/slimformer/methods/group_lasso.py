@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.allocation import allocate
-from slimformer.anatomy import Anatomy, Kind, Matrix, Role, Site, Slice
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role, Site, Slice
+from slimformer.core.budget import allocate
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.errors import RecipeError, TargetError
-from slimformer.masks import expand, grid_of, liveliness
+from slimformer.hooks.weights import expand, grid_of, liveliness
 from slimformer.methods.base import Context, Method, Progress, State, Step, Zeros
-from slimformer.plan import Decision, Plan
 
 Pattern = Literal["units", "rows", "columns", "blocks", "block_rows", "block_columns"]
 OUTSIDE = (Role.EMBEDDING, Role.CLASSIFIER)  # the authors' code penalised RoBERTa's embeddings by accident; ours are never cut

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 import numpy as np
 import torch
 
-from slimformer.allocation import strongest
-from slimformer.anatomy import Anatomy, Kind, Site
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Kind, Site
+from slimformer.core.budget import strongest
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.families.base import family_of
-from slimformer.gating import gated
+from slimformer.hooks.gating import gated
 from slimformer.methods.base import Batch, Context, Method, State
-from slimformer.plan import Decision, Plan
-from slimformer.precision import looking
+from slimformer.training.precision import looking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, cast, final
 
-from slimformer.anatomy import Role
-from slimformer.masks import masked_weights
+from slimformer.core.anatomy import Role
+from slimformer.hooks.weights import masked_weights
 from slimformer.methods.base import Context, Method, State
 
 

@@ -29,12 +29,12 @@ from typing import ClassVar, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Matrix, Role
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Matrix, Role
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision
 from slimformer.families.base import family_of
-from slimformer.masks import expand, grid_of, masked_weights
+from slimformer.hooks.weights import expand, grid_of, masked_weights
 from slimformer.methods.base import Context, Method, Progress, State, Zeros
-from slimformer.plan import Decision
 
 OUTSIDE = (Role.EMBEDDING, Role.CLASSIFIER)
 DENSITY = 0.05  # 20 times fewer weights: the paper's

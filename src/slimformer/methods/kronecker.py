@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.allocation import best_levels
-from slimformer.anatomy import Anatomy, Matrix, Role
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Matrix, Role
+from slimformer.core.budget import best_levels
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError, TargetError
 from slimformer.families.base import ATTENTION
 from slimformer.forms.base import DENSE, Form, Shape
 from slimformer.forms.kronecker import Kronecker as Product
 from slimformer.forms.kronecker import squares
 from slimformer.methods.base import Context, Method, State
-from slimformer.plan import Decision, Plan
 
 KEEP = 0.25  # of the dense cost, where neither shapes nor a share are given
 SMALL = 128  # entries that the smaller factor of a searched shape may have; a matrix can then shrink about as many times

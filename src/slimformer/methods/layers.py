@@ -12,11 +12,11 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from slimformer.anatomy import Anatomy, Kind
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Kind
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
 from slimformer.methods.base import Context, Method, State
-from slimformer.plan import Decision, Plan
 
 
 @final

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Anatomy, Kind, Matrix, Role
-from slimformer.cost import Cost
+from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
-from slimformer.masks import grid_of, liveliness, masked, masked_weights
+from slimformer.hooks.weights import grid_of, liveliness, masked, masked_weights
 from slimformer.methods.base import Context, Method, Progress, State, Step, Zeros
-from slimformer.plan import Decision, Plan
 
 ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
 FFN = (Role.FFN_IN, Role.FFN_OUT)

@@ -22,15 +22,15 @@ from typing import Any, ClassVar, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from slimformer.anatomy import Point, PointRole
+from slimformer.core.anatomy import Point, PointRole
+from slimformer.core.plan import Decision
 from slimformer.forms.base import shape_of
 from slimformer.forms.kronecker import KroneckerEmbedding, weight_of
-from slimformer.masks import Change, changed_weights
+from slimformer.hooks.points import touched
+from slimformer.hooks.weights import Change, changed_weights
 from slimformer.methods.base import Context, Method, Progress, State
-from slimformer.plan import Decision
-from slimformer.points import touched
-from slimformer.quantizer import MOMENTUM, Grid, RunningRange, affine, fake, grid_of
-from slimformer.ranges import TABLE_ROWS, Ranges
+from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, affine, fake, grid_of
+from slimformer.quantizing.ranges import TABLE_ROWS, Ranges
 
 BITS = (8, 6, 4)
 READING = (PointRole.MATRIX, PointRole.HEAD)  # points whose modules are Linears, with a weight to quantize

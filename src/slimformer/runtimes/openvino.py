@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, final
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
-from slimformer.files import whole_folder
 from slimformer.runtimes.base import Runner, Runtime
+from slimformer.saving.files import whole_folder
 
 if TYPE_CHECKING:
     from slimformer.exporters.base import Arrays

@@ -36,8 +36,8 @@ class Torch(Runtime):
             raise ExtraError("the runtime 'torch' is not installed.", help="pip install torch transformers")
         import torch
 
-        from slimformer.checkpoint import load
         from slimformer.families.base import family_of
+        from slimformer.saving.checkpoint import load
 
         model = load(path)
         names = family_of(model.config.model_type).inputs(model)

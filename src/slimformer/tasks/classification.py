@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from slimformer.data.files import DEV_NAMES, HUB_NAME, SUFFIXES, TRAIN_NAMES, Table, find_files, joined, read_hub, read_table
+from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.errors import DataError, RecipeError, nearest
-from slimformer.tables import DEV_NAMES, HUB_NAME, SUFFIXES, TRAIN_NAMES, Table, find_files, joined, read_hub, read_table
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task
-from slimformer.tokenizing import cutting, pad_id_of
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from slimformer.errors import DataError, RecipeError, nearest
-from slimformer.squad import (
+from slimformer.data.files import DEV_NAMES, TRAIN_NAMES
+from slimformer.data.squad import (
     NOTHING,
     SHAPE,
     Answer,
@@ -32,10 +32,10 @@ from slimformer.squad import (
     read_hub_questions,
     read_questions,
 )
-from slimformer.tables import DEV_NAMES, TRAIN_NAMES
+from slimformer.data.tokenizer import cutting, pad_id_of
+from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task
 from slimformer.tasks.classification import DEV_SHARE, HELD_FEWEST, HELD_LARGEST_SHARE, HELD_MOST, SPLIT_SEED
-from slimformer.tokenizing import cutting, pad_id_of
 
 if TYPE_CHECKING:
     import torch

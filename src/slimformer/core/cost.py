@@ -1,0 +1,114 @@
+"""What a plan costs: parameters and MACs by arithmetic, milliseconds from a measured table.
+
+Every cost here is a fixed part plus one curve per unit site, its sublayer's cost at 0, 1, ... units; that is all a search needs.
+What another form of a matrix saves is counted on top, but never in milliseconds: those must be measured. Nothing is measured in this
+file: `latency` gets its table from whoever measured it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role, Site
+from slimformer.core.plan import Plan
+from slimformer.errors import TargetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`curves[site][n]`: cost of the site's sublayer with n units; at 0 the sublayer is gone. `fixed`: all the rest.
+
+    `matrix` tells what one matrix costs in its form, or is None where only a measurement could.
+    """
+
+    unit: str  # "parameters", "MACs", "ms"
+    fixed: float
+    curves: Mapping[str, np.ndarray]  # site -> (size + 1,)
+    matrix: Callable[[Matrix], float] | None = None
+
+    def of(self, plan: Plan, anatomy: Anatomy) -> float:
+        """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
+        total = self.fixed
+        for name, curve in self.curves.items():
+            sublayer = anatomy.sites[name].sublayer
+            gone = sublayer is not None and plan.keep.get(sublayer) == ()
+            units = 0 if gone else len(plan.keep[name]) if name in plan.keep else len(curve) - 1
+            total += float(curve[units])
+        return total - self._saved(plan, anatomy) if plan.forms else total
+
+    def _saved(self, plan: Plan, anatomy: Anatomy) -> float:
+        """What the plan's forms take off the cost of the model it cuts."""
+        if self.matrix is None:
+            raise TargetError(
+                f"what a form costs in {self.unit} is not known before it is measured.", help="count macs or parameters."
+            )
+        cut, formed = anatomy.after(Plan(plan.keep)).matrices, anatomy.after(plan).matrices
+        there = [name for name in plan.forms if name in formed]
+        return float(sum(self.matrix(cut[name]) - self.matrix(formed[name]) for name in there))
+
+    @property
+    def dense(self) -> float:
+        """Cost with nothing cut."""
+        return self.fixed + float(sum(curve[-1] for curve in self.curves.values()))
+
+
+def _unit_sites(anatomy: Anatomy) -> tuple[Site, ...]:
+    return tuple(site for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER)
+
+
+def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
+    """Parameters of the whole model; times four, the bytes of its float32 weights."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    curves = {}
+    inside = 0
+    for site in _unit_sites(anatomy):
+        per_unit = sum(shapes[piece.param].numel() // site.size for piece in site.slices if piece.param in shapes)
+        owners = anatomy.sites[site.sublayer].modules if site.sublayer else ()
+        total = sum(shape.numel() for name, shape in shapes.items() if any(name.startswith(f"{module}.") for module in owners))
+        curve = total + per_unit * (np.arange(site.size + 1) - site.size)  # (size + 1,)
+        curve[0] = 0
+        curves[site.id] = curve.astype(np.float64)
+        inside += total
+    fixed = float(sum(shape.numel() for shape in shapes.values()) - inside)
+    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters)
+
+
+def macs(anatomy: Anatomy, lengths: np.ndarray) -> Cost:
+    """Multiply-accumulates of the encoder for an average example of these `lengths` (tokens); embeddings and head left out."""
+    mean, mean_square = float(np.mean(lengths)), float(np.mean(np.square(lengths, dtype=np.float64)))
+    matrices = {f"{matrix.module}.weight": matrix for matrix in anatomy.matrices.values()}
+
+    def work(matrix: Matrix) -> float:
+        return 0.0 if matrix.role is Role.EMBEDDING else mean * matrix.form.macs(matrix.shape)
+
+    curves = {}
+    for site in _unit_sites(anatomy):
+        inside = [matrices[piece.param] for piece in site.slices if piece.param in matrices]
+        per_unit = sum(work(matrix) for matrix in inside if matrix.dense) / site.size
+        if site.kind is Kind.HEADS:
+            per_unit += 2 * anatomy.head_dim * mean_square  # scores, and their product with the values
+        curve = per_unit * np.arange(site.size + 1)
+        curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
+        curves[site.id] = curve
+    return Cost("MACs", 0.0, curves, work)
+
+
+def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[Kind, Mapping[int, float]]) -> Cost:
+    """Milliseconds per example from measured levels: kind -> {units: ms of one sublayer}, linear in between.
+
+    0 units cost nothing, and a level never costs less than a smaller one: timings that say so are noise.
+    """
+    curves = {}
+    for site in _unit_sites(anatomy):
+        levels = {0: 0.0, **table[site.kind]}
+        units = np.array(sorted(levels))
+        ms = np.maximum.accumulate(np.array([levels[count] for count in units]))
+        curves[site.id] = np.interp(np.arange(site.size + 1), units, ms)
+    return Cost("ms", fixed_ms, curves)

@@ -1,0 +1,197 @@
+"""What is kept of a model and how it is stored: the whole memory of a compression, small, exact, JSON.
+
+A `Plan` names, for each site, the units that stay, in the numbering of the *original* model, and the form of each matrix that is not
+dense. Within a plan cuts come first and forms after, in the shapes that the cuts leave. Plans compose with `then`, are checked
+against an anatomy before anything is changed, and have a digest. A `Decision` is a plan with the numbers a method wants folded
+into the weights. Neither changes a model: that is `shrink.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from slimformer.errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimformer.core.anatomy import Anatomy
+    from slimformer.forms.base import Form
+    from slimformer.quantizing.ranges import Ranges
+
+VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and is still what a plan without any is written as
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Units kept per site, in the numbering of the original model; an absent site keeps everything. `forms`: matrix -> its form."""
+
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frozen = {site: tuple(int(unit) for unit in units) for site, units in sorted(self.keep.items())}
+        object.__setattr__(self, "keep", MappingProxyType(frozen))
+        object.__setattr__(self, "forms", MappingProxyType(_formed(self.forms)))
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.keep.items()), tuple(self.forms.items())))
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by `later`, which speaks in the numbering that this one leaves."""
+        keep = dict(self.keep)
+        for site, units in later.keep.items():
+            base = keep.get(site)
+            if base is not None and units and max(units) >= len(base):
+                raise PlanError(
+                    f"site '{site}' has {len(base)} units left, the later plan keeps unit {max(units)}.",
+                    help="a later plan counts the units that the earlier one leaves, from 0.",
+                )
+            keep[site] = units if base is None else tuple(base[unit] for unit in units)
+        for matrix in later.forms:
+            if matrix in self.forms:
+                raise PlanError(
+                    f"matrix '{matrix}' has the form {self.forms[matrix]}, the later plan gives it another.",
+                    help="a matrix changes its form once.",
+                )
+        return Plan(keep, {**self.forms, **later.forms})
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises PlanError unless the sites exist and their kept units are sorted, distinct and within the site, and the forms fit.
+
+        A cut must not run through a matrix that has a form already: cut first, factor after. Its whole sublayer may still go.
+        """
+        for name, units in self.keep.items():
+            site = anatomy.sites.get(name)
+            if site is None:
+                raise PlanError(
+                    f"the plan names the site '{name}', which this model does not have.",
+                    help=f"{nearest(name, anatomy.sites)}; `slimformer inspect` lists them.",
+                )
+            wrong = [unit for unit in units if not 0 <= unit < site.size]
+            if wrong:
+                raise PlanError(
+                    f"site '{name}' has {site.size} {site.kind}, the plan keeps {site.kind} {wrong[0]}.",
+                    facts=[f"kept: {' '.join(map(str, units))}      allowed: 0..{site.size - 1}"],
+                    help=f"the plan was made for another model; its digest is {self.digest()}.",
+                )
+            if list(units) != sorted(set(units)):
+                raise PlanError(
+                    f"site '{name}': kept units must rise and be distinct, got {' '.join(map(str, units))}.",
+                    help="sort them and drop the doubles.",
+                )
+            if not units and site.sublayer is not None and self.keep.get(site.sublayer) != ():
+                raise PlanError(
+                    f"site '{name}' keeps nothing, yet its sublayer '{site.sublayer}' stays.",
+                    help=f"cut the sublayer too: keep['{site.sublayer}'] = ().",
+                )
+            factored = anatomy.factored(site)
+            if factored and len(units) < site.size and site.sublayer not in anatomy.gone(self):
+                raise PlanError(
+                    f"site '{name}' cannot be cut: its {factored[0].role} matrix '{factored[0].id}' is stored as {factored[0].form}.",
+                    facts=["a unit is a row or column of a matrix, and a factored matrix has none of its own."],
+                    help="cut first, factor after.",
+                )
+        self._check_forms(anatomy)
+
+    def _check_forms(self, anatomy: Anatomy) -> None:
+        gone = anatomy.gone(self)
+        for name, form in self.forms.items():
+            matrix = anatomy.matrices.get(name)
+            if matrix is None:
+                raise PlanError(
+                    f"the plan gives a form to the matrix '{name}', which this model does not have.",
+                    help=nearest(name, anatomy.matrices),
+                )
+            if matrix.sublayer in gone:
+                continue
+            if not matrix.dense:
+                raise PlanError(
+                    f"matrix '{name}' is stored as {matrix.form} already.",
+                    help="a matrix changes its form once; prune before that.",
+                )
+            if matrix.tied is not None:
+                raise PlanError(
+                    f"matrix '{name}' cannot be stored as {form}: it is tied to '{matrix.tied}', which reads it as a plain matrix.",
+                    help="leave it dense, or untie the two (tie_word_embeddings: false in config.json) and train both.",
+                )
+            problem = form.problem(anatomy.cut(matrix, self))
+            if problem is not None:
+                raise PlanError(f"matrix '{name}' cannot be stored as {form}: {problem}.")
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name this plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def to_json(self) -> str:
+        """The plan as JSON; `Plan.from_json` gives it back exactly."""
+        keep = {site: list(units) for site, units in self.keep.items()}
+        if not self.forms:
+            return json.dumps({"version": 1, "keep": keep}, sort_keys=True)
+        forms = {matrix: form.to_data() for matrix, form in self.forms.items()}
+        return json.dumps({"version": 2, "keep": keep, "forms": forms}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan written by `to_json`; PlanError for anything else, whatever it is."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is not JSON: {error}.", help="it should be a plan.json that save() wrote.") from None
+        if not isinstance(data, dict) or not {"version", "keep"} <= set(data) or not isinstance(data["keep"], dict):
+            raise PlanError("the plan is not {version, keep}.", help="it should be a plan.json that save() wrote.")
+        version = data["version"]
+        if type(version) is not int or version not in VERSIONS:
+            raise PlanError(
+                f"the plan has version {version!r}, this slimformer reads {' and '.join(map(str, VERSIONS))}.",
+                help="install the slimformer that wrote it, or make the model again.",
+            )
+        forms = data.get("forms", {})
+        if set(data) != {"version", "keep"} | ({"forms"} if version > 1 else set()) or not isinstance(forms, dict):
+            raise PlanError(
+                f"the plan is not what version {version} holds: {', '.join(sorted(data))}.",
+                help="it should be a plan.json that save() wrote.",
+            )
+        for site, units in data["keep"].items():
+            if not isinstance(units, list) or any(type(unit) is not int or unit < 0 for unit in units):
+                raise PlanError(f"site '{site}': kept units must be a list of whole numbers from 0.")
+        if not forms:
+            return Plan({site: tuple(units) for site, units in data["keep"].items()})
+        from slimformer.forms.base import read
+
+        return Plan(
+            {site: tuple(units) for site, units in data["keep"].items()},
+            {matrix: read(form, matrix) for matrix, form in forms.items()},
+        )
+
+
+def _formed(forms: Mapping[str, Form]) -> dict[str, Form]:
+    """Without those that are dense, in order."""
+    if not forms:
+        return {}
+    from slimformer.forms.base import DENSE
+
+    return {matrix: form for matrix, form in sorted(forms.items()) if form != DENSE}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and what to fold into the weights while cutting.
+
+    `scales`: site -> (size,) multiplied at the site's taps, in the numbering before the cut. `weights`: parameter name ->
+    new values, in shapes before the cut; a method that repairs what is left sets them. The parameters of a new form have names there
+    too, "<module>.a" for instance; those that are left out come nearest to the matrix as it is after the cut. `ranges`: what activations
+    span, where a method learned it; it holds for the model as it then is, and the next stage drops it. `notes`: what the user should be
+    told of it, a sentence each.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ranges: Ranges | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,131 @@
+"""The only code that changes shapes and forms: a model and a plan in, a smaller model out, the input left untouched.
+
+Cuts come first, then forms. It is also how a saved model is rebuilt: an empty skeleton is shrunk by the saved plan, then weights are
+loaded strictly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from slimformer.core.anatomy import Anatomy, Matrix, Site
+from slimformer.core.plan import Decision, Plan
+from slimformer.errors import PlanError
+from slimformer.families.base import family_of
+from slimformer.forms.base import Form, Formed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) -> PreTrainedModel:
+    """A copy of `model` that keeps only what `decision` keeps, in its forms, with its scales and weights folded in.
+
+    `anatomy` is that of `model` as it stands, and the decision speaks in its numbering. Works on the meta device too. Raises
+    PlanError where the decision does not fit.
+    """
+    if isinstance(decision, Plan):
+        decision = Decision(decision)
+    decision.plan.check(anatomy)
+    small = copy.deepcopy(model)
+    gone = anatomy.gone(decision.plan)
+    forms = {anatomy.matrices[name]: form for name, form in decision.plan.forms.items()}
+    forms = {matrix: form for matrix, form in forms.items() if matrix.sublayer not in gone}
+    factors = _factors(small, forms, decision.weights)
+    with torch.no_grad():
+        _replace(small, {name: value for name, value in decision.weights.items() if name not in factors})
+        for name, scale in decision.scales.items():
+            _fold(small, _site(anatomy, name), scale)
+        for name, keep in decision.plan.keep.items():
+            if anatomy.sites[name].sublayer not in gone:
+                _cut(small, anatomy.sites[name], keep)
+        for matrix, form in forms.items():
+            _put(small, matrix.module, form, factors)
+    family = family_of(model.config.model_type)
+    for name in anatomy.sites:
+        if name in gone:
+            family.skip(small, anatomy.sites[name])
+    return small
+
+
+def _site(anatomy: Anatomy, name: str) -> Site:
+    if name not in anatomy.sites:
+        raise PlanError(f"the decision scales the site '{name}', which this model does not have.")
+    return anatomy.sites[name]
+
+
+def _replace(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            have = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+            raise PlanError(f"the decision re-solves '{name}' with shape {tuple(value.shape)}; the model has {have}.")
+        parameters[name].copy_(value).add_(0.0)  # a masked -0.0 becomes 0.0, of which all bits are zero
+
+
+def _factors(model: nn.Module, forms: Mapping[Matrix, Form], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of `weights` that belong to modules which the forms are about to put in."""
+    there = {name for name, _ in model.named_parameters()}
+    modules = {matrix.module for matrix in forms}
+    return {name: value for name, value in weights.items() if name not in there and name.rpartition(".")[0] in modules}
+
+
+def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, torch.Tensor]) -> None:
+    """Replaces the matrix at `path` by its form: with its own part of `factors`, and the nearest there is for what they lack."""
+    dense = cast(Any, model.get_submodule(path))
+    module = form.module(dense)
+    slots = {name: slot for name, slot in module.named_parameters() if name != "bias"}
+    given = {name.rpartition(".")[2]: value for name, value in factors.items() if name.rpartition(".")[0] == path}
+    wrong = [name for name, value in given.items() if name not in slots or slots[name].shape != value.shape]
+    if wrong:
+        have = tuple(slots[wrong[0]].shape) if wrong[0] in slots else "no such parameter"
+        raise PlanError(f"the decision fills '{path}.{wrong[0]}' with shape {tuple(given[wrong[0]].shape)}; {form} has {have}.")
+    table = isinstance(dense, nn.Embedding)
+    whole = set(given) == set(slots) or dense.weight.is_meta
+    values = given if whole else {**form.weights(dense.weight, table=table), **given}
+    for name, value in values.items():
+        slots[name].copy_(value)
+    model.set_submodule(path, module.train(dense.training))
+
+
+def _fold(model: nn.Module, site: Site, scale: torch.Tensor) -> None:
+    """Multiplies `scale` (size,) into the Linear at each tap: its columns for an input, its rows and bias for an output."""
+    if tuple(scale.shape) != (site.size,) or any(tap.residual for tap in site.taps):
+        raise PlanError(
+            f"site '{site.id}' takes {site.size} scales at a matrix, got shape {tuple(scale.shape)}.",
+            help="a sublayer is kept or cut, it has no scale.",
+        )
+    for tap in site.taps:
+        linear = cast(nn.Linear, model.get_submodule(tap.module))
+        if isinstance(linear, Formed):
+            raise PlanError(
+                f"site '{site.id}' cannot be scaled: '{tap.module}' is stored as {linear.form}.",
+                help="scale first, factor after.",
+            )
+        factor = scale.to(linear.weight).repeat_interleave(tap.unit)
+        if tap.side == "input":
+            linear.weight.mul_(factor)  # (out, in) * (in,)
+        else:
+            linear.weight.mul_(factor[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(factor)
+
+
+def _cut(model: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
+    if len(keep) == site.size:
+        return
+    for piece in site.slices:
+        path, _, name = piece.param.rpartition(".")
+        module: Any = model.get_submodule(path)
+        old = getattr(module, name)
+        rows = torch.tensor(piece.rows(site.size, keep), dtype=torch.long, device=old.device)
+        setattr(module, name, nn.Parameter(old.index_select(piece.dim, rows), requires_grad=old.requires_grad))
+        if isinstance(module, nn.Linear) and name == "weight":
+            module.out_features, module.in_features = module.weight.shape
+    for counter in site.counters:
+        setattr(model.get_submodule(counter.module), counter.attribute, len(keep) * counter.per_unit)

@@ -1,0 +1,329 @@
+"""Reads questions with their contexts (SQuAD JSON, rows of a hub data set) and scores answers as SQuAD's own scripts do.
+
+The one idea: a question keeps every right answer for scoring, and a place in its context only where that place is sure, because a
+guessed one teaches the wrong words. Formulae: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250, section 6.1) and 2018
+(https://arxiv.org/abs/1806.03822); the details are those of the evaluation scripts v1.1 and v2.0. What a model makes of a question
+is `tasks/question_answering.py`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from slimformer.data.files import DEV_NAMES, HUB_NAME, SHARD, SUFFIXES, TRAIN_NAMES, load_hub, read_table, read_text
+from slimformer.errors import DataError, nearest
+from slimformer.tasks.base import Example
+
+Version = Literal["v1", "v2"]  # v1: every question has an answer; v2: some have none
+NOTHING = "(no answer)"  # how no answer is shown
+VERSION_IN_NAME = re.compile(r"v?([12])\.\d")  # train-v2.0.json
+SHAPE = (
+    'a SQuAD file looks like {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "1", "question": "...", '
+    '"answers": [{"text": "...", "answer_start": 7}]}]}]}]}.'
+)
+ROW_SHAPE = 'a row has id, question, context and answers: {"text": ["..."], "answer_start": [7]}.'
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The texts that count as right, none where the context holds no answer.
+
+    `start`: the character of the context at which texts[0] stands; None where it stands nowhere, or in several places of which
+    the right one is not known.
+    """
+
+    texts: tuple[str, ...] = ()
+    start: int | None = None
+
+    def __str__(self) -> str:
+        return " | ".join(dict.fromkeys(self.texts)) or NOTHING
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All questions of a file. An example's texts are question and context, its answer an `Answer`; the rest are ids."""
+
+    where: str
+    examples: tuple[Example, ...]
+    absent: frozenset[str]  # no answer occurs in the context
+    guessed: frozenset[str]  # answers occur in several places, and which is meant is not told
+
+    @property
+    def unanswerable(self) -> int:
+        return sum(not example.answer.texts for example in self.examples)
+
+
+# ---- files
+
+
+def find_squad(folder: Path, version: Version | None) -> tuple[list[Path], list[Path]]:
+    """Files of the training and of the dev data in a folder: train.json, train-v1.1.json, shards; empty for what is not there."""
+    try:
+        kinds = {".json", ".jsonl", ".parquet"}
+        files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in kinds)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}.", help="check its permissions.") from None
+
+    def named(names: Sequence[str]) -> list[Path]:
+        for name in names:
+            found = [file for file in files if re.match(rf"{name}([-_.]|$)", file.stem, re.IGNORECASE)]
+            if len(found) > 1 and version is not None:
+                found = [file for file in found if _version_in(file) in (None, version)]
+            whole = [file for file in found if not SHARD.search(file.stem)]
+            if len(whole) > 1 or (whole and len(found) > 1):
+                raise DataError(
+                    f"{folder} holds {' and '.join(file.name for file in found)}: which one is meant?",
+                    help="say the version (--task squad or --task squad_v2), leave one of them, or name the files themselves.",
+                )
+            if found:
+                return found
+        return []
+
+    return named(TRAIN_NAMES), named(DEV_NAMES)
+
+
+def _version_in(file: Path) -> Version | None:
+    found = VERSION_IN_NAME.search(file.name)
+    return None if found is None else "v1" if found[1] == "1" else "v2"
+
+
+def read_questions(files: Sequence[Path]) -> Questions:
+    """The questions in a SQuAD file, or in shards of one; DataError for whatever is wrong with them."""
+    parts = [_read(str(file), file.stat().st_mtime_ns if file.exists() else 0) for file in files]
+    if len(parts) == 1:
+        return parts[0]
+    examples = tuple(example for part in parts for example in part.examples)
+    where = f"{parts[0].where} and {len(parts) - 1} more"
+    _distinct(where, [(f"{where}, row {row}", example.id) for row, example in enumerate(examples, 1)])
+    absent, guessed = (frozenset().union(*(getattr(part, name) for part in parts)) for name in ("absent", "guessed"))
+    return Questions(where, examples, absent, guessed)
+
+
+@lru_cache(maxsize=6)
+def _read(name: str, _modified: int) -> Questions:
+    file = Path(name)
+    if file.suffix.lower() in {".jsonl", ".parquet"}:
+        return _of_table(file)
+    if file.suffix.lower() != ".json":
+        raise DataError(
+            f"{file} is not a kind of file that questions can be read from.",
+            help=f"known: .json (SQuAD), .jsonl, .parquet; tables for classification are {', '.join(SUFFIXES)}.",
+        )
+    text = read_text(file, SHAPE)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON: {error}.", help=SHAPE) from None
+    if isinstance(content, list):
+        return _of_table(file)
+    return _questions(str(file), _nested(str(file), content))
+
+
+def read_hub_questions(name: str) -> dict[str, Questions]:
+    """Splits of a hub data set in SQuAD's flat form: rows with id, question, context and answers."""
+    found = {}
+    for split, data in load_hub(name).items():
+        where = f"{name} [{split}]"
+        missing = [column for column in ("id", "question", "context", "answers") if column not in data.column_names]
+        if missing:
+            raise DataError(
+                f"{where} has no column '{missing[0]}'.",
+                facts=[f"columns: {', '.join(data.column_names)}"],
+                help=f"{ROW_SHAPE} Examples of such data sets: rajpurkar/squad, rajpurkar/squad_v2.",
+            )
+        found[split] = _questions(where, ((f"{where}, row {row}", item) for row, item in enumerate(data, 1)))
+    return found
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file or folder here may be one of the hub's."""
+    return HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in SUFFIXES
+
+
+def _of_table(file: Path) -> Questions:
+    table = read_table(file)
+    for name in ("id", "question", "context", "answers"):
+        if name not in table.columns:
+            raise DataError(
+                f"{file} has no column '{name}'.",
+                facts=[f"columns: {', '.join(map(repr, table.columns))}"],
+                help=f"{nearest(name, table.columns)}. {ROW_SHAPE} Or SQuAD's own form: {SHAPE}",
+            )
+    names = list(table.columns)
+    rows = ({name: table.columns[name][row] for name in names} for row in range(len(table)))
+    return _questions(str(file), ((table.place(row), item) for row, item in enumerate(rows)))
+
+
+# ---- questions
+
+
+def _nested(where: str, content: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each question of a SQuAD file as a flat row, with its place."""
+    for number, article in enumerate(_list(content, "data", where)):
+        at = f"{where}: data[{number}]"
+        for index, paragraph in enumerate(_list(article, "paragraphs", at)):
+            inside = f"{at}.paragraphs[{index}]"
+            for position, item in enumerate(_list(paragraph, "qas", inside)):
+                place = f"{inside}.qas[{position}]"
+                if not isinstance(item, dict):
+                    raise DataError(f"{place} is not an object.", help=SHAPE)
+                yield place, item | {"context": paragraph.get("context")}
+
+
+def _list(item: Any, name: str, where: str) -> list[Any]:
+    if not isinstance(item, dict):
+        raise DataError(f"{where} is not a JSON object, so not SQuAD.", help=SHAPE)
+    if not isinstance(item.get(name), list):
+        what = "is no list" if name in item else "is missing"
+        raise DataError(f"{where}: '{name}' {what}, so this is not SQuAD.", help=SHAPE)
+    return item[name]  # type: ignore[no-any-return]
+
+
+def _questions(where: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Questions:
+    examples: list[Example] = []
+    places: list[tuple[str, str]] = []
+    kinds: dict[str, list[str]] = {"absent": [], "guessed": [], "sure": [], "none": []}
+    contexts: dict[str, str] = {}
+    for place, row in rows:
+        name = row.get("id")
+        if isinstance(name, bool) or not isinstance(name, (str, int)) or not str(name).strip():
+            raise DataError(f"{place} has no id.", help="give each question an id of its own: answers are told apart by them.")
+        question = _told(row.get("question"), "question", place, str(name))
+        context = _told(row.get("context"), "context", place, str(name))
+        context = contexts.setdefault(context, context)  # one copy for all its questions
+        answer, found = placed(context, list(_golds(row.get("answers"), place)))
+        kinds[found].append(str(name))
+        examples.append(Example(str(name), (question, context), answer))
+        places.append((place, str(name)))
+    if not examples:
+        raise DataError(f"{where} holds no questions.", help=SHAPE)
+    _distinct(where, places)
+    return Questions(where, tuple(examples), frozenset(kinds["absent"]), frozenset(kinds["guessed"]))
+
+
+def _told(value: Any, what: str, place: str, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        said = "is empty" if isinstance(value, str) else "is missing" if value is None else "is no text"
+        raise DataError(f"{place} (id '{name}'): its {what} {said}.", help=f"fill in the {what}, or leave the question out.")
+    return whole(value)
+
+
+def whole(text: str) -> str:
+    """The text without halves of surrogate pairs, as cut-off JSON escapes leave them; tokenizers refuse those."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
+    """Text, start (None where none is told) and number of occurrences of each answer; both of SQuAD's forms."""
+    if answers is None:
+        answers = []
+    if isinstance(answers, dict):  # the form of the hub: a list per field
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        starts = [None] * len(texts or ()) if starts is None else starts
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise DataError(f"{place}: its answers are not lists 'text' and 'answer_start' of one length.", help=ROW_SHAPE)
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list):
+        raise DataError(f"{place}: its answers are no list.", help=SHAPE)
+    for answer in answers:
+        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+            raise DataError(f"{place}: an answer has no 'text'.", help=SHAPE)
+        start, times = answer.get("answer_start"), answer.get("n_occ", 1)
+        yield whole(answer["text"]), start if type(start) is int else None, times if type(times) is int else 1
+
+
+def placed(context: str, golds: Sequence[tuple[str, int | None, int]]) -> tuple[Answer, str]:
+    """The answer that golds (text, start, occurrences) make, and how sure its place is: "sure", "guessed", "absent" or "none".
+
+    A start that does not hold the text is replaced by the only place that does, if there is only one. More than one occurrence
+    (`n_occ`) says that the start was itself a guess.
+    """
+    golds = [gold for gold in golds if gold[0].strip()]
+    if not golds:
+        return Answer(), "none"
+    texts = tuple(text for text, _, _ in golds)
+    found = "absent"
+    for index, (text, start, occurrences) in enumerate(golds):
+        bare = text.strip()
+        at = None if start is None else start + len(text) - len(text.lstrip())
+        if occurrences > 1:
+            found = "guessed"
+        elif at is not None and at >= 0 and context[at : at + len(bare)] == bare:
+            return _answer(texts, index, bare, at), "sure"
+        elif bare in context:
+            first = context.find(bare)
+            if context.find(bare, first + 1) < 0:
+                return _answer(texts, index, bare, first), "sure"
+            found = "guessed"
+    return Answer(texts), found
+
+
+def _answer(texts: tuple[str, ...], index: int, bare: str, start: int) -> Answer:
+    return Answer((bare, *texts[:index], *texts[index + 1 :]), start)
+
+
+def _distinct(where: str, places: Sequence[tuple[str, str]]) -> None:
+    first: dict[str, str] = {}
+    for place, name in places:
+        if name in first:
+            count = len(places) - len({name for _, name in places})
+            raise DataError(
+                f"{place}: the id '{name}' was there before.",
+                facts=[f"first: {first[name]}", f"questions of {where} with an id that was there before: {count:,}"],
+                help="give each question an id of its own; a file that was joined to itself looks like this.",
+            )
+        first[name] = place
+
+
+# ---- the official scores
+
+
+ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@lru_cache(maxsize=1 << 17)
+def normalized(text: str) -> str:
+    """Lower case, no ASCII punctuation, no English articles, single spaces: what two answers are compared in."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def exact(prediction: str, answer: Answer, version: Version) -> float:
+    """1 where the prediction is one of the right answers once both are normalized, else 0; "" is the prediction of no answer."""
+    return float(any(normalized(prediction) == normalized(gold) for gold in _counted(answer, version)))
+
+
+def f1(prediction: str, answer: Answer, version: Version) -> float:
+    """Harmonic mean of precision and recall of words, for the right answer where it is best."""
+    return max((_f1(prediction, gold, version) for gold in _counted(answer, version)), default=0.0)
+
+
+def _counted(answer: Answer, version: Version) -> tuple[str, ...]:
+    """The right answers: v2.0 takes out those of which nothing is left, and puts "" where none remains; v1.1 takes all."""
+    if version == "v1":
+        return answer.texts
+    return tuple(text for text in answer.texts if normalized(text)) or ("",)
+
+
+@lru_cache(maxsize=1 << 17)
+def _f1(prediction: str, gold: str, version: Version) -> float:
+    ours, theirs = normalized(prediction).split(), normalized(gold).split()
+    if version == "v2" and (not ours or not theirs):
+        return float(ours == theirs)
+    same = sum((Counter(ours) & Counter(theirs)).values())
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(ours), same / len(theirs)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,78 @@
+"""The only code that masks units: hooks on taps, inside a context manager, gone when it ends.
+
+A gate of 1 changes nothing, a gate of 0 does what `shrink` does for good (law 1). Gates keep their gradients, and a gate of shape
+(batch, units) gives the gradient of each example in one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimformer.core.anatomy import Anatomy, Tap
+from slimformer.errors import PlanError, nearest
+
+
+@contextmanager
+def gated(model: nn.Module, anatomy: Anatomy, gates: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
+    """Multiplies each named site's units by its gate while the context lasts.
+
+    A gate has shape (units,) or (batch, units), or is a function that returns one: it is then asked in every forward pass.
+    Raises PlanError for a site that does not exist or a gate of another width.
+    """
+    handles: list[Any] = []
+    try:
+        for name, gate in gates.items():
+            site = anatomy.sites.get(name)
+            if site is None:
+                raise PlanError(f"no site '{name}' to gate.", help=nearest(name, anatomy.sites))
+            if isinstance(gate, Tensor) and gate.shape[-1] != site.size:
+                raise PlanError(f"site '{name}' has {site.size} units, the gate has {gate.shape[-1]}.")
+            for tap in site.taps:
+                read = gate if callable(gate) else (lambda value=gate: value)
+                handles += _hang(model, tap, read)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hang(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:
+    module = model.get_submodule(tap.module)
+    if tap.residual is not None:
+        return _hang_residual(model, tap, read)
+    if tap.side == "input":
+        return [module.register_forward_pre_hook(lambda _module, args: (_times(args[0], read(), tap.unit), *args[1:]))]
+    return [module.register_forward_hook(lambda _module, _args, output: _times(output, read(), tap.unit))]
+
+
+def _hang_residual(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:
+    assert tap.residual is not None
+    seen: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[:] = [args[0]]
+
+    def mix(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        past = seen.pop()
+        gate = read()
+        return past + _spread(gate, output) * (output - past)
+
+    return [
+        model.get_submodule(tap.residual).register_forward_pre_hook(remember),
+        model.get_submodule(tap.module).register_forward_hook(mix),
+    ]
+
+
+def _spread(gate: Tensor, like: Tensor) -> Tensor:
+    """(units,) stays; (batch, units) becomes (batch, 1, ..., units) to broadcast over the positions of `like`."""
+    if gate.ndim == 1:
+        return gate
+    return gate.reshape(gate.shape[0], *([1] * (like.ndim - 2)), gate.shape[-1])
+
+
+def _times(value: Tensor, gate: Tensor, unit: int) -> Tensor:
+    return value * _spread(gate.repeat_interleave(unit, dim=-1), value)

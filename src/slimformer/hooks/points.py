@@ -1,0 +1,165 @@
+"""The only code that reaches activations at points: each passes through a function while a context lasts.
+
+Inputs and outputs of modules by hooks, the parts of a LayerNorm by computing it in parts, those of a softmax inside an attention
+function registered with transformers (as `capture.py` and `attention.py` do; any of ours looks for it, so that they may nest).
+Observers and quantizers are such functions. Nothing is left when the context ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.core.anatomy import Anatomy, Point, PointRole
+from slimformer.errors import PlanError, nearest
+from slimformer.hooks.attention import SOFTMAX, attend, attention_named, score
+from slimformer.hooks.weights import Change, computing
+from slimformer.quantizing.grids import affine, fake
+from slimformer.quantizing.ranges import Ranges
+
+NAME = "slimformer_points"  # our name among transformers' attention functions
+
+
+@contextmanager
+def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Passes the activation at each named point through its function while the context lasts.
+
+    A tensor that several modules read is passed once. Raises PlanError for a point that does not exist.
+    """
+    parts: dict[str, dict[str, Change]] = {}  # module -> part -> function
+    norms, attentions = set[str](), set[str]()
+    with ExitStack() as stack:
+        for name, change in changes.items():
+            point = anatomy.points.get(name)
+            if point is None:
+                raise PlanError(f"no point '{name}' in this model.", help=nearest(name, anatomy.points))
+            if point.side == "input":
+                once = _Once(change, len(point.modules))
+                for module in point.modules:
+                    hook = model.get_submodule(module).register_forward_pre_hook(once)
+                    stack.callback(hook.remove)
+            elif point.side == "output" and point.role is not PointRole.NORM:
+                stack.callback(model.get_submodule(point.modules[0]).register_forward_hook(_after(change)).remove)
+            else:
+                parts.setdefault(point.modules[0], {})[point.side] = change
+                (attentions if point.role is PointRole.SOFTMAX else norms).add(point.modules[0])
+        stack.enter_context(computing(model, {name: _norm(parts[name]) for name in norms}))
+        for name in attentions:
+            attention = model.get_submodule(name)
+            stack.callback(_forget, attention)
+            SOFTMAX[attention] = _softmax(parts[name])
+        if attentions:
+            _register()
+            stack.enter_context(attention_named(model, NAME))
+        yield
+
+
+def quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()) -> AbstractContextManager[None]:
+    """Lets a model whose weights are on their grids compute as the int8 files do: what its Linears read is quantized.
+
+    `floats`: points whose matrices stay in float.
+    """
+
+    def change(point: Point) -> Change:
+        span = ranges.activations[point.id]
+
+        def quantize(values: Tensor) -> Tensor:
+            low, high = (torch.tensor(end, device=values.device) for end in (span.low, span.high))
+            return fake(values, affine(low, high, ranges.activation_bits, exact_zero=True))
+
+        return quantize
+
+    chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
+    return touched(model, anatomy, {point.id: change(point) for point in chosen if point.id in ranges.activations})
+
+
+def _forget(attention: nn.Module) -> None:
+    SOFTMAX.pop(attention, None)
+
+
+class _Once:
+    """Changes the first input of a module; of several modules that read one tensor, once for all."""
+
+    def __init__(self, change: Change, readers: int) -> None:
+        self.change, self.readers = change, readers
+        self.held: tuple[Tensor, Tensor] | None = None
+        self.uses = 0
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.held is None or self.held[0] is not args[0]:
+            self.held, self.uses = (args[0], self.change(args[0])), 0
+        result = self.held[1]
+        self.uses += 1
+        if self.uses >= self.readers:
+            self.held = None  # an activation must not outlive its step
+        return (result, *args[1:])
+
+
+def _after(change: Change) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return change(output)
+
+    return hook
+
+
+def _norm(parts: Mapping[str, Change]) -> Any:
+    """LayerNorm over the last axis, part by part."""
+
+    def same(values: Tensor) -> Tensor:
+        return values
+
+    numerator, denominator, quotient, output = (
+        parts.get(side, same) for side in ("numerator", "denominator", "quotient", "output")
+    )
+
+    def forward(module: nn.LayerNorm, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            wide = values.float()
+            above = numerator(wide - wide.mean(-1, keepdim=True))
+            below = denominator((wide.var(-1, unbiased=False, keepdim=True) + module.eps).sqrt())  # (..., 1)
+            result = quotient(above / below) * module.weight
+            return output(result if module.bias is None else result + cast(Tensor, module.bias)).to(values.dtype)
+
+    return forward
+
+
+def _softmax(parts: Mapping[str, Change]) -> Change:
+    """Softmax over the last axis, part by part."""
+
+    def same(values: Tensor) -> Tensor:
+        return values
+
+    numerator, denominator, quotient = (parts.get(side, same) for side in ("numerator", "denominator", "quotient"))
+
+    def softmax(scores: Tensor) -> Tensor:
+        wide = scores.float()
+        above = numerator((wide - wide.amax(-1, keepdim=True).detach()).exp())  # (batch, heads, seq, seq), 0 where masked
+        below = denominator(above.sum(-1, keepdim=True))  # (batch, heads, seq, 1)
+        return quotient(above / below).to(scores.dtype)
+
+    return softmax
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    return attend(module, score(query, key, scaling), value, attention_mask, dropout)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, eager_mask)  # a float mask to be added

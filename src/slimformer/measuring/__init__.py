@@ -1,0 +1,1 @@
+"""Times, scores and the machine they were taken on. It never draws a report."""

@@ -1,0 +1,155 @@
+"""Measures what heads and neurons cost on this machine: the table behind `cost: latency`.
+
+A few uniform cuts of the model (all layers with 8 heads, all with none, ...) are exported as int8 and timed side by side with the
+dense fp32 file; the cost of one sublayer at a level is the difference to the model without any, shared over its layers. It is an
+estimate for a search: what a finished model really takes is always measured on its own file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slimformer.core.anatomy import Anatomy, Kind
+from slimformer.core.cost import Cost, latency
+from slimformer.core.plan import Plan
+from slimformer.exporters.base import Variant
+from slimformer.saving.files import write_text
+from slimformer.tasks.base import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from slimformer.running.stages import Material, Run
+
+SHARES = (1.0, 0.5, 0.25, 0.08, 0.0)  # levels of each kind, as shares of its units
+SECONDS = 20.0  # of timing, all levels together
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What was timed: int8 milliseconds per example of one sublayer, by kind and units kept; a recipe may carry it.
+
+    `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32.
+    """
+
+    fixed_ms: float
+    dense_fp32_ms: float
+    heads: Mapping[int, float]
+    neurons: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`cost`: int8 milliseconds per example, as curves; `dense_fp32_ms`: the baseline, timed in the same rounds."""
+
+    cost: Cost
+    dense_fp32_ms: float
+    levels: Levels
+
+
+def measured(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Measured:
+    """The latency of this model's sublayers in ONNX Runtime int8, batch 32 of held examples; measured once a run.
+
+    A recipe that carries the levels of an earlier measurement is believed, so that it leads to the same plan again.
+    """
+    from slimformer.training.runstate import model_digest
+
+    file = run.root / f"latency-{model_digest(model)[:10]}-{run.threads}.json"
+    if run.levels is not None:
+        found = run.levels
+    elif file.is_file():
+        found = _read(file)
+    else:
+        run.log.say("timing what heads and neurons cost on this machine.")
+        found = _measure(model, anatomy, material, run)
+        write_text(file, json.dumps(asdict(found)))
+    table = {Kind.HEADS: found.heads, Kind.NEURONS: found.neurons}
+    return Measured(latency(anatomy, found.fixed_ms, table), found.dense_fp32_ms, found)
+
+
+def _read(file: Path) -> Levels:
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    heads, neurons = ({int(units): ms for units, ms in raw[kind].items()} for kind in ("heads", "neurons"))
+    return Levels(raw["fixed_ms"], raw["dense_fp32_ms"], heads, neurons)
+
+
+def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Levels:
+    from slimformer import registry
+    from slimformer.core.shrink import shrink
+    from slimformer.families.base import family_of
+    from slimformer.running.bench import Engine, compare, quiet, workloads
+    from slimformer.running.stages import subset
+
+    exporter = registry.find("exporters", "onnx")(agreement=0.0)  # what a model that was cut so says is of no interest here
+    runtime = registry.find("runtimes", "onnxruntime")()
+    batches = material.batches(family_of(model.config.model_type).inputs(model))[:4]
+    plans = {f"{kind}-{units}": _uniform(anatomy, kind, units) for kind in _kinds(anatomy) for units in _levels(anatomy, kind)}
+    with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
+        folder = Path(name)
+        files = {}
+        with run.log.track("timing levels", len(plans) + 1) as advance:
+            for done, (level, plan) in enumerate(plans.items()):
+                files[level] = folder / f"{level}.onnx"
+                exporter.export(
+                    shrink(model, anatomy, plan), batches, files[level], Variant.INT8_DYNAMIC, material.task.outputs
+                )
+                advance(done + 1)
+            files["fp32"] = folder / "fp32.onnx"
+            exporter.export(model, batches, files["fp32"], Variant.FUSED, material.task.outputs)
+            advance(len(plans) + 1)
+        runners = {level: runtime.load(file, run.threads) for level, file in files.items()}
+        features, _ = subset(material, Split.HELD, 640)
+        workload = workloads(features, limit=12)[1]
+        engine = Engine("onnxruntime", runtime.version(), run.threads)
+        timings = compare(
+            runners,
+            workload,
+            engines=dict.fromkeys(runners, engine),
+            load=quiet(run.wait_seconds),
+            rounds=40,
+            budget_seconds=SECONDS,
+        )
+    rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
+    fp32 = float(np.median(rounds["fp32"]))
+    ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}
+    table: dict[Kind, dict[int, float]] = {Kind.HEADS: {}, Kind.NEURONS: {}}
+    for kind in _kinds(anatomy):
+        without = ms[f"{kind}-0"]
+        count = len(anatomy.of_kind(kind))
+        table[kind] = {
+            units: round(max(0.0, (ms[f"{kind}-{units}"] - without) / count), 7) for units in _levels(anatomy, kind) if units
+        }
+    full = {kind: max(_levels(anatomy, kind)) for kind in _kinds(anatomy)}
+    dense = min(ms[f"{kind}-{units}"] for kind, units in full.items())
+    inside = sum(len(anatomy.of_kind(kind)) * table[kind][units] for kind, units in full.items())
+    return Levels(round(max(0.0, dense - inside), 7), round(fp32, 7), table[Kind.HEADS], table[Kind.NEURONS])
+
+
+def _kinds(anatomy: Anatomy) -> list[Kind]:
+    return [kind for kind in (Kind.HEADS, Kind.NEURONS) if anatomy.of_kind(kind)]
+
+
+def _levels(anatomy: Anatomy, kind: Kind) -> list[int]:
+    """Units of each level: rounded to what matrix kernels like, at least one, and none."""
+    size = max(site.size for site in anatomy.of_kind(kind))
+    step = 16 if kind is Kind.NEURONS and size >= 64 else 1
+    return sorted({min(size, max(step, round(share * size / step) * step)) if share else 0 for share in SHARES})
+
+
+def _uniform(anatomy: Anatomy, kind: Kind, units: int) -> Plan:
+    """The first `units` of each site of a kind, all of the other kinds."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for site in anatomy.of_kind(kind):
+        if units == 0:
+            assert site.sublayer is not None
+            keep[site.sublayer] = ()
+        elif units < site.size:
+            keep[site.id] = tuple(range(units))
+    return Plan(keep)

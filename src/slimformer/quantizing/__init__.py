@@ -1,0 +1,1 @@
+"""Integer grids, and the ranges that activations span on them."""

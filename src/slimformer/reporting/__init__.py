@@ -1,0 +1,1 @@
+"""What people look at: ledger, verdicts, tables, figures, page, card."""

@@ -1,0 +1,252 @@
+"""Writes README.md, the model card of an exported folder: hub metadata, measured figures, and some lines that run the file.
+
+The one idea: the snippet needs onnxruntime, tokenizers and numpy alone and is built from the folder as it lies there, so that
+a test can take it out of the card and run it. User text is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimformer.reporting.ledger import MEGA, Record, against, interval_text, judge, layers_text, mb_text, signed
+from slimformer.reporting.page import circumstances, cost_facts
+from slimformer.running.bench import size_bytes
+from slimformer.saving.files import write_text
+
+_HUB_METRICS = {
+    "exact": "exact_match",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "f1_macro": "f1",
+}
+_PIPELINES = {
+    "ForSequenceClassification": "text-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForTokenClassification": "token-classification",
+    "ForConditionalGeneration": "text2text-generation",
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_TOLD = {
+    "model.onnx": "fp32, standard operators: any ONNX runtime",
+    "model_fused.onnx": "fp32 with fused attention: ONNX Runtime only",
+    "model_int8_ort.onnx": "int8 with fused attention: ONNX Runtime only",
+    "model_int8_qdq.onnx": "static int8 (QDQ): ONNX Runtime and OpenVINO",
+    "openvino_model.xml": "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only",
+    "model.safetensors": "the weights for PyTorch, with `slimformer.load`",
+}
+
+
+def snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+    """Lines of Python that run `file` of the folder on the texts with onnxruntime, tokenizers and numpy alone."""
+    from slimformer.data.tokenizer import load_tokenizer, pad_id_of
+    from slimformer.saving.checkpoint import read_config
+
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    pad = pad_id_of(tokenizer, folder)
+    if _kind(config).endswith("ForQuestionAnswering"):
+        return _question_snippet(folder, file, texts, max_length)
+    inputs = ", ".join(_literal(text[0]) if len(text) == 1 else f"({', '.join(map(_literal, text))})" for text in texts)
+    labels = config.get("id2label") or {}
+    if not _kind(config).endswith("ForSequenceClassification"):
+        last = ["print([array.shape for array in session.run(None, feeds)])"]
+    elif config.get("problem_type") == "regression" or len(labels) == 1:
+        last = ['print(session.run(["logits"], feeds)[0][:, 0])']
+    else:
+        last = [
+            'labels = json.loads(pathlib.Path("config.json").read_text("utf-8"))["id2label"]',
+            'print([labels[str(best)] for best in session.run(["logits"], feeds)[0].argmax(axis=1)])',
+        ]
+    return "\n".join(
+        [
+            "import json, pathlib, numpy as np, onnxruntime, tokenizers",
+            'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")',
+            f"tokenizer.enable_truncation({max_length})",
+            f"tokenizer.enable_padding(pad_id={pad}, pad_token={_literal(tokenizer.id_to_token(pad) or '[PAD]')})",
+            f"session = onnxruntime.InferenceSession({_literal(file)})",
+            f"rows = tokenizer.encode_batch([{inputs}])",
+            'names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}',
+            "feeds = {i.name: np.array([getattr(row, names[i.name]) for row in rows]) for i in session.get_inputs()}",
+            *last,
+        ]
+    )
+
+
+def _question_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+    """The same for a question and its context: all windows, the best span inside the context, "" where none is better."""
+    from slimformer.reporting.ledger import read_facts
+    from slimformer.tasks.question_answering import QuestionAnswering
+
+    facts = read_facts(folder)
+    told = {} if facts is None else {**facts.task, **facts.fitted.get(file, {})}
+    plain = QuestionAnswering()
+    stride, longest = (told.get(name, getattr(plain, name)) for name in ("stride", "max_answer"))
+    can_decline = told.get("version") == "v2"
+    question, context = min(texts, key=lambda pair: len(pair[1]))
+    lines = [
+        "import numpy as np, onnxruntime, tokenizers",
+        'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")',
+        f'tokenizer.enable_truncation({max_length}, stride={stride}, strategy="only_second")',
+        f"session = onnxruntime.InferenceSession({_literal(file)})",
+        f"question = {_literal(question)}",
+        f"context = {_literal(context)}",
+        'names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}',
+        *(['none, best, answer = np.inf, -np.inf, ""'] if can_decline else ['best, answer = -np.inf, ""']),
+        "row = tokenizer.encode(question, context)",
+        "for window in (row, *row.overflowing):",
+        "    feeds = {i.name: np.array([getattr(window, names[i.name])]) for i in session.get_inputs()}",
+        '    start, end = (logits[0] for logits in session.run(["start_logits", "end_logits"], feeds))',
+        *(["    none = min(none, start[0] + end[0])"] if can_decline else []),
+        "    inside = np.array([part == 1 for part in window.sequence_ids])  # tokens of the context",
+        "    steps = np.arange(len(start)) - np.arange(len(start))[:, None]  # from the first token of a span to its last",
+        f"    valid = inside[:, None] & inside & (steps >= 0) & (steps < {longest})",
+        "    scores = np.where(valid, start[:, None] + end, -np.inf)",
+        "    first, last = np.unravel_index(scores.argmax(), scores.shape)",
+        "    if scores[first, last] > best:",
+        "        best = scores[first, last]",
+        "        answer = context[window.offsets[first][0] : window.offsets[last][1]]",
+        f'print("" if none - best > {told.get("threshold") or 0.0} else answer)' if can_decline else "print(answer)",
+    ]
+    return "\n".join(lines)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """The class of the model in PyTorch, as its config names it."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def _on_hub(name: str | None) -> bool:
+    """Whether a name can be one of the hub's rather than a local path."""
+    return name is not None and _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _literal(text: str) -> str:
+    """A Python string literal that cannot end the code block it stands in."""
+    return json.dumps(text).replace("`", "\\u0060")
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+\-!|~$&])", r"\\\1", " ".join(text.split()))
+
+
+def card(
+    folder: Path,
+    record: Record,
+    records: Sequence[Record],
+    *,
+    texts: Sequence[tuple[str, ...]],
+    max_length: int,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    notes: Sequence[str] = (),
+    stored: str = "",
+) -> str:
+    """Writes README.md, the model card of an exported folder, and returns its text.
+
+    `record` is the file that ships, `records` all rows of its comparison; `texts` are inputs for the snippet. `base_model` and
+    `dataset` go into the hub's metadata where they are hub names ("owner/name"), and are left out otherwise. `notes`: what the
+    exporter says of the file; `stored`: how model.safetensors holds values, where that is to be known.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from slimformer.saving.checkpoint import read_config
+
+    config = read_config(folder)
+    kind = _kind(config)
+    pipeline = next((tag for end, tag in _PIPELINES.items() if kind.endswith(end)), None)
+    pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
+    small = "int8" in record.precision
+    known = base_model if _on_hub(base_model) else None
+    metric = _HUB_METRICS.get(record.metric, record.metric)
+    name = record.name.replace("\n", " ")
+    data = ModelCardData(
+        base_model=known,
+        base_model_relation=("quantized" if small else "finetune") if known else None,
+        datasets=[dataset] if dataset and _on_hub(dataset) else None,
+        language=language,
+        license=license,
+        library_name="onnx",
+        pipeline_tag=pipeline,
+        tags=["onnx", "onnxruntime", "slimformer", *(["pruned"] if pruned else []), *(["int8"] if small else [])],
+        metrics=[metric],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type=pipeline or "other",
+                dataset_type=dataset or record.task or "custom",
+                dataset_name=record.task or "custom",
+                dataset_split=record.split,
+                metric_type=metric,
+                metric_name=record.metric,
+                metric_value=round(record.score, 6),
+            )
+        ],
+    )
+    body = _card_body(folder, record, records, snippet(folder, record.file, texts, max_length), notes, stored)
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    write_text(folder / "README.md", text if text.endswith("\n") else text + "\n")
+    return text
+
+
+def _card_body(folder: Path, record: Record, records: Sequence[Record], code: str, notes: Sequence[str], stored: str) -> str:
+    verdicts = [judge(record), *against(record, records)]
+    there = [name for name in _TOLD if (folder / name).is_file()]
+    ends = {record.file: " (**the best here**)", "model.safetensors": f"; {stored}" if stored else ""}
+    files = [f"| `{name}` | {size_bytes(folder / name) / MEGA:.1f} | {_TOLD[name]}{ends.get(name, '')} |" for name in there]
+    head = ("model", record.metric.replace("_", " "), "points lost (95 %)", "MB", "× batch 32", "× batch 1")
+    rows = []
+    for item in records:
+        loss = f"{signed(item.loss.value)} ({interval_text(item.loss)})" if item.loss else ""
+        speeds = [f"{found.median:.2f}" if (found := item.times_faster(batch)) else "" for batch in (32, 1)]
+        rows.append(" | ".join((_markdown(item.name), f"{item.score:.4f}", loss, mb_text(item.size_bytes), *speeds)))
+    about = [f"- {label}: {_markdown(value)}" for label, value in (*cost_facts(record), *circumstances([record]))]
+    lines = [
+        f"# {_markdown(record.name)}",
+        "",
+        f"{_markdown(record.model)}, made smaller and faster with slimformer for {_markdown(record.task)}.",
+        _markdown(verdicts[0].text),
+        "",
+        "## Use",
+        "",
+        "In this folder, with `pip install onnxruntime tokenizers numpy`:",
+        "",
+        "```python",
+        code,
+        "```",
+        "",
+        "| file | MB | what it is |",
+        "|---|---|---|",
+        *files,
+        "",
+        "Which int8 file is fastest and most accurate depends on the processor: `slimformer bench .` compares them on yours.",
+        "",
+        f"## Measured on {record.examples:,} examples of the {_markdown(record.split)} split",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+        *(f"| {row} |" for row in rows),
+        "",
+        f"×: times faster than {_markdown(record.baseline)}, the median over rounds taken in turn.",
+        "",
+        *(f"- {_markdown(verdict.text)}" for verdict in verdicts[1:]),
+        "",
+    ]
+    if record.layers:
+        lines += ["## What is kept", "", layers_text(record), "", "| layer | heads | FFN neurons |", "|---|---|---|"]
+        lines += [
+            f"| {layer.name} | {layer.heads} of {layer.heads_of} | {layer.neurons} of {layer.neurons_of} |"
+            for layer in record.layers
+        ]
+        lines.append("")
+    if notes:
+        lines += [f"## What `{record.file}` holds", "", *(f"- {_markdown(note)}" for note in notes), ""]
+    lines += ["## How it was made and measured", "", *about, ""]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The one corridor from a request to a delivered folder."""

@@ -1,0 +1,1 @@
+"""What plug-in authors test with: contract checks and tiny random models."""

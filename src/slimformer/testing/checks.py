@@ -1,0 +1,477 @@
+"""Contract checks for families, methods, forms, tasks, exporters and runtimes: the laws, on tiny models, for what the registry finds.
+
+Third parties run them with `slimformer check NAME`, our own tests on everything there is. Each check is a function that raises
+AssertionError with a sentence; `checks_of` lists those that belong to a kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimformer import registry
+from slimformer.core import cost
+from slimformer.core.anatomy import Anatomy, Kind, Matrix, PointRole
+from slimformer.core.plan import Decision, Plan
+from slimformer.core.shrink import shrink
+from slimformer.errors import SlimformerError
+from slimformer.families.base import Family, anatomy_of
+from slimformer.forms.base import Form, Formed
+from slimformer.hooks.gating import gated
+from slimformer.methods.base import Capture, Context, Method
+from slimformer.saving import checkpoint
+from slimformer.testing.tiny import batch, tiny
+
+TOLERANCE = 2e-5  # float32 sums in another order
+
+
+def check_all(name: str | None = None) -> Iterator[tuple[str, bool]]:
+    """Runs the checks of everything, or of what is called `name`: a line and whether it held, one after another."""
+    found = [(kind, item) for kind in registry.KINDS for item in registry.names(kind) if name in (None, item)]
+    if not found:
+        raise SlimformerError(f"there is nothing called '{name}' to check.", help="`slimformer list` shows the names.")
+    for kind, item in found:
+        cls = registry.find(kind, item)
+        for check in checks_of(kind):
+            line = f"{kind} {item}: {(check.__doc__ or check.__name__).splitlines()[0]}"
+            try:
+                check(cls)
+            except AssertionError as error:
+                yield f"{line} {error}", False
+            else:
+                yield line, True
+
+
+def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
+    """The checks that a class of this kind must pass."""
+    return {
+        "families": (
+            gate_is_cut,
+            soft_gates_fold,
+            plans_compose,
+            anatomy_follows,
+            saved_is_loaded,
+            predicted_is_counted,
+            slices_fit,
+            points_are_reached,
+        ),
+        "methods": (is_frozen, round_trips, attaches_neutrally, leaves_no_trace, decides_what_fits),
+        "forms": (is_frozen, comes_back_from_a_plan, counts_what_it_stores, computes_its_matrix, knows_its_matrix),
+        "tasks": (is_frozen, declares_its_outputs),
+        "exporters": (is_frozen, declares_variants),
+        "runtimes": (is_frozen, tells_whether_it_is_there),
+    }[kind]
+
+
+def random_plan(anatomy: Anatomy, generator: np.random.Generator, *, forms: bool = False) -> Plan:
+    """A plan that cuts about half of the sites at random, whole sublayers now and then; with `forms`, some matrices take one."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for site in anatomy.sites.values():
+        if anatomy.factored(site):
+            continue
+        if site.kind is Kind.SUBLAYER:
+            if generator.random() < 0.25:
+                keep[site.id] = ()
+        elif generator.random() < 0.6:
+            count = int(generator.integers(1, site.size + 1))
+            keep[site.id] = tuple(int(unit) for unit in np.sort(generator.choice(site.size, count, replace=False)))
+    if not forms:
+        return Plan(keep)
+    kinds = [registry.find("forms", name) for name in registry.names("forms")]
+    cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense and matrix.tied is None]
+    some = [matrix for matrix in cut if generator.random() < 0.3]
+    return Plan(keep, {matrix.id: kinds[int(generator.integers(len(kinds)))].example(matrix) for matrix in some})
+
+
+# -- Laws of families ------------------------------------------------------------------------------------------------------------
+
+
+def _each(family: type[Family], plans: int = 3, *, forms: bool = False) -> Iterator[tuple[Any, Anatomy, list[Plan]]]:
+    """A tiny model of each type, its anatomy, and some random plans."""
+    for model_type in family.model_types:
+        model = tiny(model_type)
+        anatomy = anatomy_of(model)
+        generator = np.random.default_rng(0)
+        yield model, anatomy, [random_plan(anatomy, generator, forms=forms) for _ in range(plans)]
+
+
+def gate_is_cut(family: type[Family]) -> None:
+    """law 1: a unit gated to zero and the same unit cut give the same output."""
+    for model, anatomy, plans in _each(family):
+        for plan in plans:
+            gates = {name: _open(anatomy.sites[name].size, kept) for name, kept in plan.keep.items()}
+            assert_same(model, anatomy, gates, shrink(model, anatomy, plan))
+
+
+def soft_gates_fold(family: type[Family]) -> None:
+    """law 1, folded: soft gates and the cut model with scales folded in give the same output."""
+    generator = torch.Generator().manual_seed(0)
+    for model, anatomy, plans in _each(family):
+        for plan in plans:
+            gone = {name for name, kept in plan.keep.items() if not kept}
+            scales = {
+                site.id: torch.rand(site.size, generator=generator) + 0.5
+                for site in anatomy.sites.values()
+                if site.kind is not Kind.SUBLAYER and site.sublayer not in gone
+            }
+            gates = {name: _open(anatomy.sites[name].size, plan.keep.get(name)) * scale for name, scale in scales.items()}
+            gates |= {name: torch.zeros(1) for name in gone}
+            assert_same(model, anatomy, gates, shrink(model, anatomy, Decision(plan, scales=scales)))
+
+
+def plans_compose(family: type[Family]) -> None:
+    """law 2: cutting twice equals cutting once by the composed plan, bit for bit; the empty plan is neutral."""
+    generator = np.random.default_rng(1)
+    for model, anatomy, plans in _each(family, forms=True):
+        assert_equal(model, shrink(model, anatomy, Plan()))
+        for first in plans:
+            small = shrink(model, anatomy, first)
+            second = random_plan(anatomy.after(first), generator, forms=True)
+            twice = shrink(small, anatomy_of(small), second)
+            assert_equal(twice, shrink(model, anatomy, first.then(second)))
+            third = random_plan(anatomy.after(first).after(second), generator, forms=True)
+            assert first.then(second).then(third) == first.then(second.then(third)), "`then` is not associative"
+            assert Plan().then(first) == first == first.then(Plan()), "the empty plan is not neutral"
+
+
+def anatomy_follows(family: type[Family]) -> None:
+    """law 3: the anatomy of the cut model is the one foretold."""
+    for model, anatomy, plans in _each(family, forms=True):
+        for plan in plans:
+            found = anatomy_of(shrink(model, anatomy, plan))
+            assert found == anatomy.after(plan), f"{model.config.model_type}: the anatomy after {plan.to_json()} is another"
+
+
+def saved_is_loaded(family: type[Family]) -> None:
+    """law 4: a saved model loads strictly, bit for bit."""
+    for model, anatomy, plans in _each(family, plans=2, forms=True):
+        for plan in plans:
+            small = shrink(model, anatomy, plan)
+            with tempfile.TemporaryDirectory() as name:
+                checkpoint.save(small, plan, Path(name) / "model", tokenizer_from=Path(name))
+                loaded = checkpoint.load(Path(name) / "model")
+                assert checkpoint.load_plan(Path(name) / "model") == plan, "the plan came back another"
+            assert_equal(small, loaded)
+            inputs = batch(small)
+            with torch.no_grad():
+                assert torch.equal(small(**inputs).logits, loaded(**inputs).logits), "the loaded model answers otherwise"
+
+
+def predicted_is_counted(family: type[Family]) -> None:
+    """law 5: predicted parameters and bytes equal those counted."""
+    for model, anatomy, plans in _each(family, forms=True):
+        predicted, work = cost.parameters(model, anatomy), cost.macs(anatomy, np.array([7]))
+        for plan in plans:
+            small = shrink(model, anatomy, plan)
+            again = cost.macs(anatomy_of(small), np.array([7])).dense
+            assert abs(work.of(plan, anatomy) - again) <= 1e-9 * again, "MACs predicted and counted differ"
+            counted = small.num_parameters()
+            assert predicted.of(plan, anatomy) == counted, f"predicted {predicted.of(plan, anatomy)}, counted {counted}"
+            stored = sum(tensor.nbytes for tensor in small.state_dict().values())
+            assert stored == 4 * counted, f"{stored} bytes for {counted} float32 parameters"
+
+
+def slices_fit(family: type[Family]) -> None:
+    """law 9: each slice covers its axis, no two sites claim one axis, and every tap is a module."""
+    for model, anatomy, _ in _each(family, plans=0):
+        shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+        claimed: set[tuple[str, int]] = set()
+        for site in anatomy.sites.values():
+            for piece in site.slices:
+                assert piece.param in shapes, f"{site.id}: there is no parameter {piece.param}"
+                size = site.size * piece.unit * piece.parts
+                axis = shapes[piece.param][piece.dim]
+                assert size == axis, f"{site.id}: {piece.param} has {axis} along {piece.dim}, the slice covers {size}"
+                assert (piece.param, piece.dim) not in claimed, f"two sites claim {piece.param}, axis {piece.dim}"
+                claimed.add((piece.param, piece.dim))
+            assert site.taps, f"{site.id} has no tap"
+            for tap in site.taps:
+                model.get_submodule(tap.module)
+        for matrix in anatomy.matrices.values():
+            assert tuple(shapes[f"{matrix.module}.weight"]) == matrix.shape, f"{matrix.id} has another shape"
+        for name in (*anatomy.layers, anatomy.embedding, *(item for item in anatomy.attentions if item)):
+            model.get_submodule(name)
+
+
+def points_are_reached(family: type[Family]) -> None:
+    """each point is passed once in a forward pass and each Linear read at one point; passing changes nothing, and leaves nothing."""
+    from slimformer.hooks.points import touched
+
+    for model, anatomy, plans in _each(family, plans=2):
+        for plan in (Plan(), *plans):
+            small = shrink(model, anatomy, plan)
+            points = anatomy.after(plan).points
+            if not points:
+                return  # a family may do without; its models cannot be trained with fake quantization
+            read = [
+                name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules
+            ]
+            linears = [name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)]
+            assert sorted(read) == sorted(linears), f"points read {sorted(set(read) ^ set(linears))} or not"
+            seen: list[str] = []
+
+            def passed(name: str, seen: list[str] = seen) -> Any:
+                def change(values: torch.Tensor) -> torch.Tensor:
+                    seen.append(name)
+                    return values
+
+                return change
+
+            inputs, hooks = batch(small), _hooks(small)
+            with torch.no_grad():
+                expected = small(**inputs).logits
+                with touched(small, anatomy_of(small), {name: passed(name) for name in points}):
+                    found = small(**inputs).logits
+                assert sorted(seen) == sorted(points), f"passed {sorted(set(points) - set(seen))[:3]} not, or some twice"
+                assert torch.allclose(found, expected, atol=1e-5), "passing changed the output"
+                assert torch.equal(small(**inputs).logits, expected), "something was left"
+            assert _hooks(small) == hooks, "hooks are left"
+
+
+def _open(size: int, kept: tuple[int, ...] | None) -> torch.Tensor:
+    gate = torch.ones(size) if kept is None else torch.zeros(size)
+    if kept:
+        gate[list(kept)] = 1.0
+    return gate
+
+
+def assert_same(model: Any, anatomy: Anatomy, gates: dict[str, torch.Tensor], small: Any) -> None:
+    """The gated model's outputs are the small one's, up to the order of float32 sums."""
+    inputs = batch(model)
+    with torch.no_grad():
+        with gated(model, anatomy, gates):
+            masked = model(**inputs).logits
+        cut = small(**inputs).logits
+    gap = float((masked - cut).abs().max())
+    assert gap < TOLERANCE * (1 + float(masked.abs().max())), f"{model.config.model_type}: outputs differ by {gap:.1e}"
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Two models hold the same tensors under the same names, bit for bit."""
+    first, second = one.state_dict(), other.state_dict()
+    assert list(first) == list(second), f"names differ: {sorted(set(first) ^ set(second))[:3]}"
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"{name} differs"
+
+
+# -- Contracts of methods ----------------------------------------------------------------------------------------------------------
+
+
+class TinyTask:
+    """Two random classes: just enough of a task for a method to train on."""
+
+    outputs = ("logits",)
+
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(output["logits"], batch["labels"])
+
+    def divergence(self, student: Any, teacher: Any, batch: Any, temperature: float) -> torch.Tensor:
+        return (student["logits"] - teacher["logits"]).square().mean() * temperature**2
+
+
+def tiny_context(model_type: str = "bert", unit: str = "macs") -> Context:
+    """A context around a tiny model, for any method."""
+    model, teacher = tiny(model_type), tiny(model_type)
+    anatomy = anatomy_of(model)
+    counted = cost.parameters(model, anatomy) if unit == "parameters" else cost.macs(anatomy, np.array([7]))
+
+    def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+        for seed in range(min(8, max(1, count // 4))):
+            inputs = batch(model, rows=4, seed=seed)
+            yield inputs | {"labels": torch.arange(4) % 3}
+
+    return Context(
+        model=model,
+        anatomy=anatomy,
+        plan=Plan(),
+        task=TinyTask(),  # type: ignore[arg-type]
+        cost=counted,
+        teacher=teacher,
+        teacher_anatomy=anatomy,
+        batches=batches,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def is_frozen(cls: type[Any]) -> None:
+    """is a frozen dataclass with a docstring, in a file that says what it is."""
+    assert dataclasses.is_dataclass(cls), "is not a dataclass"
+    assert cls.__dataclass_params__.frozen, "is not frozen"  # type: ignore[attr-defined]
+    assert inspect.getdoc(cls), "has no docstring"
+    assert inspect.getdoc(inspect.getmodule(cls)), "its file has no docstring"
+
+
+def round_trips(cls: type[Method]) -> None:
+    """law 10: builds from its defaults and comes back from YAML the same."""
+    from slimformer.running.recipe import Recipe
+    from slimformer.running.stages import Calibrate, Train
+    from slimformer.tasks.intents import Intents
+
+    method = cls()
+    stage = Train(methods=(method,)) if cls.trains else Calibrate(method)
+    recipe = Recipe("model", Intents(), (stage,))
+    import yaml
+
+    again = Recipe.parse(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe, f"came back as {again}"
+
+
+def attaches_neutrally(cls: type[Method]) -> None:
+    """law 7: attaching changes no output, where the method promises it."""
+    if not cls.neutral:
+        return
+    context = tiny_context()
+    inputs = batch(context.model)
+    with torch.no_grad():
+        before = context.model(**inputs).logits
+        state = cls().attach(context)
+        try:
+            after = context.model(**inputs).logits
+        finally:
+            state.close()
+    assert torch.equal(before, after), "outputs changed"
+
+
+def leaves_no_trace(cls: type[Method]) -> None:
+    """law 6: after close, the model has the names and the hooks it had before."""
+    context = tiny_context()
+    names, hooks = list(context.model.state_dict()), _hooks(context.model)
+    state = cls().attach(context)
+    state.close()
+    assert list(context.model.state_dict()) == names, "parameter names changed"
+    assert _hooks(context.model) == hooks, "hooks are left"
+    assert state.groups() == [] or all(group["weight_decay"] == 0 for group in state.groups()), "its parameters decay"
+
+
+def decides_what_fits(cls: type[Method]) -> None:
+    """decides a plan that fits, within its budget, and the shrunk model runs."""
+    from slimformer.hooks.capture import capturing
+    from slimformer.methods.base import Progress, Step
+
+    method = cls()
+    context = tiny_context(unit=method.cost)
+    state = method.attach(context)
+    try:
+        if cls.trains:
+            for number, inputs in enumerate(context.batches(32)):
+                needs = method.needs | {Capture.LOGITS}
+                with capturing(context.model, context.anatomy, needs) as mine:
+                    output = context.model(**{name: value for name, value in inputs.items() if name != "labels"})
+                    student = mine.take({"logits": output["logits"]})
+                with torch.no_grad(), capturing(context.teacher, context.teacher_anatomy, needs) as theirs:  # type: ignore[arg-type]
+                    shown = context.teacher(**{name: value for name, value in inputs.items() if name != "labels"})  # type: ignore[misc]
+                    teacher = theirs.take({"logits": shown["logits"]})
+                step = Step(context.model, inputs, student, teacher, Progress(number, 8), context.task)
+                penalty = method.penalty(state, step)
+                assert penalty is None or (penalty.ndim == 0 and bool(torch.isfinite(penalty))), "penalty is no finite scalar"
+                if penalty is not None and penalty.requires_grad:
+                    penalty.backward()
+                method.advance(state, Progress(number + 1, 8))
+        decision = method.decide(state, context)
+    finally:
+        state.close()
+    decision.plan.check(context.anatomy)
+    small = shrink(context.model, context.anatomy, decision)
+    with torch.no_grad():
+        assert bool(torch.isfinite(small(**batch(small)).logits).all()), "the cut model gives no finite numbers"
+    if not cls.decides:
+        assert decision.plan == Plan(), "cuts although it says that it does not decide"
+        return
+    share = getattr(method, "keep", None) or getattr(method, "target", None)
+    if share is not None:
+        left = context.cost.of(decision.plan, context.anatomy) / context.cost.dense
+        assert left <= share + 1e-9, f"{left:.3f} of the cost remains, {share} was allowed"
+
+
+def _hooks(model: torch.nn.Module) -> list[int]:
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+# -- Contracts of forms ------------------------------------------------------------------------------------------------------------
+
+
+def _examples(cls: type[Form]) -> Iterator[tuple[Matrix, Form, torch.nn.Module, torch.nn.Module]]:
+    """Each matrix of a tiny model: itself, a form of it, its dense module, and the one that the form puts there."""
+    model = tiny("bert")
+    anatomy = anatomy_of(model)
+    forms = {matrix.id: cls.example(matrix) for matrix in anatomy.matrices.values()}
+    small = shrink(model, anatomy, Plan(forms=forms))
+    for matrix in anatomy.matrices.values():
+        yield matrix, forms[matrix.id], model.get_submodule(matrix.module), small.get_submodule(matrix.module)
+
+
+def comes_back_from_a_plan(cls: type[Form]) -> None:
+    """comes back from plan.json the same."""
+    for matrix, form, _, _ in _examples(cls):
+        plan = Plan(forms={matrix.id: form})
+        assert Plan.from_json(plan.to_json()) == plan, f"{form} came back another"
+        assert form.problem(matrix) is None, f"its own example does not fit {matrix.id}"
+
+
+def counts_what_it_stores(cls: type[Form]) -> None:
+    """law 5: stores as many numbers as it says, and leaves the bias alone."""
+    for matrix, form, dense, formed in _examples(cls):
+        bias = 0 if getattr(dense, "bias", None) is None else dense.bias.numel()  # type: ignore[union-attr, operator]
+        stored = sum(parameter.numel() for parameter in formed.parameters())
+        assert stored == form.parameters(matrix.shape) + bias, f"{form} stores {stored - bias} numbers"
+        assert form.macs(matrix.shape) > 0, f"{form} multiplies nothing"
+
+
+def computes_its_matrix(cls: type[Form]) -> None:
+    """gives the product with the matrix it stands for, for inputs of any number of axes."""
+    generator = torch.Generator().manual_seed(0)
+    for matrix, form, dense, formed in _examples(cls):
+        assert isinstance(formed, Formed), f"{type(formed).__name__} is no Formed"
+        whole = formed.matrix()
+        assert tuple(whole.shape) == matrix.shape, f"{form} stands for a matrix of {tuple(whole.shape)}"
+        for leading in ((5,), (2, 3), (2, 1, 3)):
+            with torch.no_grad():
+                if isinstance(dense, torch.nn.Embedding):
+                    inputs = torch.randint(matrix.shape[0], leading, generator=generator)
+                    expected = whole[inputs]
+                else:
+                    inputs = torch.randn(*leading, matrix.shape[1], generator=generator)
+                    expected = torch.nn.functional.linear(inputs, whole, dense.bias)  # type: ignore[arg-type]
+                gap = float((formed(inputs) - expected).abs().max())
+            assert gap < TOLERANCE * (1 + float(expected.abs().max())), f"{form} is off by {gap:.1e}"
+
+
+def knows_its_matrix(cls: type[Form]) -> None:
+    """law 3: a module tells its own form and the shape it stands for."""
+    for matrix, form, _, formed in _examples(cls):
+        assert isinstance(formed, Formed), f"{type(formed).__name__} is no Formed"
+        assert (formed.form, formed.shape) == (form, matrix.shape), f"says {formed.form} of {formed.shape}"
+
+
+# -- Contracts of the rest -----------------------------------------------------------------------------------------------------------
+
+
+def declares_its_outputs(cls: Any) -> None:
+    """names an Auto class of transformers and its outputs."""
+    import transformers
+
+    assert hasattr(transformers, cls.auto_class), f"transformers has no {cls.auto_class}"
+    assert cls.outputs, "names no outputs"
+
+
+def declares_variants(cls: Any) -> None:
+    """names the variants it can write."""
+    from slimformer.exporters.base import Variant
+
+    assert cls.variants, "writes nothing"
+    assert all(isinstance(variant, Variant) for variant in cls.variants), "names something that is no Variant"
+
+
+def tells_whether_it_is_there(cls: Any) -> None:
+    """tells whether its engine is installed, and refuses a file that is not for it."""
+    runtime = cls()
+    if runtime.available():
+        assert runtime.version(), "has no version"
+    assert not runtime.accepts(Path("notes.txt")), "accepts a text file"

@@ -1,0 +1,150 @@
+"""A training run's state on disk: what a killed run needs to go on and end with the very numbers it would have had.
+
+Safetensors and JSON in a folder of its own per step, renamed when whole; the one before stays until then, so that at every
+moment a whole state exists. No pickle. It knows tensors by name only; what they mean is `training.py`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimformer.saving.files import remove_parts, whole_folder
+from slimformer.tasks.base import Features
+
+FACTS = "state.json"
+TENSORS = "state.safetensors"
+FOLDER = "state"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Tensors by name, and facts that JSON can hold; `step` optimiser steps are done."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def save(folder: Path, state: RunState) -> None:
+    """Writes the state under `folder` and removes the older ones. OutputError where the disk is full; the older then stay."""
+    from safetensors.torch import save_file
+
+    home = folder / FOLDER
+    with whole_folder(home / f"step-{state.step:09d}") as part:
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}, part / TENSORS)
+        (part / FACTS).write_text(json.dumps({"step": state.step} | dict(state.facts)), encoding="utf-8")
+    for older in _found(home)[1:]:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def latest(folder: Path) -> RunState | None:
+    """The newest state that can be read, or None. Remains of interrupted writes are removed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    home = folder / FOLDER
+    remove_parts(home)
+    for path in _found(home):
+        try:
+            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+            return RunState(int(facts.pop("step")), load_file(path / TENSORS), facts)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue  # damaged by something other than us; an older one may be whole
+    return None
+
+
+def forget(folder: Path) -> None:
+    """Removes the state of a finished run: call it when what the run made is saved elsewhere."""
+    home = folder / FOLDER
+    if home.is_dir():
+        gone = home.with_name(f".part-{FOLDER}")  # renamed first: a kill must not leave half a state under its name
+        shutil.rmtree(gone, ignore_errors=True)
+        home.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _found(home: Path) -> list[Path]:
+    return sorted(home.glob("step-*"), reverse=True)
+
+
+def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The module's parameters and saved buffers, each once under its first name: tied weights have two."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{type(module).__name__}.{name} is no tensor: what a state changes belongs in buffers")
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        found[prefix + name] = tensor
+    return found
+
+
+def restore(into: Mapping[str, Tensor], state: RunState, prefix: str) -> None:
+    """Copies the saved tensors under `prefix` into these, in place; ValueError where names or shapes differ."""
+    saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in into.items()}:
+        raise ValueError(f"the saved {prefix} holds other tensors than this run")
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(saved[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's moments, by the position of their parameter in the groups."""
+    return {
+        f"optimizer.{index}.{key}": value
+        for index, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: RunState) -> None:
+    """Puts saved moments back, each on its parameter's device; a parameter without any gets none."""
+    parameters = _parameters(optimizer)
+    for name, tensor in state.tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            parameter = parameters[int(index)]
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def model_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that name these very weights."""
+    sums = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model, "").items()):
+        sums.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sums.hexdigest()[:12]
+
+
+def features_digest(features: Features, names: Iterable[str] | None = None) -> str:
+    """Twelve hexadecimal digits that name these rows, or the columns `names` of them."""
+    sums = hashlib.sha256()
+    for name in sorted(features.columns if names is None else set(names) & set(features.columns)):
+        values = features.columns[name]
+        sums.update(name.encode())
+        if len(values) and isinstance(values[0], (list, tuple, np.ndarray)):
+            lengths = np.fromiter((len(value) for value in values), dtype=np.int64, count=len(values))
+            sums.update(lengths.data)
+            sums.update(np.fromiter(chain.from_iterable(values), dtype=np.int64, count=int(lengths.sum())).data)
+        else:
+            sums.update(np.asarray(values).tobytes())
+    return sums.hexdigest()[:12]

@@ -1,0 +1,294 @@
+"""What the teacher sees in each batch: read from disk where that is possible, computed where it must be.
+
+The one idea: a teacher does not change, so its outputs for a row are computed once, sorted by length, and kept on disk under a
+digest of weights, rows and precision. Outputs always fit; hidden states and attention scores are kept in half precision where both
+fit under a cap of bytes: scores of short texts do, those of 4,000 SQuAD questions would be tens of gigabytes. Else the teacher is live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimformer.core.anatomy import Anatomy
+from slimformer.data.batching import collate, least_width, sorted_by_length
+from slimformer.hooks.capture import Recorder, capturing
+from slimformer.log import Log
+from slimformer.methods.base import Batch, Capture, Captured
+from slimformer.saving.files import in_turn, remove_parts, whole_folder
+from slimformer.tasks.base import Features, Task
+from slimformer.training.runstate import features_digest, model_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOLDER = "teacher"
+BATCH = 64  # rows per pass while the cache is filled; a quarter where scores are seen, which take more memory than all the rest
+LAYOUT = 2  # of the files below, part of their digest: a run that an earlier version began fills its cache anew
+LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # what may not fit
+PADDING = -1e4  # what stands at padding in outputs with a value per token; tasks leave padding out, and never see it
+FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is only looked at, the names of its inputs, and how it is to be computed."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    inputs: tuple[str, ...]
+    task: Task
+    autocast: Callable[[], AbstractContextManager[object]]
+    precision: str
+    device: torch.device
+
+    def look(self, recorder: Recorder, batch: Batch) -> Captured:
+        """One forward pass, without gradients."""
+        with torch.no_grad(), self.autocast():
+            output = self.model(**{name: batch[name] for name in self.inputs if name in batch})
+        return recorder.take({name: output[name] for name in self.task.outputs})
+
+
+class Lessons(ABC):
+    """What the teacher sees in the rows of a batch; `seconds` went into computing it beforehand."""
+
+    seconds: float = 0.0
+
+    @abstractmethod
+    def see(self, rows: Sequence[int], batch: Batch) -> Captured: ...
+
+
+class Live(Lessons):
+    """A teacher that runs beside the student."""
+
+    def __init__(self, teacher: Teacher, recorder: Recorder) -> None:
+        self._teacher, self._recorder = teacher, recorder
+
+    def see(self, rows: Sequence[int], batch: Batch) -> Captured:
+        return self._teacher.look(self._recorder, batch)
+
+
+class Remembered(Lessons):
+    """A teacher that looks at each batch once and remembers: stands in for cached outputs while a training is estimated."""
+
+    def __init__(self, teacher: Teacher, recorder: Recorder) -> None:
+        self._teacher, self._recorder = teacher, recorder
+        self._seen: dict[tuple[int, ...], Captured] = {}
+
+    def see(self, rows: Sequence[int], batch: Batch) -> Captured:
+        key = tuple(rows)
+        if key not in self._seen:
+            self._seen[key] = self.look(batch)
+        return self._seen[key]
+
+    def look(self, batch: Batch) -> Captured:
+        """A look that is not remembered: what making the outputs costs."""
+        return self._teacher.look(self._recorder, batch)
+
+
+class Cached(Lessons):
+    """A teacher's outputs, and what else was kept, read from a folder that `_fill` wrote."""
+
+    def __init__(self, folder: Path, device: torch.device, seconds: float) -> None:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self.seconds = seconds
+        self._device = device
+        self._per_token: dict[str, bool] = facts["outputs"]
+        self._lengths: np.ndarray = np.load(folder / "lengths.npy", allow_pickle=False)  # (rows,)
+        self._place: np.ndarray = np.load(folder / "place.npy", allow_pickle=False)  # row -> position in visiting order
+        self._start: np.ndarray = np.load(folder / "start.npy", allow_pickle=False)  # row -> its first token
+        self._first_pair: np.ndarray = np.load(folder / "pair.npy", allow_pickle=False)  # row -> its first pair of tokens
+        self._outputs = {name: np.load(folder / f"output-{name}.npy", allow_pickle=False) for name in self._per_token}
+        self._heads: list[int] = facts["heads"]  # by layer, 0 where there is no attention; empty where scores are not kept
+        self._hidden, self._scores = (
+            np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
+            for file in (folder / "hidden.npy", folder / "scores.npy")
+        )
+
+    def see(self, rows: Sequence[int], batch: Batch) -> Captured:
+        width = batch["input_ids"].shape[1]
+        output = {
+            name: self._padded(self._outputs[name], rows, width, PADDING)
+            if per_token
+            else torch.from_numpy(self._outputs[name][self._place[list(rows)]]).to(self._device)
+            for name, per_token in self._per_token.items()
+        }
+        hidden: tuple[Tensor, ...] = ()
+        if self._hidden is not None:
+            hidden = self._padded(self._hidden, rows, width, 0.0).unbind(2)  # layers + 1 of (batch, seq, hidden)
+        return Captured(output, hidden, self._scores_of(self._scores, rows, width) if self._scores is not None else ())
+
+    def _padded(self, tokens: np.ndarray, rows: Sequence[int], width: int, fill: float) -> Tensor:
+        out = np.full((len(rows), width, *tokens.shape[1:]), fill, dtype=np.float32)
+        for index, row in enumerate(rows):
+            start, length = int(self._start[row]), int(self._lengths[row])
+            out[index, :length] = tokens[start : start + length]
+        return torch.from_numpy(out).to(self._device)
+
+    def _scores_of(self, kept: np.ndarray, rows: Sequence[int], width: int) -> tuple[Tensor | None, ...]:
+        """By layer (batch, heads, seq, seq), 0 at padding."""
+        every = sum(self._heads)
+        out = np.zeros((len(rows), every, width, width), dtype=np.float32)
+        for index, row in enumerate(rows):
+            length, start = int(self._lengths[row]), every * int(self._first_pair[row])
+            out[index, :, :length, :length] = kept[start : start + every * length**2].reshape(every, length, length)
+        layers = torch.from_numpy(out).to(self._device).split(self._heads, dim=1)
+        return tuple(layer if layer.shape[1] else None for layer in layers)
+
+
+def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
+    """Whether the teacher must run beside the student, because what is asked of it is too large to keep."""
+    return kept_bytes(teacher.anatomy, features.lengths(), needs) > cap_bytes
+
+
+def kept_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]) -> int:
+    """What hidden states and attention scores of texts of these lengths (rows,) take on disk."""
+    tokens = lengths.astype(np.int64)
+    hidden = int(tokens.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
+    scores = int((tokens**2).sum()) * sum(_heads(anatomy))
+    return 2 * ((hidden if Capture.HIDDEN in needs else 0) + (scores if Capture.SCORES in needs else 0))
+
+
+@contextmanager
+def teaching(
+    teacher: Teacher,
+    features: Features,
+    needs: Collection[Capture],
+    folder: Path,
+    log: Log,
+    *,
+    cap_bytes: int,
+    writes: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> Iterator[Lessons]:
+    """The teacher's lessons for these rows: from `folder`, which is filled first where it must be, or live.
+
+    Of several processes of one run one `writes` and all `wait` for it; runs that share `folder` fill it in turn.
+    """
+    trained = teacher.model.training
+    teacher.model.train(False)
+    try:
+        kept = LARGE & set(needs)
+        home = folder / FOLDER / _key(teacher, features, kept)
+        made = (home / FACTS).exists()  # what is there is read, whatever room its making has left on the disk
+        if not made and is_live(teacher, features, needs, cap_bytes):
+            with capturing(teacher.model, teacher.anatomy, needs) as recorder:
+                yield Live(teacher, recorder)
+            return
+        seconds = 0.0
+        if writes and not made:
+            with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
+                if not (home / FACTS).exists():  # nor made by another run meanwhile
+                    begin = time.perf_counter()
+                    _fill(teacher, features, kept, home, log)
+                    seconds = time.perf_counter() - begin
+        wait()
+        yield Cached(home, teacher.device, seconds)
+    finally:
+        teacher.model.train(trained)
+
+
+@contextmanager
+def remembering(teacher: Teacher, needs: Collection[Capture]) -> Iterator[Remembered]:
+    """Lessons for a few batches, kept in memory."""
+    trained = teacher.model.training
+    teacher.model.train(False)
+    try:
+        with capturing(teacher.model, teacher.anatomy, needs) as recorder:
+            yield Remembered(teacher, recorder)
+    finally:
+        teacher.model.train(trained)
+
+
+def forget(folder: Path) -> None:
+    """Removes all cached lessons under `folder`."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> str:
+    parts = [model_digest(teacher.model), features_digest(features, teacher.inputs), str(features.pad_id)]
+    parts += [str(LAYOUT), teacher.precision, *teacher.task.outputs, *sorted(needs)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+
+
+def _heads(anatomy: Anatomy) -> list[int]:
+    """By layer, 0 where there is no attention."""
+    layers = enumerate(anatomy.attentions)
+    return [anatomy.sites[f"encoder.{layer}.heads"].size if attention is not None else 0 for layer, attention in layers]
+
+
+def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:
+    """Computes everything once, from short rows to long ones, and writes it whole."""
+    lengths = features.lengths().astype(np.int64)
+    batches = sorted_by_length(lengths, BATCH // 4 if Capture.SCORES in needs else BATCH)
+    visited = np.asarray([row for rows in batches for row in rows], dtype=np.int64)
+    place, start, pair = (np.empty_like(visited) for _ in range(3))
+    place[visited] = np.arange(len(visited))
+    start[visited] = np.cumsum(lengths[visited]) - lengths[visited]
+    pair[visited] = np.cumsum(lengths[visited] ** 2) - lengths[visited] ** 2
+    heads = _heads(teacher.anatomy) if Capture.SCORES in needs else []
+    shapes = {
+        Capture.HIDDEN: (int(lengths.sum()), len(teacher.anatomy.layers) + 1, teacher.anatomy.hidden_size),
+        Capture.SCORES: (int((lengths**2).sum()) * sum(heads),),
+    }
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.task.outputs}
+    remove_parts(home.parent)
+    with whole_folder(home) as part, ExitStack() as stack:
+        files = {kind: stack.enter_context(open(part / f"{kind}.npy", "wb")) for kind in needs}
+        for kind, file in files.items():
+            _header(file, shapes[kind], np.dtype(np.float16))
+        recorder = stack.enter_context(capturing(teacher.model, teacher.anatomy, needs))
+        advance = stack.enter_context(log.track("teacher outputs", len(visited)))
+        done = 0
+        per_token: dict[str, bool] = {}
+        for rows in batches:
+            columns = collate(features, rows, width=least_width(lengths, rows, teacher.precision))
+            batch = {name: torch.from_numpy(column).to(teacher.device) for name, column in columns.items()}
+            per_token = per_token or _per_token(teacher, recorder, batch)
+            seen = teacher.look(recorder, batch)
+            for name, value in seen.output.items():
+                outputs[name].append(value.cpu().numpy())
+            # written in order with plain writes: a full disk then raises, where a memory map would kill the process
+            if Capture.HIDDEN in files:
+                real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
+                files[Capture.HIDDEN].write(real.half().cpu().numpy().tobytes())
+            if Capture.SCORES in files and any(heads):
+                every = torch.cat([layer for layer in seen.scores if layer is not None], dim=1).half().cpu().numpy()
+                for scores, row in zip(every, rows, strict=True):  # (heads of all layers, seq, seq)
+                    files[Capture.SCORES].write(scores[:, : lengths[row], : lengths[row]].tobytes())
+            done += len(rows)
+            advance(done)
+        for name, arrays in outputs.items():
+            if per_token[name]:
+                arrays = [a[i, : lengths[row]] for a, rows in zip(arrays, batches, strict=True) for i, row in enumerate(rows)]
+            np.save(part / f"output-{name}.npy", np.concatenate(arrays), allow_pickle=False)
+        for name, array in (("lengths", lengths), ("place", place), ("start", start), ("pair", pair)):
+            np.save(part / f"{name}.npy", array, allow_pickle=False)
+        (part / FACTS).write_text(json.dumps({"outputs": per_token, "heads": heads}), encoding="utf-8")
+
+
+def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, bool]:
+    """Which outputs have one value per token: those that change shape when the batch is one token narrower."""
+    width = batch["input_ids"].shape[1]
+    other = slice(0, width - 1) if width > 1 else [0, 0]
+    changed = {name: value[:, other] if value.ndim > 1 else value for name, value in batch.items()}
+    shapes = {name: value.shape for name, value in teacher.look(recorder, batch).output.items()}
+    return {name: value.shape != shapes[name] for name, value in teacher.look(recorder, changed).output.items()}
+
+
+def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
