@@ -18,12 +18,14 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from slimformer.cli import prefer_environment
+from slimformer.data.material import Material, prepare
 from slimformer.demo import encoder
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
-from slimformer.running.recipe import Recipe, train
-from slimformer.running.stages import Calibrate, Material, Stage, Train, held_score, prepare, torch_outputs
+from slimformer.running.recipe import Recipe
+from slimformer.running.runner import train
+from slimformer.running.stages import Calibrate, Stage, Train, held_score, torch_outputs
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
 from slimformer.tasks.classification import Classification

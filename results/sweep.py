@@ -28,7 +28,8 @@ from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
 from slimformer.reporting.ledger import LEDGER
 from slimformer.running.bench import cores
-from slimformer.running.recipe import Recipe, run, train
+from slimformer.running.recipe import Recipe
+from slimformer.running.runner import run, train
 from slimformer.running.stages import Train
 from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task

@@ -18,8 +18,12 @@ from slimformer.core.plan import Plan
 from slimformer.data.augmentation import Words, augmented, check_masked_model, likely_words, nearest_words
 from slimformer.errors import ModelError, RecipeError
 from slimformer.log import Log
-from slimformer.running.recipe import Recipe, begin, look
-from slimformer.running.stages import Run, Train
+from slimformer.running.bundle import Run
+from slimformer.running.preflight import look
+from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.running.recipe import Recipe
+from slimformer.running.runner import begin
+from slimformer.running.stages import Train
 from slimformer.tasks.base import Features, Split
 from slimformer.tasks.classification import Classification
 
@@ -179,9 +183,9 @@ def test_a_stage_trains_on_the_copies_too(tmp_path: Path):
         "stages": [{"train": stage}],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
-    recipe = Recipe.read(tmp_path / "recipe.yaml")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
     assert recipe.stages[0].augment_model == str(tmp_path / "masked")
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     look(recipe)
     state = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
     bundle, (train,) = begin(recipe, state)
@@ -200,7 +204,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             Train(**options)
         with pytest.raises(RecipeError, match=message):
-            Recipe.parse({"model": "x", "task": "intents", "stages": [{"train": options}]})
+            parse_recipe({"model": "x", "task": "intents", "stages": [{"train": options}]})
     source = write_model(tmp_path / "model")
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     with pytest.raises(ModelError, match="needs a masked language model"):

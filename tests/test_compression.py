@@ -29,16 +29,20 @@ import slimformer
 from slimformer import cli
 from slimformer.core.plan import Plan
 from slimformer.data.batching import collate, in_order
+from slimformer.data.material import prepare
 from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import anatomy_of
 from slimformer.measuring.latency import Levels
 from slimformer.reporting.ledger import Role, read, read_facts
-from slimformer.running import delivery
 from slimformer.running import search as compression
-from slimformer.running.recipe import Recipe, run, train
+from slimformer.running import trials
+from slimformer.running.bundle import Bundle
+from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.running.recipe import Recipe
+from slimformer.running.runner import run, train
 from slimformer.running.search import Wishes, compress, nearer
-from slimformer.running.stages import Bundle, Calibrate, Train, prepare
+from slimformer.running.stages import Calibrate, Train
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -189,7 +193,7 @@ def test_the_float_file_answers_as_the_loaded_model(done: Done) -> None:
     model = slimformer.load(done.out)
     task = Classification(data=str(done.home / "data")).bind(model.config.to_dict())
     features = prepare(task, done.out).features[Split.DEV]
-    runner = delivery.load(done.out / delivery.FILES[Variant.FLOAT], 1)
+    runner = trials.load_file(done.out / trials.FILES[Variant.FLOAT], 1)
     right = 0
     for rows in (*in_order(len(features), 1)[:3], *in_order(len(features), 16)):
         batch = collate(features, rows, ("input_ids", "attention_mask", "token_type_ids"))
@@ -265,9 +269,9 @@ def test_a_finished_folder_is_not_started_again(done: Done, monkeypatch: pytest.
 def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(done.home)
     hurry(monkeypatch)
-    recipe = Recipe.read(done.out / "recipe.yaml")
+    recipe = read_recipe(done.out / "recipe.yaml")
     assert [type(stage) for stage in recipe.stages] == [Calibrate, Train]
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     train(recipe, "again", wait_seconds=0)
     assert not Path("again/model.onnx").exists()
     outcome = run(recipe, "again", threads=1, wait_seconds=0)
@@ -276,7 +280,7 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     assert {record.threads for record in outcome.measurement.records if record.role == Role.OURS} == {1}
     assert checkpoint.load_plan("again").digest() == checkpoint.load_plan(done.out).digest()
     assert {item.name for item in Path("again").iterdir()} >= DELIVERED
-    assert Recipe.read("again/recipe.yaml") == recipe
+    assert read_recipe("again/recipe.yaml") == recipe
     assert not any("timing what" in line for line in said(Path("again")))
     with pytest.raises(RecipeError, match="again is finished already"):
         run(recipe, "again")
@@ -303,10 +307,10 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     """With a teacher that no student can equal, nothing stays within the loss; the best is delivered all the same."""
     write_model(tmp_path / "encoder", trained=False, bare=True)
     hurry(monkeypatch)
-    levels = Recipe.read(done.out / "recipe.yaml").latency
+    levels = read_recipe(done.out / "recipe.yaml").latency
     assert isinstance(levels, Levels)
     monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
-    monkeypatch.setattr(delivery, "reference", lambda *_: delivery.Reference(held=2.0, seen=2.0, trusted=True))
+    monkeypatch.setattr(compression, "reference_of", lambda *_: trials.Reference(held=2.0, seen=2.0, trusted=True))
     task = Classification(data=str(done.home / "data"))
     wishes = Wishes(speedup=1.5, max_loss=0, epochs=1, tries=1, rivals=())
     out = tmp_path / "small"
@@ -314,7 +318,7 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     assert [event["stage"] for event in events(out, "stage")] == ["train", "calibrate", "train"]
     assert any(line.startswith("not all that was asked for was found; this is the best: ") for line in said(out))
     assert {item.name for item in out.iterdir()} >= DELIVERED
-    stages = Recipe.read(out / "recipe.yaml").stages
+    stages = read_recipe(out / "recipe.yaml").stages
     assert stages[0] == Train(lr=stages[0].lr, epochs=stages[0].epochs)  # type: ignore[attr-defined]
     assert not (out / "work").exists()
     assert slimformer.load(out).config.id2label == dict(enumerate(LABELS))
@@ -332,7 +336,7 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hurry(monkeypatch)
-    levels = Recipe.read(done.out / "recipe.yaml").latency
+    levels = read_recipe(done.out / "recipe.yaml").latency
     monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
     monkeypatch.chdir(done.home)
     out = tmp_path / "small"

@@ -15,6 +15,7 @@ from tiny_folder import write_data, write_model
 
 from slimformer.core.anatomy import Role
 from slimformer.core.plan import Plan
+from slimformer.data.material import prepare
 from slimformer.errors import ExtraError
 from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Exporter, Variant
@@ -22,11 +23,13 @@ from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
-from slimformer.running import delivery
-from slimformer.running.delivery import Reference, Trial, choose, read_trials, save_trials, try_out
+from slimformer.running import delivery, rivals, trials
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Export, Recipe
-from slimformer.running.recipe import run as run_recipe
-from slimformer.running.stages import Bundle, Run, Train, prepare
+from slimformer.running.runner import run as run_recipe
+from slimformer.running.stages import Train
+from slimformer.running.trials import Reference, Trial, choose_trial, read_trials, save_trials, try_out
 from slimformer.runtimes.openvino import OpenVINO
 from slimformer.saving import checkpoint
 from slimformer.saving.sparse import size_bytes
@@ -46,11 +49,11 @@ STATIC = trial(Variant.INT8_STATIC, 2.0, 4.0)
     ("max_loss", "expected"), [(5.0, STATIC), (2.0, STATIC), (1.0, DYNAMIC), (0.8, DYNAMIC), (0.1, FLOAT), (0.0, FLOAT)]
 )
 def test_the_fastest_within_the_loss_is_chosen(max_loss: float, expected: Trial) -> None:
-    assert choose([FLOAT, DYNAMIC, STATIC], max_loss) == expected
+    assert choose_trial([FLOAT, DYNAMIC, STATIC], max_loss) == expected
 
 
 def test_where_none_is_within_the_loss_the_one_that_loses_least_is() -> None:
-    assert choose([STATIC, DYNAMIC], 0.1) == DYNAMIC
+    assert choose_trial([STATIC, DYNAMIC], 0.1) == DYNAMIC
 
 
 @pytest.mark.slow
@@ -64,28 +67,28 @@ def test_runs_share_the_files_and_scores_of_their_teacher(tmp_path: Path, monkey
         return bundle, Run(tmp_path / name, tmp_path / name, Log(None, quiet=True), cache=tmp_path / "shared")
 
     first = begun("first", sources[0], task)
-    files, scores = delivery.teacher_files(*first), delivery.reference(*first)
+    files, scores = trials.teacher_files(*first), trials.reference_of(*first)
     assert not (tmp_path / "first").exists()
     other = begun("other", sources[1], task)
-    assert delivery.teacher_files(*other)[Variant.FUSED].parent != files[Variant.FUSED].parent, "another teacher"
+    assert trials.teacher_files(*other)[Variant.FUSED].parent != files[Variant.FUSED].parent, "another teacher"
     fewer = begun("fewer", sources[0], replace(task, train_rows=40))
-    assert delivery.teacher_files(*fewer)[Variant.FUSED].parent != files[Variant.FUSED].parent, "other rows"
-    monkeypatch.setattr(delivery, "export_files", lambda *_, **__: pytest.fail("exported again"))
-    monkeypatch.setattr(delivery, "_score", lambda *_: pytest.fail("scored again"))
+    assert trials.teacher_files(*fewer)[Variant.FUSED].parent != files[Variant.FUSED].parent, "other rows"
+    monkeypatch.setattr(trials, "export_files", lambda *_, **__: pytest.fail("exported again"))
+    monkeypatch.setattr(trials, "_score", lambda *_: pytest.fail("scored again"))
     second = begun("second", sources[0], task)
-    assert delivery.teacher_files(*second) == files
-    assert delivery.reference(*second) == scores
+    assert trials.teacher_files(*second) == files
+    assert trials.reference_of(*second) == scores
     with pytest.raises(pytest.fail.Exception, match="scored again"):
-        delivery.reference(*begun("third", sources[0], replace(task, metric="f1")))
+        trials.reference_of(*begun("third", sources[0], replace(task, metric="f1")))
 
 
 def test_an_int8_file_slower_than_its_float_version_is_told() -> None:
     slow = trial(Variant.INT8_STATIC, 0.0, 1.4)
-    assert delivery.slower([FLOAT, DYNAMIC, slow]) == [(slow, 1.5)]
-    assert delivery.slower([DYNAMIC, slow]) == []  # no float file beside them: the teacher's, at 1
+    assert trials.slower([FLOAT, DYNAMIC, slow]) == [(slow, 1.5)]
+    assert trials.slower([DYNAMIC, slow]) == []  # no float file beside them: the teacher's, at 1
     alone = trial(Variant.INT8_DYNAMIC, 0.0, 0.9)
-    assert delivery.slower([alone]) == [(alone, 1.0)]
-    assert delivery.slower([FLOAT, trial(Variant.FUSED, 0.0, 1.0)]) == []
+    assert trials.slower([alone]) == [(alone, 1.0)]
+    assert trials.slower([FLOAT, trial(Variant.FUSED, 0.0, 1.0)]) == []
 
 
 losses = st.floats(-5, 50)
@@ -94,7 +97,7 @@ speeds = st.floats(0.1, 20)
 
 @given(st.lists(st.builds(trial, st.sampled_from(list(Variant)), losses, speeds), min_size=1), st.floats(0, 20))
 def test_nothing_better_is_left_behind(trials: list[Trial], max_loss: float) -> None:
-    best = choose(trials, max_loss)
+    best = choose_trial(trials, max_loss)
     assert best in trials
     if best.loss <= max_loss:
         assert not any(other.loss <= max_loss and other.speed_32 > best.speed_32 for other in trials)
@@ -139,7 +142,7 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
     task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config.to_dict())
     log = Log(None, quiet=True)
     wanted = [Variant.INT8_DYNAMIC]
-    made = delivery.export_files(model, prepare(task, source), tmp_path, wanted, log, exporter=exporter)[Variant.INT8_DYNAMIC]
+    made = trials.export_files(model, prepare(task, source), tmp_path, wanted, log, exporter=exporter)[Variant.INT8_DYNAMIC]
     assert made.path.is_file()
     (share,) = (float(note.split("%")[0]) for note in made.notes if note.endswith("rows answer as before"))
     assert share < 90
@@ -151,7 +154,7 @@ def test_losses_are_points_below_the_teacher_on_held_examples(bundle: Bundle, ru
     dense = tmp_path / "model" / "model.onnx"
     worse = export(tmp_path / "worse", weights={"fine": (1.0, 0.0)}) / "model.onnx"
     files = {Variant.FLOAT: dense, Variant.INT8_DYNAMIC: worse}
-    held, seen = (delivery._score(delivery.load(worse, 1), bundle.material, split) for split in ("held", "train"))
+    held, seen = (delivery._score(trials.load_file(worse, 1), bundle.material, split) for split in ("held", "train"))
     assert 0 < held < 1
     trials = try_out(files, dense, bundle, run, Reference(1.0, 1.0, trusted=True), seconds=0)
     assert [item.variant for item in trials] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
@@ -168,11 +171,11 @@ def test_losses_are_points_below_the_teacher_on_held_examples(bundle: Bundle, ru
 def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model" / "model.onnx"
     teacher = dict.fromkeys((Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC), file)
-    monkeypatch.setattr(delivery, "facts_of", lambda *_: {"minutes": 1.0})
+    monkeypatch.setattr(rivals, "facts_of", lambda *_: {"minutes": 1.0})
     bundle = replace(bundle, minutes=3.0)
-    alone = delivery.rivals(bundle, (), (), teacher, run)
+    alone = rivals.rivals(bundle, (), (), teacher, run)
     assert [item.role for item in alone] == ["teacher-fp32"]
-    both = delivery.rivals(bundle, (), ("teacher-int8", "small-dense"), teacher, run)
+    both = rivals.rivals(bundle, (), ("teacher-int8", "small-dense"), teacher, run)
     assert [item.role for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
     assert both[0].facts == {"minutes": None, "threads": None, "peak_rss_bytes": None}
 
@@ -181,12 +184,12 @@ def test_the_smaller_dense_rival_trains_in_every_stage() -> None:
     """Without the gates, a stage that trains nothing else would have nothing to train."""
     gates, lesson = Gates(), Distillation()
     frozen = Train(methods=(gates,), freeze="everything", epochs=2.0, lr=1e-4)
-    assert delivery.undecided(frozen) == Train(epochs=2.0, lr=1e-4)
+    assert rivals.undecided(frozen) == Train(epochs=2.0, lr=1e-4)
     both = Train(methods=(gates, lesson), freeze="everything")
-    assert delivery.undecided(both) == Train(methods=(lesson,))
+    assert rivals.undecided(both) == Train(methods=(lesson,))
     for stage in (Train(methods=(lesson,), freeze="everything"), Train(freeze="embeddings")):
-        assert delivery.undecided(stage) == stage
-    assert delivery.undecided(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")
+        assert rivals.undecided(stage) == stage
+    assert rivals.undecided(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")
 
 
 @pytest.mark.slow
@@ -210,7 +213,7 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
         "stages": [{"export": {"values": values}}, {"bench": {"seconds": 0.1, "rivals": [], "fused": True}}],
     }
     out = tmp_path / "out"
-    made = run_recipe(Recipe.parse(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
+    made = run_recipe(parse_recipe(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
     ours = next(record for record in made.measurement.records if record.chosen)
     dense = next(record for record in made.measurement.records if record.role == "teacher-fp32")
     assert ours.weights_bytes is not None
@@ -232,7 +235,7 @@ def recipe_for_openvino(folder: Path) -> Recipe:
         "task": {"use": "classification", "data": str(write_data(folder / "data"))},
         "stages": [{"export": {"openvino": True}}, {"bench": {"seconds": 0.1, "rivals": []}}],
     }
-    return Recipe.parse(data)
+    return parse_recipe(data)
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from slimformer import registry
 from slimformer.measuring.machine import Environment
 from slimformer.reporting.ledger import Interval, Record, Role, append
 from slimformer.running.bench import SINGLE, SORTED, Ratio
-from slimformer.running.recipe import Recipe, disorder
+from slimformer.running.order import disorder
+from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.running.recipe import Recipe
 from slimformer.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,9 +49,9 @@ def shown_recipes() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "text"), shown_recipes(), ids=lambda value: value if len(value) < 40 else "")
 def test_a_recipe_that_is_shown_parses(name: str, text: str) -> None:
-    recipe = Recipe.parse(yaml.safe_load(text), where=name)
+    recipe = parse_recipe(yaml.safe_load(text), where=name)
     assert recipe.stages
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_parts_of_recipes_that_are_shown_parse() -> None:
@@ -59,9 +61,9 @@ def test_parts_of_recipes_that_are_shown_parse() -> None:
     assert stages
     assert tasks
     for some in stages:
-        Recipe.parse({"model": "x", "task": "intents", "stages": some})
+        parse_recipe({"model": "x", "task": "intents", "stages": some})
     for task in tasks:
-        Recipe.parse({"model": "x", "task": task, "stages": []})
+        parse_recipe({"model": "x", "task": task, "stages": []})
 
 
 def test_the_options_of_question_answering_are_told() -> None:
@@ -148,7 +150,7 @@ def test_a_job_brings_those_that_make_its_model(monkeypatch: pytest.MonkeyPatch,
 
 def test_the_recipes_of_the_clone_are_read_from_their_own_folder() -> None:
     for file in sorted(ROOT.glob("recipes/*.yaml")):
-        recipe = Recipe.read(file)
+        recipe = read_recipe(file)
         for path in (recipe.model, getattr(recipe.task, "data", "")):
             assert not Path(path).is_absolute() or Path(path).exists(), f"{file.name} names {path}"
 
@@ -212,7 +214,7 @@ def test_a_wrong_option_of_the_method_is_a_mistake_with_a_place(plugin: str) -> 
     from slimformer.errors import RecipeError
 
     with pytest.raises(RecipeError, match=r"stages\[0\]\.calibrate\.method: keep must be above 0"):
-        Recipe.parse({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": {"use": plugin, "keep": 0}}}]})
+        parse_recipe({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": {"use": plugin, "keep": 0}}}]})
 
 
 # -- Pages ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_every_method_has_its_paragraph() -> None:
 
 def test_every_delivered_file_is_told() -> None:
     from slimformer.reporting.ledger import FACTS, LEDGER
-    from slimformer.running.delivery import FILES, SHIPPED
+    from slimformer.running.trials import FILES, SHIPPED
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in (*(FILES[variant] for variant in SHIPPED), FACTS, LEDGER, "plan.json", "recipe.yaml", "report.html"):

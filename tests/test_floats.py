@@ -12,19 +12,21 @@ import pytest
 from tiny_folder import write_data, write_model
 
 from slimformer.core.plan import Plan
+from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, quantized_matrices
 from slimformer.log import Log
-from slimformer.running import delivery
 from slimformer.running import rescue as floats
 from slimformer.running import search as compression
-from slimformer.running.delivery import Reference, Trial
-from slimformer.running.recipe import Export, Recipe
-from slimformer.running.recipe import run as run_recipe
+from slimformer.running import trials
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.reader import parse_recipe
+from slimformer.running.recipe import Export
 from slimformer.running.rescue import Choice, Products, gains, products_of, search
+from slimformer.running.runner import run as run_recipe
 from slimformer.running.search import Wishes
-from slimformer.running.stages import Bundle, Run, prepare
+from slimformer.running.trials import Reference, Trial
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 
@@ -129,7 +131,7 @@ def test_a_timed_product_computes_the_same_kind_of_thing(tmp_path: Path) -> None
     for small in (False, True):
         path = tmp_path / f"{small}.onnx"
         path.write_bytes(floats._products(Products(8, (4, 6)), small))
-        found = delivery.load(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
+        found = trials.load_file(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
         assert [value.shape for value in found.values()] == [(3, 4), (3, 6)]
         assert quantized_matrices(path) == 2 * small
 
@@ -174,8 +176,8 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     state = run("rescue")
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     monkeypatch.setattr("slimformer.measuring.machine.saturates", lambda _: True)
-    reference = delivery.reference(bundle, state)
-    delivery.reference(bundle, state)
+    reference = trials.reference_of(bundle, state)
+    trials.reference_of(bundle, state)
     said = [json.loads(line).get("text", "") for line in (state.root / "log.jsonl").read_text().splitlines()]
     assert sum("no VNNI" in line and "reduce_range: true" in line for line in said) == 1  # once a run
     whole = compression._Attempt(1.0, (), bundle, ())
@@ -188,8 +190,8 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     rescued = compression._rescue(bad, wishes, state, reference)
     assert rescued is not None
     assert rescued.best(20.0).loss <= 20.0
-    assert {trial.variant for trial in rescued.trials} == set(delivery.SHIPPED)
-    notes = delivery.read_notes(rescued.files)["model_int8_ort.onnx"]
+    assert {trial.variant for trial in rescued.trials} == set(trials.SHIPPED)
+    notes = trials.read_notes(rescued.files)["model_int8_ort.onnx"]
     told = [note for note in notes if note.startswith("encoder.") and "; " in note]
     assert len(told) == 3 * 4
     assert sum(": float; " in note for note in notes) == len(rescued.floats)
@@ -204,7 +206,7 @@ def test_a_recipe_may_name_them(made: Any) -> None:
     bundle, run = made
     state = run("named")
     names = ("encoder.0.attention.input", "encoder.2.ffn_out.input")
-    files = delivery.export_files(
+    files = trials.export_files(
         bundle.model, bundle.material, state.root / "files", [Variant.INT8_FUSED], state.log, exporter=Onnx(floats=names)
     )
     assert quantized_matrices(files[Variant.INT8_FUSED].path) == 19 - 4
@@ -219,8 +221,8 @@ def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.Mon
         "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},
         "stages": [{"export": {"floats": "auto", "choose_within": 50.0}}, {"bench": {"seconds": 0.1, "rivals": []}}],
     }
-    recipe = Recipe.parse(data)
-    assert Recipe.parse(recipe.to_data()) == recipe
+    recipe = parse_recipe(data)
+    assert parse_recipe(recipe.to_data()) == recipe
     assert recipe.export.exporter() == Export().exporter()
     log = Log(tmp_path / "out", quiet=True)
     run_recipe(recipe, tmp_path / "out", log=log, threads=1, wait_seconds=0.0)
@@ -236,4 +238,4 @@ def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_nothing_else_is_a_choice_of_points() -> None:
     with pytest.raises(RecipeError, match=r"export\.floats"):
-        Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": {"floats": "all"}}]})
+        parse_recipe({"model": "x", "task": "intents", "stages": [{"export": {"floats": "all"}}]})

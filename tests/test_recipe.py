@@ -19,9 +19,13 @@ from slimformer.errors import OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.quantizing.ranges import Range, Ranges
-from slimformer.running.recipe import Bench, Export, Recipe, begin, look, run, train
+from slimformer.running.bundle import Run
+from slimformer.running.preflight import look
+from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.running.recipe import Bench, Export, Recipe
+from slimformer.running.runner import begin, run, train
 from slimformer.running.search import compress
-from slimformer.running.stages import Calibrate, Run, Train
+from slimformer.running.stages import Calibrate, Train
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
@@ -40,7 +44,7 @@ stages:
 
 
 def test_a_recipe_is_what_it_says_and_round_trips():
-    recipe = Recipe.parse(yaml.safe_load(WHOLE))
+    recipe = parse_recipe(yaml.safe_load(WHOLE))
     fisher, gates, distillation = (registry.find("methods", name) for name in ("fisher", "gates", "distillation"))
     assert recipe.stages == (
         Train(epochs=2),
@@ -50,7 +54,7 @@ def test_a_recipe_is_what_it_says_and_round_trips():
     assert recipe.task == Intents(examples=500)
     assert recipe.bench == Bench(seconds=5, rivals=("teacher-int8",))
     assert (recipe.seed, recipe.export.choose_within) == (3, 0.5)
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_all_mistakes_are_shown_together_each_with_its_place():
@@ -67,7 +71,7 @@ stages:
   - bench: {rivals: [nobody]}
 """
     with pytest.raises(RecipeError) as caught:
-        Recipe.parse(yaml.safe_load(text))
+        parse_recipe(yaml.safe_load(text))
     facts = "\n".join(caught.value.facts)
     for expected in (
         "modle: unknown key; did you mean 'model'?",
@@ -91,7 +95,7 @@ stages:
 def test_two_methods_that_decide_are_refused():
     stage = {"train": {"methods": [{"use": "gates"}, {"use": "gates"}]}}
     with pytest.raises(RecipeError, match="gates and gates both decide what to cut"):
-        Recipe.parse({"model": "x", "task": "intents", "stages": [stage]})
+        parse_recipe({"model": "x", "task": "intents", "stages": [stage]})
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path):
@@ -99,7 +103,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     (tmp_path / "data.tsv").write_text("text\tlabel\n", encoding="utf-8")
     file = tmp_path / "recipe.yaml"
     file.write_text("model: bert\ntask: {use: classification, data: data.tsv}\nstages: []\n", encoding="utf-8")
-    recipe = Recipe.read(file)
+    recipe = read_recipe(file)
     assert recipe.model == str(tmp_path / "bert")
     assert recipe.task.data == str(tmp_path / "data.tsv")
 
@@ -111,7 +115,7 @@ def test_a_file_that_is_no_recipe(tmp_path, content, message):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
-        Recipe.read(file)
+        read_recipe(file)
 
 
 PLAIN = st.recursive(
@@ -136,11 +140,11 @@ PLAIN = st.recursive(
 @given(PLAIN)
 def test_anything_gives_a_recipe_or_a_recipe_error(data):
     try:
-        recipe = Recipe.parse(data)
+        recipe = parse_recipe(data)
     except RecipeError as error:
         assert error.facts
     else:
-        assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+        assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_path):
@@ -182,10 +186,10 @@ def test_export_options_reach_the_exporter_and_come_back() -> None:
     from slimformer.exporters.onnx import Onnx
 
     export = {"calibration": "entropy", "reduce_range": True, "values": "int8", "floats": ["encoder.0.ffn_out.input"]}
-    recipe = Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": export}]})
+    recipe = parse_recipe({"model": "x", "task": "intents", "stages": [{"export": export}]})
     floats = ("encoder.0.ffn_out.input",)
     assert recipe.export.exporter() == Onnx(weight_bits=7, agreement=0.0, calibration="entropy", floats=floats)
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_export_options_reach_the_exporter_and_come_back() -> None:
 )
 def test_export_options_that_cannot_be_are_mistakes(options: dict[str, object], place: str) -> None:
     with pytest.raises(RecipeError, match=place):
-        Recipe.parse({"model": "x", "task": "intents", "stages": [{"export": options}]})
+        parse_recipe({"model": "x", "task": "intents", "stages": [{"export": options}]})
 
 
 def test_a_wrong_calibration_is_told_before_anything_starts_with_the_nearest_name() -> None:
@@ -265,10 +269,10 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
 def test_orders_that_make_no_sense_are_mistakes(stages: list[dict[str, object]], mistake: str | None) -> None:
     data = {"model": "x", "task": "intents", "stages": stages}
     if mistake is None:
-        Recipe.parse(data)
+        parse_recipe(data)
         return
     with pytest.raises(RecipeError) as caught:
-        Recipe.parse(data)
+        parse_recipe(data)
     (fact,) = caught.value.facts
     assert fact.startswith(f"stages[{len(stages) - 1}]")
     assert mistake in fact
@@ -338,7 +342,7 @@ def test_what_a_delivered_model_holds_is_not_lost_without_a_word(
         "task": {"use": "classification", "data": str(delivered / "data")},
         "stages": stages,
     }
-    recipe = Recipe.parse(data)
+    recipe = parse_recipe(data)
     if fact is None:
         look(recipe)
         return

@@ -14,6 +14,7 @@ from tiny_folder import write_data, write_model, write_tokenizer
 
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
+from slimformer.data.material import encode_text, prepare
 from slimformer.errors import DataError, PlanError, RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
@@ -21,8 +22,11 @@ from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
-from slimformer.running.recipe import Recipe, look
-from slimformer.running.stages import Bundle, Calibrate, Run, Train, context_of, encode_text, prepare, refuse_cuts
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.preflight import look
+from slimformer.running.reader import parse_recipe
+from slimformer.running.recipe import Recipe
+from slimformer.running.stages import Calibrate, Train, context_of, refuse_cuts
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -128,16 +132,16 @@ def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> 
     (tmp_path / "text.txt").write_text("a text\n", encoding="utf-8")
     stage = {"train": {"text": "text.txt", "methods": ["distillation"]}}
     data: dict[str, Any] = {"model": "x", "task": "intents", "stages": [stage]}
-    recipe = Recipe.parse(data, base=tmp_path)
+    recipe = parse_recipe(data, base=tmp_path)
     assert recipe.stages == (Train((Distillation(),), text=str(tmp_path / "text.txt")),)
-    assert Recipe.parse(recipe.to_data()) == recipe
-    assert Recipe.parse(data | {"stages": [{"train": {"text": "task", "methods": ["distillation"]}}]}).stages == (
+    assert parse_recipe(recipe.to_data()) == recipe
+    assert parse_recipe(data | {"stages": [{"train": {"text": "task", "methods": ["distillation"]}}]}).stages == (
         Train((Distillation(),), text="task"),
     )
     with pytest.raises(
         RecipeError, match=r"stages\[0\].train.text: text has no labels, so there is nothing to learn; add distil"
     ):
-        Recipe.parse(data | {"stages": [{"train": {"text": "task"}}]})
+        parse_recipe(data | {"stages": [{"train": {"text": "task"}}]})
 
 
 # -- Cut first, factor after ---------------------------------------------------------------------------------------------------
@@ -145,12 +149,12 @@ def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> 
 
 def test_a_recipe_that_cuts_what_it_has_factored_is_a_mistake() -> None:
     stages = [{"calibrate": {"method": "fisher"}}, {"calibrate": {"method": "kronecker"}}]
-    Recipe.parse({"model": "x", "task": "intents", "stages": [*stages, {"train": {"methods": ["distillation"]}}]})
+    parse_recipe({"model": "x", "task": "intents", "stages": [*stages, {"train": {"methods": ["distillation"]}}]})
     for later in ({"calibrate": {"method": "layers"}}, {"train": {"methods": ["distillation", "gates"]}}):
         with pytest.raises(
             RecipeError, match=r"stages\[2\].*(layers|gates) cannot cut what kronecker has factored before: cut first"
         ):
-            Recipe.parse({"model": "x", "task": "intents", "stages": [*stages, later]})
+            parse_recipe({"model": "x", "task": "intents", "stages": [*stages, later]})
 
 
 def test_a_method_that_cuts_refuses_a_factored_model_before_it_looks(tmp_path: Path) -> None:

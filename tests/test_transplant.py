@@ -22,7 +22,7 @@ from slimformer.testing.checks import assert_equal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
 
-from transplant import CLASSES, save, transplant  # noqa: E402
+from transplant import CLASSES, save, transplant
 
 TARGETS = tuple(CLASSES)
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from slimformer.hooks.gating import gated
     from slimformer.reporting.ledger import Record, report
     from slimformer.running.bench import bench
-    from slimformer.running.recipe import Bench, Export, Recipe, run
+    from slimformer.running.bundle import Bundle
+    from slimformer.running.recipe import Bench, Export, Recipe
+    from slimformer.running.runner import run
     from slimformer.running.search import Wishes, compress
-    from slimformer.running.stages import Bundle, Calibrate, Train
+    from slimformer.running.stages import Calibrate, Train
     from slimformer.saving.checkpoint import load, save
 
 __version__ = "0.1.0"
@@ -35,7 +37,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Anatomy": "core.anatomy",
     "Bench": "running.recipe",
-    "Bundle": "running.stages",
+    "Bundle": "running.bundle",
     "Calibrate": "running.stages",
     "Decision": "core.plan",
     "Export": "running.recipe",
@@ -51,7 +53,7 @@ _PLACES = {
     "gated": "hooks.gating",
     "load": "saving.checkpoint",
     "report": "reporting.ledger",
-    "run": "running.recipe",
+    "run": "running.runner",
     "save": "saving.checkpoint",
     "shrink": "core.shrink",
 }

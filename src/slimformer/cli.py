@@ -105,10 +105,10 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
-    from slimformer.running.recipe import Recipe
-    from slimformer.running.recipe import run as carry_out
+    from slimformer.running.reader import read_recipe
+    from slimformer.running.runner import run as carry_out
 
-    _show(carry_out(Recipe.read(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
+    _show(carry_out(read_recipe(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
 @app.command()

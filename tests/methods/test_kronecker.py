@@ -21,6 +21,7 @@ from slimformer.core.anatomy import Matrix, Role
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
 from slimformer.data.batching import collate
+from slimformer.data.material import prepare
 from slimformer.errors import PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.base import DENSE
@@ -29,8 +30,10 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.kronecker import NAMED, Kronecker, candidates, relative_errors
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.stages import Bundle, Calibrate, Run, Train, prepare
+from slimformer.running.stages import Calibrate, Train
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -99,7 +102,7 @@ def test_a_share_beside_named_shapes_is_refused(more: dict[str, Any]) -> None:
         Kronecker(shapes="7.7x", **more)
     method = {"use": "kronecker", "shapes": "7.7x", **more}
     with pytest.raises(RecipeError) as caught:
-        Recipe.parse({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": method}}]})
+        parse_recipe({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": method}}]})
     assert caught.value.facts == (
         "stages[0].calibrate.method: shapes 7.7x leave nothing to search: leave out keep and cost, or shapes",
     )
@@ -110,7 +113,7 @@ def test_a_share_beside_named_shapes_is_refused(more: dict[str, Any]) -> None:
 )
 def test_recipes_bring_the_method_back(method: Kronecker) -> None:
     recipe = Recipe("x", Intents(), (Calibrate(method),))
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())).stages == recipe.stages
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())).stages == recipe.stages
     assert method.share == (method.keep or 0.25)
 
 

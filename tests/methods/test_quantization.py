@@ -13,6 +13,7 @@ from toy_task import context, rows
 from slimformer.core.anatomy import PointRole
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
+from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.points import quantized
@@ -21,8 +22,11 @@ from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.methods.quantization import Quantization
-from slimformer.running.recipe import Recipe, begin
-from slimformer.running.stages import Bundle, Run, Train, advance, prepare
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.reader import parse_recipe
+from slimformer.running.recipe import Recipe
+from slimformer.running.runner import begin
+from slimformer.running.stages import Train, advance
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import tiny_context
@@ -281,7 +285,7 @@ def test_it_stands_alone_with_one_that_cuts(tmp_path):
         train(context(), rows(), (Quantization(), Gates(target=0.5)), SETTINGS, tmp_path, QUIET)
     data = {"model": "x", "task": "intents", "stages": [{"train": {"methods": ["quantization", "gates"]}}]}
     with pytest.raises(RecipeError, match="quantization and gates both decide"):
-        Recipe.parse(data)
+        parse_recipe(data)
 
 
 @pytest.mark.parametrize(

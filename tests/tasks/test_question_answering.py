@@ -31,6 +31,7 @@ from slimformer.errors import DataError, ModelError, RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.methods.base import Capture
+from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.question_answering import (
@@ -727,13 +728,13 @@ def test_options_that_cannot_be_are_all_told_at_once() -> None:
 def test_a_recipe_with_it_round_trips_and_finds_files_beside_it(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     text = "model: ./x\ntask: {use: question_answering, data: data, dev: data/dev.json, stride: 32, version: v2}\nstages: []\n"
-    recipe = Recipe.parse(yaml.safe_load(text), base=tmp_path)
+    recipe = parse_recipe(yaml.safe_load(text), base=tmp_path)
     assert recipe.task == QuestionAnswering(
         data=str(tmp_path / "data"), dev=str(tmp_path / "data" / "dev.json"), stride=32, version="v2"
     )
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     with pytest.raises(RecipeError, match=r"task: stride: from 0 to"):
-        Recipe.parse({"model": "x", "task": {"use": "question_answering", "stride": 9999}, "stages": []})
+        parse_recipe({"model": "x", "task": {"use": "question_answering", "stride": 9999}, "stages": []})
 
 
 # -- Models --------------------------------------------------------------------------------------------------------------------
@@ -820,8 +821,10 @@ def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> Non
 
 def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
     """A leading stage makes it one of v2, its own teacher, and its mark says so; without the stage it is refused."""
-    from slimformer.running.recipe import begin, look
-    from slimformer.running.stages import Run, Train
+    from slimformer.running.bundle import Run
+    from slimformer.running.preflight import look
+    from slimformer.running.runner import begin
+    from slimformer.running.stages import Train
     from slimformer.saving import checkpoint
 
     task = QuestionAnswering(data=str(write_data(tmp_path / "data", train=60, without=0.5)), stride=8, max_length=48)
@@ -863,7 +866,7 @@ def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path
 def test_a_teacher_of_another_task_or_tokenizer_is_refused(tmp_path: Path) -> None:
     from tiny_folder import write_model
 
-    from slimformer.running.recipe import look
+    from slimformer.running.preflight import look
 
     data = write_data(tmp_path / "data")
     model = write_folder(tmp_path / "model")
@@ -1055,7 +1058,7 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
     assert teacher.score > 0.9
     assert ours["model.onnx"].score > 0.9
     assert set(teacher.scores) == {"f1", "exact"}
-    stages = Recipe.read("small/recipe.yaml").stages
+    stages = read_recipe("small/recipe.yaml").stages
     assert [stage.kind for stage in stages] == ["calibrate", "train"]
     model = checkpoint.load("small")
     assert type(model).__name__ == "RobertaForQuestionAnswering"

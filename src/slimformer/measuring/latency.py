@@ -26,7 +26,8 @@ from slimformer.tasks.base import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.running.stages import Material, Run
+    from slimformer.data.material import Material
+    from slimformer.running.bundle import Run
 
 SHARES = (1.0, 0.5, 0.25, 0.08, 0.0)  # levels of each kind, as shares of its units
 SECONDS = 20.0  # of timing, all levels together
@@ -83,9 +84,9 @@ def _read(file: Path) -> Levels:
 def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Levels:
     from slimformer import registry
     from slimformer.core.shrink import shrink
+    from slimformer.data.material import subset
     from slimformer.families.base import family_of
     from slimformer.running.bench import Engine, compare, quiet, workloads
-    from slimformer.running.stages import subset
 
     exporter = registry.find("exporters", "onnx")(agreement=0.0)  # what a model that was cut so says is of no interest here
     runtime = registry.find("runtimes", "onnxruntime")()

@@ -22,8 +22,21 @@ import numpy as np
 from slimformer import registry
 from slimformer.errors import ExportError
 from slimformer.exporters.base import Exporter, Variant
-from slimformer.running import delivery
-from slimformer.running.stages import Bundle, Run
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.trials import (
+    FILES,
+    SHIPPED,
+    Reference,
+    Trial,
+    choose_trial,
+    keep_notes,
+    load_file,
+    loss_of,
+    read_trials,
+    save_trials,
+    teacher_files,
+    try_out,
+)
 from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split
 
@@ -122,7 +135,7 @@ def _verdict(
 def choose(
     bundle: Bundle,
     run: Run,
-    reference: delivery.Reference,
+    reference: Reference,
     allowed: float,
     *,
     exporter: Exporter | None = None,
@@ -144,7 +157,7 @@ def choose(
                 draft.write(folder / "tried.onnx", TRIED, floats)
             except ExportError:
                 return math.inf  # its outputs are no numbers
-            return delivery.loss_of(delivery.load(folder / "tried.onnx", run.threads), material, reference)[1]
+            return loss_of(load_file(folder / "tried.onnx", run.threads), material, reference)[1]
 
         shapes = {point.id: products_of(bundle.model, point.modules) for point in draft.points}
         found = dict(zip(shapes, gains(shapes.values(), 32 * int(lengths.mean()), run.threads, folder), strict=True))
@@ -157,20 +170,20 @@ class Rescue:
     """All files that ship, those in int8 with the matrices that read `floats` in float, and how they do on held examples."""
 
     folder: Path
-    trials: tuple[delivery.Trial, ...]
+    trials: tuple[Trial, ...]
     floats: tuple[str, ...]
 
-    def best(self, allowed: float) -> delivery.Trial:
+    def best(self, allowed: float) -> Trial:
         """The best of the int8 files."""
-        return delivery.choose([trial for trial in self.trials if trial.variant is not Variant.FLOAT], allowed)
+        return choose_trial([trial for trial in self.trials if trial.variant is not Variant.FLOAT], allowed)
 
 
 def rescue(
     bundle: Bundle,
     files: Path,
-    trials: Sequence[delivery.Trial],
+    trials: Sequence[Trial],
     run: Run,
-    reference: delivery.Reference,
+    reference: Reference,
     allowed: float,
     *,
     exporter: Exporter | None = None,
@@ -194,10 +207,10 @@ def rescue(
         made = [float_file]
         if choice.within and choice.floats:
             made += _written(bundle, files, folder, run, reference, choice, draft)
-        delivery.save_trials(tried, made)
+        save_trials(tried, made)
         write_text(found, json.dumps(list(choice.floats)))
     kept = tuple(json.loads(found.read_text(encoding="utf-8")))
-    made = delivery.read_trials(tried)
+    made = read_trials(tried)
     rescued = Rescue(folder, tuple(made), kept)
     best = rescued.best(allowed) if len(made) > 1 else None
     if not kept:
@@ -218,16 +231,16 @@ def rescue(
 
 
 def _written(
-    bundle: Bundle, files: Path, folder: Path, run: Run, reference: delivery.Reference, choice: Choice, draft: Draft
-) -> list[delivery.Trial]:
+    bundle: Bundle, files: Path, folder: Path, run: Run, reference: Reference, choice: Choice, draft: Draft
+) -> list[Trial]:
     """Writes the choice into a copy of the files, with the reasons as notes, and tries its int8 files."""
     shutil.copytree(files, folder)
-    small = [variant for variant in delivery.SHIPPED if variant is not Variant.FLOAT]
-    made = [draft.write(folder / delivery.FILES[variant], variant, choice.floats) for variant in small]
+    small = [variant for variant in SHIPPED if variant is not Variant.FLOAT]
+    made = [draft.write(folder / FILES[variant], variant, choice.floats) for variant in small]
     reasons = tuple(map(str, choice.verdicts))
-    delivery.keep_notes(folder, [replace(file, notes=(*file.notes, *reasons)) for file in made], run.log)
-    baseline = delivery.teacher_files(bundle, run)[Variant.FUSED]
-    return delivery.try_out({file.variant: file.path for file in made}, baseline, bundle, run, reference)
+    keep_notes(folder, [replace(file, notes=(*file.notes, *reasons)) for file in made], run.log)
+    baseline = teacher_files(bundle, run)[Variant.FUSED]
+    return try_out({file.variant: file.path for file in made}, baseline, bundle, run, reference)
 
 
 @dataclass(frozen=True)
@@ -259,7 +272,7 @@ def gains(shapes: Iterable[Products], tokens: int, threads: int, folder: Path) -
             paths = {small: folder / f"{'int8' if small else 'float'}.onnx" for small in (False, True)}
             for small, path in paths.items():
                 path.write_bytes(_products(shape, small))
-            runners = {small: delivery.load(path, threads) for small, path in paths.items()}
+            runners = {small: load_file(path, threads) for small, path in paths.items()}
             inputs = {"x": np.random.default_rng(0).normal(size=(tokens * shape.rows, shape.width)).astype(np.float32)}
             times: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(ROUNDS):

@@ -19,26 +19,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer import registry
+from slimformer.data.material import sampled_lengths, subset
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.log import Log
-from slimformer.running import delivery
-from slimformer.running.recipe import (
-    RIVALS,
-    Bench,
-    Given,
-    Outcome,
-    Ready,
-    Recipe,
-    RivalName,
-    begin,
-    finish,
-    look,
-    look_at_gains,
-    tidy,
-    working,
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.preflight import look, look_at_gains
+from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName
+from slimformer.running.runner import Given, Outcome, Ready, begin, finish, tidy, working
+from slimformer.running.stages import Calibrate, Clock, Stage, Train, advance, context_of
+from slimformer.running.trials import (
+    SHIPPED,
+    Reference,
+    Trial,
+    choose_trial,
+    export_files,
+    load_file,
+    read_trials,
+    reference_of,
+    save_trials,
+    teacher_files,
+    try_out,
 )
-from slimformer.running.stages import Bundle, Calibrate, Clock, Run, Stage, Train, advance, context_of, sampled_lengths, subset
 from slimformer.saving import checkpoint
 from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
@@ -156,12 +158,12 @@ class _Attempt:
     keep: float
     stages: tuple[Stage, ...]
     bundle: Bundle
-    trials: tuple[delivery.Trial, ...]
+    trials: tuple[Trial, ...]
     files: Path | None = None  # all that ship, where they are written already
     floats: tuple[str, ...] = ()  # points whose matrices stay in float in its int8 files
 
-    def best(self, max_loss: float) -> delivery.Trial:
-        return delivery.choose([trial for trial in self.trials if trial.variant is not Variant.FLOAT], max_loss)
+    def best(self, max_loss: float) -> Trial:
+        return choose_trial([trial for trial in self.trials if trial.variant is not Variant.FLOAT], max_loss)
 
 
 def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: Path, command: str) -> Outcome:
@@ -172,7 +174,7 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
     lead = recipe.stages if bundle.tuned_here else ()
     distil = _distil(bundle, recipe, wishes)
     _announce(bundle, distil, wishes, state)
-    reference = delivery.reference(bundle, state)
+    reference = reference_of(bundle, state)
     attempts: list[_Attempt] = []
     whole = _whole(bundle, state, reference)
     slow, aim = whole.trials[0].speed_32, wishes.speedup
@@ -262,14 +264,14 @@ def _fast_lr(source: Path) -> float:
     return float(f"{8e-4 * min(1.0, 384 / _hidden_size(source)) ** 2:.2g}")
 
 
-def _whole(bundle: Bundle, state: Run, reference: delivery.Reference) -> _Attempt:
+def _whole(bundle: Bundle, state: Run, reference: Reference) -> _Attempt:
     """The uncut teacher in int8: what a search may always fall back on."""
     file = state.root / "whole.json"
     if not file.is_file():
-        path = delivery.teacher_files(bundle, state)[Variant.INT8_DYNAMIC]
-        baseline = delivery.teacher_files(bundle, state)[Variant.FUSED]
-        delivery.save_trials(file, delivery.try_out({Variant.INT8_DYNAMIC: path}, baseline, bundle, state, reference))
-    return _Attempt(1.0, (), replace(bundle, model=bundle.teacher), tuple(delivery.read_trials(file)))
+        path = teacher_files(bundle, state)[Variant.INT8_DYNAMIC]
+        baseline = teacher_files(bundle, state)[Variant.FUSED]
+        save_trials(file, try_out({Variant.INT8_DYNAMIC: path}, baseline, bundle, state, reference))
+    return _Attempt(1.0, (), replace(bundle, model=bundle.teacher), tuple(read_trials(file)))
 
 
 class _Scale:
@@ -322,14 +324,14 @@ class _Scale:
             plan = replace(self.fisher, keep=keep).plan(self.context, self.weighed)
         except TargetError:
             raise _out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
-        baseline = delivery.teacher_files(self.bundle, self.state)[Variant.FUSED]
+        baseline = teacher_files(self.bundle, self.state)[Variant.FUSED]
         with tempfile.TemporaryDirectory(dir=self.state.root, prefix=".part-") as name:
             small = shrink(self.bundle.model, anatomy, plan)
-            made = delivery.export_files(small, self.bundle.material, Path(name), [Variant.INT8_DYNAMIC], self.state.log)
+            made = export_files(small, self.bundle.material, Path(name), [Variant.INT8_DYNAMIC], self.state.log)
             threads = self.state.threads
             runners = {
-                "ours": delivery.load(made[Variant.INT8_DYNAMIC].path, threads),
-                "dense": delivery.load(baseline, threads),
+                "ours": load_file(made[Variant.INT8_DYNAMIC].path, threads),
+                "dense": load_file(baseline, threads),
             }
             features, _ = subset(self.bundle.material, Split.HELD, 640)
             timings = compare(
@@ -365,7 +367,7 @@ def _out_of_reach(wanted: float, best: float) -> TargetError:
     )
 
 
-def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: delivery.Reference) -> _Attempt:
+def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: Reference) -> _Attempt:
     """Cuts to the budget, distils, exports, and tries the files on held examples; all of it kept for a resumed run."""
     fisher = registry.find("methods", "fisher")
     stages: tuple[Stage, ...] = (Calibrate(fisher(keep=round(keep, 4), cost="latency")), distil)
@@ -373,21 +375,21 @@ def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: deli
     return _exported(_Attempt(keep, stages, made, ()), state.root / f"keep-{keep:.4f}", state, reference)
 
 
-def _exported(attempt: _Attempt, folder: Path, state: Run, reference: delivery.Reference) -> _Attempt:
+def _exported(attempt: _Attempt, folder: Path, state: Run, reference: Reference) -> _Attempt:
     """The attempt with all files that ship, and how they do on held examples."""
     made = attempt.bundle
     file = folder / "trials.json"
     files = folder / "files"
     if not file.is_file():
         shutil.rmtree(files, ignore_errors=True)  # what a killed run left
-        exported = delivery.export_files(made.model, made.material, files, delivery.SHIPPED, state.log, ranges=made.ranges)
+        exported = export_files(made.model, made.material, files, SHIPPED, state.log, ranges=made.ranges)
         paths = {variant: artifact.path for variant, artifact in exported.items()}
-        baseline = delivery.teacher_files(made, state)[Variant.FUSED]
-        delivery.save_trials(file, delivery.try_out(paths, baseline, made, state, reference))
-    return replace(attempt, trials=tuple(delivery.read_trials(file)), files=files)
+        baseline = teacher_files(made, state)[Variant.FUSED]
+        save_trials(file, try_out(paths, baseline, made, state, reference))
+    return replace(attempt, trials=tuple(read_trials(file)), files=files)
 
 
-def _uncut(whole: _Attempt, wishes: Wishes, state: Run, reference: delivery.Reference) -> list[_Attempt]:
+def _uncut(whole: _Attempt, wishes: Wishes, state: Run, reference: Reference) -> list[_Attempt]:
     """What can be had without a cut: the uncut model, and where its first int8 file loses too much, its others, rescued if need be."""
     if whole.best(wishes.max_loss).loss <= wishes.max_loss:
         return [whole]
@@ -398,7 +400,7 @@ def _uncut(whole: _Attempt, wishes: Wishes, state: Run, reference: delivery.Refe
     return [whole, others] if rescued is None else [whole, others, rescued]
 
 
-def _rescue(attempt: _Attempt, wishes: Wishes, state: Run, reference: delivery.Reference) -> _Attempt | None:
+def _rescue(attempt: _Attempt, wishes: Wishes, state: Run, reference: Reference) -> _Attempt | None:
     """The same model with those matrices in float that int8 costs most; None where that is not within the loss, or not faster."""
     from slimformer.running import rescue as floats
 

@@ -13,145 +13,34 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, final
 
 import numpy as np
 
 from slimformer import registry
-from slimformer.core.plan import Decision, Plan
+from slimformer.core.plan import Decision
 from slimformer.data.batching import collate, epoch_order
-from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
-from slimformer.errors import DataError, PlanError, RecipeError
-from slimformer.log import Log
+from slimformer.data.tokenizer import load_tokenizer
+from slimformer.errors import PlanError, RecipeError
 from slimformer.methods.base import Context, Method
 from slimformer.saving import checkpoint
 from slimformer.saving.files import whole_folder, write_text
-from slimformer.tasks.base import Example, Features, Split, Task
+from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.precision import looking
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from slimformer.core.anatomy import Anatomy
     from slimformer.core.cost import Cost
-    from slimformer.measuring.latency import Levels
-    from slimformer.quantizing.ranges import Ranges
+from slimformer.data.material import Material, encode_text, subset, unlabelled
+from slimformer.running.bundle import Bundle, Run
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TASK_TEXT = "task"  # what `Train.text` calls the task's own training texts
-LINES = 1000  # of a text file, encoded at a time
-SAMPLE = 500  # training examples whose mean length tells that of all to a few per cent
 HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
-
-
-@dataclass(frozen=True)
-class Material:
-    """The data of a run: read and encoded once, with the tokenizer of `source`."""
-
-    task: Task
-    source: Path
-    max_length: int
-    examples: Mapping[Split, Sequence[Example]]
-    features: Mapping[Split, Features]
-
-    def batches(self, model_inputs: Sequence[str], split: Split = Split.TRAIN) -> list[dict[str, np.ndarray]]:
-        """Real inputs of several shapes for export: one example alone, then batches of eight of different lengths."""
-        features = self.features[split]
-        order = np.argsort(features.lengths(), kind="stable")
-        picks = order[np.linspace(0, len(order) - 1, min(len(order), 300)).astype(int)]
-        groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::38]] for start in range(38))]
-        return [collate(features, group, model_inputs) for group in groups if group]
-
-
-def unlabelled(features: Features) -> Features:
-    """The same rows with nothing but what a model reads."""
-    return replace(features, columns={name: column for name, column in features.columns.items() if name in INPUTS})
-
-
-def check_text(file: Path) -> None:
-    """DataError where a file of texts cannot be read or holds none."""
-    if next(_lines(file), None) is None:
-        raise DataError(f"{file} holds no text.", help="put one text on each line.")
-
-
-def encode_text(file: Path, tokenizer: Tokenizer, max_length: int) -> Features:
-    """A row of token ids for each line of a file that is not blank, without labels; what exceeds `max_length` is left out."""
-    rows: list[np.ndarray] = []
-    truncated = 0
-    lines = _lines(file)
-    with cutting(tokenizer, max_length):
-        while some := list(islice(lines, LINES)):
-            for row in tokenizer.encode_batch_fast(some):
-                rows.append(np.asarray(row.ids, dtype=np.int32))  # a list of numbers would be ten times the size
-                truncated += bool(row.overflowing)
-    return Features({"input_ids": rows}, range(len(rows)), truncated, pad_id_of(tokenizer))
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with open(file, encoding="utf-8") as stream:
-            for line in stream:
-                if line.strip():
-                    yield line.strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot read the text {file}: {error}.", help="name a UTF-8 file with one text on each line."
-        ) from None
-
-
-def prepare(task: Task, source: Path) -> Material:
-    """Reads and encodes all splits of a task that is bound to its model's labels."""
-    tokenizer = load_tokenizer(source)
-    max_length = min(task.max_length, max_length_of(source))
-    examples = {split: task.split(split) for split in Split}
-    features = {split: task.encode(examples[split], tokenizer, max_length) for split in Split}
-    return Material(task, source, max_length, examples, features)
-
-
-def sampled_lengths(task: Task, source: Path) -> np.ndarray:
-    """Tokens of the rows that some of the training examples give, evenly spaced; encoding them all would take long."""
-    examples = task.split(Split.TRAIN)
-    some = examples[:: max(1, len(examples) // SAMPLE)]
-    return task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source))).lengths()
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What passes from stage to stage."""
-
-    model: PreTrainedModel  # always plain: no hooks, no masks
-    plan: Plan  # everything cut so far, in original numbering
-    material: Material
-    teacher: PreTrainedModel
-    tuned_here: bool = False  # the teacher has not seen the held examples
-    minutes: float = 0.0  # spent on making `model` from the teacher
-    threads: int | None = None  # that the last stage computed with
-    peak_rss_bytes: int = 0
-    ranges: Ranges | None = None  # what activations span, where the stage just done learned it
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where and how a recipe runs."""
-
-    root: Path  # scratch of the whole run: what is measured once lies here
-    folder: Path  # scratch of the stage at work
-    log: Log
-    seed: int = 17
-    threads: int = 2
-    levels: Levels | None = None  # measured before, elsewhere; None: measured here when a budget counts latency
-    wait_seconds: float = 60.0  # at most, before each timing, until nothing else runs on the machine
-    cache: Path | None = None  # where runs share what is made of their teachers; None: in `root`
-    memo: dict[str, Any] = field(default_factory=dict)  # see Context; the runs of its stages share it
-
-    def under(self, name: str) -> Run:
-        """The same run in a folder below."""
-        return replace(self, folder=self.folder / name)
 
 
 class Stage(ABC):
@@ -244,9 +133,6 @@ def _restore(bundle: Bundle, folder: Path) -> Bundle:
     return replace(bundle, model=checkpoint.load(folder), plan=checkpoint.load_plan(folder), ranges=ranges, **facts)
 
 
-# -- What stands around a method -----------------------------------------------------------------------------------------------
-
-
 def refuse_cuts(methods: Sequence[Method], model: PreTrainedModel) -> None:
     """PlanError, before any work is done, where a method would choose among units whose matrices are factored already."""
     from slimformer.families.base import anatomy_of
@@ -310,9 +196,6 @@ def cost_of(unit: str, model: PreTrainedModel, anatomy: Anatomy, material: Mater
     if unit == "latency":
         return measured(model, anatomy, material, run).cost
     raise RecipeError(f"there is no cost '{unit}'.", help="use macs, parameters or latency.")
-
-
-# -- Stages --------------------------------------------------------------------------------------------------------------------
 
 
 @final
@@ -492,20 +375,3 @@ def torch_outputs(
         return dict(evaluate(runner, features, 64)), features, examples
     finally:
         model.train(was_training)
-
-
-def subset(material: Material, split: Split, limit: int) -> tuple[Features, Sequence[Example]]:
-    """At most `limit` examples of a split with all their rows, always the same ones, evenly spaced."""
-    examples, features = material.examples[split], material.features[split]
-    if len(examples) <= limit:
-        return features, examples
-    chosen = np.linspace(0, len(examples) - 1, limit).round().astype(int)
-    place = {int(example): new for new, example in enumerate(chosen)}
-    rows = [row for row, example in enumerate(features.example) if example in place]
-    smaller = Features(
-        columns={name: [column[row] for row in rows] for name, column in features.columns.items()},
-        example=[place[features.example[row]] for row in rows],
-        truncated=features.truncated,
-        pad_id=features.pad_id,
-    )
-    return smaller, [examples[int(index)] for index in chosen]

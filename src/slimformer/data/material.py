@@ -1,0 +1,112 @@
+"""The data of a run: every split read and encoded once, and parts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slimformer.data.batching import collate
+from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
+from slimformer.errors import DataError
+from slimformer.tasks.base import Example, Features, Split, Task
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+LINES = 1000  # of a text file, encoded at a time
+SAMPLE = 500  # training examples whose mean length tells that of all to a few per cent
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of a run: read and encoded once, with the tokenizer of `source`."""
+
+    task: Task
+    source: Path
+    max_length: int
+    examples: Mapping[Split, Sequence[Example]]
+    features: Mapping[Split, Features]
+
+    def batches(self, model_inputs: Sequence[str], split: Split = Split.TRAIN) -> list[dict[str, np.ndarray]]:
+        """Real inputs of several shapes for export: one example alone, then batches of eight of different lengths."""
+        features = self.features[split]
+        order = np.argsort(features.lengths(), kind="stable")
+        picks = order[np.linspace(0, len(order) - 1, min(len(order), 300)).astype(int)]
+        groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::38]] for start in range(38))]
+        return [collate(features, group, model_inputs) for group in groups if group]
+
+
+def unlabelled(features: Features) -> Features:
+    """The same rows with nothing but what a model reads."""
+    return replace(features, columns={name: column for name, column in features.columns.items() if name in INPUTS})
+
+
+def check_text(file: Path) -> None:
+    """DataError where a file of texts cannot be read or holds none."""
+    if next(_lines(file), None) is None:
+        raise DataError(f"{file} holds no text.", help="put one text on each line.")
+
+
+def encode_text(file: Path, tokenizer: Tokenizer, max_length: int) -> Features:
+    """A row of token ids for each line of a file that is not blank, without labels; what exceeds `max_length` is left out."""
+    rows: list[np.ndarray] = []
+    truncated = 0
+    lines = _lines(file)
+    with cutting(tokenizer, max_length):
+        while some := list(islice(lines, LINES)):
+            for row in tokenizer.encode_batch_fast(some):
+                rows.append(np.asarray(row.ids, dtype=np.int32))  # a list of numbers would be ten times the size
+                truncated += bool(row.overflowing)
+    return Features({"input_ids": rows}, range(len(rows)), truncated, pad_id_of(tokenizer))
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            for line in stream:
+                if line.strip():
+                    yield line.strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read the text {file}: {error}.", help="name a UTF-8 file with one text on each line."
+        ) from None
+
+
+def prepare(task: Task, source: Path) -> Material:
+    """Reads and encodes all splits of a task that is bound to its model's labels."""
+    tokenizer = load_tokenizer(source)
+    max_length = min(task.max_length, max_length_of(source))
+    examples = {split: task.split(split) for split in Split}
+    features = {split: task.encode(examples[split], tokenizer, max_length) for split in Split}
+    return Material(task, source, max_length, examples, features)
+
+
+def sampled_lengths(task: Task, source: Path) -> np.ndarray:
+    """Tokens of the rows that some of the training examples give, evenly spaced; encoding them all would take long."""
+    examples = task.split(Split.TRAIN)
+    some = examples[:: max(1, len(examples) // SAMPLE)]
+    return task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source))).lengths()
+
+
+def subset(material: Material, split: Split, limit: int) -> tuple[Features, Sequence[Example]]:
+    """At most `limit` examples of a split with all their rows, always the same ones, evenly spaced."""
+    examples, features = material.examples[split], material.features[split]
+    if len(examples) <= limit:
+        return features, examples
+    chosen = np.linspace(0, len(examples) - 1, limit).round().astype(int)
+    place = {int(example): new for new, example in enumerate(chosen)}
+    rows = [row for row, example in enumerate(features.example) if example in place]
+    smaller = Features(
+        columns={name: [column[row] for row in rows] for name, column in features.columns.items()},
+        example=[place[features.example[row]] for row in rows],
+        truncated=features.truncated,
+        pad_id=features.pad_id,
+    )
+    return smaller, [examples[int(index)] for index in chosen]
