@@ -50,6 +50,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
+from slimformer.measuring.records import Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -58,7 +59,7 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.kronecker import Kronecker
 from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
-from slimformer.reporting.ledger import Record, Role, mb_text, signed
+from slimformer.reporting.words import mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.running.stages import Calibrate, Stage, Train
 from slimformer.saving.files import write_text
@@ -452,7 +453,7 @@ def _fastest(rows: Sequence[Sequence[str]]) -> str:
 
 def _teachers(runs: Iterable[Run]) -> list[tuple[str, ...]]:
     """The dense rows, from the last of the runs that measured most of them: speeds are ratios to the first."""
-    roles = (Role.TEACHER_FP32, Role.TEACHER_INT8, Role.OPENVINO_INT8)
+    roles = (Standing.TEACHER_FP32, Standing.TEACHER_INT8, Standing.OPENVINO_INT8)
     found = [[record for record in run.records if record.role in roles] for run in runs]
     return [_cells(safe(record.name), record, None, None) for record in max(reversed(found), key=len)]
 

@@ -48,6 +48,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
+from slimformer.measuring.records import Record, Standing
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
@@ -56,8 +57,8 @@ from slimformer.methods.importance import Importance
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
-from slimformer.reporting.ledger import Record, Role, mb_text
 from slimformer.reporting.svg import bars
+from slimformer.reporting.words import mb_text
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.stages import Calibrate, Stage, Train
 from slimformer.saving import checkpoint
@@ -428,7 +429,7 @@ def _page(found: dict[str, Run], with_seeds: dict[str, Run]) -> str:
 
 def _teachers(run: Run) -> list[tuple[str, ...]]:
     """The dense rows, from one of the runs: speeds are ratios to the first."""
-    roles = (Role.TEACHER_FP32, Role.TEACHER_INT8)
+    roles = (Standing.TEACHER_FP32, Standing.TEACHER_INT8)
     return [_cells(record.name, record, None) for record in run.records if record.role in roles]
 
 

@@ -26,8 +26,8 @@ from slimformer.cli import prefer_environment
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
+from slimformer.measuring.machine import cores
 from slimformer.reporting.ledger import LEDGER
-from slimformer.running.bench import cores
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run, train
 from slimformer.running.stages import Train

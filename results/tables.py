@@ -14,23 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from slimformer.reporting.ledger import (
-    LEDGER,
-    Record,
-    Role,
-    against,
-    choice,
-    count_text,
-    groups,
-    interval_text,
-    judge,
-    layers_text,
-    mb_text,
-    read,
-    signed,
-    tally,
-)
+from slimformer.measuring.records import Record, Standing
+from slimformer.reporting.ledger import LEDGER, groups, read_records
 from slimformer.reporting.page import circumstances
+from slimformer.reporting.verdicts import against, choice, judge, tally
+from slimformer.reporting.words import count_text, interval_text, layers_text, mb_text, signed
 
 HOME = Path(__file__).resolve().parent
 METHODS = "methods"  # the folder of the tables that compare methods
@@ -38,7 +26,8 @@ COMMAND = "python results/tables.py"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NONE = "No run has been recorded yet: there is no ledger under `results/`."
 HEAD = ("task", "model", "metric", "points lost (95 %)", "MB", "× batch 32", "× batch 1", "minutes")
-SHOWN = (Role.TEACHER_FP32, Role.TEACHER_INT8, Role.OPENVINO_INT8, Role.SMALL_DENSE)  # what stands beside ours in the README
+# The rows that stand beside ours in the README.
+SHOWN = (Standing.TEACHER_FP32, Standing.TEACHER_INT8, Standing.OPENVINO_INT8, Standing.SMALL_DENSE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ class Run:
     @property
     def ours(self) -> Record | None:
         """The file that ships."""
-        return choice([record for record in self.records if record.role == Role.OURS])
+        return choice([record for record in self.records if record.role == Standing.OURS])
 
 
 def runs(home: Path) -> list[Run]:
@@ -72,7 +61,7 @@ def runs_of(folder: Path, home: Path = HOME) -> list[Run]:
     """All runs under a folder, by name; of rows with one name the last counts, since a ledger is only ever added to."""
     found = []
     for ledger in sorted(folder.rglob(LEDGER)):
-        for part in groups(read([ledger])).values():
+        for part in groups(read_records([ledger])).values():
             last = {record.name: record for record in part}
             found.append(Run(ledger.parent.relative_to(home), tuple(last.values())))
     return found
@@ -122,7 +111,7 @@ def readme_table(found: Sequence[Run]) -> str:
     threads = sorted({timing.threads for record in records for timing in record.timings})
     machine = " and ".join(sorted({record.environment.cpu for record in records}))
     machine += f", {' or '.join(map(str, threads))} threads" if threads else ""
-    sizes = " and ".join(sorted({count_text(record.params) for record in records if record.role == Role.TEACHER_FP32}))
+    sizes = " and ".join(sorted({count_text(record.params) for record in records if record.role == Standing.TEACHER_FP32}))
     return "\n".join(
         [
             *table(HEAD, rows),
@@ -185,7 +174,7 @@ def _run(run: Run) -> list[str]:
 
 def _theory(run: Run) -> list[str]:
     """Counted, not measured: a table of its own."""
-    dense = next((record.macs for record in run.records if record.role == Role.TEACHER_FP32), None)
+    dense = next((record.macs for record in run.records if record.role == Standing.TEACHER_FP32), None)
     models: dict[tuple[int | None, int | None, int | None], Record] = {}
     for record in run.records:  # several files may hold one model: named by the file that ships
         counted = (record.macs, record.params, record.encoder_params)

@@ -11,7 +11,8 @@ from sweep import Job
 from tables import Run, runs_of, table
 
 from slimformer.exporters.base import Variant
-from slimformer.reporting.ledger import Record, Role, count_text, mb_text, signed
+from slimformer.measuring.records import Record, Standing
+from slimformer.reporting.words import count_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.running.stages import Train
 from slimformer.tasks.classification import Classification
@@ -59,12 +60,12 @@ def folder_of(job: Job) -> str:
 
 def dense(run: Run) -> Record:
     """The teacher in fp32, that all ratios compare with."""
-    return next(record for record in run.records if record.role == Role.TEACHER_FP32)
+    return next(record for record in run.records if record.role == Standing.TEACHER_FP32)
 
 
 def ours_in(run: Run, precision: Variant, *, openvino: bool = False) -> Record | None:
     """Our file of one precision, in ONNX Runtime or in OpenVINO, whether it was chosen or not."""
-    rows = [record for record in run.records if record.role == Role.OURS and record.precision == precision]
+    rows = [record for record in run.records if record.role == Standing.OURS and record.precision == precision]
     return next((record for record in rows if record.name.endswith("in OpenVINO") == openvino), None)
 
 
@@ -119,7 +120,7 @@ def by_task(found: Mapping[str, Run]) -> Iterator[tuple[str, dict[str, Run]]]:
 def heading(task: str, part: Mapping[str, Run]) -> list[str]:
     """The title of a task's part of a page, and what is measured there."""
     run = next(iter(part.values()))
-    ours, whole = next(record for record in run.records if record.role == Role.OURS), dense(run)
+    ours, whole = next(record for record in run.records if record.role == Standing.OURS), dense(run)
     size = f"a dense model of {count_text(whole.params)} parameters; " if whole.params else ""
     trained = f"{ours.train_examples:,} examples to train on, " if ours.train_examples else ""
     lines = [f"## {task}", "", f"{whole.task}; metric: {whole.metric}; {size}{trained}{whole.examples:,} scored.", ""]

@@ -16,22 +16,9 @@ from tiny_export import data, export
 
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.measuring.machine import FLAGS, Load, environment, quiet, saturates
-from slimformer.running.bench import (
-    SINGLE,
-    SORTED,
-    Engine,
-    Lengths,
-    Measurement,
-    Timing,
-    Workload,
-    bench,
-    compare,
-    evaluate,
-    open_model,
-    ratio,
-    size_bytes,
-    workloads,
-)
+from slimformer.measuring.scoring import Measurement, evaluate, shipped_bytes
+from slimformer.measuring.timing import SINGLE, SORTED, Engine, Lengths, Timing, Workload, compare, ratio, workloads
+from slimformer.running.bench import bench, open_model
 from slimformer.tasks.base import Features
 
 ENGINE = Engine("fake", "1.0", 2)
@@ -243,8 +230,8 @@ def test_size_counts_what_ships(tmp_path: Path) -> None:
     (tmp_path / "a.onnx.data").write_bytes(b"123")
     (tmp_path / "b.xml").write_bytes(b"1")
     (tmp_path / "b.bin").write_bytes(b"1234")
-    assert size_bytes(tmp_path / "a.onnx") == 8
-    assert size_bytes(tmp_path / "b.xml") == 5
+    assert shipped_bytes(tmp_path / "a.onnx") == 8
+    assert shipped_bytes(tmp_path / "b.xml") == 5
 
 
 # -- slimformer bench, on an exported folder ---------------------------------------------------------------------------------
@@ -283,7 +270,8 @@ def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
 
 
 def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
-    from slimformer.reporting.ledger import Facts, write_facts
+    from slimformer.measuring.records import Facts
+    from slimformer.reporting.ledger import write_facts
 
     folder = export(tmp_path / "model", ("model.onnx", "model_int8_qdq.onnx"))
     options = {"use": "classification", "data": str(data(tmp_path / "data"))}
@@ -335,7 +323,7 @@ def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path)
         from pathlib import Path
         from slimformer.running.bench import bench
         from slimformer.errors import ExtraError
-        from slimformer.reporting.ledger import table
+        from slimformer.reporting.terminal import table
         from slimformer.tasks.classification import Classification
         from rich.console import Console
         task = Classification(data="data")

@@ -34,7 +34,8 @@ from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import anatomy_of
 from slimformer.measuring.latency import Levels
-from slimformer.reporting.ledger import Role, read, read_facts
+from slimformer.measuring.records import Standing
+from slimformer.reporting.ledger import read_facts, read_records
 from slimformer.running import search as compression
 from slimformer.running import trials
 from slimformer.running.bundle import Bundle
@@ -217,10 +218,10 @@ def test_the_snippet_of_the_card_runs_without_slimformer(done: Done) -> None:
 
 
 def test_the_ledger_holds_ours_and_the_rivals(done: Done) -> None:
-    records = read([done.out / "ledger.jsonl"])
-    ours = [record for record in records if record.role == Role.OURS]
+    records = read_records([done.out / "ledger.jsonl"])
+    ours = [record for record in records if record.role == Standing.OURS]
     assert {record.file for record in ours} == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
-    assert [str(record.role) for record in records[:3]] == [Role.TEACHER_FP32, Role.TEACHER_INT8, Role.SMALL_DENSE]
+    assert [str(record.role) for record in records[:3]] == [Standing.TEACHER_FP32, Standing.TEACHER_INT8, Standing.SMALL_DENSE]
     assert {record.plan for record in ours} == {checkpoint.load_plan(done.out).digest()}
     assert sum(record.chosen for record in records) == 1
     for record in records:
@@ -277,7 +278,7 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     outcome = run(recipe, "again", threads=1, wait_seconds=0)
     assert outcome.out == Path("again")
     assert sum("is done already" in line for line in said(Path("again"))) == len(recipe.stages)
-    assert {record.threads for record in outcome.measurement.records if record.role == Role.OURS} == {1}
+    assert {record.threads for record in outcome.measurement.records if record.role == Standing.OURS} == {1}
     assert checkpoint.load_plan("again").digest() == checkpoint.load_plan(done.out).digest()
     assert {item.name for item in Path("again").iterdir()} >= DELIVERED
     assert read_recipe("again/recipe.yaml") == recipe

@@ -18,8 +18,9 @@ import yaml
 
 from slimformer import registry
 from slimformer.measuring.machine import Environment
-from slimformer.reporting.ledger import Interval, Record, Role, append
-from slimformer.running.bench import SINGLE, SORTED, Ratio
+from slimformer.measuring.records import Interval, Record, Standing
+from slimformer.measuring.timing import SINGLE, SORTED, Ratio
+from slimformer.reporting.ledger import append
 from slimformer.running.order import disorder
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
@@ -283,11 +284,11 @@ def test_every_method_has_its_paragraph() -> None:
 
 
 def test_every_delivered_file_is_told() -> None:
-    from slimformer.reporting.ledger import FACTS, LEDGER
+    from slimformer.reporting.ledger import FACTS_FILE, LEDGER
     from slimformer.running.trials import FILES, SHIPPED
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in (*(FILES[variant] for variant in SHIPPED), FACTS, LEDGER, "plan.json", "recipe.yaml", "report.html"):
+    for name in (*(FILES[variant] for variant in SHIPPED), FACTS_FILE, LEDGER, "plan.json", "recipe.yaml", "report.html"):
         assert f"`{name}`" in text
 
 
@@ -317,7 +318,7 @@ def tables() -> ModuleType:
     return module
 
 
-def row(name: str, role: Role, speed: float, **fields: Any) -> Record:
+def row(name: str, role: Standing, speed: float, **fields: Any) -> Record:
     given: dict[str, Any] = {
         "name": name,
         "role": role,
@@ -339,10 +340,10 @@ def row(name: str, role: Role, speed: float, **fields: Any) -> Record:
 
 
 def write_run(folder: Path, *, score: float, seed: int) -> None:
-    dense = row("dense fp32", Role.TEACHER_FP32, 1.0)
+    dense = row("dense fp32", Standing.TEACHER_FP32, 1.0)
     ours = row(
         "slimformer int8",
-        Role.OURS,
+        Standing.OURS,
         3.2,
         chosen=True,
         scores={"accuracy": score},
@@ -364,9 +365,9 @@ def test_the_pages_are_what_the_ledgers_give() -> None:
 def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "results"))
     work = importlib.import_module("work")
-    dense = row("dense fp32", Role.TEACHER_FP32, 1.0, encoder_params=1000, encoder_nonzero=1000)
+    dense = row("dense fp32", Standing.TEACHER_FP32, 1.0, encoder_params=1000, encoder_nonzero=1000)
     plain = row(
-        "fp32", Role.OURS, 2.44, precision="fused", loss=Interval(1.26, 0.4, 2.1), encoder_params=400, encoder_nonzero=240
+        "fp32", Standing.OURS, 2.44, precision="fused", loss=Interval(1.26, 0.4, 2.1), encoder_params=400, encoder_nonzero=240
     )
     integers = replace(plain, name="int8", precision="int8_fused", loss=Interval(-0.3, -1.0, 0.4))
     found = {"mrpc/fisher-35": work.Run(Path("methods/structured/mrpc/fisher-35"), (dense, plain, integers))}
@@ -384,7 +385,7 @@ def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) 
 def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "results"))
     work = importlib.import_module("work")
-    ours = row("fp32", Role.OURS, 2.0, minutes=20.26)
+    ours = row("fp32", Standing.OURS, 2.0, minutes=20.26)
     assert [work.minutes(replace(ours, threads=threads)) for threads in (None, 1, 2)] == ["20.3", "20.3 (1 thread)", "20.3"]
     assert work.minutes(replace(ours, minutes=None)) == work.minutes(replace(ours, minutes=0.0)) == ""
 
@@ -392,9 +393,9 @@ def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pyt
 def test_a_page_says_where_runs_learned_from_different_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "results"))
     work = importlib.import_module("work")
-    dense = row("dense fp32", Role.TEACHER_FP32, 1.0)
+    dense = row("dense fp32", Standing.TEACHER_FP32, 1.0)
     first, second = (
-        work.Run(Path(name), (replace(dense, scores={"accuracy": score}), row("fp32", Role.OURS, 2.0)))
+        work.Run(Path(name), (replace(dense, scores={"accuracy": score}), row("fp32", Standing.OURS, 2.0)))
         for name, score in (("a", 0.8), ("b", 0.9))
     )
     assert "0.8000 to 0.9000" in "\n".join(work.heading("sst2", {"sst2/a": first, "sst2/b": second}))

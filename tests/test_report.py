@@ -23,31 +23,15 @@ from tiny_export import export
 
 from slimformer.errors import DataError, ModelError
 from slimformer.measuring.machine import Environment, Load
+from slimformer.measuring.records import Facts, Goal, Interval, Layer, Record, Standing
+from slimformer.measuring.scoring import bootstrap
+from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
 from slimformer.reporting.card import card, snippet
-from slimformer.reporting.ledger import (
-    Changed,
-    Facts,
-    Interval,
-    Layer,
-    Record,
-    Role,
-    Target,
-    against,
-    append,
-    bootstrap,
-    choice,
-    frontier,
-    judge,
-    read,
-    read_facts,
-    report,
-    table,
-    tally,
-    write_facts,
-)
-from slimformer.reporting.page import Details, page
+from slimformer.reporting.ledger import append, read_facts, read_records, write_facts
+from slimformer.reporting.page import Details, page, report
 from slimformer.reporting.svg import Mark, bars, scatter, ticks
-from slimformer.running.bench import SINGLE, SORTED, Lengths, Ratio, Timing
+from slimformer.reporting.terminal import table
+from slimformer.reporting.verdicts import Changed, against, choice, frontier, judge, tally
 
 MACHINE = Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0", "numpy": "2.4"})
 
@@ -93,7 +77,7 @@ def full() -> Record:
     return record(
         loss=Interval(0.5, -0.1, 1.2),
         versus={"rival": Interval(0.1, -0.2, 0.3)},
-        target=Target(3.0, 1.0),
+        target=Goal(3.0, 1.0),
         layers=(Layer("0", 3, 12, 100, 1536),),
         chosen=True,
         seed=7,
@@ -106,7 +90,7 @@ def test_a_record_survives_the_ledger_whole(tmp_path: Path) -> None:
     path = tmp_path / "run" / "ledger.jsonl"
     append(path, full())
     append(path, replace(BASE, scores={"accuracy": 0.9, "f1": float("nan")}))
-    one, two = read([path])
+    one, two = read_records([path])
     assert one == full()
     assert np.isnan(two.scores["f1"])
     assert isinstance(one.timings[0].samples_ms[0], tuple)
@@ -121,7 +105,7 @@ def test_a_torn_row_is_skipped_and_swallows_nothing(tmp_path_factory: pytest.Tem
     os.truncate(path, path.stat().st_size - 1 - cut)  # killed in the middle of the second row
     if after:
         append(path, record("third"))
-    assert [found.name for found in read([path])] == (["first", "third"] if after else ["first"])
+    assert [found.name for found in read_records([path])] == (["first", "third"] if after else ["first"])
 
 
 def test_what_is_skipped_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,13 +114,13 @@ def test_what_is_skipped_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     lines = path.read_text()
     path.write_text('{"name": "half"}\n[]\n' + "[" * 100_000 + "\n\xff\n" + lines + lines[:50], encoding="latin-1")
     with caplog.at_level(logging.WARNING):
-        assert [found.name for found in read([path])] == ["good"]
+        assert [found.name for found in read_records([path])] == ["good"]
     said = [entry.getMessage() for entry in caplog.records]
     assert len(said) == 5
     assert "line 1 is no record" in said[0]
     assert "line 6 was cut off while it was written; skipped." in said[-1]
     with pytest.raises(DataError, match="cannot be read"):
-        read([tmp_path / "none.jsonl"])
+        read_records([tmp_path / "none.jsonl"])
 
 
 def test_facts_come_back_and_broken_ones_are_told(tmp_path: Path) -> None:
@@ -206,7 +190,7 @@ def test_bootstrap_is_symmetric(pairs: list[tuple[int, int]], seed: int) -> None
 
 
 def test_judge_says_met_or_by_how_much_not() -> None:
-    ask = Target(3.0, 1.0)
+    ask = Goal(3.0, 1.0)
     met = judge(record(speed=3.6, loss=Interval(0.4, -0.6, 1.3), target=ask))
     assert met.good is True
     assert met.text == (
@@ -267,7 +251,7 @@ NASTY = '<script>alert("x")</script> & [b]bold[/b] | `code`\n```'
 def rows() -> list[Record]:
     return [
         BASE,
-        record("int8", 0.895, 1.8, role=Role.TEACHER_INT8, loss=Interval(0.5, -0.4, 1.4), size_bytes=23_000_000),
+        record("int8", 0.895, 1.8, role=Standing.TEACHER_INT8, loss=Interval(0.5, -0.4, 1.4), size_bytes=23_000_000),
         record(
             NASTY,
             0.893,
@@ -275,7 +259,7 @@ def rows() -> list[Record]:
             chosen=True,
             loss=Interval(0.7, -0.4, 1.8),
             layers=(Layer("0", 12, 12, 700, 1536), Layer("1", 0, 12, 96, 1536)),
-            target=Target(3.0, 1.0),
+            target=Goal(3.0, 1.0),
             params=14_000_000,
             macs=60_000_000,
             minutes=20.0,
@@ -389,7 +373,7 @@ def test_a_page_of_little_still_stands(tmp_path: Path) -> None:
 def test_report_gathers_runs_and_shows_seeds(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         for row in rows():
-            ours = row.role == Role.OURS
+            ours = row.role == Standing.OURS
             append(
                 tmp_path / f"run{seed}" / "ledger.jsonl",
                 replace(row, name="ours", seed=seed, scores={"accuracy": 0.89 + seed / 100}) if ours else row,

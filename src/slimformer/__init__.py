@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from slimformer.core.shrink import shrink
     from slimformer.families.base import anatomy_of
     from slimformer.hooks.gating import gated
-    from slimformer.reporting.ledger import Record, report
+    from slimformer.measuring.records import Record
+    from slimformer.reporting.page import report
     from slimformer.running.bench import bench
     from slimformer.running.bundle import Bundle
     from slimformer.running.recipe import Bench, Export, Recipe
@@ -43,7 +44,7 @@ _PLACES = {
     "Export": "running.recipe",
     "Plan": "core.plan",
     "Recipe": "running.recipe",
-    "Record": "reporting.ledger",
+    "Record": "measuring.records",
     "Train": "running.stages",
     "Wishes": "running.search",
     "allocate": "core.budget",
@@ -52,7 +53,7 @@ _PLACES = {
     "compress": "running.search",
     "gated": "hooks.gating",
     "load": "saving.checkpoint",
-    "report": "reporting.ledger",
+    "report": "reporting.page",
     "run": "running.runner",
     "save": "saving.checkpoint",
     "shrink": "core.shrink",

@@ -130,7 +130,7 @@ def bench(
     """Compare models side by side, in turn: quality, size and speed on this machine."""
     from rich.console import Console
 
-    from slimformer.reporting.ledger import table
+    from slimformer.reporting.terminal import table
     from slimformer.running.bench import bench as side_by_side
 
     given = (task, data, text, text_pair, label, metric, max_length, None, stride, models[0])
@@ -155,8 +155,8 @@ def report(
     """Draw the frontier of quality against speed and size over all runs: a table and report.html."""
     from rich.console import Console
 
-    from slimformer.reporting.ledger import report as draw
-    from slimformer.reporting.ledger import table
+    from slimformer.reporting.page import report as draw
+    from slimformer.reporting.terminal import table
 
     records = draw(runs, out)
     Console().print(table(records))
@@ -264,7 +264,8 @@ def _is_for_questions(model: Path) -> bool:
 def _show(outcome: Any) -> None:
     from rich.console import Console
 
-    from slimformer.reporting.ledger import choice, judge, table
+    from slimformer.reporting.terminal import table
+    from slimformer.reporting.verdicts import choice, judge
 
     console = Console()
     console.print(table(outcome.measurement.records))

@@ -332,9 +332,9 @@ def test_rows_hold_what_a_model_needs_and_where_the_context_is() -> None:
     batch = collate(features, [0, 1])
     np.testing.assert_array_equal(batch["labels"], [[10, 10], [0, 0]])
     assert batch["attention_mask"].sum(axis=1).tolist() == [16, 8]
-    from slimformer.running.bench import _inputs
+    from slimformer.measuring.timing import model_inputs
 
-    assert set(_inputs(features)) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert set(model_inputs(features)) == {"input_ids", "token_type_ids", "attention_mask"}
 
 
 def test_rows_whose_places_are_not_known_can_be_scored_and_not_trained_on() -> None:
@@ -433,7 +433,7 @@ def test_broken_numbers_are_no_answer() -> None:
 
 
 def test_the_bootstrap_takes_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = importlib.import_module("slimformer.running.bench")  # the package shows the function of that name
+    bench = importlib.import_module("slimformer.measuring.scoring")
 
     task = QuestionAnswering(max_length=24, stride=4, version="v2", threshold=0.0)
     rows = [asked(f"the old {word} room", word, id=word) for word in NUMBERS] + [asked("so dull", id="none")]
@@ -945,8 +945,8 @@ def python(code: str, folder: Path, *options: str) -> subprocess.CompletedProces
 @pytest.mark.slow
 def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tuned model is cut and distilled, thresholds are fitted per file, and bench and card use them."""
-    from slimformer.reporting.ledger import read, read_facts
-    from slimformer.running.bench import evaluate
+    from slimformer.measuring.scoring import evaluate
+    from slimformer.reporting.ledger import read_facts, read_records
     from slimformer.runtimes.onnxruntime import OnnxRuntime
     from slimformer.saving.checkpoint import read_config
 
@@ -979,7 +979,7 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     }  # fmt: skip
     assert set(facts.fitted) == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
     assert all(set(options) == {"threshold"} for options in facts.fitted.values())
-    records = {item.file: item for item in read([Path("small/ledger.jsonl")]) if item.role == "ours"}
+    records = {item.file: item for item in read_records([Path("small/ledger.jsonl")]) if item.role == "ours"}
     assert records[facts.best].metric == "f1"
     assert records["model.onnx"].score > 0.8  # 40 % of the dev questions have no answer
     assert set(records["model.onnx"].scores) == {"f1", "exact", "f1_has_answer", "f1_no_answer"}
@@ -1025,7 +1025,8 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
     """The short command: what it delivers answers questions, always with a span, and its recipe names what was done."""
     from test_compression import DELIVERED, hurry
 
-    from slimformer.reporting.ledger import Role, read, read_facts
+    from slimformer.measuring.records import Standing
+    from slimformer.reporting.ledger import read_facts, read_records
     from slimformer.saving import checkpoint
 
     hurry(monkeypatch)
@@ -1050,9 +1051,9 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
         "use": "question_answering", "data": "data", "version": "v1", "max_length": 48, "stride": 8,
     }  # fmt: skip
     assert not any(facts.fitted.values())  # v1 has no threshold
-    rows = read([Path("small/ledger.jsonl")])
-    teacher = next(item for item in rows if item.role == Role.TEACHER_FP32)
-    ours = {item.file: item for item in rows if item.role == Role.OURS}
+    rows = read_records([Path("small/ledger.jsonl")])
+    teacher = next(item for item in rows if item.role == Standing.TEACHER_FP32)
+    ours = {item.file: item for item in rows if item.role == Standing.OURS}
     assert set(ours) == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
     assert {item.metric for item in rows} == {"f1"}
     assert teacher.score > 0.9
@@ -1102,7 +1103,7 @@ def test_natural_questions_with_gold_passages() -> None:
 def test_a_trained_model_scores_what_is_known_of_it() -> None:
     """F1 74.5 and exact 63.0 on 1,000 dev questions; on 60 of them, within three standard errors."""
     from slimformer.data.tokenizer import load_tokenizer
-    from slimformer.running.bench import evaluate
+    from slimformer.measuring.scoring import evaluate
     from slimformer.saving import checkpoint
 
     folder = SHARED / "models" / "minilm-squad1"

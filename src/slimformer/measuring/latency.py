@@ -86,7 +86,8 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: 
     from slimformer.core.shrink import shrink
     from slimformer.data.material import subset
     from slimformer.families.base import family_of
-    from slimformer.running.bench import Engine, compare, quiet, workloads
+    from slimformer.measuring.machine import quiet
+    from slimformer.measuring.timing import Engine, compare, workloads
 
     exporter = registry.find("exporters", "onnx")(agreement=0.0)  # what a model that was cut so says is of no interest here
     runtime = registry.find("runtimes", "onnxruntime")()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # What a vector unit can do for int8 and fp32 decides the figures, so a row names the flags that matter.
 FLAGS = (
@@ -125,7 +125,7 @@ def quiet(
             break
         sleep(min(5.0, max(0.0, wait_seconds - waited)))
     if seen > threshold:
-        log.warning(
+        _log.warning(
             "the machine is busy: other work takes %.1f of %d cores after waiting %.0f s; "
             "times are less sure, ratios are still taken in turn.",
             seen,

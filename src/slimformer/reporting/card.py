@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimformer.reporting.ledger import MEGA, Record, against, interval_text, judge, layers_text, mb_text, signed
+from slimformer.measuring.records import Record
+from slimformer.measuring.scoring import shipped_bytes
+from slimformer.reporting.ledger import read_facts
 from slimformer.reporting.page import circumstances, cost_facts
-from slimformer.running.bench import size_bytes
+from slimformer.reporting.verdicts import against, judge
+from slimformer.reporting.words import MEGABYTE, interval_text, layers_text, mb_text, signed
 from slimformer.saving.files import write_text
 
 _HUB_METRICS = {
@@ -79,7 +82,6 @@ def snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_lengt
 
 def _question_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
     """The same for a question and its context: all windows, the best span inside the context, "" where none is better."""
-    from slimformer.reporting.ledger import read_facts
     from slimformer.tasks.question_answering import QuestionAnswering
 
     facts = read_facts(folder)
@@ -200,7 +202,9 @@ def _card_body(folder: Path, record: Record, records: Sequence[Record], code: st
     verdicts = [judge(record), *against(record, records)]
     there = [name for name in _TOLD if (folder / name).is_file()]
     ends = {record.file: " (**the best here**)", "model.safetensors": f"; {stored}" if stored else ""}
-    files = [f"| `{name}` | {size_bytes(folder / name) / MEGA:.1f} | {_TOLD[name]}{ends.get(name, '')} |" for name in there]
+    files = [
+        f"| `{name}` | {shipped_bytes(folder / name) / MEGABYTE:.1f} | {_TOLD[name]}{ends.get(name, '')} |" for name in there
+    ]
     head = ("model", record.metric.replace("_", " "), "points lost (95 %)", "MB", "× batch 32", "× batch 1")
     rows = []
     for item in records:

@@ -7,6 +7,7 @@ The one idea: this file turns records into words and figures (`_Section`), `temp
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,30 +17,24 @@ from typing import cast
 import numpy as np
 
 from slimformer.errors import DataError
-from slimformer.reporting.ledger import (
-    Changed,
-    Record,
-    Role,
-    Verdict,
-    against,
-    choice,
+from slimformer.measuring.records import Record, Standing
+from slimformer.measuring.timing import Ratio
+from slimformer.reporting.ledger import LEDGER, groups, read_records
+from slimformer.reporting.svg import Mark, bars, scatter
+from slimformer.reporting.verdicts import Changed, Verdict, against, choice, frontier, judge, megabytes, slowness, tally
+from slimformer.reporting.words import (
     count_text,
-    frontier,
-    groups,
     interval_text,
-    judge,
     layers_text,
     lost_text,
     mb_text,
-    megabytes,
     points_text,
     signed,
-    slowness,
-    tally,
     times_text,
 )
-from slimformer.running.bench import Ratio
 from slimformer.saving.files import write_text
+
+_log = logging.getLogger(__name__)
 
 SHOWN = 40  # changed answers on the page; all of them are in changed.jsonl
 BRIEF = 320  # characters of a text that are shown, of one that is longer than that
@@ -132,7 +127,7 @@ def excerpt(text: str, around: Sequence[str]) -> str:
 def _section(records: Sequence[Record]) -> _Section:
     first = records[0]
     ours = choice(records)
-    base = next((record for record in records if record.role == Role.TEACHER_FP32), None)
+    base = next((record for record in records if record.role == Standing.TEACHER_FP32), None)
     metric = first.metric.replace("_", " ")
     verdict = judge(ours) if ours else Verdict(None, "No model of ours is among these records.")
     verdicts = tuple(against(ours, records)) if ours else ()
@@ -207,7 +202,7 @@ def _warnings(records: Sequence[Record]) -> tuple[str, ...]:
     machines = {(record.environment.cpu, record.environment.cores) for record in records}
     if len(machines) > 1:
         found.append("These rows come from different machines: speeds compare only within one of them.")
-    seeds = {record.seed for record in records if record.role == Role.OURS and record.seed is not None}
+    seeds = {record.seed for record in records if record.role == Standing.OURS and record.seed is not None}
     if len(seeds) == 1:
         found.append("One seed only: another seed can move the score by about one standard error.")
     return tuple(found)
@@ -216,7 +211,7 @@ def _warnings(records: Sequence[Record]) -> tuple[str, ...]:
 def _style(record: Record, ours: Record | None) -> str:
     if record is ours:
         return "chosen"
-    return {Role.OURS: "ours", Role.TEACHER_FP32: "base"}.get(cast(Role, record.role), "")
+    return {Standing.OURS: "ours", Standing.TEACHER_FP32: "base"}.get(cast(Standing, record.role), "")
 
 
 def _cells(record: Record) -> tuple[str, ...]:
@@ -327,8 +322,6 @@ def circumstances(records: Sequence[Record]) -> tuple[tuple[str, str], ...]:
 
 
 def _bars(ours: Record | None) -> tuple[str, str]:
-    from slimformer.reporting.svg import bars
-
     if ours is None or not ours.layers:
         return ("", "")
     heads = [(layer.name, layer.heads, layer.heads_of) for layer in ours.layers]
@@ -339,8 +332,6 @@ def _bars(ours: Record | None) -> tuple[str, str]:
 
 def _scatter(records: Sequence[Record], ours: Record | None, cost: Callable[[Record], float], kind: str) -> tuple[str, str]:
     """Quality against a cost, the frontier drawn: wide and narrow; empty where fewer than two records have both numbers."""
-    from slimformer.reporting.svg import Mark, scatter
-
     known = [record for record in records if math.isfinite(cost(record)) and math.isfinite(record.score)]
     if len(known) < 2:
         return ("", "")
@@ -352,7 +343,9 @@ def _scatter(records: Sequence[Record], ours: Record | None, cost: Callable[[Rec
 
     def mark(record: Record) -> Mark:
         fast = record.times_faster(32)
-        style = {Role.OURS: "ours", Role.TEACHER_FP32: "base", Role.SMALL_DENSE: "small"}.get(cast(Role, record.role), "rival")
+        style = {Standing.OURS: "ours", Standing.TEACHER_FP32: "base", Standing.SMALL_DENSE: "small"}.get(
+            cast(Standing, record.role), "rival"
+        )
         plain = len(known) > 14 and id(record) not in on_front and record is not ours and style == "ours"
         return Mark(
             x=place(record),
@@ -365,7 +358,7 @@ def _scatter(records: Sequence[Record], ours: Record | None, cost: Callable[[Rec
         )
 
     asked = None
-    base = next((record for record in known if record.role == Role.TEACHER_FP32), None)
+    base = next((record for record in known if record.role == Standing.TEACHER_FP32), None)
     if kind == "speed" and ours is not None and ours.target is not None and base is not None and ours.higher_is_better:
         asked = (ours.target.speedup, base.score - ours.target.max_loss / 100)
     label = (
@@ -378,3 +371,21 @@ def _scatter(records: Sequence[Record], ours: Record | None, cost: Callable[[Rec
     wide = scatter(marks, line, label, metric, width=760, height=400, asked=asked, more_is_right=kind == "speed")
     narrow = scatter(marks, line, label, metric, width=360, height=340, asked=asked, more_is_right=kind == "speed")
     return (wide, narrow)
+
+
+def report(run_folders: Sequence[Path], out: Path) -> list[Record]:
+    """All records of the run folders (or ledgers) named, and report.html on them in `out`; what `slimformer report` does."""
+    ledgers = []
+    for folder in map(Path, run_folders):
+        found = [folder] if folder.is_file() else sorted(folder.glob(LEDGER)) or sorted(folder.glob(f"*/{LEDGER}"))
+        if not found:
+            _log.warning("%s holds no %s; skipped.", folder, LEDGER)
+        ledgers.extend(found)
+    records = read_records(dict.fromkeys(ledgers))
+    if not records:
+        raise DataError(
+            f"no records in {', '.join(map(str, run_folders)) or 'nothing'}.",
+            help="name run folders: they hold a ledger.jsonl after `slimformer compress` or `slimformer run`.",
+        )
+    page(records, Details(command="slimformer report " + " ".join(map(str, run_folders))), Path(out) / "report.html")
+    return records

@@ -23,8 +23,8 @@ from slimformer.tasks.base import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.reporting.ledger import Target
-    from slimformer.running.bench import Entry, Measurement
+    from slimformer.measuring.records import Goal
+    from slimformer.measuring.scoring import Entry, Measurement
 from slimformer.running.rivals import OPENVINO, Rival, facts_of, openvino_int8
 from slimformer.running.trials import FILES, SHIPPED, STANDARD, Trial, _digest, _fitted, _tuned, read_notes
 
@@ -33,7 +33,8 @@ def measure_all(
     entries: Sequence[Entry], material: Material, run: Run, *, task_name: str, model: str, seconds: float
 ) -> Measurement:
     """Everything side by side on dev: scores, sizes, speeds; the first entry is the baseline."""
-    from slimformer.running.bench import measure, quiet
+    from slimformer.measuring.machine import quiet
+    from slimformer.measuring.scoring import measure
 
     return measure(
         entries,
@@ -49,7 +50,8 @@ def measure_all(
 
 
 def _entry(item: Rival, material: Material, threads: int) -> Entry:
-    from slimformer.running.bench import Engine, Entry
+    from slimformer.measuring.scoring import Entry
+    from slimformer.measuring.timing import Engine
 
     runtime = registry.find("runtimes", item.runtime)()
     runner = runtime.load(item.path, threads)
@@ -75,7 +77,7 @@ def deliver(
     best: Trial,
     rivals: Sequence[Rival],
     recipe: str,
-    target: Target | None,
+    target: Goal | None,
     task_options: Mapping[str, Any],
     model_name: str,
     task_name: str,
@@ -93,9 +95,11 @@ def deliver(
     `values`: how large and sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
     The ledger row and every file that another tool needs are there when this returns; a call that was killed can be made again.
     """
+    from slimformer.measuring.records import Facts, Standing
     from slimformer.reporting.card import card
-    from slimformer.reporting.ledger import LEDGER, Facts, Role, append, changed, write_facts
+    from slimformer.reporting.ledger import LEDGER, append, write_facts
     from slimformer.reporting.page import Details, page
+    from slimformer.reporting.verdicts import changed
 
     material = bundle.material
     digest = _digest(recipe)
@@ -103,7 +107,7 @@ def deliver(
 
     def mine(variant: Variant, path: Path, name: str = "", runtime: str = "onnxruntime", *, chosen: bool = False) -> Rival:
         facts = {**shared, "chosen": chosen, "target": target}
-        return Rival(f"slimformer {name or _short(variant)}", str(Role.OURS), path, variant, runtime, facts)
+        return Rival(f"slimformer {name or _short(variant)}", str(Standing.OURS), path, variant, runtime, facts)
 
     ours = [mine(variant, exported / FILES[variant], chosen=variant == best.variant) for variant in SHIPPED]
     if openvino and find_spec("openvino") is not None:

@@ -46,19 +46,19 @@ def rivals(
     bundle: Bundle, stages: Sequence[Stage], wanted: Sequence[str], teacher: Mapping[Variant, Path], run: Run
 ) -> list[Rival]:
     """The baseline first, then the rivals that are wanted and can run here."""
-    from slimformer.reporting.ledger import Role
+    from slimformer.measuring.records import Standing
 
     dense = facts_of(replace(bundle, model=bundle.teacher, plan=Plan(), minutes=0.0), bundle.teacher, run, "")
     dense |= {"minutes": None, "threads": None, "peak_rss_bytes": None}
-    found = [Rival("dense fp32", Role.TEACHER_FP32, teacher[Variant.FUSED], Variant.FUSED, facts=dense)]
+    found = [Rival("dense fp32", Standing.TEACHER_FP32, teacher[Variant.FUSED], Variant.FUSED, facts=dense)]
     if "teacher-int8" in wanted:
         path = teacher[Variant.INT8_DYNAMIC]
-        found.append(Rival("dense int8", Role.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
+        found.append(Rival("dense int8", Standing.TEACHER_INT8, path, Variant.INT8_DYNAMIC, facts=dense))
     if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
         home = teacher[Variant.FLOAT].parent
         with _teacher_turn(home, run):
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
-        found.append(Rival("dense OpenVINO int8", Role.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
+        found.append(Rival("dense OpenVINO int8", Standing.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
     cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
     if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small
         small = small_dense(bundle, stages, run)
@@ -68,7 +68,7 @@ def rivals(
         count = sum(layer.heads + layer.neurons > 0 for layer in facts["layers"])
         name = f"{count} dense layer{'s' if count > 1 else ''} int8"
         file = made[Variant.INT8_DYNAMIC].path
-        found.append(Rival(name, Role.SMALL_DENSE, file, Variant.INT8_DYNAMIC, facts=facts))
+        found.append(Rival(name, Standing.SMALL_DENSE, file, Variant.INT8_DYNAMIC, facts=facts))
     return found
 
 
@@ -117,7 +117,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, valu
     from slimformer.core import cost
     from slimformer.core.anatomy import Role
     from slimformer.families.base import anatomy_of
-    from slimformer.reporting.ledger import layers
+    from slimformer.measuring.records import kept_layers
 
     anatomy = anatomy_of(bundle.model)
     inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
@@ -129,7 +129,7 @@ def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, valu
         "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
         "weights_bytes": size_bytes(weights, values, checkpoint.heads(bundle.model)),
         "macs": round(cost.macs(anatomy, lengths).dense),
-        "layers": layers(anatomy_of(dense), bundle.plan),
+        "layers": kept_layers(anatomy_of(dense), bundle.plan),
         "minutes": round(bundle.minutes, 2),
         "threads": bundle.threads,
         "peak_rss_bytes": bundle.peak_rss_bytes,

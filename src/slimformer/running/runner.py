@@ -24,8 +24,8 @@ from slimformer.tasks.base import Split, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.reporting.ledger import Target
-    from slimformer.running.bench import Measurement
+    from slimformer.measuring.records import Goal
+    from slimformer.measuring.scoring import Measurement
     from slimformer.running.trials import Trial
 from slimformer.running.order import _lead
 from slimformer.running.preflight import _marks, look
@@ -125,7 +125,7 @@ def _digest(recipe: Recipe) -> str:
 
 
 def _cores() -> int:
-    from slimformer.running.bench import cores
+    from slimformer.measuring.machine import cores
 
     return cores()
 
@@ -216,7 +216,7 @@ def finish(
     state: Run,
     out: Path,
     *,
-    target: Target | None = None,
+    target: Goal | None = None,
     command: str = "",
     ready: Ready | None = None,
 ) -> Measurement:

@@ -167,7 +167,7 @@ class _Attempt:
 
 
 def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: Path, command: str) -> Outcome:
-    from slimformer.reporting.ledger import Target
+    from slimformer.measuring.records import Goal
 
     log = state.log
     clock = Clock(state.root)
@@ -218,7 +218,7 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
             f"not all that was asked for was found; this is the best: {best.speed_32:.2f} times as fast (asked: "
             f"{wishes.speedup:g}), {best.loss:+.2f} points lost on held examples (allowed: {wishes.max_loss:g})."
         )
-    target = Target(wishes.speedup, wishes.max_loss)
+    target = Goal(wishes.speedup, wishes.max_loss)
     # without the levels, the same recipe would measure its own and cut a little otherwise
     levels = scale.levels if scale is not None and chosen.stages else None
     export = replace(recipe.export, floats=chosen.floats)
@@ -317,7 +317,8 @@ class _Scale:
     def speed(self, keep: float, wanted: float) -> float:
         """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
         from slimformer.core.shrink import shrink
-        from slimformer.running.bench import Engine, compare, quiet, ratio, workloads
+        from slimformer.measuring.machine import quiet
+        from slimformer.measuring.timing import Engine, compare, ratio, workloads
 
         anatomy = self.context.anatomy
         try:

@@ -74,7 +74,7 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Bundle:
         minutes = clock.stop()
         import torch
 
-        from slimformer.running.bench import peak_rss_bytes
+        from slimformer.measuring.machine import peak_rss_bytes
 
         peak = max(bundle.peak_rss_bytes, peak_rss_bytes())
         bundle = replace(made, minutes=bundle.minutes + minutes, threads=torch.get_num_threads(), peak_rss_bytes=peak)
@@ -358,7 +358,7 @@ def torch_outputs(
     import torch
 
     from slimformer.families.base import family_of
-    from slimformer.running.bench import evaluate
+    from slimformer.measuring.scoring import evaluate
 
     features, examples = subset(material, split, limit)
     names = family_of(model.config.model_type).inputs(model)

@@ -131,7 +131,7 @@ def reference_of(bundle: Bundle, run: Run) -> Reference:
 
 
 def _score(runner: Runner, material: Material, split: Split) -> float:
-    from slimformer.running.bench import evaluate
+    from slimformer.measuring.scoring import evaluate
 
     features, examples = subset(material, split, HELD_ROWS)
     outputs = evaluate(runner, features, 32)
@@ -140,7 +140,7 @@ def _score(runner: Runner, material: Material, split: Split) -> float:
 
 def _tuned(runner: Runner, material: Material) -> Task:
     """The task with what is fitted on held examples for this file."""
-    from slimformer.running.bench import evaluate
+    from slimformer.measuring.scoring import evaluate
 
     if not material.task.fits:
         return material.task
@@ -158,7 +158,8 @@ def try_out(
     files: Mapping[Variant, Path], baseline: Path, bundle: Bundle, run: Run, reference: Reference, *, seconds: float = 10.0
 ) -> list[Trial]:
     """Each file on held examples, side by side with the teacher's fp32 file."""
-    from slimformer.running.bench import Engine, compare, quiet, ratio, workloads
+    from slimformer.measuring.machine import quiet
+    from slimformer.measuring.timing import Engine, compare, ratio, workloads
 
     material = bundle.material
     runners = {str(variant): load_file(path, run.threads) for variant, path in files.items()}
