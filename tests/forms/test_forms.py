@@ -17,7 +17,7 @@ from tiny import MODEL_TYPES, batch, tiny
 from torch import nn
 
 from slimformer.core import cost
-from slimformer.core.anatomy import Anatomy, Matrix, Role
+from slimformer.core.anatomy import Anatomy
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import PlanError, TargetError
@@ -220,18 +220,18 @@ def test_a_sum_of_products_with_one_column_is_the_nearest_table_of_that_rank(ter
 
 
 @pytest.mark.parametrize(
-    ("form", "shape", "role", "message"),
+    ("form", "shape", "table", "message"),
     [
-        (Kronecker((5, 2)), (6, 4), Role.QUERY, "5 x 2 does not divide its 6 x 4"),
-        (Kronecker((3, 3)), (6, 4), Role.QUERY, "3 x 3 does not divide its 6 x 4"),
-        (Kronecker((3, 2), 5), (6, 4), Role.QUERY, "4 terms of 3 x 2 are exact already"),
-        (Kronecker((3, 2)), (6, 4), Role.EMBEDDING, "each of its 6 words keeps a row of its own"),
-        (Kronecker((3, 2), 4), (6, 4), Role.QUERY, None),
-        (Kronecker((6, 2)), (6, 4), Role.EMBEDDING, None),
+        (Kronecker((5, 2)), (6, 4), False, "5 x 2 does not divide its 6 x 4"),
+        (Kronecker((3, 3)), (6, 4), False, "3 x 3 does not divide its 6 x 4"),
+        (Kronecker((3, 2), 5), (6, 4), False, "4 terms of 3 x 2 are exact already"),
+        (Kronecker((3, 2)), (6, 4), True, "each of its 6 words keeps a row of its own"),
+        (Kronecker((3, 2), 4), (6, 4), False, None),
+        (Kronecker((6, 2)), (6, 4), True, None),
     ],
 )
-def test_what_cannot_be_factored_is_said(form: Kronecker, shape: tuple[int, int], role: Role, message: str | None) -> None:
-    problem = form.problem(Matrix("x", "x", shape, role))
+def test_what_cannot_be_factored_is_said(form: Kronecker, shape: tuple[int, int], table: bool, message: str | None) -> None:
+    problem = form.problem(shape, table=table)
     assert problem is None if message is None else message in str(problem)
 
 

@@ -14,12 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
-from slimformer.forms.base import DENSE, Form
-
-if TYPE_CHECKING:
-    from slimformer.core.plan import Plan
+from slimformer.core.form import DENSE, Form, Shape
 
 
 class Kind(StrEnum):
@@ -109,11 +106,16 @@ class Matrix:
 
     id: str
     module: str
-    shape: tuple[int, int]
+    shape: Shape
     role: Role
     sublayer: str | None = None
     form: Form = DENSE
     tied: str | None = None  # the parameter that is this very weight too
+
+    @property
+    def table(self) -> bool:
+        """Whether it is an Embedding's, not a Linear's."""
+        return self.role is Role.EMBEDDING
 
     @property
     def dense(self) -> bool:
@@ -164,6 +166,18 @@ def told_apart(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str,
     return found
 
 
+class PlanLike(Protocol):
+    """What an anatomy reads of a `core.plan.Plan`, which in turn is checked against an anatomy."""
+
+    @property
+    def keep(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def forms(self) -> Mapping[str, Form]: ...
+
+    def check(self, anatomy: Anatomy) -> None: ...
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """All sites, matrices and points of one model, by id, and the modules that hold each layer's hidden state."""
@@ -181,7 +195,11 @@ class Anatomy:
         """Sites of one kind, in order of their layers."""
         return tuple(site for site in self.sites.values() if site.kind is kind)
 
-    def after(self, plan: Plan) -> Anatomy:
+    def encoder_matrices(self) -> tuple[Matrix, ...]:
+        """The matrices inside the layers: all but embedding tables and classifiers."""
+        return tuple(item for item in self.matrices.values() if item.role not in (Role.EMBEDDING, Role.CLASSIFIER))
+
+    def after(self, plan: PlanLike) -> Anatomy:
         """The anatomy of the model that `shrink` makes with `plan`, told without making it (law 3)."""
         plan.check(self)
         gone = self.gone(plan)
@@ -201,7 +219,7 @@ class Anatomy:
         points = told_apart((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 
-    def gone(self, plan: Plan) -> set[str]:
+    def gone(self, plan: PlanLike) -> set[str]:
         """SUBLAYER sites that `plan` takes out whole."""
         return {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
 
@@ -210,7 +228,7 @@ class Anatomy:
         params = {piece.param for piece in site.slices}
         return tuple(m for m in self.matrices.values() if not m.dense and f"{m.module}.weight" in params)
 
-    def cut(self, matrix: Matrix, plan: Plan) -> Matrix:
+    def cut(self, matrix: Matrix, plan: PlanLike) -> Matrix:
         """The matrix with the shape that the units kept by `plan` leave it."""
         shape = list(matrix.shape)
         for site in self.sites.values():

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from slimformer.core.anatomy import Anatomy
+from slimformer.core.form import DENSE, Form, form_from_data
 from slimformer.errors import PlanError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimformer.core.anatomy import Anatomy
-    from slimformer.forms.base import Form
     from slimformer.quantizing.ranges import Ranges
 
 VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and is still what a plan without any is written as
@@ -37,7 +37,8 @@ class Plan:
     def __post_init__(self) -> None:
         frozen = {site: tuple(int(unit) for unit in units) for site, units in sorted(self.keep.items())}
         object.__setattr__(self, "keep", MappingProxyType(frozen))
-        object.__setattr__(self, "forms", MappingProxyType(_formed(self.forms)))
+        forms = {matrix: form for matrix, form in sorted(self.forms.items()) if form != DENSE}
+        object.__setattr__(self, "forms", MappingProxyType(forms))
 
     def __hash__(self) -> int:
         return hash((tuple(self.keep.items()), tuple(self.forms.items())))
@@ -120,7 +121,7 @@ class Plan:
                     f"matrix '{name}' cannot be stored as {form}: it is tied to '{matrix.tied}', which reads it as a plain matrix.",
                     help="leave it dense, or untie the two (tie_word_embeddings: false in config.json) and train both.",
                 )
-            problem = form.problem(anatomy.cut(matrix, self))
+            problem = form.problem(anatomy.cut(matrix, self).shape, table=matrix.table)
             if problem is not None:
                 raise PlanError(f"matrix '{name}' cannot be stored as {form}: {problem}.")
 
@@ -160,23 +161,10 @@ class Plan:
         for site, units in data["keep"].items():
             if not isinstance(units, list) or any(type(unit) is not int or unit < 0 for unit in units):
                 raise PlanError(f"site '{site}': kept units must be a list of whole numbers from 0.")
-        if not forms:
-            return Plan({site: tuple(units) for site, units in data["keep"].items()})
-        from slimformer.forms.base import read
-
         return Plan(
             {site: tuple(units) for site, units in data["keep"].items()},
-            {matrix: read(form, matrix) for matrix, form in forms.items()},
+            {matrix: form_from_data(form, matrix) for matrix, form in forms.items()},
         )
-
-
-def _formed(forms: Mapping[str, Form]) -> dict[str, Form]:
-    """Without those that are dense, in order."""
-    if not forms:
-        return {}
-    from slimformer.forms.base import DENSE
-
-    return {matrix: form for matrix, form in sorted(forms.items()) if form != DENSE}
 
 
 @dataclass(frozen=True)

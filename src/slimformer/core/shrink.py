@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from slimformer.core.anatomy import Anatomy, Matrix, Site
+from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError
 from slimformer.families.base import family_of
-from slimformer.forms.base import Form, Formed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
     with torch.no_grad():
         _replace(small, {name: value for name, value in decision.weights.items() if name not in factors})
         for name, scale in decision.scales.items():
-            _fold(small, _site(anatomy, name), scale)
+            _fold(small, anatomy, _site(anatomy, name), scale)
         for name, keep in decision.plan.keep.items():
             if anatomy.sites[name].sublayer not in gone:
                 _cut(small, anatomy.sites[name], keep)
@@ -93,20 +93,21 @@ def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, torch.Te
     model.set_submodule(path, module.train(dense.training))
 
 
-def _fold(model: nn.Module, site: Site, scale: torch.Tensor) -> None:
+def _fold(model: nn.Module, anatomy: Anatomy, site: Site, scale: torch.Tensor) -> None:
     """Multiplies `scale` (size,) into the Linear at each tap: its columns for an input, its rows and bias for an output."""
     if tuple(scale.shape) != (site.size,) or any(tap.residual for tap in site.taps):
         raise PlanError(
             f"site '{site.id}' takes {site.size} scales at a matrix, got shape {tuple(scale.shape)}.",
             help="a sublayer is kept or cut, it has no scale.",
         )
+    factored = {matrix.module: matrix.form for matrix in anatomy.factored(site)}
     for tap in site.taps:
-        linear = cast(nn.Linear, model.get_submodule(tap.module))
-        if isinstance(linear, Formed):
+        if tap.module in factored:
             raise PlanError(
-                f"site '{site.id}' cannot be scaled: '{tap.module}' is stored as {linear.form}.",
+                f"site '{site.id}' cannot be scaled: '{tap.module}' is stored as {factored[tap.module]}.",
                 help="scale first, factor after.",
             )
+        linear = cast(nn.Linear, model.get_submodule(tap.module))
         factor = scale.to(linear.weight).repeat_interleave(tap.unit)
         if tap.side == "input":
             linear.weight.mul_(factor)  # (out, in) * (in,)

@@ -7,8 +7,12 @@ a whole sublayer out so that only the residual is left, under unchanged names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from slimformer import registry
@@ -17,6 +21,7 @@ from slimformer.errors import ModelError
 from slimformer.forms.base import form_of, shape_of
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
 
@@ -95,6 +100,43 @@ def family_of(model_type: str) -> Family:
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
     """The anatomy of any supported model."""
     return family_of(model.config.model_type).anatomy(model)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what is known of it, so that it is found once and carried along."""
+
+    model: PreTrainedModel
+    family: Family
+    anatomy: Anatomy
+    inputs: tuple[str, ...]  # names of the model's inputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    def feed(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+        """What the model reads of a batch, as tensors on its device: labels and other columns are left out."""
+        device = self.device
+        return {name: torch.as_tensor(batch[name], device=device) for name in self.inputs if name in batch}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Puts the model into eval mode while the context lasts; each module is then as it was before."""
+        training = {module: module.training for module in self.model.modules()}
+        self.model.train(False)
+        try:
+            yield
+        finally:
+            for module, before in training.items():
+                module.training = before
+
+
+def subject_of(model: PreTrainedModel) -> Subject:
+    """The subject of any supported model; ModelError that lists the supported ones for another."""
+    family = family_of(model.config.model_type)
+    return Subject(model, family, family.anatomy(model), family.inputs(model))
 
 
 def matrix_of(model: PreTrainedModel, name: str, module: str, role: Role, sublayer: str | None = None) -> Matrix:

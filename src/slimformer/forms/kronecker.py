@@ -13,17 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimformer.core.anatomy import Role
 from slimformer.forms.base import Form, Formed, Shape
-
-if TYPE_CHECKING:
-    from slimformer.core.anatomy import Matrix
 
 
 @final
@@ -48,13 +44,13 @@ class Kronecker(Form):
         """Rows and columns (m2, n2) of the second factor."""
         return shape[0] // self.a[0], shape[1] // self.a[1]
 
-    def problem(self, matrix: Matrix) -> str | None:
-        (rows, columns), (m1, n1) = matrix.shape, self.a
+    def problem(self, shape: Shape, *, table: bool = False) -> str | None:
+        (rows, columns), (m1, n1) = shape, self.a
         if rows % m1 or columns % n1:
             return f"a first factor of {m1} x {n1} does not divide its {rows} x {columns}"
-        if matrix.role is Role.EMBEDDING and m1 != rows:
+        if table and m1 != rows:
             return f"each of its {rows} words keeps a row of its own, so the first factor has {rows} rows, not {m1}"
-        most = min(m1 * n1, math.prod(self.b(matrix.shape)))
+        most = min(m1 * n1, math.prod(self.b(shape)))
         if self.terms > most:
             return f"{most} terms of {m1} x {n1} are exact already, so {self.terms} would hold nothing more"
         return None
@@ -109,11 +105,11 @@ class Kronecker(Form):
         return {"a": a.to(weight.dtype), "b": right.reshape(self.terms, *self.b(shape)).to(weight.dtype)}
 
     @classmethod
-    def example(cls, matrix: Matrix) -> Form:
-        rows, columns = matrix.shape
-        down = rows if matrix.role is Role.EMBEDDING else max(n for n in range(1, rows) if rows % n == 0) if rows > 1 else 1
+    def example(cls, shape: Shape, *, table: bool = False) -> Form:
+        rows, columns = shape
+        down = rows if table else max(n for n in range(1, rows) if rows % n == 0) if rows > 1 else 1
         across = next(n for n in range(2, columns + 1) if columns % n == 0) if columns > 1 else 1
-        return cls((down, columns // across if matrix.role is Role.EMBEDDING else across))
+        return cls((down, columns // across if table else across))
 
 
 def rearranged(weight: Tensor, a: Shape) -> Tensor:

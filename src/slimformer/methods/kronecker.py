@@ -209,14 +209,14 @@ class _Choice:
 def candidates(matrix: Matrix, terms: int) -> Iterator[Product]:
     """Shapes worth a look: one factor is small, and neither numbers nor multiplications become more."""
     rows, columns = matrix.shape
-    table = matrix.role is Role.EMBEDDING
+    table = matrix.table
     for m1 in [rows] if table else _divisors(rows):
         for n1 in _divisors(columns):
             form = Product((m1, n1), terms)
             a, b = m1 * n1, rows * columns // (m1 * n1)
             small = 1 < b <= NARROW if table else 1 < min(a, b) <= SMALL
             cheap = form.parameters(matrix.shape) < rows * columns and (table or form.macs(matrix.shape) < rows * columns)
-            if small and cheap and form.problem(matrix) is None:
+            if small and cheap and form.problem(matrix.shape, table=table) is None:
                 yield form
 
 
