@@ -25,7 +25,7 @@ from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import train
-from slimformer.running.stages import Calibrate, Stage, Train, held_score, torch_outputs
+from slimformer.running.stages import Calibrate, Stage, Train, torch_outputs, validation_score
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
 from slimformer.tasks.classification import Classification
@@ -102,9 +102,9 @@ def main() -> None:
     if chosen.squad:
         task = QuestionAnswering(data=chosen.data, version=chosen.squad, max_length=256, stride=96, train_ids=chosen.train_rows)
     material = prepare(task, Path(chosen.tuned))
-    print(f"{'way':46} {'held, by pass':14} dev")
+    print(f"{'way':46} {'validation, by pass':20} dev")
     dense = checkpoint.load(Path(chosen.tuned))
-    print(f"{'the dense teacher':46} {held_score(dense, material):<14.3f} {dev_score(dense, material):.3f}", flush=True)
+    print(f"{'the dense teacher':46} {validation_score(dense, material):<20.3f} {dev_score(dense, material):.3f}", flush=True)
     ways = sparse(chosen.share) if chosen.kind == "sparse" else {name: (True, stage) for name, stage in narrow().items()}
     for name, (from_tuned, stage) in ways.items():
         if chosen.only not in name:
@@ -118,7 +118,7 @@ def main() -> None:
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
         made = max(out.glob("work/*/made"), key=lambda folder: folder.stat().st_mtime_ns)
-        print(f"{name:46} {scores:14} {dev_score(checkpoint.load(made), material):.3f}", flush=True)
+        print(f"{name:46} {scores:20} {dev_score(checkpoint.load(made), material):.3f}", flush=True)
 
 
 if __name__ == "__main__":

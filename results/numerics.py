@@ -190,7 +190,7 @@ def more_ids() -> None:
     if (ROOT / MORE_IDS).is_file():
         return
     drawn, few = questions("v1", 20_000), small_squad()
-    train = [example.id for split in (Split.TRAIN, Split.HELD) for example in drawn.split(split)]
+    train = [example.id for split in (Split.TRAIN, Split.VALIDATION) for example in drawn.split(split)]
     write_text(ROOT / MORE_IDS, json.dumps({"train": train, "dev": [example.id for example in few.split(Split.DEV)]}))
 
 
@@ -394,7 +394,7 @@ def _page(found: dict[str, Run]) -> str:
         "",
         f"Drawn from the ledgers under [`results/methods/numbers/`](../../results/README.md) by `{COMMAND} --draw`, which also runs",
         "what is missing: one command, stopped and started at will. **encoder weights**: numbers of the encoder's matrices that are not",
-        "0, and how many times fewer than the dense teacher's; **file**: the ONNX file that was chosen on held examples, whole model;",
+        "0, and how many times fewer than the dense teacher's; **file**: the ONNX file chosen on validation examples, whole model;",
         "**stored**: `model.safetensors`, zeros left out; **×**: times faster than the dense teacher in ONNX Runtime fp32, **OpenVINO**:",
         "our static int8 file there, at batch 32, over the same baseline. ONNX Runtime computes zeros like other numbers.",
         "`quantization-6` and `-4` have weights of so many bits, activations and tables of 6; a file stores them in bytes. Of runs named",

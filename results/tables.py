@@ -85,7 +85,7 @@ def results_page(found: Sequence[Run]) -> str:
         "the 95 % interval of the paired bootstrap. **×**: times faster than that teacher in ONNX Runtime fp32, the median over",
         "rounds taken in turn, and its 10th to 90th percentile; batch 32 is sorted by length, batch 1 in the data's order.",
         "**MB**: the whole file. **Minutes**: making the model from its teacher. **Bold**: the file that ships, chosen on",
-        "examples held aside, never on dev.",
+        "validation examples, never on dev.",
         "",
     ]
     for title, part in _by_task(found).items():

@@ -311,7 +311,7 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     levels = read_recipe(done.out / "recipe.yaml").latency
     assert isinstance(levels, Levels)
     monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
-    monkeypatch.setattr(compression, "reference_of", lambda *_: trials.Reference(held=2.0, seen=2.0, trusted=True))
+    monkeypatch.setattr(compression, "reference_of", lambda *_: trials.Reference(validation=2.0, seen=2.0, trusted=True))
     task = Classification(data=str(done.home / "data"))
     wishes = Wishes(speedup=1.5, max_loss=0, epochs=1, tries=1, rivals=())
     out = tmp_path / "small"

@@ -1,4 +1,4 @@
-"""What is chosen among files and from which scores: hand-worked cases, and real small files on held examples."""
+"""What is chosen among files and from which scores: hand-worked cases, and real small files on validation examples."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_trials_survive_a_kill(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """Data of 80 training rows (16 held) that the bag of words of tiny_export gets all right; no PyTorch model is needed."""
+    """Data of 80 training rows (16 for validation) that the bag of words of tiny_export gets all right; no PyTorch model is needed."""
     source = export(tmp_path / "model")
     task = Classification(data=str(data(tmp_path / "data"))).bind({"id2label": {0: "bad", 1: "good"}})
     return Bundle(None, Plan(), prepare(task, source), None)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: Exporter | None
 ) -> None:
-    """A model just cut, or a CPU that saturates: the loss on held examples decides, and the run goes on."""
+    """A model just cut, or a CPU that saturates: the loss on validation examples decides, and the run goes on."""
     quantized = graphs.quantized
 
     def broken(weight: np.ndarray, axis: int, coding: graphs.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
@@ -149,23 +149,23 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
 
 
 @pytest.mark.slow
-def test_losses_are_points_below_the_teacher_on_held_examples(bundle: Bundle, run: Run, tmp_path: Path) -> None:
+def test_losses_are_points_below_the_teacher_on_validation_examples(bundle: Bundle, run: Run, tmp_path: Path) -> None:
     """A file that takes 'fine' for bad loses a quarter of the rows: those with nothing but 'fine'."""
     dense = tmp_path / "model" / "model.onnx"
     worse = export(tmp_path / "worse", weights={"fine": (1.0, 0.0)}) / "model.onnx"
     files = {Variant.FLOAT: dense, Variant.INT8_DYNAMIC: worse}
-    held, seen = (delivery._score(trials.load_file(worse, 1), bundle.material, split) for split in ("held", "train"))
-    assert 0 < held < 1
+    chosen_on, seen = (delivery._score(trials.load_file(worse, 1), bundle.material, split) for split in ("validation", "train"))
+    assert 0 < chosen_on < 1
     trials = try_out(files, dense, bundle, run, Reference(1.0, 1.0, trusted=True), seconds=0)
     assert [item.variant for item in trials] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
     assert trials[0].loss == 0
-    assert trials[1].loss == pytest.approx(100 * (1 - held))
+    assert trials[1].loss == pytest.approx(100 * (1 - chosen_on))
     assert trials[0].size_bytes == dense.stat().st_size
     assert all(item.speed_32 > 0 and item.speed_1 > 0 for item in trials)
-    # a teacher that came tuned may know the held examples: the mean with what both have seen
+    # a teacher that came tuned may know the validation examples: the mean with what both have seen
     unsure = try_out(files, dense, bundle, run, Reference(1.0, 0.9, trusted=False), seconds=0)
     assert unsure[0].loss == pytest.approx((0 - 10) / 2)
-    assert unsure[1].loss == pytest.approx((100 * (1 - held) + 100 * (0.9 - seen)) / 2)
+    assert unsure[1].loss == pytest.approx((100 * (1 - chosen_on) + 100 * (0.9 - seen)) / 2)
 
 
 def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

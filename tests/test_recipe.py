@@ -216,7 +216,7 @@ UNITS = {"train": {"methods": ["group_lasso"]}}
 MOVED = {"train": {"methods": ["movement"]}}
 FILLED = {"train": {"methods": [{"use": "movement", "fill": True}]}}
 INTEGERS = {"train": {"methods": ["quantization", "distillation"]}}
-HELD = {"train": {"methods": ["keep_zeros", "distillation"]}}
+KEEPS = {"train": {"methods": ["keep_zeros", "distillation"]}}
 PLAIN_TRAIN = {"train": {"methods": ["distillation"]}}
 FACTORS = {"calibrate": {"method": "kronecker"}}
 TABLE = {"calibrate": {"method": {"use": "kronecker", "keep": 1.0, "embedding": 8}}}
@@ -244,13 +244,13 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
         ([FILLED, FACTORS], None),
         ([UNITS, FACTORS], None),
         ([SPARSE, TABLE], None),  # the word table alone
-        ([SPARSE, HELD, FACTORS], "the zeros that knowledge_sparse left"),
+        ([SPARSE, KEEPS, FACTORS], "the zeros that knowledge_sparse left"),
         (
             [SPARSE, PLAIN_TRAIN],
             "training would fill the zeros that knowledge_sparse left: add keep_zeros to the methods of this",
         ),
         ([BLOCKS, PLAIN_TRAIN], "training would fill the zeros that group_lasso left"),
-        ([SPARSE, HELD, PLAIN_TRAIN], "training would fill the zeros that knowledge_sparse left"),
+        ([SPARSE, KEEPS, PLAIN_TRAIN], "training would fill the zeros that knowledge_sparse left"),
         ([SPARSE, INTEGERS], "training would fill the zeros that knowledge_sparse left"),
         ([SPARSE, {"train": {"methods": ["keep_zeros", "quantization"]}}], None),
         (
@@ -258,8 +258,8 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
             "quantization gives matrices new values, and the zeros that knowledge_sparse left would be gone",
         ),
         ([SPARSE, SPARSE], None),
-        ([SPARSE, HELD, CUT], "fisher gives matrices new values, and the zeros that knowledge_sparse left would be gone"),
-        ([SPARSE, HELD, {"calibrate": {"method": {"use": "fisher", "repair": False}}}, HELD], None),
+        ([SPARSE, KEEPS, CUT], "fisher gives matrices new values, and the zeros that knowledge_sparse left would be gone"),
+        ([SPARSE, KEEPS, {"calibrate": {"method": {"use": "fisher", "repair": False}}}, KEEPS], None),
         ([SPARSE, FROZEN], None),
         ([MOVED, PLAIN_TRAIN], None),  # a choice: the zeros may be filled
         ([UNITS, PLAIN_TRAIN], None),
@@ -317,11 +317,11 @@ LOSES = "it has learned grids and ranges, which the first stage would lose: begi
     ("folder", "stages", "fact"),
     [
         ("sparse", [{"train": {}}], FILLS),
-        ("sparse", [HELD, PLAIN_TRAIN], FILLS),
+        ("sparse", [KEEPS, PLAIN_TRAIN], FILLS),
         ("sparse", [INTEGERS], FILLS),
         ("sparse", [CUT], "it was saved without its zeros, and fisher gives matrices new values: leave out fisher"),
-        ("sparse", [HELD], None),
-        ("sparse", [SPARSE, HELD], None),
+        ("sparse", [KEEPS], None),
+        ("sparse", [SPARSE, KEEPS], None),
         ("sparse", [{"train": {"methods": ["keep_zeros", "quantization"]}}], None),
         ("sparse", [], None),
         ("given up", [PLAIN_TRAIN], None),

@@ -102,13 +102,13 @@ def hooks(model: nn.Module) -> int:
 
 
 def test_learns_a_separable_set(tmp_path: Path) -> None:
-    features, held = rows(200), rows(80, seed=1)
+    features, others = rows(200), rows(80, seed=1)
     around = context(features=features)
     settings = Settings(epochs=6, lr=3e-3, batch_size=16, precision="fp32")
-    result = train(around, features, (), settings, tmp_path, Log(tmp_path, quiet=True), accuracy(held))
+    result = train(around, features, (), settings, tmp_path, Log(tmp_path, quiet=True), accuracy(others))
     assert result.last_metric is not None
     assert result.last_metric > 0.9
-    assert accuracy(held)(around.model) == result.last_metric
+    assert accuracy(others)(around.model) == result.last_metric
     assert result.losses[-1] < 0.3 < result.losses[0]
     assert result.steps == 6 * math.ceil(200 / 16) == len(result.losses)
     assert result.tokens == 6 * int(features.lengths().sum())

@@ -78,30 +78,30 @@ def examples(answers: Sequence[Any]) -> list[Example]:
 # ---- splits
 
 
-def test_train_held_and_dev_are_disjoint_and_always_the_same(folder: Path) -> None:
+def test_train_validation_and_dev_are_disjoint_and_always_the_same(folder: Path) -> None:
     task = Classification(data=str(folder))
-    train, held, dev = (task.split(name) for name in (Split.TRAIN, Split.HELD, Split.DEV))
+    train, validation, dev = (task.split(name) for name in (Split.TRAIN, Split.VALIDATION, Split.DEV))
     assert len(train) == 32
-    assert len(held) == 8  # a fifth: 200 would be more than the data has
+    assert len(validation) == 8  # a fifth: 200 would be more than the data has
     assert len(dev) == 10
-    assert {item.id for item in train}.isdisjoint(item.id for item in held)
-    assert Counter(item.answer for item in held) == {"good": 4, "bad": 4}
-    assert Classification(data=str(folder)).split(Split.HELD) == held
+    assert {item.id for item in train}.isdisjoint(item.id for item in validation)
+    assert Counter(item.answer for item in validation) == {"good": 4, "bad": 4}
+    assert Classification(data=str(folder)).split(Split.VALIDATION) == validation
     assert dev[0] == Example("dev/0", ("sentence number 0",), "bad")
 
 
-def test_held_is_five_percent_within_its_bounds(tmp_path: Path) -> None:
+def test_validation_is_five_percent_within_its_bounds(tmp_path: Path) -> None:
     write_tsv(tmp_path / "train.tsv", rows(10_000))
     write_tsv(tmp_path / "dev.tsv", rows(10))
-    assert len(Classification(data=str(tmp_path)).split(Split.HELD)) == 500
-    assert len(Classification(data=str(tmp_path), held=0.001).split(Split.HELD)) == 200
-    assert len(Classification(data=str(tmp_path), held=0.4).split(Split.HELD)) == 2000
+    assert len(Classification(data=str(tmp_path)).split(Split.VALIDATION)) == 500
+    assert len(Classification(data=str(tmp_path), validation_share=0.001).split(Split.VALIDATION)) == 200
+    assert len(Classification(data=str(tmp_path), validation_share=0.4).split(Split.VALIDATION)) == 2000
 
 
 def test_one_file_gives_a_tenth_to_dev(tmp_path: Path) -> None:
     task = Classification(data=str(write_tsv(tmp_path / "all.tsv", rows(100))))
     sizes = {name: len(task.split(name)) for name in Split}
-    assert sizes == {Split.TRAIN: 72, Split.HELD: 18, Split.DEV: 10}
+    assert sizes == {Split.TRAIN: 72, Split.VALIDATION: 18, Split.DEV: 10}
     assert Counter(item.answer for item in task.split(Split.DEV)) == {"good": 5, "bad": 5}
     texts = [item.texts for name in Split for item in task.split(name)]
     assert len(set(texts)) == 100
@@ -118,10 +118,10 @@ def test_train_rows_choose_by_number_or_at_random(folder: Path, tmp_path: Path) 
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({"train_rows": list(range(20))}), encoding="utf-8")
     task = Classification(data=str(folder), train_rows=str(file))
-    ids = {int(item.id.removeprefix("train/")) for name in (Split.TRAIN, Split.HELD) for item in task.split(name)}
+    ids = {int(item.id.removeprefix("train/")) for name in (Split.TRAIN, Split.VALIDATION) for item in task.split(name)}
     assert ids == set(range(20))
     some = Classification(data=str(folder), train_rows=10)
-    assert len(some.split(Split.TRAIN)) + len(some.split(Split.HELD)) == 10
+    assert len(some.split(Split.TRAIN)) + len(some.split(Split.VALIDATION)) == 10
     assert some.split(Split.TRAIN) == Classification(data=str(folder), train_rows=10).split(Split.TRAIN)
 
 
@@ -459,7 +459,7 @@ def test_too_few_rows(tmp_path: Path) -> None:
 
 def test_options_are_checked_together() -> None:
     with pytest.raises(RecipeError) as caught:
-        Classification(glue="sst3", metric="f2", held=0.0, max_length=1, text_pair="b")
+        Classification(glue="sst3", metric="f2", validation_share=0.0, max_length=1, text_pair="b")
     assert len(caught.value.facts) == 5
     assert "did you mean 'sst2'?" in str(caught.value)
     with pytest.raises(RecipeError, match="'spearman' for classes"):
@@ -576,7 +576,7 @@ def test_glue_is_read_whole_and_right(name: str) -> None:
     folder, train, dev, texts, answer = GLUE_FILES[name]
     task = from_cli(f"glue/{name}", SHARED / "glue" / folder)
     first = task.split(Split.DEV)[0]
-    assert len(task.split(Split.TRAIN)) + len(task.split(Split.HELD)) == train
+    assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == train
     assert len(task.split(Split.DEV)) == dev
     assert first.answer == answer
     assert texts is None or first.texts == texts
@@ -600,7 +600,7 @@ def test_qnli_has_dev_only() -> None:
 @needs_glue
 def test_the_20000_of_sst2() -> None:
     task = from_cli("glue/sst2", SHARED / "glue" / "SST-2", train_rows=str(SHARED / "splits" / "sst2-20k.json"))
-    assert (len(task.split(Split.TRAIN)), len(task.split(Split.HELD))) == (19_000, 1_000)
+    assert (len(task.split(Split.TRAIN)), len(task.split(Split.VALIDATION))) == (19_000, 1_000)
 
 
 def test_cola_has_no_header_and_stsb_has_surplus_fields(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def slot_values(dev: bool) -> set[str]:
 def test_sizes_balance_and_determinism() -> None:
     task = Intents()
     sizes = {name: len(task.split(name)) for name in Split}
-    assert sizes == {Split.TRAIN: 5400, Split.HELD: 600, Split.DEV: 1200}
+    assert sizes == {Split.TRAIN: 5400, Split.VALIDATION: 600, Split.DEV: 1200}
     for name in Split:
         counts = Counter(item.answer for item in task.split(name))
         assert set(counts) == set(GRAMMAR)
@@ -64,7 +64,7 @@ def test_dev_has_slot_values_that_training_never_shows() -> None:
 def test_no_sentence_is_in_two_splits() -> None:
     texts = {name: {item.texts[0].lower() for item in Intents().split(name)} for name in Split}
     assert not texts[Split.TRAIN] & texts[Split.DEV]
-    assert not texts[Split.TRAIN] & texts[Split.HELD]
+    assert not texts[Split.TRAIN] & texts[Split.VALIDATION]
     assert len(texts[Split.TRAIN]) > 0.97 * 5400
 
 
@@ -115,5 +115,5 @@ def test_scoring_by_hand() -> None:
 
 def test_options_are_checked_together() -> None:
     with pytest.raises(RecipeError) as caught:
-        Intents(examples=5, dev=3, seed=-1, typos=2.0, held=0.0, max_length=1, metric="speed")
+        Intents(examples=5, dev=3, seed=-1, typos=2.0, validation_share=0.0, max_length=1, metric="speed")
     assert len(caught.value.facts) == 7

@@ -563,7 +563,7 @@ def test_splits_are_the_same_each_time_and_share_no_context(tmp_path: Path) -> N
     assert parts == {name: QuestionAnswering(data=str(file)).split(name) for name in Split}
     assert sum(map(len, parts.values())) == 600
     assert 60 <= len(parts[Split.DEV]) <= 61
-    assert 108 <= len(parts[Split.HELD]) <= 109  # a fifth of 540 is the most
+    assert 108 <= len(parts[Split.VALIDATION]) <= 109  # a fifth of 540 is the most
     contexts = [{item.texts[1] for item in part} for part in parts.values()]
     assert not contexts[0] & contexts[1]
     assert not contexts[0] & contexts[2]
@@ -619,7 +619,7 @@ def test_a_hub_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.Mo
     task = QuestionAnswering(data="some/one")
     assert len(task.split(Split.DEV)) == 40
     assert task.split(Split.DEV)[7].answer == Answer(("7",), 5)
-    assert len(task.split(Split.TRAIN)) + len(task.split(Split.HELD)) == 40
+    assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == 40
     made = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["x"], "label": [1]})})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
     with pytest.raises(DataError, match=r"other/one \[train\] has no column 'id'[\s\S]*columns: text, label"):
@@ -635,7 +635,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path: Path) -> No
     write(tmp_path / "train.json", content)
     write(tmp_path / "dev.json", questions(20, 2))
     task = QuestionAnswering(data=str(tmp_path))
-    used = {item.id for name in (Split.TRAIN, Split.HELD) for item in task.split(name)}
+    used = {item.id for name in (Split.TRAIN, Split.VALIDATION) for item in task.split(name)}
     assert used == {row["id"] for row in rows[3:]}
     assert [remark.split(": ", 1)[1] for remark in task.remarks()] == [
         "2 of 60 questions have an answer that does not occur in their context: not trained on.",
@@ -656,7 +656,7 @@ def test_ids_choose_what_is_trained_on_and_reported(tmp_path: Path) -> None:
     file = write(tmp_path / "ids" / "some.json", ids)
     task = QuestionAnswering(data=str(tmp_path), train_ids=str(file))
     assert [item.id for item in task.split(Split.DEV)] == ["2-3", "2-5"]
-    assert {item.id for name in (Split.TRAIN, Split.HELD) for item in task.split(name)} == set(ids["train"])
+    assert {item.id for name in (Split.TRAIN, Split.VALIDATION) for item in task.split(name)} == set(ids["train"])
     some = QuestionAnswering(data=str(tmp_path), train_ids=40)
     assert len(some.split(Split.TRAIN)) == 32
     assert len(some.split(Split.DEV)) == 40
@@ -718,9 +718,9 @@ def test_bad_files_are_told_in_one_message_with_exit_status_2(name: str, call: C
 
 def test_options_that_cannot_be_are_all_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        QuestionAnswering(version="v3", metric="bleu", stride=400, max_answer=0, held=0.7, train_ids=3)  # type: ignore[arg-type]
+        QuestionAnswering(version="v3", metric="bleu", stride=400, max_answer=0, validation_share=0.7, train_ids=3)  # type: ignore[arg-type]
     assert [fact.split(":")[0] for fact in caught.value.facts] == [
-        "version", "metric", "stride", "max_answer", "held", "train_ids",
+        "version", "metric", "stride", "max_answer", "validation_share", "train_ids",
     ]  # fmt: skip
     assert "from 0 to 315 tokens in windows of 384, not 400" in str(caught.value)
 
@@ -1092,7 +1092,7 @@ def test_natural_questions_with_gold_passages() -> None:
     task = QuestionAnswering(data=str(SHARED / "data" / "nq"))
     assert task.settled().version == "v1"
     assert len(task.split(Split.DEV)) == 755
-    assert len(task.split(Split.TRAIN)) + len(task.split(Split.HELD)) == 1900 - sum(
+    assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == 1900 - sum(
         int(remark.split(": ", 1)[1].split(" ")[0]) for remark in task.remarks()
     )
 
@@ -1111,7 +1111,7 @@ def test_a_trained_model_scores_what_is_known_of_it() -> None:
     task = question_task("squad", SHARED / "data" / "squad", train_ids=str(ids)).bind(checkpoint.read_config(folder))
     examples = task.split(Split.DEV)
     assert len(examples) == 1000
-    assert len(task.split(Split.TRAIN)) + len(task.split(Split.HELD)) == 4000
+    assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == 4000
     some = examples[::17][:60]
     features = task.encode(some, load_tokenizer(folder), 384)
     model = checkpoint.load(folder)

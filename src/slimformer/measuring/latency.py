@@ -56,7 +56,7 @@ class Measured:
 
 
 def measured(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Measured:
-    """The latency of this model's sublayers in ONNX Runtime int8, batch 32 of held examples; measured once a run.
+    """The latency of this model's sublayers in ONNX Runtime int8, batch 32 of validation examples; measured once a run.
 
     A recipe that carries the levels of an earlier measurement is believed, so that it leads to the same plan again.
     """
@@ -107,7 +107,7 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: 
             exporter.export(model, batches, files["fp32"], Variant.FUSED, material.task.outputs)
             advance(len(plans) + 1)
         runners = {level: runtime.load(file, run.threads) for level, file in files.items()}
-        features, _ = subset(material, Split.HELD, 640)
+        features, _ = subset(material, Split.VALIDATION, 640)
         workload = workloads(features, limit=12)[1]
         engine = Engine("onnxruntime", runtime.version(), run.threads)
         timings = compare(

@@ -79,7 +79,7 @@ class Record:
     examples: int = 0  # scored
     loss: Interval | None = None  # points of the metric below the baseline; negative: better than it
     versus: Mapping[str, Interval] = field(default_factory=dict)  # points below each rival, by its name
-    chosen: bool = False  # the file that ships, picked on examples held aside
+    chosen: bool = False  # the file that ships, picked on validation examples
     target: Goal | None = None
     seed: int | None = None
     train_examples: int | None = None

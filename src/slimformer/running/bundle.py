@@ -25,7 +25,7 @@ class Bundle:
     plan: Plan  # everything cut so far, in original numbering
     material: Material
     teacher: PreTrainedModel
-    tuned_here: bool = False  # the teacher has not seen the held examples
+    tuned_here: bool = False  # the teacher has not seen the validation examples
     minutes: float = 0.0  # spent on making `model` from the teacher
     threads: int | None = None  # that the last stage computed with
     peak_rss_bytes: int = 0

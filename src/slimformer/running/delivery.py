@@ -1,6 +1,6 @@
-"""From a finished model to what a person holds: files, the choice among them on held examples, the bench on dev, the page.
+"""From a finished model to what a person holds: files, the choice among them on validation examples, the bench on dev, the page.
 
-The one idea: whatever is chosen is chosen on the held slice, whatever is reported is measured on dev, and the rivals run in the
+The one idea: whatever is chosen is chosen on the validation slice, whatever is reported is measured on dev, and the rivals run in the
 same rounds as ours. Nothing is trained or cut here.
 """
 

@@ -65,7 +65,7 @@ class Export:
         check_percentile(self.percentile)
 
     def exporter(self) -> Exporter:
-        """The exporter with these options. It refuses no int8 file: each is judged by what it loses on held examples."""
+        """The exporter with these options. It refuses no int8 file: each is judged by what it loses on validation examples."""
         made: Exporter = registry.find("exporters", self.to)(
             weight_bits=7 if self.reduce_range else 8,
             agreement=0.0,

@@ -1,7 +1,7 @@
 """Which matrices must stay in float: those that int8 makes slower here, and those that make the int8 file lose too much.
 
 Post-training int8 often fails in a few matrices. Each is left out of int8 in turn and the squared error of the outputs tells what it
-costs; then the costliest stay in float, as few as bring the loss on held examples within what is allowed. What a matrix gains is
+costs; then the costliest stay in float, as few as bring the loss on validation examples within what is allowed. What a matrix gains is
 timed on this machine for its shape. Every matrix gets a verdict with its reason. Nothing is trained; time is limited.
 """
 
@@ -62,7 +62,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Choice:
-    """Points whose matrices stay in float, the verdict on each, and what the file then loses on held examples."""
+    """Points whose matrices stay in float, the verdict on each, and what the file then loses on validation examples."""
 
     floats: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
@@ -167,7 +167,7 @@ def choose(
 
 @dataclass(frozen=True)
 class Rescue:
-    """All files that ship, those in int8 with the matrices that read `floats` in float, and how they do on held examples."""
+    """All files that ship, those in int8 with the matrices that read `floats` in float, and how they do on validation examples."""
 
     folder: Path
     trials: tuple[Trial, ...]
@@ -225,7 +225,7 @@ def rescue(
         return None
     run.log.say(
         f"with {len(kept)} inputs of matrices in float: {best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost "
-        f"on held examples ({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
+        f"on validation examples ({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
     )
     return rescued
 

@@ -31,7 +31,7 @@ from slimformer.running.order import _lead
 from slimformer.running.preflight import _marks, look
 from slimformer.running.recipe import Recipe, named_options
 
-TRIED = 100  # held examples on which a model that came tuned is looked at
+TRIED = 100  # validation examples on which a model that came tuned is looked at
 
 
 @dataclass(frozen=True)
@@ -186,13 +186,13 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
 
 def _try_out(model: PreTrainedModel, material: Material) -> None:
     """The task's own look at a model that came tuned."""
-    material.task.suits(model.config, lambda: torch_outputs(model, material, Split.HELD, TRIED))
+    material.task.suits(model.config, lambda: torch_outputs(model, material, Split.VALIDATION, TRIED))
 
 
 def _tell(material: Any, log: Log) -> None:
     train, dev = material.examples[Split.TRAIN], material.examples[Split.DEV]
-    held = material.examples[Split.HELD]
-    log.say(f"{len(train):,} examples to train on, {len(held):,} held aside to choose on, {len(dev):,} to report on.")
+    validation = material.examples[Split.VALIDATION]
+    log.say(f"{len(train):,} examples to train on, {len(validation):,} set aside to choose on, {len(dev):,} to report on.")
     for remark in material.task.remarks():
         log.say(remark)
     for split, features in material.features.items():
@@ -203,7 +203,7 @@ def _tell(material: Any, log: Log) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """Files that were exported and tried on held examples already."""
+    """Files that were exported and tried on validation examples already."""
 
     folder: Path
     trials: tuple[Trial, ...]
@@ -220,7 +220,7 @@ def finish(
     command: str = "",
     ready: Ready | None = None,
 ) -> Measurement:
-    """Exports, chooses on held examples, measures beside the rivals on dev, and fills `out`."""
+    """Exports, chooses on validation examples, measures beside the rivals on dev, and fills `out`."""
     from slimformer.exporters.base import Variant
     from slimformer.running import delivery, rivals
     from slimformer.running import rescue as floats
@@ -229,7 +229,7 @@ def finish(
     teacher = teacher_files(bundle, state)
     allowed = target.max_loss if target else recipe.export.choose_within
     if ready is None:
-        log.say("exporting, and comparing the files on held examples.")
+        log.say("exporting, and comparing the files on validation examples.")
         folder, exporter = state.root / "export", recipe.export.exporter()
         files = export_files(bundle.model, bundle.material, folder, SHIPPED, log, exporter=exporter, ranges=bundle.ranges)
         paths = {variant: artifact.path for variant, artifact in files.items()}

@@ -1,9 +1,9 @@
 """The short command: a tuned model, its data, a speed and a loss that is allowed; out comes the best model that was found.
 
-Tune if need be; let `fisher` choose what fits the wanted speed on this machine; distil; int8; verify the exported file on held
-examples. If only int8 loses too much, the matrices that cost most may stay in float (`floats.py`); else a gentler budget is tried
-(bisection on the speed); in the end the best is delivered with a clear word, never nothing. What was done is written down as a
-recipe that `slimformer run` repeats.
+Tune if need be; let `fisher` choose what fits the wanted speed on this machine; distil; int8; verify the exported file on
+validation examples. If only int8 loses too much, the matrices that cost most may stay in float (`floats.py`); else a gentler
+budget is tried (bisection on the speed); in the end the best is delivered with a clear word, never nothing. What was done is
+written down as a recipe that `slimformer run` repeats.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _epochs(task: Task, source: Path, tokens: int, least: float, most: float) ->
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One budget, carried through: its stages, its model, and its files on held examples."""
+    """One budget, carried through: its stages, its model, and its files on validation examples."""
 
     keep: float
     stages: tuple[Stage, ...]
@@ -192,7 +192,7 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
         attempts.append(attempt)
         best = attempt.best(wishes.max_loss)
         log.say(
-            f"{best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost on held examples "
+            f"{best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost on validation examples "
             f"({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
         )
         if best.loss <= wishes.max_loss:
@@ -216,7 +216,7 @@ def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: 
     if best.loss > wishes.max_loss or best.speed_32 < wishes.speedup * CLOSE:
         log.say(
             f"not all that was asked for was found; this is the best: {best.speed_32:.2f} times as fast (asked: "
-            f"{wishes.speedup:g}), {best.loss:+.2f} points lost on held examples (allowed: {wishes.max_loss:g})."
+            f"{wishes.speedup:g}), {best.loss:+.2f} points lost on validation examples (allowed: {wishes.max_loss:g})."
         )
     target = Goal(wishes.speedup, wishes.max_loss)
     # without the levels, the same recipe would measure its own and cut a little otherwise
@@ -334,7 +334,7 @@ class _Scale:
                 "ours": load_file(made[Variant.INT8_DYNAMIC].path, threads),
                 "dense": load_file(baseline, threads),
             }
-            features, _ = subset(self.bundle.material, Split.HELD, 640)
+            features, _ = subset(self.bundle.material, Split.VALIDATION, 640)
             timings = compare(
                 runners,
                 workloads(features, limit=20)[1],
@@ -369,7 +369,7 @@ def _out_of_reach(wanted: float, best: float) -> TargetError:
 
 
 def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: Reference) -> _Attempt:
-    """Cuts to the budget, distils, exports, and tries the files on held examples; all of it kept for a resumed run."""
+    """Cuts to the budget, distils, exports, and tries the files on validation examples; all of it kept for a resumed run."""
     fisher = registry.find("methods", "fisher")
     stages: tuple[Stage, ...] = (Calibrate(fisher(keep=round(keep, 4), cost="latency")), distil)
     made = advance(stages, bundle, state.under(f"keep-{keep:.4f}"))
@@ -377,7 +377,7 @@ def _try(bundle: Bundle, keep: float, distil: Train, state: Run, reference: Refe
 
 
 def _exported(attempt: _Attempt, folder: Path, state: Run, reference: Reference) -> _Attempt:
-    """The attempt with all files that ship, and how they do on held examples."""
+    """The attempt with all files that ship, and how they do on validation examples."""
     made = attempt.bundle
     file = folder / "trials.json"
     files = folder / "files"

@@ -40,7 +40,7 @@ from slimformer.data.material import Material, encode_text, subset, unlabelled
 from slimformer.running.bundle import Bundle, Run
 
 TASK_TEXT = "task"  # what `Train.text` calls the task's own training texts
-HELD_ROWS = 2000  # of the held slice that a choice looks at: one standard error is then below a point
+VALIDATION_ROWS = 2000  # of the validation slice that a choice looks at: one standard error is then below a point
 
 
 class Stage(ABC):
@@ -290,7 +290,7 @@ class Train(Stage):
             self.settings(run.seed),
             run.folder,
             run.log,
-            evaluate=lambda model: held_score(model, bundle.material),
+            evaluate=lambda model: validation_score(model, bundle.material),
             cache=run.cache or run.root,
         )
         decision = trained.decision
@@ -345,9 +345,9 @@ class Calibrate(Stage):
         return replace(bundle, model=small, plan=bundle.plan.then(decision.plan), ranges=decision.ranges)
 
 
-def held_score(model: PreTrainedModel, material: Material) -> float:
-    """The task's metric of a model in PyTorch on the held slice, with what is fitted there."""
-    outputs, features, examples = torch_outputs(model, material, Split.HELD, HELD_ROWS)
+def validation_score(model: PreTrainedModel, material: Material) -> float:
+    """The task's metric of a model in PyTorch on the validation slice, with what is fitted there."""
+    outputs, features, examples = torch_outputs(model, material, Split.VALIDATION, VALIDATION_ROWS)
     return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
 
 

@@ -1,4 +1,4 @@
-"""Files of a model, tried on examples held aside: what they score, lose and gain there."""
+"""Files of a model, tried on validation examples: what they score, lose and gain there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimformer.exporters.base import Artifact, Exporter, Variant
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
-from slimformer.running.stages import HELD_ROWS
+from slimformer.running.stages import VALIDATION_ROWS
 from slimformer.saving.files import in_turn, remove_parts, write_text
 from slimformer.tasks.base import Split, Task
 
@@ -55,7 +55,7 @@ def export_files(
 ) -> dict[Variant, Artifact]:
     """The model as ONNX files in `folder`, the fp32 ones proven against the model on real batches.
 
-    No int8 file is refused here: each is judged by what it loses on held examples.
+    No int8 file is refused here: each is judged by what it loses on validation examples.
     """
     from slimformer.families.base import family_of
 
@@ -84,7 +84,7 @@ def read_notes(folder: Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One file on held examples: its score, the points it loses to the teacher, its speed over the teacher's fp32 file."""
+    """One file on validation examples: its score, the points it loses to the teacher, its speed over the teacher's fp32 file."""
 
     variant: Variant
     score: float
@@ -104,47 +104,47 @@ def load_file(path: Path, threads: int) -> Runner:
 class Reference:
     """The teacher's scores that losses are counted from.
 
-    A model that came tuned may have been tuned on the held examples, where it then looks better than it is; on examples that teacher
-    and student have both seen, the student looks better than it is. The truth lies between the two, and the mean is taken. A teacher
-    that was tuned here has not seen the held examples, and they alone count.
+    A model that came tuned may have been tuned on the validation examples, where it then looks better than it is; on examples that
+    teacher and student have both seen, the student looks better than it is. The truth lies between the two, and the mean is taken.
+    A teacher that was tuned here has not seen the validation examples, and they alone count.
     """
 
-    held: float
+    validation: float
     seen: float
     trusted: bool
 
 
 def reference_of(bundle: Bundle, run: Run) -> Reference:
-    """Scores of the teacher's fp32 file on held and on training examples, each with what is fitted there; kept beside the file."""
+    """Scores of the teacher's fp32 file on validation and on training examples, each with what is fitted there; kept beside the file."""
     if machine.saturates(machine.environment().flags) and not run.memo.get(SATURATES):
         run.memo[SATURATES] = True
         run.log.say(SATURATES)
     fused, material = teacher_files(bundle, run)[Variant.FUSED], bundle.material
-    rows = repr((material.task, [material.examples[split] for split in (Split.HELD, Split.TRAIN)]))
+    rows = repr((material.task, [material.examples[split] for split in (Split.VALIDATION, Split.TRAIN)]))
     file = fused.with_name(f"scores-{_digest(rows)}.json")
     with _teacher_turn(fused.parent, run):
         if not file.is_file():
             runner = load_file(fused, run.threads)
-            write_text(file, json.dumps([_score(runner, material, split) for split in (Split.HELD, Split.TRAIN)]))
-    held, seen = json.loads(file.read_text(encoding="utf-8"))
-    return Reference(held, seen, bundle.tuned_here)
+            write_text(file, json.dumps([_score(runner, material, split) for split in (Split.VALIDATION, Split.TRAIN)]))
+    validation, seen = json.loads(file.read_text(encoding="utf-8"))
+    return Reference(validation, seen, bundle.tuned_here)
 
 
 def _score(runner: Runner, material: Material, split: Split) -> float:
     from slimformer.measuring.scoring import evaluate
 
-    features, examples = subset(material, split, HELD_ROWS)
+    features, examples = subset(material, split, VALIDATION_ROWS)
     outputs = evaluate(runner, features, 32)
     return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
 
 
 def _tuned(runner: Runner, material: Material) -> Task:
-    """The task with what is fitted on held examples for this file."""
+    """The task with what is fitted on validation examples for this file."""
     from slimformer.measuring.scoring import evaluate
 
     if not material.task.fits:
         return material.task
-    features, examples = subset(material, Split.HELD, HELD_ROWS)
+    features, examples = subset(material, Split.VALIDATION, VALIDATION_ROWS)
     return material.task.tune(evaluate(runner, features, 32), features, examples)
 
 
@@ -157,7 +157,7 @@ def _fitted(task: Task, tuned: Task) -> dict[str, Any]:
 def try_out(
     files: Mapping[Variant, Path], baseline: Path, bundle: Bundle, run: Run, reference: Reference, *, seconds: float = 10.0
 ) -> list[Trial]:
-    """Each file on held examples, side by side with the teacher's fp32 file."""
+    """Each file on validation examples, side by side with the teacher's fp32 file."""
     from slimformer.measuring.machine import quiet
     from slimformer.measuring.timing import Engine, compare, ratio, workloads
 
@@ -170,7 +170,7 @@ def try_out(
     engine = Engine("onnxruntime", registry.find("runtimes", "onnxruntime")().version(), run.threads)
     state = quiet(run.wait_seconds)
     speeds: dict[str, list[float]] = {name: [] for name in runners}
-    features, _ = subset(material, Split.HELD, 640)
+    features, _ = subset(material, Split.VALIDATION, 640)
     for workload in workloads(features, limit=20)[::-1]:
         timings = compare(
             runners, workload, engines=dict.fromkeys(runners, engine), load=state, rounds=30, budget_seconds=seconds
@@ -198,10 +198,10 @@ def slower(trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
 
 
 def loss_of(runner: Runner, material: Material, reference: Reference) -> tuple[float, float]:
-    """A file's score on held examples, and the points that it loses there to the teacher."""
+    """A file's score on validation examples, and the points that it loses there to the teacher."""
     sign = 100 if material.task.higher_is_better else -100
-    score = _score(runner, material, Split.HELD)
-    loss = sign * (reference.held - score)
+    score = _score(runner, material, Split.VALIDATION)
+    loss = sign * (reference.validation - score)
     if not reference.trusted:
         loss = (loss + sign * (reference.seen - _score(runner, material, Split.TRAIN))) / 2
     return score, loss
@@ -224,7 +224,7 @@ def _teacher_home(bundle: Bundle, run: Run) -> Path:
         return run.root / TEACHER_FILES
     from slimformer.training.runstate import features_digest, model_digest
 
-    rows = [features_digest(bundle.material.features[split]) for split in (Split.HELD, Split.TRAIN)]
+    rows = [features_digest(bundle.material.features[split]) for split in (Split.VALIDATION, Split.TRAIN)]
     parts = [model_digest(bundle.teacher), *rows, *map(str, machine.environment().packages.items())]
     return run.cache / TEACHER_FILES / _digest(" ".join(parts))
 

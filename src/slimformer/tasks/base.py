@@ -24,9 +24,16 @@ Outputs = Mapping[str, np.ndarray]  # output name -> (features, ...); "logits" -
 
 
 class Split(StrEnum):
-    TRAIN = "train"  # what is trained on: the training data without HELD
-    HELD = "held"  # a slice of the training data, set aside: everything that is chosen is chosen here
-    DEV = "dev"  # reported on, never chosen on
+    """What the examples of a task are for. No example is in two splits.
+
+    TRAIN is what a model is trained on. VALIDATION is a slice of the training data that is set aside: everything that is chosen
+    (budgets, files, thresholds, stopping points) is chosen on it. DEV is reported on and never chosen on. A file that a user calls
+    "validation" is their DEV: VALIDATION always comes out of the training data.
+    """
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    DEV = "dev"
 
 
 @dataclass(frozen=True)
@@ -115,11 +122,11 @@ class Task(ABC):
 
     @property
     def fits(self) -> bool:
-        """Whether `tune` has something to fit: only then are outputs on held examples made for it."""
+        """Whether `tune` has something to fit: only then are outputs on validation examples made for it."""
         return False
 
     def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Task:
-        """This task with what is fitted after training, on held examples (a no-answer threshold); here, nothing.
+        """This task with what is fitted after training, on validation examples (a no-answer threshold); here, nothing.
 
         It differs in fields whose default is None until then: they are kept for each exported file.
         """
@@ -130,7 +137,7 @@ class Task(ABC):
         config: PretrainedConfig | Mapping[str, Any],
         look: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
     ) -> None:
-        """DataError where a model that came tuned shows, on some held examples, that it was tuned for other data; here, nothing.
+        """DataError where a model that came tuned shows, on some validation examples, that it was tuned for other data; here, nothing.
 
         `look` makes its outputs, which takes seconds: for what neither labels nor config tell.
         """

@@ -34,10 +34,14 @@ log = logging.getLogger(__name__)
 
 CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 SCORE_METRICS = ("pearson", "spearman")
-HELD_FEWEST, HELD_MOST = 200, 2000  # 200: one standard error is 2-3 points, less chooses at random; 2,000: 0.7 points
-HELD_LARGEST_SHARE = 0.2  # of a small training set, more is worth more in training
+VALIDATION_FEWEST, VALIDATION_MOST = (
+    200,
+    2000,
+)  # 200: one standard error is 2-3 points, less chooses at random; 2,000: 0.7 points
+VALIDATION_LARGEST_SHARE = 0.2  # of a small training set, more is worth more in training
 DEV_SHARE = 0.1  # of one file that holds everything
 SPLIT_SEED = 20  # which rows are set aside must not depend on a run's seed, or runs could not be compared
+VALIDATION_SALT = "held"  # seeds the draw of the validation examples: another word would draw other examples
 CHUNK = 4096  # texts encoded at once: bounds the memory of the tokenizer's own objects
 
 PAIRS = (
@@ -91,7 +95,7 @@ class Classification(Task):
 
     `data`: a folder with train.* and dev.* (or validation.*), one file, `owner/name[:config]` on the hub, or `glue/sst2`.
     `glue`: a GLUE task, which then settles columns, class order and metric. `train_rows`: a JSON file with the row numbers
-    (from 0) to train on, or how many to draw. `held`: the share of the training data set aside for choosing, kept between
+    (from 0) to train on, or how many to draw. `validation_share`: the share of the training data set aside for choosing, kept between
     200 and 2,000 examples and at most a fifth. `labels`: class names in the order of the model's ids; `bind` fills it.
 
     `metric` is "auto" until the kind is known: then accuracy or spearman, or GLUE's own. MRPC and QQP have two in GLUE;
@@ -109,7 +113,7 @@ class Classification(Task):
     kind: Literal["auto", "classes", "score"] = "auto"
     metric: str = "auto"
     max_length: int = 128
-    held: float = 0.05
+    validation_share: float = 0.05
     train_rows: str | int | None = None
     labels: tuple[str, ...] = ()
 
@@ -142,8 +146,8 @@ class Classification(Task):
             yield f"metric: there is no '{self.metric}' for {self.kind}; {nearest(self.metric, known[self.kind])}"
         if self.text_pair is not None and self.text is None:
             yield "text_pair: name the first text column too (text)"
-        if not 0 < self.held < 0.5:
-            yield f"held: a share above 0 and below 0.5, not {self.held}"
+        if not 0 < self.validation_share < 0.5:
+            yield f"validation_share: a share above 0 and below 0.5, not {self.validation_share}"
         if not 4 <= self.max_length <= 100_000:
             yield f"max_length: at least 4 tokens, not {self.max_length}"
         if isinstance(self.train_rows, int) and self.train_rows < 10:
@@ -643,9 +647,9 @@ def _examples(task: Classification, name: Split, _key: Stamp, _rows_key: Stamp) 
                 f"{table.where}: all {len(rows)} training rows have the label '{answers[rows[0]]}'.",
                 help="a classifier needs two classes; is it the right column, and the whole file?",
             )
-        wanted = min(max(round(own.held * len(rows)), HELD_FEWEST), HELD_MOST, round(HELD_LARGEST_SHARE * len(rows)))
-        held = _drawn(rows, strata, max(1, wanted), "held")
-        rows = [row for row in rows if (row in held) == (name is Split.HELD)]
+        count = validation_count(own.validation_share, len(rows))
+        validation = _drawn(rows, strata, count, VALIDATION_SALT)
+        rows = [row for row in rows if (row in validation) == (name is Split.VALIDATION)]
     if not rows:
         raise DataError(f"{table.where}: {len(table)} rows are too few to set some aside.", help="give at least 20 examples.")
     parts = [(column, table.column(column)) for column in texts]
@@ -667,6 +671,11 @@ def _text(table: Table, row: int, value: Any, column: str) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, as cut-off JSON escapes leave it; tokenizers refuse it
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def validation_count(share: float, total: int) -> int:
+    """How many of `total` training examples are set aside as validation examples; `share` is what is asked for."""
+    return max(1, min(max(round(share * total), VALIDATION_FEWEST), VALIDATION_MOST, round(VALIDATION_LARGEST_SHARE * total)))
 
 
 def _drawn(rows: Sequence[int], strata: Sequence[int] | None, count: int, purpose: str) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """What a customer wants, in 24 intents: sentences that the project generates itself, for demos and tests without any download.
 
 The one idea: a grammar of templates, slots, politeness, fillers and typing mistakes, cut in three before anything is drawn.
-Training, held and dev sentences come from different templates, and dev also from slot values and small talk of its own, so
+Training, validation and dev sentences come from different templates, and dev also from slot values and small talk of its own, so
 that a model has to understand and not remember; intents share their words ("I don't want to cancel, just change the date").
 The same options give the same sentences, everywhere. It is no benchmark: figures on it say nothing about other data.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PretrainedConfig
 
-# One template a line. (a|b) is a choice, {slot} a value. After --: templates for dev only. Every HELD_EVERY-th of the
-# training templates is for held only.
+# One template a line. (a|b) is a choice, {slot} a value. After --: templates for dev only. Every VALIDATION_EVERY-th of the
+# training templates is for validation only.
 GRAMMAR: Mapping[str, str] = {
     "cancel_order": """
         (I want to|I'd like to|I need to) cancel (my order|order {order}|the order for the {item})
@@ -658,13 +658,18 @@ AFTER = (
     " | , many thanks ; , what should I do? ; , kind regards ; , sorry for the trouble ; , I'd be grateful"
 )
 OPENER_SHARE, BEFORE_SHARE, AFTER_SHARE, LOWER_SHARE, BARE_SHARE = 0.30, 0.22, 0.30, 0.35, 0.35
-HELD_EVERY = 5  # a fifth of the training templates of each intent
+VALIDATION_EVERY = 5  # a fifth of the training templates of each intent
+SALTS = {
+    Split.TRAIN: b"train",
+    Split.VALIDATION: b"held",
+    Split.DEV: b"dev",
+}  # they seed the draws: other bytes, other sentences
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # a slip goes to the key on either side
 
 
 @dataclass(frozen=True)
 class Intents(Task):
-    """Customer sentences with one of 24 intents: `examples` for training, `held` of them set aside, and `dev` more.
+    """Customer sentences with one of 24 intents: `examples` for training, `validation_share` of them set aside, and `dev` more.
 
     `typos`: share of sentences with a typing mistake or two. `seed` draws other sentences from the same grammar. `labels`:
     intents in the order of the model's ids; `bind` fills it.
@@ -676,20 +681,20 @@ class Intents(Task):
     dev: int = 1200
     seed: int = 0
     typos: float = 0.2
-    held: float = 0.1
+    validation_share: float = 0.1
     max_length: int = 48
     metric: str = "accuracy"
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(map(str, self.labels)))
-        fewest = 2 * len(GRAMMAR)
+        fewest, share = 2 * len(GRAMMAR), self.validation_share
         mistakes = [
             *([] if self.examples >= 2 * fewest else [f"examples: at least {2 * fewest}, not {self.examples}"]),
             *([] if self.dev >= fewest else [f"dev: at least {fewest}, not {self.dev}"]),
             *([] if self.seed >= 0 else [f"seed: a whole number from 0, not {self.seed}"]),
             *([] if 0 <= self.typos <= 1 else [f"typos: a share from 0 to 1, not {self.typos}"]),
-            *([] if 0 < self.held <= 0.5 else [f"held: a share above 0 and up to 0.5, not {self.held}"]),
+            *([] if 0 < share <= 0.5 else [f"validation_share: a share above 0 and up to 0.5, not {share}"]),
             *([] if self.max_length >= 4 else [f"max_length: at least 4 tokens, not {self.max_length}"]),
             *([] if self.metric in CLASS_METRICS else [f"metric: '{self.metric}'; known: {', '.join(CLASS_METRICS)}"]),
         ]
@@ -697,8 +702,8 @@ class Intents(Task):
             raise RecipeError("the task intents cannot be set up like that.", facts=mistakes)
 
     def split(self, name: Split) -> Sequence[Example]:
-        held = max(1, round(self.held * self.examples))
-        count = {Split.TRAIN: self.examples - held, Split.HELD: held, Split.DEV: self.dev}[Split(name)]
+        validation = max(1, round(self.validation_share * self.examples))
+        count = {Split.TRAIN: self.examples - validation, Split.VALIDATION: validation, Split.DEV: self.dev}[Split(name)]
         sentences = _sentences(Split(name), count, self.seed, self.typos)
         return [Example(f"{Split(name)}/{row}", (text,), intent) for row, (text, intent) in enumerate(sentences)]
 
@@ -744,13 +749,13 @@ def templates(name: Split, intent: str) -> list[str]:
     )  # fmt: skip
     if name is Split.DEV:
         return dev
-    return [line for index, line in enumerate(training) if (index % HELD_EVERY == 2) == (name is Split.HELD)]
+    return [line for index, line in enumerate(training) if (index % VALIDATION_EVERY == 2) == (name is Split.VALIDATION)]
 
 
 @lru_cache(maxsize=8)
 def _sentences(name: Split, count: int, seed: int, typos: float) -> tuple[tuple[str, str], ...]:
     """`count` different sentences with their intents, each intent as often as any other, in a shuffled order."""
-    generator = np.random.default_rng([seed, *name.encode()])
+    generator = np.random.default_rng([seed, *SALTS[name]])
     lines = {intent: templates(name, intent) for intent in GRAMMAR}
     seen: set[str] = set()
     found = []

@@ -1,7 +1,7 @@
 """Questions that are answered by a span of a context: SQuAD v1.1 and v2.0, Natural Questions with its gold passage, files like them.
 
 A long context is read in windows that overlap by `stride` tokens. The best span over all windows of a question is its answer; in
-v2.0 the first token competes with it, and the margin at which "no answer" wins (`threshold`) is fitted on held examples. Training
+v2.0 the first token competes with it, and the margin at which "no answer" wins (`threshold`) is fitted on validation examples. Training
 and prediction follow Devlin et al. 2018 (https://arxiv.org/abs/1810.04805, sections 4.2 and 4.3), F1 and exact match SQuAD's own
 scripts (`squad.py`). Different: all spans within `max_answer` tokens are compared, not only those between the 20 best starts and ends.
 """
@@ -35,7 +35,7 @@ from slimformer.data.squad import (
 from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task
-from slimformer.tasks.classification import DEV_SHARE, HELD_FEWEST, HELD_LARGEST_SHARE, HELD_MOST, SPLIT_SEED
+from slimformer.tasks.classification import DEV_SHARE, SPLIT_SEED, VALIDATION_SALT, validation_count
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,9 @@ class QuestionAnswering(Task):
     such as rajpurkar/squad_v2, for short squad_v2; .jsonl and .parquet with the hub's columns will do. `dev`: the dev file, where it
     lies elsewhere. `version`: v1 where each question has an answer, v2 where some have none; auto looks at the data. `train_ids`: a
     JSON file of ids to train on, {"train": [...], "dev": [...]} or one list, or how many questions to draw. `stride`: tokens that
-    neighbouring windows share. `max_answer`: tokens an answer may have. `held`: as for classification, drawn by whole contexts.
-    `threshold`: how much better "no answer" must be than the best span (difference of logit sums) to be given; None fits it on held
-    examples.
+    neighbouring windows share. `max_answer`: tokens an answer may have. `validation_share`: as for classification,
+    drawn by whole contexts. `threshold`: how much better "no answer" must be than the best span (difference of logit sums) to be
+    given; None fits it on validation examples.
 
     A window without the answer is trained to point at its first token, in v1 too: the best spans of several windows are compared by
     their logits, and a window that was never taught to hold back says as much as the right one.
@@ -78,7 +78,7 @@ class QuestionAnswering(Task):
     max_length: int = 384
     stride: int = 128
     max_answer: int = 30
-    held: float = 0.05
+    validation_share: float = 0.05
     train_ids: str | int | None = None
     threshold: float | None = None
 
@@ -104,8 +104,8 @@ class QuestionAnswering(Task):
             yield f"stride: from 0 to {most} tokens in windows of {self.max_length}, not {self.stride}"
         if self.max_answer < 1:
             yield f"max_answer: at least 1 token, not {self.max_answer}"
-        if not 0 < self.held < 0.5:
-            yield f"held: a share above 0 and below 0.5, not {self.held}"
+        if not 0 < self.validation_share < 0.5:
+            yield f"validation_share: a share above 0 and below 0.5, not {self.validation_share}"
         if isinstance(self.train_ids, int) and self.train_ids < 10:
             yield f"train_ids: at least 10, not {self.train_ids}"
         if self.threshold is not None and not np.isfinite(self.threshold):
@@ -116,7 +116,7 @@ class QuestionAnswering(Task):
     def split(self, name: Split) -> Sequence[Example]:
         sources = self._sources()
         ids = _read_ids(self.train_ids) if isinstance(self.train_ids, str) else {}
-        found = _split(sources, Split(name), self._version(sources), self.held, self.train_ids, ids)
+        found = _split(sources, Split(name), self._version(sources), self.validation_share, self.train_ids, ids)
         if not found:
             raise DataError(
                 f"{self.data}: there are too few questions to set some aside for {name}.", help="give at least 20 questions."
@@ -492,7 +492,7 @@ def _split(
     sources: Mapping[str, Questions],
     name: Split,
     version: Version,
-    held: float,
+    validation_share: float,
     wanted: str | int | None,
     ids: Mapping[str, frozenset[str]],
 ) -> list[Example]:
@@ -522,9 +522,8 @@ def _split(
     if isinstance(wanted, int):
         order = np.random.default_rng([SPLIT_SEED, *b"ids"]).permutation(len(usable))[:wanted]
         usable = [usable[index] for index in sorted(order.tolist())]
-    count = min(max(round(held * len(usable)), HELD_FEWEST), HELD_MOST, round(HELD_LARGEST_SHARE * len(usable)))
-    aside = _drawn(usable, max(1, count), "held")
-    return [item for item in usable if (item.id in aside) == (name is Split.HELD)]
+    aside = _drawn(usable, validation_count(validation_share, len(usable)), VALIDATION_SALT)
+    return [item for item in usable if (item.id in aside) == (name is Split.VALIDATION)]
 
 
 def _listed(examples: Sequence[Example], ids: frozenset[str], where: str, kind: str) -> list[Example]:

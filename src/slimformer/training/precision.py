@@ -26,7 +26,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def looking(device: torch.device) -> AbstractContextManager[object]:
-    """The fastest context for passes that only look: evaluation on held examples, gradients that are squared and summed."""
+    """The fastest context for passes that only look: evaluation on validation examples, gradients that are squared and summed."""
     quick = device.type == "cpu" and bf16_gain() >= BF16_GAIN
     return autocast(device, "bf16" if quick else "fp32")
 
