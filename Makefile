@@ -1,4 +1,4 @@
-# make demo | test | check | install: what CI calls and what the README says.
+# make demo | test | check | docs | install: what CI calls and what the README says.
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
@@ -29,8 +29,14 @@ check: install
 demo: install
 	$(VENV)/bin/slimformer demo --out demo
 
-docs: install
+docs: $(VENV)/.docs
 	$(PYTHON) results/tables.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo "the site is in site/: open site/index.html, or run $(VENV)/bin/mkdocs serve"
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
+	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site
