@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_hub import cached
 
 from slimformer import registry
 from slimformer.measuring.machine import Environment
@@ -22,9 +23,12 @@ from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import SINGLE, SORTED, Ratio
 from slimformer.reporting.ledger import append
 from slimformer.running.order import disorder
+from slimformer.running.preflight import look
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
+from slimformer.saving.hub import HUB_MODEL
 from slimformer.tasks.classification import Classification
+from slimformer.tasks.question_answering import QuestionAnswering
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")])
@@ -68,8 +72,6 @@ def test_parts_of_recipes_that_are_shown_parse() -> None:
 
 
 def test_the_options_of_question_answering_are_told() -> None:
-    from slimformer.tasks.question_answering import QuestionAnswering
-
     text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
     part = text.split("## Question answering")[1].split("\n## ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \|\s*`?([^|`]*?)`?\s*\|", part, re.MULTILINE))
@@ -149,11 +151,70 @@ def test_a_job_brings_those_that_make_its_model(monkeypatch: pytest.MonkeyPatch,
     assert [job.folder for job in sweep.due(jobs)] == ["c"]
 
 
-def test_the_recipes_of_the_clone_are_read_from_their_own_folder() -> None:
-    for file in sorted(ROOT.glob("recipes/*.yaml")):
-        recipe = read_recipe(file)
-        for path in (recipe.model, getattr(recipe.task, "data", "")):
-            assert not Path(path).is_absolute() or Path(path).exists(), f"{file.name} names {path}"
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_a_recipe_of_the_clone_names_nothing_outside_of_it(file: Path) -> None:
+    """Models and data come from the hub, are built in, or are what another recipe leaves under runs/."""
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert HUB_MODEL.fullmatch(data["model"])
+    assert f"slimformer run recipes/{file.name} --out runs/{file.stem}" in file.read_text(encoding="utf-8")
+    if "teacher" in data:
+        made_by = (file.parent / data["teacher"]).resolve().relative_to(ROOT / "runs")
+        assert (ROOT / "recipes" / f"{made_by}.yaml").is_file()
+    assert data["task"] == {"use": "intents"} or re.fullmatch(r"glue/\w+|squad|squad_v2", data["task"]["data"])
+    assert not any(isinstance(value, str) and "/" in value for key, value in data["task"].items() if key != "data")
+    assert {stage["train"].get("text", "task") for stage in data["stages"] if "train" in stage} <= {"task"}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The hub's cache with the encoder that the recipes name, and beside it a few rows of each data set that they name."""
+    from slimformer.demo import encoder
+
+    home = tmp_path_factory.mktemp("hub")
+    texts = [f"the film number {number} was {'good' if number % 2 else 'bad'} ." for number in range(400)]
+    for name, head, cells in (
+        ("sst2", "sentence\tlabel", lambda text, label: f"{text}\t{label}"),
+        ("mrpc", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", lambda text, label: f"{label}\t1\t2\t{text}\t{text}"),
+    ):
+        (home / name).mkdir()
+        rows = "\n".join([head, *(cells(text, number % 2) for number, text in enumerate(texts))])
+        for split in ("train", "dev"):
+            (home / name / f"{split}.tsv").write_text(rows, encoding="utf-8")
+    for version in ("v1", "v2"):
+        paragraphs = []
+        for number, text in enumerate(texts):
+            answers = [{"text": "film", "answer_start": 4}] if version == "v1" or number % 3 else []
+            paragraphs.append({"context": text, "qas": [{"id": str(number), "question": "what ?", "answers": answers}]})
+        (home / version).mkdir()
+        for split in ("train", "dev"):
+            (home / version / f"{split}.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+    snapshot = cached(home, "sentence-transformers/all-MiniLM-L6-v2", encoder())
+    teacher = home / "teacher"  # what recipes/mrpc-tune.yaml leaves, as far as the checks look at it
+    teacher.mkdir()
+    config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+    names = {"id2label": {"0": "not_equivalent", "1": "equivalent"}, "label2id": {"not_equivalent": 0, "equivalent": 1}}
+    config |= {"architectures": ["BertForSequenceClassification"], **names}
+    (teacher / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in ("tokenizer.json", "model.safetensors"):
+        (teacher / name).symlink_to(snapshot / name)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
+        yield home
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Path, hub: Path) -> None:
+    recipe = read_recipe(file)
+    task = recipe.task
+    if isinstance(task, Classification):
+        task = replace(task, data=str(hub / str(task.glue)), train_rows=None)
+    elif isinstance(task, QuestionAnswering):
+        task = replace(task, data=str(hub / task.version), train_ids=None)
+    look(replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None))
 
 
 # -- The example method --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from slimformer.data.material import check_text, sampled_lengths
 from slimformer.errors import ModelError, RecipeError
 from slimformer.running.stages import TASK_TEXT, Stage, Train, refuse_cuts
 from slimformer.saving import checkpoint
+from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ def look(recipe: Recipe) -> None:
         )
     if recipe.export.openvino:
         require_nncf()
-    for source in map(Path, filter(None, (recipe.model, recipe.teacher))):
+    for source in map(local_folder, filter(None, (recipe.model, recipe.teacher))):
         family_of(checkpoint.base_type(checkpoint.read_config(source)))
         checkpoint.weights_file(source)
-    look_at_gains(Path(recipe.model), recipe.stages)
-    source, task = Path(recipe.model), recipe.task
+    look_at_gains(local_folder(recipe.model), recipe.stages)
+    source, task = local_folder(recipe.model), recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
         task = task.bind(checkpoint.read_config(source) | _marks(recipe))
@@ -47,7 +48,7 @@ def look(recipe: Recipe) -> None:
             help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
         )
     if recipe.teacher:
-        _look_at_teacher(Path(recipe.teacher), source, recipe.task)
+        _look_at_teacher(local_folder(recipe.teacher), source, recipe.task)
     for stage in recipe.stages:
         if isinstance(stage, Train) and stage.augment_model:
             check_masked_model(Path(stage.augment_model), source)
@@ -72,7 +73,7 @@ def _look_at_cuts(recipe: Recipe, task: Task) -> None:
     first = next((method for stage in recipe.stages for method in _methods(stage) if method.decides), None)
     if first is None:
         return
-    source = Path(recipe.model)
+    source = local_folder(recipe.model)
     model = checkpoint.skeleton(source, task.auto_class)
     refuse_cuts((first,), model)
     anatomy = anatomy_of(model)

@@ -19,6 +19,7 @@ from slimformer.running.stages import Stage, advance, torch_outputs
 from slimformer.running.trials import SHIPPED, choose_trial, export_files, reference_of, teacher_files, try_out
 from slimformer.saving import checkpoint
 from slimformer.saving.files import claim
+from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
     A model that is not tuned, or whose config says that it was tuned on data of another kind, is first tuned by the recipe's leading
     plain `train` stages, and is then its own teacher. Where the recipe names a teacher, such a model itself is the student.
     """
-    source = Path(recipe.model)
+    source = local_folder(recipe.model)
     config = checkpoint.read_config(source)
     tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
     ready = tuned
@@ -157,16 +158,16 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
     else:
         ranges = None
         # a named teacher knows the order of the classes, which the fresh head must share
-        task = recipe.task.bind(checkpoint.read_config(Path(recipe.teacher))) if recipe.teacher else recipe.task
+        task = recipe.task.bind(checkpoint.read_config(local_folder(recipe.teacher))) if recipe.teacher else recipe.task
         model, plan = checkpoint.load_dense(source, task.auto_class, task.configure(), state.seed), Plan()
         task = task.bind(model.config.to_dict())
     material = prepare(task, source)
     _tell(material, state.log)
     stages = recipe.stages
     if recipe.teacher:
-        teacher_config = checkpoint.read_config(Path(recipe.teacher))
+        teacher_config = checkpoint.read_config(local_folder(recipe.teacher))
         task.bind(teacher_config)
-        teacher = checkpoint.load(recipe.teacher)
+        teacher = checkpoint.load(local_folder(recipe.teacher))
         if teacher.config.vocab_size != model.config.vocab_size:
             raise ModelError(
                 f"the teacher {recipe.teacher} has another vocabulary ({teacher.config.vocab_size} tokens) than the model "

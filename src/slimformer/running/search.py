@@ -43,6 +43,7 @@ from slimformer.running.trials import (
 )
 from slimformer.saving import checkpoint
 from slimformer.saving.files import write_text
+from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def compress(
     Raises a SlimformerError where the input is no good, and TargetError, naming the best possible, where the speed is out of reach.
     """
     wishes = wishes or Wishes()
-    source = Path(model)
+    source = local_folder(model)
     tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wishes.batch_size)
     tuned = checkpoint.is_tuned(source, task.auto_class)
     stages = () if tuned else (tune,)
@@ -238,7 +239,7 @@ def _distil(bundle: Bundle, recipe: Recipe, wishes: Wishes) -> Train:
     from slimformer.families.base import anatomy_of
     from slimformer.training.teacher import kept_bytes
 
-    source = Path(recipe.model)
+    source = local_folder(recipe.model)
     epochs = wishes.epochs or _epochs(bundle.material.task, source, DISTIL_TOKENS, 3.0, 12.0)
     copies = min(MOST_COPIES, int(epochs // 3)) if epochs >= MANY_EPOCHS else 0
     distillation = registry.find("methods", "distillation")

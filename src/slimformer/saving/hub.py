@@ -30,7 +30,7 @@ def local_folder(name: str | Path) -> Path:
     >>> local_folder("./my-bert")
     PosixPath('my-bert')
     """
-    hub = HUB_MODEL.fullmatch(str(name)) if isinstance(name, str) and not Path(name).exists() else None
+    hub = HUB_MODEL.fullmatch(str(name)) if not Path(name).exists() else None
     return _downloaded(hub["id"], hub["revision"]) if hub else Path(name)
 
 

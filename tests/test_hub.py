@@ -1,0 +1,52 @@
+"""Models named by their hub id: a path wins, what is in the cache is read without a network, and offline says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_folder import write_model
+from tiny_hub import COMMIT, cached
+
+from slimformer.errors import ModelError
+from slimformer.saving import hub
+from slimformer.saving.checkpoint import load
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub._downloaded.cache_clear()
+    return tmp_path / "cache"
+
+
+def test_a_name_that_is_a_path_is_that_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "own" / "bert")
+    cached(cache, "own/bert", tmp_path / "own" / "bert")
+    assert hub.local_folder("own/bert") == Path("own/bert")
+    for name in ("./missing", "../missing/bert", "/missing/bert", "missing", "a/b/c"):
+        assert hub.local_folder(name) == Path(name)
+
+
+def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, cache: Path) -> None:
+    folder = write_model(tmp_path / "bert")
+    snapshot = cached(cache, "someone/tiny-bert", folder)
+    for name in ("someone/tiny-bert", "someone/tiny-bert@main", f"someone/tiny-bert@{COMMIT}"):
+        assert hub.local_folder(name) == snapshot
+    assert load(snapshot).config.model_type == "bert"
+
+
+def test_a_model_that_the_hub_does_not_give_is_told(cache: Path) -> None:
+    with pytest.raises(ModelError, match="'someone/tiny-bert' is no folder here, and the hub does not give it"):
+        hub.local_folder("someone/tiny-bert")
+    with pytest.raises(ModelError, match="does not give it"):
+        hub.local_folder("someone/tiny-bert@v2")
+
+
+def test_only_files_of_a_model_folder_are_asked_for() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "plan.json"]
+    others = ["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "1_Pooling/config.json", "README.md"]
+    assert list(filter_repo_objects([*files, *others], allow_patterns=list(hub.FILES))) == files
