@@ -18,8 +18,17 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "slimformer"
-PAGES = {"CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md", "results/README.md": "ledger.md", "README.md": "index.md"}
-FOLDERS = {"recipes": "recipes.md", "src/slimformer/methods": "reference/methods.md", "src/slimformer/tasks": "reference/tasks.md"}
+PAGES = {
+    "CHANGELOG.md": "changes.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "results/README.md": "ledger.md",
+    "README.md": "index.md",
+}
+FOLDERS = {
+    "recipes": "recipes.md",
+    "src/slimformer/methods": "reference/methods.md",
+    "src/slimformer/tasks": "reference/tasks.md",
+}
 HOME = re.compile(r"<!-- home:begin -->\n(.*?)<!-- home:end -->", re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=[)\s])")
 INCLUDE = re.compile(r"^<!-- include: ([\w./*]+) -->$", re.MULTILINE)
