@@ -31,7 +31,7 @@ from slimformer.core.plan import Plan
 from slimformer.data.batching import collate, in_order
 from slimformer.data.material import prepare
 from slimformer.errors import OutputError, RecipeError, TargetError
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import FILES, Variant
 from slimformer.families.base import anatomy_of
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Standing
@@ -194,7 +194,7 @@ def test_the_float_file_answers_as_the_loaded_model(done: Done) -> None:
     model = slimformer.load(done.out)
     task = Classification(data=str(done.home / "data")).bind(model.config.to_dict())
     features = prepare(task, done.out).features[Split.DEV]
-    runner = trials.load_file(done.out / trials.FILES[Variant.FLOAT], 1)
+    runner = trials.load_file(done.out / FILES[Variant.FLOAT].name, 1)
     right = 0
     for rows in (*in_order(len(features), 1)[:3], *in_order(len(features), 16)):
         batch = collate(features, rows, ("input_ids", "attention_mask", "token_type_ids"))

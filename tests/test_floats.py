@@ -14,7 +14,7 @@ from tiny_folder import write_data, write_model
 from slimformer.core.plan import Plan
 from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import SHIPPED, Variant
 from slimformer.exporters.onnx import Onnx, quantized_matrices
 from slimformer.log import Log
 from slimformer.running import rescue as floats
@@ -190,7 +190,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     rescued = compression._rescue(bad, wishes, state, reference)
     assert rescued is not None
     assert rescued.best(20.0).loss <= 20.0
-    assert {trial.variant for trial in rescued.trials} == set(trials.SHIPPED)
+    assert {trial.variant for trial in rescued.trials} == set(SHIPPED)
     notes = trials.read_notes(rescued.files)["model_int8_ort.onnx"]
     told = [note for note in notes if note.startswith("encoder.") and "; " in note]
     assert len(told) == 3 * 4

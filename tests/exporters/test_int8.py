@@ -15,7 +15,7 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Variant
-from slimformer.exporters.onnx import Draft, Onnx, quantized_matrices
+from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
 from slimformer.hooks.points import quantized
 from slimformer.measuring import machine
@@ -224,8 +224,8 @@ def drafts(bert: Any) -> Any:
     """Drafts with any options from one trace."""
     first = Onnx().draft(bert, arrays(bert))
 
-    def made(options: Onnx, ranges: Ranges | None = None) -> Draft:
-        other = object.__new__(Draft)
+    def made(options: Onnx, ranges: Ranges | None = None) -> OnnxDraft:
+        other = object.__new__(OnnxDraft)
         vars(other).update(vars(first) | {"options": options, "ranges": ranges, "_ready": {}})
         return other
 

@@ -1,7 +1,8 @@
-"""An exporter writes a model as files that a runtime loads without us, and proves that they compute the same.
+"""An exporter writes a model as files that a runtime loads without slimformer, and proves that they compute the same.
 
-One file per target format. The proof is part of the export: outputs are compared on real batches of several shapes, and a file
-that disagrees is not left behind.
+One file per target format. The proof is part of the export: outputs are compared on real batches of several shapes, and no file
+that disagrees is left behind. The names of all delivered files stand here, because benching and reporting read folders
+without the packages that write them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slimformer.core.anatomy import Point
     from slimformer.quantizing.ranges import Ranges
 
 Arrays = Mapping[str, np.ndarray]  # model input -> (batch, seq) int64
 
 
 class Variant(StrEnum):
-    """Which file: no one graph suits all runtimes."""
+    """The ONNX files: no one graph suits all runtimes."""
 
     FLOAT = "float"  # fp32, standard operators only
     FUSED = "fused"  # fp32, fused attention: ONNX Runtime only; the baseline of every ratio
@@ -34,20 +36,74 @@ class Variant(StrEnum):
 
 
 @dataclass(frozen=True)
+class FileKind:
+    """A kind of file that an exporter writes, as a delivered folder and the tables name it."""
+
+    name: str  # of the file
+    label: str  # in tables
+    about: str  # on the model card, after the name
+    int8: bool = False
+    shipped: bool = True  # whether a run delivers it; the others are written to be measured
+
+
+OPENVINO = FileKind(
+    "openvino_model.xml", "OpenVINO int8", "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only", int8=True
+)
+# The int8 file for ONNX Runtime has fixed ranges, not dynamic ones: docs/decisions/0002-onnx-graphs.md
+FILES: Mapping[str, FileKind] = {
+    Variant.FLOAT: FileKind("model.onnx", "fp32", "fp32, standard operators: any ONNX runtime"),
+    Variant.FUSED: FileKind("model_fused.onnx", "fp32 fused", "fp32 with fused attention: ONNX Runtime only", shipped=False),
+    Variant.INT8_DYNAMIC: FileKind(
+        "model_int8_dynamic.onnx", "int8 dynamic", "dynamic int8: ONNX Runtime only", int8=True, shipped=False
+    ),
+    Variant.INT8_FUSED: FileKind("model_int8_ort.onnx", "int8", "int8 with fused attention: ONNX Runtime only", int8=True),
+    Variant.INT8_STATIC: FileKind(
+        "model_int8_qdq.onnx", "int8 static", "static int8 (QDQ): ONNX Runtime and OpenVINO", int8=True
+    ),
+}
+SHIPPED = tuple(variant for variant, kind in FILES.items() if kind.shipped)
+
+
+def variant_of(file: str) -> str | None:
+    """The variant of an ONNX file by its name in a delivered folder; None for any other name."""
+    return next((variant for variant, kind in FILES.items() if kind.name == file), None)
+
+
+@dataclass(frozen=True)
 class Artifact:
     """One exported file and what is known of it."""
 
     path: Path
-    variant: Variant
+    variant: str
     size_bytes: int
     max_difference: float  # largest |exported - model| over the outputs of the parity batches
     notes: tuple[str, ...] = ()  # "6 of 6 attentions fused", "int8: 34 of 34 matrices"
 
 
-class Exporter(ABC):
-    """Final frozen dataclasses; fields are options of the format."""
+class Draft(ABC):
+    """A model that was traced once, from which an exporter writes any variant, with any of its matrices left in float."""
 
-    variants: ClassVar[tuple[Variant, ...]]
+    @property
+    @abstractmethod
+    def points(self) -> tuple[Point, ...]:
+        """Points whose matrices become int8 unless they are named in `floats`."""
+
+    @abstractmethod
+    def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
+        """Writes one variant, compared with the model; the matrices that read the points `floats` stay in float."""
+
+    @abstractmethod
+    def error(self, variant: str, floats: Sequence[str] = ()) -> float:
+        """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
+
+
+class Exporter(ABC):
+    """Final frozen dataclasses; fields are options of the format.
+
+    `files`: each variant that it writes, in the order in which a run delivers and shows them.
+    """
+
+    files: ClassVar[Mapping[str, FileKind]]
 
     @abstractmethod
     def export(
@@ -55,10 +111,33 @@ class Exporter(ABC):
         model: PreTrainedModel,
         batches: Sequence[Arrays],
         path: Path,
-        variant: Variant,
+        variant: str,
         outputs: Sequence[str] = ("logits",),
         ranges: Ranges | None = None,
     ) -> Artifact:
-        """Writes `path` whole or not at all. `batches` are real inputs of several shapes: the parity check runs on them and
-        static int8 takes its ranges from them, unless `ranges` were learned with the model. ExportError where the file disagrees
-        with the model."""
+        """Writes `path` whole or not at all.
+
+        `batches` are real inputs of several shapes: the file is compared with the model on them, and static int8 takes its ranges
+        from them, unless `ranges` were learned with the model. Raises ExportError if the file disagrees with the model.
+        """
+
+    def export_all(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        paths: Mapping[str, Path],
+        outputs: Sequence[str] = ("logits",),
+        ranges: Ranges | None = None,
+    ) -> dict[str, Artifact]:
+        """Writes several variants; the others stay if one of them is refused."""
+        return {name: self.export(model, batches, path, name, outputs, ranges) for name, path in paths.items()}
+
+    def draft(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        outputs: Sequence[str] = ("logits",),
+        ranges: Ranges | None = None,
+    ) -> Draft | None:
+        """The model traced once, or None if single matrices of this format cannot stay in float."""
+        return None

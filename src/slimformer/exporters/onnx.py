@@ -22,7 +22,7 @@ import numpy as np
 from slimformer.errors import ExportError, nearest
 from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters._onnx.rewrite import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
-from slimformer.exporters.base import Arrays, Artifact, Exporter, Variant
+from slimformer.exporters.base import FILES, Arrays, Artifact, Draft, Exporter, FileKind, Variant
 from slimformer.quantizing.ranges import (
     Calibration,
     Histogram,
@@ -48,7 +48,7 @@ __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
 FILL = {"attention_mask": 1}  # of an input that is not given; 0 for all others
 MARKED = "slimformer_export"  # the name under which transformers finds the attention that leaves a marker
 FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
-INT8 = {Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC}
+INT8 = {variant for variant, kind in FILES.items() if kind.int8}
 CALIBRATION_ROWS = 300  # rows that int8 looks at; more change little
 MANY_ZEROS = 0.3  # of the matrices' weights: as many as make `sparse.py` store a matrix without them
 SAMPLE_ROWS = 2048  # tokens that are kept of each activation
@@ -78,7 +78,7 @@ class Onnx(Exporter):
     percentile: float = 99.99
     floats: tuple[str, ...] = ()
 
-    variants: ClassVar[tuple[Variant, ...]] = tuple(Variant)
+    files: ClassVar[Mapping[str, FileKind]] = FILES
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
@@ -90,7 +90,7 @@ class Onnx(Exporter):
         model: PreTrainedModel,
         batches: Sequence[Arrays],
         path: Path,
-        variant: Variant,
+        variant: str,
         outputs: Sequence[str] = ("logits",),
         ranges: Ranges | None = None,
     ) -> Artifact:
@@ -100,10 +100,10 @@ class Onnx(Exporter):
         self,
         model: PreTrainedModel,
         batches: Sequence[Arrays],
-        paths: Mapping[Variant, Path],
+        paths: Mapping[str, Path],
         outputs: Sequence[str] = ("logits",),
         ranges: Ranges | None = None,
-    ) -> dict[Variant, Artifact]:
+    ) -> dict[str, Artifact]:
         """Several variants from one trace, which is what takes the time; otherwise as `export`, file by file."""
         draft = self.draft(model, batches, outputs, ranges)
         return {variant: draft.write(path, variant, self.floats) for variant, path in paths.items()}
@@ -114,11 +114,11 @@ class Onnx(Exporter):
         batches: Sequence[Arrays],
         outputs: Sequence[str] = ("logits",),
         ranges: Ranges | None = None,
-    ) -> Draft:
+    ) -> OnnxDraft:
         """The model traced, ready to be written in any variant."""
         if not batches:
             raise ExportError("no batches to check the file with.", help="give export() some real inputs.")
-        return Draft(self, model, batches, outputs, ranges)
+        return OnnxDraft(self, model, batches, outputs, ranges)
 
     def span(self, sample: graphs.Sample) -> Range:
         """The range that the calibration picks for an activation; one that never moves gets a range of its own."""
@@ -130,7 +130,7 @@ class Onnx(Exporter):
     def _parity(
         self,
         path: Path,
-        variant: Variant,
+        variant: str,
         batches: Sequence[Arrays],
         names: Sequence[str],
         outputs: Sequence[str],
@@ -184,7 +184,7 @@ class _Ready:
     notes: tuple[str, ...]
 
 
-class Draft:
+class OnnxDraft(Draft):
     """A model traced once, from which every variant is written, with any of its matrices left in float."""
 
     def __init__(
@@ -213,7 +213,7 @@ class Draft:
 
         return tuple(point for point in self.anatomy.points.values() if point.role is PointRole.MATRIX)
 
-    def write(self, path: Path, variant: Variant, floats: Sequence[str] = ()) -> Artifact:
+    def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
         """One variant as a file, compared with the model."""
         import onnx_ir
 
@@ -234,7 +234,7 @@ class Draft:
         notes += _zeros(self.model)
         return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
 
-    def error(self, variant: Variant, floats: Sequence[str] = ()) -> float:
+    def error(self, variant: str, floats: Sequence[str] = ()) -> float:
         """Squared error of an int8 variant's outputs on the batches, as a share of their square; a look, no file is written."""
         import onnx_ir
 
@@ -248,10 +248,10 @@ class Draft:
                 square += float(np.square(expected[name][real]).sum())
         return wrong / max(square, 1e-12)
 
-    def _learned(self, variant: Variant) -> bool:
+    def _learned(self, variant: str) -> bool:
         return self.ranges is not None and variant in (Variant.INT8_FUSED, Variant.INT8_STATIC)
 
-    def _expected(self, variant: Variant, floats: Sequence[str]) -> Sequence[dict[str, np.ndarray]]:
+    def _expected(self, variant: str, floats: Sequence[str]) -> Sequence[dict[str, np.ndarray]]:
         """What the file should give: the model's outputs, with its inputs on the grids where those were learned."""
         if self.ranges is None or not self._learned(variant):
             return self.reference
@@ -260,7 +260,7 @@ class Draft:
         with _eval(self.model), quantized(self.model, self.anatomy, self.ranges, floats):
             return [_torch_outputs(self.model, self.names, batch, self.outputs) for batch in self.batches]
 
-    def _graph(self, variant: Variant, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:
+    def _graph(self, variant: str, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:
         """The variant's graph, and what was counted. `rough`: points that smoothing leaves alone."""
         unknown = sorted(set(floats) - {point.id for point in self.points})
         if unknown:
@@ -285,7 +285,7 @@ class Draft:
         program.producer_name = "slimformer"
         return program, notes
 
-    def _rewrite(self, program: onnx_ir.Model, variant: Variant) -> list[str]:
+    def _rewrite(self, program: onnx_ir.Model, variant: str) -> list[str]:
         """Turns the trace into the variant's graph in float, in place, and says what was counted."""
         graph = program.graph
         layout = SEQ_FIRST if variant in FUSED else BATCH_FIRST
@@ -306,7 +306,7 @@ class Draft:
             notes.append("the last layer computes the first token only")
         return notes
 
-    def _readied(self, variant: Variant, rough: Sequence[str]) -> _Ready:
+    def _readied(self, variant: str, rough: Sequence[str]) -> _Ready:
         """The variant's graph in float, smoothed where that helps and no ranges were learned; kept for the next file."""
         key = (variant in FUSED, frozenset(rough))
         if key not in self._ready:
@@ -335,7 +335,7 @@ class Draft:
         reader = _reader(item.name.removeprefix("model."))  # the tracer holds the model as `model`
         return next((point.id for point in self.points if reader in point.modules), None)
 
-    def _quantize(self, program: onnx_ir.Model, variant: Variant, floats: Sequence[str], ready: _Ready) -> str:
+    def _quantize(self, program: onnx_ir.Model, variant: str, floats: Sequence[str], ready: _Ready) -> str:
         """Int8 for every Linear but the classifier and `floats`, and for the embeddings, in place; says how many."""
         graph = program.graph
         named = self._named(graph, floats)
@@ -343,7 +343,7 @@ class Draft:
         learned = self.ranges or Ranges()
         whole = learned.weight_buckets == "tensor"
         coding = graphs.WeightCoding(min(self.options.weight_bits, learned.weight_bits), whole)
-        if variant is Variant.INT8_DYNAMIC:
+        if variant == Variant.INT8_DYNAMIC:
             done = graphs.int8_dynamic(graph, coding, named)
         else:
             done = graphs.int8_static(graph, self._codings(program, named, ready), coding, variant in FUSED, named)

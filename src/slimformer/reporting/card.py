@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimformer.exporters.base import FILES, OPENVINO
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.ledger import read_facts
@@ -34,13 +35,8 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_TOLD = {
-    "model.onnx": "fp32, standard operators: any ONNX runtime",
-    "model_fused.onnx": "fp32 with fused attention: ONNX Runtime only",
-    "model_int8_ort.onnx": "int8 with fused attention: ONNX Runtime only",
-    "model_int8_qdq.onnx": "static int8 (QDQ): ONNX Runtime and OpenVINO",
-    "openvino_model.xml": "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only",
-    "model.safetensors": "the weights for PyTorch, with `slimformer.load`",
+_ABOUT = {kind.name: kind.about for kind in (*FILES.values(), OPENVINO)} | {
+    "model.safetensors": "the weights for PyTorch, with `slimformer.load`"
 }
 
 
@@ -200,10 +196,10 @@ def card(
 
 def _card_body(folder: Path, record: Record, records: Sequence[Record], code: str, notes: Sequence[str], stored: str) -> str:
     verdicts = [judge(record), *against(record, records)]
-    there = [name for name in _TOLD if (folder / name).is_file()]
+    there = [name for name in _ABOUT if (folder / name).is_file()]
     ends = {record.file: " (**the best here**)", "model.safetensors": f"; {stored}" if stored else ""}
     files = [
-        f"| `{name}` | {shipped_bytes(folder / name) / MEGABYTE:.1f} | {_TOLD[name]}{ends.get(name, '')} |" for name in there
+        f"| `{name}` | {shipped_bytes(folder / name) / MEGABYTE:.1f} | {_ABOUT[name]}{ends.get(name, '')} |" for name in there
     ]
     head = ("model", record.metric.replace("_", " "), "points lost (95 %)", "MB", "× batch 32", "× batch 1")
     rows = []

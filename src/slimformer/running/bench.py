@@ -20,7 +20,7 @@ from slimformer import registry
 from slimformer.data.batching import collate, in_order
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import FILES, Variant, variant_of
 from slimformer.measuring.machine import Load, cores, quiet
 from slimformer.measuring.records import Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
@@ -32,13 +32,8 @@ from slimformer.tasks.base import Example, Features, Split, Task
 
 _log = logging.getLogger(__name__)
 
-# From the fastest file of an export to the plainest: which one stands for a folder that does not name its best.
-_FILES = {
-    "model_int8_ort.onnx": "int8_fused",
-    "model_int8_qdq.onnx": "int8_static",
-    "model_fused.onnx": "fused",
-    "model.onnx": "float",
-}
+# From the fastest file of an export to the plainest: the first stands for a folder that does not name its best.
+_FASTEST_FIRST = (Variant.INT8_FUSED, Variant.INT8_STATIC, Variant.FUSED, Variant.FLOAT)
 
 
 @dataclass(frozen=True)
@@ -160,11 +155,11 @@ def _find_all(paths: Sequence[Path], task: Task, scratch: Path, max_length: int 
             raise ModelError(
                 f"{path} is no model: there is no such folder.", help="name a folder with config.json and a model."
             )
-        files = [path / name for name in _FILES if (path / name).is_file()]
+        files = [file for variant in _FASTEST_FIRST if (file := path / FILES[variant].name).is_file()]
         if not files:
             found.append(_export(path, task, scratch / str(place), max_length))
         elif len(paths) == 1:
-            found.extend(_of_file(file, file.name) for file in sorted(files, key=_plain_first))
+            found.extend(_of_file(file, file.name) for file in sorted(files, key=_is_int8))
         else:
             found.append(_of_file(_best(path, files), path.resolve().name))
     seen: dict[str, int] = {}
@@ -176,15 +171,16 @@ def _find_all(paths: Sequence[Path], task: Task, scratch: Path, max_length: int 
     return unique
 
 
-def _plain_first(file: Path) -> int:
-    return ["model_fused.onnx", "model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"].index(file.name)
+def _is_int8(file: Path) -> bool:
+    variant = variant_of(file.name)
+    return variant is not None and FILES[variant].int8
 
 
 def _of_file(file: Path, name: str) -> _Found:
     facts = read_facts(file.parent)
     known = {} if facts is None else facts.of_record()
     small = facts is not None and file.suffix == ".xml"  # ours are int8 by NNCF
-    return _Found(name, file, file.parent, "int8_static" if small else _FILES.get(file.name, "float"), known)
+    return _Found(name, file, file.parent, Variant.INT8_STATIC if small else variant_of(file.name) or Variant.FLOAT, known)
 
 
 def _best(folder: Path, files: Sequence[Path]) -> Path:
@@ -218,7 +214,7 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
     _log.info("%s holds no ONNX file: exporting it to a temporary folder.", folder)
     exporter = registry.find("exporters", "onnx")()
     batches = [collate(features, group, names) for group in groups]
-    file = scratch / "model_fused.onnx"
+    file = scratch / FILES[Variant.FUSED].name
     exporter.export(model, batches, file, Variant.FUSED, task.outputs)
     for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).is_file():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimformer import registry
 from slimformer.data.material import Material
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import FILES, OPENVINO, SHIPPED, Variant
 from slimformer.running.bundle import Bundle, Run
 from slimformer.saving import checkpoint
 from slimformer.saving.files import whole_folder, write_text
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from slimformer.measuring.records import Goal
     from slimformer.measuring.scoring import Entry, Measurement
-from slimformer.running.rivals import OPENVINO, Rival, facts_of, openvino_int8
-from slimformer.running.trials import FILES, SHIPPED, STANDARD, Trial, _digest, _fitted, _tuned, read_notes
+from slimformer.running.rivals import Rival, facts_of, openvino_int8
+from slimformer.running.trials import Trial, _digest, _fitted, _tuned, read_notes
 
 
 def measure_all(
@@ -105,29 +105,30 @@ def deliver(
     digest = _digest(recipe)
     shared = facts_of(bundle, bundle.teacher, run, digest, values)
 
-    def mine(variant: Variant, path: Path, name: str = "", runtime: str = "onnxruntime", *, chosen: bool = False) -> Rival:
+    def mine(variant: str, path: Path, name: str = "", runtime: str = "onnxruntime", *, chosen: bool = False) -> Rival:
         facts = {**shared, "chosen": chosen, "target": target}
-        return Rival(f"slimformer {name or _short(variant)}", str(Standing.OURS), path, variant, runtime, facts)
+        return Rival(f"slimformer {name or FILES[variant].label}", str(Standing.OURS), path, variant, runtime, facts)
 
-    ours = [mine(variant, exported / FILES[variant], chosen=variant == best.variant) for variant in SHIPPED]
+    ours = [mine(variant, exported / FILES[variant].name, chosen=variant == best.variant) for variant in SHIPPED]
     if openvino and find_spec("openvino") is not None:
-        standard = [item for item in ours if item.variant in STANDARD]
-        ours += [mine(item.variant, item.path, f"{_short(item.variant)} in OpenVINO", "openvino") for item in standard]
+        engine = registry.find("runtimes", "openvino")()
+        standard = [item for item in ours if engine.accepts(item.path)]
+        ours += [mine(item.variant, item.path, f"{FILES[item.variant].label} in OpenVINO", "openvino") for item in standard]
     if fused:
-        ours.append(mine(Variant.FUSED, exported / FILES[Variant.FUSED]))
+        ours.append(mine(Variant.FUSED, exported / FILES[Variant.FUSED].name))
     made = run.root / "openvino"
     if openvino_file:
         run.log.say("making OpenVINO's int8 file by NNCF.")
-        path = openvino_int8(exported / FILES[Variant.FLOAT], bundle.model, material, made)
-        ours.append(mine(Variant.INT8_STATIC, path, "OpenVINO int8", "openvino"))
+        path = openvino_int8(exported / FILES[Variant.FLOAT].name, bundle.model, material, made)
+        ours.append(mine(Variant.INT8_STATIC, path, OPENVINO.label, "openvino"))
     entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
-    own = {FILES[variant]: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=False)}
+    own = {FILES[variant].name: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=False)}
     if openvino_file:
-        own[OPENVINO] = entries[-1].task
+        own[OPENVINO.name] = entries[-1].task
     found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
     chosen = next(record for record in found.records if record.chosen)
     told = Facts(
-        best=FILES[best.variant],
+        best=FILES[best.variant].name,
         task=dict(task_options),
         max_length=material.max_length,
         metric=material.task.metric,
@@ -142,13 +143,13 @@ def deliver(
         if stored:
             run.log.say(f"model.safetensors: {stored}.")
         for variant in SHIPPED:
-            (part / FILES[variant]).write_bytes((exported / FILES[variant]).read_bytes())
+            (part / FILES[variant].name).write_bytes((exported / FILES[variant].name).read_bytes())
         for file in made.iterdir() if openvino_file else ():
             (part / file.name).write_bytes(file.read_bytes())
         write_facts(part, told)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
-        notes = read_notes(exported).get(FILES[best.variant], [])
+        notes = read_notes(exported).get(FILES[best.variant].name, [])
         card(
             part,
             chosen,
@@ -175,13 +176,3 @@ def _stored(model: PreTrainedModel, values: Values) -> str:
     lost = rounding(checkpoint.unshared(model), values, checkpoint.heads(model))
     how = f"rounded by at most {lost:.2g} of a matrix's largest" if lost else "exact"
     return f"matrices and word tables as {values}, {how}"
-
-
-def _short(variant: Variant) -> str:
-    return {
-        Variant.FLOAT: "fp32",
-        Variant.FUSED: "fp32 fused",
-        Variant.INT8_DYNAMIC: "int8 dynamic",
-        Variant.INT8_FUSED: "int8",
-        Variant.INT8_STATIC: "int8 static",
-    }[variant]

@@ -15,17 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from slimformer import registry
 from slimformer.errors import ExportError
-from slimformer.exporters.base import Exporter, Variant
+from slimformer.exporters.base import FILES, SHIPPED, Draft, Exporter, Variant
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.trials import (
-    FILES,
-    SHIPPED,
     Reference,
     Trial,
     choose_trial,
@@ -39,9 +37,6 @@ from slimformer.running.trials import (
 )
 from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split
-
-if TYPE_CHECKING:
-    from slimformer.exporters.onnx import Draft
 
 SECONDS = 180.0  # a search takes at most about this long
 ROUNDS = 30  # of each timing of a shape
@@ -144,10 +139,15 @@ def choose(
     """The search on a bundle's model, with the draft from which its files can be written."""
     from slimformer.families.base import family_of
 
-    options: Any = exporter or registry.find("exporters", "onnx")(agreement=0.0)
+    options: Exporter = exporter or registry.find("exporters", "onnx")(agreement=0.0)
     material = bundle.material
     batches = material.batches(family_of(bundle.model.config.model_type).inputs(bundle.model))
-    draft: Draft = options.draft(bundle.model, batches, material.task.outputs, bundle.ranges)
+    draft = options.draft(bundle.model, batches, material.task.outputs, bundle.ranges)
+    if draft is None:
+        name = registry.name_of(options)
+        raise ExportError(
+            f"the exporter '{name}' cannot leave single matrices in float.", help="take `floats` out of `export`."
+        )
     lengths = material.features[Split.TRAIN].lengths()
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
         folder = Path(name)
@@ -175,7 +175,7 @@ class Rescue:
 
     def best(self, allowed: float) -> Trial:
         """The best of the int8 files."""
-        return choose_trial([trial for trial in self.trials if trial.variant is not Variant.FLOAT], allowed)
+        return choose_trial([trial for trial in self.trials if trial.variant != Variant.FLOAT], allowed)
 
 
 def rescue(
@@ -193,7 +193,7 @@ def rescue(
     `files` and `trials`: the same model without that. None where nothing is found that is within the loss and faster than all of
     them that are. Why each matrix is stored as it is goes into the log, and into the notes of the files that are kept.
     """
-    float_file = next(trial for trial in trials if trial.variant is Variant.FLOAT)
+    float_file = next(trial for trial in trials if trial.variant == Variant.FLOAT)
     if float_file.loss > allowed:
         return None  # the model itself loses too much: no int8 file can lose less
     name = f"floats-{allowed:g}"
@@ -236,7 +236,7 @@ def _written(
     """Writes the choice into a copy of the files, with the reasons as notes, and tries its int8 files."""
     shutil.copytree(files, folder)
     small = [variant for variant in SHIPPED if variant is not Variant.FLOAT]
-    made = [draft.write(folder / FILES[variant], variant, choice.floats) for variant in small]
+    made = [draft.write(folder / FILES[variant].name, variant, choice.floats) for variant in small]
     reasons = tuple(map(str, choice.verdicts))
     keep_notes(folder, [replace(file, notes=(*file.notes, *reasons)) for file in made], run.log)
     baseline = teacher_files(bundle, run)[Variant.FUSED]

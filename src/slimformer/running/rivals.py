@@ -14,7 +14,7 @@ from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.data.batching import collate
 from slimformer.data.material import Material
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import OPENVINO, Variant
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.stages import Calibrate, Stage, Train, advance
 from slimformer.saving import checkpoint
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from slimformer.core.anatomy import Matrix
 from slimformer.running.trials import _teacher_turn, export_files
 
-OPENVINO = "openvino_model.xml"  # its weights lie beside it, in a file that ends in .bin
-
 
 @dataclass(frozen=True)
 class Rival:
@@ -37,7 +35,7 @@ class Rival:
     name: str
     role: str
     path: Path
-    variant: Variant
+    variant: str
     runtime: str = "onnxruntime"
     facts: Mapping[str, Any] | None = None
 
@@ -103,7 +101,7 @@ def openvino_int8(path: Path, model: PreTrainedModel, material: Material, folder
     from slimformer.families.base import family_of
     from slimformer.runtimes.openvino import nncf_int8
 
-    made = folder / OPENVINO
+    made = folder / OPENVINO.name
     if not made.is_file():
         names = family_of(model.config.model_type).inputs(model)
         features = material.features[Split.TRAIN]

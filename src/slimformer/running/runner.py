@@ -16,7 +16,7 @@ from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.stages import Stage, advance, torch_outputs
-from slimformer.running.trials import SHIPPED, choose_trial, export_files, reference_of, teacher_files, try_out
+from slimformer.running.trials import choose_trial, export_files, reference_of, teacher_files, try_out
 from slimformer.saving import checkpoint
 from slimformer.saving.files import claim
 from slimformer.saving.hub import local_folder
@@ -222,7 +222,7 @@ def finish(
     ready: Ready | None = None,
 ) -> Measurement:
     """Exports, chooses on validation examples, measures beside the rivals on dev, and fills `out`."""
-    from slimformer.exporters.base import Variant
+    from slimformer.exporters.base import SHIPPED, Variant
     from slimformer.running import delivery, rivals
     from slimformer.running import rescue as floats
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from slimformer import registry
 from slimformer.data.material import sampled_lengths, subset
 from slimformer.errors import RecipeError, TargetError
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import SHIPPED, Variant
 from slimformer.log import Log
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.preflight import look, look_at_gains
@@ -29,7 +29,6 @@ from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName
 from slimformer.running.runner import Given, Outcome, Ready, begin, finish, tidy, working
 from slimformer.running.stages import Calibrate, Clock, Stage, Train, advance, context_of
 from slimformer.running.trials import (
-    SHIPPED,
     Reference,
     Trial,
     choose_trial,
@@ -164,7 +163,7 @@ class _Attempt:
     floats: tuple[str, ...] = ()  # points whose matrices stay in float in its int8 files
 
     def best(self, max_loss: float) -> Trial:
-        return choose_trial([trial for trial in self.trials if trial.variant is not Variant.FLOAT], max_loss)
+        return choose_trial([trial for trial in self.trials if trial.variant != Variant.FLOAT], max_loss)
 
 
 def _search(bundle: Bundle, recipe: Recipe, wishes: Wishes, state: Run, folder: Path, command: str) -> Outcome:

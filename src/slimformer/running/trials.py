@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer import registry
 from slimformer.data.material import Material, subset
-from slimformer.exporters.base import Artifact, Exporter, Variant
+from slimformer.exporters.base import FILES, Artifact, Exporter, Variant
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
@@ -25,16 +25,6 @@ if TYPE_CHECKING:
     from slimformer.quantizing.ranges import Ranges
     from slimformer.runtimes.base import Runner
 
-FILES = {
-    Variant.FLOAT: "model.onnx",
-    Variant.FUSED: "model_fused.onnx",
-    Variant.INT8_DYNAMIC: "model_int8_dynamic.onnx",
-    Variant.INT8_FUSED: "model_int8_ort.onnx",
-    Variant.INT8_STATIC: "model_int8_qdq.onnx",
-}
-SHIPPED = (Variant.FLOAT, Variant.INT8_FUSED, Variant.INT8_STATIC)
-STANDARD = (Variant.FLOAT, Variant.INT8_STATIC)  # without ONNX Runtime's own operators
-INT8 = (Variant.INT8_DYNAMIC, Variant.INT8_FUSED, Variant.INT8_STATIC)
 SATURATES = (
     "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
     "measured here; if int8 loses too much, set `reduce_range: true` under `export` in a recipe (7-bit weights)."
@@ -47,22 +37,22 @@ def export_files(
     model: PreTrainedModel,
     material: Material,
     folder: Path,
-    variants: Sequence[Variant],
+    variants: Sequence[str],
     log: Log,
     *,
     exporter: Exporter | None = None,
     ranges: Ranges | None = None,
-) -> dict[Variant, Artifact]:
+) -> dict[str, Artifact]:
     """The model as ONNX files in `folder`, the fp32 ones proven against the model on real batches.
 
     No int8 file is refused here: each is judged by what it loses on validation examples.
     """
     from slimformer.families.base import family_of
 
-    options: Any = exporter or registry.find("exporters", "onnx")(agreement=0.0)
+    options: Exporter = exporter or registry.find("exporters", "onnx")(agreement=0.0)
     batches = material.batches(family_of(model.config.model_type).inputs(model))
-    paths = {variant: folder / FILES[variant] for variant in variants}
-    made: dict[Variant, Artifact] = options.export_all(model, batches, paths, material.task.outputs, ranges)
+    paths = {variant: folder / options.files[variant].name for variant in variants}
+    made = options.export_all(model, batches, paths, material.task.outputs, ranges)
     keep_notes(folder, made.values(), log)
     return made
 
@@ -86,7 +76,7 @@ def read_notes(folder: Path) -> dict[str, list[str]]:
 class Trial:
     """One file on validation examples: its score, the points it loses to the teacher, its speed over the teacher's fp32 file."""
 
-    variant: Variant
+    variant: str
     score: float
     loss: float
     speed_32: float
@@ -155,7 +145,7 @@ def _fitted(task: Task, tuned: Task) -> dict[str, Any]:
 
 
 def try_out(
-    files: Mapping[Variant, Path], baseline: Path, bundle: Bundle, run: Run, reference: Reference, *, seconds: float = 10.0
+    files: Mapping[str, Path], baseline: Path, bundle: Bundle, run: Run, reference: Reference, *, seconds: float = 10.0
 ) -> list[Trial]:
     """Each file on validation examples, side by side with the teacher's fp32 file."""
     from slimformer.measuring.machine import quiet
@@ -185,7 +175,7 @@ def try_out(
         run.log.event("trial", **asdict(trial))
     for trial, speed in slower(trials):
         run.log.say(
-            f"on this machine {FILES[trial.variant]} is slower than float: {trial.speed_32:.2f} times the teacher's fp32 speed at "
+            f"on this machine {FILES[trial.variant].name} is slower than float: {trial.speed_32:.2f} times the teacher's fp32 speed at "
             f"batch 32, float has {speed:.2f}."
         )
     return trials
@@ -193,8 +183,8 @@ def try_out(
 
 def slower(trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
     """Int8 files that are slower than the float file beside them, or where there is none than the teacher's; with its speed."""
-    float_speed = next((trial.speed_32 for trial in trials if trial.variant is Variant.FLOAT), 1.0)
-    return [(trial, float_speed) for trial in trials if trial.variant in INT8 and trial.speed_32 < float_speed]
+    float_speed = next((trial.speed_32 for trial in trials if trial.variant == Variant.FLOAT), 1.0)
+    return [(trial, float_speed) for trial in trials if FILES[trial.variant].int8 and trial.speed_32 < float_speed]
 
 
 def loss_of(runner: Runner, material: Material, reference: Reference) -> tuple[float, float]:
@@ -212,10 +202,10 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[Variant, Path]:
     folder = _teacher_home(bundle, run)
     wanted = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
     with _teacher_turn(folder, run):
-        missing = [variant for variant in wanted if not (folder / FILES[variant]).is_file()]
+        missing = [variant for variant in wanted if not (folder / FILES[variant].name).is_file()]
         if missing:
             export_files(bundle.teacher, bundle.material, folder, missing, run.log)
-    return {variant: folder / FILES[variant] for variant in wanted}
+    return {variant: folder / FILES[variant].name for variant in wanted}
 
 
 def _teacher_home(bundle: Bundle, run: Run) -> Path:
@@ -259,4 +249,4 @@ def save_trials(path: Path, trials: Sequence[Trial]) -> None:
 def read_trials(path: Path) -> list[Trial]:
     """What `save_trials` kept."""
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return [replace(Trial(**row), variant=Variant(row["variant"])) for row in rows]
+    return [Trial(**row) for row in rows]

@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import ClassVar, final
 
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
+from slimformer.exporters.base import FILES, OPENVINO, Arrays, Variant
 from slimformer.runtimes.base import Runner, Runtime
 from slimformer.saving.files import whole_folder
-
-if TYPE_CHECKING:
-    from slimformer.exporters.base import Arrays
 
 INSTALL = "pip install 'slimformer[openvino]'"
 EXAMPLES = 300  # what NNCF calibrates on: its own default
@@ -56,7 +54,7 @@ class OpenVINO(Runtime):
             raise ModelError(
                 f"OpenVINO {self.version()} cannot load {path}.",
                 facts=str(error).strip().splitlines()[-1:],
-                help="name a file of standard operators: model.onnx or model_int8_qdq.onnx.",
+                help=f"name a file of standard operators: {FILES[Variant.FLOAT].name} or {FILES[Variant.INT8_STATIC].name}.",
             ) from error
         names = [item.get_any_name() for item in model.inputs]
         outputs = [item.get_any_name() for item in model.outputs]
@@ -116,5 +114,5 @@ def nncf_int8(model: Path, batches: Sequence[Arrays], folder: Path) -> Path:
     finally:
         logger.setLevel(level)
     with whole_folder(folder) as part:
-        openvino.save_model(small, part / "openvino_model.xml", compress_to_fp16=False)
-    return folder / "openvino_model.xml"
+        openvino.save_model(small, part / OPENVINO.name, compress_to_fp16=False)
+    return folder / OPENVINO.name

@@ -465,10 +465,10 @@ def declares_its_outputs(cls: Any) -> None:
 
 def declares_variants(cls: Any) -> None:
     """names the variants it can write."""
-    from slimformer.exporters.base import Variant
+    from slimformer.exporters.base import FileKind
 
-    assert cls.variants, "writes nothing"
-    assert all(isinstance(variant, Variant) for variant in cls.variants), "names something that is no Variant"
+    assert cls.files, "writes nothing"
+    assert all(isinstance(kind, FileKind) for kind in cls.files.values()), "names something that is no FileKind"
 
 
 def tells_whether_it_is_there(cls: Any) -> None:
