@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from slimformer.reporting.words import count_text, interval_text, layers_text, m
 HOME = Path(__file__).resolve().parent
 METHODS = "methods"  # the folder of the tables that compare methods
 COMMAND = "python results/tables.py"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END = "<!-- {part}:begin -->", "<!-- {part}:end -->"
+FIRST = "glue/sst2"  # the task that the README shows
 NONE = "No run has been recorded yet: there is no ledger under `results/`."
 HEAD = ("task", "model", "metric", "points lost (95 %)", "MB", "× batch 32", "× batch 1", "minutes")
 # The rows that stand beside ours in the README.
@@ -97,39 +99,76 @@ def results_page(found: Sequence[Run]) -> str:
 
 
 def readme_table(found: Sequence[Run]) -> str:
-    """What README.md shows between its markers: for each claim the file that ships and its rivals."""
+    """What README.md shows between its markers: the file that ships and its baselines on one task, and the range of all others."""
     if not found:
         return f"{NONE} `{COMMAND}` will draw the table here."
-    first: dict[tuple[str, str], Run] = {}
-    for run in found:  # by name, so that the run without a seed in its name comes first
-        first.setdefault((_title(run.records[0]), run.claim), run)
-    rows = []
-    for run in first.values():
-        ours = run.ours
-        rows += [_row(record, record is ours) for record in run.records if record.role in SHOWN or record is ours]
-    records = [record for run in first.values() for record in run.records]
-    threads = sorted({timing.threads for record in records for timing in record.timings})
-    machine = " and ".join(sorted({record.environment.cpu for record in records}))
-    machine += f", {' or '.join(map(str, threads))} threads" if threads else ""
-    sizes = " and ".join(sorted({count_text(record.params) for record in records if record.role == Standing.TEACHER_FP32}))
-    return "\n".join(
-        [
-            *table(HEAD, rows),
-            "",
-            f"Dense models of {sizes} parameters; the exported files on the dev splits; {machine}. ×: times faster than the dense",
-            "teacher in ONNX Runtime fp32, medians of rounds taken in turn. One seed of each run; all rows, other seeds",
-            f"and circumstances are in [docs/results.md](docs/results.md). Drawn by `{COMMAND}`.",
-        ]
+    shown, *others = _claims(found)
+    ours = shown.ours
+    rows = [_row(record, record is ours) for record in shown.records if record.role in SHOWN or record is ours]
+    sizes = " and ".join(
+        sorted({count_text(record.params) for record in shown.records if record.role == Standing.TEACHER_FP32})
     )
+    text = (
+        f"{safe(shown.records[0].task)}; a dense model of {sizes} parameters; the exported files on the whole dev split; "
+        f"{_machine(shown)}; one "
+        "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, median of rounds taken in turn. **Bold**: the file that "
+        f"ships. {_others(others)}[All rows](docs/results.md), with their circumstances. Drawn by `{COMMAND}`."
+    )
+    return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *textwrap.wrap(text, 126, break_on_hyphens=False)])
 
 
-def placed(text: str, table: str) -> str:
-    """`text` with what stands between its markers replaced; ValueError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md must hold {BEGIN} and {END}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+def readme_lead(found: Sequence[Run]) -> str:
+    """README's first sentence: what one run on one task lost and gained."""
+    shown = _claims(found)[0] if found else None
+    ours = shown.ours if shown else None
+    if shown is None or ours is None or ours.loss is None or (faster := ours.times_faster(32)) is None:
+        return NONE
+    (dense,) = (record for record in shown.records if record.role == Standing.TEACHER_FP32)
+    sizes = f"{mb_text(ours.size_bytes)} instead of {mb_text(dense.size_bytes)} MB"
+    lost = "no measurable loss" if ours.loss.low <= 0 <= ours.loss.high else "a loss"
+    text = (
+        f"On SST-2 slimformer made a fine-tuned six-layer MiniLM **{faster.median:.1f} times as fast** and its file **{sizes}**, "
+        f"within {_minutes(ours.minutes)} minutes, with {lost}: {signed(ours.loss.value)} points lost, 95 % interval "
+        f"{interval_text(ours.loss)} (ONNX Runtime, batch 32, {_machine(shown)})."
+    )
+    return "\n".join(textwrap.wrap(text, 126))
+
+
+def _claims(found: Sequence[Run]) -> list[Run]:
+    """One run of each claim, that of the README's task first: by name, so that a run without a seed in its name counts."""
+    first: dict[tuple[str, str], Run] = {}
+    for run in found:
+        first.setdefault((_title(run.records[0]), run.claim), run)
+    return sorted(first.values(), key=lambda run: run.records[0].task != FIRST)
+
+
+def _machine(run: Run) -> str:
+    """What a run was measured on: processor and threads."""
+    threads = sorted({timing.threads for record in run.records for timing in record.timings})
+    processors = " and ".join(sorted({record.environment.cpu for record in run.records}))
+    return processors + (f", {' or '.join(map(str, threads))} threads" if threads else "")
+
+
+def _others(runs: Sequence[Run]) -> str:
+    """A sentence on the other tasks: the range of what the files that ship lost and gained there."""
+    ours = [run.ours for run in runs]
+    losses = [record.loss.value for record in ours if record and record.loss]
+    speeds = [times.median for record in ours if record and (times := record.times_faster(32))]
+    if not losses or not speeds:
+        return ""
+    tasks = ", ".join(safe(run.records[0].task) for run in runs)
+    lost = f"{signed(min(losses))} to {signed(max(losses))} points"
+    return f"On {tasks} the same request lost {lost}, at {min(speeds):.1f} to {max(speeds):.1f} times the speed. "
+
+
+def placed(text: str, drawn: str, part: str = "results") -> str:
+    """`text` with what stands between the markers of a part replaced; ValueError if they are missing."""
+    begin, end = BEGIN.format(part=part), END.format(part=part)
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"README.md must hold {begin} and {end}")
+    return f"{before}{begin}\n{drawn}\n{end}{after}"
 
 
 # -- Parts ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +318,7 @@ def main(arguments: Sequence[str]) -> int:
     readme = root / "README.md"
     pages = {
         root / "docs" / "results.md": results_page(found),
-        readme: placed(readme.read_text(encoding="utf-8"), readme_table(found)),
+        readme: placed(placed(readme.read_text(encoding="utf-8"), readme_table(found)), readme_lead(found), "lead"),
         **structured.pages(),
         **numerics.pages(),
     }
