@@ -7,13 +7,13 @@ import torch
 from tiny import batch, tiny
 
 from slimformer.core.anatomy import PointRole
+from slimformer.core.ranges import Range, Ranges
 from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.attention import quick_attention
 from slimformer.hooks.capture import capturing
 from slimformer.hooks.points import quantized, touched
 from slimformer.methods.base import Capture
-from slimformer.quantizing.ranges import Range, Ranges
 
 MODEL = tiny("bert")
 ANATOMY = anatomy_of(MODEL)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import tensor
 
+from slimformer.core.ranges import Range
 from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.quantizing.grids import RunningRange, affine, fake, grid_of, symmetric
-from slimformer.quantizing.ranges import Range
 
 
 def test_the_papers_quantizer_worked_by_hand():

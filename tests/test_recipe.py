@@ -14,11 +14,11 @@ from tiny_folder import write_data, write_model
 
 from slimformer import registry
 from slimformer.core.plan import Plan
+from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
 from slimformer.errors import OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
-from slimformer.quantizing.ranges import Range, Ranges
 from slimformer.running.bundle import Run
 from slimformer.running.preflight import look
 from slimformer.running.reader import parse_recipe, read_recipe

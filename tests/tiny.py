@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.methods.base import Context
 from slimformer.testing.checks import tiny_context
-from slimformer.testing.tiny import HEAD_DIM, HEADS, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, batch, tiny, tiny_config
+from slimformer.testing.tiny import VOCABULARY, batch, tiny, tiny_config
 
 __all__ = [
     "HEADS",
@@ -16,12 +17,14 @@ __all__ = [
     "LAYERS",
     "MODEL_TYPES",
     "VOCABULARY",
-    "WIDTH",
     "batch",
     "factored_context",
     "tiny",
     "tiny_config",
 ]
+
+MODEL_TYPES = tuple(kind for name in registry.names("families") for kind in registry.find("families", name).model_types)
+HEADS, HEAD_DIM, LAYERS = 4, 8, 3  # of all of them
 
 
 def factored_context(model_type: str) -> Context:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import batch, factored_context, tiny
 
+from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx import rewrite as graphs
@@ -20,7 +21,6 @@ from slimformer.families.base import anatomy_of, family_of
 from slimformer.hooks.points import quantized
 from slimformer.measuring import machine
 from slimformer.methods.quantization import Quantization
-from slimformer.quantizing.ranges import Range, Ranges
 from slimformer.running.rescue import Products, products_of
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.testing.checks import tiny_context

@@ -36,6 +36,10 @@ class Role(StrEnum):
     CLASSIFIER = "classifier"
 
 
+ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+FFN_ROLES = (Role.FFN_IN, Role.FFN_OUT)
+
+
 class PointRole(StrEnum):
     MATRIX = "matrix"  # what a Linear reads; these are the products that int8 files compute in integers
     HEAD = "head"  # what the last Linear reads, the one that gives the outputs
@@ -86,8 +90,20 @@ class Counter:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """What a module of a sublayer gives once the sublayer is gone: its input, the residual that is its second input, or zero.
+
+    `pair`: the module returns a tuple of that and None, as transformers' attention modules do.
+    """
+
+    module: str
+    gives: Literal["input", "residual", "zero"]
+    pair: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
-    """A set of `size` interchangeable units. A SUBLAYER site has one unit and no slices: `Family.skip` does the cutting."""
+    """A set of `size` interchangeable units. A SUBLAYER site has one unit and no slices: it is cut by its `skips`."""
 
     id: str  # "encoder.3.heads"
     kind: Kind
@@ -97,7 +113,7 @@ class Site:
     taps: tuple[Tap, ...] = ()
     counters: tuple[Counter, ...] = ()
     sublayer: str | None = None  # the SUBLAYER site this one lives in and vanishes with
-    modules: tuple[str, ...] = ()  # of a SUBLAYER: the modules whose parameters go with it
+    skips: tuple[Skip, ...] = ()  # of a SUBLAYER: the modules that go with it, and what stands in for each
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,10 @@ class Anatomy:
         """Sites of one kind, in order of their layers."""
         return tuple(site for site in self.sites.values() if site.kind is kind)
 
+    def heads_of(self, layer: int) -> Site | None:
+        """The heads of a layer's attention; None if it was cut."""
+        return next((site for site in self.of_kind(Kind.HEADS) if site.layer == layer), None)
+
     def encoder_matrices(self) -> tuple[Matrix, ...]:
         """The matrices inside the layers: all but embedding tables and classifiers."""
         return tuple(item for item in self.matrices.values() if item.role not in (Role.EMBEDDING, Role.CLASSIFIER))
@@ -214,7 +234,7 @@ class Anatomy:
             for matrix in self.matrices.values()
             if matrix.sublayer not in gone
         }
-        lost = {self.sites[name].layer for name in gone if name.endswith(".attention")}
+        lost = {site.layer for site in self.of_kind(Kind.HEADS) if site.sublayer in gone}
         attentions = tuple(None if layer in lost else name for layer, name in enumerate(self.attentions))
         points = told_apart((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)

@@ -70,8 +70,9 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     inside = 0
     for site in _unit_sites(anatomy):
         per_unit = sum(shapes[piece.param].numel() // site.size for piece in site.slices if piece.param in shapes)
-        owners = anatomy.sites[site.sublayer].modules if site.sublayer else ()
-        total = sum(shape.numel() for name, shape in shapes.items() if any(name.startswith(f"{module}.") for module in owners))
+        skips = anatomy.sites[site.sublayer].skips if site.sublayer else ()
+        owners = tuple(f"{skip.module}." for skip in skips)
+        total = sum(shape.numel() for name, shape in shapes.items() if name.startswith(owners))
         curve = total + per_unit * (np.arange(site.size + 1) - site.size)  # (size + 1,)
         curve[0] = 0
         curves[site.id] = curve.astype(np.float64)

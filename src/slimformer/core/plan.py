@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.core.form import DENSE, Form, form_from_data
+from slimformer.core.ranges import Ranges
 from slimformer.errors import PlanError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from slimformer.quantizing.ranges import Ranges
 
 VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and is still what a plan without any is written as
 

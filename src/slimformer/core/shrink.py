@@ -11,16 +11,33 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Matrix, Site
+from slimformer.core.anatomy import Anatomy, Matrix, Site, Skip
 from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError
-from slimformer.families.base import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Skipped(nn.Module):
+    """Stands where a module of a sublayer was that is gone, under its name; it has no parameters."""
+
+    def __init__(self, skip: Skip) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        match self.skip.gives:
+            case "input":
+                value = hidden_states
+            case "residual":
+                value = args[0]
+            case "zero":
+                value = hidden_states.new_zeros(())
+        return (value, None) if self.skip.pair else value
 
 
 def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) -> PreTrainedModel:
@@ -46,10 +63,10 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
                 _cut(small, anatomy.sites[name], keep)
         for matrix, form in forms.items():
             _put(small, matrix.module, form, factors)
-    family = family_of(model.config.model_type)
     for name in anatomy.sites:
         if name in gone:
-            family.skip(small, anatomy.sites[name])
+            for skip in anatomy.sites[name].skips:
+                small.set_submodule(skip.module, Skipped(skip))
     return small
 
 
@@ -59,7 +76,7 @@ def _site(anatomy: Anatomy, name: str) -> Site:
     return anatomy.sites[name]
 
 
-def _replace(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         if name not in parameters or parameters[name].shape != value.shape:
@@ -68,14 +85,14 @@ def _replace(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         parameters[name].copy_(value).add_(0.0)  # a masked -0.0 becomes 0.0, of which all bits are zero
 
 
-def _factors(model: nn.Module, forms: Mapping[Matrix, Form], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _factors(model: nn.Module, forms: Mapping[Matrix, Form], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of `weights` that belong to modules which the forms are about to put in."""
     there = {name for name, _ in model.named_parameters()}
     modules = {matrix.module for matrix in forms}
     return {name: value for name, value in weights.items() if name not in there and name.rpartition(".")[0] in modules}
 
 
-def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, torch.Tensor]) -> None:
+def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, Tensor]) -> None:
     """Replaces the matrix at `path` by its form: with its own part of `factors`, and the nearest there is for what they lack."""
     dense = cast(Any, model.get_submodule(path))
     module = form.module(dense)
@@ -93,7 +110,7 @@ def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, torch.Te
     model.set_submodule(path, module.train(dense.training))
 
 
-def _fold(model: nn.Module, anatomy: Anatomy, site: Site, scale: torch.Tensor) -> None:
+def _fold(model: nn.Module, anatomy: Anatomy, site: Site, scale: Tensor) -> None:
     """Multiplies `scale` (size,) into the Linear at each tap: its columns for an input, its rows and bias for an output."""
     if tuple(scale.shape) != (site.size,) or any(tap.residual for tap in site.taps):
         raise PlanError(

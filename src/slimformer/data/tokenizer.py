@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer.errors import ModelError
+from slimformer.families.base import find_family
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 LONGEST = 512  # what the encoders of all our families were trained on; longer is never what a user wants by default
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<PAD>")
 OTHER_FORMS = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-# These count positions from pad_token_id + 1, so that many rows of the position table are never used.
-OFFSET_FAMILIES = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm"})
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -73,11 +72,13 @@ def max_length_of(folder: Path) -> int:
     if (limit := _count(said)) is not None:
         limits.append(limit)
     config = _read(folder / "config.json")
-    if (positions := _count(config.get("max_position_embeddings"))) is not None:
-        base = str(config.get("model_type", "")).removeprefix("slimformer_")
-        pad = config.get("pad_token_id")
-        offset = (pad if isinstance(pad, int) else 1) + 1 if base in OFFSET_FAMILIES else 0
-        limits.append(positions - offset)
+    base = str(config.get("model_type", "")).removeprefix("slimformer_")
+    family = find_family(base)
+    positions = (
+        _count(config.get("max_position_embeddings")) if family is None else family.positions(config | {"model_type": base})
+    )
+    if positions is not None:
+        limits.append(positions)
     if min(limits) < 1:
         raise ModelError(
             f"{folder} leaves room for {min(limits)} tokens.",

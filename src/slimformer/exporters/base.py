@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slimformer.core.anatomy import Point
-    from slimformer.quantizing.ranges import Ranges
+    from slimformer.core.ranges import Ranges
 
 Arrays = Mapping[str, np.ndarray]  # model input -> (batch, seq) int64
 

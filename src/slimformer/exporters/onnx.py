@@ -19,20 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
+from slimformer.core.ranges import Range, Ranges, check_bits
 from slimformer.errors import ExportError, nearest
 from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters._onnx.rewrite import BATCH_FIRST, SEQ_FIRST, fused_attentions, quantized_matrices
 from slimformer.exporters.base import FILES, Arrays, Artifact, Draft, Exporter, FileKind, Variant
-from slimformer.quantizing.ranges import (
-    Calibration,
-    Histogram,
-    Range,
-    Ranges,
-    check_bits,
-    check_calibration,
-    check_percentile,
-    find,
-)
+from slimformer.families.base import anatomy_of, family_of
+from slimformer.quantizing.calibration import Calibration, Histogram, check_calibration, check_percentile, find_range
 from slimformer.saving.files import whole
 
 if TYPE_CHECKING:
@@ -125,7 +118,7 @@ class Onnx(Exporter):
         low, high = min(0.0, float(sample.low.min())), max(0.0, float(sample.high.max()))
         if low == high or self.calibration == "least_squares":
             return Range(*best_range(sample))
-        return find(Histogram.of(sample.rows, low, high), self.calibration, percentile=self.percentile)
+        return find_range(Histogram.of(sample.rows, low, high), self.calibration, percentile=self.percentile)
 
     def _parity(
         self,
@@ -192,7 +185,6 @@ class OnnxDraft(Draft):
     ) -> None:
         from torch import nn
 
-        from slimformer.families.base import anatomy_of, family_of
         from slimformer.forms.kronecker import KroneckerEmbedding, KroneckerLinear
 
         self.options, self.model, self.batches, self.outputs, self.ranges = options, model, batches, outputs, ranges
@@ -612,11 +604,9 @@ def _trace(model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str], outpu
     return program.model
 
 
-def _longest(model: PreTrainedModel) -> int:
-    """Tokens that the model's positions allow: RoBERTa keeps the first pad_token_id + 1 of them for itself."""
-    longest = int(model.config.max_position_embeddings)
-    own = "roberta" in model.config.model_type or "camembert" in model.config.model_type
-    return longest - (int(model.config.pad_token_id) + 1 if own else 0)
+def _longest(model: PreTrainedModel) -> int | None:
+    """Tokens that the model's positions allow."""
+    return family_of(model.config.model_type).positions(model.config.to_dict())
 
 
 # -------------------------------------------------------------------------------------------------------------- calibration

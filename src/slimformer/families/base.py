@@ -1,7 +1,7 @@
-"""A family: a table that tells where a skeleton keeps its heads, neurons and sublayers.
+"""A family: a table of the names under which a skeleton keeps its attentions, feed-forward blocks and embeddings.
 
-One file per skeleton. A family declares names; it never searches for them in a graph. Its one piece of surgery is `skip`: taking
-a whole sublayer out so that only the residual is left, under unchanged names.
+One file per skeleton. A family declares names, it never searches for them in a graph, and everything that is known of an architecture
+stands in its file. Reading a family needs no torch; only its anatomy of a model does.
 """
 
 from __future__ import annotations
@@ -10,90 +10,78 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimformer import registry
-from slimformer.core.anatomy import Anatomy, Counter, Kind, Matrix, Point, PointRole, Role, Site, Slice, Tap
+from slimformer.core.anatomy import Anatomy, Skip
 from slimformer.errors import ModelError
-from slimformer.forms.base import form_of, shape_of
+from slimformer.families._skeleton import Attention, FeedForward, Skeleton
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import PreTrainedModel
 
-
-class SkippedAttention(nn.Module):
-    """Stands where an attention block was: what came in goes out."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return hidden_states, None
-
-
-class SkippedZero(nn.Module):
-    """Stands where a feed-forward branch beside a residual was: adds nothing."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(())
-
-
-class SkippedBranch(nn.Module):
-    """Stands where an attention branch beside a residual was: adds nothing."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return hidden_states.new_zeros(()), None
-
-
-class SkippedInput(nn.Module):
-    """Stands at the start of a feed-forward block that is gone; `SkippedOutput` ends it."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-
-class SkippedOutput(nn.Module):
-    """Stands at the end of a feed-forward block that is gone: gives the residual back."""
-
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return residual
-
-
-ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
-SKIPPED = (SkippedAttention, SkippedBranch, SkippedZero, SkippedInput, SkippedOutput)
+__all__ = [
+    "Attention",
+    "Family",
+    "FeedForward",
+    "Skeleton",
+    "Skip",
+    "Subject",
+    "anatomy_of",
+    "family_of",
+    "find_family",
+    "subject_of",
+]
 
 
 class Family(ABC):
-    """Final classes without state; `model_types` are transformers' `config.model_type` values."""
+    """Final classes without state; `model_types` are transformers' `config.model_type` values.
+
+    A family whose parts do not fit into a `Skeleton` gives its own `anatomy` and `width` instead. `config` is the content of config.json.
+    """
 
     model_types: ClassVar[tuple[str, ...]]
+    skeleton: ClassVar[Skeleton]
 
-    @abstractmethod
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         """The anatomy of a model of this family, dense or already cut."""
+        from slimformer.families._builder import build  # needs torch
 
-    @abstractmethod
-    def skip(self, model: PreTrainedModel, site: Site) -> None:
-        """Takes a SUBLAYER site out of `model`, in place: only the residual flows on."""
+        return build(model, self.skeleton)
 
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Names of the model's inputs."""
         return ("input_ids", "attention_mask")
 
+    def width(self, config: Mapping[str, Any]) -> int | None:
+        """The size of the hidden states; None if the config does not say."""
+        return _whole(config.get(self.skeleton.hidden_size))
+
+    def positions(self, config: Mapping[str, Any]) -> int | None:
+        """The largest number of tokens that the model has positions for; None if the config does not say."""
+        return _whole(config.get("max_position_embeddings"))
+
+    @abstractmethod
+    def tiny(self, model_type: str) -> dict[str, Any]:
+        """Config options for a model of a few thousand parameters, four heads or more and three layers: the checks run on it."""
+
+
+def find_family(model_type: str) -> Family | None:
+    """The family of a `config.model_type`; None if no family knows it."""
+    known = _known()
+    return registry.find("families", known[model_type])() if model_type in known else None
+
 
 def family_of(model_type: str) -> Family:
-    """The family of a `config.model_type`; ModelError that lists the known ones."""
-    known: dict[str, str] = {}
-    for name in registry.names("families"):
-        cls = registry.find("families", name)
-        known |= dict.fromkeys(cls.model_types, name)
-    if model_type not in known:
+    """The family of a `config.model_type`; ModelError that lists the known ones if there is none."""
+    family = find_family(model_type)
+    if family is None:
         raise ModelError(
             f"no family knows the architecture '{model_type}'.",
-            help=f"supported: {', '.join(sorted(known))}. docs/extend.md shows how to add one.",
+            help=f"supported: {', '.join(sorted(_known()))}. docs/extend.md shows how to add one.",
         )
-    family: Family = registry.find("families", known[model_type])()
     return family
 
 
@@ -116,8 +104,10 @@ class Subject:
         """Where the model's parameters are."""
         return next(self.model.parameters()).device
 
-    def feed(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+    def feed(self, batch: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
         """What the model reads of a batch, as tensors on its device: labels and other columns are left out."""
+        import torch
+
         device = self.device
         return {name: torch.as_tensor(batch[name], device=device) for name in self.inputs if name in batch}
 
@@ -139,115 +129,11 @@ def subject_of(model: PreTrainedModel) -> Subject:
     return Subject(model, family, family.anatomy(model), family.inputs(model))
 
 
-def matrix_of(model: PreTrainedModel, name: str, module: str, role: Role, sublayer: str | None = None) -> Matrix:
-    """The matrix of the Linear or Embedding at `module`, in whatever form it is stored."""
-    found = model.get_submodule(module)
-    own = f"{module}.weight"
-    ties = dict(model.all_tied_weights_keys or {})  # name -> the name whose tensor it shares
-    tied = ties.get(own) or next((name for name, source in ties.items() if source == own), None)
-    return Matrix(name, module, shape_of(found), role, sublayer, form_of(found), tied)
+def _known() -> dict[str, str]:
+    """model_type -> the name of its family."""
+    names = registry.names("families")
+    return {model_type: name for name in names for model_type in registry.find("families", name).model_types}
 
 
-def linear_slices(module: str, dim: int, unit: int, *, parts: int = 1, bias: bool = True) -> tuple[Slice, ...]:
-    """Slices of a Linear: rows with their bias entries (dim 0), or columns (dim 1)."""
-    weight = Slice(f"{module}.weight", dim, unit, parts)
-    return (weight, Slice(f"{module}.bias", 0, unit, parts)) if dim == 0 and bias else (weight,)
-
-
-def attention_site(
-    layer: int, inputs: tuple[str, ...], output: str, *, heads: int, head_dim: int, counters: tuple[Counter, ...]
-) -> Site:
-    """The heads of one attention: rows of each input projection, columns of the output projection."""
-    slices = tuple(piece for name in inputs for piece in linear_slices(name, 0, head_dim))
-    return Site(
-        id=f"encoder.{layer}.heads",
-        kind=Kind.HEADS,
-        size=heads,
-        layer=layer,
-        slices=slices + linear_slices(output, 1, head_dim),
-        taps=(Tap(output, "input", head_dim),),
-        counters=counters,
-        sublayer=f"encoder.{layer}.attention",
-    )
-
-
-def ffn_site(layer: int, into: str, out: str, *, width: int) -> Site:
-    """The neurons of one feed-forward block: rows of the first matrix, columns of the second."""
-    return Site(
-        id=f"encoder.{layer}.neurons",
-        kind=Kind.NEURONS,
-        size=width,
-        layer=layer,
-        slices=linear_slices(into, 0, 1) + linear_slices(out, 1, 1),
-        taps=(Tap(out, "input"),),
-        sublayer=f"encoder.{layer}.ffn",
-    )
-
-
-def sublayer_site(layer: int, name: str, *, end: str, start: str, modules: tuple[str, ...]) -> Site:
-    """A whole attention or feed-forward block: one unit; gate 0 leaves what enters `start`."""
-    return Site(
-        id=f"encoder.{layer}.{name}",
-        kind=Kind.SUBLAYER,
-        size=1,
-        layer=layer,
-        taps=(Tap(end, "output", residual=start),),
-        modules=modules,
-    )
-
-
-def attention_points(layer: int, own: str, inputs: tuple[str, str, str], output: str, norm: str) -> list[Point]:
-    """Points of one attention: what its projections read and give, its softmax, what the output projection reads, its norm."""
-    where = f"encoder.{layer}.attention"
-    given = [
-        Point(f"encoder.{layer}.{name}.output", (module,), "output", PointRole.ATTENTION, where)
-        for name, module in zip(("query", "key", "value"), inputs, strict=True)
-    ]
-    softmax = [
-        Point(f"encoder.{layer}.softmax.numerator", (own,), "numerator", PointRole.SOFTMAX, where),
-        Point(f"encoder.{layer}.softmax.denominator", (own,), "denominator", PointRole.SOFTMAX, where),
-        Point(f"encoder.{layer}.softmax.output", (own,), "quotient", PointRole.SOFTMAX, where),
-    ]
-    return [
-        Point(f"{where}.input", inputs, "input", PointRole.MATRIX, where),
-        *given,
-        *softmax,
-        Point(f"encoder.{layer}.attention_out.input", (output,), "input", PointRole.MATRIX, where),
-        *norm_points(f"{where}.norm", norm, where),
-    ]
-
-
-def ffn_points(layer: int, into: str, out: str, norm: str) -> list[Point]:
-    """Points of one feed-forward block: what its two matrices read, what it gives, its norm."""
-    where = f"encoder.{layer}.ffn"
-    return [
-        Point(f"encoder.{layer}.ffn_in.input", (into,), "input", PointRole.MATRIX, where),
-        Point(f"encoder.{layer}.ffn_out.input", (out,), "input", PointRole.MATRIX, where),
-        Point(f"encoder.{layer}.ffn_out.output", (out,), "output", PointRole.BRANCH, where),
-        *norm_points(f"{where}.norm", norm, where),
-    ]
-
-
-def norm_points(name: str, module: str, sublayer: str | None = None) -> list[Point]:
-    """The parts of one LayerNorm, in the order in which they are computed."""
-    sides: tuple[Literal["numerator", "denominator", "quotient", "output"], ...]
-    sides = ("numerator", "denominator", "quotient", "output")
-    return [Point(f"{name}.{side}", (module,), side, PointRole.NORM, sublayer) for side in sides]
-
-
-def outer_points(model: nn.Module, norm: str, inner: tuple[str, ...], last: tuple[str, ...]) -> list[Point]:
-    """Points outside the layers: the embeddings' sum and norm, and what the named Linears read, where the model has them.
-
-    `last` names the Linears that give outputs; which of these names there are differs from head to head.
-    """
-    modules = dict(model.named_modules())
-    return [
-        Point("embeddings.sum", (norm,), "input", PointRole.EMBEDDING),
-        *norm_points("embeddings.norm", norm),
-        *(
-            Point(f"{name}.input", (name,), "input", role)
-            for names, role in ((inner, PointRole.MATRIX), (last, PointRole.HEAD))
-            for name in names
-            if isinstance(modules.get(name), nn.Linear)
-        ),
-    ]
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None

@@ -6,112 +6,60 @@ residual is left and an empty layer costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast, final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from slimformer.core.anatomy import Anatomy, Counter, Matrix, Point, Role, Site, told_apart
-from slimformer.families.base import (
-    ATTENTION,
-    SKIPPED,
-    Family,
-    SkippedAttention,
-    SkippedInput,
-    SkippedOutput,
-    attention_points,
-    attention_site,
-    ffn_points,
-    ffn_site,
-    matrix_of,
-    outer_points,
-    sublayer_site,
-)
-from slimformer.forms.base import shape_of
+from slimformer.families.base import Attention, Family, FeedForward, Skeleton, Skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+OFFSET = ("roberta", "xlm-roberta", "camembert")  # they count positions from pad_token_id + 1
 
 
 @final
 class Bert(Family):
     model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-
-    def anatomy(self, model: PreTrainedModel) -> Anatomy:
-        base = cast(Any, model.base_model)
-        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-        head_dim = model.config.hidden_size // model.config.num_attention_heads
-        sites: list[Site] = []
-        matrices: list[Matrix] = []
-        attentions: list[str | None] = []
-        points: list[Point] = outer_points(
-            model,
-            f"{prefix}embeddings.LayerNorm",
-            (f"{prefix}embeddings_project", f"{prefix}pooler.dense", "classifier.dense"),
-            ("classifier", "classifier.out_proj", "qa_outputs"),
-        )
-
-        embedding = "embeddings_project" if "embeddings_project" in dict(base.named_children()) else "embeddings"
-        matrices.append(matrix_of(model, "embeddings.word", f"{prefix}embeddings.word_embeddings", Role.EMBEDDING))
-        for index, layer in enumerate(base.encoder.layer):
-            path = f"{prefix}encoder.layer.{index}"
-            if isinstance(layer.attention, SKIPPED):
-                attentions.append(None)
-            else:
-                own = f"{path}.attention.self"
-                inputs = (f"{own}.query", f"{own}.key", f"{own}.value")
-                output = f"{path}.attention.output.dense"
-                counters = (
-                    Counter(own, "num_attention_heads"),
-                    Counter(own, "all_head_size", head_dim),
-                )
-                heads = shape_of(layer.attention.self.query)[0] // head_dim
-                points += attention_points(index, own, inputs, output, f"{path}.attention.output.LayerNorm")
-                attentions.append(own)
-                where = f"encoder.{index}.attention"
-                sites.append(
-                    sublayer_site(
-                        index,
-                        "attention",
-                        start=f"{path}.attention",
-                        end=f"{path}.attention.output",
-                        modules=(f"{path}.attention",),
-                    )
-                )
-                sites.append(attention_site(index, inputs, output, heads=heads, head_dim=head_dim, counters=counters))
-                for role, name in zip(ATTENTION, (*inputs, output), strict=True):
-                    matrices.append(matrix_of(model, f"encoder.{index}.{role}", name, role, where))
-            if not isinstance(layer.intermediate, SKIPPED):
-                into, out = f"{path}.intermediate.dense", f"{path}.output.dense"
-                points += ffn_points(index, into, out, f"{path}.output.LayerNorm")
-                where = f"encoder.{index}.ffn"
-                sites.append(
-                    sublayer_site(
-                        index,
-                        "ffn",
-                        start=f"{path}.intermediate",
-                        end=f"{path}.output",
-                        modules=(f"{path}.intermediate", f"{path}.output"),
-                    )
-                )
-                sites.append(ffn_site(index, into, out, width=shape_of(layer.intermediate.dense)[0]))
-                for role, name in ((Role.FFN_IN, into), (Role.FFN_OUT, out)):
-                    matrices.append(matrix_of(model, f"encoder.{index}.{role}", name, role, where))
-        return Anatomy(
-            sites={site.id: site for site in sites},
-            matrices={item.id: item for item in matrices},
-            layers=tuple(f"{prefix}encoder.layer.{index}" for index in range(len(base.encoder.layer))),
-            embedding=f"{prefix}{embedding}",
-            attentions=tuple(attentions),
-            hidden_size=model.config.hidden_size,
-            head_dim=head_dim,
-            points=told_apart(points, matrices),
-        )
-
-    def skip(self, model: PreTrainedModel, site: Site) -> None:
-        layer = cast(Any, model.base_model).encoder.layer[site.layer]
-        if site.id.endswith(".attention"):
-            layer.attention = SkippedAttention()
-        else:
-            layer.intermediate, layer.output = SkippedInput(), SkippedOutput()
+    skeleton: ClassVar[Skeleton] = Skeleton(
+        layers="encoder.layer",
+        attention=Attention(
+            module="attention.self",
+            query="attention.self.query",
+            key="attention.self.key",
+            value="attention.self.value",
+            out="attention.output.dense",
+            norm="attention.output.LayerNorm",
+            counters=("num_attention_heads", "all_head_size"),
+            start="attention",
+            end="attention.output",
+            skips=(Skip("attention", gives="input", pair=True),),
+        ),
+        ffn=FeedForward(
+            into="intermediate.dense",
+            out="output.dense",
+            norm="output.LayerNorm",
+            start="intermediate",
+            end="output",
+            skips=(Skip("intermediate", gives="input"), Skip("output", gives="residual")),
+        ),
+        embedding=("embeddings_project", "embeddings"),
+        inner=("embeddings_project", "pooler.dense"),
+        head=("classifier.dense",),
+        last=("classifier", "classifier.out_proj", "qa_outputs"),
+    )
 
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
         names = ("input_ids", "attention_mask")
         return (*names, "token_type_ids") if model.config.type_vocab_size > 1 else names
+
+    def positions(self, config: Mapping[str, Any]) -> int | None:
+        size = super().positions(config)
+        if size is None or config["model_type"] not in OFFSET:
+            return size
+        pad = config.get("pad_token_id")
+        return size - 1 - (pad if isinstance(pad, int) else 1)
+
+    def tiny(self, model_type: str) -> dict[str, Any]:
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 24}
+        segments = {"type_vocab_size": 2 if model_type in ("bert", "electra") else 1}
+        return sizes | segments | ({"embedding_size": 16} if model_type == "electra" else {})

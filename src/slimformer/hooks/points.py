@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Point, PointRole
+from slimformer.core.ranges import Ranges
 from slimformer.errors import PlanError, nearest
 from slimformer.hooks.attention import SOFTMAX, attend, attention_named, score
 from slimformer.hooks.weights import Change, computing
 from slimformer.quantizing.grids import affine, fake
-from slimformer.quantizing.ranges import Ranges
 
 NAME = "slimformer_points"  # our name among transformers' attention functions
 

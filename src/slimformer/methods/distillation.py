@@ -70,11 +70,11 @@ class Distillation(Method):
         hidden = [(0, 0)] + [(index + 1, partner[index] + 1) for index in ends]
         heads: dict[int, tuple[int, list[int]]] = {}
         for index in range(count):
-            if mine.attentions[index] is None or theirs.attentions[partner[index]] is None:
+            site, source = mine.heads_of(index), theirs.heads_of(partner[index])
+            if site is None or source is None:
                 continue
-            left = mine.sites[f"encoder.{index}.heads"].size
-            origin = list(context.plan.keep.get(f"encoder.{index}.heads", range(left)))
-            if max(origin) < theirs.sites[f"encoder.{partner[index]}.heads"].size:
+            origin = list(context.plan.keep.get(site.id, range(site.size)))
+            if max(origin) < source.size:
                 heads[index] = (partner[index], origin)
         return _State(hidden, heads, (mine.hidden_size, theirs.hidden_size))
 

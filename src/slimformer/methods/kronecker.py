@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Matrix, Role
+from slimformer.core.anatomy import ATTENTION_ROLES, Anatomy, Matrix, Role
 from slimformer.core.budget import best_levels
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError, TargetError
-from slimformer.families.base import ATTENTION
 from slimformer.forms.base import DENSE, Form, Shape
 from slimformer.forms.kronecker import Kronecker as Product
 from slimformer.forms.kronecker import squares
@@ -52,7 +51,7 @@ class Shapes:
         """The form of one matrix; PlanError where the small factor does not divide it."""
         if matrix.role is Role.EMBEDDING:
             return _table(matrix, self.embedding, terms)
-        if matrix.role in ATTENTION:
+        if matrix.role in ATTENTION_ROLES:
             return Product(_divided(matrix, self.attention), terms)
         small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
         _divided(matrix, small)
@@ -165,7 +164,7 @@ class Kronecker(Method):
         groups: dict[tuple[str, Shape], list[Matrix]] = {}
         for matrix in self._concerned(anatomy):
             if matrix.id not in given:
-                kind = "attention" if matrix.role in ATTENTION else str(matrix.role)
+                kind = "attention" if matrix.role in ATTENTION_ROLES else str(matrix.role)
                 groups.setdefault((kind, matrix.shape), []).append(matrix)
         found = []
         for group in groups.values():

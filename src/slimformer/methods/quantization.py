@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Point, PointRole
 from slimformer.core.plan import Decision
+from slimformer.core.ranges import Ranges
 from slimformer.forms.base import shape_of
 from slimformer.forms.kronecker import KroneckerEmbedding, weight_of
 from slimformer.hooks.points import touched
 from slimformer.hooks.weights import Change, changed_weights
 from slimformer.methods.base import Context, Method, Progress, State
+from slimformer.quantizing.calibration import TABLE_ROWS
 from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, affine, fake, grid_of
-from slimformer.quantizing.ranges import TABLE_ROWS, Ranges
 
 BITS = (8, 6, 4)
 READING = (PointRole.MATRIX, PointRole.HEAD)  # points whose modules are Linears, with a weight to quantize

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimformer.quantizing.ranges import NARROWEST, Range, check_bits
+from slimformer.core.ranges import NARROWEST, Range, check_bits
 
 SLACK = 1e-3  # of a step: the extreme itself, divided and rounded, is not outside
 MOMENTUM = 0.9  # section 3.1

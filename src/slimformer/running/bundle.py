@@ -13,8 +13,8 @@ from slimformer.log import Log
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slimformer.core.ranges import Ranges
     from slimformer.measuring.latency import Levels
-    from slimformer.quantizing.ranges import Ranges
 
 
 @dataclass(frozen=True)

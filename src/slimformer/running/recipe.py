@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from slimformer import registry
 from slimformer.errors import nearest
 from slimformer.measuring.latency import Levels
-from slimformer.quantizing.ranges import Calibration, check_calibration, check_percentile
+from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
 from slimformer.running.stages import Calibrate, Stage, Train
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task

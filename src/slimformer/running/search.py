@@ -22,6 +22,7 @@ from slimformer import registry
 from slimformer.data.material import sampled_lengths, subset
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import SHIPPED, Variant
+from slimformer.families.base import anatomy_of, family_of
 from slimformer.log import Log
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.preflight import look, look_at_gains
@@ -133,8 +134,7 @@ def _purpose(recipe: Recipe, wishes: Wishes) -> str:
 
 def _hidden_size(source: Path) -> int:
     config = checkpoint.read_config(source)
-    size = config.get("hidden_size", config.get("dim", 768))
-    return size if isinstance(size, int) and size > 0 else 768
+    return family_of(checkpoint.base_type(config)).width(config) or 768
 
 
 def _tune_lr(source: Path) -> float:
@@ -235,7 +235,6 @@ def _distil(bundle: Bundle, recipe: Recipe, wishes: Wishes) -> Train:
     With attention scores the student may learn five times as fast, and loses less (decision 0009); they grow with the square of a
     text's length, and where they do not fit on disk outputs and hidden states must do.
     """
-    from slimformer.families.base import anatomy_of
     from slimformer.training.teacher import kept_bytes
 
     source = local_folder(recipe.model)

@@ -22,7 +22,7 @@ from slimformer.tasks.base import Split, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.quantizing.ranges import Ranges
+    from slimformer.core.ranges import Ranges
     from slimformer.runtimes.base import Runner
 
 SATURATES = (

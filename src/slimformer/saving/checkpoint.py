@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer.core.plan import Plan
+from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError
-from slimformer.quantizing.ranges import FILE as RANGES
-from slimformer.quantizing.ranges import Ranges
 from slimformer.saving.files import whole_folder
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read, zeros
 
@@ -96,7 +95,7 @@ def write(
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ranges is not None:
-        (folder / RANGES).write_text(ranges.to_json() + "\n", encoding="utf-8")
+        (folder / RANGES_FILE).write_text(ranges.to_json() + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
@@ -144,7 +143,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def load_ranges(path: str | Path) -> Ranges | None:
     """What activations of the model at `path` span, where that was learned."""
-    file = Path(path) / RANGES
+    file = Path(path) / RANGES_FILE
     return Ranges.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 

@@ -62,6 +62,7 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             predicted_is_counted,
             slices_fit,
             points_are_reached,
+            config_is_read,
         ),
         "methods": (is_frozen, round_trips, attaches_neutrally, leaves_no_trace, decides_what_fits),
         "forms": (is_frozen, comes_back_from_a_plan, counts_what_it_stores, computes_its_matrix, knows_its_matrix),
@@ -235,6 +236,24 @@ def points_are_reached(family: type[Family]) -> None:
                 assert torch.allclose(found, expected, atol=1e-5), "passing changed the output"
                 assert torch.equal(small(**inputs).logits, expected), "something was left"
             assert _hooks(small) == hooks, "hooks are left"
+
+
+def config_is_read(family: type[Family]) -> None:
+    """tells the width and the positions of a model from its config alone: as many tokens run, one more does not."""
+    for model, anatomy, _ in _each(family, plans=0):
+        config = model.config.to_dict()
+        width, positions = family().width(config), family().positions(config)
+        assert width == anatomy.hidden_size, f"says a width of {width}, the model has {anatomy.hidden_size}"
+        if positions is None:
+            continue  # a family whose positions have no end
+        with torch.no_grad():
+            longest = batch(model, rows=1, seq=positions)
+            assert bool(torch.isfinite(model(**longest).logits).all()), f"gives no finite numbers for {positions} tokens"
+            try:
+                model(**batch(model, rows=1, seq=positions + 1))
+            except (IndexError, RuntimeError):
+                continue
+        raise AssertionError(f"the model runs on more than {positions} tokens")
 
 
 def _open(size: int, kept: tuple[int, ...] | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported type, built from config, without network: real classes, real forward passes."""
+"""Tiny random models of every type that a family knows, built from config, without network: real classes, real forward passes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,15 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
-HEADS, HEAD_DIM, WIDTH, LAYERS, VOCABULARY = 4, 8, 24, 3, 99
+from slimformer.families.base import family_of
+
+VOCABULARY = 99
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    hidden = HEADS * HEAD_DIM
-    if model_type == "distilbert":
-        shape = {"dim": hidden, "n_heads": HEADS, "n_layers": LAYERS, "hidden_dim": WIDTH}
-    else:
-        shape = {
-            "hidden_size": hidden,
-            "num_attention_heads": HEADS,
-            "num_hidden_layers": LAYERS,
-            "intermediate_size": WIDTH,
-        }
-    if model_type == "electra":
-        shape["embedding_size"] = 16
-    return AutoConfig.for_model(
-        model_type,
-        **(
-            shape
-            | {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 1}
-            | ({} if model_type == "distilbert" else {"type_vocab_size": 2 if model_type in {"bert", "electra"} else 1})
-            | changes
-        ),
-    )
+    """The tiny config that the family of `model_type` declares, with `changes`."""
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 1}
+    return AutoConfig.for_model(model_type, **(common | family_of(model_type).tiny(model_type) | changes))
 
 
 def tiny(

@@ -225,8 +225,8 @@ def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> st
 
 def _heads(anatomy: Anatomy) -> list[int]:
     """By layer, 0 where there is no attention."""
-    layers = enumerate(anatomy.attentions)
-    return [anatomy.sites[f"encoder.{layer}.heads"].size if attention is not None else 0 for layer, attention in layers]
+    sites = [anatomy.heads_of(layer) for layer in range(len(anatomy.layers))]
+    return [0 if site is None else site.size for site in sites]
 
 
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from slimformer.quantizing.ranges import TABLE_ROWS
+from slimformer.quantizing.calibration import TABLE_ROWS
 
 MARKER = ("slimformer", "Attention")  # (query, key, value, mask): each (a, b, heads, dim); which of a, b is the batch: a Layout
 FACTORED = ("slimformer", "Kronecker")  # (x, a, b): (., ., n1 n2) -> (., ., m1 m2); factors (terms, rows, columns)

@@ -1,37 +1,24 @@
-"""What activations span: found from a sample, or learned in training; read by whoever puts them on a grid of integers.
+"""Calibration: the range that a sample of activations asks for.
 
-A `Range` is two numbers, `Ranges` those of a whole model by the ids of its points, with the bits they were learned for:
-`ranges.json` in a saved folder. Finders: the extremes; a percentile; the least Kullback-Leibler divergence, as TensorRT describes
-(Migacz, 8-bit Inference with TensorRT, GTC 2017). numpy alone; tensors are put on grids in `quantizer.py`, graphs in `graphs.py`.
+Finders: the extremes; a percentile; the least Kullback-Leibler divergence, as TensorRT describes (Migacz, 8-bit Inference with
+TensorRT, GTC 2017). numpy alone; the ranges themselves are in `core/ranges.py`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
-from slimformer.errors import DataError, ModelError, nearest
+from slimformer.core.ranges import Range
+from slimformer.errors import DataError, nearest
 
 Finder = Literal["min_max", "percentile", "entropy"]
 Calibration = Literal["least_squares", "min_max", "percentile", "entropy"]  # of a file; the first is `exporters/onnx.py`'s own
-FILE = "ranges.json"
-VERSION = 1
-BINS = 2048  # as TensorRT
+HISTOGRAM_BINS = 2048  # as TensorRT
 TABLE_ROWS = 64  # a shorter embedding table stays in float: there is nothing to win
-WIDEST = float(np.finfo(np.float32).max) / 4  # of either end: the width and its steps stay float32
-NARROWEST = 1e-8  # of a step: a unit that is always 0 must not divide by 0
-
-
-def check_bits(name: str, bits: int, least: int = 2, most: int = 8) -> None:
-    """ValueError unless `bits` is a width that a grid can have."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
-        raise ValueError(f"{name} must be from {least} to {most}, got {bits}")
 
 
 def check_percentile(percentile: float) -> None:
@@ -46,69 +33,6 @@ def check_calibration(calibration: str) -> None:
         raise ValueError(f"calibration: there is no '{calibration}'; {nearest(str(calibration), get_args(Calibration))}")
 
 
-@dataclass(frozen=True)
-class Range:
-    """From `low` to `high`; ValueError for a range of no width, or of one that float32 cannot hold."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        ends = (self.low, self.high)
-        if not (all(map(math.isfinite, ends)) and self.low < self.high and max(map(abs, ends)) <= WIDEST):
-            raise ValueError(f"a range must have a width and finite ends, got {self.low:g} to {self.high:g}")
-
-    def grid(self, bits: int) -> tuple[np.float32, int]:
-        """Step and zero point of the 2^bits integers from 0 that span this range and 0, with 0 on the grid exactly."""
-        low, high = np.float32(min(self.low, 0.0)), np.float32(max(self.high, 0.0))
-        top = 2**bits - 1
-        step = np.maximum(np.float32((high - low) / np.float32(top)), np.float32(NARROWEST))
-        return step, int(np.clip(np.rint(-low / step), 0, top))
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Learned ranges by the id of a point, and the bits of weights, activations and embedding tables (None: float).
-
-    `weight_buckets`: whether each row of a matrix, and each word of a table, has a grid of its own, or the whole of it one.
-    """
-
-    activations: Mapping[str, Range] = field(default_factory=dict)
-    weight_bits: int = 8
-    activation_bits: int = 8
-    embedding_bits: int | None = 8
-    weight_buckets: Literal["row", "tensor"] = "row"
-
-    def __post_init__(self) -> None:
-        if self.weight_buckets not in ("row", "tensor"):
-            raise ValueError(f"weight_buckets must be row or tensor, got {self.weight_buckets!r}")
-        check_bits("weight_bits", self.weight_bits)
-        check_bits("activation_bits", self.activation_bits)
-        if self.embedding_bits is not None:
-            check_bits("embedding_bits", self.embedding_bits)
-        object.__setattr__(self, "activations", MappingProxyType(dict(sorted(self.activations.items()))))
-
-    def to_json(self) -> str:
-        """The ranges as JSON; `Ranges.from_json` gives them back exactly."""
-        bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits", "weight_buckets")}
-        found = {name: [item.low, item.high] for name, item in self.activations.items()}
-        return json.dumps({"version": VERSION, **bits, "activations": found}, indent=1)
-
-    @staticmethod
-    def from_json(text: str) -> Ranges:
-        """What `to_json` wrote; ModelError for anything else."""
-        try:
-            data = json.loads(text)
-            if data.pop("version") != VERSION:
-                raise ValueError(f"it is not of version {VERSION}")
-            found = {str(name): Range(float(low), float(high)) for name, (low, high) in data.pop("activations").items()}
-            return Ranges(found, **data)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise ModelError(
-                f"{FILE} cannot be read: {error}.", help="make the model again, or calibrate without it."
-            ) from None
-
-
 # -- Finding a range -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +44,7 @@ class Histogram:
     edges: np.ndarray  # (bins + 1,)
 
     @staticmethod
-    def of(values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = BINS) -> Histogram:
+    def of(values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = HISTOGRAM_BINS) -> Histogram:
         """Of values between `low` and `high`, by default their extremes; DataError where they say nothing about a range."""
         if values.size == 0:
             raise DataError("there is no calibration data: no value was seen.", help="give some real inputs.")
@@ -137,7 +61,7 @@ class Histogram:
         return Histogram(counts, edges)
 
 
-def find(histogram: Histogram, how: Finder, *, percentile: float = 99.99, bits: int = 8) -> Range:
+def find_range(histogram: Histogram, how: Finder, *, percentile: float = 99.99, bits: int = 8) -> Range:
     """The range that a finder picks; always with a width, never beyond the extremes."""
     if how == "min_max":
         return Range(float(histogram.edges[0]), float(histogram.edges[-1]))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slimformer.core.ranges import Range, Ranges
 from slimformer.errors import DataError, ModelError
-from slimformer.quantizing.ranges import Histogram, Range, Ranges, _divergence, by_entropy, by_percentile, find
+from slimformer.quantizing.calibration import Histogram, _divergence, by_entropy, by_percentile, find_range
 
 
 def test_a_grid_worked_by_hand():
@@ -73,7 +74,7 @@ def test_a_percentile_drops_whole_bins_on_either_side():
     histogram = Histogram.of(values, 0.0, 4.0, bins=4)
     assert by_percentile(histogram, 99) == Range(1.0, 3.0)  # one of a hundred may go below, and one above
     assert by_percentile(histogram, 99.5) == Range(0.0, 4.0)
-    assert find(histogram, "percentile", percentile=100) == find(histogram, "min_max") == Range(0.0, 4.0)
+    assert find_range(histogram, "percentile", percentile=100) == find_range(histogram, "min_max") == Range(0.0, 4.0)
     assert by_percentile(histogram, 51) == Range(2.0, 3.0)  # 49 may go on either side, and below just as many can
     assert by_percentile(Histogram.of(np.array([0.0] * 999 + [1.0]), bins=10), 99) == Range(0.0, 0.1)
     with pytest.raises(ValueError, match="percentile must be above 50 and at most 100, got 0"):
