@@ -21,15 +21,17 @@ from functools import cache
 from pathlib import Path
 
 from sweep import Job, main
-from tables import Run, interval, row_times, safe, table
+from tables import Run, bullets, interval, row_times, safe, table, wrapped
 from work import (
     DATA,
+    DISTIL,
     ENCODER,
     EXPORT,
     ROOT,
     SQUAD_TEACHER,
     SST2_TEACHER,
     by_task,
+    claims,
     dense,
     epochs,
     folder_of,
@@ -83,7 +85,6 @@ PAPER_LOSS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0
 NO_SCORES = replace(PAPER_LOSS, scores=0.0)
 OURS_LR = 1.6e-3
 LEARN = Train(methods=(PAPER_LOSS,), lr=1.6e-4, task_weight=0.0, dropout=False)
-WIN_BACK = Train(methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings")
 FOLLOW = replace(LEARN, lr=8e-4, freeze="embeddings")  # what wins back most after a cut: decision 0009
 
 
@@ -157,7 +158,7 @@ def to_integers(bits: int, *more: Method) -> Train:
     """A last stage with fake quantization, after Prato et al., with the float model as teacher."""
     tables = max(bits, 6)  # rows of a table have few values each
     fake = Quantization(weights=bits, activations=max(bits, 6), embeddings=tables)
-    return replace(WIN_BACK, methods=(*more, fake, Distillation()), lr=4e-5, epochs=2.0)
+    return replace(DISTIL, methods=(*more, fake, Distillation()), lr=4e-5, epochs=2.0)
 
 
 def quantized(*widths: int) -> dict[str, tuple[Stage, ...]]:
@@ -201,7 +202,7 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
     where the layers leave room for them. Most words of a table are in no row of a small task: `text` learns from sentences before.
     SQuAD's rows came after decision 0009 and learn plain hidden states at a higher rate.
     """
-    learn = lesson(task, like=WIN_BACK)
+    learn = lesson(task, like=DISTIL)
     taught, rate = Distillation(embedding=1.0), learn.lr
     if task == "squad1":
         taught, rate = NO_SCORES, 5e-4  # its batches are half as large as those of 0009
@@ -323,9 +324,9 @@ HEAD = (
     "minutes",
 )
 ORDERS = (  # what a paper found: the first loses most
-    ("Xu et al.: at equal encoder weights sparse beats narrow, 5 ×", ("mrpc/fisher-20", "mrpc/sparse-ours-20")),
-    ("the same, 10 ×", ("mrpc/fisher-10", "mrpc/sparse-ours-10")),
-    ("the same, 20 ×", ("mrpc/fisher-5", "mrpc/sparse-ours-5")),
+    ("Xu et al.: with equally few encoder weights, sparse beats narrow (5 × fewer)", ("mrpc/fisher-20", "mrpc/sparse-ours-20")),
+    ("the same (10 × fewer)", ("mrpc/fisher-10", "mrpc/sparse-ours-10")),
+    ("the same (20 × fewer)", ("mrpc/fisher-5", "mrpc/sparse-ours-5")),
     (
         "Xu et al.: sparse beats fewer layers (one of six has more weights than a tenth)",
         ("mrpc/layers-17", "mrpc/sparse-ours-10"),
@@ -347,39 +348,63 @@ CLAIMS = (
     ("kronecker", "BERT-base, GLUE without CoLA: 7.7 times smaller, 0.5 points lost; SQuAD v1.1: 1.7 F1 lost, at 21 times 7.5"),
 )
 
+READING = (  # how to read the tables
+    "**encoder weights**: how many numbers in the encoder's matrices are not 0, and how many times fewer these are than in "
+    "the dense teacher. **all weights**: the same ratio for the whole model, embeddings included.",
+    "**file MB**: the ONNX file of the whole model that was chosen on validation examples. **stored MB**: "
+    "`model.safetensors`, without its zeros.",
+    "**×**: times as fast as the dense teacher in fp32 in ONNX Runtime. **× OpenVINO**: our static int8 file in OpenVINO "
+    "at batch 32, over the same baseline. ONNX Runtime computes zeros like other numbers.",
+    "If a run is named after a way to integers, its row shows the int8 file for ONNX Runtime, chosen or not. "
+    "`quantization-6` and `-4` have weights of 6 and 4 bits, and activations and tables of 6; the files store them all in "
+    "bytes.",
+    "`sparse-20`, `-10` and `-5` follow Xu et al. exactly; `sparse-<word>` is `sparse-10` with that one setting changed. "
+    "`sparse-ours-` starts from the tuned weights and has a higher rate. `sparse-relative-` does so too, and learns only "
+    "outputs and relative hidden states.",
+    "`7.7x` and `21x` are shapes that were published for BERT-base; they save less in the smaller model here.",
+    "Runs with the same teacher share its outputs, so the time to compute them is in the minutes of at most one row. "
+    "`kronecker-7.7x-quantization` continues from the model that `kronecker-7.7x` left. Each run has one seed.",
+)
 NOTES = (  # work.notes reads the figures from the rows
-    "Much of a small model's file is its word table. With `fisher` at 35 % and int8, the table as one Kronecker product, as published, "
-    "lost {sst2/fisher-35-table-quantization:int8} points; as a sum of products "
-    "{sst2/fisher-35-table-sum-quantization:int8}; the same after one pass over 50,000 sentences without labels "
-    "{sst2/fisher-35-table-text-quantization:int8}: most words of the table are in no row of the task.",
-    "At 80 % zeros in 1x4 blocks int8 lost {sst2/sparse-1x4-20-quantization:int8} points on SST-2. The zeros bring no speed in "
-    "ONNX Runtime, which computes them like other numbers; the layout is made for a kernel to come.",
-    "On MRPC the shapes of 7.7 times lost {mrpc/kronecker-7.7x:lost} points with {mrpc/kronecker-7.7x:left} % of the encoder's weights, "
-    "{mrpc/kronecker-7.7x:int8} in int8; in fp32 they were {mrpc/kronecker-7.7x:faster} times as fast as the dense model.",
-    "On SST-2 the same shapes lost {sst2/kronecker-7.7x:lost} points, {sst2/kronecker-7.7x:int8} in int8, in a whole file of "
-    "{sst2/kronecker-7.7x:mb} MB.",
-    "The stage on text is what carries the small factors: without it, and with half as many passes more over the task's rows, the shapes "
-    "of 7.7 times lost {mrpc/kronecker-7.7x-one-stage:lost} points on MRPC; those of 21 times, with it, "
+    "The word table is a large part of a small model's file. With `fisher` at 35 % and int8, the table as one Kronecker "
+    "product, as published, lost {sst2/fisher-35-table-quantization:int8} points; the table as a sum of products lost "
+    "{sst2/fisher-35-table-sum-quantization:int8}; the same after one pass over 50,000 sentences without labels lost "
+    "{sst2/fisher-35-table-text-quantization:int8}. The sentences help because most words of the table are in no row of "
+    "the task.",
+    "At 80 % zeros in 1x4 blocks, int8 lost {sst2/sparse-1x4-20-quantization:int8} points on SST-2. The zeros bring no "
+    "speed in ONNX Runtime, which computes them like other numbers; the layout is meant for a future kernel.",
+    "On MRPC the 7.7x shapes lost {mrpc/kronecker-7.7x:lost} points with {mrpc/kronecker-7.7x:left} % of the encoder's "
+    "weights, and {mrpc/kronecker-7.7x:int8} in int8; in fp32 they were {mrpc/kronecker-7.7x:faster} times as fast as the "
+    "dense model.",
+    "On SST-2 the same shapes lost {sst2/kronecker-7.7x:lost} points, and {sst2/kronecker-7.7x:int8} in int8, in a whole "
+    "file of {sst2/kronecker-7.7x:mb} MB.",
+    "Small factors need the stage on text. Without it, and with half as many passes more over the rows of the task, the "
+    "7.7x shapes lost {mrpc/kronecker-7.7x-one-stage:lost} points on MRPC. The 21x shapes, with it, lost "
     "{mrpc/kronecker-21x:lost} with {mrpc/kronecker-21x:left} % of the encoder's weights.",
-    "On SQuAD, with 3,800 questions to learn from, the shapes of 7.7 times lost {squad1/kronecker-7.7x:lost} F1 and those of 21 times "
+    "On SQuAD, with 3,800 questions to learn from, the 7.7x shapes lost {squad1/kronecker-7.7x:lost} F1 and the 21x shapes "
     "{squad1/kronecker-21x:lost}.",
-    "A tenth of the encoder's weights, as Xu et al. make it but without attention scores in the loss, lost {squad1/sparse-10:lost} F1 on "
-    "SQuAD in five passes; from the tuned weights at a higher rate {squad1/sparse-ours-10:lost}.",
-    "SQuAD's file below 6 MB lost {squad1/fisher-35-table-text-quantization:int8} F1 in int8; after one pass more, over 20,000 questions "
-    "(as many as the teacher saw), {squad1-20k/fisher-35-table-text-more-quantization:int8}.",
-    "A twentieth of the encoder's weights, as Xu et al. make it, lost {mrpc/sparse-5:lost} points on MRPC in ten passes: no better than "
-    "one answer to all. From the tuned weights at a higher rate, {mrpc/sparse-ours-5:lost}.",
-    "Attention scores and plain hidden states are worth their time: with outputs and relative hidden states alone, at a rate that suits "
-    "them, a twentieth of the weights lost {mrpc/sparse-relative-5:lost} points on MRPC and {sst2/sparse-relative-5:lost} on SST-2, "
-    "where `sparse-ours-` lost {mrpc/sparse-ours-5:lost} and {sst2/sparse-ours-5:lost}.",
-    "Sparse students beat narrow ones of as many encoder weights on MRPC, as Xu et al. found, but by less than one standard error: at a "
-    "tenth sparse ones lost {mrpc/sparse-ours-10:lost} points and narrow ones {mrpc/fisher-10:lost}, at a twentieth "
-    "{mrpc/sparse-ours-5:lost} and {mrpc/fisher-5:lost}. The narrow ones are {mrpc/fisher-10:faster} and {mrpc/fisher-5:faster} times as "
-    "fast in fp32, the sparse ones not at all: where there is no kernel for zeros, cut.",
-    "RTE's dense model is hardly better than chance (the encoder was pre-trained to compare sentences one by one, and 2,290 rows do not "
-    "teach it to read two at once): what a file loses there, {rte/sparse-ours-5:int8} points at a twentieth in int8, says little.",
-    "`mrpc/sparse-20`, `mrpc/sparse-10` and `mrpc/kronecker-7.7x` trained beside another run, on one core each: their minutes compare "
-    "with no others.",
+    "A model with a tenth of the encoder's weights, made as Xu et al. do but without attention scores in the loss, lost "
+    "{squad1/sparse-10:lost} F1 on SQuAD in five passes; from the tuned weights at a higher rate it lost "
+    "{squad1/sparse-ours-10:lost}.",
+    "The file below 6 MB for SQuAD lost {squad1/fisher-35-table-text-quantization:int8} F1 in int8. After one more pass, "
+    "over 20,000 questions (as many as the teacher saw), it lost {squad1-20k/fisher-35-table-text-more-quantization:int8}.",
+    "A model with a twentieth of the encoder's weights, made as Xu et al. do, lost {mrpc/sparse-5:lost} points on MRPC in "
+    "ten passes: it was no better than one answer to all questions. From the tuned weights at a higher rate it lost "
+    "{mrpc/sparse-ours-5:lost}.",
+    "Attention scores and plain hidden states are worth their time. With outputs and relative hidden states alone, at a "
+    "rate that suits them, a model with a twentieth of the weights lost {mrpc/sparse-relative-5:lost} points on MRPC and "
+    "{sst2/sparse-relative-5:lost} on SST-2, while `sparse-ours-` lost {mrpc/sparse-ours-5:lost} and "
+    "{sst2/sparse-ours-5:lost}.",
+    "On MRPC sparse students beat narrow ones with as many encoder weights, as Xu et al. found, but by less than one "
+    "standard error. With a tenth of the weights sparse ones lost {mrpc/sparse-ours-10:lost} points and narrow ones "
+    "{mrpc/fisher-10:lost}; with a twentieth they lost {mrpc/sparse-ours-5:lost} and {mrpc/fisher-5:lost}. The narrow ones "
+    "are {mrpc/fisher-10:faster} and {mrpc/fisher-5:faster} times as fast as the dense model in fp32, the sparse ones are "
+    "no faster at all: if you have no kernel that skips zeros, cut units.",
+    "RTE's dense model is hardly better than chance: the encoder was pre-trained to compare sentences that it reads one by "
+    "one, and 2,290 rows do not teach it to read two at once. The {rte/sparse-ours-5:int8} points that a file with a "
+    "twentieth of the weights lost there in int8 therefore say little.",
+    "`mrpc/sparse-20`, `mrpc/sparse-10` and `mrpc/kronecker-7.7x` trained beside another run, on one core each: do not "
+    "compare their minutes with those of other runs.",
 )
 
 
@@ -392,18 +417,12 @@ def _page(found: dict[str, Run]) -> str:
     lines = [
         "# Fewer non-zeros, fewer bits, fewer numbers: side by side",
         "",
-        f"Drawn from the ledgers under [`results/methods/numbers/`](../../results/README.md) by `{COMMAND} --draw`, which also runs",
-        "what is missing: one command, stopped and started at will. **encoder weights**: numbers of the encoder's matrices that are not",
-        "0, and how many times fewer than the dense teacher's; **file**: the ONNX file chosen on validation examples, whole model;",
-        "**stored**: `model.safetensors`, zeros left out; **×**: times faster than the dense teacher in ONNX Runtime fp32, **OpenVINO**:",
-        "our static int8 file there, at batch 32, over the same baseline. ONNX Runtime computes zeros like other numbers.",
-        "`quantization-6` and `-4` have weights of so many bits, activations and tables of 6; a file stores them in bytes. Of runs named",
-        "after a way to integers the int8 file for ONNX Runtime is shown, chosen or not. **all weights**: of the whole model, embeddings",
-        "included, how many times fewer; `7.7x` and `21x` are the shapes published for BERT-base, which give less here. One seed each.",
-        "`sparse-` does all as Xu et al., with a word instead of a number one choice of `sparse-10` changed; `sparse-ours-` starts from",
-        "the tuned weights and has a higher rate, `sparse-relative-` besides learns outputs and relative hidden states alone. Runs with",
-        "one teacher share its outputs: what making them took is in the minutes of one row at most. `kronecker-7.7x-quantization` goes",
-        "on from the model that `kronecker-7.7x` left.",
+        *wrapped(
+            f"Drawn from the ledgers under [`results/methods/numbers/`](../../results/README.md) by `{COMMAND} --draw`. "
+            "Without `--draw` the same command first runs the jobs that are missing; it can be stopped and started at any time."
+        ),
+        "",
+        *bullets(READING),
         "",
     ]
     lines += still_to_run(jobs(), COMMAND)
@@ -415,10 +434,7 @@ def _page(found: dict[str, Run]) -> str:
         *_aims(found),
         *orders("What the papers found, here", ORDERS, found),
         *_engines(),
-        "## What the papers say",
-        "",
-        *(f"- `{name}`: {claim}." for name, claim in CLAIMS),
-        "",
+        *claims(CLAIMS),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -430,10 +446,10 @@ def _engines() -> list[str]:
         return [*lines, f"Not measured yet: `{ENGINES_COMMAND}`.", ""]
     kept = json.loads(ENGINES.read_text(encoding="utf-8"))
     lines += [
-        f"The six products of one encoder layer, drawn from `{ENGINES_COMMAND}`; **×**: times faster than PyTorch's dense product."
-    ]
-    lines += [
-        f"{safe(kept['circumstances'])}.",
+        *wrapped(
+            f"The six matrix products of one encoder layer, drawn from `{ENGINES_COMMAND}`; **×**: times as fast as PyTorch's dense "
+            f"product. {safe(kept['circumstances'])}."
+        ),
         "",
         *table(kept["head"], ([safe(cell) for cell in row] for row in kept["rows"])),
         "",
@@ -448,7 +464,8 @@ def _fastest(rows: Sequence[Sequence[str]]) -> str:
     times = [(float(row[4]), row[2], f"{row[1]} zeros, {row[0]}") for row in rows if row[4] != "-"]
     skip = max(found for found in times if re.search("CSR|BSR|1x4", found[1]))
     dense_int8 = max(found for found in times if found[1] == "ONNX Runtime int8 dense")
-    return f"The fastest that skips zeros: {skip[1]} ({skip[2]}), {skip[0]:.1f} ×. Dense int8 in ONNX Runtime: {dense_int8[0]:.1f} ×."
+    fastest = f"The fastest engine that skips zeros is {skip[1]} ({skip[2]}): {skip[0]:.1f} ×."
+    return f"{fastest} Dense int8 in ONNX Runtime: {dense_int8[0]:.1f} ×."
 
 
 def _teachers(runs: Iterable[Run]) -> list[tuple[str, ...]]:
@@ -573,7 +590,7 @@ def _sparse_aim(found: dict[str, Run], percent: int) -> tuple[str, ...]:
 
 
 def _kronecker_aim(found: dict[str, Run]) -> tuple[str, ...]:
-    what = "Kronecker, the shapes of 7.7 ×: 97 % of the teacher's metric on three of five tasks"
+    what = "Kronecker, the 7.7x shapes: 97 % of the teacher's metric on three of five tasks"
     shares = {}
     for task in FIVE:
         run = found.get(f"{task}/kronecker-7.7x")

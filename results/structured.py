@@ -18,15 +18,17 @@ from functools import cache
 from pathlib import Path
 
 from sweep import Job, main
-from tables import Run, interval, row_times, safe, spread, table
+from tables import Run, bullets, interval, row_times, safe, spread, table, wrapped
 from transplant import Target, save, transplant
 from work import (
+    DISTIL,
     ENCODER,
     EXPORT,
     ROOT,
     SQUAD_TEACHER,
     SST2_TEACHER,
     by_task,
+    claims,
     dense,
     epochs,
     folder_of,
@@ -69,9 +71,6 @@ TABLE = "structured"
 COMMAND = "python results/structured.py"
 POINTS = (0.35, 0.5, 0.25)  # shares of the dense multiply-accumulates, the middle one first
 BENCH = Bench(rivals=("teacher-int8",), seconds=20.0, fused=True)
-DISTIL = Train(
-    methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings"
-)  # what follows every cut; a width of 384
 
 
 def methods(share: float, epochs: float, distil: Train, gating: float = 0.5) -> dict[str, tuple[Stage, ...]]:
@@ -335,48 +334,70 @@ CLAIMS = (  # in relative terms; the gates' speed has no batch or hardware besid
     ("group_lasso", "BERT-base, GLUE: up to 5.0 times fewer weights, no or minor loss on certain tasks; no speed given"),
     ("group_lasso", "DistilBERT, GLUE: 1.79 times fewer weights on average, with the same words"),
 )
-NOTES = (  # what the rows so far say beyond their numbers; work.notes reads the figures from the rows
-    "Gates want steps. Before any retraining `mrpc-choice/gain-75` lost {mrpc-choice/gain-75:lost} points, gates after 2 epochs of MRPC "
-    "no less (`l0-75`: {mrpc-choice/l0-75:lost}), after 8 hardly any (`l0-long-75`: {mrpc-choice/l0-long-75:lost}). So they get as many "
-    "epochs there as the retraining. On SQuAD a quarter of the epochs is steps enough, and the retraining has better use for the rest: "
-    "`gates-quarter-35` lost {squad1/gates-quarter-35:lost} F1, `gates-35` {squad1/gates-35:lost}. v2.0 and Natural Questions give "
-    "them a third.",
-    "Where leaving out one head at a time can be afforded, it chooses heads no worse than gates do.",
-    "With few examples the one-shot choice is hard to beat: on SQuAD with 4,000 questions and 35 % `fisher` lost "
-    "{squad1/fisher-35:lost} F1, `movement`, whose decision takes three quarters of the steps, {squad1/movement-35:lost}, "
-    "`group_lasso` {squad1/group_lasso-35:lost} and `gates` {squad1/gates-35:lost}: those two have some hundreds of steps there to "
-    "decide what the papers decide in tens of thousands.",
-    "On MRPC the methods part as less is left. At 50 % `gates` gained {mrpc/gates-50:gained} points, `group_lasso` "
-    "{mrpc/group_lasso-50:gained} and `fisher` {mrpc/fisher-50:gained}, all within the noise of 408 examples; at 25 % `fisher` lost "
-    "{mrpc/fisher-25:lost}, `gates` {mrpc/gates-25:lost}, `movement` {mrpc/movement-25:lost}, `group_lasso` {mrpc/group_lasso-25:lost}.",
-    "A fifth of the weights: as whole units `group_lasso` lost {sst2/group_lasso-20:lost} points on SST-2 and {mrpc/group_lasso-20:lost} "
-    "on MRPC, as rows inside blocks, the published pattern, {sst2/group_lasso-block_rows-20:lost} and "
-    "{mrpc/group_lasso-block_rows-20:lost}, at {sst2/group_lasso-block_rows-20:faster} times the speed; one layer of six lost "
-    "{sst2/layers-20:lost} and {mrpc/layers-20:lost}.",
-    "With 1.79 times fewer weights no method loses in other families: RoBERTa gained {mrpc-roberta/movement-56:gained} points with "
-    "`movement`, {mrpc-roberta/gates-56:gained} with `gates`, {mrpc-roberta/group_lasso-56:gained} with `group_lasso`, DistilBERT "
-    "{mrpc-distilbert/group_lasso-56:gained} with `group_lasso`; three of six layers lost {mrpc-roberta/layers-56:lost} and "
-    "{mrpc-distilbert/layers-56:lost}.",
+READING = (  # how to read the tables
+    "The number in the name of a run is the share of the dense encoder's multiply-accumulates that stays, in per cent.",
+    "All runs of a task have the same teacher and, at each point, the same epochs. `gates-long` has more. `mrpc-choice` "
+    "and `mrpc-heads` compare choices alone, before any retraining.",
+    "`layers` is the baseline: whole layers dropped evenly, and the rest trained for as long. It keeps the nearest whole "
+    "number of layers.",
+    "Score, loss, size and speed are those of the int8 file for ONNX Runtime. **×**: times as fast as the dense teacher in "
+    "fp32 in ONNX Runtime. **× fp32 file**: our fp32 file at batch 32. The aims below are judged by the fp32 files, which "
+    "have the same precision as the dense model.",
+    "**encoder weights left**: the numbers of the encoder's matrices that are not 0. **epochs**: those of each stage, the "
+    "stage that cuts first (gates train there while the weights are frozen).",
+    "Each run has one seed unless a table of seeds stands below; that table is for the fp32 files. A difference that is "
+    "smaller than its interval is no finding.",
+)
+NOTES = (  # what the rows say beyond their numbers; work.notes reads the figures from the rows
+    "Gates need several hundred training steps to beat a one-shot choice. Before any retraining `mrpc-choice/gain-75` lost "
+    "{mrpc-choice/gain-75:lost} points; gates lost no less after 2 epochs of MRPC (`l0-75`: {mrpc-choice/l0-75:lost}), and "
+    "hardly any after 8 (`l0-long-75`: {mrpc-choice/l0-long-75:lost}). So gates get as many epochs there as the "
+    "retraining. On SQuAD a quarter of the epochs has enough steps, and the retraining makes better use of the rest: "
+    "`gates-quarter-35` lost {squad1/gates-quarter-35:lost} F1, `gates-35` {squad1/gates-35:lost}. On v2.0 and Natural "
+    "Questions gates get a third.",
+    "Leaving out one head at a time chooses heads no worse than gates do, if you can afford the time.",
+    "With few examples the one-shot choice is hard to beat. On SQuAD with 4,000 questions and 35 %, `fisher` lost "
+    "{squad1/fisher-35:lost} F1, `movement` {squad1/movement-35:lost} (three quarters of its steps go into the decision), "
+    "`group_lasso` {squad1/group_lasso-35:lost} and `gates` {squad1/gates-35:lost}. The last two decide within some "
+    "hundreds of steps here, and within tens of thousands in the papers.",
+    "On MRPC the methods differ more, the less is left. At 50 % `gates` gained {mrpc/gates-50:gained} points, "
+    "`group_lasso` {mrpc/group_lasso-50:gained} and `fisher` {mrpc/fisher-50:gained}, all within the noise of 408 "
+    "examples. At 25 % `fisher` lost {mrpc/fisher-25:lost}, `gates` {mrpc/gates-25:lost}, `movement` "
+    "{mrpc/movement-25:lost}, `group_lasso` {mrpc/group_lasso-25:lost}.",
+    "With a fifth of the weights left as whole units, `group_lasso` lost {sst2/group_lasso-20:lost} points on SST-2 and "
+    "{mrpc/group_lasso-20:lost} on MRPC. With a fifth left as rows inside blocks, the published pattern, it lost "
+    "{sst2/group_lasso-block_rows-20:lost} and {mrpc/group_lasso-block_rows-20:lost}, at "
+    "{sst2/group_lasso-block_rows-20:faster} times the speed. One layer of six lost {sst2/layers-20:lost} and "
+    "{mrpc/layers-20:lost}.",
+    "With 1.79 times fewer weights no method loses in other families. RoBERTa gained {mrpc-roberta/movement-56:gained} "
+    "points with `movement`, {mrpc-roberta/gates-56:gained} with `gates` and {mrpc-roberta/group_lasso-56:gained} with "
+    "`group_lasso`; DistilBERT gained {mrpc-distilbert/group_lasso-56:gained} with `group_lasso`. Three of six layers lost "
+    "{mrpc-roberta/layers-56:lost} and {mrpc-distilbert/layers-56:lost}.",
     "A quarter of the weights on SQuAD: with 10,000 questions `fisher` kept {squad1-10k/fisher-25:left} % of them and lost "
     "{squad1-10k/fisher-25:lost} F1 at {squad1-10k/fisher-25:faster} times the speed in fp32.",
-    "Those are examples enough for a choice that learns: with the same questions and passes `movement` kept "
-    "{squad1-10k/movement-25:left} % and lost {squad1-10k/movement-25:lost}, at {squad1-10k/movement-25:faster} times the speed.",
-    "With 20,000, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at {squad1-20k/fisher-25:faster} times "
-    "the speed in fp32, and lost {squad1-20k/fisher-25:int8} in int8. The teacher saw its questions once, this model six times with the "
-    "answers and the teacher weighing as much: a dense model tuned for as long may be better than both.",
-    "`squad1-all` trains on the 76,159 questions whose answer occurs once: half of them to learn from the teacher, then each once for "
-    "its answer alone. It gained {squad1-all/fisher-25:gained} F1 over a teacher that saw 20,000 of them once: no fair figure, but what "
-    "a user can do who has more answers than the model was tuned on.",
-    "Gates with distillation made a model of v2.0 {squad2/gates-48:faster} times as fast and lost {squad2/gates-48:lost} F1, without a "
-    "teacher in the retraining {squad2/gates-no-teacher-48:lost}, three dense layers {squad2/layers-48:lost}. On Natural Questions, "
-    "with a quarter of the questions to learn from, they lost {nq/gates-48:lost}, {nq/gates-no-teacher-48:lost} and "
-    "{nq/layers-48:lost}.",
-    "More passes over those few questions of Natural Questions: with two and a half times as many gates lost {nq/gates-long-48:lost}.",
-    "Whole layers are the fastest way to spend the same operations, and by far the most costly one: {mrpc/layers-35:lost} points lost at "
-    "{mrpc/layers-35:faster} times the speed with two of six layers on MRPC, {mrpc/layers-50:lost} at {mrpc/layers-50:faster} times with "
-    "three. At that last speed `fisher-35` gained {mrpc/fisher-35:gained}.",
-    "`squad1/movement-35` shared its two cores with other work: its minutes are too many by about a quarter. "
-    "`squad1-10k/movement-25` had one core of a slower processor for most of its training: its minutes compare with no others.",
+    "10,000 questions are enough for a choice that learns: with the same questions and passes `movement` kept "
+    "{squad1-10k/movement-25:left} % and lost {squad1-10k/movement-25:lost}, at {squad1-10k/movement-25:faster} times the "
+    "speed.",
+    "With 20,000 questions, as many as the teacher saw, `fisher` gained {squad1-20k/fisher-25:gained} F1 at "
+    "{squad1-20k/fisher-25:faster} times the speed in fp32, and lost {squad1-20k/fisher-25:int8} in int8. The teacher saw "
+    "its questions once; this model saw them six times and learned from the answers and the teacher in equal parts. A "
+    "dense model that is tuned for as long may be better than both.",
+    "`squad1-all` trains on the 76,159 questions whose answer occurs once: first on half of them from the teacher, then on "
+    "each once from its answer alone. It gained {squad1-all/fisher-25:gained} F1 over a teacher that saw 20,000 of them "
+    "once. That is not a fair comparison, but it is open to a user who has more answers than the model was tuned on.",
+    "On v2.0 gates with distillation made a model {squad2/gates-48:faster} times as fast that lost {squad2/gates-48:lost} "
+    "F1. Without a teacher in the retraining it lost {squad2/gates-no-teacher-48:lost}; three dense layers lost "
+    "{squad2/layers-48:lost}. On Natural Questions, with a quarter of the questions to learn from, the three lost "
+    "{nq/gates-48:lost}, {nq/gates-no-teacher-48:lost} and {nq/layers-48:lost}.",
+    "With two and a half times as many passes over those few questions of Natural Questions, gates lost "
+    "{nq/gates-long-48:lost}.",
+    "Dropping whole layers gives the most speed for the same operations, and costs by far the most points. On MRPC two of "
+    "six layers lost {mrpc/layers-35:lost} points at {mrpc/layers-35:faster} times the speed, three lost "
+    "{mrpc/layers-50:lost} at {mrpc/layers-50:faster} times. At that last speed `fisher-35` gained "
+    "{mrpc/fisher-35:gained}.",
+    "`squad1/movement-35` shared its two cores with other work, so its minutes are too many by about a quarter. "
+    "`squad1-10k/movement-25` had one core of a slower processor for most of its training: do not compare its minutes with "
+    "others.",
 )
 STYLE = (
     "<style>text{font:12px sans-serif;fill:#333}.panel{font-weight:bold}.of{fill:#e4ddd3}.kept{fill:#0b6b5d}"
@@ -401,16 +422,12 @@ def _page(found: dict[str, Run], with_seeds: dict[str, Run]) -> str:
     lines = [
         "# Structured pruning, side by side",
         "",
-        f"Drawn from the ledgers under [`results/methods/structured/`](../../results/README.md) by `{COMMAND} --draw`, which also runs",
-        "what is missing: one command, stopped and started at will. The number in a run's name is the share of the dense encoder's",
-        "multiply-accumulates that stays, in per cent. All runs of a task have the same teacher, and at each point the same epochs",
-        "(`gates-long` has more; `mrpc-choice` and `mrpc-heads` compare choices alone, before any retraining); `layers` is the honest",
-        "alternative: whole layers dropped evenly, trained for as long. **×**: times faster than the dense teacher in ONNX Runtime fp32.",
-        "Score, loss, size and speed are those of the int8 file for ONNX Runtime; **× fp32 file**: our fp32 file at batch 32. What",
-        "we set out to show is judged by the fp32 files: the same precision as the dense model's. **encoder weights left**:",
-        "of the encoder's matrices, those that are not 0; `layers` keeps the nearest whole number of layers. **epochs**: of each",
-        "stage, the cut first (gates train there with the weights frozen). One seed each; where there are more, the fp32 files of all of",
-        "them are below the table. What differs by less than its interval is no finding.",
+        *wrapped(
+            f"Drawn from the ledgers under [`results/methods/structured/`](../../results/README.md) by `{COMMAND} --draw`. "
+            "Without `--draw` the same command first runs the jobs that are missing; it can be stopped and started at any time."
+        ),
+        "",
+        *bullets(READING),
         "",
     ]
     lines += still_to_run(jobs(), COMMAND)
@@ -420,10 +437,10 @@ def _page(found: dict[str, Run], with_seeds: dict[str, Run]) -> str:
         lines += [*table(HEAD, [*_teachers(list(part.values())[-1]), *rows]), ""]
         lines += spread([run for name, run in with_seeds.items() if name.startswith(f"{task}/")], plain_in)
         if _panels(part):
-            lines += [f"![What is kept in each layer](structured-{task}.svg)", "", *_where(part), ""]
+            lines += [f"![Heads and neurons kept in each layer](structured-{task}.svg)", "", *_where(part), ""]
     lines += notes(NOTES, found)
     lines += [*_aims(found), *orders("Ablations that the papers report", ORDERS, found)]
-    lines += ["## What the papers say", "", *(f"- `{name}`: {claim}." for name, claim in CLAIMS), ""]
+    lines += claims(CLAIMS)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -500,7 +517,7 @@ def _panels(part: dict[str, Run]) -> list[tuple[str, list[tuple[str, int, int]]]
 def _where(part: dict[str, Run]) -> list[str]:
     """Which third of the layers kept most, method by method, against what McCarley et al. saw: the middle is kept most."""
     lines = [
-        "McCarley et al. saw the bottom and the top cut most, the middle least. Here, share of weights kept in each third:",
+        "McCarley et al. saw the bottom and the top cut most and the middle least. The share of weights kept in each third here:",
         "",
     ]
     rows = []

@@ -83,11 +83,16 @@ def results_page(found: Sequence[Run]) -> str:
     if not found:
         return "\n".join([*lines, NONE, ""])
     lines += [
-        "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev split, with",
-        "the 95 % interval of the paired bootstrap. **×**: times faster than that teacher in ONNX Runtime fp32, the median over",
-        "rounds taken in turn, and its 10th to 90th percentile; batch 32 is sorted by length, batch 1 in the data's order.",
-        "**MB**: the whole file. **Minutes**: making the model from its teacher. **Bold**: the file that ships, chosen on",
-        "validation examples, never on dev.",
+        *bullets(
+            (
+                "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev split, "
+                "with the 95 % interval of the paired bootstrap.",
+                "**×**: times as fast as that teacher in ONNX Runtime fp32: the median over rounds taken in turn, with the "
+                "10th to 90th percentile. Batch 32 is sorted by length, batch 1 has the order of the data.",
+                "**MB**: the whole file. **Minutes**: the time to make the model from its teacher.",
+                "**Bold**: the file that ships. It was chosen on validation examples from the training data, never on dev.",
+            )
+        ),
         "",
     ]
     for title, part in _by_task(found).items():
@@ -114,7 +119,7 @@ def readme_table(found: Sequence[Run]) -> str:
         "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, median of rounds taken in turn. **Bold**: the file that "
         f"ships. {_others(others)}[All rows](docs/results.md), with their circumstances. Drawn by `{COMMAND}`."
     )
-    return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *textwrap.wrap(text, 126, break_on_hyphens=False)])
+    return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *wrapped(text)])
 
 
 def readme_lead(found: Sequence[Run]) -> str:
@@ -131,7 +136,7 @@ def readme_lead(found: Sequence[Run]) -> str:
         f"within {_minutes(ours.minutes)} minutes, with {lost}: {signed(ours.loss.value)} points lost, 95 % interval "
         f"{interval_text(ours.loss)} (ONNX Runtime, batch 32, {_machine(shown)})."
     )
-    return "\n".join(textwrap.wrap(text, 126))
+    return "\n".join(wrapped(text))
 
 
 def _claims(found: Sequence[Run]) -> list[Run]:
@@ -193,7 +198,7 @@ def _run(run: Run) -> list[str]:
     if ours is not None:
         verdicts = against(ours, run.records)
         said = [judge(ours).text, *(verdict.text for verdict in verdicts), tally(verdicts), layers_text(ours)]
-        lines += [*(f"- {safe(text)}" for text in said if text), ""]
+        lines += [*bullets(safe(text) for text in said if text), ""]
     lines += _theory(run)
     about = [f"{label}: {value}" for label, value in circumstances(run.records) if label not in {"Recipe", "Plan"}]
     trained = {record.train_examples for record in run.records if record.train_examples is not None}
@@ -204,7 +209,7 @@ def _run(run: Run) -> list[str]:
         *lines,
         "<details><summary>Measured on</summary>",
         "",
-        *(f"- {safe(line)}" for line in about),
+        *bullets(safe(line) for line in about),
         "",
         "</details>",
         "",
@@ -296,6 +301,18 @@ def row_times(record: Record, batch: int) -> str:
     if found is None:
         return ""
     return f"{found.median:.2f}" if found.low == found.high else f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def wrapped(text: str, width: int = 126) -> list[str]:
+    """A paragraph as lines of at most `width` characters; code and links are not torn."""
+    whole = re.sub(r"`[^`]*`|\[[^\]]*\]\([^)]*\)|\d %", lambda part: part[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(whole, width, break_on_hyphens=False, break_long_words=False)
+    return [line.replace("\0", " ") for line in lines]
+
+
+def bullets(texts: Iterable[str]) -> list[str]:
+    """A Markdown list, its lines wrapped."""
+    return [f"{'  ' if number else '- '}{line}" for text in texts for number, line in enumerate(wrapped(text, 124))]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from sweep import Job
-from tables import Run, runs_of, table
+from tables import Run, bullets, runs_of, table
 
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record, Standing
+from slimformer.methods.distillation import Distillation
 from slimformer.reporting.words import count_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.running.stages import Train
@@ -24,6 +25,9 @@ ENCODER = "runs/encoder"  # a link to the demo's encoder: recipes/mrpc-tune.yaml
 SST2_TEACHER, SQUAD_TEACHER = "../shared/models/minilm-sst2", "../shared/models/minilm-squad1"
 FOLDERS = {"mrpc": "MRPC", "sst2": "SST-2", "stsb": "STS-B", "cola": "CoLA", "rte": "RTE"}
 EXPORT = Export(choose_within=1.0)
+DISTIL = Train(  # what follows a cut, at a width of 384
+    methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings"
+)
 
 
 def glue(name: str) -> Classification:
@@ -193,8 +197,13 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
     there = [sentence for sentence in sentences if all(name in found for name, _ in pattern.findall(sentence))]
     if not there:
         return []
-    intro = "Losses and gains in these sentences are those of the fp32 files where int8 is not said."
-    return ["## What the rows say", "", intro, "", *(f"- {pattern.sub(figure, sentence)}" for sentence in there), ""]
+    intro = "Losses and gains in these sentences are those of the fp32 files, unless int8 is named."
+    return ["## What the rows say", "", intro, "", *bullets(pattern.sub(figure, sentence) for sentence in there), ""]
+
+
+def claims(papers: Sequence[tuple[str, str]]) -> list[str]:
+    """What papers say of methods: name and claim."""
+    return ["## What the papers say", "", *bullets(f"`{name}`: {claim}." for name, claim in papers), ""]
 
 
 def write(pages: Mapping[Path, str]) -> None:
