@@ -419,7 +419,7 @@ def _page(found: dict[str, Run]) -> str:
         "",
         *wrapped(
             f"Drawn from the ledgers under [`results/methods/numbers/`](../../results/README.md) by `{COMMAND} --draw`. "
-            "Without `--draw` the same command first runs the jobs that are missing; it can be stopped and started at any time."
+            "Without that option it first runs the jobs that are missing; it can be stopped and started at any time."
         ),
         "",
         *bullets(READING),
