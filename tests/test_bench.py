@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import logging
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from tiny_export import data, export
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.measuring.machine import FLAGS, Load, environment, quiet, saturates
 from slimformer.measuring.scoring import Measurement, evaluate, shipped_bytes
-from slimformer.measuring.timing import SINGLE, SORTED, Engine, Lengths, Timing, Workload, compare, ratio, workloads
-from slimformer.running.bench import bench, open_model
+from slimformer.measuring.sessions import Engine, Session, open_session
+from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Rounds, Timing, Workload, compare, ratio, workloads
+from slimformer.running.bench import bench
 from slimformer.tasks.base import Features
 
 ENGINE = Engine("fake", "1.0", 2)
@@ -35,8 +37,8 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def runner(self, name: str, cost: Callable[[int], float]) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-        """A runner that takes cost(calls so far) seconds."""
+    def session(self, name: str, cost: Callable[[int], float]) -> Session:
+        """A session whose runner takes cost(calls so far) seconds."""
         calls = 0
 
         def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -46,7 +48,7 @@ class Clock:
             calls += 1
             return {}
 
-        return run
+        return Session(run, ENGINE)
 
 
 def workload(sizes: tuple[int, ...] = (4, 4, 2)) -> Workload:
@@ -61,8 +63,8 @@ def features(lengths: list[int]) -> Features:
 
 def test_runners_take_turns_and_the_first_rotates() -> None:
     clock = Clock()
-    runners = {name: clock.runner(name, lambda _: 1.0) for name in "ABC"}
-    compare(runners, workload((1, 1)), engines=dict.fromkeys("ABC", ENGINE), load=LOAD, rounds=2, warmup=1, clock=clock)
+    sessions = {name: clock.session(name, lambda _: 1.0) for name in "ABC"}
+    compare(sessions, workload((1, 1)), Rounds(2), LOAD, clock)
     turns = ["".join(name for name, _ in clock.log[start : start + 3]) for start in range(0, len(clock.log), 3)]
     # One warm-up round and two that count, of two batches each: all three run a batch before the next one comes.
     assert turns == ["ABC", "BCA", "ABC", "BCA", "CAB", "ABC"]
@@ -72,13 +74,12 @@ def test_runners_take_turns_and_the_first_rotates() -> None:
 def test_warm_up_is_dropped_and_samples_are_milliseconds() -> None:
     clock = Clock()
     # Three batches of warm-up at 9 s each, then 0.1 s, 0.2 s, ...
-    slow_start = clock.runner("A", lambda call: 9.0 if call < 3 else 0.1 * (call - 2))
-    timing = compare({"A": slow_start}, workload(), engines={"A": ENGINE}, load=LOAD, rounds=2, warmup=1, clock=clock)["A"]
+    slow_start = clock.session("A", lambda call: 9.0 if call < 3 else 0.1 * (call - 2))
+    timing = compare({"A": slow_start}, workload(), Rounds(2), LOAD, clock)["A"]
     np.testing.assert_allclose(timing.samples_ms, [[100, 200, 300], [400, 500, 600]], atol=1e-3)
     np.testing.assert_allclose(timing.per_example_ms(), [[25, 50, 150], [100, 125, 300]], atol=1e-3)
     assert timing.p50_ms == pytest.approx(112.5)
     assert timing.p95_ms == pytest.approx(np.percentile([25, 50, 150, 100, 125, 300], 95))
-    assert timing.mean_ms == pytest.approx((600 + 1500) / 2 / 10)
     assert (timing.warmup, timing.threads, timing.rounds, timing.sizes) == (1, 2, 2, (4, 4, 2))
 
 
@@ -86,8 +87,8 @@ def test_a_drift_of_the_machine_leaves_the_ratio_alone() -> None:
     clock = Clock()
     # The machine slows down fourfold over the run; the candidate is always exactly twice as fast.
     drift = lambda call: 1.0 + 3.0 * call / 30  # noqa: E731
-    runners = {"base": clock.runner("base", drift), "ours": clock.runner("ours", lambda call: drift(call) / 2)}
-    timings = compare(runners, workload(), engines=dict.fromkeys(runners, ENGINE), load=LOAD, rounds=10, warmup=0, clock=clock)
+    sessions = {"base": clock.session("base", drift), "ours": clock.session("ours", lambda call: drift(call) / 2)}
+    timings = compare(sessions, workload(), Rounds(10, warmup=0), LOAD, clock)
     found = ratio(timings["base"], timings["ours"])
     assert (found.median, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0), rel=1e-4)
     assert timings["base"].round_ms()[-1] > 3 * timings["base"].round_ms()[0]
@@ -97,10 +98,8 @@ def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
     def timing(budget: float, count: int, clock: Clock | None = None) -> Timing:
         clock = clock or Clock()
         sorted_32 = workloads(features([1 + row % 40 for row in range(32 * count)]))[1]
-        runners = {name: clock.runner(name, lambda _: 1.0) for name in "AB"}
-        return compare(runners, sorted_32, engines=dict.fromkeys("AB", ENGINE), load=LOAD, budget_seconds=budget, clock=clock)[
-            "B"
-        ]
+        sessions = {name: clock.session(name, lambda _: 1.0) for name in "AB"}
+        return compare(sessions, sorted_32, Rounds(seconds=budget), LOAD, clock)["B"]
 
     def spent(budget: float, count: int) -> float:
         clock = Clock()
@@ -120,7 +119,7 @@ def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
 
 
 def test_the_ratio_is_the_median_over_rounds_with_its_spread() -> None:
-    blank = compare({"A": lambda _: {}}, workload((1, 1)), engines={"A": ENGINE}, load=LOAD, rounds=1)["A"]
+    blank = compare({"A": Session(lambda _: {}, ENGINE)}, workload((1, 1)), Rounds(1), LOAD)["A"]
     # Rounds of 10 ms against 5, 4 and 2: ratios 2, 2.5 and 5. One hiccup of ours does not move the median.
     base = replace(blank, samples_ms=((4.0, 6.0),) * 3)
     ours = replace(blank, samples_ms=((2.0, 3.0), (1.0, 3.0), (1.0, 1.0)))
@@ -134,18 +133,8 @@ def test_the_ratio_is_the_median_over_rounds_with_its_spread() -> None:
 def test_a_budget_stops_it_but_never_before_the_least_rounds() -> None:
     def rounds(budget: float) -> int:
         clock = Clock()
-        runner = clock.runner("A", lambda _: 1.0)
-        found = compare(
-            {"A": runner},
-            workload((1,)),
-            engines={"A": ENGINE},
-            load=LOAD,
-            rounds=9,
-            warmup=0,
-            budget_seconds=budget,
-            clock=clock,
-        )
-        return found["A"].rounds
+        sessions = {"A": clock.session("A", lambda _: 1.0)}
+        return compare(sessions, workload((1,)), Rounds(9, warmup=0, seconds=budget), LOAD, clock)["A"].rounds
 
     assert rounds(0.0) == 3
     assert rounds(5.0) == 5
@@ -155,7 +144,7 @@ def test_a_budget_stops_it_but_never_before_the_least_rounds() -> None:
 def test_workloads_that_do_not_match_are_refused() -> None:
     both = {"A": workload((2, 2)), "B": workload((2, 1))}
     with pytest.raises(ValueError, match="same examples"):
-        compare(dict.fromkeys(both, lambda _: {}), both, engines=dict.fromkeys(both, ENGINE), load=LOAD)
+        compare(dict.fromkeys(both, Session(lambda _: {}, ENGINE)), both, Rounds(), LOAD)
 
 
 def test_workloads_hold_the_examples_at_their_own_lengths() -> None:
@@ -240,7 +229,7 @@ def test_size_counts_what_ships(tmp_path: Path) -> None:
 def run_bench(*paths: Path, folder: Path) -> Measurement:
     from slimformer.tasks.classification import Classification
 
-    return bench(paths, Classification(data=str(data(folder))), rounds=3, load=LOAD, threads=1, task_name="toy")
+    return bench(paths, Classification(data=str(data(folder))), rounds=3, load=LOAD, threads=1)
 
 
 def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
@@ -259,7 +248,7 @@ def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
     assert {timing.workload for timing in two.timings} == set(two.speed) == {SINGLE, SORTED}
     assert two.size_bytes == (tmp_path / "second" / "model.onnx").stat().st_size
     assert two.timings[0].runtime == "onnxruntime"
-    assert result.answers["first"] == ("good", "bad", "bad", "good", "bad")
+    assert result.scored["first"].answers == ("good", "bad", "bad", "good", "bad")
 
 
 def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
@@ -350,10 +339,26 @@ def test_a_missing_runtime_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_
     runtime = registry.find("runtimes", "openvino")
     monkeypatch.setattr(runtime, "available", lambda _: False)
     with pytest.raises(ExtraError, match=r"pip install 'slimformer\[openvino\]'"):
-        open_model(tmp_path / "model.onnx", "openvino", 1)
+        open_session(tmp_path / "model.onnx", 1, "openvino")
 
 
 def test_timing_is_what_its_samples_say() -> None:
     timing = Timing("w", 2, "o", 4, 8, Lengths(2, 2, 2, 2), "r", "1", "cpu", 1, 0, LOAD, (2, 2), ((2.0, 4.0), (4.0, 8.0)))
     assert timing.p50_ms == 2.0
     assert timing.round_ms().tolist() == [6.0, 12.0]
+
+
+def test_the_examples_of_the_public_names_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their docstrings name folders as a user has them: two exported models and a folder of data."""
+    import slimformer.running.bench
+    from slimformer.measuring import records, scoring
+
+    export(tmp_path / "dense")
+    export(tmp_path / "small", weights={"dull": (0.0, 1.0)})
+    data(tmp_path / "reviews")
+    monkeypatch.chdir(tmp_path)
+    for module, count in ((records, 2), (scoring, 1), (slimformer.running.bench, 1)):
+        found = [test for test in doctest.DocTestFinder().find(module) if test.examples]
+        assert len(found) >= count
+        for test in found:
+            assert doctest.DocTestRunner().run(test).failed == 0

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from slimformer.measuring.machine import Environment, Load
 from slimformer.measuring.records import Facts, Goal, Interval, Layer, Record, Standing
 from slimformer.measuring.scoring import bootstrap
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
+from slimformer.reporting.answers import ChangedAnswer
 from slimformer.reporting.card import card, snippet
 from slimformer.reporting.ledger import append, read_facts, read_records, write_facts
 from slimformer.reporting.page import Details, page, report
 from slimformer.reporting.svg import Mark, bars, scatter, ticks
 from slimformer.reporting.terminal import table
-from slimformer.reporting.verdicts import Changed, against, choice, frontier, judge, tally
+from slimformer.reporting.verdicts import against, choice, frontier, judge, tally
 
 MACHINE = Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0", "numpy": "2.4"})
 
@@ -161,20 +162,20 @@ def test_the_frontier_knows_metrics_where_less_is_better() -> None:
 
 def test_bootstrap_of_cases_that_can_be_worked_by_hand() -> None:
     ones, zeros = np.ones(50), np.zeros(50)
-    assert bootstrap(ones, zeros, 0) == (1.0, 1.0, 1.0)
-    assert bootstrap(ones, ones, 0) == (0.0, 0.0, 0.0)
+    assert bootstrap(ones, zeros, 0) == Interval(1.0, 1.0, 1.0)
+    assert bootstrap(ones, ones, 0) == Interval(0.0, 0.0, 0.0)
     # Of 400 pairs 40 differ, all the same way: mean 0.1, standard error sqrt(0.1 * 0.9 / 400) = 0.015.
     a = np.concatenate([np.ones(40), np.zeros(360)])
-    value, low, high = bootstrap(a, np.zeros(400), 1)
-    assert value == pytest.approx(0.1)
-    assert low == pytest.approx(0.1 - 1.96 * 0.015, abs=0.004)
-    assert high == pytest.approx(0.1 + 1.96 * 0.015, abs=0.004)
+    found = bootstrap(a, np.zeros(400), 1)
+    assert found.value == pytest.approx(0.1)
+    assert found.low == pytest.approx(0.1 - 1.96 * 0.015, abs=0.004)
+    assert found.high == pytest.approx(0.1 + 1.96 * 0.015, abs=0.004)
 
 
 def test_bootstrap_is_paired() -> None:
     # Both are right on every other example: unpaired the interval would be wide, paired there is no difference at all.
     same = np.tile([0.0, 1.0], 100)
-    assert bootstrap(same, same.copy(), 3) == (0.0, 0.0, 0.0)
+    assert bootstrap(same, same.copy(), 3) == Interval(0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="same examples"):
         bootstrap(same, same[:10], 0)
 
@@ -183,10 +184,10 @@ def test_bootstrap_is_paired() -> None:
 @settings(max_examples=30, deadline=None)
 def test_bootstrap_is_symmetric(pairs: list[tuple[int, int]], seed: int) -> None:
     a, b = np.array(pairs, dtype=float).T
-    value, low, high = bootstrap(a, b, seed, rounds=400)
-    assert low <= value + 1e-12
-    assert value <= high + 1e-12
-    assert bootstrap(b, a, seed, rounds=400) == pytest.approx((-value, -high, -low), abs=1e-12)
+    found, turned = bootstrap(a, b, seed, resamples=400), bootstrap(b, a, seed, resamples=400)
+    assert found.low <= found.value + 1e-12
+    assert found.value <= found.high + 1e-12
+    assert astuple(turned) == pytest.approx((-found.value, -found.high, -found.low), abs=1e-12)
 
 
 def test_judge_says_met_or_by_how_much_not() -> None:
@@ -335,7 +336,7 @@ def check(path: Path) -> Checker:
 
 
 def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
-    answers = tuple(Changed(str(number), (NASTY, "second"), "good", "good", "bad", -1.0) for number in range(60))
+    answers = tuple(ChangedAnswer(str(number), (NASTY, "second"), "good", "good", "bad", -1.0) for number in range(60))
     page(rows(), Details(answers, "slimformer compress ./a"), tmp_path / "report.html")
     found = check(tmp_path / "report.html")
     assert not found.outside

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import re
@@ -433,7 +432,7 @@ def test_broken_numbers_are_no_answer() -> None:
 
 
 def test_the_bootstrap_takes_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = importlib.import_module("slimformer.measuring.scoring")
+    from slimformer.measuring import scoring
 
     task = QuestionAnswering(max_length=24, stride=4, version="v2", threshold=0.0)
     rows = [asked(f"the old {word} room", word, id=word) for word in NUMBERS] + [asked("so dull", id="none")]
@@ -441,9 +440,13 @@ def test_the_bootstrap_takes_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> N
     good = logits_for(
         features, {row: label for row, label in enumerate(features.columns["labels"]) if label != (0, 0)}, [1] * 7
     )
-    entries = [bench.Entry(name, "other", "float", None, None, task, features) for name in ("a", "b")]  # type: ignore[arg-type]
-    monkeypatch.setattr(bench, "_resampled", lambda *_: pytest.fail("it scores resamples one by one"))
-    found = bench.metric_losses(entries, [("a", "b")], {"a": good, "b": logits_for(features, {})}, rows)
+    outputs = {"a": good, "b": logits_for(features, {})}
+    scored = {
+        name: scoring.Scored.of(scoring.Entry(name, "other", "float", None, task, features), outputs[name], rows)  # type: ignore[arg-type]
+        for name in outputs
+    }
+    monkeypatch.setattr(scoring, "_resampled", lambda *_: pytest.fail("it scores resamples one by one"))
+    found = scoring.metric_losses(scored, [("a", "b")], rows)
     assert found["a", "b"].value > 50
 
 
@@ -1067,7 +1070,7 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
 
 
 def test_the_page_cuts_long_texts_to_the_answers() -> None:
-    from slimformer.reporting.page import BRIEF, excerpt
+    from slimformer.reporting.answers import BRIEF, excerpt
 
     text = " ".join(f"word{number}" for number in range(400))
     assert excerpt("short text", ("x",)) == "short text"

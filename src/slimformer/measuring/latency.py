@@ -87,10 +87,10 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: 
     from slimformer.data.material import subset
     from slimformer.families.base import family_of
     from slimformer.measuring.machine import quiet
-    from slimformer.measuring.timing import Engine, compare, workloads
+    from slimformer.measuring.sessions import open_session
+    from slimformer.measuring.timing import Rounds, compare, workloads
 
     exporter = registry.find("exporters", "onnx")(agreement=0.0)  # what a model that was cut so says is of no interest here
-    runtime = registry.find("runtimes", "onnxruntime")()
     batches = material.batches(family_of(model.config.model_type).inputs(model))[:4]
     plans = {f"{kind}-{units}": _uniform(anatomy, kind, units) for kind in _kinds(anatomy) for units in _levels(anatomy, kind)}
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
@@ -106,18 +106,10 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: 
             files["fp32"] = folder / "fp32.onnx"
             exporter.export(model, batches, files["fp32"], Variant.FUSED, material.task.outputs)
             advance(len(plans) + 1)
-        runners = {level: runtime.load(file, run.threads) for level, file in files.items()}
+        sessions = {level: open_session(file, run.threads) for level, file in files.items()}
         features, _ = subset(material, Split.VALIDATION, 640)
         workload = workloads(features, limit=12)[1]
-        engine = Engine("onnxruntime", runtime.version(), run.threads)
-        timings = compare(
-            runners,
-            workload,
-            engines=dict.fromkeys(runners, engine),
-            load=quiet(run.wait_seconds),
-            rounds=40,
-            budget_seconds=SECONDS,
-        )
+        timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet(run.wait_seconds))
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
     ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}

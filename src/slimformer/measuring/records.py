@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from slimformer.core.anatomy import Anatomy, Kind
+from slimformer.core.plan import Plan
 from slimformer.measuring.machine import Environment
 from slimformer.measuring.timing import SINGLE, SORTED, Ratio, Timing
-
-if TYPE_CHECKING:
-    from slimformer.core.anatomy import Anatomy
-    from slimformer.core.plan import Plan
 
 
 class Standing(StrEnum):
@@ -27,23 +25,36 @@ class Standing(StrEnum):
     TEACHER_INT8 = "teacher-int8"
     OPENVINO_INT8 = "openvino-int8"
     SMALL_DENSE = "small-dense"
-    TEACHER_TORCH = "teacher-torch"
     OURS = "ours"
     OTHER = "other"
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether ours has to beat such a row."""
+        return self in (Standing.TEACHER_INT8, Standing.OPENVINO_INT8, Standing.SMALL_DENSE)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference with the bounds that hold 95 % of its resamples."""
+    """A difference, with the bounds that hold 95 % of its resamples."""
 
     value: float
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Interval:
+        """The interval in another unit; a negative factor turns it round.
+
+        >>> Interval(0.25, -0.125, 0.5).scaled(-100)
+        Interval(value=-25.0, low=-50.0, high=12.5)
+        """
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Interval(factor * self.value, low, high)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """What is left of one layer; zero heads or neurons: that sublayer is gone."""
+    """What is left of one layer. With no heads, or no neurons, that sublayer is gone."""
 
     name: str
     heads: int
@@ -54,19 +65,72 @@ class Layer:
 
 @dataclass(frozen=True)
 class Goal:
-    """What was asked for: times faster at batch 32, and points of the metric that may be lost."""
+    """What was asked for: times faster than the baseline at batch 32, and points of the metric that may be lost."""
 
     speedup: float
     max_loss: float
 
 
 @dataclass(frozen=True)
+class Heading:
+    """What the rows of one comparison have in common: the teacher's name, the task's, and the split they are scored on."""
+
+    model: str
+    task: str
+    split: str = "dev"
+
+
+@dataclass(frozen=True)
 class Record:
-    """One model in one file on one runtime, measured once: a row of the ledger. None where a number is not known."""
+    """One model in one file on one runtime, measured once: a row of the ledger. A number that is not known is None.
+
+    Attributes:
+        name: The row's name in tables.
+        role: What the row stands for, a `Standing`.
+        model: The teacher's name.
+        task: The task's name, such as "glue/sst2".
+        split: The split it was scored on.
+        metric: The key of `scores` that counts.
+        scores: All metrics of the task, by name.
+        date: When it was measured, in UTC.
+        environment: The machine and the versions it was measured with.
+        precision: The exporter's Variant, or "torch".
+        file: The name of the model file.
+        higher_is_better: Whether more of the metric is better.
+        examples: How many examples were scored.
+        loss: Points of the metric below the baseline; negative if it is better.
+        versus: Points of the metric below each rival, by the rival's name.
+        chosen: Whether this file ships; it was picked on validation examples, never on `split`.
+        target: The speed and the loss that were asked for.
+        seed: The seed of the run.
+        train_examples: How many examples it was trained on.
+        params: All parameters.
+        encoder_params: Weights of the encoder's matrices, without embeddings and classifier.
+        encoder_nonzero: Those of `encoder_params` that are not exactly 0.
+        weights_bytes: Bytes of all tensors as model.safetensors stores them.
+        size_bytes: Bytes of the model file.
+        macs: Multiply-accumulates of the encoder for an average example. This is theory, never to be read as speed.
+        layers: What is left of each layer.
+        timings: The raw times, a `Timing` for each workload.
+        baseline: The name of the row of the same run that speeds and losses compare with.
+        speed: Times faster than the baseline, by the workload's name.
+        minutes: How long the compression took.
+        threads: The threads it was made with; the timings name their own.
+        peak_rss_bytes: Peak resident memory of the compression.
+        recipe: The digest of the recipe.
+        plan: The digest of the plan.
+        notes: What else is worth knowing.
+
+    Example:
+        >>> from slimformer.measuring.machine import environment
+        >>> row = Record("int8", "other", "my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.5}, today(), environment())
+        >>> row.score, row.times_faster(32)
+        (0.5, None)
+    """
 
     name: str
     role: str
-    model: str  # the teacher, by name
+    model: str
     task: str
     split: str
     metric: str
@@ -76,25 +140,25 @@ class Record:
     precision: str = ""
     file: str = ""
     higher_is_better: bool = True
-    examples: int = 0  # scored
-    loss: Interval | None = None  # points of the metric below the baseline; negative: better than it
-    versus: Mapping[str, Interval] = field(default_factory=dict)  # points below each rival, by its name
-    chosen: bool = False  # the file that ships, picked on validation examples
+    examples: int = 0
+    loss: Interval | None = None
+    versus: Mapping[str, Interval] = field(default_factory=dict)
+    chosen: bool = False
     target: Goal | None = None
     seed: int | None = None
     train_examples: int | None = None
     params: int | None = None
-    encoder_params: int | None = None  # weights of the encoder's Linear layers, embeddings left out
-    encoder_nonzero: int | None = None  # of them, those that are not exactly 0
-    weights_bytes: int | None = None  # of all tensors as model.safetensors holds them, zeros left out where there are many
+    encoder_params: int | None = None
+    encoder_nonzero: int | None = None
+    weights_bytes: int | None = None
     size_bytes: int | None = None
-    macs: int | None = None  # per average example, encoder only: theory, never to be read as speed
+    macs: int | None = None
     layers: tuple[Layer, ...] = ()
     timings: tuple[Timing, ...] = ()
-    baseline: str = ""  # name of the row that the speeds compare with, of the same run
-    speed: Mapping[str, Ratio] = field(default_factory=dict)  # workload -> times faster than the baseline
+    baseline: str = ""
+    speed: Mapping[str, Ratio] = field(default_factory=dict)
     minutes: float | None = None
-    threads: int | None = None  # that it was made with in those minutes; timings say theirs
+    threads: int | None = None
     peak_rss_bytes: int | None = None
     recipe: str = ""
     plan: str = ""
@@ -107,11 +171,11 @@ class Record:
 
     @property
     def quality(self) -> float:
-        """The score turned so that more is better."""
+        """The score, negated if less of the metric is better."""
         return self.score if self.higher_is_better else -self.score
 
     def times_faster(self, batch: int = 32) -> Ratio | None:
-        """Speed over the baseline at batch 1 or at the larger batch; None where it was not timed."""
+        """Speed over the baseline at batch 1 or at the larger batch; None if it was not timed."""
         for timing in self.timings:
             if (timing.batch_size == 1) == (batch == 1):
                 return self.speed.get(timing.workload)
@@ -120,10 +184,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Facts:
-    """slimformer.json of an exported folder: what the files do not say themselves."""
+    """slimformer.json of an exported folder: what the files do not say themselves.
 
-    best: str  # file name
-    task: Mapping[str, Any]  # as in a recipe
+    `best` names the file that ships, `task` holds the task's options as in a recipe, and `fitted` the options of the task that
+    were fitted for a file, by its name. The other fields are those of `Record`.
+    """
+
+    best: str
+    task: Mapping[str, Any]
     max_length: int
     metric: str
     name: str = ""
@@ -141,10 +209,10 @@ class Facts:
     layers: tuple[Layer, ...] = ()
     recipe: str = ""
     plan: str = ""
-    fitted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # file name -> options of the task found for it
+    fitted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of_record(self) -> dict[str, Any]:
-        """The fields that a record of any of these files shares."""
+        """The fields that the records of all these files share."""
         sizes = ("params", "encoder_params", "encoder_nonzero", "weights_bytes", "macs")
         making = ("seed", "train_examples", "minutes", "threads", "peak_rss_bytes")
         return {name: getattr(self, name) for name in (*sizes, *making, "layers", "recipe", "plan")}
@@ -157,14 +225,12 @@ def today() -> str:
 
 def kept_layers(anatomy: Anatomy, plan: Plan) -> tuple[Layer, ...]:
     """What `plan` leaves of each layer of the dense `anatomy`."""
-    from slimformer.core.anatomy import Kind
-
-    found = []
+    layers = []
     for number in range(len(anatomy.layers)):
-        kept = {Kind.HEADS: (0, 0), Kind.NEURONS: (0, 0)}
+        counts = {Kind.HEADS: (0, 0), Kind.NEURONS: (0, 0)}
         for site in anatomy.sites.values():
-            if site.layer == number and site.kind in kept:
+            if site.layer == number and site.kind in counts:
                 gone = site.sublayer is not None and plan.keep.get(site.sublayer) == ()
-                kept[site.kind] = (0 if gone else len(plan.keep.get(site.id, range(site.size))), site.size)
-        found.append(Layer(str(number), *kept[Kind.HEADS], *kept[Kind.NEURONS]))
-    return tuple(found)
+                counts[site.kind] = (0 if gone else len(plan.keep.get(site.id, range(site.size))), site.size)
+        layers.append(Layer(str(number), *counts[Kind.HEADS], *counts[Kind.NEURONS]))
+    return tuple(layers)

@@ -1,38 +1,39 @@
-"""Times models side by side: the same batches, in turn, raw samples kept.
+"""Times models side by side: the same batches, in turn, with every raw sample kept.
 
-On a shared machine only the ratio of two times taken in one run means anything. So every batch is run by every runner before
-the next batch comes, in rotating order, and a speed is a ratio to the baseline of the same run. Nothing is scored here.
+On a shared machine only the ratio of two times taken in one run means anything. So every batch is run by every model before the
+next batch comes, in rotating order, and a speed is a ratio to the baseline of the same run. Nothing is scored here.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from slimformer.data.batching import collate, in_order, sorted_by_length
 from slimformer.errors import DataError
 from slimformer.measuring.machine import Load
+from slimformer.measuring.sessions import Session
 from slimformer.tasks.base import Features
-
-if TYPE_CHECKING:
-    from slimformer.runtimes.base import Runner
 
 T = TypeVar("T")
 
-
 SINGLE = "batch 1, in order"
 SORTED = "batch 32, sorted by length"
-LEAST_BATCHES = 8  # however short the budget
+LEAST_BATCHES = 8  # are timed however short the budget is
+
+
+# -- What is timed -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens per example, padding left out."""
+    """Tokens per example, without padding."""
 
     mean: float
     p50: float
@@ -42,32 +43,67 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """Padded batches of real examples, always the same for every runner."""
+    """Padded batches of real examples, the same ones for every model.
+
+    `batches` maps each model input to an array (batch, seq); `tokens` and `lengths` count without padding.
+    """
 
     name: str
     batch_size: int
     order: str
-    batches: tuple[Mapping[str, np.ndarray], ...]  # model input -> (batch, seq)
+    batches: tuple[Mapping[str, np.ndarray], ...]
     examples: int
-    tokens: int  # padding left out
+    tokens: int
     lengths: Lengths
+
+    @classmethod
+    def of(cls, name: str, batch_size: int, order: str, batches: Sequence[Mapping[str, np.ndarray]]) -> Workload:
+        """A workload of these batches, with its tokens counted by their attention masks."""
+        tokens = np.concatenate([batch["attention_mask"].sum(axis=1) for batch in batches])  # (examples,)
+        lengths = Lengths(
+            mean=round(float(tokens.mean()), 2),
+            p50=float(np.percentile(tokens, 50)),
+            p95=float(np.percentile(tokens, 95)),
+            max=int(tokens.max()),
+        )
+        return cls(name, batch_size, order, tuple(batches), len(tokens), int(tokens.sum()), lengths)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Examples in each batch: (batches,)."""
+        return tuple(len(next(iter(batch.values()))) for batch in self.batches)
+
+    def sample(self, limit: int) -> Workload:
+        """The same workload with at most `limit` of its batches, evenly spaced."""
+        return Workload.of(self.name, self.batch_size, self.order, _spread(self.batches, limit))
 
 
 def model_inputs(features: Features) -> list[str]:
-    """Columns a model takes, and the mask that collating adds."""
+    """The columns of the features that a model takes, and the mask that collating adds."""
     names = [name for name in features.columns if name in {"input_ids", "token_type_ids", "position_ids"}]
     return [*names, "attention_mask"]
 
 
-def _workload(name: str, batch_size: int, order: str, batches: tuple[Mapping[str, np.ndarray], ...]) -> Workload:
-    taken = np.concatenate([batch["attention_mask"].sum(axis=1) for batch in batches])  # (examples,)
-    summary = Lengths(
-        mean=round(float(taken.mean()), 2),
-        p50=float(np.percentile(taken, 50)),
-        p95=float(np.percentile(taken, 95)),
-        max=int(taken.max()),
+def workloads(
+    features: Features, limit: int = 100, *, batch_size: int = 32, lengths: np.ndarray | None = None
+) -> tuple[Workload, Workload]:
+    """Batch 1 in order and batch 32 sorted by length, each of at most `limit` batches that are evenly spaced over the split.
+
+    `lengths` (rows,) sorts by other lengths than the features' own: models with different tokenizers then get the same examples
+    in the same batches. DataError if there is nothing to time.
+    """
+    if not len(features) or limit < 1:
+        raise DataError("there are no examples to time.", help="give a dev split with at least one example.")
+    names = model_inputs(features)
+    by_length = sorted_by_length(features.lengths() if lengths is None else lengths, batch_size)
+
+    def build(name: str, size: int, order: str, groups: Sequence[Sequence[int]]) -> Workload:
+        return Workload.of(name, size, order, [collate(features, group, names) for group in _spread(groups, limit)])
+
+    return (
+        build(SINGLE, 1, "in order", in_order(len(features), 1)),
+        build(SORTED.replace("32", str(batch_size)), batch_size, "sorted by length", by_length),
     )
-    return Workload(name, batch_size, order, batches, len(taken), int(taken.sum()), summary)
 
 
 def _spread(batches: Sequence[T], limit: int) -> list[T]:
@@ -77,41 +113,16 @@ def _spread(batches: Sequence[T], limit: int) -> list[T]:
     return [batches[round(place)] for place in np.linspace(0, len(batches) - 1, limit)]
 
 
-def workloads(
-    features: Features, limit: int = 100, *, batch_size: int = 32, lengths: np.ndarray | None = None
-) -> tuple[Workload, Workload]:
-    """Batch 1 in order and batch 32 sorted by length, each at most `limit` batches, evenly spaced over the split.
-
-    `lengths` (rows,) orders by other lengths than the features' own: two models with different tokenizers then get the same
-    examples in the same batches. DataError where there is nothing to time.
-    """
-    if not len(features) or limit < 1:
-        raise DataError("there are no examples to time.", help="give a dev split with at least one example.")
-    names = model_inputs(features)
-
-    def build(name: str, size: int, order: str, groups: Sequence[Sequence[int]]) -> Workload:
-        return _workload(name, size, order, tuple(collate(features, group, names) for group in _spread(groups, limit)))
-
-    by_length = sorted_by_length(features.lengths() if lengths is None else lengths, batch_size)
-    return (
-        build(SINGLE, 1, "in order", in_order(len(features), 1)),
-        build(SORTED.replace("32", str(batch_size)), batch_size, "sorted by length", by_length),
-    )
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What runs a model: the runtime, its version, its threads."""
-
-    runtime: str
-    version: str
-    threads: int
-    device: str = "cpu"
+# -- Times and their ratios --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Raw wall times of one runner on one workload, and the circumstances."""
+    """Raw wall times of one model on one workload, and the circumstances.
+
+    `samples_ms` (rounds, batches) holds the milliseconds of each whole batch, `sizes` (batches,) the examples in it. `warmup`
+    counts the rounds that were run before and thrown away.
+    """
 
     workload: str
     batch_size: int
@@ -123,10 +134,10 @@ class Timing:
     version: str
     device: str
     threads: int
-    warmup: int  # rounds run before and thrown away
+    warmup: int
     load: Load
-    sizes: tuple[int, ...]  # examples per batch: (batches,)
-    samples_ms: tuple[tuple[float, ...], ...]  # (rounds, batches), milliseconds of a whole batch
+    sizes: tuple[int, ...]
+    samples_ms: tuple[tuple[float, ...], ...]
 
     @property
     def rounds(self) -> int:
@@ -146,11 +157,6 @@ class Timing:
         """95th percentile of milliseconds per example over all batches and rounds."""
         return float(np.percentile(self.per_example_ms(), 95))
 
-    @property
-    def mean_ms(self) -> float:
-        """Milliseconds per example of the median round: what a long queue of such batches costs."""
-        return float(np.median(self.round_ms()) / sum(self.sizes))
-
     def round_ms(self) -> np.ndarray:
         """Milliseconds of each round, all its batches together: (rounds,)."""
         return np.asarray(self.samples_ms, dtype=np.float64).sum(axis=1)  # type: ignore[no-any-return]
@@ -158,7 +164,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than the baseline: the median of the pairwise ratios, and their 10th and 90th percentiles."""
+    """Speed over the baseline: the median of the ratios of single rounds, and their 10th and 90th percentiles."""
 
     median: float
     low: float
@@ -166,9 +172,9 @@ class Ratio:
 
 
 def ratio(baseline: Timing, candidate: Timing) -> Ratio:
-    """Speed of `candidate` over `baseline`, above 1 where it is faster. A pair is one round: both ran the same batches in turn.
+    """Speed of `candidate` over `baseline`, above 1 if it is faster; paired by round, as both ran the same batches in turn.
 
-    ValueError where the two do not come from one `compare`.
+    ValueError if the two do not come from one `compare`.
     """
     same = (baseline.workload, baseline.sizes, baseline.rounds) == (candidate.workload, candidate.sizes, candidate.rounds)
     if not same:
@@ -178,103 +184,124 @@ def ratio(baseline: Timing, candidate: Timing) -> Ratio:
     return Ratio(float(median), float(low), float(high))
 
 
+# -- The race ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often each batch is timed: `count` rounds after `warmup` rounds that are thrown away.
+
+    With a budget of `seconds` the rounds end early, but never before `least` of them. If even those would take longer, as a
+    few batches show beforehand, fewer batches are timed: at least LEAST_BATCHES.
+    """
+
+    count: int = 10
+    warmup: int = 1
+    least: int = 3
+    seconds: float | None = None
+
+
 def compare(
-    runners: Mapping[str, Runner],
+    sessions: Mapping[str, Session],
     workload: Workload | Mapping[str, Workload],
-    *,
-    engines: Mapping[str, Engine],
+    rounds: Rounds,
     load: Load,
-    rounds: int = 10,
-    warmup: int = 1,
-    min_rounds: int = 3,
-    budget_seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Timings of every runner on the same batches, in turn: each batch is run by all, in rotating order, before the next.
+    """Timings of all sessions on the same batches: each batch is run by all, in rotating order, before the next one.
 
-    A drift of the machine then hits all of them alike. `warmup` rounds come first and are dropped. With `budget_seconds` it
-    stops early, never before `min_rounds` rounds; where so many would take longer, as a few batches show beforehand, it times fewer of
-    the batches, evenly spaced. A workload per runner is for models whose tokenizers differ.
+    A drift of the machine then hits all of them alike. A workload per session is for models with different tokenizers;
+    ValueError if these do not hold the same examples in the same batches.
     """
-    names = list(runners)
-    per_name = dict(workload) if isinstance(workload, Mapping) else dict.fromkeys(names, workload)
-    shape = _shape(per_name.values())
-    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-
-    def one_round(number: int) -> dict[str, tuple[float, ...]]:
-        taken: dict[str, list[float]] = {name: [] for name in names}
-        for place in range(len(shape)):
-            first = (number * len(shape) + place) % len(names)
-            for name in names[first:] + names[:first]:
-                runner, batch = runners[name], per_name[name].batches[place]
-                begin = clock()
-                runner(batch)
-                taken[name].append(round((clock() - begin) * 1000, 4))
-        return {name: tuple(values) for name, values in taken.items()}
-
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()  # a collection in the middle of a batch would be charged to whoever runs just then
-    try:
-        if warmup and budget_seconds is not None and len(shape) > LEAST_BATCHES:
-            whole, every = per_name, len(shape)
-            per_name, shape = _sampled(whole, LEAST_BATCHES)
-            begin = clock()
-            one_round(0)
-            spent = (clock() - begin) * every / LEAST_BATCHES
-            fitting = int(every * budget_seconds / (min_rounds * spent)) if min_rounds * spent > budget_seconds else every
-            per_name, shape = _sampled(whole, max(LEAST_BATCHES, fitting))
-        for number in range(warmup):
-            one_round(number)
-        start = clock()
-        for number in range(rounds):
-            for name, values in one_round(number).items():
-                samples[name].append(values)
-            spent = clock() - start
-            done = number + 1
-            if budget_seconds is not None and done >= min_rounds and spent + spent / done > budget_seconds:
-                break
-    finally:
-        if collecting:
-            gc.enable()
-    return {
-        name: Timing(
-            workload=per_name[name].name,
-            batch_size=per_name[name].batch_size,
-            order=per_name[name].order,
-            examples=per_name[name].examples,
-            tokens=per_name[name].tokens,
-            lengths=per_name[name].lengths,
-            runtime=engines[name].runtime,
-            version=engines[name].version,
-            device=engines[name].device,
-            threads=engines[name].threads,
-            warmup=warmup,
-            load=load,
-            sizes=shape,
-            samples_ms=tuple(samples[name]),
-        )
-        for name in names
-    }
-
-
-def _rows(batch: Mapping[str, np.ndarray]) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _shape(works: Iterable[Workload]) -> tuple[int, ...]:
-    """Examples in each batch, the same in all of the workloads: (batches,)."""
-    shapes = {tuple(_rows(batch) for batch in work.batches) for work in works}
-    if len(shapes) != 1:
+    works = dict(workload) if isinstance(workload, Mapping) else dict.fromkeys(sessions, workload)
+    if len({work.sizes for work in works.values()}) != 1:
         raise ValueError("the workloads of one comparison must hold the same examples in the same batches")
-    return shapes.pop()
+    race = _Race(sessions, works, clock)
+    with _no_collection():
+        race = race.within(rounds)
+        for number in range(rounds.warmup):
+            race.round(number)
+        samples = race.run(rounds)
+    return {name: race.timing(name, rounds, load, tuple(item[name] for item in samples)) for name in sessions}
 
 
-def _sampled(works: Mapping[str, Workload], limit: int) -> tuple[dict[str, Workload], tuple[int, ...]]:
-    """The same workloads with at most `limit` batches, evenly spaced, and the examples in each of these."""
-    kept = {
-        id(work): _workload(work.name, work.batch_size, work.order, tuple(_spread(work.batches, limit)))
-        for work in works.values()
-    }
-    fewer = {name: kept[id(work)] for name, work in works.items()}
-    return fewer, _shape(fewer.values())
+@dataclass(frozen=True)
+class _Race:
+    sessions: Mapping[str, Session]
+    works: Mapping[str, Workload]
+    clock: Callable[[], float]
+
+    @property
+    def batches(self) -> int:
+        return len(next(iter(self.works.values())).batches)
+
+    def sample(self, limit: int) -> _Race:
+        return replace(self, works={name: work.sample(limit) for name, work in self.works.items()})
+
+    def within(self, rounds: Rounds) -> _Race:
+        """The race with so few batches that the least rounds take about the budget. A round of some batches shows how long."""
+        if rounds.seconds is None or not rounds.warmup or self.batches <= LEAST_BATCHES:
+            return self
+        start = self.clock()
+        self.sample(LEAST_BATCHES).round(0)
+        needed = rounds.least * (self.clock() - start) * self.batches / LEAST_BATCHES
+        if needed <= rounds.seconds:
+            return self
+        return self.sample(max(LEAST_BATCHES, int(self.batches * rounds.seconds / needed)))
+
+    def round(self, number: int) -> dict[str, tuple[float, ...]]:
+        """Milliseconds of each batch, by session: (batches,). Who runs first changes from batch to batch."""
+        names, clock = list(self.sessions), self.clock
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for place in range(self.batches):
+            first = (number * self.batches + place) % len(names)
+            for name in names[first:] + names[:first]:
+                runner, batch = self.sessions[name].runner, self.works[name].batches[place]
+                start = clock()
+                runner(batch)
+                times[name].append(round((clock() - start) * 1000, 4))
+        return {name: tuple(values) for name, values in times.items()}
+
+    def run(self, rounds: Rounds) -> list[dict[str, tuple[float, ...]]]:
+        """The rounds that count, as many as the budget allows."""
+        start = self.clock()
+        samples: list[dict[str, tuple[float, ...]]] = []
+        while len(samples) < rounds.count:
+            samples.append(self.round(len(samples)))
+            spent = self.clock() - start
+            full = rounds.seconds is not None and spent + spent / len(samples) > rounds.seconds
+            if full and len(samples) >= rounds.least:
+                break
+        return samples
+
+    def timing(self, name: str, rounds: Rounds, load: Load, samples: tuple[tuple[float, ...], ...]) -> Timing:
+        work, engine = self.works[name], self.sessions[name].engine
+        return Timing(
+            workload=work.name,
+            batch_size=work.batch_size,
+            order=work.order,
+            examples=work.examples,
+            tokens=work.tokens,
+            lengths=work.lengths,
+            runtime=engine.runtime,
+            version=engine.version,
+            device=engine.device,
+            threads=engine.threads,
+            warmup=rounds.warmup,
+            load=load,
+            sizes=work.sizes,
+            samples_ms=samples,
+        )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Holds back Python's garbage collector: a collection would be charged to the model that runs just then."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

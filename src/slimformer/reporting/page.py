@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +19,10 @@ import numpy as np
 from slimformer.errors import DataError
 from slimformer.measuring.records import Record, Standing
 from slimformer.measuring.timing import Ratio
+from slimformer.reporting.answers import ChangedAnswer, shortened_answer
 from slimformer.reporting.ledger import LEDGER, groups, read_records
 from slimformer.reporting.svg import Mark, bars, scatter
-from slimformer.reporting.verdicts import Changed, Verdict, against, choice, frontier, judge, megabytes, slowness, tally
+from slimformer.reporting.verdicts import Verdict, against, choice, frontier, judge, megabytes, slowness, tally
 from slimformer.reporting.words import (
     count_text,
     interval_text,
@@ -37,14 +38,13 @@ from slimformer.saving.files import write_text
 _log = logging.getLogger(__name__)
 
 SHOWN = 40  # changed answers on the page; all of them are in changed.jsonl
-BRIEF = 320  # characters of a text that are shown, of one that is longer than that
 
 
 @dataclass(frozen=True)
 class Details:
     """What the page shows beyond the records: changed answers, and the command that made it."""
 
-    changed: tuple[Changed, ...] = ()
+    changed: tuple[ChangedAnswer, ...] = ()
     command: str = ""
 
 
@@ -89,7 +89,7 @@ def page(records: Sequence[Record], details: Details, path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = [_brief(item) for item in details.changed[:SHOWN]]
+    shown = [shortened_answer(item) for item in details.changed[:SHOWN]]
     html = jinja.get_template("report.html").render(
         sections=[_section(group) for group in groups(records).values()],
         changed=shown,
@@ -104,24 +104,6 @@ def page(records: Sequence[Record], details: Details, path: Path) -> None:
     if details.changed:
         lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in details.changed)
         write_text(path.with_name("changed.jsonl"), lines)
-
-
-def _brief(item: Changed) -> Changed:
-    """The same example with long texts cut to where the answers are, for the page."""
-    return replace(item, texts=tuple(excerpt(text, (item.gold, item.after, item.before)) for text in item.texts))
-
-
-def excerpt(text: str, around: Sequence[str]) -> str:
-    """At most BRIEF characters of a text, cut between words: around the first of these answers that occurs, else its start."""
-    if len(text) <= BRIEF:
-        return text
-    parts = [part for answer in around for part in answer.split(" | ") if part]
-    place = next((text.find(part) for part in parts if part in text), 0)
-    begin = max(0, min(place - BRIEF // 3, len(text) - BRIEF))
-    shown = text[begin : begin + BRIEF]
-    if begin + BRIEF < len(text):
-        shown = shown.rsplit(" ", 1)[0] + " …"
-    return f"… {shown[shown.find(' ', 0, place - begin) + 1 :]}" if begin else shown
 
 
 def _section(records: Sequence[Record]) -> _Section:

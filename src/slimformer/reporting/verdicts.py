@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from slimformer.measuring.records import Record, Standing
-from slimformer.measuring.scoring import Measurement
 from slimformer.reporting.words import MEGABYTE, interval_text, lost_text, points_text, times_text
-from slimformer.tasks.base import Example
 
 RIVAL_WORDS = {
     Standing.TEACHER_INT8: "the teacher in ONNX Runtime dynamic int8",
@@ -145,28 +143,3 @@ def tally(verdicts: Sequence[Verdict]) -> str:
     if not judged:
         return ""
     return f"At equal quality it beats {won} of the {len(judged)} rivals measured."
-
-
-@dataclass(frozen=True)
-class Changed:
-    """An example that two models answer differently. `gain` is the new answer's credit minus the old one's."""
-
-    id: str
-    texts: tuple[str, ...]
-    gold: str
-    before: str
-    after: str
-    gain: float
-
-
-def changed(measurement: Measurement, examples: Sequence[Example], before: str, after: str) -> tuple[Changed, ...]:
-    """The examples that entries `before` and `after` answer differently, the largest losses first, then the largest gains."""
-    gains = measurement.credits[after] - measurement.credits[before]
-    found = [
-        Changed(example.id, tuple(example.texts), "" if example.answer is None else str(example.answer), old, new, float(gain))
-        for example, old, new, gain in zip(
-            examples, measurement.answers[before], measurement.answers[after], gains, strict=True
-        )
-        if old != new
-    ]
-    return tuple(sorted(found, key=lambda item: (item.gain >= 0, -abs(item.gain))))

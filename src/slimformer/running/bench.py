@@ -1,6 +1,6 @@
 """`slimformer bench`: model folders or ONNX files side by side on the dev split of a task.
 
-A path is turned into a file, a runtime opens it, the task encodes the same examples for it, and `measuring` does the rest.
+A path becomes a model file, a runtime opens it, the task encodes the same examples for it, and `measuring` does the rest.
 Exported files are benched with neither torch nor transformers installed.
 """
 
@@ -10,7 +10,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,11 @@ from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.exporters.base import FILES, Variant, variant_of
 from slimformer.measuring.machine import Load, cores, quiet
-from slimformer.measuring.records import Standing
+from slimformer.measuring.records import Facts, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
-from slimformer.measuring.timing import Engine, model_inputs
+from slimformer.measuring.sessions import installed_runtime, open_session
+from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import read_facts
-from slimformer.runtimes.base import Runner
 from slimformer.saving.checkpoint import TOKENIZER_FILES, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task
 
@@ -37,93 +38,88 @@ _FASTEST_FIRST = (Variant.INT8_FUSED, Variant.INT8_STATIC, Variant.FUSED, Varian
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A model file on disk, with the folder that holds its tokenizer and config."""
+class _Model:
+    """A model file on disk; its tokenizer and config lie beside it. `known` holds fields of its record."""
 
     name: str
     file: Path
-    folder: Path
     precision: str
-    facts: Mapping[str, Any]
+    facts: Facts | None
+    known: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
 
 
 def bench(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     task: Task | None = None,
     *,
-    task_name: str = "",
     runtimes: Sequence[str] = ("onnxruntime",),
     threads: int | None = None,
     max_length: int | None = None,
     rounds: int = 10,
-    limit: int = 100,
     seconds: float | None = 60.0,
     wait_seconds: float = 60.0,
     load: Load | None = None,
     seed: int = 0,
 ) -> Measurement:
-    """Models side by side on the task's dev split, ratios over the first path; `report.table(result.records)` shows them.
+    """Scores and times models side by side on the task's dev split. The first path is the baseline of all ratios.
 
-    A path is a folder with ONNX files (its best one is taken; of a single folder, all), an .onnx file in such a folder, or a
-    plain transformers folder, which is exported first and needs torch. Without a task it is the one that the first folder which
-    names one was made for. `seconds` is for each of the two workloads; without a `load` it waits up to `wait_seconds` for a
-    quiet machine. ModelError, DataError or ExtraError say what is wrong.
+    Args:
+        paths: Each one is a folder with ONNX files (its best file is taken; of a single folder, all files), an .onnx or .xml
+            file in such a folder, or a plain transformers folder, which is exported first; that needs torch.
+        task: Without a task, it is the one that the first folder with a slimformer.json was made for.
+        runtimes: The runtimes that every file is run by, if they can run such a file.
+        threads: All cores by default.
+        max_length: Tokens of an input; by default what the first folder was made with, or what every model can take.
+        rounds: How often each batch is timed at most.
+        seconds: The budget for each of the two workloads.
+        wait_seconds: How long to wait for a quiet machine, unless a `load` that was measured before is given.
+        seed: The seed of the bootstrap.
+
+    Raises:
+        ModelError: A path holds no model.
+        DataError: The data cannot be read, or do not suit a model.
+        RecipeError: There is no task, neither given nor recorded.
+        ExtraError: A package is missing.
+
+    Example:
+        >>> from slimformer import bench
+        >>> from slimformer.tasks.classification import Classification
+        >>> result = bench(["dense", "small"], Classification(data="reviews"), seconds=1, wait_seconds=0)
+        >>> [(row.name, row.score) for row in result.records]
+        [('dense', 0.8), ('small', 0.6)]
+        >>> result.records[1].times_faster(32).median > 0
+        True
     """
-    if not paths:
+    folders = [Path(path) for path in paths]
+    if not folders:
         raise ModelError("there is nothing to bench.", help="name one or more model folders.")
     with tempfile.TemporaryDirectory(prefix="slimformer-bench-") as scratch:
-        task = task or _recorded_task([Path(path) for path in paths])
-        found = _find_all([Path(path) for path in paths], task, Path(scratch), max_length)
-        length = max_length or _max_length(found)
+        task = task or _recorded_task(folders)
+        models = _models(folders, task, Path(scratch), max_length)
         examples = task.split(Split.DEV)
-        threads = threads or cores()
-        encoded: dict[tuple[bytes, str], tuple[Task, Features]] = {}
-        entries: list[Entry] = []
-        for item in found:
-            bound, features = _encode(item.folder, task, examples, length, encoded)
-            bound = _fitted(bound, item)
-            for runtime in runtimes:
-                opened = open_model(item.file, runtime, threads)
-                if opened is None:
-                    continue
-                name = item.name if len(runtimes) == 1 else f"{item.name}, {runtime}"
-                first = not entries and item.precision in {"fused", "float"}
-                role = Standing.TEACHER_FP32 if first else Standing.OTHER
-                entries.append(Entry(name, role, item.precision, *opened, bound, features, item.file, item.facts))
+        encoder = _Encoder(task, examples, max_length or _length_limit(models))
+        entries = list(_entries(models, encoder, runtimes, threads or cores()))
         if not entries:
             raise ModelError(
-                f"none of {', '.join(runtimes)} can run {found[0].file.name}.",
+                f"none of {', '.join(runtimes)} can run {models[0].file.name}.",
                 help="choose another runtime with --runtime, or export again.",
             )
         return measure(
             entries,
             examples,
-            baseline=entries[0].name,
-            task_name=task_name,
-            model=entries[0].name,
-            rounds=rounds,
-            limit=limit,
-            budget_seconds=seconds,
+            Heading(entries[0].name, registry.name_of(task)),
+            rounds=Rounds(rounds, seconds=seconds),
             load=load or quiet(wait_seconds),
             seed=seed,
         )
 
 
-def _fitted(task: Task, item: _Found) -> Task:
-    """The task with the options that were fitted when this file was made, where any were."""
-    facts = read_facts(item.folder)
-    if not task.fits or facts is None or facts.task.get("use") != registry.name_of(task):
-        return task
-    if not facts.fitted:
-        raise DataError(
-            f"{item.folder} was made for data of another kind: {registry.name_of(task)} fits an option to each file, and none was "
-            "fitted for these (a SQuAD v1.1 model cannot say that there is no answer).",
-            help="bench it on data like those it was made for, or make it again with these.",
-        )
-    return replace(task, **facts.fitted.get(item.file.name, {}))  # type: ignore[type-var]
-
-
 def _recorded_task(paths: Sequence[Path]) -> Task:
+    """The task in the first slimformer.json beside these paths."""
     for path in paths:
         facts = read_facts(path if path.is_dir() else path.parent)
         if facts is not None and "use" in facts.task:
@@ -133,23 +129,15 @@ def _recorded_task(paths: Sequence[Path]) -> Task:
     raise RecipeError("there is no data to bench on.", help="name it with --data ./folder, or --task glue/sst2 --data ...")
 
 
-def open_model(path: Path, runtime: str, threads: int) -> tuple[Runner, Engine] | None:
-    """A model file opened in a runtime, or None where that runtime cannot run such a file; ExtraError where it is missing."""
-    engine = registry.find("runtimes", runtime)()
-    if not engine.available():
-        extra = f"slimformer[{engine.extra}]" if engine.extra else runtime
-        raise ExtraError(f"the runtime '{runtime}' is not installed.", help=f"pip install '{extra}'")
-    if not engine.accepts(path):
-        return None
-    return engine.load(path, threads), Engine(runtime, engine.version(), threads)
+# -- From paths to model files -----------------------------------------------------------------------------------------------
 
 
-def _find_all(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | None) -> list[_Found]:
-    """The model file of each path, plain folders exported into `scratch`; of a single folder all its files, fp32 first."""
-    found: list[_Found] = []
+def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | None) -> list[_Model]:
+    """The model file of each path; a plain folder is exported into `scratch`. A single folder gives all its files, fp32 first."""
+    models: list[_Model] = []
     for place, path in enumerate(paths):
         if path.is_file() and path.suffix in {".onnx", ".xml"}:
-            found.append(_of_file(path, f"{path.parent.name}/{path.name}"))
+            models.append(_model(path, f"{path.parent.name}/{path.name}"))
             continue
         if not path.is_dir():
             raise ModelError(
@@ -157,33 +145,34 @@ def _find_all(paths: Sequence[Path], task: Task, scratch: Path, max_length: int 
             )
         files = [file for variant in _FASTEST_FIRST if (file := path / FILES[variant].name).is_file()]
         if not files:
-            found.append(_export(path, task, scratch / str(place), max_length))
+            models.append(_export(path, task, scratch / str(place), max_length))
         elif len(paths) == 1:
-            found.extend(_of_file(file, file.name) for file in sorted(files, key=_is_int8))
+            models += sorted((_model(file, file.name) for file in files), key=lambda model: FILES[model.precision].int8)
         else:
-            found.append(_of_file(_best(path, files), path.resolve().name))
-    seen: dict[str, int] = {}
-    unique = []
-    for item in found:
-        seen[item.name] = seen.get(item.name, 0) + 1
-        name = item.name if seen[item.name] == 1 else f"{item.name} ({seen[item.name]})"
-        unique.append(_Found(name, item.file, item.folder, item.precision, item.facts))
-    return unique
+            models.append(_model(_best_file(path, files), path.resolve().name))
+    return _named_apart(models)
 
 
-def _is_int8(file: Path) -> bool:
-    variant = variant_of(file.name)
-    return variant is not None and FILES[variant].int8
+def _named_apart(models: Sequence[_Model]) -> list[_Model]:
+    """The models with a number behind each name that has been given before."""
+    count: Counter[str] = Counter()
+    apart = []
+    for model in models:
+        count[model.name] += 1
+        number = count[model.name]
+        apart.append(model if number == 1 else replace(model, name=f"{model.name} ({number})"))
+    return apart
 
 
-def _of_file(file: Path, name: str) -> _Found:
+def _model(file: Path, name: str) -> _Model:
     facts = read_facts(file.parent)
-    known = {} if facts is None else facts.of_record()
-    small = facts is not None and file.suffix == ".xml"  # ours are int8 by NNCF
-    return _Found(name, file, file.parent, Variant.INT8_STATIC if small else variant_of(file.name) or Variant.FLOAT, known)
+    delivered = facts is not None and file.suffix == ".xml"  # an OpenVINO file that we deliver is int8 by NNCF
+    precision = Variant.INT8_STATIC if delivered else variant_of(file.name) or Variant.FLOAT
+    return _Model(name, file, precision, facts, {} if facts is None else facts.of_record())
 
 
-def _best(folder: Path, files: Sequence[Path]) -> Path:
+def _best_file(folder: Path, files: Sequence[Path]) -> Path:
+    """The file that slimformer.json names as the best, or the fastest kind of those there are."""
     facts = read_facts(folder)
     if facts is None:
         return files[0]
@@ -197,7 +186,7 @@ def _best(folder: Path, files: Sequence[Path]) -> Path:
     return best
 
 
-def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> _Found:
+def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> _Model:
     """A plain transformers folder as fp32 ONNX with fused attention, in `scratch`, beside its tokenizer and config."""
     config = read_config(folder)
     if not _installed("torch", "transformers"):
@@ -208,19 +197,17 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
     model = load(folder)
     examples = task.split(Split.DEV)[:40]
     features = task.bind(config).encode(examples, load_tokenizer(folder), max_length or max_length_of(folder))
-    names = model_inputs(features)
     groups = [in_order(len(features), 1)[0], *in_order(len(features), 8)]
-    scratch.mkdir(parents=True)
+    batches = [collate(features, group, model_inputs(features)) for group in groups]
     _log.info("%s holds no ONNX file: exporting it to a temporary folder.", folder)
-    exporter = registry.find("exporters", "onnx")()
-    batches = [collate(features, group, names) for group in groups]
+    scratch.mkdir(parents=True)
     file = scratch / FILES[Variant.FUSED].name
-    exporter.export(model, batches, file, Variant.FUSED, task.outputs)
+    registry.find("exporters", "onnx")().export(model, batches, file, Variant.FUSED, task.outputs)
     for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
-    facts = {"params": sum(parameter.numel() for parameter in model.parameters())}
-    return _Found(folder.resolve().name, file, scratch, str(Variant.FUSED), facts)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return _Model(folder.resolve().name, file, Variant.FUSED, None, {"params": params})
 
 
 def _installed(*names: str) -> bool:
@@ -230,20 +217,59 @@ def _installed(*names: str) -> bool:
         return False
 
 
-def _max_length(found: Sequence[_Found]) -> int:
-    """One length limit for all: what the first export was made with, else what every model can take."""
-    said = [facts.max_length for item in found if (facts := read_facts(item.folder)) is not None]
-    return min([*said[:1], *(max_length_of(item.folder) for item in found)])
+# -- From model files to entries ---------------------------------------------------------------------------------------------
 
 
-def _encode(
-    folder: Path, task: Task, examples: Sequence[Example], max_length: int, done: dict[tuple[bytes, str], tuple[Task, Features]]
-) -> tuple[Task, Features]:
-    """The task bound to this model's labels, and the examples as its rows; equal tokenizers and labels share them."""
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    key = (tokenizer.to_str().encode(), json.dumps([config.get("id2label"), config.get("problem_type")], sort_keys=True))
-    if key not in done:
-        bound = task.bind(config)
-        done[key] = (bound, bound.encode(examples, tokenizer, max_length))
-    return done[key]
+class _Encoder:
+    """Encodes the examples for one model after the other; models with equal tokenizers and labels share their rows."""
+
+    def __init__(self, task: Task, examples: Sequence[Example], max_length: int) -> None:
+        self.task = task
+        self.examples = examples
+        self.max_length = max_length
+        self._encoded: dict[tuple[str, str], tuple[Task, Features]] = {}
+
+    def encode(self, folder: Path) -> tuple[Task, Features]:
+        """The task bound to this model's labels, and the examples as rows for its tokenizer."""
+        config, tokenizer = read_config(folder), load_tokenizer(folder)
+        key = (tokenizer.to_str(), json.dumps([config.get("id2label"), config.get("problem_type")], sort_keys=True))
+        if key not in self._encoded:
+            bound = self.task.bind(config)
+            self._encoded[key] = (bound, bound.encode(self.examples, tokenizer, self.max_length))
+        return self._encoded[key]
+
+
+def _entries(models: Sequence[_Model], encoder: _Encoder, runtimes: Sequence[str], threads: int) -> Iterator[Entry]:
+    """Each model in each runtime that can run it. The first one counts as the dense teacher if it is fp32."""
+    baseline = True
+    for model in models:
+        task, features = encoder.encode(model.folder)
+        task = _fitted(task, model)
+        for runtime in runtimes:
+            if not installed_runtime(runtime).accepts(model.file):
+                continue
+            name = model.name if len(runtimes) == 1 else f"{model.name}, {runtime}"
+            dense = baseline and model.precision in {Variant.FUSED, Variant.FLOAT}
+            role = Standing.TEACHER_FP32 if dense else Standing.OTHER
+            yield Entry(name, role, model.precision, open_session(model.file, threads, runtime), task, features, model.known)
+            baseline = False
+
+
+def _fitted(task: Task, model: _Model) -> Task:
+    """The task with the options that were fitted when this file was made, if any were."""
+    facts = model.facts
+    if not task.fits or facts is None or facts.task.get("use") != registry.name_of(task):
+        return task
+    if not facts.fitted:
+        raise DataError(
+            f"{model.folder} was made for data of another kind: {registry.name_of(task)} needs an option that was fitted for the "
+            "file, and it has none (a SQuAD v1.1 model has no threshold below which there is no answer).",
+            help="bench it on data like those it was made for, or make it again with these.",
+        )
+    return replace(task, **facts.fitted.get(model.file.name, {}))  # type: ignore[type-var]
+
+
+def _length_limit(models: Sequence[_Model]) -> int:
+    """One length limit for all: what the first delivered folder was made with, but no more than any model can take."""
+    recorded = [model.facts.max_length for model in models if model.facts is not None]
+    return min([*recorded[:1], *(max_length_of(model.folder) for model in models)])

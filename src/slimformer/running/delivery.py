@@ -23,47 +23,34 @@ from slimformer.tasks.base import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.measuring.records import Goal
+    from slimformer.measuring.records import Goal, Heading
     from slimformer.measuring.scoring import Entry, Measurement
 from slimformer.running.rivals import Rival, facts_of, openvino_int8
 from slimformer.running.trials import Trial, _digest, _fitted, _tuned, read_notes
 
 
-def measure_all(
-    entries: Sequence[Entry], material: Material, run: Run, *, task_name: str, model: str, seconds: float
-) -> Measurement:
+def measure_all(entries: Sequence[Entry], material: Material, run: Run, heading: Heading, seconds: float) -> Measurement:
     """Everything side by side on dev: scores, sizes, speeds; the first entry is the baseline."""
     from slimformer.measuring.machine import quiet
     from slimformer.measuring.scoring import measure
+    from slimformer.measuring.timing import Rounds
 
-    return measure(
-        entries,
-        material.examples[Split.DEV],
-        baseline=entries[0].name,
-        task_name=task_name,
-        model=model,
-        rounds=30,
-        budget_seconds=seconds,
-        load=quiet(run.wait_seconds),
-        seed=run.seed,
-    )
+    load, rounds = quiet(run.wait_seconds), Rounds(30, seconds=seconds)
+    return measure(entries, material.examples[Split.DEV], heading, rounds=rounds, load=load, seed=run.seed)
 
 
 def _entry(item: Rival, material: Material, threads: int) -> Entry:
     from slimformer.measuring.scoring import Entry
-    from slimformer.measuring.timing import Engine
+    from slimformer.measuring.sessions import open_session
 
-    runtime = registry.find("runtimes", item.runtime)()
-    runner = runtime.load(item.path, threads)
+    session = open_session(item.path, threads, item.runtime)
     return Entry(
         name=item.name,
         role=item.role,
         precision=str(item.variant),
-        runner=runner,
-        engine=Engine(item.runtime, runtime.version(), threads),
-        task=_tuned(runner, material),
+        session=session,
+        task=_tuned(session, material),
         features=material.features[Split.DEV],
-        path=item.path,
         facts=item.facts or {},
     )
 
@@ -95,11 +82,11 @@ def deliver(
     `values`: how large and sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
     The ledger row and every file that another tool needs are there when this returns; a call that was killed can be made again.
     """
-    from slimformer.measuring.records import Facts, Standing
+    from slimformer.measuring.records import Facts, Heading, Standing
+    from slimformer.reporting.answers import changed_answers
     from slimformer.reporting.card import card
     from slimformer.reporting.ledger import LEDGER, append, write_facts
     from slimformer.reporting.page import Details, page
-    from slimformer.reporting.verdicts import changed
 
     material = bundle.material
     digest = _digest(recipe)
@@ -125,7 +112,7 @@ def deliver(
     own = {FILES[variant].name: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=False)}
     if openvino_file:
         own[OPENVINO.name] = entries[-1].task
-    found = measure_all(entries, material, run, task_name=task_name, model=model_name, seconds=seconds)
+    found = measure_all(entries, material, run, Heading(model_name, task_name), seconds)
     chosen = next(record for record in found.records if record.chosen)
     told = Facts(
         best=FILES[best.variant].name,
@@ -160,7 +147,8 @@ def deliver(
             notes=notes,
             stored=stored,
         )
-        differences = changed(found, material.examples[Split.DEV], rivals[0].name, chosen.name)
+        before, after = found.scored[rivals[0].name], found.scored[chosen.name]
+        differences = changed_answers(before, after, material.examples[Split.DEV])
         page(found.records, Details(changed=differences, command=command), part / "report.html")
         for record in found.records:
             append(part / LEDGER, record)

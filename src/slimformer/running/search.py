@@ -34,7 +34,6 @@ from slimformer.running.trials import (
     Trial,
     choose_trial,
     export_files,
-    load_file,
     read_trials,
     reference_of,
     save_trials,
@@ -317,7 +316,8 @@ class _Scale:
         """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
         from slimformer.core.shrink import shrink
         from slimformer.measuring.machine import quiet
-        from slimformer.measuring.timing import Engine, compare, ratio, workloads
+        from slimformer.measuring.sessions import open_session
+        from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 
         anatomy = self.context.anatomy
         try:
@@ -329,19 +329,13 @@ class _Scale:
             small = shrink(self.bundle.model, anatomy, plan)
             made = export_files(small, self.bundle.material, Path(name), [Variant.INT8_DYNAMIC], self.state.log)
             threads = self.state.threads
-            runners = {
-                "ours": load_file(made[Variant.INT8_DYNAMIC].path, threads),
-                "dense": load_file(baseline, threads),
+            sessions = {
+                "ours": open_session(made[Variant.INT8_DYNAMIC].path, threads),
+                "dense": open_session(baseline, threads),
             }
             features, _ = subset(self.bundle.material, Split.VALIDATION, 640)
-            timings = compare(
-                runners,
-                workloads(features, limit=20)[1],
-                engines=dict.fromkeys(runners, Engine("onnxruntime", "", threads)),
-                load=quiet(self.state.wait_seconds),
-                rounds=40,
-                budget_seconds=8,
-            )
+            workload = workloads(features, limit=20)[1]
+            timings = compare(sessions, workload, Rounds(40, seconds=8.0), quiet(self.state.wait_seconds))
         found = ratio(timings["dense"], timings["ours"]).median
         if found < wanted / 1.1 and all(site.sublayer is None for site in anatomy.after(plan).sites.values()):
             raise _out_of_reach(wanted, found)

@@ -149,22 +149,20 @@ def try_out(
 ) -> list[Trial]:
     """Each file on validation examples, side by side with the teacher's fp32 file."""
     from slimformer.measuring.machine import quiet
-    from slimformer.measuring.timing import Engine, compare, ratio, workloads
+    from slimformer.measuring.sessions import open_session
+    from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 
     material = bundle.material
-    runners = {str(variant): load_file(path, run.threads) for variant, path in files.items()}
+    sessions = {str(variant): open_session(path, run.threads) for variant, path in files.items()}
     scores, losses = {}, {}
-    for name, runner in runners.items():
-        scores[name], losses[name] = loss_of(runner, material, reference)
-    runners["teacher"] = load_file(baseline, run.threads)
-    engine = Engine("onnxruntime", registry.find("runtimes", "onnxruntime")().version(), run.threads)
+    for name, session in sessions.items():
+        scores[name], losses[name] = loss_of(session, material, reference)
+    sessions["teacher"] = open_session(baseline, run.threads)
     state = quiet(run.wait_seconds)
-    speeds: dict[str, list[float]] = {name: [] for name in runners}
+    speeds: dict[str, list[float]] = {name: [] for name in sessions}
     features, _ = subset(material, Split.VALIDATION, 640)
     for workload in workloads(features, limit=20)[::-1]:
-        timings = compare(
-            runners, workload, engines=dict.fromkeys(runners, engine), load=state, rounds=30, budget_seconds=seconds
-        )
+        timings = compare(sessions, workload, Rounds(30, seconds=seconds), state)
         for name, timing in timings.items():
             speeds[name].append(ratio(timings["teacher"], timing).median)
     trials = [

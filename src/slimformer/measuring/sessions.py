@@ -1,0 +1,53 @@
+"""Opens model files in runtimes: what is timed and scored is a `Session`, a file that is ready to be called.
+
+A session carries the runtime's name, version and threads along, so that no time is ever written down without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slimformer import registry
+from slimformer.errors import ExtraError
+from slimformer.runtimes.base import Runner, Runtime
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The runtime that runs a model, its version and its threads."""
+
+    runtime: str
+    version: str
+    threads: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model file that is open in a runtime. Calling it runs one batch: input name -> array in, output name -> array out."""
+
+    runner: Runner
+    engine: Engine
+    path: Path | None = None
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.runner(batch)
+
+
+def installed_runtime(name: str) -> Runtime:
+    """The runtime of that name; ExtraError if its engine is not installed, RecipeError if there is no such runtime."""
+    runtime: Runtime = registry.find("runtimes", name)()
+    if not runtime.available():
+        extra = f"slimformer[{runtime.extra}]" if runtime.extra else name
+        raise ExtraError(f"the runtime '{name}' is not installed.", help=f"pip install '{extra}'")
+    return runtime
+
+
+def open_session(path: Path, threads: int, runtime: str = "onnxruntime") -> Session:
+    """A model file, opened in a runtime with that many threads; ExtraError if the runtime is not installed."""
+    engine = installed_runtime(runtime)
+    return Session(engine.load(path, threads), Engine(runtime, engine.version(), threads), path)
