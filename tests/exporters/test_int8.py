@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from tiny import batch, factored_context, tiny
+from tiny import WEIGHT_BITS, batch, factored_context, tiny
 
 from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
@@ -108,7 +108,8 @@ def test_an_input_that_never_moves_is_told_and_computed(tmp_path: Path) -> None:
             tensor.zero_()
     note = "1 inputs are constant on the calibration data, their ranges a guess"
     for variant in (Variant.INT8_STATIC, Variant.INT8_FUSED, Variant.INT8_DYNAMIC):
-        artifact = Onnx(agreement=0.0).export(model, arrays(model), tmp_path / f"{variant}.onnx", variant)
+        exporter = Onnx(WEIGHT_BITS, agreement=0.0)
+        artifact = exporter.export(model, arrays(model), tmp_path / f"{variant}.onnx", variant)
         assert note in artifact.notes
         got = OnnxRuntime().load(artifact.path, threads=1)(arrays(model)[0])["logits"]
         np.testing.assert_allclose(got, logits(model, arrays(model)[0]), atol=0.3)
