@@ -13,7 +13,7 @@ from torch import nn
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
-from slimformer.hooks import capture
+from slimformer.hooks import attention
 from slimformer.hooks.capture import capturing
 from slimformer.methods.base import Capture
 
@@ -127,7 +127,7 @@ def test_looking_leaves_no_trace(failing: bool) -> None:
             pass
         assert hooks(model) == 0
         assert model.config._attn_implementation == "sdpa"
-        assert not capture._WATCHED
+        assert not attention._SLOTS
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
 

@@ -12,7 +12,7 @@ from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.attention import quick_attention
 from slimformer.hooks.capture import capturing
-from slimformer.hooks.points import quantized, touched
+from slimformer.hooks.points import quantized_inputs, touched
 from slimformer.methods.base import Capture
 
 MODEL = tiny("bert")
@@ -114,7 +114,7 @@ def test_quantized_inputs_lie_on_their_grids_and_floats_do_not():
         module.register_forward_hook(lambda _, args, __, name=name: seen.__setitem__(name, args[0]))
         for name, module in zip(names, (layer.intermediate.dense, layer.output.dense), strict=True)
     ]
-    with quantized(MODEL, ANATOMY, ranges, floats=names[1:]), torch.no_grad():
+    with quantized_inputs(MODEL, ANATOMY, ranges, floats=names[1:]), torch.no_grad():
         MODEL(**INPUTS)
     for handle in handles:
         handle.remove()

@@ -18,7 +18,7 @@ from slimformer.exporters._onnx import rewrite as graphs
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
-from slimformer.hooks.points import quantized
+from slimformer.hooks.points import quantized_inputs
 from slimformer.measuring import machine
 from slimformer.methods.quantization import Quantization
 from slimformer.running.rescue import Products, products_of
@@ -73,7 +73,7 @@ def test_integers_equal_the_model_with_fake_quantization(model_type: str, bits: 
         gaps, top, plain = [], 0.0, 0.0
         for inputs in arrays(model, UNSEEN, seed=50):
             got = run(inputs)["logits"]
-            with quantized(model, anatomy_of(model), ranges):
+            with quantized_inputs(model, anatomy_of(model), ranges):
                 expected = logits(model, inputs)
             gaps.append(np.abs(got - expected).max(axis=1))
             top = max(top, float(np.abs(expected).max()))

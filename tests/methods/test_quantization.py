@@ -16,7 +16,7 @@ from slimformer.core.shrink import shrink
 from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
-from slimformer.hooks.points import quantized
+from slimformer.hooks.points import quantized_inputs
 from slimformer.log import Log
 from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
@@ -104,7 +104,7 @@ def test_the_model_that_leaves_computes_what_was_trained(model_type):
         state.close()
         assert torch.equal(model(**inputs).logits, plain)
         small = shrink(model, around.anatomy, decision)
-        with quantized(small, anatomy_of(small), decision.ranges):
+        with quantized_inputs(small, anatomy_of(small), decision.ranges):
             left = small(**inputs).logits
         assert not torch.equal(trained, plain)
         torch.testing.assert_close(left, trained, atol=1e-5, rtol=1e-5)

@@ -247,9 +247,9 @@ class OnnxDraft(Draft):
         """What the file should give: the model's outputs, with its inputs on the grids where those were learned."""
         if self.ranges is None or not self._learned(variant):
             return self.reference
-        from slimformer.hooks.points import quantized
+        from slimformer.hooks.points import quantized_inputs
 
-        with _eval(self.model), quantized(self.model, self.anatomy, self.ranges, floats):
+        with _eval(self.model), quantized_inputs(self.model, self.anatomy, self.ranges, floats):
             return [_torch_outputs(self.model, self.names, batch, self.outputs) for batch in self.batches]
 
     def _graph(self, variant: str, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:

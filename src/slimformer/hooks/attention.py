@@ -1,44 +1,65 @@
-"""Attention for training on a CPU: two matrix products and a softmax where the scores are small, fused attention where they are large.
+"""Attention with slots: contexts look at its scores or replace its softmax, and training on a CPU takes the faster way to compute it.
 
-PyTorch's fused attention saves memory, but its backward pass on a CPU takes longer than everything else in a small encoder
-(measured: docs/decisions/0003-training-loop.md). Up to `LARGEST` scores a layer the plain products are 1.3 to 1.7 times as fast a
-training step; beyond, the scores no longer fit the allocator's reused blocks and fused attention wins. The numbers are the same up
-to rounding.
+One function is registered with transformers for all contexts here, so that they nest in any order. Without a slot a module's attention
+is PyTorch's fused one, which saves memory, but whose backward pass on a CPU takes longer than everything else in a small encoder
+(measured: docs/decisions/0003-training-loop.md). Up to `MOST_SCORES` scores a layer, two plain products and a softmax make a training
+step 1.3 to 1.7 times as fast; beyond, the scores no longer fit the allocator's reused blocks. The numbers are the same up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, matmul, nn
 
-LARGEST = 16 << 20  # scores of a layer, batch * heads * seq * seq
-NAME = "slimformer_quick"  # our name among transformers' attention functions
-# Attention module -> the softmax it computes with instead; whichever of our attention functions is at work asks here.
-SOFTMAX: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
+MOST_SCORES = 16 << 20  # of a layer, batch * heads * seq * seq
+ATTENTION_NAME = "slimformer"  # our name among transformers' attention functions
 
 
-def attend(
-    module: nn.Module, scores: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """What follows the scores (batch, heads, seq, seq): mask, softmax, dropout and the mixing of `value`."""
-    masked = scores if attention_mask is None else scores + attention_mask
-    own = SOFTMAX.get(module)
-    shares = nn.functional.softmax(masked, dim=-1) if own is None else own(masked)
-    weights = nn.functional.dropout(shares, p=dropout, training=module.training)
-    mixed = matmul(weights, value).transpose(1, 2).contiguous()  # (batch, seq, heads, head_dim)
-    return mixed, weights
+@dataclass(frozen=True)
+class Slot:
+    """What a context asks of one attention module while it lasts.
+
+    `see_scores` gets the scaled scores before the mask, (batch, heads, seq, seq). `softmax` is computed instead of the usual one;
+    of several nested contexts the innermost counts.
+    """
+
+    see_scores: Callable[[Tensor], None] | None = None
+    softmax: Callable[[Tensor], Tensor] | None = None
 
 
-def score(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
-    """Scaled scores before the mask: (batch, heads, seq, seq)."""
-    return matmul(query, key.transpose(2, 3)) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+_SLOTS: WeakKeyDictionary[nn.Module, list[Slot]] = (
+    WeakKeyDictionary()
+)  # attention module -> slots, the outermost context's first
 
 
-def _quick(
+@contextmanager
+def attending(model: nn.Module, slots: Mapping[str, Slot]) -> Iterator[None]:
+    """Computes the attentions of `model` here while the context lasts; `slots`: name of an attention module -> its slot."""
+    _register()
+    modules = {model.get_submodule(name): slot for name, slot in slots.items()}
+    for module, slot in modules.items():
+        _SLOTS.setdefault(module, []).append(slot)
+    try:
+        with _attention_named(model, ATTENTION_NAME):
+            yield
+    finally:
+        for module, slot in modules.items():
+            _SLOTS[module].remove(slot)
+            if not _SLOTS[module]:
+                del _SLOTS[module]
+
+
+def quick_attention(model: nn.Module) -> AbstractContextManager[None]:
+    """Trains `model` with the faster of two attentions on a CPU while the context lasts; on other devices nothing changes."""
+    return attending(model, {}) if next(model.parameters()).device.type == "cpu" else nullcontext()
+
+
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -48,51 +69,52 @@ def _quick(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    small = query.requires_grad and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= LARGEST
-    if small or module in SOFTMAX:
-        return attend(module, score(query, key, scaling), value, attention_mask, dropout)
-    mask = None if attention_mask is None else attention_mask.to(query.dtype)
-    mixed = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout if module.training else 0.0, scale=scaling
-    )
-    return mixed.transpose(1, 2).contiguous(), None
+    slots = _SLOTS.get(module, [])
+    size = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    if not slots and not (query.requires_grad and size <= MOST_SCORES):
+        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout if module.training else 0.0, scale=scaling
+        )
+        return mixed.transpose(1, 2).contiguous(), None
+    scores = matmul(query, key.transpose(2, 3)) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    for slot in slots:
+        if slot.see_scores is not None:
+            slot.see_scores(scores)  # (batch, heads, seq, seq)
+    masked = scores if attention_mask is None else scores + attention_mask
+    softmax = next((slot.softmax for slot in reversed(slots) if slot.softmax is not None), _softmax)
+    weights = nn.functional.dropout(softmax(masked), p=dropout, training=module.training)
+    return matmul(weights, value).transpose(1, 2).contiguous(), weights  # (batch, seq, heads, head_dim)
 
 
-@contextmanager
-def quick_attention(model: nn.Module) -> Iterator[None]:
-    """Trains `model` with the faster of the two on a CPU while the context lasts; on other devices nothing changes."""
-    if next(model.parameters()).device.type != "cpu":
-        yield
-        return
+def _softmax(scores: Tensor) -> Tensor:
+    return nn.functional.softmax(scores, dim=-1)
+
+
+def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-    AttentionInterface.register(NAME, _quick)
-    AttentionMaskInterface.register(NAME, eager_mask)  # a float mask to be added, good for both
-    with attention_named(model, NAME):
-        yield
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)  # a float mask to be added; without one padding would be seen
 
 
 @contextmanager
-def attention_named(model: nn.Module, name: str) -> Iterator[None]:
+def _attention_named(model: nn.Module, name: str) -> Iterator[None]:
     """Lets every config in `model` name this attention function while the context lasts."""
-    changed = [(config, config._attn_implementation) for config in _configs(model)]
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
-        for config, _ in changed:
+        for config, _ in before:
             config._attn_implementation = name
         yield
     finally:
-        for config, before in changed:
-            config._attn_implementation = before
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 def _configs(model: nn.Module) -> list[Any]:
     """Each config that some module of `model` reads its attention function from, once."""
     from transformers import PretrainedConfig
 
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
+    configs = [config for module in model.modules() if isinstance(config := getattr(module, "config", None), PretrainedConfig)]
+    return list({id(config): config for config in configs}.values())

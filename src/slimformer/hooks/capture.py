@@ -1,24 +1,22 @@
 """Sees inside a forward pass: outputs, hidden states and attention scores, as methods ask for them.
 
-Hidden states come from forward hooks on the modules an anatomy names, scores from an attention function registered with
-transformers; both are gone when the context ends. Never `output_hidden_states=True`: transformers then leaves its own hooks on
-the model for good, and a module that was replaced shifts the list. Where no scores are asked for, attention is left as it is.
+Hidden states come from forward hooks on the modules that an anatomy names, scores from `attention.py`; both are gone when the
+context ends. `output_hidden_states=True` is never used: transformers then leaves its own hooks on the model for good, and a module
+that was replaced shifts the list. If no scores are asked for, attention is left as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy
-from slimformer.hooks.attention import attend, attention_named, score
+from slimformer.hooks.attention import Slot, attending
 from slimformer.methods.base import Capture, Captured
-
-ATTENTION = "slimformer_scores"  # our name among transformers' attention functions
 
 
 class Recorder:
@@ -58,52 +56,18 @@ class Recorder:
 def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) -> Iterator[Recorder]:
     """Watches `model` while the context lasts: call it, then `recorder.take(output)`. Leaves no trace on it."""
     recorder = Recorder(len(anatomy.layers), needs)
-    handles: list[Any] = []
-    attentions: list[nn.Module] = []
     with ExitStack() as stack:
-        stack.callback(lambda: [handle.remove() for handle in handles])
-        stack.callback(lambda: [_WATCHED.pop(module, None) for module in attentions])
         if Capture.HIDDEN in recorder.needs:
             for index, name in enumerate((anatomy.embedding, *anatomy.layers)):
-                handles.append(model.get_submodule(name).register_forward_hook(_hidden_hook(recorder, index)))
+                hook = model.get_submodule(name).register_forward_hook(_hidden_hook(recorder, index))
+                stack.callback(hook.remove)
         if Capture.SCORES in recorder.needs:
-            _register()
-            for layer, attention in enumerate(anatomy.attentions):
-                if attention is not None:
-                    module = model.get_submodule(attention)
-                    _WATCHED[module] = (recorder, layer)
-                    attentions.append(module)
-            stack.enter_context(attention_named(model, ATTENTION))
+            attentions = enumerate(anatomy.attentions)
+            slots = {
+                name: Slot(see_scores=partial(recorder.see_scores, layer)) for layer, name in attentions if name is not None
+            }
+            stack.enter_context(attending(model, slots))
         yield recorder
-
-
-_WATCHED: WeakKeyDictionary[nn.Module, tuple[Recorder, int]] = WeakKeyDictionary()  # attention module -> who watches it
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention as transformers' eager functions compute it, which shows its scores to the watcher of `module`."""
-    scores = score(query, key, scaling)
-    watcher = _WATCHED.get(module)
-    if watcher is not None:
-        watcher[0].see_scores(watcher[1], scores)
-    return attend(module, scores, value, attention_mask, dropout)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
-
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, eager_mask)  # a float mask to be added; without one padding would be seen
 
 
 def _hidden_hook(recorder: Recorder, index: int) -> Any:

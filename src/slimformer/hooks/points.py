@@ -1,8 +1,7 @@
 """The only code that reaches activations at points: each passes through a function while a context lasts.
 
-Inputs and outputs of modules by hooks, the parts of a LayerNorm by computing it in parts, those of a softmax inside an attention
-function registered with transformers (as `capture.py` and `attention.py` do; any of ours looks for it, so that they may nest).
-Observers and quantizers are such functions. Nothing is left when the context ends.
+Inputs and outputs of modules are reached by hooks, the parts of a LayerNorm by computing it in parts, those of a softmax in
+`attention.py`. Observers and quantizers are such functions. Nothing is left when the context ends.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ from torch import Tensor, nn
 from slimformer.core.anatomy import Anatomy, Point, PointRole
 from slimformer.core.ranges import Ranges
 from slimformer.errors import PlanError, nearest
-from slimformer.hooks.attention import SOFTMAX, attend, attention_named, score
+from slimformer.hooks.attention import Slot, attending
 from slimformer.hooks.weights import Change, computing
 from slimformer.quantizing.grids import affine, fake
-
-NAME = "slimformer_points"  # our name among transformers' attention functions
 
 
 @contextmanager
@@ -48,17 +45,14 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
                 parts.setdefault(point.modules[0], {})[point.side] = change
                 (attentions if point.role is PointRole.SOFTMAX else norms).add(point.modules[0])
         stack.enter_context(computing(model, {name: _norm(parts[name]) for name in norms}))
-        for name in attentions:
-            attention = model.get_submodule(name)
-            stack.callback(_forget, attention)
-            SOFTMAX[attention] = _softmax(parts[name])
         if attentions:
-            _register()
-            stack.enter_context(attention_named(model, NAME))
+            stack.enter_context(attending(model, {name: Slot(softmax=_softmax(parts[name])) for name in attentions}))
         yield
 
 
-def quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()) -> AbstractContextManager[None]:
+def quantized_inputs(
+    model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()
+) -> AbstractContextManager[None]:
     """Lets a model whose weights are on their grids compute as the int8 files do: what its Linears read is quantized.
 
     `floats`: points whose matrices stay in float.
@@ -75,10 +69,6 @@ def quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collec
 
     chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
     return touched(model, anatomy, {point.id: change(point) for point in chosen if point.id in ranges.activations})
-
-
-def _forget(attention: nn.Module) -> None:
-    SOFTMAX.pop(attention, None)
 
 
 class _Once:
@@ -142,24 +132,3 @@ def _softmax(parts: Mapping[str, Change]) -> Change:
         return quotient(above / below).to(scores.dtype)
 
     return softmax
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    return attend(module, score(query, key, scaling), value, attention_mask, dropout)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
-
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, eager_mask)  # a float mask to be added
