@@ -9,7 +9,7 @@ from torch import tensor
 
 from slimformer.core.ranges import Range
 from slimformer.exporters._onnx import rewrite as graphs
-from slimformer.quantizing.grids import RunningRange, affine, fake, grid_of, symmetric
+from slimformer.quantizing.grids import RunningRange, affine, fake, symmetric, weight_grid
 
 
 def test_the_papers_quantizer_worked_by_hand():
@@ -40,18 +40,18 @@ def test_it_is_the_grid_that_files_use(bits):
         np.testing.assert_array_equal(mine.integers(values).numpy() + zero, theirs)
     weight = torch.randn(5, 7, generator=generator)
     integers, scales = graphs.quantized(weight.numpy(), 0, graphs.WeightCoding(bits))
-    grid = grid_of(weight, bits, rows=True, even=True)
+    grid = weight_grid(weight, bits, rows=True, even=True)
     np.testing.assert_array_equal(grid.integers(weight).numpy(), integers)
     again, _ = graphs.quantized(fake(weight, grid).numpy(), 0, graphs.WeightCoding(bits))
     np.testing.assert_array_equal(again, integers)  # what lies on a grid is found there again
     np.testing.assert_array_equal(grid.step[:, 0].numpy(), scales)
-    whole = grid_of(weight, bits, rows=False, even=True)
+    whole = weight_grid(weight, bits, rows=False, even=True)
     for axis in (0, 1):
         again, scales = graphs.quantized(fake(weight, whole).numpy(), axis, graphs.WeightCoding(bits, whole=True))
         np.testing.assert_array_equal(again, whole.integers(weight).numpy())
         np.testing.assert_array_equal(scales, np.full(weight.shape[axis], whole.step.item(), dtype=np.float32))
     terms = torch.stack([weight, 3 * weight])
-    assert grid_of(terms, bits, rows=False, even=True).step.shape == (2, 1, 1)
+    assert weight_grid(terms, bits, rows=False, even=True).step.shape == (2, 1, 1)
 
 
 def test_symmetric_grids_worked_by_hand():
@@ -59,13 +59,13 @@ def test_symmetric_grids_worked_by_hand():
     assert fake(tensor([-9.0, -6.6, 0.5, 1.5, 7.0]), grid).tolist() == [-7, -7, 0, 2, 7]  # ties go to even
     assert fake(tensor([0.0]), symmetric(tensor(0.0), 4)).item() == 0.0
     weight = tensor([[7.0, 1.2], [0.7, 0.12]])
-    torch.testing.assert_close(fake(weight, grid_of(weight, 4, rows=True, even=True)), tensor([[7.0, 1.0], [0.7, 0.1]]))
-    torch.testing.assert_close(fake(weight, grid_of(weight, 4, rows=False, even=True)), tensor([[7.0, 1.0], [1.0, 0.0]]))
+    torch.testing.assert_close(fake(weight, weight_grid(weight, 4, rows=True, even=True)), tensor([[7.0, 1.0], [0.7, 0.1]]))
+    torch.testing.assert_close(fake(weight, weight_grid(weight, 4, rows=False, even=True)), tensor([[7.0, 1.0], [1.0, 0.0]]))
 
 
 def test_affine_weights_reach_their_extremes():
     weight = tensor([[-1.0, 2.0, 0.4], [0.0, 3.0, 1.4]])
-    found = fake(weight, grid_of(weight, 2, rows=True, even=False, exact_zero=False))
+    found = fake(weight, weight_grid(weight, 2, rows=True, even=False, exact_zero=False))
     assert found.tolist() == [[-1, 2, 0], [0, 3, 1]]
 
 
@@ -80,7 +80,7 @@ def test_gradients_pass_inside_and_stop_where_values_are_clamped():
 @pytest.mark.parametrize("even", [True, False])
 def test_no_weight_loses_its_gradient_on_a_grid_of_its_own_extremes(bits, even):
     weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    fake(weight, grid_of(weight, bits, rows=True, even=even, exact_zero=False)).sum().backward()
+    fake(weight, weight_grid(weight, bits, rows=True, even=even, exact_zero=False)).sum().backward()
     assert bool((weight.grad == 1).all())
 
 

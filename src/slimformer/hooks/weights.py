@@ -1,9 +1,9 @@
-"""The only code that masks weights, or lets a module compute with changed ones, while a context lasts; after it all is as before.
+"""Masks weights, changes them or lets a module compute in another way, while a context lasts; after it all is as before.
 
-Parameters keep their names, objects and places in `state_dict`, so that optimisers, saved states and digests see nothing; that
-is why this swaps the tensor inside `forward` and is no torch parametrisation, which renames. Gradients reach weight and mask.
-One rule for shapes: each axis of a mask divides the weight's, and one entry covers a block; (rows, 1) masks rows, (1, 1) all.
-Blocks that do not divide a matrix are refused, not padded. Units are masked in `gating.py`, shapes change in `shrink.py`.
+Parameters keep their names, objects and places in `state_dict`, so that optimisers, saved states and digests see nothing. Therefore
+the tensor is swapped inside `forward`; a torch parametrisation would rename it. Gradients reach weight and mask. One rule for shapes:
+each axis of a mask divides the weight's, and one entry covers a block; (rows, 1) masks rows, (1, 1) all. Blocks that do not divide a
+matrix are refused, not padded. Units are masked in `gating.py`, shapes change in `shrink.py`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from slimformer.hooks.points import touched
 from slimformer.hooks.weights import Change, changed_weights
 from slimformer.methods.base import Context, Method, Progress, State
 from slimformer.quantizing.calibration import TABLE_ROWS
-from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, affine, fake, grid_of
+from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, affine, fake, weight_grid
 
 BITS = (8, 6, 4)
 READING = (PointRole.MATRIX, PointRole.HEAD)  # points whose modules are Linears, with a weight to quantize
@@ -171,12 +171,12 @@ class Quantization(Method):
 
     def weight_grid(self, weight: Tensor) -> Grid:
         rows = self.buckets == "row" and weight.ndim > 1
-        return grid_of(weight, self.weights, rows=rows, even=self.grid == "symmetric", exact_zero=self.exact_zero)
+        return weight_grid(weight, self.weights, rows=rows, even=self.grid == "symmetric", exact_zero=self.exact_zero)
 
     def table_grid(self, rows: Tensor) -> Grid:
         assert self.embeddings is not None
         even = self.grid == "symmetric"
-        return grid_of(rows, self.embeddings, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
+        return weight_grid(rows, self.embeddings, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
 
     def attach(self, context: Context) -> State:
         return _State(context, self)

@@ -60,7 +60,7 @@ def symmetric(largest: Tensor, bits: int) -> Grid:
     return Grid(step, torch.zeros_like(step), torch.full_like(step, -top), torch.full_like(step, top))
 
 
-def grid_of(weight: Tensor, bits: int, *, rows: bool, even: bool, exact_zero: bool = True) -> Grid:
+def weight_grid(weight: Tensor, bits: int, *, rows: bool, even: bool, exact_zero: bool = True) -> Grid:
     """The grid of a weight from its own extremes, a bucket per row (the output dimension, or a word) or one for a matrix."""
     weight = weight.detach()
     along = -1 if rows else tuple(range(-min(weight.ndim, 2), 0))  # of several terms each is a matrix

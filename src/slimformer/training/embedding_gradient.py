@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from slimformer.hooks.weights import computing
+
 
 class Lookup:
     """The kept gradient of one embedding: `gather` after each backward pass, `clear` before the next."""
@@ -85,8 +87,5 @@ def kept_gradient(embedding: nn.Module | None) -> Iterator[Lookup | None]:
         return
     lookup = Lookup(cast(nn.Embedding, embedding))
     read: Any = _Read.apply
-    embedding.forward = lambda input: read(embedding.weight, input, lookup)
-    try:
+    with computing(embedding, {"": lambda module, ids: read(module.weight, ids, lookup)}):
         yield lookup
-    finally:
-        del embedding.forward
