@@ -307,9 +307,8 @@ def test_commands_and_options_exist(page: Path) -> None:
     from slimformer.cli import app
 
     commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    options = {
-        name: {flag for item in made.params for flag in (*item.opts, *item.secondary_opts)} for name, made in commands.items()
-    }
+    params = {name: made.get_params(made.context_class(made)) for name, made in commands.items()}
+    options = {name: {flag for item in some for flag in (*item.opts, *item.secondary_opts)} for name, some in params.items()}
     text = page.read_text(encoding="utf-8")
     code = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^    (.+)$", text, re.MULTILINE)]
     for line in code:

@@ -27,12 +27,13 @@ from slimformer.measuring.records import Facts, Goal, Interval, Layer, Record, S
 from slimformer.measuring.scoring import bootstrap
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
 from slimformer.reporting.answers import ChangedAnswer
-from slimformer.reporting.card import card, snippet
+from slimformer.reporting.card import card
 from slimformer.reporting.ledger import append, read_facts, read_records, write_facts
 from slimformer.reporting.page import Details, page, report
 from slimformer.reporting.svg import Mark, bars, scatter, ticks
 from slimformer.reporting.terminal import table
 from slimformer.reporting.verdicts import against, choice, frontier, judge, tally
+from slimformer.tasks.classification import Classification
 
 MACHINE = Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0", "numpy": "2.4"})
 
@@ -426,9 +427,12 @@ def test_bars_show_what_is_gone() -> None:
 # -- The model card ----------------------------------------------------------------------------------------------------------
 
 
+TASK = Classification(kind="classes", labels=("bad", "good"))
+
+
 def make_card(folder: Path, **changes: Any) -> str:
     ours = replace(rows()[2], name="small | model", file="model_int8_ort.onnx", precision="int8_dynamic")
-    given: dict[str, Any] = {"texts": [("great film",), ('dull "dull" ```',)], "max_length": 16, **changes}
+    given: dict[str, Any] = {"texts": [("great film",), ('dull "dull" ```',)], "max_length": 16, "task": TASK, **changes}
     return card(folder, ours, [BASE, ours], **given)
 
 
@@ -471,5 +475,6 @@ def test_a_score_is_printed_as_a_number(tmp_path: Path) -> None:
     folder = export(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "score"}, "problem_type": "regression"}))
-    assert 'print(session.run(["logits"], feeds)[0][:, 0])' in snippet(folder, "model.onnx", [("a", "b")], 16)
-    assert 'encode_batch([("a", "b")])' in snippet(folder, "model.onnx", [("a", "b")], 16)
+    shown = Classification(kind="score").snippet(folder, "model.onnx", [("a", "b")], 16)
+    assert 'print(session.run(["logits"], feeds)[0][:, 0])' in shown
+    assert 'encode_batch([("a", "b")])' in shown

@@ -1,23 +1,89 @@
 """The command line: compress | run | bench | report | inspect | list | check | demo.
 
 Each command is a few lines over a function that Python users call too. Errors a person can act on become one message and exit
-status 2; anything else is a bug and keeps its traceback. Heavy imports happen inside commands, so that --help is quick.
+status 2; anything else is a bug and keeps its traceback. Heavy imports stand inside commands, and the options of tasks are collected
+only for the commands that have them, so that --help is quick.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+from typer.main import get_command
 
-from slimformer.errors import SlimformerError
+from slimformer import registry
+from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 
 if TYPE_CHECKING:
     from slimformer.tasks.base import Task
+
+DEFAULT_TASK = "classification"  # if no task is named and the model does not say what it is for
+
+
+@cache
+def _task_params() -> tuple[Any, ...]:
+    """The option --task and the options of all tasks, ours and third parties'; tasks that share an option share its line."""
+    tasks = _tasks()
+    aliases = [alias for cls in tasks.values() for alias in cls.aliases]
+    helps: dict[str, dict[str, list[str]]] = {}
+    numbers: set[str] = set()
+    for name, cls in tasks.items():
+        hints = get_type_hints(cls)
+        for flag, item in cls.flags().items():
+            helps.setdefault(flag, {}).setdefault(item.metadata["help"], []).append(name)
+            numbers |= {flag} if hints[item.name] is int else set()
+
+    def text(flag: str) -> str:
+        parts = helps[flag].items()
+        return " ".join(part if len(users) == len(tasks) else f"{part[:-1]} ({', '.join(users)})." for part, users in parts)
+
+    shown = f"{', '.join((*tasks, *aliases))}; by default what the model is for."
+    options = {"task": typer.Option("--task", help=shown, metavar="<name>")}
+    for flag in helps:
+        options[flag.strip("-").replace("-", "_")] = typer.Option(
+            flag, help=text(flag), metavar="<int>" if flag in numbers else "<text>"
+        )
+
+    def holder(**_: Any) -> None:
+        """Only its signature is used."""
+
+    hints = {name: Annotated[str | None, made] for name, made in options.items()}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, keyword, default=None, annotation=hint) for name, hint in hints.items()]
+    holder.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    holder.__annotations__ = hints
+    app = typer.Typer(add_completion=False)
+    app.command()(holder)
+    return tuple(get_command(app).params)
+
+
+class _TaskCommand(TyperCommand):
+    """A command with the options of all tasks. Its function finds those that were given in the context: flag -> text.
+
+    An option of the command itself goes before one of a task with the same flag.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        flags = {flag for param in params for flag in param.opts}
+        first = next(place for place, param in enumerate(params) if not param.required)
+        return [*params[:first], *(param for param in _task_params() if param.opts[0] not in flags), *params[first:]]
+
+    def invoke(self, ctx: Any) -> Any:
+        own = {param.name for param in self.params}
+        texts = {param.opts[0]: ctx.params.pop(param.name) for param in _task_params() if param.name not in own}
+        ctx.obj = {flag: text for flag, text in texts.items() if text is not None}
+        return super().invoke(ctx)
+
 
 app = typer.Typer(
     help="Makes a fine-tuned transformer several times smaller and faster, as a plain file, with the proof.",
@@ -29,55 +95,34 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")]
-TaskName = Annotated[
-    str | None,
-    typer.Option("--task", help="glue/sst2, question_answering, squad, squad_v2, intents, ...; else what the model is for."),
-]
-Data = Annotated[str | None, typer.Option(help="A folder with train and dev files, one file, or a hub name.")]
-Text = Annotated[str | None, typer.Option(help="Column of the text; guessed if there is an obvious one.")]
-TextPair = Annotated[str | None, typer.Option(help="Column of the second text, for tasks on pairs.")]
-Label = Annotated[str | None, typer.Option(help="Column of the label.")]
-Metric = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, spearman, ...; the task's own by default.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens an input may have; longer ones are cut off.")]
-Stride = Annotated[int | None, typer.Option(help="Tokens that windows on a long context share; for questions.")]
-TrainRows = Annotated[str | None, typer.Option(help="A number of training rows, or a JSON file of row numbers (or ids).")]
-Out = Annotated[Path, typer.Option(help="Folder for the result; the same command in it resumes a run that was cut off.")]
+Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
-Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait, before each timing, for a quiet machine.")]
+Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for a quiet machine before each timing.")]
 
 
-@app.command()
-def compress(
-    model: Model,
+@app.command("compress", cls=_TaskCommand)
+def compress_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
     out: Out,
-    task: TaskName = None,
-    data: Data = None,
-    text: Text = None,
-    text_pair: TextPair = None,
-    label: Label = None,
-    metric: Metric = None,
-    max_length: MaxLength = None,
-    stride: Stride = None,
-    train_rows: TrainRows = None,
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model (ONNX Runtime fp32, batch 32).")] = 3.0,
     max_loss: Annotated[float, typer.Option(help="Points of the metric that may be lost.")] = 1.0,
     epochs: Annotated[
-        float | None, typer.Option(help="Epochs of distillation, augmented rows counted; by default the data's size decides.")
+        float | None, typer.Option(help="Epochs of distillation, augmented rows counted; the data's size decides by default.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
-    tries: Annotated[int, typer.Option(help="Budgets to train at most, when the loss is too large.")] = 3,
+    tries: Annotated[int, typer.Option(help="Most budgets to train, if the loss is too large.")] = 3,
     rivals: Annotated[
-        bool, typer.Option(help="Train the smaller dense rival too: the honest comparison takes its time.")
+        bool, typer.Option(help="Also train a smaller dense model to compare with, which takes as long again.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 17,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
     """Make a model smaller and faster: tune if needed, cut, distil, int8, verify, report."""
     from slimformer.running.recipe import RIVALS
-    from slimformer.running.search import Wishes
-    from slimformer.running.search import compress as make
+    from slimformer.running.search import Wishes, compress
 
     wishes = Wishes(
         speedup=speedup,
@@ -89,41 +134,35 @@ def compress(
         tries=tries,
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
     )
-    chosen = _task(task, data, text, text_pair, label, metric, max_length, train_rows, stride, model)
-    _show(make(model, chosen, out, wishes, command=_command(), threads=threads, wait_seconds=wait))
+    task = _task(context.obj, model)
+    _show(compress(model, task, out, wishes, command=_command(), threads=threads, wait_seconds=wait))
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Out,
     threads: Threads = None,
     wait: Wait = 60.0,
     cache: Annotated[
         Path | None,
-        typer.Option(help="A folder where runs share what is made of a teacher; gigabytes, and they stay."),
+        typer.Option(help="A folder in which runs share what they make of a teacher; it takes gigabytes, and they stay."),
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
     from slimformer.running.reader import read_recipe
-    from slimformer.running.runner import run as carry_out
+    from slimformer.running.runner import run
 
-    _show(carry_out(read_recipe(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
+    _show(run(read_recipe(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
-@app.command()
-def bench(
+@app.command("bench", cls=_TaskCommand)
+def bench_command(
+    context: typer.Context,
     models: Annotated[list[Path], typer.Argument(help="Model folders or ONNX files to compare, the baseline first.")],
-    task: TaskName = None,
-    data: Data = None,
-    text: Text = None,
-    text_pair: TextPair = None,
-    label: Label = None,
-    metric: Metric = None,
-    max_length: MaxLength = None,
-    stride: Stride = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens an input may have; what the models allow by default.")] = None,
     runtime: Annotated[list[str] | None, typer.Option(help="onnxruntime by default; may be given several times.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="How long each of the two workloads is timed.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds to time each of the two workloads.")] = 60.0,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
@@ -131,61 +170,60 @@ def bench(
     from rich.console import Console
 
     from slimformer.reporting.terminal import table
-    from slimformer.running.bench import bench as side_by_side
+    from slimformer.running.bench import bench
 
-    given = (task, data, text, text_pair, label, metric, max_length, None, stride, models[0])
-    chosen = _task(*given) if task or data else None
-    found = side_by_side(
+    measurement = bench(
         models,
-        chosen,
+        _task(context.obj, str(models[0])) if context.obj else None,
         runtimes=tuple(runtime or ("onnxruntime",)),
         max_length=max_length,
         threads=threads,
         seconds=seconds,
         wait_seconds=wait,
     )
-    Console().print(table(found.records))
+    Console().print(table(measurement.records))
 
 
-@app.command()
-def report(
+@app.command("report")
+def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(),
 ) -> None:
-    """Draw the frontier of quality against speed and size over all runs: a table and report.html."""
+    """Draw quality against speed and size over all runs: a table and report.html."""
     from rich.console import Console
 
-    from slimformer.reporting.page import report as draw
+    from slimformer.reporting.page import report
     from slimformer.reporting.terminal import table
 
-    records = draw(runs, out)
+    records = report(runs, out)
     Console().print(table(records))
     typer.echo(f"page: {out / 'report.html'}")
 
 
-@app.command()
-def inspect(model: Model, length: Annotated[int, typer.Option(min=1, help="Tokens per example, for the MACs.")] = 128) -> None:
-    """Show what could be cut: sites, parameters and MACs per layer."""
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens per example, for the MACs.")] = 128,
+) -> None:
+    """Show what can be cut: sites, parameters and MACs per layer."""
     from rich.console import Console
 
-    from slimformer.reporting.inspection import inspect as look
+    from slimformer.reporting.inspection import inspect
 
-    Console().print(look(model, length))
+    Console().print(inspect(model, length))
 
 
 @app.command("list")
-def list_all() -> None:
+def list_command() -> None:
     """List the families, methods, forms, tasks, exporters and runtimes there are."""
-    from slimformer import registry
-
     for kind in registry.KINDS:
         typer.echo(f"{kind}:")
         for name in registry.names(kind):
             typer.echo(f"  {name:<16} {registry.summary(kind, name)}")
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_command(
     name: Annotated[
         str | None, typer.Argument(help="A family, method, form, task, exporter or runtime; all without it.")
     ] = None,
@@ -201,64 +239,58 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
     from slimformer.demo import encoder
-    from slimformer.running.search import Wishes
-    from slimformer.running.search import compress as make
+    from slimformer.running.search import Wishes, compress
+    from slimformer.tasks.intents import Intents
 
-    chosen = _task("intents", None, None, None, None, None, None, None)
-    _show(make(encoder(), chosen, out, Wishes(speedup=speedup, max_loss=4.0, epochs=6), command=_command()))
-
-
-def _task(
-    task: str | None,
-    data: str | None,
-    text: str | None,
-    text_pair: str | None,
-    label: str | None,
-    metric: str | None,
-    max_length: int | None,
-    train_rows: str | None,
-    stride: int | None = None,
-    model: Path | None = None,
-) -> Task:
-    from slimformer.errors import RecipeError
-    from slimformer.tasks.classification import from_cli
-
-    rows: Any = int(train_rows) if train_rows is not None and train_rows.isdigit() else train_rows
-    if task is None and model is not None and _is_for_questions(model):
-        task = "question_answering"
-    if task in {"question_answering", "squad", "squad_v2"}:
-        from slimformer.tasks.question_answering import from_cli as for_questions
-
-        columns = {"--text": text, "--text-pair": text_pair, "--label": label}
-        if any(columns.values()):
-            raise RecipeError(
-                f"the task {task} has no {' or '.join(name for name, value in columns.items() if value)}.",
-                help="its data has fixed names: id, question, context, answers.",
-            )
-        return for_questions(task, data, metric=metric, max_length=max_length, stride=stride, train_ids=rows)
-    if stride is not None:
-        raise RecipeError("--stride is for questions on long contexts only.", help="leave it out, or say --task squad.")
-    return from_cli(
-        task, data, text=text, text_pair=text_pair, label=label, metric=metric, max_length=max_length, train_rows=rows
-    )
+    wishes = Wishes(speedup=speedup, max_loss=4.0, epochs=6)
+    _show(compress(encoder(), Intents(), out, wishes, command=_command()))
 
 
-def _is_for_questions(model: Path) -> bool:
-    """Whether a model folder, or that of a model file, says that it is one for question answering; what is wrong is told later."""
-    from slimformer.errors import ModelError
+def _tasks() -> dict[str, type[Task]]:
+    return {name: registry.find("tasks", name) for name in registry.names("tasks")}
+
+
+def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
+    """The task that options of the command line (flag -> text) mean; without --task, the one that the model is for.
+
+    RecipeError for a task that does not exist, an option that the task does not have, and data that is not named.
+    """
+    tasks, name = _tasks(), texts.get("--task")
+    texts = {flag: text for flag, text in texts.items() if flag != "--task"}
+    if name is None:
+        name = _task_of_model(tasks, model) if model is not None else DEFAULT_TASK
+    if name in tasks:
+        return tasks[name].from_flags(texts)
+    for cls in tasks.values():
+        if name in cls.aliases:
+            return cls.from_flags(texts, cls.aliases[name])
+    known = [*tasks, *(alias for cls in tasks.values() for alias in cls.aliases)]
+    raise RecipeError(f"there is no task '{name}'.", help=nearest(name, known))
+
+
+def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
+    """The task that reads the user's data and whose models have the head that this one has; what is wrong with it is told later."""
     from slimformer.saving import checkpoint
+    from slimformer.saving.hub import local_folder
 
     try:
-        return checkpoint.is_tuned(model if model.is_dir() else model.parent, "AutoModelForQuestionAnswering")
+        folder = local_folder(model)
+        folder = folder if folder.is_dir() else folder.parent
+        fitting = [
+            name for name, cls in tasks.items() if "--data" in cls.flags() and checkpoint.is_tuned(folder, cls.auto_class)
+        ]
     except ModelError:
-        return False
+        return DEFAULT_TASK
+    if len(fitting) > 1 and DEFAULT_TASK not in fitting:
+        raise RecipeError(f"{model} could be for {' or '.join(fitting)}.", help="name one of them: --task " + fitting[0])
+    return fitting[0] if fitting and DEFAULT_TASK not in fitting else DEFAULT_TASK
 
 
 def _show(outcome: Any) -> None:

@@ -20,17 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from slimformer import cli
 from slimformer.data.files import read_table
+from slimformer.data.glue import GLUE
+from slimformer.data.labels import match_labels
 from slimformer.errors import DataError, RecipeError
+from slimformer.tasks._metrics import class_metrics, score_metrics
 from slimformer.tasks.base import Example, Features, Split
-from slimformer.tasks.classification import (
-    GLUE,
-    Classification,
-    class_metrics,
-    from_cli,
-    match_labels,
-    score_metrics,
-)
+from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -471,17 +468,25 @@ def test_a_metric_that_does_not_fit_the_data(folder: Path) -> None:
         Classification(data=str(folder), metric="pearson").settled()
 
 
-def test_from_cli(folder: Path) -> None:
-    assert from_cli(None, folder, label="label") == Classification(data=str(folder), label="label")
-    assert from_cli("glue/sst2", folder) == Classification(data=str(folder), glue="sst2")
-    assert from_cli("glue/stsb", None).metric == "spearman"
-    assert from_cli("intents", None, max_length=32) == Intents(max_length=32)
-    with pytest.raises(RecipeError, match="no task 'intent'"):
-        from_cli("intent", None)
-    with pytest.raises(RecipeError, match="has no option text"):
-        from_cli("intents", None, text="a")
-    with pytest.raises(RecipeError, match="no data is named"):
-        from_cli(None, None)
+def test_flags_and_aliases_mean_a_task(folder: Path) -> None:
+    given = {"--data": str(folder)}
+    assert cli._task(given | {"--label": "label"}) == Classification(data=str(folder), label="label")
+    assert cli._task(given | {"--task": "glue/sst2"}) == Classification(data=str(folder), glue="sst2")
+    assert cli._task({"--task": "glue/stsb"}) == Classification(data="glue/stsb")
+    assert cli._task(given | {"--train-rows": "20"}).train_rows == 20
+    assert cli._task(given | {"--train-rows": "rows.json"}).train_rows == "rows.json"
+    assert cli._task({"--task": "intents", "--max-length": "32"}) == Intents(max_length=32)
+    with pytest.raises(RecipeError, match="no task 'intent'") as caught:
+        cli._task({"--task": "intent"})
+    assert "did you mean 'intents'?" in caught.value.help
+    with pytest.raises(RecipeError, match="the task intents has no --text"):
+        cli._task({"--task": "intents", "--text": "a"})
+    with pytest.raises(RecipeError, match="--max-length takes a whole number, not 'long'"):
+        cli._task(given | {"--max-length": "long"})
+    with pytest.raises(RecipeError, match="no data is named") as caught:
+        cli._task({})
+    assert "--data" in caught.value.help
+    assert "glue/sst2" in caught.value.help
 
 
 # ---- property tests of the readers
@@ -574,7 +579,7 @@ GLUE_FILES = {
 @pytest.mark.parametrize("name", GLUE_FILES)
 def test_glue_is_read_whole_and_right(name: str) -> None:
     folder, train, dev, texts, answer = GLUE_FILES[name]
-    task = from_cli(f"glue/{name}", SHARED / "glue" / folder)
+    task = Classification(data=str(SHARED / "glue" / folder), glue=name)
     first = task.split(Split.DEV)[0]
     assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == train
     assert len(task.split(Split.DEV)) == dev
@@ -585,13 +590,13 @@ def test_glue_is_read_whole_and_right(name: str) -> None:
 
 @needs_glue
 def test_quotes_in_mrpc_are_literal() -> None:
-    first = from_cli("glue/mrpc", SHARED / "glue" / "MRPC").split(Split.DEV)[0]
+    first = Classification(glue="mrpc", data=str(SHARED / "glue" / "MRPC")).split(Split.DEV)[0]
     assert first.texts[1] == '"The foodservice pie business does not fit our long-term growth strategy.'
 
 
 @needs_glue
 def test_qnli_has_dev_only() -> None:
-    task = from_cli("glue/qnli", SHARED / "glue" / "QNLI")
+    task = Classification(glue="qnli", data=str(SHARED / "glue" / "QNLI"))
     assert len(task.bind({"id2label": {0: "LABEL_0", 1: "LABEL_1"}}).split(Split.DEV)) == 5_463
     with pytest.raises(DataError, match="no training data"):
         task.split(Split.TRAIN)
@@ -599,7 +604,7 @@ def test_qnli_has_dev_only() -> None:
 
 @needs_glue
 def test_the_20000_of_sst2() -> None:
-    task = from_cli("glue/sst2", SHARED / "glue" / "SST-2", train_rows=str(SHARED / "splits" / "sst2-20k.json"))
+    task = Classification(glue="sst2", data=str(SHARED / "glue" / "SST-2"), train_rows=str(SHARED / "splits" / "sst2-20k.json"))
     assert (len(task.split(Split.TRAIN)), len(task.split(Split.VALIDATION))) == (19_000, 1_000)
 
 

@@ -14,7 +14,7 @@ from slimformer.tasks.intents import GRAMMAR, SLOTS, Intents, templates
 
 
 def slot_values(dev: bool) -> set[str]:
-    return {value.strip().lower() for values in SLOTS.values() for value in values.split("|")[dev].split(",")}
+    return {value.lower() for values in SLOTS.values() for value in values[dev]}
 
 
 def test_sizes_balance_and_determinism() -> None:

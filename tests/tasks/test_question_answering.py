@@ -23,7 +23,7 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toy_task import rows
 
-from slimformer import registry
+from slimformer import cli, registry
 from slimformer.data.batching import collate
 from slimformer.data.squad import NOTHING, Answer, exact, f1, normalized, placed
 from slimformer.errors import DataError, ModelError, RecipeError
@@ -34,13 +34,11 @@ from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.question_answering import (
-    MASKED,
     QuestionAnswering,
     best_spans,
     best_threshold,
     room,
 )
-from slimformer.tasks.question_answering import from_cli as question_task
 from slimformer.training import teacher as teaching
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -473,15 +471,15 @@ def test_tuning_finds_the_margin_and_only_v2_is_tuned() -> None:
     task = QuestionAnswering(max_length=24, stride=4, version="v2")
     features = task.encode(rows, bert_like(), 24)
     outputs = logits_for(features, {0: (7, 7), 2: (7, 7)}, null=(13, 18, 14))  # margins 3, 18, 4
-    assert task.fits
+    assert task.tunes
     assert task.score(outputs, features, rows)["f1"] == pytest.approx(1 / 3)
     tuned = task.tune(outputs, features, rows)
     assert tuned.threshold == 11.0
-    assert not tuned.fits
+    assert not tuned.tunes
     assert tuned.score(outputs, features, rows)["f1"] == 1.0
     assert tuned.tune({}, features, rows) is tuned
     plain = QuestionAnswering(version="v1")
-    assert not plain.fits
+    assert not plain.tunes
     assert plain.tune({}, features, rows) is plain
 
 
@@ -513,7 +511,7 @@ def test_divergence_is_zero_for_equals_ignores_padding_and_falls_as_they_near() 
     teacher = {name: torch.randn(2, 5, generator=generator) for name in NAMES}
     kept = {name: value.clone() for name, value in teacher.items()}
     for value in kept.values():
-        value[1, 3:] = MASKED  # as cached outputs have it
+        value[1, 3:] = -1e4  # as cached outputs have it
     task = QuestionAnswering()
     batch = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
     assert task.divergence(teacher, teacher, batch, 2.0).item() == pytest.approx(0, abs=1e-6)
@@ -582,7 +580,7 @@ def test_a_folder_with_both_versions_needs_to_be_told_which(tmp_path: Path) -> N
     first, second = (QuestionAnswering(data=str(tmp_path), version=version) for version in ("v1", "v2"))
     assert all(item.answer.texts for item in first.split(Split.DEV))
     assert not all(item.answer.texts for item in second.split(Split.DEV))
-    assert question_task("squad_v2", tmp_path) == second
+    assert cli._task({"--task": "squad_v2", "--data": str(tmp_path)}) == second
     named = QuestionAnswering(data=str(tmp_path / "train-v2.0-part.json"), dev=str(tmp_path / "dev-v1.1.json"))
     assert named.settled().version == "v2"
     assert [item.id for item in named.split(Split.DEV)] == [item.id for item in first.split(Split.DEV)]
@@ -640,7 +638,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path: Path) -> No
     task = QuestionAnswering(data=str(tmp_path))
     used = {item.id for name in (Split.TRAIN, Split.VALIDATION) for item in task.split(name)}
     assert used == {row["id"] for row in rows[3:]}
-    assert [remark.split(": ", 1)[1] for remark in task.remarks()] == [
+    assert [note.split(": ", 1)[1] for note in task.notes()] == [
         "2 of 60 questions have an answer that does not occur in their context: not trained on.",
         "1 of 60 questions have an answer that occurs in several places, and which is meant is not known: not trained on.",
     ]
@@ -803,7 +801,7 @@ def test_a_tuned_model_that_never_says_none_is_refused_for_v2(call: Call, tmp_pa
     assert code == 2
     assert re.search(r"^DataError: .*the model gave each of \d\d such questions one: it seems to be tuned on v1.1", err)
     task = QuestionAnswering(data=str(data), stride=8, version="v2")
-    task.suits({"squad_version": "v2"}, lambda: pytest.fail("its config told already"))
+    task.check_model({"squad_version": "v2"}, lambda: pytest.fail("its config told already"))
 
 
 def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> None:
@@ -851,19 +849,19 @@ def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path) -> None:
-    from slimformer import cli
-
     write_folder(tmp_path / "model")
-    given = (None, "./squad", None, None, None, None, None, None)
-    assert cli._task(*given, model=tmp_path / "model") == QuestionAnswering(data="./squad")
-    assert cli._task("squad", *given[2:], None, 64) == QuestionAnswering(data="rajpurkar/squad", version="v1", stride=64)
+    given = {"--data": "./squad"}
+    assert cli._task(given, str(tmp_path / "model")) == QuestionAnswering(data="./squad")
+    assert cli._task({"--task": "squad", "--stride": "64"}) == QuestionAnswering(
+        data="rajpurkar/squad", version="v1", stride=64
+    )
     assert QuestionAnswering(data="squad_v2") == QuestionAnswering(data="rajpurkar/squad_v2", version="v2")
     with pytest.raises(RecipeError, match="the task question_answering has no --text or --label"):
-        cli._task(None, "./squad", "a", None, "b", None, None, None, None, tmp_path / "model")
+        cli._task(given | {"--text": "a", "--label": "b"}, str(tmp_path / "model"))
     with pytest.raises(RecipeError, match="no data is named"):
-        cli._task("question_answering", *given[2:], None)
-    with pytest.raises(RecipeError, match="--stride is for questions"):
-        cli._task("glue/sst2", *given[2:], None, 64)
+        cli._task({"--task": "question_answering"})
+    with pytest.raises(RecipeError, match="the task classification has no --stride"):
+        cli._task({"--task": "glue/sst2", "--stride": "64"})
 
 
 def test_a_teacher_of_another_task_or_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -1096,7 +1094,7 @@ def test_natural_questions_with_gold_passages() -> None:
     assert task.settled().version == "v1"
     assert len(task.split(Split.DEV)) == 755
     assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == 1900 - sum(
-        int(remark.split(": ", 1)[1].split(" ")[0]) for remark in task.remarks()
+        int(note.split(": ", 1)[1].split(" ")[0]) for note in task.notes()
     )
 
 
@@ -1111,7 +1109,9 @@ def test_a_trained_model_scores_what_is_known_of_it() -> None:
 
     folder = SHARED / "models" / "minilm-squad1"
     ids = SHARED / "data" / "splits" / "squad-v1.1-small.json"
-    task = question_task("squad", SHARED / "data" / "squad", train_ids=str(ids)).bind(checkpoint.read_config(folder))
+    task = QuestionAnswering(data=str(SHARED / "data" / "squad"), version="v1", train_ids=str(ids)).bind(
+        checkpoint.read_config(folder)
+    )
     examples = task.split(Split.DEV)
     assert len(examples) == 1000
     assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == 4000

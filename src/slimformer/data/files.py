@@ -19,9 +19,7 @@ from typing import Any, Literal
 from slimformer.errors import DataError, ExtraError, nearest
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-TRAIN_NAMES = ("train", "training")
-DEV_NAMES = ("dev", "validation", "valid", "val", "eval", "dev_matched", "validation_matched", "test")  # test: last resort
-HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", re.ASCII)  # ./reviews and ../reviews are paths
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", re.ASCII)  # ./reviews and ../reviews are paths
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
 
@@ -80,30 +78,7 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
     return _tsv(path, text, header, extra)
 
 
-def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files of the training and of the dev data in a folder (shards in order); an empty list for what is not there."""
-    try:
-        files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}.", help="check its permissions.") from None
-
-    def named(names: Sequence[str]) -> list[Path]:
-        for name in names:
-            found = [file for file in files if SHARD.sub("", file.stem).lower() == name]
-            whole = [file for file in found if not SHARD.search(file.stem)]
-            if len(whole) > 1 or (whole and len(found) > 1):
-                raise DataError(
-                    f"{folder} holds {' and '.join(file.name for file in found)}: which one is meant?",
-                    help="leave one of them, or name the file itself.",
-                )
-            if found:
-                return found
-        return []
-
-    return named(TRAIN_NAMES), named(DEV_NAMES)
-
-
-def joined(tables: Sequence[Table]) -> Table:
+def join_tables(tables: Sequence[Table]) -> Table:
     """Shards as one table; DataError where their columns differ."""
     first = tables[0]
     if len(tables) == 1:
@@ -118,6 +93,11 @@ def joined(tables: Sequence[Table]) -> Table:
     columns = {name: [value for table in tables for value in table.columns[name]] for name in first.columns}
     places = range(1, 1 + sum(len(table) for table in tables))
     return Table(f"{first.where} and {len(tables) - 1} more", columns, places, "row", first.class_names)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file or folder here may be one of the hub's."""
+    return _HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in SUFFIXES
 
 
 def read_hub(name: str) -> dict[str, Table]:
@@ -174,6 +154,15 @@ def read_text(path: Path, shape: str = "a table needs a line of column names and
         ) from None
     if not text.strip():
         raise DataError(f"{path} is empty.", help=shape)
+    return text
+
+
+def repair_text(text: str) -> str:
+    """The text without halves of surrogate pairs, as cut-off JSON escapes leave them; tokenizers refuse those."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

@@ -18,11 +18,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from slimformer.data.files import DEV_NAMES, HUB_NAME, SHARD, SUFFIXES, TRAIN_NAMES, load_hub, read_table, read_text
+from slimformer.data.files import SUFFIXES, load_hub, read_table, read_text, repair_text
 from slimformer.errors import DataError, nearest
 from slimformer.tasks.base import Example
 
 Version = Literal["v1", "v2"]  # v1: every question has an answer; v2: some have none
+QUESTION_SUFFIXES = (".json", ".jsonl", ".parquet")
 NOTHING = "(no answer)"  # how no answer is shown
 VERSION_IN_NAME = re.compile(r"v?([12])\.\d")  # train-v2.0.json
 SHAPE = (
@@ -64,30 +65,12 @@ class Questions:
 # ---- files
 
 
-def find_squad(folder: Path, version: Version | None) -> tuple[list[Path], list[Path]]:
-    """Files of the training and of the dev data in a folder: train.json, train-v1.1.json, shards; empty for what is not there."""
-    try:
-        kinds = {".json", ".jsonl", ".parquet"}
-        files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in kinds)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}.", help="check its permissions.") from None
-
-    def named(names: Sequence[str]) -> list[Path]:
-        for name in names:
-            found = [file for file in files if re.match(rf"{name}([-_.]|$)", file.stem, re.IGNORECASE)]
-            if len(found) > 1 and version is not None:
-                found = [file for file in found if _version_in(file) in (None, version)]
-            whole = [file for file in found if not SHARD.search(file.stem)]
-            if len(whole) > 1 or (whole and len(found) > 1):
-                raise DataError(
-                    f"{folder} holds {' and '.join(file.name for file in found)}: which one is meant?",
-                    help="say the version (--task squad or --task squad_v2), leave one of them, or name the files themselves.",
-                )
-            if found:
-                return found
-        return []
-
-    return named(TRAIN_NAMES), named(DEV_NAMES)
+def match_files(files: Sequence[Path], name: str, version: Version | None) -> list[Path]:
+    """The files of the split `name`: train.json, train-v1.1.json, shards; of several, those of the version if it is known."""
+    matches = [file for file in files if re.match(rf"{name}([-_.]|$)", file.stem, re.IGNORECASE)]
+    if len(matches) > 1 and version is not None:
+        matches = [file for file in matches if _version_in(file) in (None, version)]
+    return matches
 
 
 def _version_in(file: Path) -> Version | None:
@@ -141,11 +124,6 @@ def read_hub_questions(name: str) -> dict[str, Questions]:
             )
         found[split] = _questions(where, ((f"{where}, row {row}", item) for row, item in enumerate(data, 1)))
     return found
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is no file or folder here may be one of the hub's."""
-    return HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in SUFFIXES
 
 
 def _of_table(file: Path) -> Questions:
@@ -213,16 +191,7 @@ def _told(value: Any, what: str, place: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         said = "is empty" if isinstance(value, str) else "is missing" if value is None else "is no text"
         raise DataError(f"{place} (id '{name}'): its {what} {said}.", help=f"fill in the {what}, or leave the question out.")
-    return whole(value)
-
-
-def whole(text: str) -> str:
-    """The text without halves of surrogate pairs, as cut-off JSON escapes leave them; tokenizers refuse those."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return repair_text(value)
 
 
 def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
@@ -241,7 +210,7 @@ def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
         if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
             raise DataError(f"{place}: an answer has no 'text'.", help=SHAPE)
         start, times = answer.get("answer_start"), answer.get("n_occ", 1)
-        yield whole(answer["text"]), start if type(start) is int else None, times if type(times) is int else 1
+        yield repair_text(answer["text"]), start if type(start) is int else None, times if type(times) is int else 1
 
 
 def placed(context: str, golds: Sequence[tuple[str, int | None, int]]) -> tuple[Answer, str]:

@@ -6,7 +6,6 @@ a test can take it out of the card and run it. User text is escaped.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 from slimformer.exporters.base import FILES, OPENVINO
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
-from slimformer.reporting.ledger import read_facts
 from slimformer.reporting.page import circumstances, cost_facts
 from slimformer.reporting.verdicts import against, judge
 from slimformer.reporting.words import MEGABYTE, interval_text, layers_text, mb_text, signed
 from slimformer.saving.files import write_text
+from slimformer.tasks.base import Task
 
 _HUB_METRICS = {
     "exact": "exact_match",
@@ -40,79 +39,6 @@ _ABOUT = {kind.name: kind.about for kind in (*FILES.values(), OPENVINO)} | {
 }
 
 
-def snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
-    """Lines of Python that run `file` of the folder on the texts with onnxruntime, tokenizers and numpy alone."""
-    from slimformer.data.tokenizer import load_tokenizer, pad_id_of
-    from slimformer.saving.checkpoint import read_config
-
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    pad = pad_id_of(tokenizer, folder)
-    if _kind(config).endswith("ForQuestionAnswering"):
-        return _question_snippet(folder, file, texts, max_length)
-    inputs = ", ".join(_literal(text[0]) if len(text) == 1 else f"({', '.join(map(_literal, text))})" for text in texts)
-    labels = config.get("id2label") or {}
-    if not _kind(config).endswith("ForSequenceClassification"):
-        last = ["print([array.shape for array in session.run(None, feeds)])"]
-    elif config.get("problem_type") == "regression" or len(labels) == 1:
-        last = ['print(session.run(["logits"], feeds)[0][:, 0])']
-    else:
-        last = [
-            'labels = json.loads(pathlib.Path("config.json").read_text("utf-8"))["id2label"]',
-            'print([labels[str(best)] for best in session.run(["logits"], feeds)[0].argmax(axis=1)])',
-        ]
-    return "\n".join(
-        [
-            "import json, pathlib, numpy as np, onnxruntime, tokenizers",
-            'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")',
-            f"tokenizer.enable_truncation({max_length})",
-            f"tokenizer.enable_padding(pad_id={pad}, pad_token={_literal(tokenizer.id_to_token(pad) or '[PAD]')})",
-            f"session = onnxruntime.InferenceSession({_literal(file)})",
-            f"rows = tokenizer.encode_batch([{inputs}])",
-            'names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}',
-            "feeds = {i.name: np.array([getattr(row, names[i.name]) for row in rows]) for i in session.get_inputs()}",
-            *last,
-        ]
-    )
-
-
-def _question_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
-    """The same for a question and its context: all windows, the best span inside the context, "" where none is better."""
-    from slimformer.tasks.question_answering import QuestionAnswering
-
-    facts = read_facts(folder)
-    told = {} if facts is None else {**facts.task, **facts.fitted.get(file, {})}
-    plain = QuestionAnswering()
-    stride, longest = (told.get(name, getattr(plain, name)) for name in ("stride", "max_answer"))
-    can_decline = told.get("version") == "v2"
-    question, context = min(texts, key=lambda pair: len(pair[1]))
-    lines = [
-        "import numpy as np, onnxruntime, tokenizers",
-        'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")',
-        f'tokenizer.enable_truncation({max_length}, stride={stride}, strategy="only_second")',
-        f"session = onnxruntime.InferenceSession({_literal(file)})",
-        f"question = {_literal(question)}",
-        f"context = {_literal(context)}",
-        'names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}',
-        *(['none, best, answer = np.inf, -np.inf, ""'] if can_decline else ['best, answer = -np.inf, ""']),
-        "row = tokenizer.encode(question, context)",
-        "for window in (row, *row.overflowing):",
-        "    feeds = {i.name: np.array([getattr(window, names[i.name])]) for i in session.get_inputs()}",
-        '    start, end = (logits[0] for logits in session.run(["start_logits", "end_logits"], feeds))',
-        *(["    none = min(none, start[0] + end[0])"] if can_decline else []),
-        "    inside = np.array([part == 1 for part in window.sequence_ids])  # tokens of the context",
-        "    steps = np.arange(len(start)) - np.arange(len(start))[:, None]  # from the first token of a span to its last",
-        f"    valid = inside[:, None] & inside & (steps >= 0) & (steps < {longest})",
-        "    scores = np.where(valid, start[:, None] + end, -np.inf)",
-        "    first, last = np.unravel_index(scores.argmax(), scores.shape)",
-        "    if scores[first, last] > best:",
-        "        best = scores[first, last]",
-        "        answer = context[window.offsets[first][0] : window.offsets[last][1]]",
-        f'print("" if none - best > {told.get("threshold") or 0.0} else answer)' if can_decline else "print(answer)",
-    ]
-    return "\n".join(lines)
-
-
 def _kind(config: Mapping[str, Any]) -> str:
     """The class of the model in PyTorch, as its config names it."""
     return str((config.get("architectures") or [""])[0])
@@ -121,11 +47,6 @@ def _kind(config: Mapping[str, Any]) -> str:
 def _on_hub(name: str | None) -> bool:
     """Whether a name can be one of the hub's rather than a local path."""
     return name is not None and _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
-
-
-def _literal(text: str) -> str:
-    """A Python string literal that cannot end the code block it stands in."""
-    return json.dumps(text).replace("`", "\\u0060")
 
 
 def _markdown(text: str) -> str:
@@ -140,6 +61,7 @@ def card(
     *,
     texts: Sequence[tuple[str, ...]],
     max_length: int,
+    task: Task,
     base_model: str | None = None,
     dataset: str | None = None,
     language: str | None = None,
@@ -149,8 +71,8 @@ def card(
 ) -> str:
     """Writes README.md, the model card of an exported folder, and returns its text.
 
-    `record` is the file that ships, `records` all rows of its comparison; `texts` are inputs for the snippet. `base_model` and
-    `dataset` go into the hub's metadata where they are hub names ("owner/name"), and are left out otherwise. `notes`: what the
+    `record` is the file that ships, `records` all rows of its comparison; `texts` are inputs for the lines that run it, which
+    `task` writes. `base_model` and `dataset` go into the hub's metadata if they are hub names ("owner/name"). `notes`: what the
     exporter says of the file; `stored`: how model.safetensors holds values, where that is to be known.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -188,7 +110,7 @@ def card(
             )
         ],
     )
-    body = _card_body(folder, record, records, snippet(folder, record.file, texts, max_length), notes, stored)
+    body = _card_body(folder, record, records, task.snippet(folder, record.file, texts, max_length), notes, stored)
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
     write_text(folder / "README.md", text if text.endswith("\n") else text + "\n")
     return text

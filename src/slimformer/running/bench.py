@@ -258,7 +258,7 @@ def _entries(models: Sequence[_Model], encoder: _Encoder, runtimes: Sequence[str
 def _fitted(task: Task, model: _Model) -> Task:
     """The task with the options that were fitted when this file was made, if any were."""
     facts = model.facts
-    if not task.fits or facts is None or facts.task.get("use") != registry.name_of(task):
+    if not task.tunes or facts is None or facts.task.get("use") != registry.name_of(task):
         return task
     if not facts.fitted:
         raise DataError(

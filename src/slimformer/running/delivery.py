@@ -143,6 +143,7 @@ def deliver(
             found.records,
             texts=texts,
             max_length=material.max_length,
+            task=own.get(chosen.file, material.task),
             base_model=model_name,
             notes=notes,
             stored=stored,

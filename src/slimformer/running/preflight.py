@@ -41,7 +41,7 @@ def look(recipe: Recipe) -> None:
     source, task = local_folder(recipe.model), recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
-        task = task.bind(checkpoint.read_config(source) | _marks(recipe))
+        task = task.bind(checkpoint.read_config(source) | _trained_on(recipe))
     elif recipe.teacher is None and not _lead(recipe.stages):
         raise RecipeError(
             f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
@@ -132,6 +132,6 @@ def _look_at_teacher(teacher: Path, source: Path, task: Task) -> None:
         )
 
 
-def _marks(recipe: Recipe) -> dict[str, Any]:
+def _trained_on(recipe: Recipe) -> dict[str, Any]:
     """What the config of the recipe's model says once leading `train` stages have trained it on the task's data."""
-    return dict(recipe.task.marks()) if _lead(recipe.stages) else {}
+    return dict(recipe.task.trained_on()) if _lead(recipe.stages) else {}

@@ -166,7 +166,7 @@ class _Reader:
             self.mistakes.append(f"{place}.use: there is no '{name}'; {nearest(name, registry.names(kind))}")
             return None
         options = {key: value for key, value in data.items() if key != "use"}
-        for key in ("data", "dev", "train_rows", "train_ids") if kind == "tasks" else ():
+        for key in registry.find(kind, name).paths if kind == "tasks" else ():
             if isinstance(options.get(key), str):
                 options[key] = self.path(options[key])
         return self.build(registry.find(kind, name), options, place)

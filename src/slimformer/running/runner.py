@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.data.material import Material, prepare
 from slimformer.errors import ModelError, OutputError, RecipeError
@@ -20,7 +19,7 @@ from slimformer.running.trials import choose_trial, export_files, reference_of, 
 from slimformer.saving import checkpoint
 from slimformer.saving.files import claim
 from slimformer.saving.hub import local_folder
-from slimformer.tasks.base import Split, Task
+from slimformer.tasks.base import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from slimformer.measuring.scoring import Measurement
     from slimformer.running.trials import Trial
 from slimformer.running.order import _lead
-from slimformer.running.preflight import _marks, look
+from slimformer.running.preflight import _trained_on, look
 from slimformer.running.recipe import Recipe, named_options
 
 TRIED = 100  # validation examples on which a model that came tuned is looked at
@@ -149,7 +148,7 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
     tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
     ready = tuned
     if tuned:
-        marks = _marks(recipe)
+        marks = _trained_on(recipe)
         ready = all(config.get(name, value) == value for name, value in marks.items())
         task = recipe.task.bind(config | marks)
         model, plan, ranges = checkpoint.load(source), checkpoint.load_plan(source), checkpoint.load_ranges(source)
@@ -187,15 +186,15 @@ def begin(recipe: Recipe, state: Run) -> tuple[Bundle, tuple[Stage, ...]]:
 
 def _try_out(model: PreTrainedModel, material: Material) -> None:
     """The task's own look at a model that came tuned."""
-    material.task.suits(model.config, lambda: torch_outputs(model, material, Split.VALIDATION, TRIED))
+    material.task.check_model(model.config, lambda: torch_outputs(model, material, Split.VALIDATION, TRIED))
 
 
 def _tell(material: Any, log: Log) -> None:
     train, dev = material.examples[Split.TRAIN], material.examples[Split.DEV]
     validation = material.examples[Split.VALIDATION]
     log.say(f"{len(train):,} examples to train on, {len(validation):,} set aside to choose on, {len(dev):,} to report on.")
-    for remark in material.task.remarks():
-        log.say(remark)
+    for note in material.task.notes():
+        log.say(note)
     for split, features in material.features.items():
         if features.truncated:
             share = features.truncated / max(1, len(material.examples[split]))
@@ -255,7 +254,7 @@ def finish(
         target=target,
         task_options=named_options(bundle.material.task),
         model_name=model_name(recipe.model),
-        task_name=task_name(recipe.task),
+        task_name=recipe.task.title(),
         command=command,
         seconds=recipe.bench.seconds,
         openvino=recipe.bench.openvino,
@@ -269,12 +268,3 @@ def model_name(path: str) -> str:
     """How a model is called in tables: its folder, or the one above where the folder is only called "model"."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name in {"model", "checkpoint"} and folder.parent.name else folder.name
-
-
-def task_name(task: Task) -> str:
-    """How a task is called in tables: its name, and what it reads where it reads something."""
-    options = asdict(task)  # type: ignore[call-overload]
-    data = options.get("glue") or options.get("data")
-    if options.get("glue"):
-        return f"glue/{options['glue']}"
-    return f"{registry.name_of(task)} {Path(data).resolve().name}" if data else registry.name_of(task)

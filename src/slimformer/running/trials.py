@@ -132,7 +132,7 @@ def _tuned(runner: Runner, material: Material) -> Task:
     """The task with what is fitted on validation examples for this file."""
     from slimformer.measuring.scoring import evaluate
 
-    if not material.task.fits:
+    if not material.task.tunes:
         return material.task
     features, examples = subset(material, Split.VALIDATION, VALIDATION_ROWS)
     return material.task.tune(evaluate(runner, features, 32), features, examples)

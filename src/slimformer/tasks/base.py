@@ -1,19 +1,25 @@
-"""A task: where the examples come from, how they are encoded, what is trained and how it is scored.
+"""What a task is: where the examples come from, how they are encoded, what is trained and how it is scored.
 
-One file per type of task. A task is a frozen dataclass whose fields are its options in a recipe. Reading, encoding and
-scoring need neither torch nor transformers, so that an exported model can be benched where neither is installed; `loss` and
-`divergence` get torch tensors and import torch themselves.
+A task is one file of this folder: a frozen dataclass whose fields are its options in a recipe, and those made by `option` are options
+of the command line too. Reading, encoding and scoring need neither torch nor transformers, so that an exported model can be scored
+without them; `loss` and `divergence` get torch tensors and import torch themselves.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_type_hints
 
 import numpy as np
+
+from slimformer.errors import RecipeError, nearest
+from slimformer.registry import name_of
+from slimformer.tasks._snippet import batch_snippet
 
 if TYPE_CHECKING:
     import torch
@@ -63,17 +69,22 @@ class Features:
 
 
 class Task(ABC):
-    """Subclasses are final frozen dataclasses; each names its metric and the transformers Auto class of its models."""
+    """Subclasses are frozen dataclasses. The abstract members are what every task must say; the rest has defaults that do nothing."""
 
-    metric: str  # key of `score` that counts
+    auto_class: ClassVar[str]  # transformers' class of the task's models: "AutoModelForSequenceClassification"
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what such a model returns and an exported file is asked for
+    higher_is_better: ClassVar[bool] = True  # of `metric`
+    paths: ClassVar[tuple[str, ...]] = ()  # options that may be paths; in a recipe they are relative to its file
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # short names of this task and the options each one settles
+
+    metric: str  # the key of `score` that counts
     max_length: int  # tokens an input may have; a model may allow fewer
-    higher_is_better: ClassVar[bool] = True
-    auto_class: ClassVar[str]  # "AutoModelForSequenceClassification"
-    outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what the model returns and an exported file is asked for
+
+    # ---- what every task says
 
     @abstractmethod
     def split(self, name: Split) -> Sequence[Example]:
-        """Examples of a split, always the same ones in the same order. DataError where the data is no good."""
+        """Examples of a split, always the same ones in the same order; DataError if the data cannot be used."""
 
     @abstractmethod
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Features:
@@ -81,15 +92,11 @@ class Task(ABC):
 
     @abstractmethod
     def configure(self) -> Mapping[str, Any]:
-        """What a fresh model's config must hold for this task: num_labels, id2label, label2id, problem_type."""
-
-    def marks(self) -> Mapping[str, Any]:
-        """What else of this data a model's config says once the model is trained on it, beside the labels; here, nothing."""
-        return {}
+        """What the config of a fresh model must hold for this task: num_labels, id2label, label2id, problem_type."""
 
     @abstractmethod
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Task:
-        """This task with its labels in the order of a tuned model's config; DataError where they cannot be matched."""
+        """This task with its labels in the order of a trained model's config; DataError if the two do not fit together."""
 
     @abstractmethod
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -105,7 +112,7 @@ class Task(ABC):
     ) -> torch.Tensor:
         """How far a student's outputs are from the teacher's: KL * temperature^2 for classes, MSE for a score; a scalar.
 
-        Padding takes no part: where an output has a value per token, `batch` says which tokens are real.
+        Padding takes no part: if an output has a value per token, `batch` says which tokens are real.
         """
 
     @abstractmethod
@@ -113,35 +120,106 @@ class Task(ABC):
         """All metrics of the task, each in [0, 1] (correlations in [-1, 1]); `self.metric` is one of the keys."""
 
     @abstractmethod
+    def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
+        """How right each answer is, for paired comparison: (examples,); 1 or 0, or minus the squared error of a score."""
+
+    @abstractmethod
     def answers(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> list[str]:
         """The model's answer to each example, as a person would read it."""
 
-    @abstractmethod
-    def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
-        """Right (1) or wrong (0) per example, or minus the squared error of a score: (examples,); for paired comparison."""
+    # ---- what a task may say
+
+    def title(self) -> str:
+        """What reports call this task: "glue/sst2", "classification reviews"; by default its name."""
+        return name_of(self)
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the data that a person should read before a run, such as how much of it cannot be used."""
+        return ()
+
+    def trained_on(self) -> Mapping[str, Any]:
+        """What a model's config says of its training data beside the labels, once the model is trained on this task."""
+        return {}
+
+    def check_model(
+        self,
+        config: PretrainedConfig | Mapping[str, Any],
+        predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
+    ) -> None:
+        """DataError if a model that came trained was trained on data of another kind, which its labels and config do not tell.
+
+        `predict` gives the model's outputs on some validation examples, which takes seconds.
+        """
 
     @property
-    def fits(self) -> bool:
-        """Whether `tune` has something to fit: only then are outputs on validation examples made for it."""
+    def tunes(self) -> bool:
+        """Whether `tune` has an option to fit; only then are outputs on validation examples made for it."""
         return False
 
     def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Task:
-        """This task with what is fitted after training, on validation examples (a no-answer threshold); here, nothing.
+        """This task with options fitted on validation examples after training, such as a no-answer threshold.
 
-        It differs in fields whose default is None until then: they are kept for each exported file.
+        Those options are None until then; their values are kept for each exported file.
         """
         return self
 
-    def suits(
-        self,
-        config: PretrainedConfig | Mapping[str, Any],
-        look: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
-    ) -> None:
-        """DataError where a model that came tuned shows, on some validation examples, that it was tuned for other data; here, nothing.
+    def snippet(self, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+        """Python for the model card: it runs `file` of an exported folder on the texts and prints the answers.
 
-        `look` makes its outputs, which takes seconds: for what neither labels nor config tell.
+        It runs in that folder and needs onnxruntime, tokenizers and numpy alone. By default it prints the outputs' shapes.
         """
+        return batch_snippet(folder, file, texts, max_length, "print([array.shape for array in session.run(None, feeds)])")
 
-    def remarks(self) -> tuple[str, ...]:
-        """What a person should know of the data before a run: a sentence each, such as how much of it cannot be used."""
-        return ()
+    # ---- the command line
+
+    @classmethod
+    def flags(cls) -> dict[str, Field[Any]]:
+        """The task's options of the command line: "--max-length" -> the field max_length."""
+        options: dict[str, Field[Any]] = getattr(cls, "__dataclass_fields__", {})
+        return {
+            item.metadata["flag"] or f"--{name.replace('_', '-')}": item
+            for name, item in options.items()
+            if "flag" in item.metadata
+        }
+
+    @classmethod
+    def from_flags(cls, texts: Mapping[str, str], settled: Mapping[str, Any] | None = None) -> Self:
+        """The task that flags with their texts stand for; `settled` are the options of an alias, which flags overrule.
+
+        RecipeError for a flag that the task does not have, a text that is no number, and a required option that is missing.
+        """
+        flags, name, hints = cls.flags(), name_of(cls), get_type_hints(cls)
+        unknown = [flag for flag in texts if flag not in flags]
+        if unknown:
+            raise RecipeError(f"the task {name} has no {' or '.join(unknown)}.", help=nearest(unknown[0], flags))
+        options = dict(settled or {})
+        options |= {flags[flag].name: _parse(text, hints[flags[flag].name], flag) for flag, text in texts.items()}
+        for flag, item in flags.items():
+            if item.metadata["required"] and item.name not in options:
+                others = ", ".join(alias for alias, given in cls.aliases.items() if item.name in given)
+                raise RecipeError(
+                    f"no {item.name} is named for the task {name}.",
+                    help=f"give {flag}. {item.metadata['help']}"
+                    + (f" Or choose a --task that names it: {others}." if others else ""),
+                )
+        return cls(**options)
+
+
+def option(default: Any, help: str, *, flag: str = "", required: bool = False) -> Any:
+    """A field of a task that is also an option of the command line, `--field-name` unless `flag` names another.
+
+    `required`: the command line insists on it, unless an alias of the task settles it.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "required": required})
+
+
+def _parse(text: str, hint: Any, flag: str) -> Any:
+    """The value that a text of the command line stands for, by the type of its field."""
+    kinds = get_args(hint) or (hint,)
+    if int in kinds and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if float in kinds and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)
+    if {int, float} & set(kinds) and str not in kinds:
+        raise RecipeError(f"{flag} takes a {'whole ' if float not in kinds else ''}number, not '{text}'.")
+    return text

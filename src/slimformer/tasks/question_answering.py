@@ -1,14 +1,14 @@
 """Questions that are answered by a span of a context: SQuAD v1.1 and v2.0, Natural Questions with its gold passage, files like them.
 
-A long context is read in windows that overlap by `stride` tokens. The best span over all windows of a question is its answer; in
-v2.0 the first token competes with it, and the margin at which "no answer" wins (`threshold`) is fitted on validation examples. Training
-and prediction follow Devlin et al. 2018 (https://arxiv.org/abs/1810.04805, sections 4.2 and 4.3), F1 and exact match SQuAD's own
-scripts (`squad.py`). Different: all spans within `max_answer` tokens are compared, not only those between the 20 best starts and ends.
+A long context is read in windows that overlap by `stride` tokens, and the best span over all windows of a question is its answer. In
+v2.0 the first token competes with it, and the margin at which "no answer" wins (`threshold`) is fitted on validation examples.
+Training and prediction follow Devlin et al. 2018 (https://arxiv.org/abs/1810.04805, sections 4.2 and 4.3), with one difference: all
+spans of at most `max_answer` tokens are compared, not only those between the 20 best starts and ends. F1 and exact match are those of
+SQuAD's own scripts (`data/squad.py`).
 """
 
 from __future__ import annotations
 
-import json
 import os.path
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,76 +18,106 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from slimformer.data.files import DEV_NAMES, TRAIN_NAMES
+from slimformer.data.sources import Format, read_sources
+from slimformer.data.splits import (
+    FOR_DEV,
+    FOR_VALIDATION,
+    dev_count,
+    draw_groups,
+    draw_some,
+    read_json_option,
+    validation_count,
+)
 from slimformer.data.squad import (
     NOTHING,
+    QUESTION_SUFFIXES,
     SHAPE,
     Answer,
     Questions,
     Version,
     exact,
     f1,
-    find_squad,
-    is_hub_name,
+    match_files,
     read_hub_questions,
     read_questions,
 )
 from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.errors import DataError, RecipeError, nearest
-from slimformer.tasks.base import Example, Features, Outputs, Split, Task
-from slimformer.tasks.classification import DEV_SHARE, SPLIT_SEED, VALIDATION_SALT, validation_count
+from slimformer.tasks._losses import kl_divergence
+from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, python_literal
+from slimformer.tasks.base import Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Encoding, Tokenizer
     from transformers import PretrainedConfig
 
-METRICS = ("f1", "exact")
-QUESTION = 64  # tokens of a question, as in BERT; longer ones are cut so that the context has room
-SPECIAL = 4  # tokens around question and context, at most: <s> </s></s> </s>
-CHUNK = 512  # questions encoded at once: bounds the memory of the tokenizer's own objects
-MARK = "squad_version"  # key of a model's config: on which kind of questions it was tuned
-FEWEST = 20  # unanswerable questions that say something on a model
-MASKED = -1e4  # logit of padding: no probability after a softmax
-SHORT: Mapping[str, tuple[str, Version]] = {"squad": ("rajpurkar/squad", "v1"), "squad_v2": ("rajpurkar/squad_v2", "v2")}
+_METRICS = ("f1", "exact")
+_QUESTION = 64  # tokens of a question, as in BERT; longer ones are cut so that the context has room
+_SPECIAL = 4  # tokens around question and context, at most: <s> </s></s> </s>
+_QUESTIONS_AT_ONCE = 512  # encoded together: bounds the memory of the tokenizer's own objects
+_VERSION_KEY = "squad_version"  # of a model's config: the kind of questions it was trained on
+_FEWEST = 20  # unanswerable questions from which a model can be judged
+_PADDING_LOGIT = -1e4  # gives padding no probability after a softmax
 
 
 @dataclass(frozen=True)
 class QuestionAnswering(Task):
     """Extractive question answering.
 
-    `data`: a folder with train*.json and dev*.json, one SQuAD file (a tenth of its contexts is then set aside as dev), or a hub name
-    such as rajpurkar/squad_v2, for short squad_v2; .jsonl and .parquet with the hub's columns will do. `dev`: the dev file, where it
-    lies elsewhere. `version`: v1 where each question has an answer, v2 where some have none; auto looks at the data. `train_ids`: a
-    JSON file of ids to train on, {"train": [...], "dev": [...]} or one list, or how many questions to draw. `stride`: tokens that
-    neighbouring windows share. `max_answer`: tokens an answer may have. `validation_share`: as for classification,
-    drawn by whole contexts. `threshold`: how much better "no answer" must be than the best span (difference of logit sums) to be
-    given; None fits it on validation examples.
+    `data` is a folder with train*.json and dev*.json, one SQuAD file (a tenth of its contexts becomes dev), or a hub name such as
+    rajpurkar/squad_v2, for short squad_v2; .jsonl and .parquet files with the hub's columns are read too. `dev` names the dev file if
+    it lies elsewhere. `version` is v1 if every question has an answer and v2 if some have none; "auto" looks at the data.
+
+    `stride` is the number of tokens that neighbouring windows share, `max_answer` the most tokens an answer may have. `threshold` is
+    how much better "no answer" must be than the best span (a difference of logit sums) to be given; None fits it on validation examples.
+    `train_ids` is a JSON file of the ids to train on, {"train": [...], "dev": [...]} or one list, or how many questions to draw.
+    `validation_share` of the training questions, but between 200 and 2,000 and at most a fifth, is set aside by whole contexts.
 
     A window without the answer is trained to point at its first token, in v1 too: the best spans of several windows are compared by
-    their logits, and a window that was never taught to hold back says as much as the right one.
+    their logits, and a window that was never taught to hold back scores as high as the right one. RecipeError names every option that
+    is wrong; what is wrong with the data becomes a DataError when it is read.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> from tempfile import mkdtemp
+    >>> from slimformer.tasks.base import Split
+    >>> rooms = [
+    ...     {"context": f"Room {n} is red.", "qas": [{"id": str(n), "question": "Which colour?", "answers": [{"text": "red"}]}]}
+    ...     for n in range(30)
+    ... ]
+    >>> file = Path(mkdtemp()) / "rooms.json"
+    >>> _ = file.write_text(json.dumps({"data": [{"paragraphs": rooms}]}))
+    >>> task = QuestionAnswering(data=file).settled()
+    >>> task.version, [len(task.split(split)) for split in (Split.TRAIN, Split.VALIDATION, Split.DEV)]
+    ('v1', [22, 5, 3])
     """
 
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     outputs: ClassVar[tuple[str, ...]] = ("start_logits", "end_logits")
+    paths: ClassVar[tuple[str, ...]] = ("data", "dev", "train_ids")
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "squad": {"data": "rajpurkar/squad", "version": "v1"},
+        "squad_v2": {"data": "rajpurkar/squad_v2", "version": "v2"},
+    }
 
-    data: str = ""
+    data: str = option("", "A folder with train and dev files, one file, or a hub name.", required=True)
     dev: str | None = None
     version: Literal["auto", "v1", "v2"] = "auto"
-    metric: str = "f1"
-    max_length: int = 384
-    stride: int = 128
+    metric: str = option("f1", "The metric that counts: f1 or exact.")
+    max_length: int = option(384, "Tokens an input may have; longer ones are read in windows.")
+    stride: int = option(128, "Tokens that neighbouring windows of a long context share.")
     max_answer: int = 30
     validation_share: float = 0.05
-    train_ids: str | int | None = None
+    train_ids: str | int | None = option(None, "How many questions to train on, or a JSON file of ids.", flag="--train-rows")
     threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", str(self.data))
-        if self.data in SHORT and not os.path.exists(self.data):
-            hub, version = SHORT[self.data]
-            object.__setattr__(self, "data", hub)
-            object.__setattr__(self, "version", version if self.version == "auto" else self.version)
+        if self.data in self.aliases and not os.path.exists(self.data):
+            alias = self.aliases[self.data]
+            object.__setattr__(self, "data", alias["data"])
+            object.__setattr__(self, "version", alias["version"] if self.version == "auto" else self.version)
         mistakes = list(self._mistakes())
         if mistakes:
             raise RecipeError("the task question_answering cannot be set up like that.", facts=mistakes)
@@ -95,12 +125,12 @@ class QuestionAnswering(Task):
     def _mistakes(self) -> Iterable[str]:
         if self.version not in {"auto", "v1", "v2"}:
             yield f"version: there is no '{self.version}'; {nearest(self.version, ('auto', 'v1', 'v2'))}"
-        if self.metric not in METRICS:
-            yield f"metric: there is no '{self.metric}'; {nearest(self.metric, METRICS)}"
+        if self.metric not in _METRICS:
+            yield f"metric: there is no '{self.metric}'; {nearest(self.metric, _METRICS)}"
         if not 8 <= self.max_length <= 100_000:
             yield f"max_length: at least 8 tokens, not {self.max_length}"
-        elif not 0 <= self.stride < room(self.max_length, SPECIAL):
-            most = room(self.max_length, SPECIAL) - 1
+        elif not 0 <= self.stride < room(self.max_length, _SPECIAL):
+            most = room(self.max_length, _SPECIAL) - 1
             yield f"stride: from 0 to {most} tokens in windows of {self.max_length}, not {self.stride}"
         if self.max_answer < 1:
             yield f"max_answer: at least 1 token, not {self.max_answer}"
@@ -111,19 +141,22 @@ class QuestionAnswering(Task):
         if self.threshold is not None and not np.isfinite(self.threshold):
             yield f"threshold: a finite number, not {self.threshold}"
 
+    def title(self) -> str:
+        return f"question_answering {Path(self.data).resolve().name}" if self.data else "question_answering"
+
     # ---- data
 
     def split(self, name: Split) -> Sequence[Example]:
         sources = self._sources()
         ids = _read_ids(self.train_ids) if isinstance(self.train_ids, str) else {}
-        found = _split(sources, Split(name), self._version(sources), self.validation_share, self.train_ids, ids)
-        if not found:
+        examples = self._examples(sources, Split(name), self._version(sources), ids)
+        if not examples:
             raise DataError(
                 f"{self.data}: there are too few questions to set some aside for {name}.", help="give at least 20 questions."
             )
-        return found
+        return examples
 
-    def remarks(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         sources = self._sources()
         source = sources.get("train")
         if source is None:
@@ -145,7 +178,7 @@ class QuestionAnswering(Task):
 
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> QuestionAnswering:
         task = self.settled()
-        if _mark(config) == "v1" and task.version == "v2":
+        if _version_of(config) == "v1" and task.version == "v2":
             raise DataError(
                 f"{self.data} has questions without an answer (SQuAD v2.0), and the model was tuned on questions that all have "
                 "one (v1.1): it cannot say that there is none.",
@@ -155,11 +188,42 @@ class QuestionAnswering(Task):
         return task
 
     def _sources(self) -> Mapping[str, Questions]:
-        """The questions "train" and "dev", one or both of them."""
-        return _sources(self.data, self.dev, None if self.version == "auto" else self.version)
+        return _read_sources(self.data, self.dev, None if self.version == "auto" else self.version)
+
+    def _examples(
+        self, sources: Mapping[str, Questions], name: Split, version: Version, ids: Mapping[str, frozenset[str]]
+    ) -> list[Example]:
+        """The examples of a split, drawn by whole contexts; `ids` are those that `train_ids` lists."""
+        kind = "dev" if name is Split.DEV and "dev" in sources else "train"
+        if kind not in sources:
+            where = next(iter(sources.values())).where
+            raise DataError(f"{where} has no training data beside it.", help="name the training file train.json.")
+        source = sources[kind]
+        examples = list(source.examples)
+        if "dev" not in sources:
+            dev = _draw(examples, dev_count(len(examples)), FOR_DEV)
+            examples = [item for item in examples if (item.id in dev) == (name is Split.DEV)]
+        if name is Split.DEV:
+            return _listed(examples, ids["dev"], source.where, "dev") if "dev" in ids else examples
+        if "train" in ids:
+            examples = _listed(examples, ids["train"], source.where, "train")
+        usable = [item for item in examples if item.answer.start is not None or not item.answer.texts]
+        if not usable or (version == "v1" and not any(item.answer.texts for item in usable)):
+            raise DataError(
+                f"{source.where}: not one of {len(examples):,} questions has an answer whose place in the context is known.",
+                facts=[
+                    f"answers that do not occur in their context: {sum(item.id in source.absent for item in examples):,}",
+                    f"answers in several places: {sum(item.id in source.guessed for item in examples):,}",
+                ],
+                help=f"answers must be copied from the context letter by letter. {SHAPE}",
+            )
+        if isinstance(self.train_ids, int):
+            usable = draw_some(usable, self.train_ids, "ids")
+        validation = _draw(usable, validation_count(self.validation_share, len(usable)), FOR_VALIDATION)
+        return [item for item in usable if (item.id in validation) == (name is Split.VALIDATION)]
 
     def _version(self, sources: Mapping[str, Questions]) -> Version:
-        """v2 where a question has no answer, or where the task says so; DataError where it says v1 and one has none."""
+        """v2 if a question has no answer, or if the task says so; DataError if it says v1 and one has none."""
         lacking = next((source for source in sources.values() if source.unanswerable), None)
         if self.version == "v1" and lacking is not None:
             first = next(example for example in lacking.examples if not example.answer.texts)
@@ -186,8 +250,8 @@ class QuestionAnswering(Task):
         owners: list[int] = []
         cut = 0
         with cutting(tokenizer, max_length):
-            for first in range(0, len(examples), CHUNK):
-                some = examples[first : first + CHUNK]
+            for first in range(0, len(examples), _QUESTIONS_AT_ONCE):
+                some = examples[first : first + _QUESTIONS_AT_ONCE]
                 tokenizer.no_truncation()
                 questions = [item.texts[0] for item in some]
                 for index, tokens in enumerate(tokenizer.encode_batch(questions, add_special_tokens=False)):
@@ -205,10 +269,10 @@ class QuestionAnswering(Task):
         return Features(columns, owners, cut, pad_id_of(tokenizer))
 
     def configure(self) -> Mapping[str, Any]:
-        return {"num_labels": 2, **self.marks()}
+        return {"num_labels": 2, **self.trained_on()}
 
-    def marks(self) -> Mapping[str, Any]:
-        return {MARK: self.settled().version}
+    def trained_on(self) -> Mapping[str, Any]:
+        return {_VERSION_KEY: self.settled().version}
 
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Cross entropy of start and end, averaged; padding takes no part, and a position out of range counts nothing."""
@@ -219,7 +283,7 @@ class QuestionAnswering(Task):
         for column, name in enumerate(self.outputs):
             logits, wanted = output[name].float(), batch["labels"][:, column]  # (batch, seq), (batch,)
             if mask is not None:
-                logits = logits.masked_fill(mask == 0, MASKED)
+                logits = logits.masked_fill(mask == 0, _PADDING_LOGIT)
             inside = (wanted >= 0) & (wanted < logits.shape[1])
             likely = torch.log_softmax(logits, dim=-1).gather(1, (wanted * inside)[:, None])[:, 0]
             terms.append(-(likely * inside).sum() / inside.sum().clamp_min(1))
@@ -238,50 +302,49 @@ class QuestionAnswering(Task):
         mask = batch.get("attention_mask")
         terms = []
         for name in self.outputs:
-            pair = (student[name].float(), teacher[name].float())  # (batch, seq)
+            ours, theirs = student[name].float(), teacher[name].float()  # (batch, seq)
             if mask is not None:
-                pair = (pair[0].masked_fill(mask == 0, MASKED), pair[1].masked_fill(mask == 0, MASKED))
-            ours, theirs = (torch.log_softmax(logits / temperature, dim=-1) for logits in pair)
-            terms.append((theirs.exp() * (theirs - ours)).sum() / len(ours) * temperature**2)
+                ours, theirs = (logits.masked_fill(mask == 0, _PADDING_LOGIT) for logits in (ours, theirs))
+            terms.append(kl_divergence(ours, theirs, temperature))
         return torch.stack(terms).mean()
 
     # ---- judging
 
     @property
-    def fits(self) -> bool:
+    def tunes(self) -> bool:
         return self.version == "v2" and self.threshold is None
 
     def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> QuestionAnswering:
-        """This task with the threshold that makes its metric best on these examples; unchanged where nothing is to be fitted."""
-        if not self.fits:
+        """This task with the threshold that makes its metric best on these examples; unchanged if nothing is to be fitted."""
+        if not self.tunes:
             return self
         texts, margins = self._spans(outputs, features, examples)
         if_answered = self._credits(texts, examples)
         if_not = self._credits([""] * len(examples), examples)
         return replace(self, threshold=best_threshold(margins, if_answered, if_not))
 
-    def suits(
+    def check_model(
         self,
         config: PretrainedConfig | Mapping[str, Any],
-        look: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
+        predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
     ) -> None:
-        """A model of SQuAD v1.1 prefers some span to "no answer" always; one of v2.0 does not."""
-        if self.version != "v2" or _mark(config) == "v2":
+        """DataError if the model never prefers "no answer" to a span, as models of SQuAD v1.1 do."""
+        if self.version != "v2" or _version_of(config) == "v2":
             return
-        outputs, features, examples = look()
+        outputs, features, examples = predict()
         _, margins = self._spans(outputs, features, examples)
         unanswerable = np.asarray([not item.answer.texts for item in examples], dtype=bool)
-        if unanswerable.sum() >= FEWEST and not (margins[unanswerable] > 0).any():
+        if unanswerable.sum() >= _FEWEST and not (margins[unanswerable] > 0).any():
             raise DataError(
                 f"{self.data} has questions without an answer (SQuAD v2.0), and the model gave each of {unanswerable.sum()} such "
                 "questions one: it seems to be tuned on v1.1, where every question has an answer.",
                 help="start from an encoder, which is tuned first, or from a model tuned on such questions; if this one was, write "
-                f'"{MARK}": "v2" into its config.json.',
+                f'"{_VERSION_KEY}": "v2" into its config.json.',
             )
 
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
         predictions = self.predict(outputs, features, examples)
-        shares = {name: self._credits(predictions, examples, name) for name in METRICS}
+        shares = {name: self._credits(predictions, examples, name) for name in _METRICS}
         scores = {name: float(values.mean()) if len(values) else 0.0 for name, values in shares.items()}
         with_answer = np.asarray([bool(item.answer.texts) for item in examples], dtype=bool)
         if with_answer.any() and not with_answer.all():
@@ -295,6 +358,36 @@ class QuestionAnswering(Task):
     def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
         """The metric of each example: the score is their mean."""
         return self._credits(self.predict(outputs, features, examples), examples)
+
+    def snippet(self, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+        """All windows of a question and its context, and the best span inside the context; "" if no answer is better."""
+        question, context = min(texts, key=lambda pair: len(pair[1]))
+        declines = self.version == "v2"
+        lines = [
+            "import numpy as np, onnxruntime, tokenizers",
+            OPEN_TOKENIZER,
+            f'tokenizer.enable_truncation({max_length}, stride={self.stride}, strategy="only_second")',
+            f"session = onnxruntime.InferenceSession({python_literal(file)})",
+            f"question = {python_literal(question)}",
+            f"context = {python_literal(context)}",
+            INPUT_NAMES,
+            'none, best, answer = np.inf, -np.inf, ""' if declines else 'best, answer = -np.inf, ""',
+            "row = tokenizer.encode(question, context)",
+            "for window in (row, *row.overflowing):",
+            "    feeds = {i.name: np.array([getattr(window, names[i.name])]) for i in session.get_inputs()}",
+            '    start, end = (logits[0] for logits in session.run(["start_logits", "end_logits"], feeds))',
+            *(["    none = min(none, start[0] + end[0])"] if declines else []),
+            "    inside = np.array([part == 1 for part in window.sequence_ids])  # tokens of the context",
+            "    steps = np.arange(len(start)) - np.arange(len(start))[:, None]  # from the first token of a span to its last",
+            f"    valid = inside[:, None] & inside & (steps >= 0) & (steps < {self.max_answer})",
+            "    scores = np.where(valid, start[:, None] + end, -np.inf)",
+            "    first, last = np.unravel_index(scores.argmax(), scores.shape)",
+            "    if scores[first, last] > best:",
+            "        best = scores[first, last]",
+            "        answer = context[window.offsets[first][0] : window.offsets[last][1]]",
+            f'print("" if none - best > {self.threshold or 0.0} else answer)' if declines else "print(answer)",
+        ]
+        return "\n".join(lines)
 
     def predict(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> list[str]:
         """The answer to each example, "" for none."""
@@ -333,8 +426,8 @@ class QuestionAnswering(Task):
         return "v1" if all(item.answer.texts for item in examples) else "v2"
 
 
-def _mark(config: PretrainedConfig | Mapping[str, Any]) -> Any:
-    return config.get(MARK) if isinstance(config, Mapping) else getattr(config, MARK, None)
+def _version_of(config: PretrainedConfig | Mapping[str, Any]) -> Any:
+    return config.get(_VERSION_KEY) if isinstance(config, Mapping) else getattr(config, _VERSION_KEY, None)
 
 
 # ---- windows
@@ -342,7 +435,7 @@ def _mark(config: PretrainedConfig | Mapping[str, Any]) -> Any:
 
 def _question_room(max_length: int, special: int) -> int:
     """Tokens a question may have: half of what a window holds beside special tokens, at most 64."""
-    return min(QUESTION, (max_length - special) // 2)
+    return min(_QUESTION, (max_length - special) // 2)
 
 
 def room(max_length: int, special: int) -> int:
@@ -431,99 +524,45 @@ def best_threshold(margins: np.ndarray, if_answered: np.ndarray, if_not: np.ndar
 
 
 @lru_cache(maxsize=4)
-def _hub(name: str) -> Mapping[str, Questions]:
+def _read_hub(name: str) -> Mapping[str, Questions]:
     return read_hub_questions(name)
 
 
-def _sources(data: str, dev: str | None, version: Version | None) -> Mapping[str, Questions]:
-    found: dict[str, Questions] = {}
-    if dev is not None:
-        found["dev"] = read_questions([Path(dev).expanduser()])
-    if not data:
-        raise DataError("the task question_answering has no data.", help="name a folder or a SQuAD file: data: ./squad.")
-    path = Path(data).expanduser()
-    if os.path.isdir(path):
-        files = dict(zip(("train", "dev"), find_squad(path, version), strict=True))
-        if not any(files.values()):
-            raise DataError(
-                f"{data} holds no train file.",
-                facts=[f"looked for: {', '.join(TRAIN_NAMES)} and {', '.join(DEV_NAMES)} with .json, .jsonl, .parquet"],
-                help="name the files train.json and dev.json, or give the file itself.",
-            )
-        return {name: read_questions(some) for name, some in files.items() if some} | found
-    if os.path.isfile(path):
-        return {"train": read_questions([path])} | found
-    if not is_hub_name(data):
-        raise DataError(
-            f"{data} does not exist.",
-            help="name a folder with train.json and dev.json, a SQuAD file, or a hub name: owner/name.",
-        )
-    splits = _hub(data)
-    named = {
-        kind: next((splits[name] for name in names if name in splits), None)
-        for kind, names in (("train", TRAIN_NAMES), ("dev", DEV_NAMES))
-    }
-    return {kind: questions for kind, questions in named.items() if questions is not None} | found
+def _read_sources(data: str, dev: str | None, version: Version | None) -> Mapping[str, Questions]:
+    """The questions "train" and "dev", one or both of them."""
+    apart = {} if dev is None else {"dev": read_questions([Path(dev).expanduser()])}
+    form = Format(
+        task="question_answering",
+        suffixes=QUESTION_SUFFIXES,
+        match=lambda files, name: match_files(files, name, version),
+        read=read_questions,
+        read_hub=_read_hub,
+        example="./squad",
+        forms="a folder with train.json and dev.json, a SQuAD file",
+        advice="say the version (--task squad or --task squad_v2), ",
+    )
+    return read_sources(data, form) | apart
 
 
 def _read_ids(name: str) -> dict[str, frozenset[str]]:
-    """Ids to train on, and those of the dev questions where the file tells them."""
-    file = Path(name).expanduser()
+    """Ids to train on, and those of the dev questions if the file tells them."""
     shape = 'it should hold {"train": ["id1", ...], "dev": [...]}, or one list of ids to train on.'
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file} does not exist.", help="train_ids is a JSON file, or how many questions to draw.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {error}.", help=shape) from None
+    content = read_json_option(name, "train_ids", "questions", shape)
     parts = content if isinstance(content, dict) else {"train": content}
-    found = {}
+    listed = {}
     for kind in ("train", "dev"):
         ids = parts.get(kind)
         if ids is None and kind == "dev":
             continue
         if not isinstance(ids, list) or not ids or not all(isinstance(item, (str, int)) for item in ids):
-            raise DataError(f"{file} holds no list of ids under '{kind}'.", help=shape)
-        found[kind] = frozenset(map(str, ids))
-    return found
+            raise DataError(f"{name} holds no list of ids under '{kind}'.", help=shape)
+        listed[kind] = frozenset(map(str, ids))
+    return listed
 
 
-def _split(
-    sources: Mapping[str, Questions],
-    name: Split,
-    version: Version,
-    validation_share: float,
-    wanted: str | int | None,
-    ids: Mapping[str, frozenset[str]],
-) -> list[Example]:
-    kind = "dev" if name is Split.DEV and "dev" in sources else "train"
-    if kind not in sources:
-        where = next(iter(sources.values())).where
-        raise DataError(f"{where} has no training data beside it.", help="name the training file train.json.")
-    source = sources[kind]
-    examples = list(source.examples)
-    if "dev" not in sources:
-        aside = _drawn(examples, max(1, round(DEV_SHARE * len(examples))), "dev")
-        examples = [item for item in examples if (item.id in aside) == (name is Split.DEV)]
-    if name is Split.DEV:
-        return _listed(examples, ids["dev"], source.where, "dev") if "dev" in ids else examples
-    if "train" in ids:
-        examples = _listed(examples, ids["train"], source.where, "train")
-    usable = [item for item in examples if item.answer.start is not None or not item.answer.texts]
-    if not usable or (version == "v1" and not any(item.answer.texts for item in usable)):
-        raise DataError(
-            f"{source.where}: not one of {len(examples):,} questions has an answer whose place in the context is known.",
-            facts=[
-                f"answers that do not occur in their context: {sum(item.id in source.absent for item in examples):,}",
-                f"answers in several places: {sum(item.id in source.guessed for item in examples):,}",
-            ],
-            help=f"answers must be copied from the context letter by letter. {SHAPE}",
-        )
-    if isinstance(wanted, int):
-        order = np.random.default_rng([SPLIT_SEED, *b"ids"]).permutation(len(usable))[:wanted]
-        usable = [usable[index] for index in sorted(order.tolist())]
-    aside = _drawn(usable, validation_count(validation_share, len(usable)), VALIDATION_SALT)
-    return [item for item in usable if (item.id in aside) == (name is Split.VALIDATION)]
+def _draw(examples: Sequence[Example], count: int, purpose: str) -> frozenset[str]:
+    """Ids of at least `count` examples: whole contexts, because questions on one context help each other."""
+    return draw_groups([(item.id, item.texts[1]) for item in examples], count, purpose)
 
 
 def _listed(examples: Sequence[Example], ids: frozenset[str], where: str, kind: str) -> list[Example]:
@@ -536,37 +575,3 @@ def _listed(examples: Sequence[Example], ids: frozenset[str], where: str, kind: 
             help="the ids belong to other data, or to the dev part of one file.",
         )
     return found
-
-
-def _drawn(examples: Sequence[Example], count: int, purpose: str) -> frozenset[str]:
-    """Ids of at least `count` examples, the same ones each time: whole contexts, because questions on one context help each other."""
-    groups: dict[str, list[str]] = {}
-    for item in examples:
-        groups.setdefault(item.texts[1], []).append(item.id)
-    if len(groups) < 2:
-        groups = {item.id: [item.id] for item in examples}
-    names = list(groups)
-    drawn: list[str] = []
-    for index in np.random.default_rng([SPLIT_SEED, *purpose.encode()]).permutation(len(names))[:-1]:  # never all
-        if len(drawn) >= count:
-            break
-        drawn += groups[names[index]]
-    return frozenset(drawn)
-
-
-def from_cli(
-    task: str,
-    data: str | Path | None,
-    *,
-    metric: str | None = None,
-    max_length: int | None = None,
-    stride: int | None = None,
-    train_ids: str | int | None = None,
-) -> QuestionAnswering:
-    """The task that options of the command line mean; "squad" and "squad_v2" say the version, and name the hub's data where none is."""
-    hub, version = SHORT.get(task, (None, "auto"))
-    if data is None and hub is None:
-        raise RecipeError("no data is named.", help="give --data <folder or SQuAD file>, or --task squad or squad_v2.")
-    given = {"metric": metric, "max_length": max_length, "stride": stride, "train_ids": train_ids}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return QuestionAnswering(data=str(data if data is not None else hub), version=version, **options)  # type: ignore[arg-type]

@@ -1,0 +1,38 @@
+"""Metrics of classes and of scores, for tasks of this folder."""
+
+from __future__ import annotations
+
+import numpy as np
+
+CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
+SCORE_METRICS = ("pearson", "spearman")
+
+
+def class_metrics(predicted: np.ndarray, wanted: np.ndarray, classes: int) -> dict[str, float]:
+    """Accuracy, Matthews, macro F1, and for two classes F1 of the last one: ids of shape (examples,)."""
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    every = list(range(classes))
+    scores = {
+        "accuracy": float((predicted == wanted).mean()) if len(wanted) else 0.0,
+        # 0 by definition if everything is one class; scikit-learn warns there
+        "matthews": float(matthews_corrcoef(wanted, predicted)) if len(np.union1d(wanted, predicted)) > 1 else 0.0,
+        "f1_macro": float(f1_score(wanted, predicted, labels=every, average="macro", zero_division=0.0)),
+    }
+    if classes == 2:
+        scores["f1"] = float(f1_score(wanted, predicted, labels=[1], average="micro", zero_division=0.0))
+    return scores
+
+
+def score_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Pearson and Spearman correlation of scores: (examples,) each; 0 if one side is constant or not finite."""
+    from scipy.stats import pearsonr, spearmanr
+
+    predicted = np.asarray(predicted, dtype=np.float64)
+    varied = len(wanted) > 1 and np.isfinite(predicted).all() and np.ptp(predicted) > 1e-9 * max(1.0, abs(predicted).max())
+    if not varied or np.ptp(wanted) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(pearsonr(predicted, wanted).statistic),
+        "spearman": float(spearmanr(predicted, wanted).statistic),
+    }
