@@ -25,10 +25,12 @@ FILES = (
 def local_folder(name: str | Path) -> Path:
     """The folder of the model `name`: the path itself, or the hub's files of that id in the local cache, downloaded if need be.
 
-    Raises ModelError if `name` is no path here and the hub does not give it, for example offline.
+    Raises:
+        ModelError: `name` is no path here and the hub does not give it, for example offline.
 
-    >>> local_folder("./my-bert")
-    PosixPath('my-bert')
+    Examples:
+        >>> local_folder("./my-bert").name
+        'my-bert'
     """
     hub = HUB_MODEL.fullmatch(str(name)) if not Path(name).exists() else None
     return _downloaded(hub["id"], hub["revision"]) if hub else Path(name)
