@@ -38,7 +38,7 @@ NARROW = Train(methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=Fa
 
 def sparse(share: float) -> dict[str, tuple[bool, Train]]:
     """Whether a student starts from the tuned weights, and its stage."""
-    prune = KnowledgeSparse(density=share)
+    prune = KnowledgeSparse(keep=share)
     paper, relative = replace(PLAIN, methods=(prune, PAPER)), replace(PLAIN, methods=(prune, Distillation()))
     return {
         "Xu et al.": (False, paper),

@@ -58,7 +58,7 @@ from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
-from slimformer.methods.kronecker import Kronecker
+from slimformer.methods.kronecker import KroneckerFactors
 from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
 from slimformer.reporting.words import mb_text, signed
@@ -102,25 +102,25 @@ def lesson(task: str, *more: Method, like: Train = LEARN) -> Train:
 
 def sparse(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
     """Xu et al. at one density, all of it: start, loss, rate."""
-    return {f"sparse-{density * 100:.0f}": (lesson(task, KnowledgeSparse(density=density)),)}
+    return {f"sparse-{density * 100:.0f}": (lesson(task, KnowledgeSparse(keep=density)),)}
 
 
 def sparse_ours(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
     """The same with what few passes need: a start from the tuned weights and a higher rate."""
     lr = OURS_LR / 2 if task == "squad1" else OURS_LR  # its batches are half as large
-    stage = lesson(task, KnowledgeSparse(density=density), like=replace(LEARN, lr=lr))
+    stage = lesson(task, KnowledgeSparse(keep=density), like=replace(LEARN, lr=lr))
     return {f"sparse-ours-{density * 100:.0f}": (stage,)}
 
 
 def sparse_relative(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
     """That with another loss, at a rate that suits it: outputs and relative hidden states, no attention scores."""
     learn = replace(LEARN, methods=(Distillation(),), lr=4e-4)
-    return {f"sparse-relative-{density * 100:.0f}": (lesson(task, KnowledgeSparse(density=density), like=learn),)}
+    return {f"sparse-relative-{density * 100:.0f}": (lesson(task, KnowledgeSparse(keep=density), like=learn),)}
 
 
 def patterns(task: str) -> dict[str, tuple[Stage, ...]]:
     """What hardware asks for: quads of inputs, and N of M."""
-    quads = KnowledgeSparse(density=0.2, pattern="1x4")
+    quads = KnowledgeSparse(keep=0.2, pattern="1x4")
     return {
         "sparse-1x4-20": (lesson(task, quads),),
         "sparse-2of4-50": (lesson(task, KnowledgeSparse(pattern="2:4")),),
@@ -130,17 +130,17 @@ def patterns(task: str) -> dict[str, tuple[Stage, ...]]:
 
 def sparse_ablations(density: float) -> dict[str, tuple[Stage, ...]]:
     """One choice of Xu et al. changed at a time, on MRPC; the student from tuned weights has another model, not other stages."""
-    plain = lesson("mrpc", KnowledgeSparse(density=density))
+    plain = lesson("mrpc", KnowledgeSparse(keep=density))
     rows_only = replace(plain, augment=0, epochs=PASSES)
-    labels = replace(rows_only, methods=(KnowledgeSparse(density=density),), task_weight=1.0)
-    once = KnowledgeSparse(density=density, updates=1, cooldown=0.99)
+    labels = replace(rows_only, methods=(KnowledgeSparse(keep=density),), task_weight=1.0)
+    once = KnowledgeSparse(keep=density, updates=1, cooldown=0.99)
     return {
         "sparse-from-tuned": (plain,),
         "sparse-no-copies": (rows_only,),
         "sparse-no-distillation": (labels,),
         "sparse-one-shot": (lesson("mrpc", once),),
-        "sparse-global": (lesson("mrpc", KnowledgeSparse(density=density, scope="model")),),
-        "sparse-fisher": (lesson("mrpc", KnowledgeSparse(density=density, score="fisher")),),
+        "sparse-global": (lesson("mrpc", KnowledgeSparse(keep=density, scope="model")),),
+        "sparse-fisher": (lesson("mrpc", KnowledgeSparse(keep=density, score="fisher")),),
     }
 
 
@@ -168,7 +168,8 @@ def quantized(*widths: int) -> dict[str, tuple[Stage, ...]]:
 
 def factored(task: str, shapes: str, *, two_stages: bool = True) -> dict[str, tuple[Stage, ...]]:
     """Tahaei et al.: factors, a stage on text without labels, a stage on the task; or the latter alone, for half as long again."""
-    start = Calibrate(Kronecker(shapes=shapes) if shapes in ("7.7x", "21x") else Kronecker(keep=1 / float(shapes[:-1])))  # type: ignore[arg-type]
+    named = KroneckerFactors(shapes=shapes) if shapes in ("7.7x", "21x") else None  # type: ignore[arg-type]
+    start = Calibrate(named or KroneckerFactors(keep=1 / float(shapes[:-1])))
     on_text = replace(LEARN, text=TEXT, epochs=1.0, lr=1e-3, methods=(replace(PAPER_LOSS, logits=0.0),))
     on_task = lesson(task, like=replace(LEARN, lr=2e-4, task_weight=0.1))
     if not two_stages:
@@ -209,15 +210,15 @@ def together(task: str) -> dict[str, tuple[Stage, ...]]:
     open_table = replace(learn, freeze="nothing", lr=rate, methods=(taught,))
     on_text = replace(open_table, text=TEXT, epochs=1.0, lr=5e-4, task_weight=0.0, methods=(replace(taught, logits=0.0),))
 
-    def small(keep: float, table: Kronecker, *before: Train) -> tuple[Stage, ...]:
+    def small(keep: float, table: KroneckerFactors, *before: Train) -> tuple[Stage, ...]:
         return (Calibrate(Fisher(keep=keep, cost="macs")), Calibrate(table), *before, open_table, to_integers(8))
 
-    def of_sums(terms: int) -> Kronecker:
-        return Kronecker(keep=1.0, embedding=384, embedding_terms=terms)
+    def of_sums(terms: int) -> KroneckerFactors:
+        return KroneckerFactors(keep=1.0, embedding=384, embedding_terms=terms)
 
     more = {
         "fisher-35-quantization": (Calibrate(Fisher(keep=0.35, cost="macs")), learn, to_integers(8)),
-        "fisher-35-table-quantization": small(0.35, Kronecker(keep=1.0, embedding=8)),
+        "fisher-35-table-quantization": small(0.35, KroneckerFactors(keep=1.0, embedding=8)),
         "fisher-35-table-sum-quantization": small(0.35, of_sums(48)),
         "fisher-25-table-text-quantization": small(0.25, of_sums(72), on_text),
     }

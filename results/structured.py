@@ -79,8 +79,8 @@ def methods(share: float, epochs: float, distil: Train, gating: float = 0.5) -> 
     def learn(count: float, *more: Gates | Movement | GroupLasso | Distillation, like: Train = distil) -> Train:
         return replace(like, epochs=count, methods=more or (Distillation(),))
 
-    gates = Gates(target=share, size="top_k", apart=True, fold=False, sublayers=False)
-    movement = Movement(target=share, fill=True)
+    gates = Gates(keep=share, size="top_k", apart=True, fold=False, sublayers=False)
+    movement = Movement(keep=share, fill=True)
     lasso = GroupLasso(keep=share)
     return {
         "layers": (Calibrate(Layers(keep=max(1, round(6 * share)) / 6 + 1e-9)), learn(epochs)),  # of six, the nearest number
@@ -96,7 +96,7 @@ def methods(share: float, epochs: float, distil: Train, gating: float = 0.5) -> 
 
 def ladder(share: float, distil: Train) -> dict[str, tuple[Stage, ...]]:
     """The ways to set the gates of McCarley et al., with no training afterwards: how good is the choice itself?"""
-    gates = Gates(target=share, size="top_k", apart=True, fold=False, sublayers=False)
+    gates = Gates(keep=share, size="top_k", apart=True, fold=False, sublayers=False)
     return {
         "random": (Calibrate(Importance(how="random", keep=share)),),
         "gain": (Calibrate(Importance(how="gain", keep=share)),),
@@ -108,7 +108,7 @@ def ladder(share: float, distil: Train) -> dict[str, tuple[Stage, ...]]:
 
 def heads_ladder(share: float) -> dict[str, tuple[Stage, ...]]:
     """The same for heads alone, where leaving one out at a time can be afforded."""
-    gates = Gates(target=share, size="top_k", units="heads", fold=False, sublayers=False)
+    gates = Gates(keep=share, size="top_k", units="heads", fold=False, sublayers=False)
     ways = ("random", "gain", "leave_one_out")
     return {
         **{way: (Calibrate(Importance(how=way, keep=share, units="heads", examples=400)),) for way in ways},  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def ablations(share: float, epochs: float, distil: Train, gating: float = 0.5) -
     assert isinstance(rest, Train)
 
     def movement(**options: object) -> tuple[Stage, ...]:
-        return (replace(filled, methods=(replace(Movement(target=share, fill=True), **options), Distillation())), rest)  # type: ignore[arg-type]
+        return (replace(filled, methods=(replace(Movement(keep=share, fill=True), **options), Distillation())), rest)  # type: ignore[arg-type]
 
     gated, healed = whole["gates"]
     assert isinstance(gated, Train)
@@ -135,12 +135,12 @@ def ablations(share: float, epochs: float, distil: Train, gating: float = 0.5) -
         "movement-struct": movement(variant="struct"),
         "movement-block": movement(variant="block"),
         "movement-no-teacher": (
-            replace(filled, methods=(Movement(target=share, fill=True),), task_weight=1.0),
+            replace(filled, methods=(Movement(keep=share, fill=True),), task_weight=1.0),
             replace(rest, methods=(), task_weight=1.0),
         ),
         "gates-no-teacher": (gated, replace(healed, methods=(), task_weight=1.0)),
         "gates-together": (
-            replace(gated, methods=(Gates(target=share, fold=False, sublayers=False),)),
+            replace(gated, methods=(Gates(keep=share, fold=False, sublayers=False),)),
             healed,
         ),
     }
@@ -149,7 +149,7 @@ def ablations(share: float, epochs: float, distil: Train, gating: float = 0.5) -
 def as_published(share: float, epochs: float) -> dict[str, tuple[Stage, ...]]:
     """Hybrid Filled as in the paper: from weights that are not tuned, with the teacher's logits alone and no weight decay."""
     learn = replace(DISTIL, methods=(Distillation(logits=0.9, hidden=0.0),), weight_decay=0.0)
-    cut = replace(learn, methods=(Movement(target=share, fill=True), *learn.methods), epochs=epochs * 3 / 4)
+    cut = replace(learn, methods=(Movement(keep=share, fill=True), *learn.methods), epochs=epochs * 3 / 4)
     return {"movement-pretrained": (cut, replace(learn, epochs=epochs / 4))}
 
 

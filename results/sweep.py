@@ -69,11 +69,11 @@ class Job:
         """A forecast: tokens seen while training, at the speed of the model that each stage trains."""
         share, seen = 1.0, 0.0
         for stage in self.recipe.stages:
-            deciding = not isinstance(stage, Train) or any(method.decides for method in stage.methods)
+            deciding = not isinstance(stage, Train) or any(method.effects().chooses for method in stage.methods)
             if isinstance(stage, Train):
                 tokens = (1 + stage.augment) * _tokens(self.recipe.task, self.recipe.model, stage.text)
                 seen += stage.epochs * tokens * share
-                if any(method.needs_teacher for method in stage.methods):
+                if any(method.effects().needs_teacher for method in stage.methods):
                     seen += LOOK * tokens * min(1.0, stage.epochs)  # kept on disk
             share = min(share, self.share) if deciding else share
         return seen / RATE / 3600 + AROUND

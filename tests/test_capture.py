@@ -14,8 +14,7 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
 from slimformer.hooks import attention
-from slimformer.hooks.capture import capturing
-from slimformer.methods.base import Capture
+from slimformer.hooks.capture import Capture, capturing
 
 
 @pytest.fixture(autouse=True)

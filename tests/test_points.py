@@ -11,9 +11,8 @@ from slimformer.core.ranges import Range, Ranges
 from slimformer.errors import PlanError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.attention import quick_attention
-from slimformer.hooks.capture import capturing
+from slimformer.hooks.capture import Capture, capturing
 from slimformer.hooks.points import quantized_inputs, touched
-from slimformer.methods.base import Capture
 
 MODEL = tiny("bert")
 ANATOMY = anatomy_of(MODEL)

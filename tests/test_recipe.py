@@ -37,7 +37,7 @@ seed: 3
 stages:
   - train: {epochs: 2}
   - calibrate: {method: {use: fisher, keep: 0.4}}
-  - train: {epochs: 5, lr: 0.0001, methods: [{use: gates, target: 0.4}, {use: distillation, temperature: 3}]}
+  - train: {epochs: 5, lr: 0.0001, methods: [{use: gates, keep: 0.4}, {use: distillation, temperature: 3}]}
   - export: {choose_within: 0.5}
   - bench: {seconds: 5, rivals: [teacher-int8]}
 """
@@ -49,7 +49,7 @@ def test_a_recipe_is_what_it_says_and_round_trips():
     assert recipe.stages == (
         Train(epochs=2),
         Calibrate(fisher(keep=0.4)),
-        Train(epochs=5, lr=1e-4, methods=(gates(target=0.4), distillation(temperature=3))),
+        Train(epochs=5, lr=1e-4, methods=(gates(keep=0.4), distillation(temperature=3))),
     )
     assert recipe.task == Intents(examples=500)
     assert recipe.bench == Bench(seconds=5, rivals=("teacher-int8",))
@@ -65,7 +65,7 @@ seed: -1
 stages:
   - train: {epoch: 2}
   - calibrate: {method: {use: gates}}
-  - train: {lr: -1, methods: [{use: fisher}, {use: distilation}, {use: gates, targt: 1}, {use: distillation, temperature: hot}]}
+  - train: {lr: -1, methods: [{use: fisher}, {use: distilation}, {use: gates, kep: 1}, {use: distillation, temperature: hot}]}
   - train: {methods: [{use: distillation, temperature: -1}]}
   - exprt: {}
   - bench: {rivals: [nobody]}
@@ -83,7 +83,7 @@ stages:
         "stages[2].train.lr: -1.0, must be 0 or above",
         "stages[2].train.methods[0]: 'fisher' looks once",
         "stages[2].train.methods[1].use: there is no 'distilation'; did you mean 'distillation'?",
-        "stages[2].train.methods[2].targt: unknown option; did you mean 'target'?",
+        "stages[2].train.methods[2].kep: unknown option; did you mean 'keep'?",
         "stages[2].train.methods[3].temperature: Input should be a valid number",
         "stages[3].train.methods[0]: temperature must be above 0",
         "stages[4].exprt: unknown stage; did you mean 'export'?",
@@ -280,7 +280,7 @@ def test_orders_that_make_no_sense_are_mistakes(stages: list[dict[str, object]],
 
 def test_a_recipe_built_in_python_is_held_to_the_same_order(tmp_path):
     sparse, kronecker = (registry.find("methods", name) for name in ("knowledge_sparse", "kronecker"))
-    stages = (Train(methods=(sparse(density=0.5),)), Calibrate(kronecker()))
+    stages = (Train(methods=(sparse(keep=0.5),)), Calibrate(kronecker()))
     with pytest.raises(RecipeError, match="undo each other") as caught:
         run(Recipe(str(tmp_path), Intents(), stages), tmp_path / "out")
     assert "the zeros that knowledge_sparse left" in caught.value.facts[0]
@@ -361,8 +361,8 @@ def test_compress_does_not_fill_zeros_either(delivered: Path, tmp_path: Path) ->
 
 HOPELESS = {
     "a block of movement": ("movement", {"block": 5}, "blocks of 5 x 5 do not divide encoder.0.query, which is 32 x 32"),
-    "a target of movement": ("movement", {"target": 0.01}, "a target of 0.01 cannot be reached: .*% of the MACs remain"),
-    "of parameters": ("movement", {"target": 0.01, "cost": "parameters"}, "% of the parameters remain"),
+    "a share of movement": ("movement", {"keep": 0.01}, "keep of 0.01 cannot be reached: .*% of the MACs remain"),
+    "of parameters": ("movement", {"keep": 0.01, "cost": "parameters"}, "% of the parameters remain"),
     "a block of group_lasso": (
         "group_lasso",
         {"groups": "blocks", "block": 7},
@@ -371,7 +371,7 @@ HOPELESS = {
     "units of group_lasso": ("group_lasso", {"keep": 0.01}, "the budget of .* MACs cannot be reached"),
     "a share of group_lasso": ("group_lasso", {"keep": 0.01, "groups": "blocks", "block": 8}, "keep is 0.01, and one group"),
     "a pattern": ("knowledge_sparse", {"pattern": "1x5"}, "blocks of 1 x 5 do not divide encoder.0.query"),
-    "gates": ("gates", {"target": 0.01}, "nothing of the encoder would be left"),
+    "gates": ("gates", {"keep": 0.01}, "nothing of the encoder would be left"),
     "importance": ("importance", {"keep": 0.01}, "the budget of .* MACs cannot be reached"),
     "a share of kronecker": ("kronecker", {"keep": 0.01}, r"1.0% of the parameters cannot be reached: [\d.]+% remain"),
     "a factor": ("kronecker", {"embedding": 5}, "a factor of 1 x 5 does not divide"),
@@ -386,7 +386,7 @@ def test_what_cannot_be_is_told_before_a_leading_stage_tunes(tmp_path, name, opt
     source = write_model(tmp_path / "encoder", trained=False, bare=True)
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     method = registry.find("methods", name)(**options)
-    cutting = Train(methods=(method,)) if method.trains else Calibrate(method)
+    cutting = Train(methods=(method,)) if not method.effects().one_shot else Calibrate(method)
     with pytest.raises((RecipeError, TargetError, PlanError), match=message):
         run(Recipe(str(source), task, (Train(), cutting)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -396,9 +396,9 @@ def test_what_can_be_is_let_through_and_latency_is_left_to_be_measured(tmp_path)
     source = write_model(tmp_path / "encoder", trained=False, bare=True)
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     movement, layers = (registry.find("methods", name) for name in ("movement", "layers"))
-    for cutting in (movement(block=8), movement(block=8, target=0.01, cost="latency")):
+    for cutting in (movement(block=8), movement(block=8, keep=0.01, cost="latency")):
         look(Recipe(str(source), task, (Train(), Train(methods=(cutting,)))))
-    later = Train(methods=(movement(target=0.01),))  # whether it can be, only what is left then tells
+    later = Train(methods=(movement(keep=0.01),))  # whether it can be, only what is left then tells
     look(Recipe(str(source), task, (Train(), Calibrate(layers()), later)))
 
 

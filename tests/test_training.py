@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -26,8 +25,9 @@ from slimformer.core.shrink import shrink
 from slimformer.data.batching import collate
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.capture import Capture
 from slimformer.log import Log
-from slimformer.methods.base import Capture, Context, Method, Progress, State, Step
+from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.training import loop as training
@@ -67,10 +67,12 @@ class Nudge(Method):
     """A method with a parameter, a hook, a buffer and randomness of its own; may stop the run after some steps."""
 
     stop_after: int | None = None
-    decides: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         return "Nudge()"  # where it stops is no part of the work
+
+    def effects(self) -> Effects:
+        return Effects(cuts=True)
 
     def attach(self, context: Context) -> State:
         return Offset(context)
@@ -259,7 +261,7 @@ training.STATE_SHARE = math.inf
 features = rows(96)
 around = context(features=features)
 settings = training.Settings(steps=int(sys.argv[2]), lr=3e-3, batch_size=16, precision="bf16", checkpoint_seconds=0.0)
-training.train(around, features, (Gates(target=0.5),), settings, Path(sys.argv[1]), Log(None, quiet=True))
+training.train(around, features, (Gates(keep=0.5),), settings, Path(sys.argv[1]), Log(None, quiet=True))
 save_file(around.model.state_dict(), sys.argv[1] + "/end.safetensors")
 """
 
@@ -298,7 +300,7 @@ def test_everything_is_off_the_model_afterwards(tmp_path: Path) -> None:
     model.bert.embeddings.requires_grad_(False)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     keys, attention, random = set(model.state_dict()), model.config._attn_implementation, torch.get_rng_state()
-    methods = (Gates(target=0.5), Distillation(scores=1.0))
+    methods = (Gates(keep=0.5), Distillation(scores=1.0))
     decision = train(around, features, methods, FAST, tmp_path, QUIET).decision
     assert decision.plan.keep
     decision.plan.check(around.anatomy)
@@ -314,7 +316,8 @@ def test_everything_is_off_the_model_afterwards(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Breaks(Method):
-    needs: ClassVar[frozenset[Capture]] = frozenset({Capture.HIDDEN, Capture.SCORES})
+    def effects(self) -> Effects:
+        return Effects(needs=frozenset({Capture.HIDDEN, Capture.SCORES}))
 
     def penalty(self, state: State, step: Step) -> torch.Tensor:
         raise ZeroDivisionError
@@ -333,7 +336,7 @@ def test_two_that_decide_are_refused_before_anything_starts(tmp_path: Path) -> N
     around = context()
     before = weights(around.model)
     with pytest.raises(RecipeError, match=r"test_training and gates both decide") as caught:
-        train(around, rows(), (Nudge(), Gates(target=0.5), Distillation()), FAST, tmp_path, QUIET)
+        train(around, rows(), (Nudge(), Gates(keep=0.5), Distillation()), FAST, tmp_path, QUIET)
     assert "distillation needs a teacher" in str(caught.value)  # all mistakes at once
     assert same(weights(around.model), before)
     assert list(tmp_path.iterdir()) == []
@@ -384,11 +387,9 @@ class Watch(Method):
     """Compares what the teacher is said to see with what it sees; `needs` as asked."""
 
     wants: frozenset[Capture]
-    needs_teacher: ClassVar[bool] = True
 
-    @property
-    def needs(self) -> frozenset[Capture]:  # type: ignore[override]
-        return self.wants
+    def effects(self) -> Effects:
+        return Effects(needs=self.wants, needs_teacher=True)
 
     def attach(self, context: Context) -> State:
         state = State()
@@ -538,7 +539,7 @@ def test_estimate_changes_nothing() -> None:
     features = rows(120)
     around = context(features=features, teacher=tiny("bert", seed=5))
     before, generator, random = weights(around.model), around.generator.get_state(), torch.get_rng_state()
-    told = estimate(around, features, (Gates(target=0.5), Distillation()), FAST, seconds=0.2)
+    told = estimate(around, features, (Gates(keep=0.5), Distillation()), FAST, seconds=0.2)
     assert same(weights(around.model), before)
     assert torch.equal(around.generator.get_state(), generator)
     assert torch.equal(torch.get_rng_state(), random)

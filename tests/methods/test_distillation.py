@@ -11,7 +11,8 @@ from tiny import tiny
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of
-from slimformer.methods.base import Capture, Captured, Progress, Step
+from slimformer.hooks.capture import Capture, Captured
+from slimformer.methods.base import Progress, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.testing.checks import tiny_context
 
@@ -49,7 +50,7 @@ def test_the_embedding_has_a_term_of_its_own_and_errors_may_be_plain():
     assert of(hidden=0, embedding=2) == pytest.approx(2 * 9 / 4)
     assert of(hidden=3, embedding=1) == pytest.approx(1 / 4 + 9 / 4)
     assert of(hidden=3, embedding=1, relative=False) == pytest.approx(1 + 9)  # sums of mean squared errors, as published
-    assert Distillation(hidden=0, embedding=1).needs == {Capture.LOGITS, Capture.HIDDEN}
+    assert Distillation(hidden=0, embedding=1).effects().needs == {Capture.LOGITS, Capture.HIDDEN}
 
 
 def test_scores_ignore_a_shift_of_a_row_and_padding():

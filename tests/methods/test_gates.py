@@ -22,10 +22,11 @@ from slimformer.core.plan import Decision, Plan
 from slimformer.data.batching import collate, epoch_order
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.capture import Captured
 from slimformer.hooks.gating import gated
 from slimformer.log import Log
 from slimformer.methods import gates
-from slimformer.methods.base import Captured, Context, Method, Progress, State, Step
+from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.methods.gates import Gates
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
@@ -117,7 +118,7 @@ def test_noise_in_training_none_in_evaluation():
 def test_expected_cost_with_open_gates_is_nearly_dense(unit):
     around = priced(unit)
     for units in ("heads", "neurons", "both"):
-        method = Gates(start=12.0, units=units, target=0.9)
+        method = Gates(start=12.0, units=units, keep=0.9)
         state = method.attach(around)
         assert method.report(state)["cost"] == pytest.approx(1.0, abs=1e-3)
         state.close()
@@ -125,7 +126,7 @@ def test_expected_cost_with_open_gates_is_nearly_dense(unit):
 
 def test_expected_cost_is_the_curve_at_the_expected_number():
     around = priced("latency")
-    state = Gates(units="heads", target=0.9).attach(around)
+    state = Gates(units="heads", keep=0.9).attach(around)
     p = 2.6 / 4  # 2.6 open heads a layer: 0.7 + 0.6 * (1.1 - 0.7) ms
     with torch.no_grad():
         for value in state.log_alpha:
@@ -156,9 +157,9 @@ def test_the_penalty_is_a_mean_per_kind_and_rises():
 
 def test_multipliers_climb_and_the_cost_reaches_its_target():
     around = tiny_context()
-    method = Gates(target=0.5, lr=0.1, multiplier_lr=0.2, ramp=0.3)
+    method = Gates(keep=0.5, lr=0.1, multiplier_lr=0.2, ramp=0.3)
     state, decision = pressed(method, around)
-    assert method.report(state)["target"] == pytest.approx(0.5)
+    assert method.report(state)["goal"] == pytest.approx(0.5)
     assert method.report(state)["cost"] == pytest.approx(0.5, abs=0.02)  # within 2 % of the dense cost
     assert around.cost.of(decision.plan, around.anatomy) <= 0.5 * around.cost.dense
 
@@ -166,7 +167,7 @@ def test_multipliers_climb_and_the_cost_reaches_its_target():
 @pytest.mark.parametrize(("unit", "target"), [("macs", 0.5), ("parameters", 0.75), ("latency", 0.5)])
 def test_kinds_apart_come_down_in_proportion(unit, target):
     around = priced(unit)
-    method = Gates(target=target, multiplier_lr=0.2, ramp=0.3, apart=True)
+    method = Gates(keep=target, multiplier_lr=0.2, ramp=0.3, apart=True)
     state, _ = pressed(method, around, steps=800)
     assert method.report(state)["cost"] == pytest.approx(target, abs=0.02)
     left = [state.expected((kind,)).item() / share for kind, share in state.shares.items()]
@@ -183,7 +184,7 @@ def test_the_plan_of_a_bert_large_is_within_two_percent_of_its_target(large, uni
     around = replace(tiny_context(), anatomy=anatomy, cost=costs[unit])
     draw = torch.Generator().manual_seed(1)
     for target in (0.4, 0.75):
-        method = Gates(target=target, size=size, sublayers=False)
+        method = Gates(keep=target, size=size, sublayers=False)
         values = {site.id: 3 * torch.randn(site.size, generator=draw) for site in method.sites(anatomy)}
         left = around.cost.of(method.choose(around.anatomy, around.cost, values), anatomy) / around.cost.dense
         assert 0.98 * target <= left <= target
@@ -225,7 +226,7 @@ def test_widths_stay_at_multiples_and_sublayers_where_they_must():
 
 def test_threshold_keeps_what_is_more_open_than_shut():
     around = tiny_context()
-    method = Gates(size="threshold", neuron_multiple=1, target=0.01)
+    method = Gates(size="threshold", neuron_multiple=1, keep=0.01)
     values = {site.id: torch.full((site.size,), 3.0) for site in method.sites(around.anatomy)}
     values["encoder.0.heads"] = torch.tensor([-1.0, 0.1, -0.1, 2.0])
     values["encoder.2.neurons"] = torch.full((24,), -0.5)
@@ -239,13 +240,13 @@ def test_threshold_keeps_what_is_more_open_than_shut():
 @pytest.mark.parametrize("size", ["lagrangian", "top_k"])
 def test_a_target_out_of_reach_is_told_before_training(size):
     with pytest.raises(TargetError, match="cannot be reached"):
-        Gates(target=0.4, size=size, units="heads").attach(priced("parameters"))
+        Gates(keep=0.4, size=size, units="heads").attach(priced("parameters"))
 
 
 @pytest.mark.parametrize("size", ["lagrangian", "top_k"])
 def test_a_target_that_would_leave_nothing_is_told_before_training(size):
     with pytest.raises(TargetError, match="nothing of the encoder would be left"):
-        Gates(target=0.01, size=size).attach(tiny_context())
+        Gates(keep=0.01, size=size).attach(tiny_context())
 
 
 def test_penalties_that_close_no_gate_are_told():
@@ -260,11 +261,11 @@ def test_penalties_that_close_no_gate_are_told():
 
 def test_a_lagrangian_that_had_no_time_says_so():
     around = tiny_context()
-    _, short = pressed(Gates(target=0.5), around, steps=20)
+    _, short = pressed(Gates(keep=0.5), around, steps=20)
     (note,) = short.notes
     assert "not to 50%" in note
     assert "Train longer" in note
-    assert pressed(Gates(target=0.5), around)[1].notes == ()
+    assert pressed(Gates(keep=0.5), around)[1].notes == ()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -278,7 +279,7 @@ def test_the_plan_keeps_the_gates_that_are_open(seed):
         open_units[0] = True
     plan = Plan({name: tuple(np.flatnonzero(value.numpy()).tolist()) for name, value in wanted.items() if not value.all()})
     target = around.cost.of(plan, around.anatomy) / around.cost.dense
-    found = replace(method, target=target * 1.001).choose(
+    found = replace(method, keep=target * 1.001).choose(
         around.anatomy, around.cost, {n: torch.where(v, 4.0, -4.0) for n, v in wanted.items()}
     )
     assert found.keep == plan.keep
@@ -287,7 +288,7 @@ def test_the_plan_keeps_the_gates_that_are_open(seed):
 def test_gates_that_stay_are_one_or_folded():
     around = tiny_context()
     for fold in (False, True):
-        method = Gates(target=1.0, size="top_k", fold=fold, start=0.4)
+        method = Gates(keep=1.0, size="top_k", fold=fold, start=0.4)
         state = method.attach(around)
         decision = method.decide(state, around)
         state.close()
@@ -331,7 +332,7 @@ def run(
 
 @pytest.mark.parametrize(("size", "model_type"), [("lagrangian", "bert"), ("top_k", "bert"), ("top_k", "roberta")])
 def test_frozen_weights_stay_bit_for_bit_while_gates_move(tmp_path, size, model_type):
-    around, result, values = run(tmp_path, Gates(target=0.9, size=size, fold=False), model_type=model_type)
+    around, result, values = run(tmp_path, Gates(keep=0.9, size=size, fold=False), model_type=model_type)
     before = undropped(model_type).state_dict()
     after = around.model.state_dict()
     assert list(after) == list(before)
@@ -371,7 +372,7 @@ def alone(method: Gates, first: int, settings: Settings = FROZEN) -> dict[str, t
 
 
 def test_apart_is_two_runs_of_their_own(tmp_path):
-    method = Gates(size="top_k", apart=True, target=0.9, lambda_heads=0.7, lambda_neurons=2.0)
+    method = Gates(size="top_k", apart=True, keep=0.9, lambda_heads=0.7, lambda_neurons=2.0)
     _, _, found = run(tmp_path, method)
     for first, units in enumerate(("heads", "neurons")):
         expected = alone(replace(method, units=units, apart=False), first)
@@ -381,7 +382,7 @@ def test_apart_is_two_runs_of_their_own(tmp_path):
 
 
 def test_apart_neither_kind_feels_the_other(tmp_path):
-    method = Gates(size="top_k", apart=True, target=0.9)
+    method = Gates(size="top_k", apart=True, keep=0.9)
     _, _, one = run(tmp_path / "one", method)
     _, _, other = run(tmp_path / "other", replace(method, lambda_neurons=30.0))
     for name, value in one.items():
@@ -390,7 +391,7 @@ def test_apart_neither_kind_feels_the_other(tmp_path):
 
 def test_adam_leaves_gates_alone_that_are_not_at_work():
     around = context()
-    method = Gates(apart=True, size="lagrangian", target=0.9, ramp=0.0)
+    method = Gates(apart=True, size="lagrangian", keep=0.9, ramp=0.0)
     state = method.attach(around)
     optimizer = torch.optim.AdamW(state.groups(), fused=True)
     batch = next(around.batches(16))
@@ -419,7 +420,7 @@ def test_adam_leaves_gates_alone_that_are_not_at_work():
 def test_a_stopped_run_ends_with_the_same_gates(tmp_path, monkeypatch, stop, size):
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)  # a state after each step
     settings = replace(FROZEN, checkpoint_seconds=0.0)
-    method = Gates(apart=True, size=size, target=0.9)
+    method = Gates(apart=True, size=size, keep=0.9)
     _, expected, straight = run(tmp_path / "straight", method, settings)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", method, settings, stop=stop)
@@ -479,8 +480,8 @@ def test_sizes_are_those_of_the_paper(large, heads, neurons, mebibytes):
 @pytest.mark.parametrize(
     "options",
     [
-        {"target": 0},
-        {"target": 2},
+        {"keep": 0},
+        {"keep": 2},
         {"ramp": -0.1},
         {"units": "layers"},
         {"size": "bisection"},

@@ -20,9 +20,10 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError, TargetError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.capture import Captured
 from slimformer.log import Log
-from slimformer.methods.base import Captured, Context, Progress, Step
-from slimformer.methods.group_lasso import GroupLasso, groups_of, renews
+from slimformer.methods.base import Context, Progress, Step
+from slimformer.methods.group_lasso import GroupLasso, groups_of
 from slimformer.testing.checks import assert_equal, assert_same, tiny_context
 from slimformer.training.loop import Settings, train
 
@@ -113,14 +114,6 @@ def test_beta_is_renewed_by_hand_at_its_steps():
         seen.append(state.beta(0)[0].item())
     assert seen == pytest.approx([first] + [1 / (7.5 + 1)] * 7)
     assert set(state.state_dict()) == {"beta_0"}  # so that a resumed run goes on with it
-
-
-@pytest.mark.parametrize(
-    ("every", "total", "steps"),
-    [(0.2, 10, [2, 4, 6, 8]), (0.5, 3, [2]), (0.2, 3, [1, 2]), (0.3, 10, [3, 6, 9]), (1.0, 10, []), (0.1, 1, [])],
-)
-def test_reweighting_fires_at_shares_of_the_training_however_short(every, total, steps):
-    assert [step for step in range(1, total + 1) if renews(Progress(step, total), every)] == steps
 
 
 def test_largest_groups_stay_exactly_and_ties_go_by_index():

@@ -183,5 +183,5 @@ def test_options_out_of_range_are_refused(options):
 
 @pytest.mark.parametrize("units", ["neurons", "both"])
 def test_leaving_neurons_out_one_by_one_is_refused(units):
-    with pytest.raises(ValueError, match=rf"units must be heads where how is leave_one_out .*got {units}"):
+    with pytest.raises(ValueError, match=rf"units must be heads if how is leave_one_out .*got {units}"):
         Importance("leave_one_out", units=units)

@@ -19,7 +19,7 @@ from slimformer.log import Log
 from slimformer.methods.base import Method, Progress, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.keep_zeros import KeepZeros
-from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, highest, measure, updates_done, woodbury
+from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, highest, measure_curvature, woodbury
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
@@ -47,16 +47,10 @@ def test_the_highest_are_exactly_as_many_as_asked_the_first_of_equal_ones():
     assert not highest(scores, 0).any()
 
 
-def test_a_hundred_updates_evenly_one_a_step_at_most():
-    assert [updates_done(Progress(step, 400), 100, 0.0)[0] for step in (0, 3, 4, 399, 400)] == [0, 0, 1, 99, 100]
-    assert [updates_done(Progress(step, 7), 100, 0.0) for step in (1, 7)] == [(1, 7), (7, 7)]
-    assert [updates_done(Progress(step, 100), 10, 0.5)[0] for step in (4, 5, 49, 50, 100)] == [0, 1, 9, 10, 10]
-
-
 def test_the_published_schedule_and_masks_by_hand():
     """Cubic in the number of updates; each matrix to the same density; the lowest magnitudes go and stay away."""
     around = tiny_context()
-    method = KnowledgeSparse(density=0.1, updates=4)
+    method = KnowledgeSparse(keep=0.1, updates=4)
     state = method.attach(around)
     query = dict(around.model.named_parameters())[QUERY]
     expected, gone = [], torch.zeros(query.numel(), dtype=torch.bool)
@@ -85,7 +79,7 @@ def test_one_threshold_for_the_whole_model():
     parameters = dict(around.model.named_parameters())
     with torch.no_grad():
         parameters[QUERY].mul_(1e-6)
-    method = KnowledgeSparse(density=0.2, scope="model")
+    method = KnowledgeSparse(keep=0.2, scope="model")
     state = method.attach(around)
     run_through(method, state)
     decision = method.decide(state, around)
@@ -93,7 +87,7 @@ def test_one_threshold_for_the_whole_model():
     assert not decision.weights[QUERY].any()
     left = torch.cat([weight.flatten() for weight in decision.weights.values()])
     before = torch.cat([parameters[name].detach().flatten() for name in decision.weights])
-    assert int((left != 0).sum()) == round(0.2 * len(left)) == round(method.report(state)["density"] * len(left))
+    assert int((left != 0).sum()) == round(0.2 * len(left)) == round(method.report(state)["open"] * len(left))
     assert float(left[left != 0].abs().min()) >= float(before[left == 0].abs().max())
 
 
@@ -127,7 +121,7 @@ def test_on_the_way_no_group_has_fewer_than_it_ends_with():
 @pytest.mark.parametrize(("pattern", "block"), [("1x4", (1, 4)), ("8x4", (8, 4)), ("4x1", (4, 1))])
 def test_blocks_go_whole_the_smallest_norms_first(pattern, block):
     around = tiny_context()
-    method = KnowledgeSparse(density=0.25, pattern=pattern)
+    method = KnowledgeSparse(keep=0.25, pattern=pattern)
     state = method.attach(around)
     run_through(method, state)
     decision = method.decide(state, around)
@@ -144,7 +138,7 @@ def test_blocks_go_whole_the_smallest_norms_first(pattern, block):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_masked_model_is_the_one_with_zeros(model_type):
     around = tiny_context(model_type)
-    method = KnowledgeSparse(density=0.3)
+    method = KnowledgeSparse(keep=0.3)
     state = method.attach(around)
     run_through(method, state)
     inputs = batch(around.model)
@@ -165,7 +159,7 @@ def test_the_masked_model_is_the_one_with_zeros(model_type):
 
 def test_a_closed_weight_gets_no_gradient():
     around = tiny_context()
-    method = KnowledgeSparse(density=0.5)
+    method = KnowledgeSparse(keep=0.5)
     state = method.attach(around)
     run_through(method, state)
     query = dict(around.model.named_parameters())[QUERY]
@@ -197,7 +191,7 @@ def test_of_fewer_examples_than_asked_all_count_and_closed_weights_dampen_nothin
     found = []
     for examples in (rows, 10**6):
         state = KnowledgeSparse(score="fisher", fisher_block=16).attach(around)
-        measure(state, examples, 16, 0.5)
+        measure_curvature(state, examples, 16, 0.5)
         found.append(next(mask for mask in state.each() if mask.parameter == QUERY).curvature.clone())
         state.close()
     assert torch.equal(*found)
@@ -210,7 +204,7 @@ def test_of_fewer_examples_than_asked_all_count_and_closed_weights_dampen_nothin
             output = around.model(input_ids=inputs["input_ids"][[row]], attention_mask=inputs["attention_mask"][[row]])
             weight = state.weights[QUERY]
             gradients.append(torch.autograd.grad(around.task.loss(output, {"labels": inputs["labels"][[row]]}), weight)[0])
-    measure(state, 12, 16, 0.5)
+    measure_curvature(state, 12, 16, 0.5)
     state.close()
     opened = torch.stack(gradients)[:, :, :16].double()
     lam = 0.5 * opened[:8].square().mean()
@@ -225,7 +219,7 @@ def test_damage_is_the_quadratic_form_of_a_dense_fisher_inverse(pattern, size):
     around = tiny_context()
     method = KnowledgeSparse(pattern=pattern, score="fisher", fisher_block=size, fisher_examples=12, dampening=0.5)
     state = method.attach(around)
-    measure(state, 12, size, 0.5)
+    measure_curvature(state, 12, size, 0.5)
     mask = next(mask for mask in state.each() if mask.parameter == QUERY)
     weight = dict(around.model.named_parameters())[QUERY]
     found = mask.damages(weight.detach())
@@ -264,7 +258,7 @@ def test_second_order_keeps_what_the_loss_feels():
         dict(around.model.named_parameters())[value][:, 5] = 0.5  # times an input of 0
     kept = {}
     for score in ("magnitude", "fisher"):
-        method = KnowledgeSparse(density=0.5, score=score, fisher_examples=16, fisher_block=8, dampening=1e-4)
+        method = KnowledgeSparse(keep=0.5, score=score, fisher_examples=16, fisher_block=8, dampening=1e-4)
         state = method.attach(around)
         run_through(method, state, 3)
         kept[score] = masks_of(state)[value][:, 5].float().mean().item()
@@ -276,7 +270,7 @@ def test_fisher_is_measured_as_often_as_asked(monkeypatch):
     from slimformer.methods import knowledge_sparse
 
     seen = []
-    monkeypatch.setattr(knowledge_sparse, "measure", lambda *_: seen.append(True))
+    monkeypatch.setattr(knowledge_sparse, "measure_curvature", lambda *_: seen.append(True))
     for refreshes, expected in ((1, 1), (3, 3), (99, 6)):
         seen.clear()
         method = KnowledgeSparse(score="fisher", updates=6, refreshes=refreshes, fisher_block=8)
@@ -310,7 +304,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
     settings = Settings(
         epochs=3, lr=3e-3, batch_size=16, task_weight=0.0, precision="fp32", checkpoint_seconds=0.0, evaluate=False
     )
-    method = KnowledgeSparse(density=0.2, pattern="1x4", **options)
+    method = KnowledgeSparse(keep=0.2, pattern="1x4", **options)
     distillation = Distillation(temperature=1, hidden=3, scores=3, embedding=1, relative=False)
 
     def run(folder, after: int):
@@ -333,7 +327,7 @@ def test_what_it_leaves_keeps_its_zeros_in_the_next_stage(tmp_path):
     features = rows(48)
     settings = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
     around = context(features=features)
-    first = train(around, features, (KnowledgeSparse(density=0.1),), settings, tmp_path / "1", QUIET)
+    first = train(around, features, (KnowledgeSparse(keep=0.1),), settings, tmp_path / "1", QUIET)
     sparse = shrink(around.model, around.anatomy, first.decision)
     before = {name: (weight != 0) for name, weight in sparse.named_parameters() if name in first.decision.weights}
     following = context(model=sparse, features=features)
@@ -348,10 +342,10 @@ def test_what_it_leaves_keeps_its_zeros_in_the_next_stage(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"density": 0}, "density must be above 0 and at most 1, got 0"),
-        ({"density": 1.5}, "density must be above 0"),
-        ({"density": float("nan")}, "density must be above 0"),
-        ({"density": 0.05, "pattern": "2:4"}, r"density must be 0\.5 with the pattern 2:4"),
+        ({"keep": 0}, "keep must be above 0 and at most 1, or null, got 0"),
+        ({"keep": 1.5}, "keep must be above 0"),
+        ({"keep": float("nan")}, "keep must be above 0"),
+        ({"keep": 0.05, "pattern": "2:4"}, r"keep must be 0\.5 with the pattern 2:4"),
         ({"pattern": "4:4"}, "pattern must be unstructured, RxC"),
         ({"pattern": "0x4"}, "pattern must be"),
         ({"pattern": "1 x 4"}, "pattern must be"),
@@ -369,7 +363,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 
 def test_defaults_and_patterns():
-    assert (KnowledgeSparse().left, KnowledgeSparse(pattern="1:4").left, KnowledgeSparse(density=1).left) == (0.05, 0.25, 1)
+    assert (KnowledgeSparse().share, KnowledgeSparse(pattern="1:4").share, KnowledgeSparse(keep=1).share) == (0.05, 0.25, 1)
     assert Pattern.parse("32x16") == Pattern(32, 16)
 
 

@@ -29,7 +29,7 @@ from slimformer.forms.kronecker import Kronecker as Product
 from slimformer.log import Log
 from slimformer.methods.base import Context, State
 from slimformer.methods.distillation import Distillation
-from slimformer.methods.kronecker import NAMED, Kronecker, candidates, relative_errors
+from slimformer.methods.kronecker import NAMED, KroneckerFactors, candidates, relative_errors
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
@@ -52,7 +52,7 @@ def around(model: Any, unit: str = "parameters") -> Context:
 
 
 def decided(context: Context, **options: Any) -> Decision:
-    return Kronecker(**options).decide(State(), context)
+    return KroneckerFactors(**options).decide(State(), context)
 
 
 # -- Shapes by name ------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_on_a_narrow_encoder_the_names_are_not_its_ratio(name: str, ratio: float
 @pytest.mark.parametrize("more", [{"keep": 0.1}, {"keep": 0.25}, {"cost": "macs"}])
 def test_a_share_beside_named_shapes_is_refused(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="shapes 7.7x leave nothing to search: leave out keep and cost, or shapes"):
-        Kronecker(shapes="7.7x", **more)
+        KroneckerFactors(shapes="7.7x", **more)
     method = {"use": "kronecker", "shapes": "7.7x", **more}
     with pytest.raises(RecipeError) as caught:
         parse_recipe({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": method}}]})
@@ -109,9 +109,10 @@ def test_a_share_beside_named_shapes_is_refused(more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [Kronecker(), Kronecker(keep=0.25), Kronecker(shapes="21x"), Kronecker(keep=0.1, cost="macs")]
+    "method",
+    [KroneckerFactors(), KroneckerFactors(keep=0.25), KroneckerFactors(shapes="21x"), KroneckerFactors(keep=0.1, cost="macs")],
 )
-def test_recipes_bring_the_method_back(method: Kronecker) -> None:
+def test_recipes_bring_the_method_back(method: KroneckerFactors) -> None:
     recipe = Recipe("x", Intents(), (Calibrate(method),))
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())).stages == recipe.stages
     assert method.share == (method.keep or 0.25)
@@ -267,12 +268,12 @@ def test_what_cannot_be_reached_names_the_least() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        Kronecker(**options)
+        KroneckerFactors(**options)
 
 
 def test_terms_of_a_table_that_stays_dense_are_refused() -> None:
     with pytest.raises(ValueError, match="embedding 0 leaves it dense"):
-        Kronecker(embedding=0, embedding_terms=2)
+        KroneckerFactors(embedding=0, embedding_terms=2)
     tied = around(tiny("bert", auto_class="AutoModelForMaskedLM"))
     with pytest.raises(PlanError, match="embedding_terms is 2, but there is no word table to factor"):
         decided(tied, keep=0.6, embedding_terms=2)
@@ -303,7 +304,7 @@ def test_two_stages_of_distillation_win_back_what_the_start_lost(tmp_path: Path)
         return float(hidden), float((mine.logits - goal.logits).square().mean())
 
     options: dict[str, Any] = {"lr": 5e-3, "batch_size": 16, "dropout": False, "precision": "fp32"}
-    factored = Calibrate(Kronecker(keep=0.35)).run(start, run.under("1"))
+    factored = Calibrate(KroneckerFactors(keep=0.35)).run(start, run.under("1"))
     lesson = Distillation(logits=0, hidden=1, scores=1)
     first = Train((lesson,), epochs=12, text=str(text), **options).run(factored, run.under("2"))
     second = Train((Distillation(),), epochs=4, task_weight=0.1, **options).run(first, run.under("3"))

@@ -18,11 +18,12 @@ from slimformer.core.plan import Decision
 from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError, TargetError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.capture import Captured
 from slimformer.hooks.weights import masked
 from slimformer.log import Log
-from slimformer.methods.base import Captured, Context, Method, Progress, State, Step
+from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
-from slimformer.methods.movement import Movement, _cost, _lowest_bar, ramp, straight_through
+from slimformer.methods.movement import Movement, cost_above, lowest_bar, straight_through
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
@@ -32,7 +33,7 @@ QUIET = Log(None, quiet=True)
 LAYER = "bert.encoder.layer.1"
 QUERY, KEY, VALUE = (f"{LAYER}.attention.self.{name}" for name in ("query", "key", "value"))
 OUT, FFN_IN, FFN_OUT = f"{LAYER}.attention.output.dense", f"{LAYER}.intermediate.dense", f"{LAYER}.output.dense"
-PAPER = {"target": None, "neuron_multiple": 1}
+PAPER = {"keep": None, "neuron_multiple": 1}
 END = Progress(10, 10)
 
 
@@ -109,12 +110,6 @@ def test_scores_learn_the_sum_of_gradient_times_weight():
     state.close()
 
 
-def test_ramp_by_hand():
-    steps = [ramp(Progress(step, 100), 0.1, 0.5) for step in (0, 10, 20, 30, 50, 90, 100)]
-    assert steps == pytest.approx([0, 0, 1 - 0.75**3, 1 - 0.5**3, 1, 1, 1])
-    assert [ramp(Progress(step, 4), 0.0, 1.0) for step in (0, 1)] == [0, 1]
-
-
 def test_penalty_by_hand():
     around = tiny_context()
     method = Movement(variant="struct", lambda_final=10, lambda_attention=0.5, lambda_ffn=2, warmup=0.1, cooldown=0.5, **PAPER)
@@ -179,7 +174,7 @@ def test_a_head_goes_only_where_its_output_is_zero():
 @pytest.mark.parametrize(("variant", "block"), [("block", (8, 16)), ("hybrid", 4), ("hybrid", 8), ("struct", 32)])
 def test_the_masked_model_is_the_cut_one(variant, block, target):
     around = tiny_context()
-    method = Movement(variant=variant, block=block, target=target, threshold=0.8, neuron_multiple=4)
+    method = Movement(variant=variant, block=block, keep=target, threshold=0.8, neuron_multiple=4)
     state = method.attach(around)
     scattered(state)
     assert same_when_cut(method, state, around).plan.keep
@@ -188,7 +183,7 @@ def test_the_masked_model_is_the_cut_one(variant, block, target):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_is_masked_as_it_is_cut(model_type):
     around = tiny_context(model_type)
-    method = Movement(variant="struct", target=0.4, neuron_multiple=1)
+    method = Movement(variant="struct", keep=0.4, neuron_multiple=1)
     state = method.attach(around)
     scattered(state)
     keep = same_when_cut(method, state, around).plan.keep
@@ -235,7 +230,7 @@ def test_fill_leaves_no_zeros_in_what_is_kept():
 @pytest.mark.parametrize("variant", ["block", "hybrid", "struct"])
 def test_the_target_is_met_within_two_percent_and_never_exceeded(variant, unit, target):
     around = wide(unit)
-    method = Movement(variant=variant, block=4, target=target, cost=unit, neuron_multiple=4)
+    method = Movement(variant=variant, block=4, keep=target, cost=unit, neuron_multiple=4)
     state = method.attach(around)
     scattered(state)
     decision = method.decide(state, around)
@@ -250,15 +245,15 @@ def test_the_bar_is_the_lowest_that_fits():
     state = Movement(variant="hybrid", block=4, neuron_multiple=1).attach(around)
     scattered(state)
     lives = state.lives(state.ranks())
-    bar = _lowest_bar(lives, around.cost, 0.6)
-    fits = [place for place in range(-1, 5000) if _cost(lives, around.cost, place) <= 0.6 * around.cost.dense]
+    bar = lowest_bar(lives, around.cost, 0.6)
+    fits = [place for place in range(-1, 5000) if cost_above(lives, around.cost, place) <= 0.6 * around.cost.dense]
     assert bar == fits[0]
     state.close()
 
 
 def test_the_closed_share_follows_the_ramp_to_what_meets_the_target():
     around = wide()
-    method = Movement(variant="hybrid", block=4, target=0.5, warmup=0.25, cooldown=0.25, neuron_multiple=1)
+    method = Movement(variant="hybrid", block=4, keep=0.5, warmup=0.25, cooldown=0.25, neuron_multiple=1)
     state = method.attach(around)
     scattered(state)
     closed, left = [], []
@@ -276,7 +271,7 @@ def test_the_closed_share_follows_the_ramp_to_what_meets_the_target():
 
 def test_neurons_stay_in_multiples():
     around = wide()
-    method = Movement(variant="hybrid", block=4, target=0.4, neuron_multiple=16)
+    method = Movement(variant="hybrid", block=4, keep=0.4, neuron_multiple=16)
     state = method.attach(around)
     scattered(state)
     keep = method.decide(state, around).plan.keep
@@ -315,7 +310,7 @@ class Stop(Method):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("options", [{"target": 0.6, "fill": True}, {"target": None, "score_lr": 0.4, "threshold": 0.3}])
+@pytest.mark.parametrize("options", [{"keep": 0.6, "fill": True}, {"keep": None, "score_lr": 0.4, "threshold": 0.3}])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options):
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)
     features = rows(96)
@@ -340,7 +335,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
 
 def test_a_target_out_of_reach_is_refused_before_training():
     with pytest.raises(TargetError, match=r"0\.05 cannot be reached.*[0-9.]+% of the MACs remain"):
-        Movement(target=0.05).attach(tiny_context())
+        Movement(keep=0.05).attach(tiny_context())
 
 
 def test_blocks_that_do_not_divide_are_refused_and_leave_no_trace():
@@ -368,8 +363,8 @@ def test_scores_that_cannot_or_did_not_cross_say_what_to_change():
         {"variant": "rows"},
         {"block": 0},
         {"block": (8, 0)},
-        {"target": 0},
-        {"target": 1.5},
+        {"keep": 0},
+        {"keep": 1.5},
         {"cost": "bytes"},
         {"lambda_final": -1},
         {"lambda_ffn": math.inf},

@@ -282,7 +282,7 @@ def test_ranges_go_with_the_bundle_and_the_next_stage_drops_them(tmp_path):
 
 def test_it_stands_alone_with_one_that_cuts(tmp_path):
     with pytest.raises(RecipeError, match="quantization and gates both decide"):
-        train(context(), rows(), (Quantization(), Gates(target=0.5)), SETTINGS, tmp_path, QUIET)
+        train(context(), rows(), (Quantization(), Gates(keep=0.5)), SETTINGS, tmp_path, QUIET)
     data = {"model": "x", "task": "intents", "stages": [{"train": {"methods": ["quantization", "gates"]}}]}
     with pytest.raises(RecipeError, match="quantization and gates both decide"):
         parse_recipe(data)
@@ -293,7 +293,7 @@ def test_it_stands_alone_with_one_that_cuts(tmp_path):
     [
         ({"weights": 1}, "weights must be 8, 6 or 4 bits, got 1"),
         ({"activations": 40}, "activations must be 8, 6 or 4 bits, got 40"),
-        ({"embeddings": 5}, "embeddings must be 8, 6 or 4 bits, got 5"),
+        ({"embeddings": 5}, "embeddings must be 8, 6 or 4 bits, or null, got 5"),
         ({"activations": None}, "activations must be 8, 6 or 4 bits, got None"),
         ({"roles": ()}, "roles must be some of matrix, .*, got none"),
         ({"roles": ("matrices",)}, "roles must be some of matrix, .*, got matrices"),

@@ -28,8 +28,8 @@ from slimformer.data.batching import collate
 from slimformer.data.squad import NOTHING, Answer, exact, f1, normalized, placed
 from slimformer.errors import DataError, ModelError, RecipeError
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.capture import Capture
 from slimformer.log import Log
-from slimformer.methods.base import Capture
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.tasks.base import Example, Features, Split

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,23 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.hooks.attention import Slot, attending
-from slimformer.methods.base import Capture, Captured
+
+
+class Capture(StrEnum):
+    """What a method asks to see of student and teacher in each step."""
+
+    LOGITS = "logits"  # the task's outputs
+    HIDDEN = "hidden"  # after the embedding and after each layer
+    SCORES = "scores"  # attention logits before the softmax, per layer
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was seen of one model in one forward pass."""
+
+    output: Mapping[str, Tensor]  # task.outputs -> tensor
+    hidden: tuple[Tensor, ...] = ()  # layers + 1 of (batch, seq, hidden)
+    scores: tuple[Tensor | None, ...] = ()  # per layer (batch, heads, seq, seq), scaled, unmasked; None: no attention there
 
 
 class Recorder:

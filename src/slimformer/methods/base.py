@@ -1,8 +1,8 @@
 """A method: takes part in training through four small verbs, or looks once, and ends in a Decision.
 
-One file per published idea, final frozen dataclasses whose fields are the hyper-parameters. A method never owns the loop:
-`training.py` calls `attach` before the first step, `penalty` in each, `advance` after each, `decide` at the end; then closes
-the state, and `shrink.py` cuts.
+One file holds one published idea: a final frozen dataclass whose fields are the hyper-parameters. A method never owns the loop:
+`training/loop.py` calls `attach` before the first step, `penalty` in each, `advance` after each and `decide` at the end, and closes the
+state; then `core/shrink.py` cuts. `effects` says what the method does to a model, so that stages in a senseless order are refused.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slimformer.core.plan import Decision, Plan
+from slimformer.families.base import Subject, subject_of
+from slimformer.hooks.capture import Capture, Captured
+from slimformer.rules import check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,29 +32,39 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Tensor]  # "input_ids" (batch, seq), "attention_mask" (batch, seq), ..., "labels" (batch,)
 
 
-class Capture(StrEnum):
-    """What a method asks to see of student and teacher in each step."""
-
-    LOGITS = "logits"  # the task's outputs
-    HIDDEN = "hidden"  # after the embedding and after each layer
-    SCORES = "scores"  # attention logits before the softmax, per layer
-
-
 class Zeros(StrEnum):
     """What becomes of exact zeros that a method leaves inside the encoder's matrices."""
 
     NONE = "none"  # it leaves none
     SPARE = "spare"  # they are left over in units that stay: later training may fill them
-    RESULT = "result"  # they are what it was used for: later training must hold them
+    RESULT = "result"  # they are what the method is used for: later training must hold them
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What was seen of one model in one forward pass."""
+class Effects:
+    """What a method does to a model and asks of its stage. A recipe whose order of stages would lose something is refused by it."""
 
-    output: Mapping[str, Tensor]  # task.outputs -> tensor
-    hidden: tuple[Tensor, ...] = ()  # layers + 1 of (batch, seq, hidden)
-    scores: tuple[Tensor | None, ...] = ()  # per layer (batch, heads, seq, seq), scaled, unmasked; None: no attention there
+    cuts: bool = False  # `decide` takes units, or single weights, away: no matrix may be factored before
+    factors: bool = False  # `decide` stores matrices in other forms: nothing can be cut afterwards
+    rewrites: bool = False  # `decide` takes nothing away, but gives new weights
+    zeros: Zeros = Zeros.NONE  # zeros of the method's own making
+    holds_zeros: bool = False  # zeros that the method meets are still there when its stage has trained
+    refills: bool = False  # matrices get new values, so that no zero in them survives
+    learns_grids: bool = False  # later training or cutting would lose the grids and ranges; only the same method may come again
+    one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
+    neutral: bool = True  # attaching changes no output (law 7)
+    needs: frozenset[Capture] = frozenset()  # what the method asks to see of student and teacher in each step
+    needs_teacher: bool = False
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `decide` chooses, under a budget, what is left or how it is stored."""
+        return self.cuts or self.factors
+
+    @property
+    def decides(self) -> bool:
+        """Whether `decide` changes the model at all: two such methods in one stage are refused."""
+        return self.chooses or self.rewrites
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Context:
-    """What stands around a method: the same for attach and decide.
-
-    `heads_of` maps a heads site to the original head numbers that are left, so that student heads find their teachers.
-    """
+    """What stands around a method: the same for attach and decide."""
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -84,6 +95,11 @@ class Context:
     memo: dict[str, Any] = field(
         default_factory=dict
     )  # what was found once in this run, under a key that names all it depends on
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model with what is known of it: its device, what it reads of a batch, and eval mode for a while."""
+        return subject_of(self.model)
 
 
 @dataclass(frozen=True)
@@ -120,32 +136,32 @@ class State(nn.Module):
 
 
 class Method(ABC):
-    """The four verbs, each with a default that does nothing.
+    """The four verbs, each with a default that does nothing, and `effects`.
 
-    What a method declares tells which orders of stages make sense: a recipe in another order is refused before anything starts.
+    Fields are options. Each has a default and a type that carries its rule (`slimformer.rules`): a value that breaks it is refused with a
+    ValueError when the method is built. Two names mean the same in all methods: `keep`, the share that may stay, and `cost`, what it is a
+    share of.
     """
 
-    needs: ClassVar[frozenset[Capture]] = frozenset()
-    needs_teacher: ClassVar[bool] = False
-    decides: ClassVar[bool] = False  # whether `decide` may cut; two such methods in one stage are refused
-    rewrites: ClassVar[bool] = False  # whether `decide` cuts nothing but gives new weights; as much alone as one that decides
-    forms: ClassVar[bool] = False  # whether it decides forms of matrices instead of cuts: none can be cut afterwards
-    leaves: ClassVar[Zeros] = Zeros.NONE  # zeros of its own making
-    keeps_zeros: ClassVar[bool] = False  # whether zeros that it finds are still there when its stage has trained
-    fills: ClassVar[bool] = False  # whether it gives matrices new values, so that no zero in them survives
-    closes: ClassVar[bool] = False  # whether later training or cutting would lose what it learned; only the same may come again
-    trains: ClassVar[bool] = True  # False: one-shot, for a Calibrate stage
-    neutral: ClassVar[bool] = True  # attaching changes no output (law 7)
+    keep: float | None = None  # the share of the dense cost (or, if single weights go, of the weights); None: not by a budget
     cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"
 
-    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        """Raises where blocks do not divide this model's matrices, or the budget is out of reach: all that names and sizes tell.
+    def __post_init__(self) -> None:
+        check_options(self)
 
-        `attach` calls it. For the first method of a recipe that decides it is called before anything runs, with the model's own
-        anatomy; `cost` is None where it is not known then, because it is measured.
+    def effects(self) -> Effects:
+        """What the method does to a model with these options."""
+        return Effects()
+
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        """Raises if blocks do not divide this model's matrices or the budget is out of reach: all that names and sizes tell.
+
+        `attach` calls it. For the first method of a recipe that chooses it is called before anything runs, with the model's own
+        anatomy; `cost` is None if it is not known then, because it is measured.
         """
 
     def attach(self, context: Context) -> State:
+        """What the method trains, and its hooks on the model; called before the first step."""
         self.check(context.anatomy, context.cost)
         return State()
 
@@ -161,4 +177,5 @@ class Method(ABC):
         return {}
 
     def decide(self, state: State, context: Context) -> Decision:
+        """What is to become of the model; nothing is changed yet."""
         return Decision()

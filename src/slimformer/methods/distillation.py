@@ -1,33 +1,34 @@
 """Distillation: the student learns the teacher's outputs, hidden states and attention scores.
 
-Hinton et al. (2015) for outputs with temperature; hidden states after every layer as the token loss of Kurtic et al. (ZipLM, NeurIPS
-2023) and PKD; attention scores before the softmax and the embedding's output as in TinyBERT (Jiao et al., 2020). Differences: the hidden
-terms are divided by the teacher's mean square, so that one weight fits all layers and models; padding never counts; a student head
-learns from the teacher head it descends from, told by the plan; where layers are gone, the one before them learns what the last of them
-gave. Choose it after any cut; with no cut it is plain task-specific
-distillation.
+Paper: Hinton, Vinyals, Dean (2015) for outputs with temperature; Kurtic et al. (ZipLM, NeurIPS 2023), token loss, and Sun et al. (PKD,
+2019) for hidden states after every layer; Jiao et al. (TinyBERT, 2020) for attention scores before the softmax and the embedding's
+output.
+
+Idea: Student and teacher see the same batch; the loss grows by how far the student's numbers are from the teacher's.
+
+Differs: The hidden terms are divided by the teacher's mean square, so that one weight fits all layers and models. Padding never counts.
+A student head learns from the teacher head that it descends from, which the plan tells. If layers are gone, the one before them
+learns what the last of them gave.
+
+Choose when: anything was cut: train on with it after any cut. With no cut it is plain task-specific distillation.
+
+Cost: a forward pass of the teacher for each row, once if its outputs are kept; terms on hidden states and scores keep those of each
+layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from functools import partial
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
 
-from slimformer.methods.base import Capture, Captured, Context, Method, State, Step
-
-
-class _State(State):
-    """Which teacher layer and heads each student layer learns from, and projections where widths differ."""
-
-    def __init__(self, hidden: list[tuple[int, int]], heads: dict[int, tuple[int, list[int]]], widths: tuple[int, int]) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.heads = heads
-        self.project = nn.Linear(widths[0], widths[1], bias=False) if widths[0] != widths[1] else None
+from slimformer.hooks.capture import Capture, Captured
+from slimformer.methods.base import Context, Effects, Method, State, Step
+from slimformer.rules import NotNegative, Positive
 
 
 @final
@@ -39,26 +40,21 @@ class Distillation(Method):
     weight, with `relative: false`, plain mean squared errors.
     """
 
-    temperature: float = 2.0
-    logits: float = 1.0
-    hidden: float = 1.0
-    scores: float = 0.0
-    embedding: float = 0.0  # the hidden state before the first layer
+    temperature: Positive = 2.0
+    logits: NotNegative = 1.0
+    hidden: NotNegative = 1.0
+    scores: NotNegative = 0.0
+    embedding: NotNegative = 0.0  # the hidden state before the first layer
     relative: bool = True  # hidden and embedding terms over the teacher's mean square
 
-    needs_teacher: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        weights = (self.logits, self.hidden, self.scores, self.embedding)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ValueError("logits, hidden, scores and embedding must not be negative, and one of them must be above 0")
+        super().__post_init__()
+        if not self.logits + self.hidden + self.scores + self.embedding:
+            raise ValueError("one of logits, hidden, scores and embedding must be above 0")
 
-    @property
-    def needs(self) -> frozenset[Capture]:  # type: ignore[override]
-        wanted = {Capture.LOGITS: self.logits, Capture.HIDDEN: self.hidden + self.embedding, Capture.SCORES: self.scores}
-        return frozenset(capture for capture, weight in wanted.items() if weight > 0)
+    def effects(self) -> Effects:
+        seen = {Capture.LOGITS: self.logits, Capture.HIDDEN: self.hidden + self.embedding, Capture.SCORES: self.scores}
+        return Effects(needs=frozenset(capture for capture, weight in seen.items() if weight > 0), needs_teacher=True)
 
     def attach(self, context: Context) -> State:
         assert context.teacher_anatomy is not None, "training gives a teacher to a method that needs one"
@@ -81,44 +77,72 @@ class Distillation(Method):
     def penalty(self, state: State, step: Step) -> Tensor | None:
         state = cast(_State, state)
         assert step.teacher is not None
-        mask = step.batch["attention_mask"]
+        student, teacher, mask = step.student, step.teacher, step.batch["attention_mask"]
         total = mask.new_zeros((), dtype=torch.float32)
         if self.logits:
-            apart = step.task.divergence(step.student.output, step.teacher.output, step.batch, self.temperature)
-            total = total + self.logits * apart
+            total = total + self.logits * step.task.divergence(student.output, teacher.output, step.batch, self.temperature)
+        distance = partial(hidden_distance, student, teacher, mask, project=state.project, relative=self.relative)
         if self.hidden:
-            total = total + self.hidden * self._hidden(state, step.student, step.teacher, mask, state.hidden[1:])
+            total = total + self.hidden * distance(state.hidden[1:])
         if self.embedding:
-            total = total + self.embedding * self._hidden(state, step.student, step.teacher, mask, state.hidden[:1])
+            total = total + self.embedding * distance(state.hidden[:1])
         if self.scores and state.heads:
-            total = total + self.scores * self._scores(state, step.student, step.teacher, mask)
+            total = total + self.scores * score_distance(student, teacher, mask, state.heads)
         return total
 
-    def _hidden(
-        self, state: _State, student: Captured, teacher: Captured, mask: Tensor, pairs: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens."""
-        real = mask.bool()
-        terms = []
-        for mine, theirs in pairs:
-            own, goal = student.hidden[mine][real].float(), teacher.hidden[theirs][real].float()  # (tokens, hidden)
-            if state.project is not None:
-                own = state.project(own)
-            scale = goal.square().mean().clamp_min(1e-6) if self.relative else 1.0
-            terms.append((own - goal).square().mean() / scale)
-        return torch.stack(terms).mean()
 
-    @staticmethod
-    def _scores(state: _State, student: Captured, teacher: Captured, mask: Tensor) -> Tensor:
-        """Mean over layers of the squared difference of scores between real tokens, each row centred: softmax ignores a shift."""
-        pairs = (mask[:, None, :, None] * mask[:, None, None, :]).float()  # (batch, 1, seq, seq)
-        keys = mask[:, None, None, :].float()
-        terms = []
-        for index, (layer, heads) in state.heads.items():
-            mine, theirs = student.scores[index], teacher.scores[layer]
-            assert mine is not None
-            assert theirs is not None
-            gap = (mine.float() - theirs[:, heads].float()) * pairs  # (batch, heads, seq, seq)
-            gap = (gap - gap.sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)) * pairs
-            terms.append(gap.square().sum() / (pairs.sum() * gap.shape[1]).clamp_min(1.0))
-        return torch.stack(terms).mean()
+# -- State ---------------------------------------------------------------------------------------------------------------------
+
+
+class _State(State):
+    """Which teacher layer and heads each student layer learns from, and projections where widths differ."""
+
+    def __init__(self, hidden: list[tuple[int, int]], heads: dict[int, tuple[int, list[int]]], widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.heads = heads
+        self.project = nn.Linear(widths[0], widths[1], bias=False) if widths[0] != widths[1] else None
+
+
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
+
+
+def hidden_distance(
+    student: Captured,
+    teacher: Captured,
+    mask: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    project: nn.Module | None,
+    relative: bool,
+) -> Tensor:
+    """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens."""
+    real = mask.bool()
+    terms = []
+    for mine, theirs in pairs:
+        states, goal = student.hidden[mine][real].float(), teacher.hidden[theirs][real].float()  # (tokens, hidden)
+        if project is not None:
+            states = project(states)
+        scale = goal.square().mean().clamp_min(1e-6) if relative else 1.0
+        terms.append((states - goal).square().mean() / scale)
+    return torch.stack(terms).mean()
+
+
+def score_distance(
+    student: Captured, teacher: Captured, mask: Tensor, pairing: Mapping[int, tuple[int, Sequence[int]]]
+) -> Tensor:
+    """Mean over layers of the squared difference of scores between real tokens, each row centred: softmax ignores a shift.
+
+    `pairing`: student layer -> teacher layer, and the teacher head of each student head.
+    """
+    pairs = (mask[:, None, :, None] * mask[:, None, None, :]).float()  # (batch, 1, seq, seq)
+    keys = mask[:, None, None, :].float()
+    terms = []
+    for index, (layer, heads) in pairing.items():
+        mine, theirs = student.scores[index], teacher.scores[layer]
+        assert mine is not None
+        assert theirs is not None
+        gap = (mine.float() - theirs[:, heads].float()) * pairs  # (batch, heads, seq, seq)
+        gap = (gap - gap.sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)) * pairs
+        terms.append(gap.square().sum() / (pairs.sum() * gap.shape[1]).clamp_min(1.0))
+    return torch.stack(terms).mean()

@@ -1,21 +1,29 @@
 """One-shot pruning: Fisher information of gates, a search under a budget, least-squares repair of what is left.
 
-Kwon, Kim, Mahoney, Hassoun, Keutzer, Gholami: A Fast Post-Training Pruning Framework for Transformers (NeurIPS 2022) for the
-importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024) for the repair of whole output matrices.
-Differences: gradients are squared per example, not per batch mean, and only order the units of a sublayer; what a sublayer loses at
-each size is measured, since squared gradients say little about cutting most of it (docs/decisions/0005-measured-damage.md); heads,
-neurons and whole sublayers compete in one exact search under MACs, parameters or measured milliseconds; the repair runs in float64
-with a ridge towards the old weights, solves the bias too, and never stops early. Choose it to start from a tuned model when minutes
-matter; distil afterwards to win back what it lost.
+Paper: Kwon, Kim, Mahoney, Hassoun, Keutzer, Gholami: A Fast Post-Training Pruning Framework for Transformers (NeurIPS 2022), for the
+importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024), for the repair of whole output matrices.
+
+Idea: A gate is put on each head and neuron, and its squared gradient says how much the loss feels that unit. A search keeps what is
+worth most within the budget; then the output matrix of each sublayer is solved again, so that it makes up for what was cut.
+
+Differs: Gradients are squared per example, not per batch mean, and only order the units of a sublayer. What a sublayer loses at each
+size is measured, since squared gradients say little about cutting most of it (docs/decisions/0005-measured-damage.md). Heads,
+neurons and whole sublayers compete in one exact search under MACs, parameters or measured milliseconds. The repair runs in float64
+with a ridge towards the old weights, solves for the bias too, and never stops early.
+
+Choose when: you start from a tuned model and have minutes, not hours. Distil afterwards to win back what it lost.
+
+Cost: one pass with gradients over `examples`; for each sublayer and each of six sizes a pass over `damage_examples` from its layer on;
+for the repair a pass from its layer on and a linear system for each sublayer, as wide as what is kept of it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, final
+from typing import Literal, cast, final
 
 import numpy as np
 import torch
@@ -25,9 +33,10 @@ from slimformer.core.anatomy import Anatomy, Kind, Site
 from slimformer.core.budget import allocate
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
+from slimformer.hooks.feeding import Feed, watching
 from slimformer.hooks.gating import gated
-from slimformer.methods.base import Batch, Context, Method, State
-from slimformer.tasks.base import Task
+from slimformer.methods.base import Batch, Context, Effects, Method, State
+from slimformer.rules import Count, CountOrZero, Positive, Share
 from slimformer.training.precision import looking
 from slimformer.training.runstate import model_digest
 
@@ -38,35 +47,27 @@ FLOOR = 0.02  # the least weight of a token: later layers may still read it
 @final
 @dataclass(frozen=True)
 class Fisher(Method):
-    """`keep`: share of the dense cost that may remain. `ridge`: relative to the mean diagonal of the normal equations."""
+    """`keep`: share of the dense `cost` that may remain. `ridge`: relative to the mean diagonal of the normal equations."""
 
-    keep: float = 0.5
+    keep: Share = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
-    examples: int = 2048  # for the gradients; Kwon et al. use 2,048
-    damage_examples: int = 256  # on which the loss of each size is measured; 0 takes the sum of the Fisher information instead
-    repair_tokens: int = 12_288  # for the least squares; 8 rows for each of 1,536 unknowns, the ridge does the rest
-    ridge: float = 1e-3
-    neuron_multiple: int = 16  # one row of a vector register of int8 quads; see docs/decisions
-    sublayers: bool = True
+    examples: Count = 2048  # for the gradients; Kwon et al. use 2,048
+    damage_examples: CountOrZero = (
+        256  # on which the loss of each size is measured; 0 takes the sum of the Fisher information instead
+    )
+    repair_tokens: Count = 12_288  # for the least squares; 8 rows for each of 1,536 unknowns, the ridge does the rest
+    ridge: Positive = 1e-3
+    neuron_multiple: Count = 16  # one row of a vector register of int8 quads; see docs/decisions
+    sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them
     repair: bool = True
 
-    decides: ClassVar[bool] = True
-    trains: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
-        if self.ridge <= 0:
-            raise ValueError(f"ridge must be above 0, got {self.ridge}")
-
-    @property
-    def fills(self) -> bool:  # type: ignore[override]
-        """The least squares solve for whole matrices."""
-        return self.repair
+    def effects(self) -> Effects:
+        return Effects(cuts=True, one_shot=True, refills=self.repair)  # the least squares solve for whole matrices
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:
-            self._chosen(Weighed({name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}, None), anatomy, cost)
+            nothing = {name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}
+            self.choose(anatomy, cost, Weighed(nothing, None))
 
     def decide(self, state: State, context: Context) -> Decision:
         plan = self.plan(context, self.weigh(context))
@@ -75,7 +76,7 @@ class Fisher(Method):
         return Decision(plan, weights=repaired(context, plan, tokens=self.repair_tokens, ridge=self.ridge))
 
     def weigh(self, context: Context) -> Weighed:
-        """What the search needs to know of the model; the same for every budget, so a run finds it once for the same weights."""
+        """What the search needs to know of the model. It is the same for every budget, so a run computes it once for its weights."""
         key = f"fisher {self.examples} {self.damage_examples} {model_digest(context.model)}"
         if key not in context.memo:
             importance = information(context, self.examples)
@@ -84,10 +85,11 @@ class Fisher(Method):
         return cast(Weighed, context.memo[key])
 
     def plan(self, context: Context, weighed: Weighed) -> Plan:
-        """The best plan within `keep` of the dense cost; TargetError where there is none."""
-        return self._chosen(weighed, context.anatomy, context.cost)
+        """The best plan within `keep` of the dense cost; TargetError if there is none."""
+        return self.choose(context.anatomy, context.cost, weighed)
 
-    def _chosen(self, weighed: Weighed, anatomy: Anatomy, cost: Cost) -> Plan:
+    def choose(self, anatomy: Anatomy, cost: Cost, weighed: Weighed) -> Plan:
+        """The same, for an anatomy and a cost alone."""
         return allocate(
             anatomy,
             weighed.importance,
@@ -99,6 +101,9 @@ class Fisher(Method):
         )
 
 
+# -- State -----------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Weighed:
     """`importance` orders the units of each site: (size,). `worth` is what 0, 1, ... kept units are worth: (size + 1,)."""
@@ -107,54 +112,7 @@ class Weighed:
     worth: Mapping[str, np.ndarray] | None
 
 
-def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int) -> dict[str, np.ndarray]:
-    """Minus the measured damage of keeping only the best 0, 1, ... units of one site: site -> (size + 1,), rising to 0.
-
-    The damage is the divergence of the task's outputs from those of the uncut model, with one site gated and all others whole, at a few
-    sizes (`SHARES`), in between in step with the Fisher information that is cut. At 0 the whole sublayer is gone. Sites are measured
-    one by one; the search adds them up.
-    """
-    model, anatomy, task = context.model, context.anatomy, context.task
-    batches = [dict(batch) for batch in context.batches(examples)]
-    was_training = model.training
-    model.eval()
-
-    def outputs(batch: Batch) -> dict[str, Tensor]:
-        found = model(**{name: value for name, value in batch.items() if name != "labels"})
-        return {name: found[name].float() for name in task.outputs}
-
-    try:
-        with torch.no_grad(), looking(next(model.parameters()).device):
-            whole = [outputs(batch) for batch in batches]
-            found = {}
-            start = 0
-            states: list[Tensor | None] = [None] * len(batches)  # what enters layer `start`: earlier ones are whole
-            for name, units in importance.items():
-                site = anatomy.sites[name]
-                if site.layer > start:
-                    states = _forward_to(model, anatomy, site.layer, batches, start, states)
-                    start = site.layer
-                order = np.argsort(-units, kind="stable")
-                counts = sorted({round(share * site.size) for share in SHARES} - {site.size})
-                lost = []
-                for count in counts:
-                    gate = torch.zeros(site.size, device=next(model.parameters()).device)
-                    gate[order[:count].copy()] = 1.0
-                    gates = {name: gate} if count or site.sublayer is None else {site.sublayer: gate[:1]}
-                    total = rows = 0.0
-                    with gated(model, anatomy, gates):
-                        for batch, state, expected in zip(batches, states, whole, strict=True):
-                            with _starting(model, anatomy, start, state):
-                                total += float(task.divergence(outputs(batch), expected, batch, 1.0)) * len(batch["input_ids"])
-                            rows += len(batch["input_ids"])
-                    lost.append(total / rows)
-                cut = np.concatenate([np.cumsum(np.sort(units))[::-1], [0.0]])  # information lost with 0, 1, ... units kept
-                knots = [*counts, site.size]
-                damage = np.interp(cut, cut[knots][::-1], [*lost, 0.0][::-1])
-                found[name] = -np.maximum.accumulate(damage[::-1])[::-1]  # more units never do more damage: else it is noise
-    finally:
-        model.train(was_training)
-    return found
+# -- Formulas --------------------------------------------------------------------------------------------------------------------
 
 
 def information(context: Context, examples: int) -> dict[str, np.ndarray]:
@@ -162,25 +120,62 @@ def information(context: Context, examples: int) -> dict[str, np.ndarray]:
     sites = [site for site in context.anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
     total = {site.id: np.zeros(site.size) for site in sites}
     seen = 0
-    was_training = context.model.training
-    context.model.eval()
-    try:
+    with context.subject.evaluating():
         for batch in context.batches(examples):
-            rows = len(batch["input_ids"])
-            gates = {
-                site.id: torch.ones(rows, site.size, device=batch["input_ids"].device, requires_grad=True) for site in sites
-            }
-            device = batch["input_ids"].device
+            rows, device = len(batch["input_ids"]), batch["input_ids"].device
+            gates = {site.id: torch.ones(rows, site.size, device=device, requires_grad=True) for site in sites}
             with torch.enable_grad(), gated(context.model, context.anatomy, gates), looking(device):
-                output = context.model(**{name: value for name, value in batch.items() if name != "labels"})
+                output = context.model(**context.subject.feed(batch))
                 loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
             gradients = torch.autograd.grad(loss, list(gates.values()))
             for name, gradient in zip(gates, gradients, strict=True):
                 total[name] += gradient.double().square().sum(0).cpu().numpy()  # (units,)
             seen += rows
-    finally:
-        context.model.train(was_training)
     return {name: value / max(1, seen) for name, value in total.items()}
+
+
+def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int) -> dict[str, np.ndarray]:
+    """Minus the measured damage of keeping only the best 0, 1, ... units of one site: site -> (size + 1,), rising to 0.
+
+    The damage is the divergence of the task's outputs from those of the uncut model, with one site gated and all others whole. It is
+    measured at a few sizes (`SHARES`); in between it follows the Fisher information that is cut. At 0 the whole sublayer is gone. Sites
+    are measured one by one; the search adds them up.
+    """
+    model, anatomy, task = context.model, context.anatomy, context.task
+    batches = [dict(batch) for batch in context.batches(examples)]
+    feed = Feed(model, anatomy, [context.subject.feed(batch) for batch in batches])
+    device = context.subject.device
+
+    def outputs(index: int) -> dict[str, Tensor]:
+        output = feed.run(index)
+        return {name: output[name].float() for name in task.outputs}
+
+    def damage(gates: Mapping[str, Tensor]) -> float:
+        total = rows = 0.0
+        with gated(model, anatomy, gates):
+            for index, (batch, expected) in enumerate(zip(batches, whole, strict=True)):
+                total += float(task.divergence(outputs(index), expected, batch, 1.0)) * len(batch["input_ids"])
+                rows += len(batch["input_ids"])
+        return total / rows
+
+    worth = {}
+    with context.subject.evaluating(), torch.no_grad(), looking(device):
+        whole = [outputs(index) for index in range(len(batches))]
+        for name, units in importance.items():
+            site = anatomy.sites[name]
+            feed.reach(site.layer)  # earlier layers are whole
+            order = np.argsort(-units, kind="stable")
+            counts = sorted({round(share * site.size) for share in SHARES} - {site.size})
+            lost = []
+            for count in counts:
+                gate = torch.zeros(site.size, device=device)
+                gate[order[:count].copy()] = 1.0
+                lost.append(damage({name: gate} if count or site.sublayer is None else {site.sublayer: gate[:1]}))
+            cut = np.concatenate([np.cumsum(np.sort(units))[::-1], [0.0]])  # information lost with 0, 1, ... units kept
+            knots = [*counts, site.size]
+            curve = np.interp(cut, cut[knots][::-1], [*lost, 0.0][::-1])
+            worth[name] = -np.maximum.accumulate(curve[::-1])[::-1]  # more units never do more damage: else it is noise
+    return worth
 
 
 def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict[str, Tensor]:
@@ -190,38 +185,89 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
     what earlier ones lost. Columns of units that go are zero.
     """
     anatomy = context.anatomy
-    batches = _some(context, tokens)
     sites = [site for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
-    ordered = [site for site in sites if site.sublayer is None or plan.keep.get(site.sublayer) != ()]
-    first = next((index for index, site in enumerate(ordered) if site.id in plan.keep), None)
-    dropped = [site for site in sites if site not in ordered]
-    if not ordered or (first is None and not dropped):
+    kept_sites = [site for site in sites if site.sublayer is None or plan.keep.get(site.sublayer) != ()]
+    whole = len(kept_sites) == len(sites) and not any(site.id in plan.keep for site in kept_sites)
+    if whole or not kept_sites:
         return {}
     model = copy.deepcopy(context.model).eval()
-    wanted = [_sums(model, anatomy, ordered, batch, context.task) for batch in batches]
-    gates = _zeros_and_ones(anatomy, plan, next(model.parameters()).device)
+    batches = _batches_of(context, tokens)
+    targets = [_targets(model, context, kept_sites, batch) for batch in batches]
+    gates = _zeros_and_ones(anatomy, plan, context.subject.device)
+    feed = Feed(model, anatomy, [context.subject.feed(batch) for batch in batches])
+    masks = [batch["attention_mask"].bool() for batch in batches]
     weights: dict[str, Tensor] = {}
     with torch.no_grad(), gated(model, anatomy, gates):
-        start = 0
-        states: list[Tensor | None] = [None] * len(batches)  # what enters layer `start`, once that is known
-        for site in ordered:
+        for site in kept_sites:
             if not _downstream(site, plan, anatomy):
                 continue
-            if site.layer > start:
-                states = _forward_to(model, anatomy, site.layer, batches, start, states)
-                start = site.layer
+            feed.reach(site.layer)
             kept = plan.keep.get(site.id, tuple(range(site.size)))
             tap = site.taps[0]
             linear = cast(nn.Linear, model.get_submodule(tap.module))
             columns = torch.tensor([unit * tap.unit + row for unit in kept for row in range(tap.unit)])
-            goals = [goal[site.id] for goal in wanted]
-            solved, bias = _solve(model, anatomy, site, linear, columns, batches, states, goals, ridge)
+            solved, bias = least_squares(feed, site, linear, columns, masks, [target[site.id] for target in targets], ridge)
             linear.weight.zero_()
             linear.weight[:, columns] = solved.to(linear.weight)
             linear.bias.copy_(bias)
             weights[f"{tap.module}.weight"] = linear.weight.detach().clone()
             weights[f"{tap.module}.bias"] = linear.bias.detach().clone()
     return weights
+
+
+def least_squares(
+    feed: Feed,
+    site: Site,
+    linear: nn.Linear,
+    columns: Tensor,
+    masks: Sequence[Tensor],
+    targets: Sequence[tuple[Tensor, Tensor]],
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    """argmin sum_t w_t |X W' + b - (target - residual)|^2 + ridge |W - W_old|^2 over kept columns: (out, kept), (out,), float64."""
+    size = len(columns) + 1  # the last unknown is the bias
+    old = torch.cat([linear.weight[:, columns], linear.bias[:, None]], dim=1).double()  # (out, kept + 1)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=old.device)
+    right = torch.zeros(size, old.shape[0], dtype=torch.float64, device=old.device)
+    seen: dict[str, Tensor] = {}
+    for index, (mask, (target, importance)) in enumerate(zip(masks, targets, strict=True)):
+        with watching(feed.model, feed.anatomy, site, seen, stop=True):
+            feed.run(index)
+        x = seen[f"{site.id}/x"][mask][:, columns].double()  # (tokens, kept)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        y = target.double() - seen[f"{site.id}/r"][mask].double()  # (tokens, out)
+        weighted = (x * importance.double()[:, None]).T
+        gram += weighted @ x
+        right += weighted @ y
+    weight = ridge * gram.diagonal().mean()
+    gram.diagonal().add_(weight)
+    solution = torch.linalg.solve(gram, right + weight * old.T).T  # (out, kept + 1)
+    return solution[:, :-1], solution[:, -1]
+
+
+# -- Plumbing --------------------------------------------------------------------------------------------------------------------
+
+
+def _targets(model: nn.Module, context: Context, sites: list[Site], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site, at real tokens: branch + residual of the uncut model (tokens, hidden), and each token's weight (tokens,).
+
+    A token weighs as much as the loss of its example feels it: the squared norm of the loss gradient there, mean 1. In the last layer
+    of a classifier that is the first token alone.
+    """
+    seen: dict[str, Tensor] = {}
+    mask = batch["attention_mask"].bool()
+    with ExitStack() as stack, torch.enable_grad():
+        for site in sites:
+            stack.enter_context(watching(model, context.anatomy, site, seen))
+        loss = context.task.loss(model(**context.subject.feed(batch)), batch) * len(mask)
+        gradients = torch.autograd.grad(loss, [seen[f"{site.id}/y"] for site in sites])
+    targets = {}
+    for site, gradient in zip(sites, gradients, strict=True):
+        weight = gradient.square().sum(-1)  # (batch, seq)
+        weight = weight / (weight * mask).sum(1, keepdim=True).clamp_min(1e-30) * mask.sum(1, keepdim=True)
+        total = (seen[f"{site.id}/y"] + seen[f"{site.id}/r"]).detach()
+        targets[site.id] = (total[mask], weight[mask] * (1 - FLOOR) + FLOOR)
+    return targets
 
 
 def _downstream(site: Site, plan: Plan, anatomy: Anatomy) -> bool:
@@ -239,7 +285,7 @@ def _zeros_and_ones(anatomy: Anatomy, plan: Plan, device: torch.device) -> Mappi
     return gates
 
 
-def _some(context: Context, tokens: int) -> list[Batch]:
+def _batches_of(context: Context, tokens: int) -> list[Batch]:
     """Training batches of about `tokens` real tokens in all."""
     taken: list[Batch] = []
     count = 0
@@ -249,138 +295,3 @@ def _some(context: Context, tokens: int) -> list[Batch]:
         if count >= tokens:
             break
     return taken
-
-
-class _Stop(Exception):
-    """Ends a forward pass once all that is needed was seen."""
-
-
-@contextmanager
-def _watching(model: nn.Module, anatomy: Anatomy, site: Site, seen: dict[str, Tensor], *, stop: bool) -> Iterator[None]:
-    """Puts a sublayer's residual, and its output matrix's input and output, into `seen` under site.id + /r, /x, /y."""
-    assert site.sublayer is not None
-    end = anatomy.sites[site.sublayer].taps[0]
-    assert end.residual is not None
-
-    def residual(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[f"{site.id}/r"] = args[0]
-
-    def output(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        seen[f"{site.id}/x"], seen[f"{site.id}/y"] = args[0], result
-        if stop:
-            raise _Stop
-
-    handles = [
-        model.get_submodule(end.residual).register_forward_pre_hook(residual),
-        model.get_submodule(site.taps[0].module).register_forward_hook(output),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Given(nn.Module):
-    """Stands for a layer that has been computed already, or passes on what comes where `state` is None."""
-
-    def __init__(self, state: Tensor | None) -> None:
-        super().__init__()
-        self.state = state
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states if self.state is None else self.state
-
-
-@contextmanager
-def _starting(model: nn.Module, anatomy: Anatomy, layer: int, state: Tensor | None) -> Iterator[None]:
-    """Lets a forward pass begin at `layer`, with `state` (batch, seq, hidden) as what enters it; None: from the start."""
-    earlier = anatomy.layers[:layer] if state is not None else ()
-    real = {name: model.get_submodule(name) for name in earlier}
-    try:
-        for name in earlier:
-            model.set_submodule(name, _Given(state if name == earlier[-1] else None))
-        yield
-    finally:
-        for name, module in real.items():
-            model.set_submodule(name, module)
-
-
-def _entering(model: nn.Module, anatomy: Anatomy, layer: int, batch: Batch, start: int, state: Tensor | None) -> Tensor:
-    """What enters `layer`: (batch, seq, hidden), computed from what enters the earlier layer `start`."""
-    seen: list[Tensor] = []
-
-    def catch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(output)
-        raise _Stop
-
-    handle = model.get_submodule(anatomy.layers[layer - 1]).register_forward_hook(catch)
-    try:
-        with _starting(model, anatomy, start, state), suppress(_Stop):
-            model(**{name: value for name, value in batch.items() if name != "labels"})
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-def _forward_to(
-    model: nn.Module, anatomy: Anatomy, layer: int, batches: Sequence[Batch], start: int, states: list[Tensor | None]
-) -> list[Tensor | None]:
-    """What enters `layer` in each batch, from what enters the earlier layer `start`."""
-    return [_entering(model, anatomy, layer, batch, start, state) for batch, state in zip(batches, states, strict=True)]
-
-
-def _sums(model: nn.Module, anatomy: Anatomy, sites: list[Site], batch: Batch, task: Task) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each site, at real tokens: branch + residual of the uncut model (tokens, hidden), and each token's weight (tokens,).
-
-    A token weighs as much as the loss of its example feels it: the squared norm of the loss gradient there, mean 1. In the last layer
-    of a classifier that is the first token alone.
-    """
-    seen: dict[str, Tensor] = {}
-    mask = batch["attention_mask"].bool()
-    with ExitStack() as stack, torch.enable_grad():
-        for site in sites:
-            stack.enter_context(_watching(model, anatomy, site, seen, stop=False))
-        output = model(**{name: value for name, value in batch.items() if name != "labels"})
-        loss = task.loss(output, batch) * len(mask)
-        gradients = torch.autograd.grad(loss, [seen[f"{site.id}/y"] for site in sites])
-    found = {}
-    for site, gradient in zip(sites, gradients, strict=True):
-        weight = gradient.square().sum(-1)  # (batch, seq)
-        weight = weight / (weight * mask).sum(1, keepdim=True).clamp_min(1e-30) * mask.sum(1, keepdim=True)
-        total = (seen[f"{site.id}/y"] + seen[f"{site.id}/r"]).detach()
-        found[site.id] = (total[mask], weight[mask] * (1 - FLOOR) + FLOOR)
-    return found
-
-
-def _solve(
-    model: nn.Module,
-    anatomy: Anatomy,
-    site: Site,
-    linear: nn.Linear,
-    columns: Tensor,
-    batches: list[Batch],
-    states: list[Tensor | None],
-    wanted: list[tuple[Tensor, Tensor]],
-    ridge: float,
-) -> tuple[Tensor, Tensor]:
-    """argmin sum_t w_t |X W' + b - (wanted - residual)|^2 + ridge |W - W_old|^2 over kept columns: (out, kept), (out,), float64."""
-    size = len(columns) + 1  # the last unknown is the bias
-    old = torch.cat([linear.weight[:, columns], linear.bias[:, None]], dim=1).double()  # (out, kept + 1)
-    gram = torch.zeros(size, size, dtype=torch.float64, device=old.device)
-    right = torch.zeros(size, old.shape[0], dtype=torch.float64, device=old.device)
-    seen: dict[str, Tensor] = {}
-    for batch, (target, importance) in zip(batches, wanted, strict=True):
-        mask = batch["attention_mask"].bool()
-        with _watching(model, anatomy, site, seen, stop=True), suppress(_Stop):
-            model(**{name: value for name, value in batch.items() if name != "labels"})
-        x = seen[f"{site.id}/x"][mask][:, columns].double()  # (tokens, kept)
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        y = target.double() - seen[f"{site.id}/r"][mask].double()  # (tokens, out)
-        weighted = (x * importance.double()[:, None]).T
-        gram += weighted @ x
-        right += weighted @ y
-    weight = ridge * gram.diagonal().mean()
-    gram.diagonal().add_(weight)
-    solution = torch.linalg.solve(gram, right + weight * old.T).T  # (out, kept + 1)
-    return solution[:, :-1], solution[:, -1]

@@ -1,16 +1,21 @@
 """Structured pruning with hard-concrete gates on the heads and neurons of a tuned model.
 
-McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section 3, for gates, removal and the
-order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on the expected size.
-As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train; options `apart: true`, `size: top_k`,
-`fold: false`, `sublayers: false`; then stages that retrain what is left, with or without `distillation`. Differences: the size is met
-exactly, in MACs, parameters or measured milliseconds, where the paper tries penalties until one fits; penalties are a *mean* open
-probability per kind, so that one number serves models of any size; the paper's third vector of gates, on the width of embeddings and
-hidden states, is left out: it could not train those, and found no other way to cut there. The paper gives neither the initial log
-alpha nor the penalties: we start at +2.5, P(open) = 0.98, so that training begins near the tuned model, and let both penalties rise
-to 1 over half the steps.
-Choose it over `fisher` and `importance` when there are some 400 steps for each kind of gates: with 109, what they kept of a model tuned
-on MRPC was hardly better than a draw, with 436 almost nothing was lost (docs/methods/structured.md).
+Paper: McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section 3, for gates, removal and
+the order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on the expected size.
+
+Idea: Each head and neuron gets a gate that is drawn at random and can close exactly. Training moves the probability that it is open,
+pulled by the task's loss and by the expected cost; in the end units stay by their log alpha.
+
+Differs: The size is met exactly, in MACs, parameters or measured milliseconds; the paper tries penalties until one fits. Penalties are
+a *mean* open probability per kind, so that one number serves models of any size. The paper's third vector of gates, on the width
+of embeddings and hidden states, is left out: the authors could not train those gates, and found no other way to cut there. The paper
+gives neither the initial log alpha nor the penalties: we start at +2.5, P(open) = 0.98, so that training begins near the tuned
+model, and let both penalties rise to 1 over half the steps.
+
+Choose when: there are some 400 steps for each kind of gates; then prefer it to `fisher` and `importance`. With 109 steps, what the
+gates kept of a model tuned on MRPC was hardly better than a draw; with 436 almost nothing was lost (docs/methods/structured.md).
+
+Cost: a training run, in which each gate is one more number and one more product; half of the steps for each kind with `apart: true`.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Any, Literal, cast, final
 
 import numpy as np
 import torch
@@ -31,34 +36,136 @@ from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
 from slimformer.hooks.gating import gated
-from slimformer.methods.base import Context, Method, Progress, State, Step
+from slimformer.methods._schedules import linear_ramp
+from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
+from slimformer.rules import Count, Finite, Fraction, NotNegative, Positive, Share
 
-NEAR = 0.04  # of the dense cost: so far above the target the expected cost may end without a word
+NEAR = 0.04  # of the dense cost: the expected cost may end so far above `keep` without a word
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2
 _SHIFT = BETA * math.log(-LOW / HIGH)
 
 
-def opening(log_alpha: Tensor) -> Tensor:
-    """P(gate > 0) = sigmoid(log alpha - beta log(-l / r))."""
-    return torch.sigmoid(log_alpha - _SHIFT)
+@final
+@dataclass(frozen=True)
+class Gates(Method):
+    """`keep`: share of the dense `cost` to come down to. `size` says how that is reached.
+
+    "lagrangian": multipliers drive the expected cost to the share while training; `allocate` then meets it, keeping the most open cost.
+    "top_k": fixed penalties while training; then the units with the largest log alpha stay, as many as fit the share.
+    "threshold": fixed penalties, and units stay whose settled gate is above 0.5; the penalties alone make the size, `keep` is not used.
+
+    `apart`: even steps gate and train only heads, odd ones only neurons. With frozen weights these are two separate runs, each
+    with half the steps: give twice the epochs. In evaluation and in the end the two are combined.
+
+    As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train, and the options `apart: true`,
+    `size: top_k`, `fold: false`, `sublayers: false`; then stages that retrain what is left, with or without `distillation`.
+    """
+
+    keep: Share = 0.5
+    cost: Literal["macs", "parameters", "latency"] = "macs"
+    units: Literal["heads", "neurons", "both"] = "both"
+    size: Literal["lagrangian", "top_k", "threshold"] = "lagrangian"
+    apart: bool = False
+    lambda_heads: NotNegative = 1.0  # loss that all open heads cost; not with "lagrangian"
+    lambda_neurons: NotNegative = 1.0
+    lr: Positive = 0.1  # of log alpha: the best of three in the paper
+    multiplier_lr: NotNegative = 0.05
+    start: Finite = 2.5  # log alpha
+    ramp: Fraction = 0.5  # share of the training over which the goal comes down, or the penalties rise
+    neuron_multiple: Count = 16
+    sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them
+    fold: bool = True  # settled gates into the weights; without, gates that stay are 1, as in the paper
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.apart and self.units != "both":
+            raise ValueError(f"apart needs units: both, got {self.units}")
+
+    def effects(self) -> Effects:
+        return Effects(cuts=True, neutral=False)  # a settled log alpha of 2.5 is 1 after clamping, but training draws noise
+
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        if cost is not None and self.size != "threshold":
+            equal = {site.id: torch.zeros(site.size) for site in self.sites(anatomy)}
+            something_left(anatomy, self.choose(anatomy, cost, equal))
+
+    def attach(self, context: Context) -> State:
+        self.check(context.anatomy, context.cost)
+        return _State(context, self)
+
+    def penalty(self, state: State, step: Step) -> Tensor | None:
+        state = cast(_State, state)
+        turn = step.progress.step % len(state.turns)
+        if self.size == "lagrangian":
+            gap, multipliers = state.gap(turn), state.multipliers[turn]
+            return multipliers[0] * gap + multipliers[1] * gap.square()
+        prices = {Kind.HEADS: self.lambda_heads, Kind.NEURONS: self.lambda_neurons}
+        terms = [prices[kind] * state.open_share(kind) for kind in state.turns[turn]]
+        return state.ramped * torch.stack(terms).sum()
+
+    def advance(self, state: State, progress: Progress) -> None:
+        state = cast(_State, state)
+        state.ramped.fill_(linear_ramp(progress, self.ramp))
+        state.turn.fill_(progress.step % len(state.turns))
+
+    def report(self, state: State) -> Mapping[str, float]:
+        state = cast(_State, state)
+        with torch.no_grad():
+            numbers = {"cost": state.fixed + float(state.expected(tuple(state.shares)))}
+            if self.size == "lagrangian":
+                numbers["goal"] = state.fixed + (1.0 - state.fixed) * float(state.goal())
+            return numbers | {f"open_{kind}": float(state.open_share(kind)) for kind in state.shares}
+
+    def decide(self, state: State, context: Context) -> Decision:
+        state = cast(_State, state)
+        values = {site.id: state.log_alpha[index].detach() for index, site in enumerate(state.sites)}
+        plan = self.choose(context.anatomy, context.cost, values)
+        if self.size == "threshold" and plan == Plan():
+            lowest = min(float(settled(value).min()) for value in values.values())
+            raise TargetError(
+                f"no gate closed, nothing is cut: the lowest settled gate is {lowest:.2f}, and those below 0.5 go.",
+                help="raise lambda_heads or lambda_neurons, train longer, or meet a share by size: top_k.",
+            )
+        expected = self.report(state)["cost"]
+        notes: tuple[str, ...] = ()
+        if self.size == "lagrangian" and expected > self.keep + NEAR:
+            notes = (
+                f"gates: their expected cost came down to {expected:.0%} of the dense, not to {self.keep:.0%}; the rest is cut from "
+                "gates that are still open. Train longer, or raise multiplier_lr.",
+            )
+        if not self.fold:
+            return Decision(plan, notes=notes)
+        gone = {site.id for site in state.sites if site.sublayer and plan.keep.get(site.sublayer) == ()}
+        return Decision(plan, scales={name: settled(value) for name, value in values.items() if name not in gone}, notes=notes)
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        """The sites that get gates."""
+        kinds = (Kind.HEADS, Kind.NEURONS) if self.units == "both" else (Kind(self.units),)
+        return [site for site in anatomy.sites.values() if site.kind in kinds]
+
+    def choose(self, anatomy: Anatomy, cost: Cost, log_alpha: Mapping[str, Tensor]) -> Plan:
+        """The plan that these gates lead to; TargetError if `keep` is out of reach."""
+        budget = self.keep * cost.dense
+        score = {name: _numpy(value) for name, value in log_alpha.items()}
+        multiple, sublayers = self.neuron_multiple, self.sublayers
+        if self.size == "top_k":
+            return strongest(anatomy, score, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
+        if self.size == "threshold":  # settled(0) = 0.5
+            counts = {name: int((value > 0).sum()) for name, value in score.items()}
+            return leading(anatomy, score, counts, neuron_multiple=multiple, sublayers=sublayers)
+        unit = {name: cost.curves[name][-1] / len(value) for name, value in score.items()}
+        # what a plan keeps of the cost that is open
+        worth = {name: unit[name] * _numpy(opening(value.double())) for name, value in log_alpha.items()}
+        return allocate(anatomy, worth, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
 
 
-def sampled(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """A gate in [0, 1] drawn with `uniform` noise in (0, 1)."""
-    noise = uniform.clamp(1e-4, 1 - 1e-4)
-    stretched = torch.sigmoid((noise.log() - (1 - noise).log() + log_alpha) / BETA) * (HIGH - LOW) + LOW
-    return stretched.clamp(0, 1)
-
-
-def settled(log_alpha: Tensor) -> Tensor:
-    """The gate at test time: no noise."""
-    return (torch.sigmoid(log_alpha) * (HIGH - LOW) + LOW).clamp(0, 1)
+# -- State ---------------------------------------------------------------------------------------------------------------------
 
 
 class _State(State):
     """log alpha per site, a pair of multipliers per turn, and the hooks that put the gates in place.
 
-    A turn is the kinds of gates that train in one step: all of them, or each kind in its own where they train apart.
+    A turn is the kinds of gates that train in one step: all of them, or one kind at a time if they train `apart`.
     """
 
     def __init__(self, context: Context, method: Gates) -> None:
@@ -70,28 +177,28 @@ class _State(State):
         self.turns = [(kind,) for kind in kinds] if method.apart else [kinds]
         self.log_alpha = nn.ParameterList([nn.Parameter(torch.full((site.size,), method.start)) for site in self.sites])
         # one parameter a turn: a shared one would get zeros for a gradient in the other's turn, and Adam would move it all the same
-        held = self.turns if method.size == "lagrangian" else []
-        self.multipliers = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in held])  # of the gap and of its square
+        driven = self.turns if method.size == "lagrangian" else []
+        self.multipliers = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in driven])  # of the gap and of its square
         for index, site in enumerate(self.sites):
             self.register_buffer(f"curve_{index}", torch.tensor(cost.curves[site.id] / cost.dense, dtype=torch.float32))
-        own = {kind: [cost.curves[site.id][-1] for site in self.sites if site.kind is kind] for kind in kinds}
-        self.shares = {kind: float(sum(values)) / cost.dense for kind, values in own.items()}  # of the dense cost
+        costs = {kind: [cost.curves[site.id][-1] for site in self.sites if site.kind is kind] for kind in kinds}
+        self.shares = {kind: float(sum(values)) / cost.dense for kind, values in costs.items()}  # of the dense cost
         self.fixed = 1.0 - sum(self.shares.values())
         self.begin = float(opening(torch.tensor(method.start)))
-        self.end = (method.target - self.fixed) / (1.0 - self.fixed)
-        self.ramped: Tensor  # how far target and penalties have come, 0 to 1; a buffer, so that a resumed run knows it
+        self.end = (method.keep - self.fixed) / (1.0 - self.fixed)
+        self.ramped: Tensor  # how far goal and penalties have come, 0 to 1; a buffer, so that a resumed run knows it
         self.register_buffer("ramped", torch.tensor(0.0 if method.ramp else 1.0))
         self.turn: Tensor  # index of the turn; a buffer for the same reason
         self.register_buffer("turn", torch.tensor(0))
         self._now = self.turns[0]
         model = context.model
         hooks = ExitStack()
-        hooks.callback(model.register_forward_pre_hook(lambda *_: self._look()).remove)
+        hooks.callback(model.register_forward_pre_hook(lambda *_: self._read_turn()).remove)
         readers = {site.id: self._reader(index, model) for index, site in enumerate(self.sites)}
         hooks.enter_context(gated(model, context.anatomy, readers))
         self.on_close(hooks.close)
 
-    def _look(self) -> None:
+    def _read_turn(self) -> None:
         """Reads the turn once per forward pass: asking for it at each gate would stall a GPU."""
         if len(self.turns) > 1:
             self._now = self.turns[int(self.turn)]
@@ -139,132 +246,27 @@ class _State(State):
         return torch.cat([opening(a) for a, site in zip(self.log_alpha, self.sites, strict=True) if site.kind is kind]).mean()
 
 
-@final
-@dataclass(frozen=True)
-class Gates(Method):
-    """`target`: share of the dense cost to reach. `size` says how it is reached.
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
 
-    "lagrangian": multipliers drive the expected cost to the target while training; `allocate` then meets it, keeping the most open cost.
-    "top_k": fixed penalties while training; then the units with the largest log alpha stay, as many as fit the target.
-    "threshold": fixed penalties, and units stay whose settled gate is above 0.5; the penalties alone make the size, `target` is not used.
 
-    `apart`: even steps gate and train only heads, odd ones only neurons. With frozen weights these are two separate runs, each
-    with half the steps: give twice the epochs. In evaluation and in the end the two are combined.
-    """
+def opening(log_alpha: Tensor) -> Tensor:
+    """P(gate > 0) = sigmoid(log alpha - beta log(-l / r))."""
+    return torch.sigmoid(log_alpha - _SHIFT)
 
-    target: float = 0.5
-    cost: Literal["macs", "parameters", "latency"] = "macs"
-    units: Literal["heads", "neurons", "both"] = "both"
-    size: Literal["lagrangian", "top_k", "threshold"] = "lagrangian"
-    apart: bool = False
-    lambda_heads: float = 1.0  # loss that all open heads cost; not with "lagrangian"
-    lambda_neurons: float = 1.0
-    lr: float = 0.1  # of log alpha: the best of three in the paper
-    multiplier_lr: float = 0.05
-    start: float = 2.5  # log alpha
-    ramp: float = 0.5  # share of the training over which the target comes down, or the penalties rise
-    neuron_multiple: int = 16
-    sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them
-    fold: bool = True  # settled gates into the weights; without, gates that stay are 1, as in the paper
 
-    decides: ClassVar[bool] = True
-    neutral: ClassVar[bool] = False  # settled(2.5) is 1 after clamping, but training draws noise
+def sampled(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """A gate in [0, 1] drawn with `uniform` noise in (0, 1)."""
+    noise = uniform.clamp(1e-4, 1 - 1e-4)
+    stretched = torch.sigmoid((noise.log() - (1 - noise).log() + log_alpha) / BETA) * (HIGH - LOW) + LOW
+    return stretched.clamp(0, 1)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.target <= 1:
-            raise ValueError(f"target must be above 0 and at most 1, got {self.target}")
-        if self.units not in ("heads", "neurons", "both"):
-            raise ValueError(f"units must be heads, neurons or both, got {self.units!r}")
-        if self.size not in ("lagrangian", "top_k", "threshold"):
-            raise ValueError(f"size must be lagrangian, top_k or threshold, got {self.size!r}")
-        if self.apart and self.units != "both":
-            raise ValueError(f"apart needs units: both, got {self.units}")
-        for name in ("lambda_heads", "lambda_neurons", "multiplier_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or above, and finite, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0, and finite, got {self.lr}")
-        if not math.isfinite(self.start):
-            raise ValueError(f"start must be finite, got {self.start}")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp must be within 0 and 1, got {self.ramp}")
-        if self.neuron_multiple < 1:
-            raise ValueError(f"neuron_multiple must be at least 1, got {self.neuron_multiple}")
 
-    def sites(self, anatomy: Anatomy) -> list[Site]:
-        """The sites that get gates."""
-        kinds = (Kind.HEADS, Kind.NEURONS) if self.units == "both" else (Kind(self.units),)
-        return [site for site in anatomy.sites.values() if site.kind in kinds]
+def settled(log_alpha: Tensor) -> Tensor:
+    """The gate at test time: no noise."""
+    return (torch.sigmoid(log_alpha) * (HIGH - LOW) + LOW).clamp(0, 1)
 
-    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        if cost is not None and self.size != "threshold":
-            something_left(
-                anatomy, self.choose(anatomy, cost, {site.id: torch.zeros(site.size) for site in self.sites(anatomy)})
-            )
 
-    def attach(self, context: Context) -> State:
-        self.check(context.anatomy, context.cost)
-        return _State(context, self)
-
-    def penalty(self, state: State, step: Step) -> Tensor | None:
-        state = cast(_State, state)
-        turn = step.progress.step % len(state.turns)
-        if self.size == "lagrangian":
-            gap, multipliers = state.gap(turn), state.multipliers[turn]
-            return multipliers[0] * gap + multipliers[1] * gap.square()
-        prices = {Kind.HEADS: self.lambda_heads, Kind.NEURONS: self.lambda_neurons}
-        terms = [prices[kind] * state.open_share(kind) for kind in state.turns[turn]]
-        return state.ramped * torch.stack(terms).sum()
-
-    def advance(self, state: State, progress: Progress) -> None:
-        state = cast(_State, state)
-        state.ramped.fill_(min(1.0, progress.fraction / self.ramp) if self.ramp else 1.0)
-        state.turn.fill_(progress.step % len(state.turns))
-
-    def report(self, state: State) -> Mapping[str, float]:
-        state = cast(_State, state)
-        with torch.no_grad():
-            found = {"cost": state.fixed + float(state.expected(tuple(state.shares)))}
-            if self.size == "lagrangian":
-                found["target"] = state.fixed + (1.0 - state.fixed) * float(state.goal())
-            return found | {f"open_{kind}": float(state.open_share(kind)) for kind in state.shares}
-
-    def decide(self, state: State, context: Context) -> Decision:
-        state = cast(_State, state)
-        values = {site.id: state.log_alpha[index].detach() for index, site in enumerate(state.sites)}
-        plan = self.choose(context.anatomy, context.cost, values)
-        if self.size == "threshold" and plan == Plan():
-            lowest = min(float(settled(value).min()) for value in values.values())
-            raise TargetError(
-                f"no gate closed, nothing is cut: the lowest settled gate is {lowest:.2f}, and those below 0.5 go.",
-                help="raise lambda_heads or lambda_neurons, train longer, or meet a target by size: top_k.",
-            )
-        expected = self.report(state)["cost"]
-        notes: tuple[str, ...] = ()
-        if self.size == "lagrangian" and expected > self.target + NEAR:
-            notes = (
-                f"gates: their expected cost came down to {expected:.0%} of the dense, not to {self.target:.0%}; the rest is cut from "
-                "gates that are still open. Train longer, or raise multiplier_lr.",
-            )
-        if not self.fold:
-            return Decision(plan, notes=notes)
-        gone = {site.id for site in state.sites if site.sublayer and plan.keep.get(site.sublayer) == ()}
-        return Decision(plan, scales={name: settled(value) for name, value in values.items() if name not in gone}, notes=notes)
-
-    def choose(self, anatomy: Anatomy, cost: Cost, log_alpha: Mapping[str, Tensor]) -> Plan:
-        """The plan that these gates lead to; TargetError where the target is out of reach."""
-        budget = self.target * cost.dense
-        score = {name: _numpy(value) for name, value in log_alpha.items()}
-        multiple, sublayers = self.neuron_multiple, self.sublayers
-        if self.size == "top_k":
-            return strongest(anatomy, score, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
-        if self.size == "threshold":  # settled(0) = 0.5
-            counts = {name: int((value > 0).sum()) for name, value in score.items()}
-            return leading(anatomy, score, counts, neuron_multiple=multiple, sublayers=sublayers)
-        unit = {name: cost.curves[name][-1] / len(value) for name, value in score.items()}
-        # what a plan keeps of the cost that is open
-        worth = {name: unit[name] * _numpy(opening(value.double())) for name, value in log_alpha.items()}
-        return allocate(anatomy, worth, cost, budget, neuron_multiple=multiple, sublayers=sublayers)
+# -- Plumbing ------------------------------------------------------------------------------------------------------------------
 
 
 def _numpy(value: Tensor) -> np.ndarray:

@@ -1,19 +1,27 @@
 """Kronecker factorisation: every matrix of the encoder, and its word table, becomes a sum of products of two small factors.
 
-Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022): Table 1 for the shapes, section 3 for the start by the
-nearest product. Differences: for any budget the shapes are searched, those of least relative error, one shape for like matrices
-(theirs were chosen by hand, and W2 has W1's turned over); a word table may be a sum too; at other widths than 768 a named model keeps
-its small factors, and the large ones scale. The start is far from the matrix, so that accuracy is all but gone before training: follow
-it with a stage on text without labels and one on the task, both with `distillation`. (Theirs has the pre-trained model as teacher of
-the first, with the losses of pre-training beside it, on a tenth of Wikipedia; here the tuned teacher speaks in both.) Choose it where
-stored size matters; its speed has to be measured.
+Paper: Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022): Table 1 for the shapes, section 3 for the
+start by the nearest product.
+
+Idea: Only the factors are stored. The nearest sum of r products comes from the r largest singular values of the matrix, rearranged
+(`forms/kronecker.py`).
+
+Differs: For any budget the shapes are searched, those of least relative error, one shape for like matrices (theirs were chosen by
+hand, and W2 has W1's turned over). A word table may be a sum too. At other widths than 768 a named model keeps its small factors,
+and the large ones scale. In both stages that follow the tuned teacher speaks; theirs has the pre-trained model as teacher of the
+first, with the losses of pre-training beside it, on a tenth of Wikipedia.
+
+Choose when: stored size matters; its speed has to be measured.
+
+Cost: no data: decompositions of every matrix, for each shape that the search tries. The start is far from the matrix, so that accuracy
+is all but gone: follow it with a stage on text without labels and one on the task, both with `distillation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast, final
+from typing import Literal, cast, final
 
 import numpy as np
 import torch
@@ -25,45 +33,18 @@ from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError, TargetError
 from slimformer.forms.base import DENSE, Form, Shape
-from slimformer.forms.kronecker import Kronecker as Product
-from slimformer.forms.kronecker import squares
-from slimformer.methods.base import Context, Method, State
+from slimformer.forms.kronecker import Kronecker, squares
+from slimformer.methods.base import Context, Effects, Method, State
+from slimformer.rules import Count, CountOrZero, Share
 
-KEEP = 0.25  # of the dense cost, where neither shapes nor a share are given
+KEEP_BY_DEFAULT = 0.25  # of the dense cost, if neither shapes nor a share are given
 SMALL = 128  # entries that the smaller factor of a searched shape may have; a matrix can then shrink about as many times
 NARROW = 64  # columns of a word's row that may share a number in a searched shape
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """The small factors of a published model; the large one is what is left of a matrix.
-
-    Table 1 prints "n1, m1" for width 768 and FFN width 3072: 384,384 and 2,8 for the 7.7x model, 48,384 and 2,16 for the 21x model. The
-    names are those of the published models, by their size at BERT-base (7.5 and 20.9 times as we count). An encoder of six layers
-    and width 384 becomes 7.2 and 15.7 times smaller by the same factors: more of it is the word table, and what is never factored.
-    """
-
-    attention: Shape  # B, of all four matrices
-    ffn: Shape  # A of the first matrix; turned over, A of the second
-    embedding: int  # columns of B, a single row
-
-    def form(self, matrix: Matrix, terms: int) -> Product:
-        """The form of one matrix; PlanError where the small factor does not divide it."""
-        if matrix.role is Role.EMBEDDING:
-            return _table(matrix, self.embedding, terms)
-        if matrix.role in ATTENTION_ROLES:
-            return Product(_divided(matrix, self.attention), terms)
-        small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
-        _divided(matrix, small)
-        return Product(small, terms)
-
-
-NAMED: Mapping[str, Shapes] = {"7.7x": Shapes((2, 2), (8, 2), 8), "21x": Shapes((2, 16), (16, 2), 16)}
-
-
 @final
 @dataclass(frozen=True)
-class Kronecker(Method):
+class KroneckerFactors(Method):
     """`shapes` names a published model; else they are searched so that `keep` of the dense `cost` may remain, 0.25 if not said.
 
     `terms`: products in the sum of each matrix. `embedding`: columns of a word's row that share a number; 0 leaves the table dense,
@@ -73,40 +54,22 @@ class Kronecker(Method):
     """
 
     shapes: Literal["7.7x", "21x"] | None = None
-    keep: float | None = None
+    keep: Share | None = None
     cost: Literal["parameters", "macs"] = "parameters"
-    terms: int = 1
-    embedding: int | None = None
-    embedding_terms: int = 1
-
-    decides: ClassVar[bool] = True
-    forms: ClassVar[bool] = True
-    trains: ClassVar[bool] = False
+    terms: Count = 1
+    embedding: CountOrZero | None = None
+    embedding_terms: Count = 1
 
     def __post_init__(self) -> None:
-        if self.shapes is not None and self.shapes not in NAMED:
-            raise ValueError(f"shapes must be one of {', '.join(NAMED)}, got {self.shapes}")
+        super().__post_init__()
         if self.shapes is not None and (self.keep is not None or self.cost != "parameters"):
             raise ValueError(f"shapes {self.shapes} leave nothing to search: leave out keep and cost, or shapes")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
-        for name in ("terms", "embedding_terms"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.embedding is not None and self.embedding < 0:
-            raise ValueError(f"embedding must be 0 or above, got {self.embedding}")
         if self.embedding == 0 and self.embedding_terms > 1:
             raise ValueError(f"embedding_terms of {self.embedding_terms} has no table: embedding 0 leaves it dense")
 
-    @property
-    def share(self) -> float:
-        """Of the dense cost, what may remain where shapes are searched."""
-        return KEEP if self.keep is None else self.keep
-
-    @property
-    def fills(self) -> bool:  # type: ignore[override]
-        """Unless the word table alone is factored: whatever may stay dense then does."""
-        return self.shapes is not None or self.share < 1
+    def effects(self) -> Effects:
+        # with a share of 1 the word table alone is factored: the matrices, and zeros in them, stay as they are
+        return Effects(factors=True, one_shot=True, refills=self.shapes is not None or self.share < 1)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         forms = self._given(anatomy)
@@ -130,8 +93,13 @@ class Kronecker(Method):
         }
         return Decision(plan, weights=weights)
 
+    @property
+    def share(self) -> float:
+        """The share of the dense cost that may remain if shapes are searched."""
+        return KEEP_BY_DEFAULT if self.keep is None else self.keep
+
     def _given(self, anatomy: Anatomy) -> dict[str, Form]:
-        """The forms that the options name, matrix by matrix; PlanError where a factor does not divide one, or there is no table."""
+        """The forms that the options name, matrix by matrix; PlanError if a factor does not divide one, or there is no table."""
         forms: dict[str, Form] = {}
         concerned = self._concerned(anatomy)
         if self.embedding_terms > 1 and not any(matrix.role is Role.EMBEDDING for matrix in concerned):
@@ -153,7 +121,7 @@ class Kronecker(Method):
         return [matrix for matrix in anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
 
     def _concerns(self, matrix: Matrix) -> bool:
-        """Whether a matrix is to be factored: all are, but a word table only where that is wanted, or nothing is tied to it."""
+        """Whether a matrix is to be factored: all are, but a word table only if that is asked for, or nothing is tied to it."""
         if matrix.role is Role.EMBEDDING:
             return matrix.tied is None if self.embedding is None else self.embedding > 0
         return matrix.role is not Role.CLASSIFIER
@@ -166,12 +134,12 @@ class Kronecker(Method):
             if matrix.id not in given:
                 kind = "attention" if matrix.role in ATTENTION_ROLES else str(matrix.role)
                 groups.setdefault((kind, matrix.shape), []).append(matrix)
-        found = []
+        choices = []
         for group in groups.values():
             forms: tuple[Form, ...] = (DENSE, *candidates(group[0], self._terms(group[0])))
             costs = np.array([sum(cost.matrix(replace(matrix, form=form)) for matrix in group) for form in forms])
-            found.append(_Choice(group, forms, costs))
-        return found
+            choices.append(_Choice(group, forms, costs))
+        return choices
 
     def _room(self, choices: Sequence[_Choice], anatomy: Anatomy, cost: Cost, given: Mapping[str, Form]) -> tuple[float, float]:
         """What the choices may cost together, and what the smallest factors of all cost."""
@@ -186,7 +154,7 @@ class Kronecker(Method):
         )
 
     def _searched(self, context: Context, given: Mapping[str, Form]) -> dict[str, Form]:
-        """The shapes of least relative error within the budget; dense where that is best."""
+        """The shapes of least relative error within the budget; dense if that is best."""
         choices = self._choices(context.anatomy, context.cost, given)
         room, least = self._room(choices, context.anatomy, context.cost, given)
         lost = [sum(relative_errors(_weight(context, matrix), choice.forms) for matrix in choice.group) for choice in choices]
@@ -194,6 +162,36 @@ class Kronecker(Method):
         if picks is None:
             raise self._too_little(least - room, context.cost)
         return {matrix.id: choice.forms[pick] for choice, pick in zip(choices, picks, strict=True) for matrix in choice.group}
+
+
+# -- State ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The small factors of a published model; the large one is what is left of a matrix.
+
+    Table 1 prints "n1, m1" for width 768 and FFN width 3072: 384,384 and 2,8 for the 7.7x model, 48,384 and 2,16 for the 21x model. The
+    names are those of the published models, by their size at BERT-base (7.5 and 20.9 times as we count). An encoder of six layers
+    and width 384 becomes 7.2 and 15.7 times smaller by the same factors: more of it is the word table, and what is never factored.
+    """
+
+    attention: Shape  # B, of all four matrices
+    ffn: Shape  # A of the first matrix; turned over, A of the second
+    embedding: int  # columns of B, a single row
+
+    def form(self, matrix: Matrix, terms: int) -> Kronecker:
+        """The form of one matrix; PlanError if the small factor does not divide it."""
+        if matrix.role is Role.EMBEDDING:
+            return _table(matrix, self.embedding, terms)
+        if matrix.role in ATTENTION_ROLES:
+            return Kronecker(_divided(matrix, self.attention), terms)
+        small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
+        _divided(matrix, small)
+        return Kronecker(small, terms)
+
+
+NAMED: Mapping[str, Shapes] = {"7.7x": Shapes((2, 2), (8, 2), 8), "21x": Shapes((2, 16), (16, 2), 16)}
 
 
 @dataclass(frozen=True)
@@ -205,13 +203,16 @@ class _Choice:
     costs: np.ndarray  # (forms,)
 
 
-def candidates(matrix: Matrix, terms: int) -> Iterator[Product]:
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
+
+
+def candidates(matrix: Matrix, terms: int) -> Iterator[Kronecker]:
     """Shapes worth a look: one factor is small, and neither numbers nor multiplications become more."""
     rows, columns = matrix.shape
     table = matrix.table
     for m1 in [rows] if table else _divisors(rows):
         for n1 in _divisors(columns):
-            form = Product((m1, n1), terms)
+            form = Kronecker((m1, n1), terms)
             a, b = m1 * n1, rows * columns // (m1 * n1)
             small = 1 < b <= NARROW if table else 1 < min(a, b) <= SMALL
             cheap = form.parameters(matrix.shape) < rows * columns and (table or form.macs(matrix.shape) < rows * columns)
@@ -225,7 +226,7 @@ def relative_errors(weight: Tensor, forms: Sequence[Form]) -> np.ndarray:
     total = float(weight.double().square().sum())
     lost = []
     for form in forms:
-        if not isinstance(form, Product):
+        if not isinstance(form, Kronecker):
             lost.append(0.0)
             continue
         kept = float(squares(weight.float(), form.a)[: form.terms].double().sum())
@@ -233,13 +234,16 @@ def relative_errors(weight: Tensor, forms: Sequence[Form]) -> np.ndarray:
     return np.array(lost)
 
 
-def _table(matrix: Matrix, shared: int, terms: int) -> Product:
-    """The form of a word table of which `shared` columns have one number in each term; PlanError where they do not divide it."""
-    return Product((matrix.shape[0], _divided(matrix, (1, shared))[1]), terms)
+# -- Plumbing ------------------------------------------------------------------------------------------------------------------
+
+
+def _table(matrix: Matrix, shared: int, terms: int) -> Kronecker:
+    """The form of a word table of which `shared` columns have one number in each term; PlanError if they do not divide it."""
+    return Kronecker((matrix.shape[0], _divided(matrix, (1, shared))[1]), terms)
 
 
 def _divided(matrix: Matrix, small: Shape) -> Shape:
-    """The size of the other factor beside `small`; PlanError where that does not divide the matrix."""
+    """The size of the other factor beside `small`; PlanError if that does not divide the matrix."""
     rows, columns = matrix.shape
     if rows % small[0] or columns % small[1]:
         raise PlanError(

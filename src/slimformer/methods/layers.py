@@ -1,14 +1,22 @@
 """Drop whole layers, evenly spaced: the smaller dense model that every pruning has to beat.
 
-DistilBERT (Sanh et al., 2019) starts from every second layer; Sajjad et al. (2020) compare which to drop. Ours keeps the first and
-the last and spaces the rest evenly. Its own use is as rival 4 of every comparison, distilled with the same budget; choose it when
-plain dense layers of one width matter more than quality.
+Paper: Sanh, Debut, Chaumond, Wolf: DistilBERT (2019), which starts from every second layer; Sajjad, Dalvi, Durrani, Nakov: On the
+Effect of Dropping Layers of Pre-trained Transformer Models (2020), which compares which layers to drop.
+
+Idea: As many whole layers stay as fit the budget, spaced as evenly as they can be.
+
+Differs: The first and the last layer stay and the rest is spaced evenly between them.
+
+Choose when: plain dense layers of one width matter more than quality. Its own use is as the smaller dense model of every comparison,
+distilled with the same budget.
+
+Cost: none: it looks at no data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import numpy as np
 
@@ -16,32 +24,30 @@ from slimformer.core.anatomy import Anatomy, Kind
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
-from slimformer.methods.base import Context, Method, State
+from slimformer.methods.base import Context, Effects, Method, State
+from slimformer.rules import Share
 
 
 @final
 @dataclass(frozen=True)
 class Layers(Method):
-    """`keep`: share of the dense cost that may remain; as many whole layers stay as fit, at least one."""
+    """`keep`: share of the dense `cost` that may remain; as many whole layers stay as fit, at least one."""
 
-    keep: float = 0.5
+    keep: Share = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
 
-    decides: ClassVar[bool] = True
-    trains: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
+    def effects(self) -> Effects:
+        return Effects(cuts=True, one_shot=True)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:
-            self._chosen(anatomy, cost)
+            self.choose(anatomy, cost)
 
     def decide(self, state: State, context: Context) -> Decision:
-        return Decision(self._chosen(context.anatomy, context.cost))
+        return Decision(self.choose(context.anatomy, context.cost))
 
-    def _chosen(self, anatomy: Anatomy, cost: Cost) -> Plan:
+    def choose(self, anatomy: Anatomy, cost: Cost) -> Plan:
+        """The plan that leaves as many layers as fit; TargetError if not even one does."""
         sublayers = anatomy.of_kind(Kind.SUBLAYER)
         left = sorted({site.layer for site in sublayers})
         budget = self.keep * cost.dense
@@ -53,6 +59,9 @@ class Layers(Method):
                 return plan
         share = f"{needed / cost.dense:.0%}"
         raise TargetError(f"even one layer costs {share} of the dense {cost.unit}.", help=f"ask to keep {share} or more.")
+
+
+# -- Formulas --------------------------------------------------------------------------------------------------------------------
 
 
 def evenly(count: int, total: int) -> list[int]:

@@ -1,15 +1,18 @@
 """Training with fake quantization, so that a model learns to live with the integers that its file will compute in.
 
-Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine Translation (Findings of EMNLP 2020): weights on grids from
-their own extremes in every pass, activations from running extremes, gradients straight through but not where a value was clamped,
-switched on after a short start in float. `roles` says what is quantized: `matrix`, all inputs and weights of Linears but the last,
-is what int8 files execute, with the very ranges learned here; the other roles complete the paper and are simulated in training only,
-since files compute them in float. Differences: encoders; symmetric weight grids and a 0 on every grid by default (`quantizer.py`:
-integer kernels want both); the start is a share of the steps, not a number; a denominator's grid begins at the smallest one
-seen, so that none becomes 0. Of a matrix in Kronecker factors the larger factor and what it reads are quantized, of a word table the
-factor with a row for each word; the smaller factors stay in float, in training as in files.
-What is read after a dropout is quantized after it: train with `dropout: false`.
-Choose it where post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
+Paper: Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine Translation (Findings of EMNLP 2020).
+
+Idea: Weights are put on grids from their own extremes in every pass, activations on grids from running extremes. Gradients go straight
+through, but not where a value was clamped. It is switched on after a short start in float.
+
+Differs: Encoders. Weight grids are symmetric and 0 lies on every grid by default (`quantizing/grids.py`: integer kernels want both). The
+start is a share of the steps, not a number. A denominator's grid begins at the smallest one seen, so that none becomes 0. Of a matrix
+in Kronecker factors the larger factor and what it reads are quantized, of a word table the factor with a row for each word; the
+smaller factors stay in float, in training as in files. What is read after a dropout is quantized after it: train with `dropout: false`.
+
+Choose when: post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
+
+Cost: a training run in which each weight and each input of a matrix is rounded in each step.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Annotated, Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +32,90 @@ from slimformer.forms.base import shape_of
 from slimformer.forms.kronecker import KroneckerEmbedding, weight_of
 from slimformer.hooks.points import touched
 from slimformer.hooks.weights import Change, changed_weights
-from slimformer.methods.base import Context, Method, Progress, State
+from slimformer.methods.base import Context, Effects, Method, Progress, State
 from slimformer.quantizing.calibration import TABLE_ROWS
 from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, affine, fake, weight_grid
+from slimformer.rules import ProperFraction, one_of
 
-BITS = (8, 6, 4)
 READING = (PointRole.MATRIX, PointRole.HEAD)  # points whose modules are Linears, with a weight to quantize
+
+Bits = Annotated[int, one_of(8, 6, 4, unit="bits")]
+
+
+@final
+@dataclass(frozen=True)
+class Quantization(Method):
+    """Bits of `weights`, `activations` and `embeddings` (null: float): 8, 6 or 4. Files hold fewer than 8 bits in bytes.
+
+    `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding. `matrix` is all inputs and weights of
+    Linears but the last: int8 files execute it with the very ranges learned here. The other roles complete the paper and are
+    simulated in training only, since files compute them in float. `buckets`: a range per output row (per word in a table) or one
+    per tensor; `activation_buckets`: one per tensor, or per feature if no integer product reads it.
+    `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own grid).
+    `exact_zero`: whether 0 lies on every affine grid; without it, as in the paper, a file moves each range by up to half a step.
+    `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
+    """
+
+    weights: Bits = 8
+    activations: Bits = 8
+    embeddings: Bits | None = 8
+    roles: tuple[Literal["matrix", "head", "attention", "softmax", "norm", "branch", "embedding"], ...] = ("matrix",)
+    buckets: Literal["row", "tensor"] = "row"
+    activation_buckets: Literal["tensor", "feature"] = "tensor"
+    grid: Literal["symmetric", "affine"] = "symmetric"
+    exact_zero: bool = True
+    start: ProperFraction = 0.1
+    momentum: ProperFraction = MOMENTUM
+
+    def __post_init__(self) -> None:
+        if isinstance(self.roles, (list, tuple)):
+            object.__setattr__(self, "roles", tuple(map(str, self.roles)))
+        super().__post_init__()
+
+    def effects(self) -> Effects:
+        # a zero survives unless 0 is on no grid of a weight: it then becomes the nearest value that is
+        moves_zeros = self.grid == "affine" and not self.exact_zero and PointRole.MATRIX in self.roles
+        return Effects(rewrites=True, refills=moves_zeros, learns_grids=True)
+
+    def attach(self, context: Context) -> State:
+        return _State(context, self)
+
+    def advance(self, state: State, progress: Progress) -> None:
+        state = cast(_State, state)
+        if progress.fraction >= self.start:
+            seen = [cast(RunningRange, item).seen for item in state.ranges]
+            state.on.copy_(torch.stack(seen).any() if seen else torch.tensor(True))
+
+    def report(self, state: State) -> Mapping[str, float]:
+        return {"on": float(cast(_State, state).on)}
+
+    @torch.no_grad()
+    def decide(self, state: State, context: Context) -> Decision:
+        """The weights as they were computed with, on their grids, and the ranges of all points with one range each."""
+        state = cast(_State, state)
+        parameters = dict(context.model.named_parameters())
+        changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
+        changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
+        ranges = {}
+        for point, item in zip(state.points, state.ranges, strict=True):
+            running = cast(RunningRange, item)
+            if bool(running.seen) and running.low.ndim == 0:
+                ranges[point.id] = running.range()
+        # matrices that were not trained on a grid are stored as ever
+        bits = self.weights if PointRole.MATRIX in self.roles else 8
+        return Decision(weights=changed, ranges=Ranges(ranges, bits, self.activations, self.embeddings, self.buckets))
+
+    def weight_grid(self, weight: Tensor) -> Grid:
+        rows = self.buckets == "row" and weight.ndim > 1
+        return weight_grid(weight, self.weights, rows=rows, even=self.grid == "symmetric", exact_zero=self.exact_zero)
+
+    def table_grid(self, rows: Tensor) -> Grid:
+        assert self.embeddings is not None
+        even = self.grid == "symmetric"
+        return weight_grid(rows, self.embeddings, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
+
+
+# -- State ---------------------------------------------------------------------------------------------------------------------
 
 
 class _State(State):
@@ -57,14 +138,14 @@ class _State(State):
         self.gains = [f"{point.modules[0]}.weight" for point in self.points if point.role is PointRole.NORM and _last(point)]
         stack = ExitStack()
         self.on_close(stack.close)
-        stack.callback(model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+        stack.callback(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
         stack.enter_context(touched(model, context.anatomy, {point.id: self._read(i) for i, point in enumerate(self.points)}))
         stack.enter_context(changed_weights(model, dict.fromkeys((*self.weights, *self.gains), self._weigh)))
         stack.enter_context(changed_weights(model, dict.fromkeys(self.factors, self._weigh_table)))
         for table in self.tables.values():
             stack.callback(table.register_forward_hook(self._look_up).remove)
 
-    def _look(self, _: nn.Module, __: Any, given: Mapping[str, Any]) -> None:
+    def _begin_pass(self, _: nn.Module, __: Any, given: Mapping[str, Any]) -> None:
         """Once per forward pass: asking a GPU at each point would stall it."""
         self._on, self._mask = bool(self.on), given.get("attention_mask")
 
@@ -101,6 +182,9 @@ class _State(State):
         return affine(low, running.high, self.method.activations, exact_zero=self.method.exact_zero and not divisor)
 
 
+# -- Plumbing ------------------------------------------------------------------------------------------------------------------
+
+
 def _features(model: nn.Module, point: Point, method: Quantization) -> int | None:
     """How many buckets a point has: one, or one per feature where no integer product reads it."""
     if method.activation_buckets == "tensor" or point.role in (*READING, PointRole.SOFTMAX) or point.side == "denominator":
@@ -126,87 +210,3 @@ def _factors(model: nn.Module) -> list[str]:
 
 def _last(point: Point) -> bool:
     return point.side == "output"
-
-
-@final
-@dataclass(frozen=True)
-class Quantization(Method):
-    """Bits of `weights`, `activations` and `embeddings` (null: float): 8, 6 or 4. Files hold fewer than 8 bits in bytes.
-
-    `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding. `buckets`: a range per output row
-    (per word in a table) or one per tensor; `activation_buckets`: one per tensor, or per feature where no integer product reads.
-    `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own grid).
-    `exact_zero`: whether 0 lies on every affine grid; without it, as in the paper, a file moves each range by up to half a step.
-    `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
-    """
-
-    weights: int = 8
-    activations: int = 8
-    embeddings: int | None = 8
-    roles: tuple[Literal["matrix", "head", "attention", "softmax", "norm", "branch", "embedding"], ...] = ("matrix",)
-    buckets: Literal["row", "tensor"] = "row"
-    activation_buckets: Literal["tensor", "feature"] = "tensor"
-    grid: Literal["symmetric", "affine"] = "symmetric"
-    exact_zero: bool = True
-    start: float = 0.1
-    momentum: float = MOMENTUM
-
-    rewrites: ClassVar[bool] = True
-    closes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "roles", tuple(str(role) for role in self.roles))
-        for name in ("weights", "activations", "embeddings"):
-            bits = getattr(self, name)
-            if bits not in BITS and not (name == "embeddings" and bits is None):
-                raise ValueError(f"{name} must be 8, 6 or 4 bits, got {bits}")
-        known = [str(role) for role in PointRole]
-        unknown = [role for role in self.roles if role not in known]
-        if unknown or not self.roles:
-            raise ValueError(f"roles must be some of {', '.join(known)}, got {', '.join(self.roles) or 'none'}")
-        if not 0 <= self.start < 1:
-            raise ValueError(f"start must be 0 or above, and below 1, got {self.start:g}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be 0 or above, and below 1, got {self.momentum:g}")
-
-    def weight_grid(self, weight: Tensor) -> Grid:
-        rows = self.buckets == "row" and weight.ndim > 1
-        return weight_grid(weight, self.weights, rows=rows, even=self.grid == "symmetric", exact_zero=self.exact_zero)
-
-    def table_grid(self, rows: Tensor) -> Grid:
-        assert self.embeddings is not None
-        even = self.grid == "symmetric"
-        return weight_grid(rows, self.embeddings, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
-
-    def attach(self, context: Context) -> State:
-        return _State(context, self)
-
-    def advance(self, state: State, progress: Progress) -> None:
-        state = cast(_State, state)
-        if progress.fraction >= self.start:
-            seen = [cast(RunningRange, item).seen for item in state.ranges]
-            state.on.copy_(torch.stack(seen).any() if seen else torch.tensor(True))
-
-    def report(self, state: State) -> Mapping[str, float]:
-        return {"on": float(cast(_State, state).on)}
-
-    @property
-    def fills(self) -> bool:  # type: ignore[override]
-        """Where 0 is on no grid of a weight: a zero then becomes the nearest value that is."""
-        return self.grid == "affine" and not self.exact_zero and PointRole.MATRIX in self.roles
-
-    @torch.no_grad()
-    def decide(self, state: State, context: Context) -> Decision:
-        """The weights as they were computed with, on their grids, and the ranges of all points with one range each."""
-        state = cast(_State, state)
-        parameters = dict(context.model.named_parameters())
-        changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
-        changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
-        found = {}
-        for point, item in zip(state.points, state.ranges, strict=True):
-            running = cast(RunningRange, item)
-            if bool(running.seen) and running.low.ndim == 0:
-                found[point.id] = running.range()
-        # matrices that were not trained on a grid are stored as ever
-        bits = self.weights if PointRole.MATRIX in self.roles else 8
-        return Decision(weights=changed, ranges=Ranges(found, bits, self.activations, self.embeddings, self.buckets))

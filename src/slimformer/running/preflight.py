@@ -70,7 +70,7 @@ def _look_at_cuts(recipe: Recipe, task: Task) -> None:
     from slimformer.core import cost
     from slimformer.families.base import anatomy_of
 
-    first = next((method for stage in recipe.stages for method in _methods(stage) if method.decides), None)
+    first = next((method for stage in recipe.stages for method in _methods(stage) if method.effects().chooses), None)
     if first is None:
         return
     source = local_folder(recipe.model)
@@ -88,11 +88,17 @@ def _look_at_cuts(recipe: Recipe, task: Task) -> None:
 def look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
     """RecipeError where a model comes with zeros or learned ranges, as a run delivers it, that the stages would lose."""
     lost = []
-    if stages and checkpoint.load_ranges(source) is not None and not any(method.closes for method in _methods(stages[0])):
+    if (
+        stages
+        and checkpoint.load_ranges(source) is not None
+        and not any(method.effects().learns_grids for method in _methods(stages[0]))
+    ):
         lost.append("it has learned grids and ranges, which the first stage would lose: begin with quantization")
-    spoiling = next((stage for stage in stages if _fills(stage) or any(method.fills for method in _methods(stage))), None)
+    spoiling = next(
+        (stage for stage in stages if _fills(stage) or any(method.effects().refills for method in _methods(stage))), None
+    )
     if spoiling is not None and checkpoint.sparse_matrices(source):
-        filling = next((registry.name_of(method) for method in _methods(spoiling) if method.fills), None)
+        filling = next((registry.name_of(method) for method in _methods(spoiling) if method.effects().refills), None)
         if filling:
             lost.append(f"it was saved without its zeros, and {filling} gives matrices new values: leave out {filling}")
         else:

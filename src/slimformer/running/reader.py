@@ -123,9 +123,9 @@ class _Reader:
             self.mistakes.append(f"{place}.methods: must be a list")
             entries = []
         methods = [self.named(entry, "methods", f"{place}.methods[{number}]") for number, entry in enumerate(entries)]
-        deciding = [registry.name_of(m) for m in methods if m is not None and (m.decides or m.rewrites)]
+        deciding = [registry.name_of(m) for m in methods if m is not None and m.effects().decides]
         for number, method in enumerate(methods):
-            if method is not None and not method.trains:
+            if method is not None and method.effects().one_shot:
                 name = registry.name_of(method)
                 self.mistakes.append(f"{place}.methods[{number}]: '{name}' looks once; put it in a calibrate stage")
         if len(deciding) > 1:
@@ -133,7 +133,7 @@ class _Reader:
         text = options.get("text") if isinstance(options, dict) else None
         if isinstance(text, str):
             options["text"] = text if text == TASK_TEXT else self.path(text)
-            if not any(method.needs_teacher for method in methods if method is not None):
+            if not any(method.effects().needs_teacher for method in methods if method is not None):
                 self.mistakes.append(f"{place}.text: text has no labels, so there is nothing to learn; add distillation")
         if isinstance(options, dict) and isinstance(options.get("augment_model"), str):
             options["augment_model"] = self.path(options["augment_model"])
@@ -150,7 +150,7 @@ class _Reader:
             self.mistakes.append(f"{place}: needs method, and nothing else")
             return None
         method = self.named(options["method"], "methods", f"{place}.method")
-        if method is not None and method.trains:
+        if method is not None and not method.effects().one_shot:
             self.mistakes.append(f"{place}.method: '{registry.name_of(method)}' has to train; put it in a train stage")
         return Calibrate(method) if method is not None else None
 

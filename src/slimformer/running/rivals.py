@@ -57,7 +57,9 @@ def rivals(
         with _teacher_turn(home, run):
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
         found.append(Rival("dense OpenVINO int8", Standing.OPENVINO_INT8, path, Variant.INT8_STATIC, "openvino", dense))
-    cutting = any(isinstance(stage, Calibrate) or any(m.decides for m in getattr(stage, "methods", ())) for stage in stages)
+    cutting = any(
+        isinstance(stage, Calibrate) or any(m.effects().chooses for m in getattr(stage, "methods", ())) for stage in stages
+    )
     if "small-dense" in wanted and cutting and bundle.plan != Plan():  # where only zeros were made, the teacher is as small
         small = small_dense(bundle, stages, run)
         folder, wanted_file = run.root / "small", [Variant.INT8_DYNAMIC]
@@ -91,7 +93,7 @@ def small_dense(bundle: Bundle, stages: Sequence[Stage], run: Run) -> Bundle:
 
 def undecided(stage: Train) -> Train:
     """The stage without what decides; where only that could train, the weights train in its stead, so that the passes are as many."""
-    methods = tuple(method for method in stage.methods if not method.decides)
+    methods = tuple(method for method in stage.methods if not method.effects().chooses)
     alone = stage.freeze == "everything" and methods != stage.methods
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)
 

@@ -137,7 +137,7 @@ def refuse_cuts(methods: Sequence[Method], model: PreTrainedModel) -> None:
     """PlanError, before any work is done, where a method would choose among units whose matrices are factored already."""
     from slimformer.families.base import anatomy_of
 
-    cutting = [registry.name_of(method) for method in methods if method.decides and not method.forms]
+    cutting = [registry.name_of(method) for method in methods if method.effects().cuts]
     if not cutting:
         return
     anatomy = anatomy_of(model)
@@ -247,7 +247,7 @@ class Train(Stage):
         import torch
 
         refuse_cuts(self.methods, bundle.model)
-        deciding = [method.cost for method in self.methods if method.decides]
+        deciding = [method.cost for method in self.methods if method.effects().chooses]
         model = copy.deepcopy(bundle.model)
         if not self.dropout:
             for module in model.modules():
@@ -334,7 +334,7 @@ class Calibrate(Stage):
     def run(self, bundle: Bundle, run: Run) -> Bundle:
         name = registry.name_of(self.method)
         refuse_cuts((self.method,), bundle.model)
-        run.log.say(f"{name}: choosing {'how to store it' if self.method.forms else 'what to keep'}.")
+        run.log.say(f"{name}: choosing {'how to store it' if self.method.effects().factors else 'what to keep'}.")
         context = context_of(bundle, run, copy.deepcopy(bundle.model), self.method.cost)
         state = self.method.attach(context)
         try:

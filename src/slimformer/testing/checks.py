@@ -24,8 +24,10 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import SlimformerError
 from slimformer.families.base import Family, anatomy_of
 from slimformer.forms.base import Form, Formed
+from slimformer.hooks.capture import Capture, capturing
 from slimformer.hooks.gating import gated
-from slimformer.methods.base import Capture, Context, Method
+from slimformer.methods.base import Context, Method, Progress, Step
+from slimformer.rules import rules_of
 from slimformer.running.reader import parse_recipe
 from slimformer.saving import checkpoint
 from slimformer.testing.tiny import batch, tiny
@@ -64,7 +66,7 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             points_are_reached,
             config_is_read,
         ),
-        "methods": (is_frozen, round_trips, attaches_neutrally, leaves_no_trace, decides_what_fits),
+        "methods": (is_frozen, round_trips, checks_its_options, attaches_neutrally, leaves_no_trace, decides_what_fits),
         "forms": (is_frozen, comes_back_from_a_plan, counts_what_it_stores, computes_its_matrix, knows_its_matrix),
         "tasks": (is_frozen, declares_its_outputs),
         "exporters": (is_frozen, declares_variants),
@@ -336,7 +338,7 @@ def round_trips(cls: type[Method]) -> None:
     from slimformer.tasks.intents import Intents
 
     method = cls()
-    stage = Train(methods=(method,)) if cls.trains else Calibrate(method)
+    stage = Train(methods=(method,)) if not method.effects().one_shot else Calibrate(method)
     recipe = Recipe("model", Intents(), (stage,))
     import yaml
 
@@ -344,9 +346,23 @@ def round_trips(cls: type[Method]) -> None:
     assert again == recipe, f"came back as {again}"
 
 
+def checks_its_options(cls: type[Method]) -> None:
+    """refuses a wrong value of any option when it is built, with a message that names the option."""
+    rules = rules_of(cls)
+    for entry in dataclasses.fields(cls):  # type: ignore[arg-type]
+        assert entry.name in rules, f"`{entry.name}` has no rule: give it a type of slimformer.rules"
+        for value in rules[entry.name].wrong:
+            try:
+                cls(**{entry.name: value})
+            except ValueError as error:
+                assert entry.name in str(error), f"`{entry.name}={value!r}` is refused without its name: {error}"
+            else:
+                raise AssertionError(f"`{entry.name}={value!r}` is not refused")
+
+
 def attaches_neutrally(cls: type[Method]) -> None:
     """law 7: attaching changes no output, where the method promises it."""
-    if not cls.neutral:
+    if not cls().effects().neutral:
         return
     context = tiny_context()
     inputs = batch(context.model)
@@ -373,16 +389,14 @@ def leaves_no_trace(cls: type[Method]) -> None:
 
 def decides_what_fits(cls: type[Method]) -> None:
     """decides a plan that fits, within its budget, and the shrunk model runs."""
-    from slimformer.hooks.capture import capturing
-    from slimformer.methods.base import Progress, Step
-
     method = cls()
+    effects = method.effects()
     context = tiny_context(unit=method.cost)
     state = method.attach(context)
     try:
-        if cls.trains:
+        if not effects.one_shot:
             for number, inputs in enumerate(context.batches(32)):
-                needs = method.needs | {Capture.LOGITS}
+                needs = effects.needs | {Capture.LOGITS}
                 with capturing(context.model, context.anatomy, needs) as mine:
                     output = context.model(**{name: value for name, value in inputs.items() if name != "labels"})
                     student = mine.take({"logits": output["logits"]})
@@ -402,13 +416,12 @@ def decides_what_fits(cls: type[Method]) -> None:
     small = shrink(context.model, context.anatomy, decision)
     with torch.no_grad():
         assert bool(torch.isfinite(small(**batch(small)).logits).all()), "the cut model gives no finite numbers"
-    if not cls.decides:
-        assert decision.plan == Plan(), "cuts although it says that it does not decide"
+    if not effects.chooses:
+        assert decision.plan == Plan(), "cuts although it says that it does not choose"
         return
-    share = getattr(method, "keep", None) or getattr(method, "target", None)
-    if share is not None:
+    if method.keep is not None:
         left = context.cost.of(decision.plan, context.anatomy) / context.cost.dense
-        assert left <= share + 1e-9, f"{left:.3f} of the cost remains, {share} was allowed"
+        assert left <= method.keep + 1e-9, f"{left:.3f} of the cost remains, {method.keep} was allowed"
 
 
 def _hooks(model: torch.nn.Module) -> list[int]:

@@ -30,9 +30,9 @@ from slimformer.data.batching import collate, epoch_order, least_width
 from slimformer.errors import RecipeError
 from slimformer.families.base import family_of
 from slimformer.hooks.attention import quick_attention
-from slimformer.hooks.capture import Recorder, capturing
+from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
-from slimformer.methods.base import Batch, Capture, Captured, Context, Method, Progress, State, Step
+from slimformer.methods.base import Batch, Context, Method, Progress, State, Step
 from slimformer.registry import name_of
 from slimformer.tasks.base import Features
 from slimformer.training import runstate
@@ -143,11 +143,13 @@ class Estimate:
 def check(methods: Sequence[Method], *, teacher: bool) -> None:
     """RecipeError where these methods cannot train together: two that decide, one-shot ones, no teacher where one is needed."""
     wrong = []
-    deciding = [name_of(method) for method in methods if method.decides or method.rewrites]
+    deciding = [name_of(method) for method in methods if method.effects().decides]
     if len(deciding) > 1:
         wrong.append(f"{' and '.join(deciding)} both decide what is cut: put them into stages of their own")
-    wrong += [f"{name_of(m)} looks once and does not train: use it in a calibrate stage" for m in methods if not m.trains]
-    wrong += [f"{name_of(m)} needs a teacher and there is none" for m in methods if m.needs_teacher and not teacher]
+    wrong += [
+        f"{name_of(m)} looks once and does not train: use it in a calibrate stage" for m in methods if m.effects().one_shot
+    ]
+    wrong += [f"{name_of(m)} needs a teacher and there is none" for m in methods if m.effects().needs_teacher and not teacher]
     if wrong:
         raise RecipeError("these methods cannot train together.", facts=wrong, help="change the stage's methods.")
 
@@ -550,7 +552,7 @@ class _Rig:
         self._recorder.listening = False
         decision = Decision()
         for method, state in zip(self.methods, self.states, strict=True):
-            if method.decides or method.rewrites:
+            if method.effects().decides:
                 decision = method.decide(state, self.context)
         return replace(
             decision,
@@ -610,7 +612,9 @@ def _rigged(
         if teacher is not None:
             stack.callback(nn.Module.to, teacher.model, teacher.model.device)
             teacher.model.to(device)
-            needs = frozenset[Capture]().union(*(method.needs for method in methods if method.needs_teacher))
+            needs = frozenset[Capture]().union(
+                *(method.effects().needs for method in methods if method.effects().needs_teacher)
+            )
             cap = _room(settings.cache_bytes, cache_folder)
             if cache_folder is None and not is_live(teacher, features, needs, cap):
                 lessons = stack.enter_context(remembering(teacher, needs))
@@ -632,7 +636,7 @@ def _rigged(
             state = method.attach(context)
             stack.callback(state.close)
             states.append(state.to(device))
-        needs = frozenset[Capture]().union(*(method.needs for method in methods))
+        needs = frozenset[Capture]().union(*(method.effects().needs for method in methods))
         stack.enter_context(quick_attention(model))
         recorder = stack.enter_context(capturing(model, context.anatomy, needs))
         alone = accelerator.num_processes == 1  # several average their gradients by way of autograd
@@ -691,7 +695,7 @@ def _room(most: int, folder: Path | None) -> int:
 
 
 def _teacher(context: Context, methods: Sequence[Method], accelerator: Accelerator, precision: Precision) -> Teacher | None:
-    if not any(method.needs_teacher for method in methods):
+    if not any(method.effects().needs_teacher for method in methods):
         return None
     model, anatomy = context.teacher, context.teacher_anatomy
     if model is None or anatomy is None or model is context.model:
@@ -812,7 +816,7 @@ def _key(context: Context, features: Features, methods: Sequence[Method], settin
     ours = asdict(settings)
     for harmless in ("checkpoint_seconds", "evaluate", "trackers"):
         del ours[harmless]
-    taught = any(method.needs_teacher for method in methods) and context.teacher is not None
+    taught = any(method.effects().needs_teacher for method in methods) and context.teacher is not None
     parts = [
         ours,
         [f"{name_of(method)} {method!r}" for method in methods],

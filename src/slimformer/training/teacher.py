@@ -24,9 +24,9 @@ from torch import Tensor
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.data.batching import collate, least_width, sorted_by_length
-from slimformer.hooks.capture import Recorder, capturing
+from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
-from slimformer.methods.base import Batch, Capture, Captured
+from slimformer.methods.base import Batch
 from slimformer.saving.files import in_turn, remove_parts, whole_folder
 from slimformer.tasks.base import Features, Task
 from slimformer.training.runstate import features_digest, model_digest

@@ -1,0 +1,151 @@
+"""Rules for options: which values each field of a dataclass may have, told by its type.
+
+`Share`, `Count`, `Positive` and the others are types that carry a rule; `bool`, `Literal` and tuples of `Literal` carry their own.
+`check_options` asks every field and raises one ValueError that names all mistakes; `mistakes_in` returns them, for a caller that raises
+another error. A rule is about one field: if two options must fit each other, check that after these, in `__post_init__`.
+
+    @dataclass(frozen=True)
+    class Options:
+        keep: Share = 0.5
+        examples: Count = 2048
+
+        def __post_init__(self) -> None:
+            check_options(self)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must be: `says` completes "must be ...", `holds` decides, `wrong` are values that are refused, for tests."""
+
+    says: str
+    holds: Callable[[Any], bool]
+    wrong: tuple[Any, ...] = ()
+
+
+def number(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
+    """A rule for finite numbers; text, None and booleans are no numbers."""
+    return Rule(says, lambda value: _is(value, Real) and math.isfinite(value) and holds(value), (*wrong, math.nan, "?", None))
+
+
+def whole(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
+    """A rule for whole numbers."""
+    return Rule(says, lambda value: _is(value, Integral) and holds(value), (*wrong, 1.5, "?", None))
+
+
+def one_of(*values: Any, unit: str = "") -> Rule:
+    """A rule that lists what is allowed; `unit` follows the list."""
+    says = f"{_listed(values, 'or')} {unit}".rstrip()
+    return Rule(says, lambda value: any(isinstance(value, type(item)) and value == item for item in values), ("?", None))
+
+
+def some_of(*values: str) -> Rule:
+    """A rule for a tuple of one or more of these words."""
+
+    def holds(chosen: Any) -> bool:
+        return isinstance(chosen, tuple) and bool(chosen) and all(item in values for item in chosen)
+
+    return Rule(f"some of {', '.join(values)}", holds, ((), ("?",)))
+
+
+_RULES: dict[type[Any], Mapping[str, Rule]] = {}  # of each class that was asked for
+
+FLAG = Rule("true or false", lambda value: isinstance(value, bool), ("?", None, 2))
+
+Share = Annotated[float, number("above 0 and at most 1", lambda value: 0 < value <= 1, 0.0, 1.1)]
+Fraction = Annotated[float, number("from 0 to 1", lambda value: 0 <= value <= 1, -0.1, 1.1)]
+ProperFraction = Annotated[float, number("0 or above, and below 1", lambda value: 0 <= value < 1, -0.1, 1.0)]
+Probability = Annotated[float, number("between 0 and 1", lambda value: 0 < value < 1, 0.0, 1.0)]
+Positive = Annotated[float, number("above 0, and finite", lambda value: value > 0, 0.0, math.inf)]
+NotNegative = Annotated[float, number("0 or above, and finite", lambda value: value >= 0, -1.0, math.inf)]
+Finite = Annotated[float, number("a finite number", lambda _: True, math.inf)]
+Count = Annotated[int, whole("at least 1", lambda value: value >= 1, 0)]
+CountOrPair = Annotated[
+    int | tuple[int, int],
+    Rule(
+        "at least 1, or two such numbers",
+        lambda value: all(_is(item, Integral) and item >= 1 for item in _pair(value)),
+        (0, (8, 0), (8,), 1.5, "?", None),
+    ),
+]
+CountOrZero = Annotated[int, whole("0 or above", lambda value: value >= 0, -1)]
+
+
+def check_options(options: Any) -> None:
+    """Raises ValueError with all that is wrong in a dataclass of options, each mistake with the name of its field."""
+    wrong = mistakes_in(options)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def mistakes_in(options: Any) -> list[str]:
+    """One sentence for each field whose value its rule refuses: "keep must be above 0 and at most 1, got 0"."""
+    rules = rules_of(type(options))
+    values = {name: getattr(options, name) for name in rules}
+    return [
+        f"{name} must be {rule.says}, got {_shown(values[name])}"
+        for name, rule in rules.items()
+        if not rule.holds(values[name])
+    ]
+
+
+def rules_of(cls: type[Any]) -> Mapping[str, Rule]:
+    """The rule of each field of a dataclass; a field whose type tells none is left out."""
+    if cls not in _RULES:
+        hints = get_type_hints(cls, include_extras=True)
+        found = {entry.name: rule_of(hints[entry.name]) for entry in dataclasses.fields(cls)}
+        _RULES[cls] = {name: rule for name, rule in found.items() if rule is not None}
+    return _RULES[cls]
+
+
+def rule_of(hint: Any) -> Rule | None:
+    """The rule that a type carries: `Annotated`'s, or that of bool, Literal, a tuple of Literal, and any of these or None."""
+    if hint is bool:
+        return FLAG
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return next((item for item in arguments[1:] if isinstance(item, Rule)), None)
+    if origin is Literal:
+        return one_of(*arguments)
+    if origin in (Union, UnionType) and type(None) in arguments and len(arguments) == 2:
+        inner = rule_of(next(item for item in arguments if item is not type(None)))
+        return None if inner is None else _or_none(inner)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis and get_origin(arguments[0]) is Literal:
+        return some_of(*get_args(arguments[0]))
+    return None
+
+
+def _or_none(rule: Rule) -> Rule:
+    wrong = tuple(value for value in rule.wrong if value is not None)
+    return Rule(f"{rule.says}, or null", lambda value: value is None or rule.holds(value), wrong)
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    """Two numbers, or one for both; anything else makes a pair of None."""
+    if isinstance(value, tuple):
+        return value if len(value) == 2 else (None, None)
+    return value, value
+
+
+def _is(value: Any, kind: type[Any]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _listed(values: tuple[Any, ...], word: str) -> str:
+    names = [str(value) for value in values]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return repr(value)
