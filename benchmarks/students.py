@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from slimformer.cli import prefer_environment
 from slimformer.data.material import Material, prepare
 from slimformer.demo import encoder
+from slimformer.log import show_log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
@@ -78,6 +79,7 @@ def dev_score(model: PreTrainedModel, material: Material) -> float:
     return material.task.score(outputs, features, rows)[material.task.metric]
 
 
+@show_log()
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("kind", choices=("sparse", "narrow"))

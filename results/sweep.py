@@ -26,6 +26,7 @@ from slimformer.cli import prefer_environment
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
+from slimformer.log import show_log
 from slimformer.measuring.machine import cores
 from slimformer.reporting.ledger import LEDGER
 from slimformer.running.recipe import Recipe
@@ -184,6 +185,7 @@ def train_beside(jobs: Sequence[Job]) -> None:
             process.terminate()
 
 
+@show_log()
 def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]) -> int:
     """The command line of a table."""
     prefer_environment()

@@ -149,7 +149,7 @@ def test_no_data_and_no_such_task(fail: Fail) -> None:
     said = fail("compress", "model", "--task", "intent", "--out", "out", kind="RecipeError")
     assert "there is no task 'intent'" in said
     assert "did you mean 'intents'?" in said
-    assert "did you mean 'sst2'?" in fail(
+    assert "did you mean 'glue/sst2'?" in fail(
         "compress", "model", "--task", "glue/sst3", "--data", "data", "--out", "out", kind="RecipeError"
     )
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from slimformer.errors import OutputError
-from slimformer.saving.files import claim, in_turn, speaking, whole, whole_folder, write_text
+from slimformer.errors import OutputError, output_errors
+from slimformer.saving.files import claim, in_turn, whole, whole_folder, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -36,9 +36,9 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path):
 
 
 def test_a_full_disk_is_told_in_words(tmp_path):
-    with pytest.raises(OutputError, match=r"the disk is full[\s\S]*free some space"), speaking(tmp_path):
+    with pytest.raises(OutputError, match=r"the disk is full[\s\S]*free some space"), output_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="odd"), speaking(tmp_path):
+    with pytest.raises(OSError, match="odd"), output_errors(tmp_path):
         raise OSError(errno.EIO, "odd")
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from slimformer import log as module
 from slimformer.errors import OutputError
-from slimformer.log import Log
+from slimformer.log import Log, show_log
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
@@ -58,18 +58,31 @@ def test_half_a_line_of_a_killed_run_does_not_spoil_the_next(tmp_path: Path) -> 
 
 def test_say_prints_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "[bold]kept[/bold] 3 of 12 heads in " + "a-long-path/" * 20
-    Log(tmp_path).say(text)
+    with show_log():
+        Log(tmp_path).say(text)
     assert capsys.readouterr().out == text + "\n"  # neither markup nor line breaks of our own
     assert [line["text"] for line in lines(tmp_path)] == [text]
 
 
 def test_quiet_prints_nothing_but_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = Log(tmp_path, quiet=True)
-    log.say("hello")
-    with log.track("training", 10) as advance:
-        advance(10, loss=1.0)
+    with show_log():
+        log.say("hello")
+        with log.track("training", 10) as advance:
+            advance(10, loss=1.0)
     assert capsys.readouterr().out == ""
     assert [line["text"] for line in lines(tmp_path)] == ["hello"]
+
+
+def test_from_python_lines_are_logged_and_not_printed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with show_log():
+        pass
+    with caplog.at_level("INFO"):
+        Log(None).say("hello")
+    assert [(record.name, record.message) for record in caplog.records] == [("slimformer", "hello")]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +101,7 @@ def test_away_from_a_terminal_progress_is_a_line_every_half_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    with Log(None).track("training", 1000) as advance:
+    with show_log(), Log(None).track("training", 1000) as advance:
         for step in range(1, 101):
             clock.now += 1.0
             advance(step, loss=0.125, metric=0.75)
@@ -102,7 +115,7 @@ def test_a_resumed_run_is_timed_from_where_it_resumed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    with Log(None).track("training", 1000) as advance:
+    with show_log(), Log(None).track("training", 1000) as advance:
         advance(900)
         clock.now += 40.0
         advance(980)
@@ -112,8 +125,8 @@ def test_a_resumed_run_is_timed_from_where_it_resumed(
 def test_on_a_terminal_progress_is_a_bar(tmp_path: Path) -> None:
     log = Log(None)
     with open(tmp_path / "screen", "w+", encoding="utf-8") as screen:
-        log._console = Console(file=screen, force_terminal=True, width=120)
-        with log.track("training", 4) as advance:
+        console = Console(file=screen, force_terminal=True, width=120)
+        with show_log(console), log.track("training", 4) as advance:
             for step in range(1, 5):
                 advance(step, loss=0.25, tokens_per_second=1500.0)
         screen.seek(0)

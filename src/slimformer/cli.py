@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from slimformer import registry
 from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
+from slimformer.log import show_log
 
 if TYPE_CHECKING:
     from slimformer.tasks.base import Task
@@ -325,7 +326,8 @@ def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
     prefer_environment()
     try:
-        app(prog_name="slimformer")
+        with show_log():
+            app(prog_name="slimformer")
     except SlimformerError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)

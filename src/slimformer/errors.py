@@ -16,7 +16,11 @@ The command line turns each of them into one message and exit status 2; anything
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class SlimformerError(Exception):
@@ -73,3 +77,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(names) or 'none'}"
+
+
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space, or choose another --out; a run continues where it stopped."),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another --out."),
+    errno.EFBIG: ("the file is larger than is permitted", "choose another --out, or raise the limit (ulimit -f)."),
+    errno.EACCES: ("writing is not permitted", "choose another --out, or change the folder's permissions."),
+    errno.EROFS: ("the disk is read-only", "choose another --out."),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another --out."),
+}
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Raises an OutputError if the operating system refuses to write at `path` in this block: a full disk, missing permission, ..."""
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else _code_in(error)
+        if code not in _REASONS:
+            raise
+        reason, help = _REASONS[code]
+        raise OutputError(f"cannot write {path}: {reason}.", help=help) from error
+
+
+def _code_in(error: Exception) -> int | None:
+    """The system's error number in the text of an error from Rust (safetensors, tokenizers), which is no OSError."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

@@ -1,12 +1,13 @@
-"""What a run tells: a few lines for a person, a progress bar, and everything as JSON lines in `log.jsonl`.
+"""What a run says: a few lines for a person, its progress, and everything as JSON lines in `log.jsonl`.
 
-The one idea: code says what happened once, to a `Log`; the log decides who sees it. On a terminal progress is a bar, elsewhere
-a plain line now and then. Nothing here decides what is worth saying.
+Lines go to the standard library's logger `slimformer`, as do those of code that has no `Log`. From Python nothing is printed unless
+logging is set up or `show_log` is used; the command line uses it. There progress is a bar on a terminal, elsewhere a line now and then.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from slimformer.saving.files import speaking
+from slimformer.errors import output_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,53 +28,88 @@ BAR_SECONDS = 0.1  # between redraws of the bar; drawing it at every step would 
 Advance = Callable[..., None]  # advance(done, **numbers): `done` of `total` are done; numbers are shown beside
 
 
-class Log:
-    """Writes events to `folder/log.jsonl` (none without a folder) and lines to the terminal (none when `quiet`)."""
+_logger = logging.getLogger("slimformer")
+_shown: list[_Printer] = []  # the innermost one last
 
-    def __init__(self, folder: Path | None, quiet: bool = False) -> None:
-        self.folder = folder
-        self.quiet = quiet
-        self._console: Console | None = None
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Appends one JSON line: time (UTC), kind and the fields. Numbers that JSON lacks (nan, inf) become text."""
-        if self.folder is None:
-            return
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind} | fields
-        with speaking(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / FILE, "a+b") as file:
-                start = b"" if _ends_whole(file) else b"\n"  # a killed run may have left half a line: keep the next one whole
-                file.write(start + json.dumps(_plain(line), ensure_ascii=False).encode() + b"\n")
+@contextmanager
+def show_log(console: Console | None = None) -> Iterator[None]:
+    """Prints what the library logs while the block runs, by default on standard output; also a decorator.
 
-    def say(self, text: str) -> None:
-        """One line that a person reads, also kept in the log file."""
-        self.event("say", text=text)
-        if not self.quiet:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    >>> with show_log():
+    ...     Log(None).say("12 of 72 heads stay.")
+    12 of 72 heads stay.
+    """
+    handler = _Printer(console)
+    level = _logger.level
+    _logger.addHandler(handler)
+    _logger.setLevel(logging.INFO)
+    _shown.append(handler)
+    try:
+        yield
+    finally:
+        _shown.remove(handler)
+        _logger.setLevel(level)
+        _logger.removeHandler(handler)
+
+
+class _Printer(logging.Handler):
+    """Prints records as they are: neither markup nor line breaks of our own. A console is made for the first one."""
+
+    def __init__(self, console: Console | None) -> None:
+        super().__init__()
+        self._console = console
 
     @property
     def console(self) -> Console:
-        """The rich console that `say` and `track` print to: standard output."""
         if self._console is None:
             from rich.console import Console
 
             self._console = Console()
         return self._console
 
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class Log:
+    """Logs lines, and writes them and other events to `folder/log.jsonl` (nothing without a folder); `quiet` logs no line."""
+
+    def __init__(self, folder: Path | None, quiet: bool = False) -> None:
+        self.folder = folder
+        self.quiet = quiet
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends one JSON line: time (UTC), kind and the fields. Numbers that JSON lacks (nan, inf) become text."""
+        if self.folder is None:
+            return
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind} | fields
+        with output_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / FILE, "a+b") as file:
+                start = b"" if _ends_whole(file) else b"\n"  # a killed run may have left half a line: keep the next one whole
+                file.write(start + json.dumps(_plain(line), ensure_ascii=False).encode() + b"\n")
+
+    def say(self, text: str) -> None:
+        """Logs one line for a person to read, and keeps it in the log file."""
+        self.event("say", text=text)
+        if not self.quiet:
+            _logger.info("%s", text)
+
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:
         """Shows progress while the block runs; yields `advance(done, **numbers)`, cheap enough to call at every step."""
+        console = _shown[-1].console if _shown else None
         if self.quiet:
             yield _silent
-        elif self.console.is_terminal:
-            with self._bar(description, total) as advance:
+        elif console is not None and console.is_terminal:
+            with self._bar(console, description, total) as advance:
                 yield advance
         else:
             yield self._lines(description, total)
 
     @contextmanager
-    def _bar(self, description: str, total: int) -> Iterator[Advance]:
+    def _bar(self, console: Console, description: str, total: int) -> Iterator[Advance]:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -84,7 +120,7 @@ class Log:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with Progress(*columns, console=console) as progress:
             task = progress.add_task(description, total=total, rate="", numbers="")
             begin = drawn = time.monotonic()
             first: int | None = None

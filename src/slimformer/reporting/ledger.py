@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from slimformer.errors import DataError, ModelError, OutputError
+from slimformer.errors import DataError, ModelError, OutputError, output_errors
 from slimformer.measuring.records import Facts, Record
-from slimformer.saving.files import speaking, write_text
+from slimformer.saving.files import write_text
 
 _log = logging.getLogger(__name__)
 FACTS_FILE = "slimformer.json"
@@ -55,7 +55,7 @@ def _first_line(error: BaseException) -> str:
 def append(path: Path, record: Record) -> None:
     """Adds a row at the end of a ledger, in one write: killed at any moment, it loses this row at most."""
     line = json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
-    with speaking(path):
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

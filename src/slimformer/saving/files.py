@@ -6,52 +6,23 @@ OutputError; a killed run leaves at most a hidden temporary that the next run re
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slimformer.errors import OutputError
+from slimformer.errors import OutputError, output_errors
 
-MARK = ".slimformer"  # lies in every folder we made; holds what the folder is
-_REASONS = {
-    errno.ENOSPC: ("the disk is full", "free some space, or choose another --out; a run continues where it stopped."),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another --out."),
-    errno.EFBIG: ("the file is larger than is permitted", "choose another --out, or raise the limit (ulimit -f)."),
-    errno.EACCES: ("writing is not permitted", "choose another --out, or change the folder's permissions."),
-    errno.EROFS: ("the disk is read-only", "choose another --out."),
-    errno.ENOTDIR: ("a part of the path is a file", "choose another --out."),
-}
-
-
-@contextmanager
-def speaking(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write at `path` into an OutputError."""
-    try:
-        yield
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else _told_code(error)
-        if code not in _REASONS:
-            raise
-        reason, help = _REASONS[code]
-        raise OutputError(f"cannot write {path}: {reason}.", help=help) from error
-
-
-def _told_code(error: Exception) -> int | None:
-    """The system's error number in the text of an error from Rust (safetensors, tokenizers), which is no OSError."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+_OWNED = ".slimformer"  # lies in every folder we made; holds what the folder is
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write; it becomes `path` when the block ends well, and is removed when it does not."""
-    with speaking(path):
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -68,7 +39,7 @@ def whole(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill; it becomes `path` when the block ends well. A folder that was there is replaced."""
-    with speaking(path):
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=path.parent))
         try:
@@ -107,7 +78,7 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", help="choose another --out.")
-    mark = folder / MARK
+    mark = folder / _OWNED
     if folder.is_dir() and not mark.exists() and not all(_is_ours(item.name) for item in folder.iterdir()):
         raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
     with in_turn(folder, lambda: _refuse(folder)):
@@ -139,21 +110,24 @@ def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
 
 @contextmanager
 def in_turn(folder: Path, taken: Callable[[], None]) -> Iterator[None]:
-    """Owns a folder while the block lasts; where another process does, calls `taken`, which may raise, and waits for it.
+    """Owns a folder while the block lasts. If another process owns it, calls `taken`, which may raise, and waits for it.
 
-    By an advisory lock that the operating system drops with the process, `kill -9` included.
+    The operating system drops the lock with the process, `kill -9` included.
     """
-    import fcntl
+    from filelock import FileLock, Timeout  # its import takes as long as all else that --help needs
 
-    with speaking(folder):
+    with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                taken()
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            taken()
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def _refuse(folder: Path) -> None:
