@@ -1,12 +1,12 @@
-"""What can be cut in a model, told by names and sizes alone.
+"""An anatomy: the parts of a model that can be cut, by their names and sizes alone.
 
-A family (`families/`) writes an `Anatomy`: *sites* where units can go, each as a list of coupled tensor slices; the
-*matrices* and the form each is stored in; the *points* where activations can be seen or quantized; the modules where hidden states and
-attentions can be watched. Nothing here touches a tensor: `shrink.py` cuts, `gating.py` masks, `points.py` reaches activations,
-`cost.py` counts, all from these tables.
+A family writes it: the *sites* whose units can go, each as a list of coupled tensor slices; the *matrices* and the form
+of each; the *points* where activations can be seen or quantized; the modules that give hidden states and attentions.
+Nothing here touches a tensor: `shrink.py` cuts, `gating.py` masks, `points.py` reaches activations and `cost.py`
+counts, all from these tables.
 
-A site keeps its slices and taps whatever form its matrices have: it can still be gated. It can no longer be cut once one of
-them is factored, and `Plan.check` says so.
+A site keeps its slices and taps whatever form its matrices have, so it can still be gated. It can no longer be cut once
+one of its matrices is factored, and `Plan.check` says so.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from slimformer.core.form import DENSE, Form, Shape
 
 
 class Kind(StrEnum):
+    """The kind of unit that a site has."""
+
     HEADS = "heads"
     NEURONS = "neurons"
     SUBLAYER = "sublayer"
 
 
 class Role(StrEnum):
+    """The part that a matrix plays in its model."""
+
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
@@ -41,12 +45,14 @@ FFN_ROLES = (Role.FFN_IN, Role.FFN_OUT)
 
 
 class PointRole(StrEnum):
-    MATRIX = "matrix"  # what a Linear reads; these are the products that int8 files compute in integers
-    HEAD = "head"  # what the last Linear reads, the one that gives the outputs
-    ATTENTION = "attention"  # what attention's own two products read: queries, keys, values
+    """The kind of activation that passes at a point."""
+
+    MATRIX = "matrix"  # the input of a Linear; int8 files compute these products in integers
+    HEAD = "head"  # the input of the last Linear, which gives the outputs
+    ATTENTION = "attention"  # the inputs of attention's own two products: queries, keys, values
     SOFTMAX = "softmax"  # its numerator, denominator and output
     NORM = "norm"  # a LayerNorm's numerator, denominator, their quotient, and its output
-    BRANCH = "branch"  # what a feed-forward block gives, before the residual is added
+    BRANCH = "branch"  # the output of a feed-forward block, before the residual is added
     EMBEDDING = "embedding"  # the sum of the embeddings, before its norm
 
 
@@ -71,7 +77,7 @@ class Tap:
     """Where a site's units can be multiplied by a gate: the last axis of a module's input or output.
 
     `residual` is for sublayers: the tap is then the module that ends the sublayer, `residual` the module whose first input
-    is what flows past it, and a gate g gives residual + g * (output - residual).
+    flows past it, and a gate g gives residual + g * (output - residual).
     """
 
     module: str
@@ -91,7 +97,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Skip:
-    """What a module of a sublayer gives once the sublayer is gone: its input, the residual that is its second input, or zero.
+    """A module that goes with its sublayer; its stand-in gives its input, the residual that is its second input, or zero.
 
     `pair`: the module returns a tuple of that and None, as transformers' attention modules do.
     """
@@ -113,7 +119,7 @@ class Site:
     taps: tuple[Tap, ...] = ()
     counters: tuple[Counter, ...] = ()
     sublayer: str | None = None  # the SUBLAYER site this one lives in and vanishes with
-    skips: tuple[Skip, ...] = ()  # of a SUBLAYER: the modules that go with it, and what stands in for each
+    skips: tuple[Skip, ...] = ()  # of a SUBLAYER: the modules that go with it
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ class Matrix:
 
     @property
     def point(self) -> Point | None:
-        """The point of its own that a factored matrix has: what its integer product reads is its own affair. None without any."""
+        """The point where a factored matrix reads the input of its integer product; None if it is dense or has no such
+        product."""
         if self.dense or self.form.reads is None:
             return None
         module = f"{self.module}.{self.form.reads}"
@@ -154,9 +161,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Point:
-    """Where an activation passes: the input or output of a module, or a part that is computed within it.
+    """A place where an activation passes: the input or output of a module, or a part that is computed within it.
 
-    Several modules are those that read one and the same tensor. Parts are a LayerNorm's, or those of the softmax in an attention.
+    Several modules share a point if they read one and the same tensor. Parts are those of a LayerNorm, or of the softmax in an
+    attention.
     """
 
     id: str  # "encoder.3.ffn_out.input"
@@ -166,24 +174,24 @@ class Point:
     sublayer: str | None = None  # the SUBLAYER site it vanishes with
 
 
-def told_apart(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
-    """Points by id, where a factored matrix no longer counts among those that read one tensor: it has a point of its own."""
+def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
+    """Points by id; a factored matrix leaves the point that it shares with other readers of a tensor and has one of its own."""
     factored = {matrix.module: matrix for matrix in matrices if not matrix.dense}
-    found: dict[str, Point] = {}
+    separate: dict[str, Point] = {}
     for point in points:
         if point.role is not PointRole.MATRIX:
-            found[point.id] = point
+            separate[point.id] = point
             continue
         dense = tuple(module for module in point.modules if module not in factored)
         if dense:
-            found[point.id] = replace(point, modules=dense)
-        own = (factored[module].point for module in point.modules if module in factored)
-        found |= {item.id: item for item in own if item is not None}
-    return found
+            separate[point.id] = replace(point, modules=dense)
+        inner = (factored[module].point for module in point.modules if module in factored)
+        separate |= {item.id: item for item in inner if item is not None}
+    return separate
 
 
 class PlanLike(Protocol):
-    """What an anatomy reads of a `core.plan.Plan`, which in turn is checked against an anatomy."""
+    """The part of a `core.plan.Plan` that an anatomy reads; a plan in turn is checked against an anatomy."""
 
     @property
     def keep(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -196,13 +204,24 @@ class PlanLike(Protocol):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All sites, matrices and points of one model, by id, and the modules that hold each layer's hidden state."""
+    """All sites, matrices and points of one model, by id, and the modules that give each layer's hidden state.
+
+    `anatomy_of(model)` makes it.
+
+    >>> from slimformer import Plan, anatomy_of
+    >>> from slimformer.testing.tiny import tiny
+    >>> anatomy = anatomy_of(tiny("bert"))  # three layers, each with four heads and 24 neurons
+    >>> [site.id for site in anatomy.sites.values() if site.layer == 0]
+    ['encoder.0.attention', 'encoder.0.heads', 'encoder.0.ffn', 'encoder.0.neurons']
+    >>> anatomy.after(Plan({"encoder.0.heads": (1, 3)})).matrices["encoder.0.query"].shape  # of (32, 32)
+    (16, 32)
+    """
 
     sites: Mapping[str, Site]
     matrices: Mapping[str, Matrix]
     layers: tuple[str, ...]  # module whose output is the hidden state after layer i; a skipped layer keeps its name
     embedding: str  # module whose output is the hidden state before layer 0
-    attentions: tuple[str | None, ...]  # module that computes the attention of layer i, None where it was cut
+    attentions: tuple[str | None, ...]  # module that computes the attention of layer i, None if it was cut
     hidden_size: int
     head_dim: int
     points: Mapping[str, Point] = field(default_factory=dict)
@@ -220,7 +239,7 @@ class Anatomy:
         return tuple(item for item in self.matrices.values() if item.role not in (Role.EMBEDDING, Role.CLASSIFIER))
 
     def after(self, plan: PlanLike) -> Anatomy:
-        """The anatomy of the model that `shrink` makes with `plan`, told without making it (law 3)."""
+        """The anatomy of the model that `shrink` makes with `plan`, without making it (law 3)."""
         plan.check(self)
         gone = self.gone(plan)
         sites = {}
@@ -236,7 +255,7 @@ class Anatomy:
         }
         lost = {site.layer for site in self.of_kind(Kind.HEADS) if site.sublayer in gone}
         attentions = tuple(None if layer in lost else name for layer, name in enumerate(self.attentions))
-        points = told_apart((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
+        points = separate_points((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 
     def gone(self, plan: PlanLike) -> set[str]:

@@ -1,11 +1,12 @@
-"""Which units to keep under a budget: the best sum of importance that fits, or the top of one ranking.
+"""Chooses the units to keep under a budget: the best sum of importance that fits, or the top of one ranking.
 
-`allocate` is exact, by dynamic programming. Units of one sublayer are taken in order of importance, so a choice is a *level* (how
-many stay) per sublayer, and cost and value add up over sublayers: a multiple-choice knapsack. Costs are rounded up to 1/4096 of the
-budget, so that a plan never exceeds it. `strongest` is plain top-k over all sites, for methods whose scores are no value to add up.
+`allocate` is exact, by dynamic programming. Units of one sublayer are taken in order of importance, so a choice is a
+*level* (how many stay) per sublayer, and cost and value add up over sublayers: a multiple-choice knapsack. Costs are
+rounded up to 1/4096 of the budget, so that a plan never exceeds it. `strongest` is plain top-k over all sites, for
+methods whose scores cannot be added up.
 
-The program over discretised cost is that of SPDY (Frantar and Alistarh, ICML 2022); the separable importance that of Kwon et al.
-(NeurIPS 2022). Ours takes heads and neurons in one program and may drop whole sublayers.
+The program over discretised cost is that of SPDY (Frantar and Alistarh, ICML 2022); the separable importance that of
+Kwon et al. (NeurIPS 2022). Ours takes heads and neurons in one program and may drop whole sublayers.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ BUCKETS = 4096
 
 def levels(size: int, multiple: int, *, may_vanish: bool) -> np.ndarray:
     """Counts a site may keep: 0 if it may vanish, then every `multiple`, and the full size."""
-    some = list(range(multiple, size, multiple)) or ([1] if size > 1 else [])
-    return np.array(([0] if may_vanish else []) + some + [size])
+    between = list(range(multiple, size, multiple)) or ([1] if size > 1 else [])
+    return np.array(([0] if may_vanish else []) + between + [size])
 
 
 def allocate(
@@ -34,16 +35,29 @@ def allocate(
     cost: Cost,
     budget: float,
     *,
-    worth: Mapping[str, np.ndarray] | None = None,
+    values: Mapping[str, np.ndarray] | None = None,
     neuron_multiple: int = 1,
     sublayers: bool = True,
 ) -> Plan:
-    """The plan with the largest kept worth whose `cost` is at most `budget`.
+    """The plan that keeps the most importance at a `cost` of at most `budget`, which has the unit of the cost.
 
-    `importance`: site -> (size,), not negative; its order says which units go first. `worth`: site -> (size + 1,), what 0, 1, ...
-    kept units are worth; the running sum of the importance by default. `neuron_multiple` keeps FFN widths at multiples that matrix
-    kernels like.
-    Raises TargetError, naming the smallest possible cost, where even that exceeds the budget.
+    `importance`: site -> (size,), not negative; units of low importance go first. `values`: site -> (size + 1,), the
+    value of keeping 0, 1, ... units; by default the sum of their importance. `neuron_multiple` keeps FFN widths at
+    multiples that matrix kernels like. `sublayers`: whether whole sublayers may go. Raises TargetError, naming the
+    smallest possible cost, if even that exceeds the budget.
+
+    >>> import numpy as np
+    >>> from slimformer import allocate, anatomy_of
+    >>> from slimformer.core.cost import macs
+    >>> from slimformer.testing.tiny import tiny
+    >>> anatomy = anatomy_of(tiny("bert"))
+    >>> cost = macs(anatomy, np.array([16]))  # of sentences of 16 tokens
+    >>> importance = {name: np.arange(site.size) + 1.0 for name, site in anatomy.sites.items() if name.endswith("heads")}
+    >>> plan = allocate(anatomy, importance, cost, budget=0.7 * cost.dense)
+    >>> plan.keep["encoder.1.heads"]
+    (2, 3)
+    >>> bool(cost.of(plan, anatomy) <= 0.7 * cost.dense)
+    True
     """
     names = list(importance)
     choices = {
@@ -54,13 +68,12 @@ def allocate(
         )
         for name in names
     }
-    held = [name for name in cost.curves if name not in choices]
-    fixed = cost.fixed + float(sum(cost.curves[name][-1] for name in held))
+    fixed = cost.fixed + float(sum(curve[-1] for name, curve in cost.curves.items() if name not in choices))
     least = fixed + float(sum(cost.curves[name][choices[name]].min() for name in names))
     if budget < least:
         raise _out_of_reach(budget, least, cost)
     curves = {
-        name: np.concatenate([[0.0], np.cumsum(np.sort(importance[name])[::-1])]) if worth is None else worth[name]
+        name: np.concatenate([[0.0], np.cumsum(np.sort(importance[name])[::-1])]) if values is None else values[name]
         for name in names
     }
     picks = best_levels(
@@ -78,7 +91,7 @@ def allocate(
 
 
 def best_levels(costs: Sequence[np.ndarray], values: Sequence[np.ndarray], room: float) -> list[int] | None:
-    """One level of each item, with the largest sum of values whose costs, rounded up, fit into `room`; None where nothing fits.
+    """One level of each item, with the largest sum of values whose costs, rounded up, fit into `room`; None if nothing fits.
 
     `costs`, `values`: per item, (levels,).
     """
@@ -117,7 +130,7 @@ def strongest(
     """The plan that keeps the k units of highest `score`, all sites in one ranking, with the largest k that fits the budget.
 
     `score`: site -> (size,), comparable between sites, of any sign. k is found by bisection: more units never cost less. Raises
-    TargetError, naming the smallest possible cost, where even that exceeds the budget.
+    TargetError, naming the smallest possible cost, if even that exceeds the budget.
     """
     names = list(score)
     owner = np.repeat(np.arange(len(names)), [len(score[name]) for name in names])  # (units,)
@@ -160,7 +173,7 @@ def leading(
 
 
 def something_left(anatomy: Anatomy, plan: Plan) -> None:
-    """TargetError where a plan takes every sublayer: what is left would be a bag of embeddings."""
+    """Raises TargetError if a plan takes every sublayer: only a bag of embeddings would be left."""
     sublayers = {site.sublayer for site in anatomy.sites.values() if site.sublayer}
     if sublayers and all(plan.keep.get(name) == () for name in sublayers):
         raise TargetError(

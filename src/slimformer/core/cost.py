@@ -1,8 +1,8 @@
-"""What a plan costs: parameters and MACs by arithmetic, milliseconds from a measured table.
+"""The cost of a plan: parameters and MACs by arithmetic, milliseconds from a measured table.
 
-Every cost here is a fixed part plus one curve per unit site, its sublayer's cost at 0, 1, ... units; that is all a search needs.
-What another form of a matrix saves is counted on top, but never in milliseconds: those must be measured. Nothing is measured in this
-file: `latency` gets its table from whoever measured it.
+Every cost here is a fixed part plus one curve per unit site, its sublayer's cost at 0, 1, ... units; a search needs no
+more. The savings of another form of a matrix are counted on top, but never in milliseconds: those must be measured.
+Nothing is measured in this file: `latency` gets its table from its caller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Cost:
     """`curves[site][n]`: cost of the site's sublayer with n units; at 0 the sublayer is gone. `fixed`: all the rest.
 
-    `matrix` tells what one matrix costs in its form, or is None where only a measurement could.
+    `matrix` gives the cost of one matrix in its form; it is None if only a measurement could.
     """
 
     unit: str  # "parameters", "MACs", "ms"
@@ -44,10 +44,10 @@ class Cost:
         return total - self._saved(plan, anatomy) if plan.forms else total
 
     def _saved(self, plan: Plan, anatomy: Anatomy) -> float:
-        """What the plan's forms take off the cost of the model it cuts."""
+        """The savings of the plan's forms, in the shapes that its cuts leave."""
         if self.matrix is None:
             raise TargetError(
-                f"what a form costs in {self.unit} is not known before it is measured.", help="count macs or parameters."
+                f"the cost of a form in {self.unit} is not known before it is measured.", help="count macs or parameters."
             )
         cut, formed = anatomy.after(Plan(plan.keep)).matrices, anatomy.after(plan).matrices
         there = [name for name in plan.forms if name in formed]

@@ -1,8 +1,8 @@
-"""A form: how one matrix is stored and multiplied. `Dense`, here, is the form of a plain matrix; the others are files in `forms/`.
+"""A form: how one matrix is stored and multiplied. `Dense` is the form of a plain matrix; the others are in `forms/`.
 
-A form is a frozen dataclass whose fields are its options, small enough for plan.json. It counts itself by arithmetic, says why a matrix
-cannot take it, makes the module that stands where the Linear or Embedding stood, and the parameters that come nearest to given weights.
-Putting a form into a model is `shrink.py`'s work.
+A form is a frozen dataclass whose fields are its options, small enough for plan.json. It counts itself by arithmetic,
+says why a matrix cannot take it, and makes the module that replaces the Linear or Embedding, with the parameters that
+come nearest to given weights. `shrink.py` puts a form into a model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Shape = tuple[int, int]  # of a Linear (out, in), of an Embedding (rows, width)
 class Form(ABC):
     """Questions about one matrix; none of them touches a model. `table` says that the matrix is an Embedding's, not a Linear's.
 
-    `reads`: the submodule of its module whose input an integer product reads, "" for the module itself; None if there is no such
-    product, and the matrix stays in float.
+    `reads`: the submodule of its module whose input an integer product reads, "" for the module itself; None if there
+    is no such product, and the matrix stays in float.
     """
 
     reads: ClassVar[str | None] = None
@@ -92,7 +92,11 @@ DENSE = Dense()
 
 
 def form_from_data(data: Any, where: str) -> Form:
-    """The form that `to_data` wrote; PlanError, naming the matrix `where` it stood, for anything else."""
+    """The form that `to_data` wrote for the matrix `where`; PlanError for anything else.
+
+    >>> form_from_data({"use": "kronecker", "a": [8, 4], "terms": 2}, "encoder.0.query")
+    Kronecker(a=(8, 4), terms=2)
+    """
     if not isinstance(data, Mapping) or not isinstance(data.get("use"), str):
         raise PlanError(f"matrix '{where}': a form must be a mapping with `use`, not {data!r}.")
     name = data["use"]

@@ -1,9 +1,9 @@
-"""What is kept of a model and how it is stored: the whole memory of a compression, small, exact, JSON.
+"""A plan: the units of a model that are kept, and the form of its matrices. A saved model remembers no more.
 
-A `Plan` names, for each site, the units that stay, in the numbering of the *original* model, and the form of each matrix that is not
-dense. Within a plan cuts come first and forms after, in the shapes that the cuts leave. Plans compose with `then`, are checked
-against an anatomy before anything is changed, and have a digest. A `Decision` is a plan with the numbers a method wants folded
-into the weights. Neither changes a model: that is `shrink.py`.
+A `Plan` names, for each site, the units that stay, in the numbering of the *original* model, and the form of each
+matrix that is not dense. Within a plan cuts come first and forms after, in the shapes that the cuts leave. Plans
+compose with `then`, are checked against an anatomy before anything is changed, and have a digest. A `Decision` is a
+plan with the numbers that a method wants folded into the weights. Neither changes a model: that is `shrink.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,22 @@ from slimformer.errors import PlanError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and is still what a plan without any is written as
+VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and a plan without forms is still written so
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Units kept per site, in the numbering of the original model; an absent site keeps everything. `forms`: matrix -> its form."""
+    """Units kept per site, in the numbering of the original model; an absent site keeps everything. `forms`: matrix ->
+    its form.
+
+    >>> from slimformer import Plan
+    >>> first = Plan({"encoder.0.heads": (0, 2, 3), "encoder.1.ffn": ()})  # three heads stay, a block goes
+    >>> then = Plan({"encoder.0.heads": (1,)})  # of those three, the second
+    >>> dict(first.then(then).keep)
+    {'encoder.0.heads': (2,), 'encoder.1.ffn': ()}
+    >>> Plan.from_json(first.to_json()) == first
+    True
+    """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
@@ -62,7 +72,8 @@ class Plan:
         return Plan(keep, {**self.forms, **later.forms})
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raises PlanError unless the sites exist and their kept units are sorted, distinct and within the site, and the forms fit.
+        """Raises PlanError unless the sites exist and their kept units are sorted, distinct and within the site, and
+        the forms fit.
 
         A cut must not run through a matrix that has a form already: cut first, factor after. Its whole sublayer may still go.
         """
@@ -93,7 +104,8 @@ class Plan:
             factored = anatomy.factored(site)
             if factored and len(units) < site.size and site.sublayer not in anatomy.gone(self):
                 raise PlanError(
-                    f"site '{name}' cannot be cut: its {factored[0].role} matrix '{factored[0].id}' is stored as {factored[0].form}.",
+                    f"site '{name}' cannot be cut: its {factored[0].role} matrix '{factored[0].id}' is stored as "
+                    f"{factored[0].form}.",
                     facts=["a unit is a row or column of a matrix, and a factored matrix has none of its own."],
                     help="cut first, factor after.",
                 )
@@ -117,7 +129,8 @@ class Plan:
                 )
             if matrix.tied is not None:
                 raise PlanError(
-                    f"matrix '{name}' cannot be stored as {form}: it is tied to '{matrix.tied}', which reads it as a plain matrix.",
+                    f"matrix '{name}' cannot be stored as {form}: it is tied to '{matrix.tied}', "
+                    "which reads it as a plain matrix.",
                     help="leave it dense, or untie the two (tie_word_embeddings: false in config.json) and train both.",
                 )
             problem = form.problem(anatomy.cut(matrix, self).shape, table=matrix.table)
@@ -168,13 +181,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and what to fold into the weights while cutting.
+    """A plan, and the numbers to fold into the weights while cutting.
 
-    `scales`: site -> (size,) multiplied at the site's taps, in the numbering before the cut. `weights`: parameter name ->
-    new values, in shapes before the cut; a method that repairs what is left sets them. The parameters of a new form have names there
-    too, "<module>.a" for instance; those that are left out come nearest to the matrix as it is after the cut. `ranges`: what activations
-    span, where a method learned it; it holds for the model as it then is, and the next stage drops it. `notes`: what the user should be
-    told of it, a sentence each.
+    `scales`: site -> (size,), multiplied at the site's taps, in the numbering before the cut. `weights`: parameter name
+    -> new values, in shapes before the cut, from a method that repairs the units that stay. The parameters of a new
+    form have names there too, "<module>.a" for instance; a parameter that is left out comes nearest to the matrix as it
+    is after the cut. `ranges`: the ranges of activations, if a method learned them; they hold for the model as it then
+    is, and the next stage drops them. `notes`: sentences that the user should read.
+
+    >>> import torch
+    >>> from slimformer import Decision, Plan, anatomy_of, shrink
+    >>> from slimformer.testing.tiny import tiny
+    >>> model = tiny("bert")
+    >>> scales = {"encoder.0.heads": torch.tensor([1.0, 1.0, 0.5, 1.0])}  # the third head counts half, the last goes
+    >>> small = shrink(model, anatomy_of(model), Decision(Plan({"encoder.0.heads": (0, 1, 2)}), scales=scales))
+    >>> small.num_parameters() < model.num_parameters()
+    True
     """
 
     plan: Plan = field(default_factory=Plan)

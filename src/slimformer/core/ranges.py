@@ -1,7 +1,8 @@
-"""The ranges that activations span, as numbers: learned in training, saved as ranges.json, read by whoever puts values on a grid.
+"""The ranges that activations span: learned in training, saved as ranges.json, read by all that put values on a grid.
 
-A `Range` is two numbers; `Ranges` holds those of a whole model by the ids of its points, with the bits they were learned for. Finding
-a range from a sample is `quantizing/calibration.py`, tensors are put on grids in `quantizing/grids.py`. numpy alone.
+A `Range` is two numbers; `Ranges` holds those of a whole model by the ids of its points, with the bits they were
+learned for. `quantizing/calibration.py` finds a range from a sample, `quantizing/grids.py` puts tensors on grids. This
+file needs numpy alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The only code that changes shapes and forms: a model and a plan in, a smaller model out, the input left untouched.
+"""The only code that changes shapes and forms: a model and a plan go in, a smaller copy comes out.
 
-Cuts come first, then forms. It is also how a saved model is rebuilt: an empty skeleton is shrunk by the saved plan, then weights are
-loaded strictly.
+Cuts come first, then forms. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
+then the weights are loaded strictly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Skipped(nn.Module):
-    """Stands where a module of a sublayer was that is gone, under its name; it has no parameters."""
+    """Takes the place and the name of a module whose sublayer is gone; it has no parameters."""
 
     def __init__(self, skip: Skip) -> None:
         super().__init__()
@@ -41,10 +41,19 @@ class Skipped(nn.Module):
 
 
 def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) -> PreTrainedModel:
-    """A copy of `model` that keeps only what `decision` keeps, in its forms, with its scales and weights folded in.
+    """A copy of `model` that keeps only the units that `decision` keeps, in its forms, with its scales and weights folded in.
 
     `anatomy` is that of `model` as it stands, and the decision speaks in its numbering. Works on the meta device too. Raises
-    PlanError where the decision does not fit.
+    PlanError if the decision does not fit.
+
+    >>> from slimformer import Plan, anatomy_of, shrink
+    >>> from slimformer.testing.tiny import tiny
+    >>> model = tiny("bert")  # three layers, each with four heads of eight dimensions
+    >>> small = shrink(model, anatomy_of(model), Plan({"encoder.0.heads": (1, 3), "encoder.2.ffn": ()}))
+    >>> small.bert.encoder.layer[0].attention.self.query
+    Linear(in_features=32, out_features=16, bias=True)
+    >>> "encoder.2.neurons" in anatomy_of(small).sites
+    False
     """
     if isinstance(decision, Plan):
         decision = Decision(decision)
@@ -93,7 +102,8 @@ def _factors(model: nn.Module, forms: Mapping[Matrix, Form], weights: Mapping[st
 
 
 def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, Tensor]) -> None:
-    """Replaces the matrix at `path` by its form: with its own part of `factors`, and the nearest there is for what they lack."""
+    """Replaces the matrix at `path` by its form, filled from `factors`; the parameters that are not there come nearest
+    to the matrix."""
     dense = cast(Any, model.get_submodule(path))
     module = form.module(dense)
     slots = {name: slot for name, slot in module.named_parameters() if name != "bias"}

@@ -1,6 +1,6 @@
-"""Builds the anatomy of a model from its family's `Skeleton`: of a dense model or one that is cut, with factored matrices or without.
+"""Builds the anatomy of a model from its family's `Skeleton`, also of a model that is cut or has factored matrices.
 
-Sizes are read from the tensors, not from the config, which tells nothing of cuts.
+Sizes are read from the tensors, not from the config, which knows nothing of cuts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slimformer.core.anatomy import (
     Site,
     Slice,
     Tap,
-    told_apart,
+    separate_points,
 )
 from slimformer.core.shrink import Skipped
 from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton
@@ -70,7 +70,7 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
         attentions=tuple(attentions),
         hidden_size=hidden_size,
         head_dim=head_dim,
-        points=told_apart(points, matrices),
+        points=separate_points(points, matrices),
     )
 
 
@@ -91,7 +91,7 @@ def _matrix(model: PreTrainedModel, name: str, path: str, role: Role, sublayer: 
     return Matrix(name, path, shape_of(module), role, sublayer, form_of(module), tied)
 
 
-# -- Sites -------------------------------------------------------------------------------------------------------------------------
+# -- Sites -------------------------------------------------------------------------------------------------------------
 
 
 def _sublayer(index: int, name: str, block: Block) -> Site:
@@ -135,7 +135,7 @@ def _rows(modules: Sequence[str], unit: int) -> Iterator[Slice]:
         yield from (Slice(f"{module}.weight", 0, unit), Slice(f"{module}.bias", 0, unit))
 
 
-# -- Points ------------------------------------------------------------------------------------------------------------------------
+# -- Points ------------------------------------------------------------------------------------------------------------
 
 
 def _attention_points(layer: str, block: Attention) -> Iterator[Point]:

@@ -1,7 +1,7 @@
 """The table that a family fills in: the names of the modules that make up its layers, its embeddings and its heads.
 
-Only names, no model and no torch; `_builder.py` turns the table and a model into an anatomy. Names in a block are relative to its
-layer, names in a `Skeleton` to the base model (the model without its head), if nothing else is said.
+Only names, no model and no torch; `_builder.py` turns the table and a model into an anatomy. Names in a block are
+relative to its layer, names in a `Skeleton` to the base model (the model without its head), if nothing else is said.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class FeedForward(Block):
 class Skeleton:
     """A stack of layers, each an attention and a feed-forward block, on top of embeddings and below a head.
 
-    `embedding`: the first of these modules that a model has gives the hidden state before layer 0. `inner`: Linears outside the
-    layers and heads. `head`: Linears of heads, by full name, in front of the `last`, which give the outputs. Models need not have all.
+    `embedding`: the first of these modules that a model has gives the hidden state before layer 0. `inner`: Linears
+    outside the layers and heads. `head`: Linears of heads, by full name, in front of the `last`, which give the
+    outputs. Models need not have all.
     """
 
     hidden_size: str = "hidden_size"  # its name in the config

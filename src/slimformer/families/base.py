@@ -1,7 +1,7 @@
 """A family: a table of the names under which a skeleton keeps its attentions, feed-forward blocks and embeddings.
 
-One file per skeleton. A family declares names, it never searches for them in a graph, and everything that is known of an architecture
-stands in its file. Reading a family needs no torch; only its anatomy of a model does.
+One file per skeleton. A family declares names, it never searches for them in a graph, and everything that is known of
+an architecture stands in its file. Reading a family needs no torch; only its anatomy of a model does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ __all__ = [
 class Family(ABC):
     """Final classes without state; `model_types` are transformers' `config.model_type` values.
 
-    A family whose parts do not fit into a `Skeleton` gives its own `anatomy` and `width` instead. `config` is the content of config.json.
+    A family whose parts do not fit into a `Skeleton` gives its own `anatomy` and `width` instead. `config` is the
+    content of config.json.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -65,7 +66,8 @@ class Family(ABC):
 
     @abstractmethod
     def tiny(self, model_type: str) -> dict[str, Any]:
-        """Config options for a model of a few thousand parameters, four heads or more and three layers: the checks run on it."""
+        """Config options for a model of a few thousand parameters, four heads or more and three layers: the checks run
+        on it."""
 
 
 def find_family(model_type: str) -> Family | None:
@@ -86,13 +88,28 @@ def family_of(model_type: str) -> Family:
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """The anatomy of any supported model."""
+    """The anatomy of any supported model, dense or already cut; ModelError that lists the supported types for another.
+
+    >>> from slimformer import anatomy_of
+    >>> from slimformer.testing.tiny import tiny
+    >>> anatomy = anatomy_of(tiny("distilbert"))
+    >>> {site.id: site.size for site in anatomy.sites.values() if site.layer == 2}
+    {'encoder.2.attention': 1, 'encoder.2.heads': 4, 'encoder.2.ffn': 1, 'encoder.2.neurons': 24}
+    """
     return family_of(model.config.model_type).anatomy(model)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what is known of it, so that it is found once and carried along."""
+    """A model and the facts about it, which are derived once and then carried along.
+
+    >>> from slimformer.testing.tiny import tiny
+    >>> subject = subject_of(tiny("bert"))
+    >>> subject.inputs
+    ('input_ids', 'attention_mask', 'token_type_ids')
+    >>> with subject.evaluating():
+    ...     logits = subject.model(**subject.feed({"input_ids": [[5, 6, 7]], "labels": [1]})).logits
+    """
 
     model: PreTrainedModel
     family: Family
@@ -105,7 +122,7 @@ class Subject:
         return next(self.model.parameters()).device
 
     def feed(self, batch: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
-        """What the model reads of a batch, as tensors on its device: labels and other columns are left out."""
+        """The columns of a batch that the model reads, as tensors on its device; labels and other columns are left out."""
         import torch
 
         device = self.device

@@ -1,7 +1,7 @@
 """BERT and the models that share its skeleton under another prefix: RoBERTa, XLM-R, CamemBERT, ELECTRA.
 
-Post-norm: each sublayer ends in LayerNorm(branch + residual). Taking a sublayer out takes its norm too, so that nothing but the
-residual is left and an empty layer costs nothing.
+Post-norm: each sublayer ends in LayerNorm(branch + residual). Taking a sublayer out takes its norm too, so that only
+the residual is left and an empty layer costs nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Attention with slots: contexts look at its scores or replace its softmax, and training on a CPU takes the faster way to compute it.
+"""Computes attention for all contexts here, so that they nest: some look at its scores, some replace its softmax.
 
-One function is registered with transformers for all contexts here, so that they nest in any order. Without a slot a module's attention
-is PyTorch's fused one, which saves memory, but whose backward pass on a CPU takes longer than everything else in a small encoder
-(measured: docs/decisions/0003-training-loop.md). Up to `MOST_SCORES` scores a layer, two plain products and a softmax make a training
-step 1.3 to 1.7 times as fast; beyond, the scores no longer fit the allocator's reused blocks. The numbers are the same up to rounding.
+One function with slots is registered with transformers. A module without a slot gets PyTorch's fused attention, which
+saves memory, but whose backward pass on a CPU takes longer than everything else in a small encoder (measured:
+docs/decisions/0003-training-loop.md). Up to `MOST_SCORES` scores a layer, two plain products and a softmax make a
+training step 1.3 to 1.7 times as fast; beyond, the scores no longer fit the allocator's reused blocks. The numbers are
+the same up to rounding.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ ATTENTION_NAME = "slimformer"  # our name among transformers' attention function
 class Slot:
     """What a context asks of one attention module while it lasts.
 
-    `see_scores` gets the scaled scores before the mask, (batch, heads, seq, seq). `softmax` is computed instead of the usual one;
-    of several nested contexts the innermost counts.
+    `see_scores` gets the scaled scores before the mask, (batch, heads, seq, seq). `softmax` is computed instead of the
+    usual one; of several nested contexts the innermost counts.
     """
 
     see_scores: Callable[[Tensor], None] | None = None

@@ -1,8 +1,8 @@
-"""Sees inside a forward pass: outputs, hidden states and attention scores, as methods ask for them.
+"""Looks into a forward pass: outputs, hidden states and attention scores, if a method asks for them.
 
-Hidden states come from forward hooks on the modules that an anatomy names, scores from `attention.py`; both are gone when the
-context ends. `output_hidden_states=True` is never used: transformers then leaves its own hooks on the model for good, and a module
-that was replaced shifts the list. If no scores are asked for, attention is left as it is.
+Hidden states come from forward hooks on the modules that an anatomy names, scores from `attention.py`; both are gone
+when the context ends. `output_hidden_states=True` is never used: transformers then leaves its own hooks on the model
+for good, and a module that was replaced shifts the list. If no scores are asked for, attention is left as it is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The only code that masks units: hooks on taps, inside a context manager, gone when it ends.
 
-A gate of 1 changes nothing, a gate of 0 does what `shrink` does for good (law 1). Gates keep their gradients, and a gate of shape
-(batch, units) gives the gradient of each example in one backward pass.
+A gate of 1 changes nothing, a gate of 0 does what `shrink` does for good (law 1). Gates keep their gradients, and a
+gate of shape (batch, units) gives the gradient of each example in one backward pass.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ def gated(model: nn.Module, anatomy: Anatomy, gates: Mapping[str, Tensor | Calla
 
     A gate has shape (units,) or (batch, units), or is a function that returns one: it is then asked in every forward pass.
     Raises PlanError for a site that does not exist or a gate of another width.
+
+    >>> import torch
+    >>> from slimformer import Plan, anatomy_of, gated, shrink
+    >>> from slimformer.testing.tiny import batch, tiny
+    >>> model = tiny("bert")
+    >>> anatomy, inputs = anatomy_of(model), batch(model)
+    >>> with torch.no_grad(), gated(model, anatomy, {"encoder.0.heads": torch.tensor([0.0, 1.0, 0.0, 1.0])}):
+    ...     masked = model(**inputs).logits
+    >>> with torch.no_grad():
+    ...     cut = shrink(model, anatomy, Plan({"encoder.0.heads": (1, 3)}))(**inputs).logits
+    >>> torch.allclose(masked, cut, atol=1e-5)
+    True
     """
     handles: list[Any] = []
     try:

@@ -1,9 +1,10 @@
 """Masks weights, changes them or lets a module compute in another way, while a context lasts; after it all is as before.
 
-Parameters keep their names, objects and places in `state_dict`, so that optimisers, saved states and digests see nothing. Therefore
-the tensor is swapped inside `forward`; a torch parametrisation would rename it. Gradients reach weight and mask. One rule for shapes:
-each axis of a mask divides the weight's, and one entry covers a block; (rows, 1) masks rows, (1, 1) all. Blocks that do not divide a
-matrix are refused, not padded. Units are masked in `gating.py`, shapes change in `shrink.py`.
+Parameters keep their names, objects and places in `state_dict`, so that optimisers, saved states and digests see
+nothing. Therefore the tensor is swapped inside `forward`; a torch parametrisation would rename it. Gradients reach
+weight and mask. One rule for shapes: each axis of a mask divides the weight's, and one entry covers a block; (rows, 1)
+masks rows, (1, 1) all. Blocks that do not divide a matrix are refused, not padded. Units are masked in `gating.py`,
+shapes change in `shrink.py`.
 """
 
 from __future__ import annotations
@@ -143,11 +144,11 @@ def grid_of(shape: Sequence[int], block: Sequence[int], name: str) -> tuple[int,
 def liveliness(anatomy: Anatomy, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each unit the largest bar that it survives, when all entries of `values` at or below a bar count as zero.
 
-    `values`: parameter -> an entry per weight or per block, not negative. A weight that is not named survives every bar, a bias that
-    is not named goes with its row. A unit can go without changing the output when all that reads it is zero (columns of the
-    output projection), or all that feeds it (rows of the value projection or of the first FFN matrix, *with* their biases); zero
-    queries or keys only make a head average. So with `values` = |weights|, biases included, a unit at 0 is free to cut.
-    Gives site -> (size,).
+    `values`: parameter -> an entry per weight or per block, not negative. A weight that is not named survives every
+    bar, a bias that is not named goes with its row. A unit can go without changing the output when all that reads it is
+    zero (columns of the output projection), or all that feeds it (rows of the value projection or of the first FFN
+    matrix, *with* their biases); zero queries or keys only make a head average. So with `values` = |weights|, biases
+    included, a unit at 0 is free to cut. Gives site -> (size,).
     """
     roles = {matrix.module: matrix.role for matrix in anatomy.matrices.values()}
     found = {}

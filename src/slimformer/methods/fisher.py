@@ -95,7 +95,7 @@ class Fisher(Method):
             weighed.importance,
             cost,
             self.keep * cost.dense,
-            worth=weighed.worth,
+            values=weighed.worth,
             neuron_multiple=self.neuron_multiple,
             sublayers=self.sublayers,
         )

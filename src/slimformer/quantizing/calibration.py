@@ -1,7 +1,7 @@
-"""Calibration: the range that a sample of activations asks for.
+"""Calibration: finds the range that a sample of activations asks for.
 
-Finders: the extremes; a percentile; the least Kullback-Leibler divergence, as TensorRT describes (Migacz, 8-bit Inference with
-TensorRT, GTC 2017). numpy alone; the ranges themselves are in `core/ranges.py`.
+Finders: the extremes; a percentile; the least Kullback-Leibler divergence, as TensorRT describes (Migacz, 8-bit
+Inference with TensorRT, GTC 2017). numpy alone; the ranges themselves are in `core/ranges.py`.
 """
 
 from __future__ import annotations

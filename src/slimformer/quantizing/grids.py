@@ -1,10 +1,11 @@
-"""Fake quantization: values on a grid of 2^bits steps, with gradients straight through and none where a value was clamped.
+"""Fake quantization: puts values on a grid of 2^bits steps; gradients pass straight through, except where values are clamped.
 
-Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine Translation (Findings of EMNLP 2020), section 3:
-s = (max - min) / (2^b - 1), q = round((clamp(x; min, max) - min) / s), x~ = q s + min; running estimates with momentum 0.9; the
-gradient of a clamped value is 0. Differences: a grid may hold 0 exactly (min moves to the nearest whole step: integer kernels
-need it, and the paper's own treatment of zeros was not at hand), or be symmetric (no zero point, what int8 weights are in files);
-an estimate begins with the first batch, not with 0; padding is never counted. Ranges without gradients: nothing is learned here.
+Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine Translation (Findings of EMNLP 2020), section
+3: s = (max - min) / (2^b - 1), q = round((clamp(x; min, max) - min) / s), x~ = q s + min; running estimates with
+momentum 0.9; the gradient of a clamped value is 0. Differences: a grid may hold 0 exactly (min moves to the nearest
+whole step: integer kernels need it, and the paper's own treatment of zeros was not at hand), or be symmetric (no zero
+point, as int8 weights are in files); an estimate begins with the first batch, not with 0; padding is never counted.
+Ranges have no gradients: nothing is learned here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Grid:
 
 
 def affine(low: Tensor, high: Tensor, bits: int, *, exact_zero: bool) -> Grid:
-    """2^bits values from `low` to `high`. `exact_zero`: spanning 0 too, and moved by less than a step so that 0 is one of them."""
+    """2^bits values from `low` to `high`. `exact_zero`: spanning 0 too, and moved by less than a step so that 0 is one
+    of them."""
     check_bits("bits", bits, most=16)
     top = 2**bits - 1
     if exact_zero:

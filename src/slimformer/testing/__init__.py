@@ -1,1 +1,4 @@
-"""What plug-in authors test with: contract checks and tiny random models."""
+"""For authors of plug-ins: `checks` are the contracts that each kind must pass, `tiny` makes the random models they run on.
+
+`slimformer check NAME` runs the checks of everything that is installed under a name.
+"""

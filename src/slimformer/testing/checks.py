@@ -1,7 +1,7 @@
-"""Contract checks for families, methods, forms, tasks, exporters and runtimes: the laws, on tiny models, for what the registry finds.
+"""Contract checks for every kind of plug-in: the laws, on tiny models, for all that the registry finds.
 
-Third parties run them with `slimformer check NAME`, our own tests on everything there is. Each check is a function that raises
-AssertionError with a sentence; `checks_of` lists those that belong to a kind.
+Third parties run them with `slimformer check NAME`, our own tests on all that is installed. Each check is a function
+that raises AssertionError with a sentence; `checks_of` lists those that belong to a kind.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
 
 
 def random_plan(anatomy: Anatomy, generator: np.random.Generator, *, forms: bool = False) -> Plan:
-    """A plan that cuts about half of the sites at random, whole sublayers now and then; with `forms`, some matrices take one."""
+    """A plan that cuts about half of the sites at random, whole sublayers now and then; with `forms`, some matrices
+    take one."""
     keep: dict[str, tuple[int, ...]] = {}
     for site in anatomy.sites.values():
         if anatomy.factored(site):
@@ -95,7 +96,7 @@ def random_plan(anatomy: Anatomy, generator: np.random.Generator, *, forms: bool
     return Plan(keep, {m.id: kind.example(m.shape, table=m.table) for m, kind in zip(some, drawn, strict=True)})
 
 
-# -- Laws of families ------------------------------------------------------------------------------------------------------------
+# -- Laws of families --------------------------------------------------------------------------------------------------
 
 
 def _each(family: type[Family], plans: int = 3, *, forms: bool = False) -> Iterator[tuple[Any, Anatomy, list[Plan]]]:
@@ -206,7 +207,8 @@ def slices_fit(family: type[Family]) -> None:
 
 
 def points_are_reached(family: type[Family]) -> None:
-    """each point is passed once in a forward pass and each Linear read at one point; passing changes nothing, and leaves nothing."""
+    """each point is passed once in a forward pass and each Linear read at one point; passing changes nothing, and
+    leaves nothing."""
     from slimformer.hooks.points import touched
 
     for model, anatomy, plans in _each(family, plans=2):
@@ -284,7 +286,7 @@ def assert_equal(one: Any, other: Any) -> None:
         assert torch.equal(tensor, second[name]), f"{name} differs"
 
 
-# -- Contracts of methods ----------------------------------------------------------------------------------------------------------
+# -- Contracts of methods ----------------------------------------------------------------------------------------------
 
 
 class TinyTask:
@@ -428,7 +430,7 @@ def _hooks(model: torch.nn.Module) -> list[int]:
     return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
 
 
-# -- Contracts of forms ------------------------------------------------------------------------------------------------------------
+# -- Contracts of forms ------------------------------------------------------------------------------------------------
 
 
 def _examples(cls: type[Form]) -> Iterator[tuple[Matrix, Form, torch.nn.Module, torch.nn.Module]]:
@@ -484,7 +486,7 @@ def knows_its_matrix(cls: type[Form]) -> None:
         assert (formed.form, formed.shape) == (form, matrix.shape), f"says {formed.form} of {formed.shape}"
 
 
-# -- Contracts of the rest -----------------------------------------------------------------------------------------------------------
+# -- Contracts of the rest ---------------------------------------------------------------------------------------------
 
 
 def declares_its_outputs(cls: Any) -> None:

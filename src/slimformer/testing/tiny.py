@@ -1,4 +1,4 @@
-"""Tiny random models of every type that a family knows, built from config, without network: real classes, real forward passes."""
+"""Tiny random models of every type that a family knows, built from a config without network: real classes, real passes."""
 
 from __future__ import annotations
 

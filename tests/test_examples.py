@@ -1,0 +1,43 @@
+"""The examples in the docstrings of the public names run, in a folder as a user has it: models, exports and data."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+import tiny_export
+
+import slimformer
+
+ROOMS = ("core", "families", "hooks")  # each of their public names has an example
+INNER = ("core.form", "families.base")  # other names with examples are in these modules
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two exported models, `dense` and `small`, and their data, `reviews`."""
+    folder = tmp_path_factory.mktemp("examples")
+    tiny_export.export(folder / "dense")
+    tiny_export.export(folder / "small", weights={"dull": (0.0, 1.0)})
+    tiny_export.data(folder / "reviews")
+    return folder
+
+
+@pytest.mark.parametrize("name", slimformer.__all__)
+def test_the_examples_of_a_public_name_run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    place = slimformer._PLACES[name]
+    names = vars(importlib.import_module(f"slimformer.{place}"))
+    examples = [test for test in doctest.DocTestFinder(recurse=False).find(names[name]) if test.examples]
+    assert examples or place.partition(".")[0] not in ROOMS, f"{name} has no example"
+    for example in examples:
+        assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize("place", INNER)
+def test_the_examples_for_plug_in_authors_run(place: str) -> None:
+    module = importlib.import_module(f"slimformer.{place}")
+    for example in doctest.DocTestFinder().find(module):
+        assert doctest.DocTestRunner().run(example).failed == 0
