@@ -115,12 +115,11 @@ def openvino_int8(path: Path, model: PreTrainedModel, material: Material, folder
 def facts_of(bundle: Bundle, dense: PreTrainedModel, run: Run, recipe: str, values: Values = "float32") -> dict[str, Any]:
     """Fields of a Record that belong to a model, whatever file it is in. `values`: how model.safetensors stores large matrices."""
     from slimformer.core import cost
-    from slimformer.core.anatomy import Role
     from slimformer.families.base import anatomy_of
     from slimformer.measuring.records import kept_layers
 
     anatomy = anatomy_of(bundle.model)
-    inside = [matrix for matrix in anatomy.matrices.values() if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER)]
+    inside = anatomy.encoder_matrices()
     lengths = bundle.material.features[Split.DEV].lengths()
     weights = checkpoint.unshared(bundle.model)
     return {

@@ -205,7 +205,6 @@ def weights_file(folder: Path) -> Path:
 
 def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     """Ids of the encoder's matrices that the model at `path` was saved without the zeros of; no weight is read."""
-    from slimformer.core.anatomy import Role
     from slimformer.families.base import anatomy_of
 
     folder = Path(path)
@@ -216,8 +215,8 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     shares = zeros(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
     return tuple(
         matrix.id
-        for matrix in anatomy_of(model).matrices.values()
-        if matrix.role not in (Role.EMBEDDING, Role.CLASSIFIER) and shares.get(f"{matrix.module}.weight", 0.0) >= LEAST_ZEROS
+        for matrix in anatomy_of(model).encoder_matrices()
+        if shares.get(f"{matrix.module}.weight", 0.0) >= LEAST_ZEROS
     )
 
 
