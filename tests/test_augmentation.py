@@ -15,7 +15,7 @@ from tiny_folder import write_data, write_model
 from tokenizers import Tokenizer, models
 
 from slimformer.core.plan import Plan
-from slimformer.data.augmentation import Words, augmented, check_masked_model, likely_words, nearest_words
+from slimformer.data.augmentation import Words, augment_rows, check_masked_model, likely_words, nearest_words
 from slimformer.errors import ModelError, RecipeError
 from slimformer.log import Log
 from slimformer.running.bundle import Run
@@ -87,7 +87,7 @@ def test_neighbours_by_brute_force():
 def test_copies_differ_in_whole_words_only_and_share_the_rest():
     given = features(*ROWS, labels=[1, 0], spans=[(2, 3), (4, 5)])
     words, near = Words.of(wordpiece()), nearest_words(table(), Words.of(wordpiece()), iter(range(len(TOKENS))), 2)
-    made = augmented(given, wordpiece(), table(), 50, seed=4, candidates=2)
+    made = augment_rows(given, wordpiece(), table(), 50, seed=4, candidates=2)
     assert len(made) == 2 * 51
     assert [list(row) for row in made.columns["input_ids"][:2]] == list(ROWS)
     assert made.columns["labels"] == [1, 0] * 51
@@ -109,18 +109,18 @@ def test_copies_differ_in_whole_words_only_and_share_the_rest():
 
 def test_the_seed_decides():
     def of(seed: int) -> list[list[int]]:
-        return augmented(features(*ROWS), wordpiece(), table(), 20, seed).columns["input_ids"]
+        return augment_rows(features(*ROWS), wordpiece(), table(), 20, seed).columns["input_ids"]
 
     assert of(1) == of(1) != of(2)
 
 
 def test_rows_without_words_and_no_rows_are_copied_as_they_are():
     bare = features([1, DOT, 2], [1, FILM, S, 2])
-    assert augmented(bare, wordpiece(), table(), 1, 0).columns["input_ids"] == [[1, DOT, 2], [1, FILM, S, 2]] * 2
-    assert len(augmented(features(), wordpiece(), table(), 3, 0)) == 0
+    assert augment_rows(bare, wordpiece(), table(), 1, 0).columns["input_ids"] == [[1, DOT, 2], [1, FILM, S, 2]] * 2
+    assert len(augment_rows(features(), wordpiece(), table(), 3, 0)) == 0
     lonely = Tokenizer(models.WordLevel({"[CLS]": 0, "good": 1}, unk_token="[CLS]"))
     lonely.add_special_tokens(["[CLS]"])
-    assert augmented(features([0, 1]), lonely, table(), 1, 0, share=1.0).columns["input_ids"] == [[0, 1]] * 2
+    assert augment_rows(features([0, 1]), lonely, table(), 1, 0, share=1.0).columns["input_ids"] == [[0, 1]] * 2
 
 
 # -- A masked language model ---------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_likely_words_by_hand():
         for place, best in zip(places[row], found[row], strict=True):
             known = [token for token in np.flatnonzero(words.whole).tolist() if token != ids[place]]
             assert best.tolist() == sorted(known, key=lambda token: -float(logits[place, token]))[:4]
-    made = augmented(given, wordpiece(), table(), 30, 0, model, candidates=1)
+    made = augment_rows(given, wordpiece(), table(), 30, 0, model, candidates=1)
     first = {row[1] for row in made.columns["input_ids"][::3]}
     assert first == {GOOD, int(found[0][0, 0])}
 
@@ -174,7 +174,7 @@ def test_a_stage_trains_on_the_copies_too(tmp_path: Path):
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     masked(vocab_size=size).save_pretrained(tmp_path / "masked")
     (tmp_path / "masked" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    methods = [{"use": "knowledge_sparse", "density": 0.1}, {"use": "distillation", "embedding": 1.0}]
+    methods = [{"use": "knowledge_sparse", "keep": 0.1}, {"use": "distillation", "embedding": 1.0}]
     stage = {"epochs": 1, "augment": 2, "augment_model": "masked", "task_weight": 0.0, "methods": methods, "precision": "fp32"}
     data = {
         "model": "encoder",

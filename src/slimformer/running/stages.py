@@ -260,14 +260,14 @@ class Train(Stage):
         features = self._plain_rows(bundle.material)
         if not self.augment:
             return features
-        from slimformer.data.augmentation import augmented
+        from slimformer.data.augmentation import augment_rows
         from slimformer.forms.base import Formed
 
         masked = checkpoint.load_dense(Path(self.augment_model)) if self.augment_model else None
         words = bundle.teacher.get_input_embeddings()  # its neighbours mean something, whatever became of the student's
         table = words.matrix().detach() if isinstance(words, Formed) else cast("Tensor", words.weight)
         run.log.event("augmenting", rows=len(features), copies=self.augment)
-        return augmented(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
+        return augment_rows(features, load_tokenizer(bundle.material.source), table, self.augment, run.seed, masked)
 
     def _plain_rows(self, material: Material) -> Features:
         if self.text is None:
