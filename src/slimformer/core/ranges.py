@@ -75,18 +75,18 @@ class Ranges:
     def to_json(self) -> str:
         """The ranges as JSON; `Ranges.from_json` gives them back exactly."""
         bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits", "weight_buckets")}
-        found = {name: [item.low, item.high] for name, item in self.activations.items()}
-        return json.dumps({"version": RANGES_VERSION, **bits, "activations": found}, indent=1)
+        activations = {name: [item.low, item.high] for name, item in self.activations.items()}
+        return json.dumps({"version": RANGES_VERSION, **bits, "activations": activations}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Ranges:
-        """What `to_json` wrote; ModelError for anything else."""
+        """The ranges that `to_json` wrote; ModelError for anything else."""
         try:
             data = json.loads(text)
             if data.pop("version") != RANGES_VERSION:
                 raise ValueError(f"it is not of version {RANGES_VERSION}")
-            found = {str(name): Range(float(low), float(high)) for name, (low, high) in data.pop("activations").items()}
-            return Ranges(found, **data)
+            pairs = data.pop("activations").items()
+            return Ranges({str(name): Range(float(low), float(high)) for name, (low, high) in pairs}, **data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ModelError(
                 f"{RANGES_FILE} cannot be read: {error}.", help="make the model again, or calibrate without it."

@@ -1,8 +1,9 @@
 """Runs a model again and again on the same batches, each time from the layer where the work stands instead of from the first.
 
-A method that looks at one layer after another computes what enters a layer once (`Feed.reach`) and starts later passes there
-(`Feed.run`). `watching` shows what a sublayer reads and gives, and may end the pass once that was seen. Layers that are passed over are
-replaced by modules that hand on a given state; they stand in their places again when the pass is over.
+A method that looks at one layer after another computes what enters a layer once (`Feed.reach`) and starts later passes
+there (`Feed.run`). `watching` shows what a sublayer reads and gives, and may end the pass once that was seen. Layers
+that are passed over are replaced by modules that hand on a given state; they stand in their places again when the pass
+is over.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from slimformer.core.anatomy import Anatomy, Site
 class Feed:
     """A model and its batches, with what enters the layer that was reached last; at first that is layer 0.
 
-    `batches` hold the model's inputs and nothing else. What lies before the reached layer must not change from then on: neither its
-    weights nor its gates.
+    `batches` hold the model's inputs and nothing else. What lies before the reached layer must not change from then on:
+    neither its weights nor its gates.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Mapping[str, Tensor]]) -> None:

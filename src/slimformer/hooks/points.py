@@ -53,9 +53,9 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
 def quantized_inputs(
     model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()
 ) -> AbstractContextManager[None]:
-    """Lets a model whose weights are on their grids compute as the int8 files do: what its Linears read is quantized.
+    """Quantizes the inputs of a model's Linears while the context lasts, so that it computes as its int8 files do.
 
-    `floats`: points whose matrices stay in float.
+    The weights must be on their grids already. `floats`: points whose matrices stay in float.
     """
 
     def change(point: Point) -> Change:
@@ -76,16 +76,16 @@ class _Once:
 
     def __init__(self, change: Change, readers: int) -> None:
         self.change, self.readers = change, readers
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.latest: tuple[Tensor, Tensor] | None = None  # an input and its change
         self.uses = 0
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self.held is None or self.held[0] is not args[0]:
-            self.held, self.uses = (args[0], self.change(args[0])), 0
-        result = self.held[1]
+        if self.latest is None or self.latest[0] is not args[0]:
+            self.latest, self.uses = (args[0], self.change(args[0])), 0
+        result = self.latest[1]
         self.uses += 1
         if self.uses >= self.readers:
-            self.held = None  # an activation must not outlive its step
+            self.latest = None  # an activation must not outlive its step
         return (result, *args[1:])
 
 

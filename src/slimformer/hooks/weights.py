@@ -52,9 +52,9 @@ def changed_weights(model: nn.Module, changes: Mapping[str, Change]) -> Iterator
         for name, change in changes.items():
             if name not in parameters:
                 raise PlanError(f"no parameter '{name}' to change.", help=nearest(name, parameters))
-            path, _, own = name.rpartition(".")
+            path, _, parameter = name.rpartition(".")
             forward = _Forward.on(model.get_submodule(path))
-            entry = (own, change)
+            entry = (parameter, change)
             forward.changes.append(entry)
             handles.append((forward, entry))
         yield
@@ -65,7 +65,7 @@ def changed_weights(model: nn.Module, changes: Mapping[str, Change]) -> Iterator
 
 @contextmanager
 def computing(model: nn.Module, ways: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Lets each named module compute in another way while the context lasts: a function of the module and its arguments."""
+    """Lets each named module compute in another way while the context lasts: by a function of the module and its arguments."""
     handles: list[_Forward] = []
     try:
         for name, way in ways.items():
@@ -90,19 +90,19 @@ class _Forward:
 
     @staticmethod
     def on(module: nn.Module) -> _Forward:
-        there = vars(module).get("forward")
-        if there is None:
-            there = _Forward(module)
-            module.forward = there
-        assert isinstance(there, _Forward), f"{type(module).__name__}.forward is replaced already"
-        return there
+        forward = vars(module).get("forward")
+        if forward is None:
+            forward = _Forward(module)
+            module.forward = forward
+        assert isinstance(forward, _Forward), f"{type(module).__name__}.forward is replaced already"
+        return forward
 
     def remove(self, entry: tuple[str, Change]) -> None:
         self.changes = [other for other in self.changes if other is not entry]
         self.leave()
 
     def leave(self) -> None:
-        """Gives the module its own `forward` back where nothing is left to do."""
+        """Gives the module its own `forward` back if nothing is left to do."""
         if not self.changes and self.way is None:
             del self.module.forward
 
@@ -118,7 +118,7 @@ class _Forward:
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """weight * mask, where each entry of the mask covers a block of the weight."""
+    """weight * mask; each entry of the mask covers a block of the weight."""
     if mask.shape == weight.shape:
         return weight * mask
     return (_split(weight, mask.shape) * _spread(mask)).reshape(weight.shape)
@@ -131,7 +131,7 @@ def expand(mask: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def grid_of(shape: Sequence[int], block: Sequence[int], name: str) -> tuple[int, int]:
-    """How many blocks a matrix has along each axis; RecipeError where they do not divide it."""
+    """How many blocks a matrix has along each axis; RecipeError if they do not divide it."""
     rows, columns = shape
     if rows % block[0] or columns % block[1]:
         raise RecipeError(
@@ -151,14 +151,14 @@ def liveliness(anatomy: Anatomy, values: Mapping[str, Tensor]) -> dict[str, Tens
     included, a unit at 0 is free to cut. Gives site -> (size,).
     """
     roles = {matrix.module: matrix.role for matrix in anatomy.matrices.values()}
-    found = {}
+    bars = {}
     for site in anatomy.sites.values():
         if site.kind is Kind.SUBLAYER:
             continue
         feeds = [piece for piece in site.slices if piece.dim == 0 and roles.get(piece.param.rpartition(".")[0]) in FEEDS]
         reads = [piece for piece in site.slices if piece.dim == 1]
-        found[site.id] = torch.minimum(_largest(site, feeds, values), _largest(site, reads, values))
-    return found
+        bars[site.id] = torch.minimum(_largest(site, feeds, values), _largest(site, reads, values))  # (size,)
+    return bars
 
 
 def _largest(site: Site, pieces: Sequence[Slice], values: Mapping[str, Tensor]) -> Tensor:

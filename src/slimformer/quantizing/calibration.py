@@ -16,7 +16,7 @@ from slimformer.core.ranges import Range
 from slimformer.errors import DataError, nearest
 
 Finder = Literal["min_max", "percentile", "entropy"]
-Calibration = Literal["least_squares", "min_max", "percentile", "entropy"]  # of a file; the first is `exporters/onnx.py`'s own
+Calibration = Literal["least_squares", "min_max", "percentile", "entropy"]  # of a file; `exporters/onnx.py` has the first
 HISTOGRAM_BINS = 2048  # as TensorRT
 TABLE_ROWS = 64  # a shorter embedding table stays in float: there is nothing to win
 
@@ -45,7 +45,7 @@ class Histogram:
 
     @staticmethod
     def of(values: np.ndarray, low: float | None = None, high: float | None = None, bins: int = HISTOGRAM_BINS) -> Histogram:
-        """Of values between `low` and `high`, by default their extremes; DataError where they say nothing about a range."""
+        """Of values between `low` and `high`, by default their extremes; DataError if they say nothing about a range."""
         if values.size == 0:
             raise DataError("there is no calibration data: no value was seen.", help="give some real inputs.")
         if not np.isfinite(values).all():
@@ -87,18 +87,18 @@ def by_entropy(histogram: Histogram, bits: int = 8) -> Range:
     low, high = float(histogram.edges[0]), float(histogram.edges[-1])
     counts, edges = _magnitudes(histogram)
     levels = 2 ** (bits - 1)
-    best, kept = math.inf, len(counts)
+    best, width = math.inf, len(counts)
     for size in range(min(levels, len(counts)), len(counts) + 1):
         divergence = _divergence(counts, size, levels)
         if divergence < best:
-            best, kept = divergence, size
-    threshold = float(edges[kept])
+            best, width = divergence, size
+    threshold = float(edges[width])
     low, high = max(low, -threshold), min(high, threshold)
     return Range(low, high) if low < high else Range(float(histogram.edges[0]), float(histogram.edges[-1]))
 
 
 def _magnitudes(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of |values| in bins about as wide, and their edges; what a bin holds is spread evenly over those that it overlaps.
+    """Counts of |values| in bins about as wide, and their edges; each old bin is spread evenly over the bins that it overlaps.
 
     (Its centre alone would fall into one bin and leave its neighbour empty wherever the two sets of edges do not agree.)
     """

@@ -24,7 +24,7 @@ MOMENTUM = 0.9  # section 3.1
 
 @dataclass(frozen=True)
 class Grid:
-    """The values k * step + offset for whole k from `first` to `last`; tensors that broadcast against what is quantized."""
+    """The values k * step + offset for whole k from `first` to `last`; tensors that broadcast against the quantized one."""
 
     step: Tensor
     offset: Tensor
@@ -54,7 +54,7 @@ def affine(low: Tensor, high: Tensor, bits: int, *, exact_zero: bool) -> Grid:
 
 
 def symmetric(largest: Tensor, bits: int) -> Grid:
-    """2^bits - 1 values around 0, as far out as `largest`; where that is 0 the step is 1."""
+    """2^bits - 1 values around 0, as far out as `largest`; if that is 0 the step is 1."""
     check_bits("bits", bits, most=16)
     top = 2 ** (bits - 1) - 1
     step = largest / top
@@ -71,7 +71,7 @@ def weight_grid(weight: Tensor, bits: int, *, rows: bool, even: bool, exact_zero
 
 
 class _Straight(torch.autograd.Function):
-    """The values of a grid; the gradient passes where a value lies within it."""
+    """The values of a grid; the gradient of a value passes if it lies within the grid."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, step: Tensor, offset: Tensor, first: Tensor, last: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class RunningRange(nn.Module):
     def observe(self, values: Tensor, mask: Tensor | None = None) -> None:
         """Moves towards the extremes of `values` (batch, seq, features), (batch, heads, seq, keys) or (batch, features).
 
-        `mask` (batch, seq) is 1 at real tokens; what stands at padding is left out.
+        `mask` (batch, seq) is 1 at real tokens; values at padding are left out.
         """
         if not values.numel():
             return
@@ -135,7 +135,7 @@ class RunningRange(nn.Module):
 
 
 def _real(values: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Where `values` stand for real tokens, to be broadcast along the last axis; None where they have no axis of tokens."""
+    """True at real tokens, to be broadcast along the last axis of `values`; None if these have no axis of tokens."""
     if mask is None:
         return None
     if values.ndim == 3 and values.shape[:2] == mask.shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from slimformer.core.anatomy import Anatomy, Kind, Matrix, PointRole
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import SlimformerError
-from slimformer.families.base import Family, anatomy_of
+from slimformer.families.base import Family, Subject, anatomy_of, subject_of
 from slimformer.forms.base import Form, Formed
-from slimformer.hooks.capture import Capture, capturing
+from slimformer.hooks.capture import Capture, Captured, capturing
 from slimformer.hooks.gating import gated
-from slimformer.methods.base import Context, Method, Progress, Step
+from slimformer.methods.base import Batch, Context, Method, Progress, Step
 from slimformer.rules import rules_of
 from slimformer.running.reader import parse_recipe
 from slimformer.saving import checkpoint
@@ -363,7 +363,7 @@ def checks_its_options(cls: type[Method]) -> None:
 
 
 def attaches_neutrally(cls: type[Method]) -> None:
-    """law 7: attaching changes no output, where the method promises it."""
+    """law 7: attaching changes no output, if the method promises it."""
     if not cls().effects().neutral:
         return
     context = tiny_context()
@@ -393,18 +393,17 @@ def decides_what_fits(cls: type[Method]) -> None:
     """decides a plan that fits, within its budget, and the shrunk model runs."""
     method = cls()
     effects = method.effects()
+    needs = effects.needs | {Capture.LOGITS}
     context = tiny_context(unit=method.cost)
+    assert context.teacher is not None
+    learner, guide = subject_of(context.model), subject_of(context.teacher)
     state = method.attach(context)
     try:
         if not effects.one_shot:
             for number, inputs in enumerate(context.batches(32)):
-                needs = effects.needs | {Capture.LOGITS}
-                with capturing(context.model, context.anatomy, needs) as mine:
-                    output = context.model(**{name: value for name, value in inputs.items() if name != "labels"})
-                    student = mine.take({"logits": output["logits"]})
-                with torch.no_grad(), capturing(context.teacher, context.teacher_anatomy, needs) as theirs:  # type: ignore[arg-type]
-                    shown = context.teacher(**{name: value for name, value in inputs.items() if name != "labels"})  # type: ignore[misc]
-                    teacher = theirs.take({"logits": shown["logits"]})
+                student = _seen(learner, inputs, needs)
+                with torch.no_grad():
+                    teacher = _seen(guide, inputs, needs)
                 step = Step(context.model, inputs, student, teacher, Progress(number, 8), context.task)
                 penalty = method.penalty(state, step)
                 assert penalty is None or (penalty.ndim == 0 and bool(torch.isfinite(penalty))), "penalty is no finite scalar"
@@ -424,6 +423,11 @@ def decides_what_fits(cls: type[Method]) -> None:
     if method.keep is not None:
         left = context.cost.of(decision.plan, context.anatomy) / context.cost.dense
         assert left <= method.keep + 1e-9, f"{left:.3f} of the cost remains, {method.keep} was allowed"
+
+
+def _seen(subject: Subject, inputs: Batch, needs: Collection[Capture]) -> Captured:
+    with capturing(subject.model, subject.anatomy, needs) as recorder:
+        return recorder.take({"logits": subject.model(**subject.feed(inputs))["logits"]})
 
 
 def _hooks(model: torch.nn.Module) -> list[int]:
@@ -480,7 +484,7 @@ def computes_its_matrix(cls: type[Form]) -> None:
 
 
 def knows_its_matrix(cls: type[Form]) -> None:
-    """law 3: a module tells its own form and the shape it stands for."""
+    """law 3: a module knows its own form and the shape it stands for."""
     for matrix, form, _, formed in _examples(cls):
         assert isinstance(formed, Formed), f"{type(formed).__name__} is no Formed"
         assert (formed.form, formed.shape) == (form, matrix.shape), f"says {formed.form} of {formed.shape}"
