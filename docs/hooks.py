@@ -31,6 +31,7 @@ FOLDERS = {
 }
 HOME = re.compile(r"<!-- home:begin -->\n(.*?)<!-- home:end -->", re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=[)\s])")
+HEAD = re.compile(r"((?:#[^\n]*\n)*)(.*)", re.DOTALL)  # of a recipe: its first comment, the rest
 INCLUDE = re.compile(r"^<!-- include: ([\w./*]+) -->$", re.MULTILINE)
 
 
@@ -103,14 +104,17 @@ def included(what: str, page: str) -> str:
     pattern = what if what.endswith(".py") else f"{what}/[a-z]*.py"
     files = [file for file in sorted(PACKAGE.glob(pattern)) if file.name != "base.py" or what == "*/base.py"]
     shown = "|".join(public_names())  # each name has one place in the reference: the public ones have a page
-    options = f'    options:\n      filters: ["!^_", "!^({shown})$"]'
+    options = f'    options:\n      show_root_full_path: true\n      filters: ["!^_", "!^({shown})$"]'
     return "\n\n".join(f"::: {dotted(file)}\n{options}" for file in files)
 
 
 def recipes() -> Iterator[str]:
-    """Each recipe under its name."""
+    """Each recipe under its name: the comment at its head as text, the rest as it stands."""
     for file in sorted(ROOT.glob("recipes/*.yaml")):
-        yield f"## {file.stem}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n"
+        head, code = HEAD.match(file.read_text(encoding="utf-8")).groups()  # type: ignore[union-attr]
+        about = re.sub(r"^# ?", "", head, flags=re.MULTILINE)
+        about = re.sub(r"(^|[.:] )(\w+)(?=: )", r"\1`\2`", about, flags=re.MULTILINE)  # fields that the text explains
+        yield f"## {file.stem}\n\n{about}\n```yaml\n{code}```\n"
 
 
 def public_names() -> list[str]:
