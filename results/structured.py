@@ -59,7 +59,7 @@ from slimformer.methods.importance import Importance
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
-from slimformer.reporting.svg import bars
+from slimformer.reporting.svg import draw_bars
 from slimformer.reporting.words import mb_text
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.stages import Calibrate, Stage, Train
@@ -413,7 +413,7 @@ def pages() -> dict[Path, str]:
     for task, part in by_task(firsts):
         panels = _panels(part)
         if panels:
-            picture = bars(panels, width=760, columns=2)
+            picture = draw_bars(panels, width=760, columns=2)
             made[folder / f"structured-{task}.svg"] = picture.replace(">", f">{STYLE}", 1) + "\n"
     return made
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import fmean
 
 from slimformer.measuring.records import Record, Standing
+from slimformer.reporting.circumstances import circumstances
 from slimformer.reporting.ledger import LEDGER, groups, read_records
-from slimformer.reporting.page import circumstances
 from slimformer.reporting.verdicts import against, choice, judge, tally
 from slimformer.reporting.words import count_text, interval_text, layers_text, mb_text, signed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import logging
 import subprocess
 import sys
@@ -312,12 +311,12 @@ def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path)
         from pathlib import Path
         from slimformer.running.bench import bench
         from slimformer.errors import ExtraError
-        from slimformer.reporting.terminal import table
+        from slimformer.reporting.terminal import draw_table
         from slimformer.tasks.classification import Classification
         from rich.console import Console
         task = Classification(data="data")
         result = bench([Path("model")], task, rounds=3, wait_seconds=0, threads=1)
-        Console(width=80).print(table(result.records))
+        Console(width=80).print(draw_table(result.records))
         try:
             bench([Path("plain")], task, wait_seconds=0)
         except ExtraError as error:
@@ -346,18 +345,3 @@ def test_timing_is_what_its_samples_say() -> None:
     timing = Timing("w", 2, "o", 4, 8, Lengths(2, 2, 2, 2), "r", "1", "cpu", 1, 0, LOAD, (2, 2), ((2.0, 4.0), (4.0, 8.0)))
     assert timing.p50_ms == 2.0
     assert timing.round_ms().tolist() == [6.0, 12.0]
-
-
-def test_the_examples_of_the_other_names_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their docstrings name folders as a user has them: two exported models and a folder of data."""
-    from slimformer.measuring import records, scoring
-
-    export(tmp_path / "dense")
-    export(tmp_path / "small", weights={"dull": (0.0, 1.0)})
-    data(tmp_path / "reviews")
-    monkeypatch.chdir(tmp_path)
-    for module, count in ((records, 2), (scoring, 1)):
-        found = [test for test in doctest.DocTestFinder().find(module) if test.examples]
-        assert len(found) >= count
-        for test in found:
-            assert doctest.DocTestRunner().run(test).failed == 0

@@ -82,7 +82,7 @@ def test_check_exits_1_when_a_contract_is_broken(call: Call, monkeypatch: pytest
 @pytest.mark.slow
 def test_bench_and_report_show_tables(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimformer.measuring.machine import Load
-    from slimformer.reporting.ledger import LEDGER, append
+    from slimformer.reporting.ledger import LEDGER, append_record
     from slimformer.running.bench import bench
     from slimformer.tasks.classification import Classification
 
@@ -93,7 +93,7 @@ def test_bench_and_report_show_tables(call: Call, tmp_path: Path, monkeypatch: p
     )
     (tmp_path / "runs" / "one").mkdir(parents=True)
     for record in found.records:
-        append(tmp_path / "runs" / "one" / LEDGER, record)
+        append_record(tmp_path / "runs" / "one" / LEDGER, record)
     monkeypatch.chdir(tmp_path)
     code, shown, _ = call("report", "runs/one", "--out", "page")
     assert code == 0

@@ -22,7 +22,7 @@ from slimformer import registry
 from slimformer.measuring.machine import Environment
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import SINGLE, SORTED, Ratio
-from slimformer.reporting.ledger import append
+from slimformer.reporting.ledger import append_record
 from slimformer.running.order import disorder
 from slimformer.running.preflight import look
 from slimformer.running.reader import parse_recipe, read_recipe
@@ -416,7 +416,7 @@ def write_run(folder: Path, *, score: float, seed: int) -> None:
     )
     static = replace(ours, name="slimformer int8 static", chosen=False, scores={"accuracy": 0.7})
     for record in (dense, ours, static):
-        append(folder / "ledger.jsonl", record)
+        append_record(folder / "ledger.jsonl", record)
 
 
 def test_the_pages_are_what_the_ledgers_give() -> None:

@@ -10,18 +10,30 @@ import pytest
 import tiny_export
 
 import slimformer
+from slimformer.measuring.machine import environment
+from slimformer.measuring.records import Record
+from slimformer.reporting.ledger import append_record
 
 ROOMS = ("core", "families", "hooks")  # each of their public names has an example
-INNER = ("core.form", "families.base")  # other names with examples are in these modules
+INNER = (
+    "core.form",
+    "families.base",
+    "measuring.records",
+    "measuring.scoring",
+    "reporting.words",
+    "reporting.svg",
+)  # other names with examples are in these modules
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two exported models, `dense` and `small`, and their data, `reviews`."""
+    """Two exported models, `dense` and `small`, and their data, `reviews`; `small` has a ledger with one row."""
     folder = tmp_path_factory.mktemp("examples")
     tiny_export.export(folder / "dense")
     tiny_export.export(folder / "small", weights={"dull": (0.0, 1.0)})
     tiny_export.data(folder / "reviews")
+    row = Record("int8", "other", "my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.5}, "2026-01-02", environment())
+    append_record(folder / "small" / "ledger.jsonl", row)
     return folder
 
 

@@ -170,7 +170,7 @@ def bench_command(
     """Compare models side by side, in turn: quality, size and speed on this machine."""
     from rich.console import Console
 
-    from slimformer.reporting.terminal import table
+    from slimformer.reporting.terminal import draw_table
     from slimformer.running.bench import bench
 
     measurement = bench(
@@ -182,7 +182,7 @@ def bench_command(
         seconds=seconds,
         wait_seconds=wait,
     )
-    Console().print(table(measurement.records))
+    Console().print(draw_table(measurement.records))
 
 
 @app.command("report")
@@ -194,10 +194,10 @@ def report_command(
     from rich.console import Console
 
     from slimformer.reporting.page import report
-    from slimformer.reporting.terminal import table
+    from slimformer.reporting.terminal import draw_table
 
     records = report(runs, out)
-    Console().print(table(records))
+    Console().print(draw_table(records))
     typer.echo(f"page: {out / 'report.html'}")
 
 
@@ -210,8 +210,9 @@ def inspect_command(
     from rich.console import Console
 
     from slimformer.reporting.inspection import inspect
+    from slimformer.reporting.terminal import draw_inspection
 
-    Console().print(inspect(model, length))
+    Console().print(draw_inspection(inspect(model, length)))
 
 
 @app.command("list")
@@ -297,11 +298,11 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
 def _show(outcome: Any) -> None:
     from rich.console import Console
 
-    from slimformer.reporting.terminal import table
+    from slimformer.reporting.terminal import draw_table
     from slimformer.reporting.verdicts import choice, judge
 
     console = Console()
-    console.print(table(outcome.measurement.records))
+    console.print(draw_table(outcome.measurement.records))
     ours = choice(outcome.measurement.records)
     if ours is not None:
         console.print(judge(ours).text)

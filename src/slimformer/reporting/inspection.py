@@ -1,56 +1,78 @@
-"""What could be cut in a model, as a table: heads, neurons, parameters and MACs of each layer."""
+"""Counts what could be cut in a saved model: heads, neurons, parameters and multiply-accumulates of each layer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Kind, Site
-from slimformer.families.base import anatomy_of
 from slimformer.saving import checkpoint
 
-if TYPE_CHECKING:
-    from rich.table import Table
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """Units and cost of one layer; None if it has no such site, which is so if the sublayer is gone."""
+
+    name: str
+    heads: int | None
+    neurons: int | None
+    parameters: float
+    macs: float
 
 
-def inspect(folder: Path, length: int) -> Table:
-    """A rich table with a row per layer; MACs are those of one example of `length` tokens."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` counts. `parameters` and `macs` are of the encoder, for one example of `length` tokens.
+
+    `model_parameters` counts the whole model, `other_parameters` what no cut of heads or neurons can change.
+    """
+
+    name: str
+    model_class: str
+    length: int
+    layers: tuple[InspectedLayer, ...]
+    parameters: float
+    other_parameters: float
+    macs: float
+    model_parameters: int
+    sites_cut: int
+    matrices_factored: int
+
+
+def inspect(folder: Path, length: int = 128) -> Inspection:
+    """Counts what could be cut in the model of a folder. ModelError if it is no model of a known family."""
+    from slimformer.families.base import anatomy_of
 
     model = checkpoint.load(folder)
-    anatomy = anatomy_of(model)
+    anatomy, plan = anatomy_of(model), checkpoint.load_plan(folder)
     parameters, macs = cost.parameters(model, anatomy), cost.macs(anatomy, np.array([length]))
-    plan = checkpoint.load_plan(folder)
-    table = Table(
-        title=f"{folder.resolve().name}: {type(model).__name__}, {model.num_parameters():,} parameters",
-        caption=f"MACs of one example of {length} tokens. A site is cut by name, e.g. encoder.0.heads, encoder.0.ffn."
-        + (f" {len(plan.keep)} sites are cut already." if plan.keep else "")
-        + (f" {len(plan.forms)} matrices are factored: no unit can be cut there." if plan.forms else ""),
-    )
-    for name in ("layer", "heads", "neurons", "parameters", "MACs", "share of MACs"):
-        table.add_column(name, justify="right")
-    total = macs.dense
-    for layer in range(len(anatomy.layers)):
-        sites = {site.kind: site for site in anatomy.sites.values() if site.layer == layer and site.kind is not Kind.SUBLAYER}
-        own = [site.id for site in sites.values()]
-        weight = sum(float(parameters.curves[name][-1]) for name in own)
-        work = sum(float(macs.curves[name][-1]) for name in own)
-        table.add_row(
-            str(layer),
-            _units(sites.get(Kind.HEADS)),
-            _units(sites.get(Kind.NEURONS)),
-            f"{weight:,.0f}",
-            f"{work / 1e6:,.1f} M",
-            f"{work / total:.1%}" if total else "",
+
+    def layer(number: int) -> InspectedLayer:
+        sites = {site.kind: site for site in anatomy.sites.values() if site.layer == number and site.kind is not Kind.SUBLAYER}
+        return InspectedLayer(
+            name=str(number),
+            heads=_units(sites.get(Kind.HEADS)),
+            neurons=_units(sites.get(Kind.NEURONS)),
+            parameters=sum(float(parameters.curves[site.id][-1]) for site in sites.values()),
+            macs=sum(float(macs.curves[site.id][-1]) for site in sites.values()),
         )
-    table.add_section()
-    table.add_row("all else", "", "", f"{parameters.fixed:,.0f}", "", "")
-    table.add_row("total", "", "", f"{parameters.dense:,.0f}", f"{total / 1e6:,.1f} M", "")
-    return table
+
+    return Inspection(
+        name=folder.resolve().name,
+        model_class=type(model).__name__,
+        length=length,
+        layers=tuple(map(layer, range(len(anatomy.layers)))),
+        parameters=parameters.dense,
+        other_parameters=parameters.fixed,
+        macs=macs.dense,
+        model_parameters=model.num_parameters(),
+        sites_cut=len(plan.keep),
+        matrices_factored=len(plan.forms),
+    )
 
 
-def _units(site: Site | None) -> str:
-    return str(site.size) if site else "none"
+def _units(site: Site | None) -> int | None:
+    return None if site is None else site.size

@@ -30,7 +30,7 @@ def write_facts(folder: Path, facts: Facts) -> None:
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """slimformer.json of a folder, None where there is none; ModelError where it cannot be read."""
+    """slimformer.json of a folder, None if there is none; ModelError if it cannot be read."""
     file = folder / FACTS_FILE
     if not file.is_file():
         return None
@@ -52,8 +52,8 @@ def _first_line(error: BaseException) -> str:
     return ", ".join(lines[1:3]) if len(lines) > 1 else (lines or [type(error).__name__])[0]
 
 
-def append(path: Path, record: Record) -> None:
-    """Adds a row at the end of a ledger, in one write: killed at any moment, it loses this row at most."""
+def append_record(path: Path, record: Record) -> None:
+    """Adds a row at the end of a ledger, in one write: if it is killed at any moment, this row at most is lost."""
     line = json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """The rows of one or more ledgers, in order; a torn or foreign line is skipped with a warning. DataError without a file."""
+    """The rows of one or more ledgers, in order. A torn or foreign line is skipped with a warning; DataError if a file is missing."""
     records = []
     for path in paths:
         try:
@@ -95,8 +95,8 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
-    """Records that may stand in one table: same teacher, task, split and metric."""
-    found: dict[tuple[str, str, str, str], list[Record]] = {}
+    """The records by what they must share to stand in one table: teacher, task, split and metric."""
+    parts: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in records:
-        found.setdefault((record.model, record.task, record.split, record.metric), []).append(record)
-    return found
+        parts.setdefault((record.model, record.task, record.split, record.metric), []).append(record)
+    return parts

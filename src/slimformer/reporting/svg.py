@@ -1,7 +1,7 @@
-"""Draws the report's two pictures as inline SVG: a scatter with a frontier, and bars of what was kept.
+"""Draws the report's two pictures as inline SVG: a scatter with a frontier, and bars of what is kept.
 
-The one idea: shapes carry the meaning and colours come from the page's own CSS variables, so that a picture reads in light, in
-dark, in print and without colour, and needs no script and no plotting library. Text is escaped here, once.
+Shapes carry the meaning and colours come from the page's own CSS variables, so that a picture reads in light, in dark, in print
+and without colour, and needs no script and no plotting library. Text is escaped here, once.
 """
 
 from __future__ import annotations
@@ -16,39 +16,214 @@ CHAR = 6.3  # width of one character of a 12 px label, generous: the reader's fo
 BOLD = 7.4  # the same in bold
 LINE = 15.0  # height of a label
 
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+_Point = tuple[float, float]
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    )
+
+
+# -- The scatter -------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Mark:
-    """One point of a scatter; `style` is "chosen", "ours", "base", "rival" or "small" and decides its shape."""
+    """One point of a scatter; `style` is "chosen", "ours", "base", "rival" or "small" and decides its shape.
+
+    `spread` is the low and the high x of a bar through the point.
+    """
 
     x: float
     y: float
     label: str
     style: str
     title: str
-    spread: tuple[float, float] | None = None  # low and high of x
+    spread: tuple[float, float] | None = None
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from `low` to `high`."""
-    if not high > low:
-        return [low]
-    raw = (high - low) / count
-    size = 10 ** math.floor(math.log10(raw))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(number * step, 10) for number in range(first, last + 1)]
+@dataclass(frozen=True)
+class Scatter:
+    """A scatter before it is drawn: marks, and the frontier as steps through `front`.
+
+    `asked` shades the corner that is at least that far right and up. `more_is_right` says whether a larger x is better, which
+    decides how the steps of the frontier go.
+    """
+
+    marks: Sequence[Mark]
+    front: Sequence[_Point]
+    x_label: str
+    y_label: str
+    more_is_right: bool
+    asked: _Point | None = None
 
 
-def _numbers(values: Sequence[float]) -> list[tuple[float, str]]:
-    """Each value with its text, all with the decimals that the longest needs."""
-    decimals = max((len(f"{value:.10g}".partition(".")[2]) for value in values if abs(value) >= 1e-4), default=0)
-    return [(value, f"{value:.{min(decimals, 6)}f}") for value in values]
+def draw_scatter(scatter: Scatter, width: int, height: int) -> str:
+    """The scatter as SVG, `width` and `height` in pixels."""
+    frame = _Frame.around(scatter, width, height)
+    taken: list[_Box] = [(x - 9, y - 9, x + 9, y + 9) for x, y in (frame.place(mark.x, mark.y) for mark in scatter.marks)]
+    parts = [
+        *_corner(frame, scatter),
+        *_axes(frame, scatter.x_label),
+        *_asked_label(frame, scatter, taken),
+        *_steps(frame, scatter, taken),
+        *_spreads(frame, scatter.marks, taken),
+        *_points(frame, scatter.marks, taken),
+        f'<text class="label" x="{frame.left}" y="{frame.top - 6}">{escape(scatter.y_label)}</text>',
+    ]
+    return _svg(width, height, f"{scatter.y_label} against {scatter.x_label}", parts)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From numbers to pixels: the values at the edges, and the margins in pixels."""
+
+    width: int
+    height: int
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    left: int = 58
+    right: int = 18
+    top: int = 18
+
+    @classmethod
+    def around(cls, scatter: Scatter, width: int, height: int) -> _Frame:
+        """A frame with room on the right for labels, and above and below so that no point sits on the edge."""
+        asked = [scatter.asked] if scatter.asked else []
+        xs = (
+            [mark.x for mark in scatter.marks]
+            + [x for mark in scatter.marks for x in mark.spread or ()]
+            + [x for x, _ in asked]
+        )
+        ys = [mark.y for mark in scatter.marks] + [y for _, y in asked]
+        span_x, span_y = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 0.01
+        room = 0.16 if width > 500 else 0.1
+        low, high = max(0.0, min(xs) - 0.08 * span_x), max(xs) + room * span_x
+        return cls(width, height, low, high, min(ys) - 0.16 * span_y, max(ys) + 0.16 * span_y)
+
+    @property
+    def wide(self) -> bool:
+        return self.width > 500
+
+    @property
+    def bottom(self) -> int:
+        return 46 if self.wide else 58
+
+    @property
+    def floor(self) -> int:
+        """Where the x axis lies."""
+        return self.height - self.bottom
+
+    @property
+    def end(self) -> int:
+        """Where the x axis ends."""
+        return self.width - self.right
+
+    def px(self, value: float) -> float:
+        return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.width - self.left - self.right)
+
+    def py(self, value: float) -> float:
+        return self.floor - (value - self.y0) / (self.y1 - self.y0) * (self.height - self.top - self.bottom)
+
+    def place(self, x: float, y: float) -> _Point:
+        return self.px(x), self.py(y)
+
+
+def _corner(frame: _Frame, scatter: Scatter) -> list[str]:
+    if not scatter.asked:
+        return []
+    x, y = frame.place(*scatter.asked)
+    return [f'<rect class="asked" x="{x:.1f}" y="{frame.top}" width="{frame.end - x:.1f}" height="{y - frame.top:.1f}"/>']
+
+
+def _axes(frame: _Frame, x_label: str) -> list[str]:
+    parts = []
+    for value, text in _texts(ticks(frame.y0, frame.y1, 5 if frame.wide else 4)):
+        y = frame.py(value)
+        parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.end}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for value, text in _texts(ticks(frame.x0, frame.x1, 7 if frame.wide else 4)):
+        x = frame.px(value)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{frame.floor + 18}" text-anchor="middle">{text}</text>')
+    parts.append(f'<line class="axis" x1="{frame.left}" x2="{frame.end}" y1="{frame.floor}" y2="{frame.floor}"/>')
+    for number, line in enumerate(_wrapped(x_label, int((frame.width - 30) / CHAR))):
+        y = frame.floor + 36 + number * 14
+        parts.append(f'<text class="label" x="{frame.end}" y="{y}" text-anchor="end">{escape(line)}</text>')
+    return parts
+
+
+def _asked_label(frame: _Frame, scatter: Scatter, taken: list[_Box]) -> list[str]:
+    if not scatter.asked:
+        return []
+    x, y = frame.px(scatter.asked[0]) + 8, frame.top + 14
+    taken.append((x, y - LINE, x + 9 * CHAR, y + 2))
+    return [f'<text class="asked-label" x="{x:.1f}" y="{y:.1f}">asked for</text>']
+
+
+def _steps(frame: _Frame, scatter: Scatter, taken: list[_Box]) -> list[str]:
+    """The frontier. Between two of its points the worse quality is what one gets for the cost in between."""
+    points = sorted(scatter.front)
+    if len(points) < 2:
+        return []
+    right = scatter.more_is_right
+    path = ["M{:.1f},{:.1f}".format(*frame.place(*points[0]))]
+    for (x_before, y_before), (x, y) in pairwise(points):
+        to_x, to_y = frame.place(x, y)
+        path.append(f"V{to_y:.1f}H{to_x:.1f}" if right else f"H{to_x:.1f}V{to_y:.1f}")
+        level, bend = frame.py(y if right else y_before), frame.px(x_before if right else x)
+        taken.append((to_x - 20, level - 1, to_x, level + 1))
+        taken.append((bend - 2, frame.py(max(y, y_before)), bend + 2, frame.py(min(y, y_before))))
+    return [f'<path class="front" d="{"".join(path)}"/>']
+
+
+def _spreads(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str]:
+    parts = []
+    for mark in marks:
+        if mark.spread:
+            (low, high), y = map(frame.px, mark.spread), frame.py(mark.y)
+            taken.append((low, y - 2, high, y + 2))
+            parts.append(f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    return parts
+
+
+def _points(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str]:
+    """The points with their labels. The chosen one gets its label first, then the others from top to bottom."""
+    parts = []
+    bounds = (float(frame.left), 4.0, float(frame.width - 2), float(frame.floor))
+    for mark in sorted(marks, key=lambda mark: (mark.style != "chosen", -mark.y)):
+        x, y = frame.place(mark.x, mark.y)
+        parts.append(f"<g><title>{escape(mark.title)}</title>{_shape(mark.style, x, y)}")
+        if mark.label:
+            limit = 34 if frame.wide else 20
+            label = mark.label if len(mark.label) <= limit else mark.label[: limit - 1] + "…"
+            bold = mark.style == "chosen"
+            label_x, label_y, anchor, box = _beside(x, y, len(label) * (BOLD if bold else CHAR), taken, bounds)
+            taken.append(box)
+            style = "point strong" if bold else "point"
+            parts += _leader(x, y, label_x, label_y)
+            parts.append(
+                f'<text class="{style}" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+            )
+        parts.append("</g>")
+    return parts
+
+
+def _leader(x: float, y: float, label_x: float, label_y: float) -> list[str]:
+    """A thin line from a point to its label, if the label stands so far away that it could be another point's."""
+    start, end = (y - 8, label_y + 4) if label_y < y else (y + 8, label_y - LINE + 4)
+    away = start - end if label_y < y else end - start
+    if away < 8:
+        return []
+    return [f'<line class="leader" x1="{x:.1f}" x2="{label_x:.1f}" y1="{start:.1f}" y2="{end:.1f}"/>']
 
 
 def _shape(style: str, x: float, y: float) -> str:
-    """A filled disc for ours, larger if chosen; rivals hollow, each kind with a shape of its own."""
+    """A filled disc for ours, larger if chosen; rivals are hollow, each kind with a shape of its own."""
     if style in {"chosen", "ours"}:
         return f'<circle class="m-{style}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if style == "chosen" else 4.5}"/>'
     if style == "base":
@@ -60,16 +235,9 @@ def _shape(style: str, x: float, y: float) -> str:
     return f'<polygon class="m-rival" points="{points}"/>'
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _place(x: float, y: float, width: float, taken: Sequence[Box], bounds: Box) -> tuple[float, float, str, Box]:
+def _beside(x: float, y: float, width: float, taken: Sequence[_Box], bounds: _Box) -> tuple[float, float, str, _Box]:
     """Where a label of `width` goes beside its point: the place that covers least, the nearer ones first."""
-    best: tuple[float, float, float, str, Box] | None = None
+    best: tuple[float, float, float, str, _Box] | None = None
     for turn, (dx, dy, anchor) in enumerate(
         (sign * dx, dy, anchor)
         for dy in (4, -12, 20, -26, 34, -40, 48, 62, -54)
@@ -87,96 +255,30 @@ def _place(x: float, y: float, width: float, taken: Sequence[Box], bounds: Box) 
     return best[1:]
 
 
-def scatter(
-    marks: Sequence[Mark],
-    front: Sequence[tuple[float, float]],
-    x_label: str,
-    y_label: str,
-    *,
-    width: int,
-    height: int,
-    asked: tuple[float, float] | None = None,
-    more_is_right: bool,
-) -> str:
-    """An SVG of points with the frontier as steps. `asked` (x, y) shades the corner at least that far right and up.
+def _overlap(a: _Box, b: _Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
-    `more_is_right`: whether a larger x is better, which decides how the steps of the frontier go.
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from `low` to `high`.
+
+    >>> ticks(0.83, 0.92)
+    [0.84, 0.86, 0.88, 0.9, 0.92]
     """
-    left, right, top, bottom = 58, 18, 18, 46 if width > 500 else 58
-    xs = [mark.x for mark in marks] + [bound for mark in marks for bound in mark.spread or ()]
-    ys = [mark.y for mark in marks]
-    if asked:
-        xs.append(asked[0])
-        ys.append(asked[1])
-    span_x, span_y = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 0.01
-    # Room on the right for labels, and above and below so that no point sits on the frame.
-    x0, x1 = max(0.0, min(xs) - 0.08 * span_x), max(xs) + (0.16 if width > 500 else 0.1) * span_x
-    y0, y1 = min(ys) - 0.16 * span_y, max(ys) + 0.16 * span_y
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 10) for number in range(first, last + 1)]
 
-    def px(value: float) -> float:
-        return left + (value - x0) / (x1 - x0) * (width - left - right)
 
-    def py(value: float) -> float:
-        return height - bottom - (value - y0) / (y1 - y0) * (height - top - bottom)
-
-    out = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{escape(y_label)} against {escape(x_label)}" xmlns="http://www.w3.org/2000/svg">'
-    ]
-    if asked:
-        out.append(
-            f'<rect class="asked" x="{px(asked[0]):.1f}" y="{top}" width="{width - right - px(asked[0]):.1f}" '
-            f'height="{py(asked[1]) - top:.1f}"/>'
-        )
-    for value, told in _numbers(ticks(y0, y1, 5 if width > 500 else 4)):
-        out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
-        out.append(f'<text class="tick" x="{left - 8}" y="{py(value) + 4:.1f}" text-anchor="end">{told}</text>')
-    for value, told in _numbers(ticks(x0, x1, 7 if width > 500 else 4)):
-        out.append(f'<text class="tick" x="{px(value):.1f}" y="{height - bottom + 18}" text-anchor="middle">{told}</text>')
-    out.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
-    words = _wrapped(x_label, int((width - 30) / CHAR))
-    for number, line in enumerate(words):
-        down = height - bottom + 36 + number * 14
-        out.append(f'<text class="label" x="{width - right}" y="{down}" text-anchor="end">{escape(line)}</text>')
-    taken: list[Box] = [
-        (mark_x - 9, mark_y - 9, mark_x + 9, mark_y + 9) for mark_x, mark_y in ((px(m.x), py(m.y)) for m in marks)
-    ]
-    if asked:
-        place = (px(asked[0]) + 8, top + 14)
-        out.append(f'<text class="asked-label" x="{place[0]:.1f}" y="{place[1]:.1f}">asked for</text>')
-        taken.append((place[0], place[1] - LINE, place[0] + 9 * CHAR, place[1] + 2))
-    steps = sorted(front)
-    if len(steps) > 1:
-        path = [f"M{px(steps[0][0]):.1f},{py(steps[0][1]):.1f}"]
-        for (x_before, y_before), (x, y) in pairwise(steps):
-            # Between two of them the worse quality is what one gets for the cost in between.
-            path.append(f"V{py(y):.1f}H{px(x):.1f}" if more_is_right else f"H{px(x):.1f}V{py(y):.1f}")
-            corner = (px(x) - 20, py(y if more_is_right else y_before) - 1, px(x), py(y if more_is_right else y_before) + 1)
-            taken.append(corner)
-            bend = px(x_before if more_is_right else x)
-            taken.append((bend - 2, py(max(y, y_before)), bend + 2, py(min(y, y_before))))
-        out.append(f'<path class="front" d="{"".join(path)}"/>')
-    for mark in marks:
-        if mark.spread:
-            low, high = px(mark.spread[0]), px(mark.spread[1])
-            taken.append((low, py(mark.y) - 2, high, py(mark.y) + 2))
-            out.append(f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{py(mark.y):.1f}" y2="{py(mark.y):.1f}"/>')
-    bounds = (float(left), 4.0, float(width - 2), float(height - bottom))
-    # The chosen point gets its label first, then from top to bottom.
-    for mark in sorted(marks, key=lambda mark: (mark.style != "chosen", -mark.y)):
-        x, y = px(mark.x), py(mark.y)
-        out.append(f"<g><title>{escape(mark.title)}</title>{_shape(mark.style, x, y)}")
-        if mark.label:
-            limit = 34 if width > 500 else 20
-            label = mark.label if len(mark.label) <= limit else mark.label[: limit - 1] + "…"
-            bold = " strong" if mark.style == "chosen" else ""
-            tx, ty, anchor, box = _place(x, y, len(label) * (BOLD if bold else CHAR), taken, bounds)
-            taken.append(box)
-            out.append(f'<text class="point{bold}" x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}">{escape(label)}</text>')
-        out.append("</g>")
-    out.append(f'<text class="label" x="{left}" y="{top - 6}">{escape(y_label)}</text>')
-    out.append("</svg>")
-    return "".join(out)
+def _texts(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Each value with its text, all with the decimals that the longest needs."""
+    decimals = max((len(f"{value:.10g}".partition(".")[2]) for value in values if abs(value) >= 1e-4), default=0)
+    return [(value, f"{value:.{min(decimals, 6)}f}") for value in values]
 
 
 def _wrapped(text: str, limit: int) -> list[str]:
@@ -189,37 +291,39 @@ def _wrapped(text: str, limit: int) -> list[str]:
     return lines
 
 
-Row = tuple[str, int, int]  # layer, kept, of
+# -- The bars ----------------------------------------------------------------------------------------------------------------
+
+Bar = tuple[str, int, int]  # layer, kept, of
 
 
-def bars(panels: Sequence[tuple[str, Sequence[Row]]], *, width: int, columns: int) -> str:
-    """An SVG of horizontal bars, a panel per kind of unit, a bar per layer: the filled part is kept."""
-    row_height, head, gap = 24, 30, 36
-    most = max(len(rows) for _, rows in panels)
-    panel_height = head + most * row_height + 14
-    lines = math.ceil(len(panels) / columns)
+def draw_bars(panels: Sequence[tuple[str, Sequence[Bar]]], width: int, columns: int) -> str:
+    """Horizontal bars as SVG, a panel for each kind of unit, a bar for each layer: the filled part is kept."""
+    head, gap = 30, 36
+    panel_height = head + max(len(rows) for _, rows in panels) * _BAR + 14
     panel_width = (width - gap * (columns - 1)) / columns
-    height = lines * panel_height
-    out = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        'aria-label="What is kept in each layer" xmlns="http://www.w3.org/2000/svg">'
-    ]
+    parts: list[str] = []
     for number, (title, rows) in enumerate(panels):
         x, y = (number % columns) * (panel_width + gap), (number // columns) * panel_height
-        out.append(f'<text class="panel" x="{x:.1f}" y="{y + 14}">{escape(title)}</text>')
+        parts.append(f'<text class="panel" x="{x:.1f}" y="{y + 14}">{escape(title)}</text>')
         widest = max((len(f"{kept} of {of}") for _, kept, of in rows), default=0) * CHAR
-        start, length = x + 26, panel_width - 26 - widest - 14
-        for place, (name, kept, of) in enumerate(rows):
-            top = y + head + place * row_height
-            share = kept / of if of else 0.0
-            told = f"{kept} of {of}" if kept else "gone"
-            out.append(f"<g><title>layer {escape(name)}: {kept} of {of} {escape(title)}</title>")
-            out.append(f'<text class="tick" x="{x + 16:.1f}" y="{top + 13}" text-anchor="end">{escape(name)}</text>')
-            out.append(f'<rect class="of" x="{start:.1f}" y="{top}" width="{length:.1f}" height="16" rx="2"/>')
-            if kept:
-                out.append(
-                    f'<rect class="kept" x="{start:.1f}" y="{top}" width="{max(2.0, length * share):.1f}" height="16" rx="2"/>'
-                )
-            out.append(f'<text class="tick" x="{start + length + 8:.1f}" y="{top + 13}">{told}</text></g>')
-    out.append("</svg>")
-    return "".join(out)
+        length = panel_width - 26 - widest - 14
+        for place, row in enumerate(rows):
+            parts += _bar(row, title, x, y + head + place * _BAR, length)
+    return _svg(width, math.ceil(len(panels) / columns) * panel_height, "What is kept in each layer", parts)
+
+
+_BAR = 24  # height of a bar with the space below it
+
+
+def _bar(row: Bar, unit: str, x: float, top: float, length: float) -> list[str]:
+    name, kept, of = row
+    start, filled = x + 26, max(2.0, length * (kept / of if of else 0.0))
+    parts = [
+        f"<g><title>layer {escape(name)}: {kept} of {of} {escape(unit)}</title>",
+        f'<text class="tick" x="{x + 16:.1f}" y="{top + 13}" text-anchor="end">{escape(name)}</text>',
+        f'<rect class="of" x="{start:.1f}" y="{top}" width="{length:.1f}" height="16" rx="2"/>',
+    ]
+    if kept:
+        parts.append(f'<rect class="kept" x="{start:.1f}" y="{top}" width="{filled:.1f}" height="16" rx="2"/>')
+    text = f"{kept} of {of}" if kept else "gone"
+    return [*parts, f'<text class="tick" x="{start + length + 8:.1f}" y="{top + 13}">{text}</text></g>']

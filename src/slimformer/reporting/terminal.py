@@ -1,4 +1,4 @@
-"""Draws the table of a comparison for a terminal of 80 columns."""
+"""Draws tables for a terminal of 80 columns: a comparison, and what could be cut in a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slimformer.measuring.records import Record
+from slimformer.reporting.inspection import Inspection
 from slimformer.reporting.ledger import groups
 from slimformer.reporting.words import mb_text, shortened, signed
 
@@ -14,7 +15,38 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-def _row(record: Record) -> tuple[str | Text, ...]:
+def draw_table(records: Sequence[Record], title: str = "") -> Table:
+    """A rich table with quality, size and measured speed of each record. Theory stays out of it."""
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = groups(records)
+    metric = records[0].metric if len(parts) == 1 else "score"
+    table = Table(
+        title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
+    )
+    table.add_column("model", overflow="fold")  # the one column that may wrap, so that no figure is cut off
+    for head in (shortened(metric.replace("_", " "), 9), "points lost", "MB", "speed\nbatch 32", "speed\nbatch 1", "ms"):
+        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
+    for (model, task, _, part_metric), part in parts.items():
+        if len(parts) > 1:
+            table.add_row(Text(f"{model}, {task}: {part_metric}", style="underline"))
+        for record in part:
+            table.add_row(*_cells(record))
+    timed = [record for record in records if record.timings]
+    if timed:
+        rounds = sorted({timing.rounds for record in timed for timing in record.timings})
+        count = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
+        table.caption_justify = "left"
+        table.caption = escape(
+            f"speed: times faster than {timed[0].baseline}, median of {count} rounds taken in turn; ms: p50 per example at the "
+            f"larger batch; {timed[0].timings[0].threads} threads; points lost: with 95 % interval."
+        )
+    return table
+
+
+def _cells(record: Record) -> tuple[str | Text, ...]:
     from rich.text import Text
 
     large, single = record.times_faster(32), record.times_faster(1)
@@ -31,31 +63,25 @@ def _row(record: Record) -> tuple[str | Text, ...]:
     )
 
 
-def table(records: Sequence[Record], title: str = "") -> Table:
-    """A table for a terminal of 80 columns: quality, size and measured speed of each record. Theory stays out of it."""
+def draw_inspection(found: Inspection) -> Table:
+    """A rich table with a row for each layer of an inspected model."""
     from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
-    parts = groups(records)
-    metric = records[0].metric if len(parts) == 1 else "score"
-    made = Table(
-        title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
-    )
-    made.add_column("model", overflow="fold")  # the one column that may wrap, so that no figure is cut off
-    for head in (shortened(metric.replace("_", " "), 9), "points lost", "MB", "speed\nbatch 32", "speed\nbatch 1", "ms"):
-        made.add_column(head, justify="right", no_wrap=True, vertical="bottom")
-    for (model, task, _, group_metric), group in parts.items():
-        if len(parts) > 1:
-            made.add_row(Text(f"{model}, {task}: {group_metric}", style="underline"))
-        for record in group:
-            made.add_row(*_row(record))
-    timed = [record for record in records if record.timings]
-    if timed:
-        first = timed[0].timings[0]
-        made.caption_justify = "left"
-        made.caption = escape(
-            f"speed: times faster than {timed[0].baseline}, median of {first.rounds} rounds taken in turn; ms: p50 per example "
-            f"at the larger batch; {first.threads} threads; points lost: with 95 % interval."
-        )
-    return made
+    notes = [f"MACs of one example of {found.length} tokens. A site is cut by name, e.g. encoder.0.heads, encoder.0.ffn."]
+    if found.sites_cut:
+        notes.append(f"{found.sites_cut} sites are cut already.")
+    if found.matrices_factored:
+        notes.append(f"{found.matrices_factored} matrices are factored: no unit can be cut there.")
+    title = escape(f"{found.name}: {found.model_class}, {found.model_parameters:,} parameters")
+    table = Table(title=title, caption=" ".join(notes))
+    for head in ("layer", "heads", "neurons", "parameters", "MACs", "share of MACs"):
+        table.add_column(head, justify="right")
+    for layer in found.layers:
+        share = f"{layer.macs / found.macs:.1%}" if found.macs else ""
+        units = (str(count) if count is not None else "none" for count in (layer.heads, layer.neurons))
+        table.add_row(layer.name, *units, f"{layer.parameters:,.0f}", f"{layer.macs / 1e6:,.1f} M", share)
+    table.add_section()
+    table.add_row("all else", "", "", f"{found.other_parameters:,.0f}", "", "")
+    table.add_row("total", "", "", f"{found.parameters:,.0f}", f"{found.macs / 1e6:,.1f} M", "")
+    return table

@@ -1,6 +1,6 @@
 """Judges records: which ones nothing beats, whether the goal is met, and how ours stands against each rival.
 
-Whether ours beats a rival is computed from paired intervals, not claimed. Tables and pages only show what is decided here.
+An answer is yes or no only if its interval says so, and else it is open. Tables and pages only show what is decided here.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
-from slimformer.measuring.records import Record, Standing
+from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.reporting.words import MEGABYTE, interval_text, lost_text, points_text, times_text
 
 RIVAL_WORDS = {
@@ -19,127 +20,157 @@ RIVAL_WORDS = {
 }
 
 
-def frontier(records: Iterable[Record], cost: Callable[[Record], float]) -> list[Record]:
-    """The records that no other beats: none is as good at no more cost, and better or cheaper. Cheapest first.
+class Answer(StrEnum):
+    """What a measurement says to a question. It is open if the interval holds both a yes and a no."""
 
-    Equal ones all stay; records without a finite cost or quality are left out.
-    """
-    known = [item for item in records if math.isfinite(cost(item)) and math.isfinite(item.quality)]
-    known.sort(key=lambda item: (cost(item), -item.quality))
-    front: list[Record] = []
-    best, best_cost = -math.inf, math.inf
-    for item in known:
-        if item.quality > best or (item.quality == best and cost(item) == best_cost):
-            front.append(item)
-            best, best_cost = item.quality, cost(item)
-    return front
-
-
-def slowness(record: Record) -> float:
-    """Time relative to the baseline at batch 32: a cost for `frontier`; infinite where it was not timed."""
-    found = record.times_faster(32)
-    return 1 / found.median if found else math.inf
-
-
-def megabytes(record: Record) -> float:
-    """Size in MB: a cost for `frontier`; infinite where it is not known."""
-    return math.inf if record.size_bytes is None else record.size_bytes / MEGABYTE
+    YES = "yes"
+    NO = "no"
+    OPEN = "open"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence on how a record stands, and whether it is good news (None: neither)."""
+    """One sentence on how a record stands. Without an answer there was nothing to ask, or nothing to judge by."""
 
-    good: bool | None
+    answer: Answer | None
     text: str
-    measured: bool = True  # False: there is nothing to judge by
+
+
+# -- What nothing beats ------------------------------------------------------------------------------------------------------
+
+
+def frontier(records: Iterable[Record], cost: Callable[[Record], float]) -> list[Record]:
+    """The records that no other beats, the cheapest first: none is as good at no more cost, and better or cheaper.
+
+    Equal ones all stay; records without a finite cost or quality are left out.
+    """
+    known = [record for record in records if math.isfinite(cost(record)) and math.isfinite(record.quality)]
+    known.sort(key=lambda record: (cost(record), -record.quality))
+    front: list[Record] = []
+    best, best_cost = -math.inf, math.inf
+    for record in known:
+        if record.quality > best or (record.quality == best and cost(record) == best_cost):
+            front.append(record)
+            best, best_cost = record.quality, cost(record)
+    return front
+
+
+def slowness(record: Record) -> float:
+    """Time relative to the baseline at batch 32: a cost for `frontier`; infinite if it was not timed."""
+    speed = record.times_faster(32)
+    return 1 / speed.median if speed else math.inf
+
+
+def megabytes(record: Record) -> float:
+    """Size in MB: a cost for `frontier`; infinite if it is not known."""
+    return math.inf if record.size_bytes is None else record.size_bytes / MEGABYTE
 
 
 def choice(records: Sequence[Record]) -> Record | None:
-    """Our record that speaks for a group: the chosen file, the latest where there are several; else the last of ours."""
+    """Our record that speaks for a group: the latest chosen file, or the latest of ours if none was chosen."""
     ours = [record for record in records if record.role == Standing.OURS]
     chosen = [record for record in ours if record.chosen] or ours
     return max(chosen, key=lambda record: record.date) if chosen else None
 
 
-def judge(record: Record) -> Verdict:
-    """Whether a record meets its target, and by how much it does or does not.
+# -- The goal ----------------------------------------------------------------------------------------------------------------
 
-    A bound on the loss counts as kept where the interval of the loss reaches it, and the sentence says when only that holds.
+
+def judge(record: Record) -> Verdict:
+    """Whether a record meets its goal, and by how much.
+
+    Yes: the 95 % interval of the loss and the spread of the speed over rounds both lie within the goal. No: one of them lies
+    beyond it. Else the measurement cannot tell, and the goal is open.
     """
-    name, loss, fast = record.metric.replace("_", " "), record.loss, record.times_faster(32)
-    if loss is None or fast is None:
-        return Verdict(None, f"{record.name} was not measured against the dense teacher.", measured=False)
+    metric, loss, speed = record.metric.replace("_", " "), record.loss, record.times_faster(32)
+    if loss is None or speed is None:
+        return Verdict(None, f"{record.name} was not measured against the dense teacher.")
+    lost = f"{points_text(loss.value)} of {metric} {lost_text(loss.value)}"
     if record.target is None:
-        return Verdict(
-            None, f"{times_text(fast.median)} as fast at batch 32, {points_text(loss.value)} of {name} {lost_text(loss.value)}."
-        )
-    target = record.target
-    parts = []
-    fast_enough = fast.median >= target.speedup
-    parts.append(
-        f"{fast.median:.2f} times as fast at batch 32 where {target.speedup:g} was asked"
-        + ("" if fast_enough else f", {100 * (1 - fast.median / target.speedup):.0f} % short")
+        return Verdict(None, f"{times_text(speed.median)} as fast at batch 32, {lost}.")
+    asked, most = record.target.speedup, record.target.max_loss
+    fast, good = _within(1 / speed.high, 1 / speed.low, 1 / asked), _within(loss.low, loss.high, most)
+    answer = Answer.NO if Answer.NO in (fast, good) else Answer.OPEN if Answer.OPEN in (fast, good) else Answer.YES
+    opening = {Answer.YES: "Goal met", Answer.NO: "Goal not met", Answer.OPEN: "Goal open"}[answer]
+    of_speed = {
+        Answer.YES: "",
+        Answer.NO: f", {100 * (1 - speed.median / asked):.0f} % short",
+        Answer.OPEN: ", too close to call",
+    }
+    of_loss = {
+        Answer.YES: "",
+        Answer.NO: f", {points_text(loss.value - most)} too many",
+        Answer.OPEN: f", too close to call on {record.examples:,} examples",
+    }
+    return Verdict(
+        answer,
+        f"{opening}: {speed.median:.2f} times as fast at batch 32 (asked: {asked:g}; 80 % of rounds {speed.low:.2f} to "
+        f"{speed.high:.2f}){of_speed[fast]}; {lost} (asked: at most {most:g}; 95 % interval {interval_text(loss)}){of_loss[good]}.",
     )
-    clearly, within = loss.value <= target.max_loss, loss.low <= target.max_loss
-    said = f"{points_text(loss.value)} of {name} {lost_text(loss.value)} where at most {target.max_loss:g} was asked"
-    if within and not clearly:
-        said += f"; the 95 % interval ({interval_text(loss)}) reaches the bar: within the noise of {record.examples} examples"
-    elif not within:
-        said += f", {points_text(loss.value - target.max_loss)} too many (95 % interval {interval_text(loss)})"
-    parts.append(said)
-    met = fast_enough and within
-    return Verdict(met, ("Target met: " if met else "Target not met: ") + "; ".join(parts) + ".")
+
+
+def _within(low: float, high: float, bound: float) -> Answer:
+    """Whether everything between `low` and `high` is at most `bound`."""
+    return Answer.YES if high <= bound else Answer.NO if low > bound else Answer.OPEN
+
+
+# -- The rivals --------------------------------------------------------------------------------------------------------------
 
 
 def against(ours: Record, records: Sequence[Record]) -> list[Verdict]:
-    """How ours stands against each kind of rival at equal quality, in words; a rival that was not measured is named too.
+    """How ours stands against each kind of rival at equal quality; a rival that was not measured is named too.
 
-    Qualities count as equal where the 95 % interval of their paired difference holds zero.
+    Qualities count as equal if the 95 % interval of their paired difference holds zero.
     """
     verdicts = []
-    for role, words in RIVAL_WORDS.items():
-        rivals = [record for record in records if record.role == role]
+    for standing, words in RIVAL_WORDS.items():
+        rivals = [record for record in records if record.role == standing]
         if not rivals:
-            verdicts.append(Verdict(None, f"Not measured: {words}.", measured=False))
-        verdicts.extend(_duel(ours, rival, words) for rival in rivals)
+            verdicts.append(Verdict(None, f"Not measured: {words}."))
+        verdicts.extend(_duel(ours, rival, f"{words} ({rival.name})") for rival in rivals)
     return verdicts
 
 
-def _duel(ours: Record, rival: Record, words: str) -> Verdict:
+def _duel(ours: Record, rival: Record, who: str) -> Verdict:
     mine, other = ours.times_faster(32), rival.times_faster(32)
-    who = f"{words} ({rival.name})"
     if mine is None or other is None or ours.baseline != rival.baseline:
-        return Verdict(None, f"Not timed in the same run: {who}.", measured=False)
+        return Verdict(None, f"Not timed in the same run: {who}.")
     speed = mine.median / other.median
     apart = mine.low > other.high or other.low > mine.high
     versus = ours.versus.get(rival.name)
     points = 100 * (rival.quality - ours.quality)  # above zero: ours is worse
     equal = versus.low <= 0 <= versus.high if versus else points == 0
-    interval = f" (95 %: {_told(versus.low)} to {_told(versus.high)})" if versus else " (no interval: not paired by example)"
-    quality = f"{points_text(points)} {'worse' if points > 0 else 'better'}{interval}" if points else f"as good{interval}"
-    if equal and points:
-        quality += ", equal within the noise"
     pace = f"{speed:.2f}x its speed" + ("" if apart else ", too close to call")
-    if speed > 1 and apart and (equal or points <= 0):
-        return Verdict(True, f"Beats {who}: {pace}, {quality}.")
-    if points < 0 and not equal and (speed >= 1 or not apart):
-        return Verdict(True, f"Beats {who}: {quality}, {pace}.")
-    if speed > 1 and apart:
-        return Verdict(False, f"Does not beat {who} at equal quality: {pace}, but {quality}.")
-    if points < 0 and not equal:
-        return Verdict(None, f"Neither beats the other: against {who} ours is {quality}, at {pace}.")
-    return Verdict(False, f"Does not beat {who}: {pace}, {quality}.")
+    quality = _quality_words(points, versus, equal)
+    faster, better = speed > 1 and apart, points < 0 and not equal
+    if faster and (equal or points <= 0):
+        return Verdict(Answer.YES, f"Beats {who}: {pace}, {quality}.")
+    if better and (speed >= 1 or not apart):
+        return Verdict(Answer.YES, f"Beats {who}: {quality}, {pace}.")
+    if faster:
+        return Verdict(Answer.NO, f"Does not beat {who} at equal quality: {pace}, but {quality}.")
+    if better:
+        return Verdict(Answer.OPEN, f"Neither beats the other: against {who} ours is {quality}, at {pace}.")
+    return Verdict(Answer.NO, f"Does not beat {who}: {pace}, {quality}.")
 
 
-def _told(points: float) -> str:
+def _quality_words(points: float, versus: Interval | None, equal: bool) -> str:
+    """Ours against a rival: how many points better or worse, with the interval."""
+    interval = f" (95 %: {_better_text(versus.low)} to {_better_text(versus.high)})" if versus else _UNPAIRED
+    if not points:
+        return f"as good{interval}"
+    words = f"{points_text(points)} {'worse' if points > 0 else 'better'}{interval}"
+    return f"{words}, equal within the noise" if equal else words
+
+
+_UNPAIRED = " (no interval: not paired by example)"
+
+
+def _better_text(points: float) -> str:
     return f"{abs(points):.1f} {'worse' if points > 0 else 'better'}"
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
-    """How many of the rivals that were measured ours beats, in a sentence; empty where none was."""
-    judged = [verdict for verdict in verdicts if verdict.measured]
-    won = sum(verdict.good is True for verdict in judged)
-    if not judged:
-        return ""
-    return f"At equal quality it beats {won} of the {len(judged)} rivals measured."
+    """How many of the measured rivals ours beats, in a sentence; empty if none was measured."""
+    answers = [verdict.answer for verdict in verdicts if verdict.answer is not None]
+    return f"At equal quality it beats {answers.count(Answer.YES)} of the {len(answers)} rivals measured." if answers else ""

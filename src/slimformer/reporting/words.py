@@ -1,4 +1,4 @@
-"""Numbers as people read them: times, points, megabytes and counts in a table or a sentence."""
+"""Numbers as people read them: times, points, megabytes and counts, for a table or a sentence. A missing number is ""."""
 
 from __future__ import annotations
 
@@ -8,31 +8,58 @@ MEGABYTE = 1e6  # bytes in the MB that is shown
 
 
 def times_text(value: float) -> str:
+    """A speed-up in words.
+
+    >>> times_text(3.27), times_text(12.8)
+    ('3.3 times', '13 times')
+    """
     return f"{value:.1f} times" if value < 10 else f"{value:.0f} times"
 
 
 def points_text(value: float) -> str:
+    """Points of a metric without their sign.
+
+    >>> points_text(-1.04), points_text(0.4)
+    ('1.0 point', '0.4 points')
+    """
     text = f"{abs(value):.1f}"
     return f"{text} point" if text == "1.0" else f"{text} points"
 
 
 def lost_text(value: float) -> str:
+    """The verb that goes with `points_text`: a loss below zero is a gain."""
     return "lost" if value >= 0 else "gained"
 
 
-def interval_text(interval: Interval) -> str:
-    return f"{signed(interval.low)} to {signed(interval.high)}"
-
-
 def signed(value: float) -> str:
+    """One decimal with its sign.
+
+    >>> signed(0.44), signed(-0.5), signed(0.01)
+    ('+0.4', '−0.5', '0.0')
+    """
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
+def interval_text(interval: Interval) -> str:
+    """The two ends of an interval.
+
+    >>> interval_text(Interval(0.5, -0.4, 1.4))
+    '−0.4 to +1.4'
+    """
+    return f"{signed(interval.low)} to {signed(interval.high)}"
+
+
 def mb_text(size: int | None) -> str:
+    """Bytes as MB, without the unit."""
     return "" if size is None else f"{size / MEGABYTE:.1f}"
 
 
 def count_text(value: int | None) -> str:
+    """A count with its unit.
+
+    >>> count_text(22_700_000), count_text(384)
+    ('22.7 M', '384')
+    """
     if value is None:
         return ""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -42,15 +69,16 @@ def count_text(value: int | None) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of a text."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def layers_text(record: Record) -> str:
-    """What is kept of a record's layers, in a sentence or two; empty where that is not known."""
+    """What is kept of a record's layers, in a sentence or two; empty if that is not known."""
     if not record.layers:
         return ""
     heads, heads_of = sum(layer.heads for layer in record.layers), sum(layer.heads_of for layer in record.layers)
     neurons, neurons_of = sum(layer.neurons for layer in record.layers), sum(layer.neurons_of for layer in record.layers)
     gone = sum((layer.heads == 0) + (layer.neurons == 0) for layer in record.layers)
-    whole_gone = f" {gone} of {2 * len(record.layers)} sublayers are gone altogether." if gone else ""
-    return f"{heads} of {heads_of} heads and {neurons:,} of {neurons_of:,} FFN neurons are kept.{whole_gone}"
+    removed = f" {gone} of {2 * len(record.layers)} sublayers are gone altogether." if gone else ""
+    return f"{heads} of {heads_of} heads and {neurons:,} of {neurons_of:,} FFN neurons are kept.{removed}"

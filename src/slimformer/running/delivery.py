@@ -84,9 +84,9 @@ def deliver(
     """
     from slimformer.measuring.records import Facts, Heading, Standing
     from slimformer.reporting.answers import changed_answers
-    from slimformer.reporting.card import card
-    from slimformer.reporting.ledger import LEDGER, append, write_facts
-    from slimformer.reporting.page import Details, page
+    from slimformer.reporting.card import Card, write_card
+    from slimformer.reporting.ledger import LEDGER, append_record, write_facts
+    from slimformer.reporting.page import Details, write_page
 
     material = bundle.material
     digest = _digest(recipe)
@@ -136,23 +136,14 @@ def deliver(
         write_facts(part, told)
         write_text(part / "recipe.yaml", recipe)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
-        notes = read_notes(exported).get(FILES[best.variant].name, [])
-        card(
-            part,
-            chosen,
-            found.records,
-            texts=texts,
-            max_length=material.max_length,
-            task=own.get(chosen.file, material.task),
-            base_model=model_name,
-            notes=notes,
-            stored=stored,
-        )
+        notes = tuple(read_notes(exported).get(FILES[best.variant].name, []))
+        code = own.get(chosen.file, material.task).snippet(part, chosen.file, texts, material.max_length)
+        write_card(part, Card(chosen, found.records, code, base_model=model_name, notes=notes, stored=stored))
         before, after = found.scored[rivals[0].name], found.scored[chosen.name]
         differences = changed_answers(before, after, material.examples[Split.DEV])
-        page(found.records, Details(changed=differences, command=command), part / "report.html")
+        write_page(found.records, part / "report.html", Details(changed=differences, command=command))
         for record in found.records:
-            append(part / LEDGER, record)
+            append_record(part / LEDGER, record)
     for file in sorted((run.root / "delivery").iterdir()):
         file.replace(out / file.name)
     return found
