@@ -1,8 +1,9 @@
 """Rules for options: which values each field of a dataclass may have, told by its type.
 
-`Share`, `Count`, `Positive` and the others are types that carry a rule; `bool`, `Literal` and tuples of `Literal` carry their own.
-`check_options` asks every field and raises one ValueError that names all mistakes; `mistakes_in` returns them, for a caller that raises
-another error. A rule is about one field: if two options must fit each other, check that after these, in `__post_init__`.
+`Share`, `Count`, `Positive` and the others are types that carry a rule; `bool`, `Literal` and tuples of `Literal` carry their
+own. `check_options` asks every field and raises one ValueError that names all mistakes; `mistakes_in` returns them, for a
+caller that raises another error. A rule is about one field: if two options must fit each other, check that after these, in
+`__post_init__`.
 
     @dataclass(frozen=True)
     class Options:
@@ -32,12 +33,12 @@ class Rule:
     wrong: tuple[Any, ...] = ()
 
 
-def number(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
+def real_number(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
     """A rule for finite numbers; text, None and booleans are no numbers."""
     return Rule(says, lambda value: _is(value, Real) and math.isfinite(value) and holds(value), (*wrong, math.nan, "?", None))
 
 
-def whole(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
+def whole_number(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
     """A rule for whole numbers."""
     return Rule(says, lambda value: _is(value, Integral) and holds(value), (*wrong, 1.5, "?", None))
 
@@ -61,14 +62,14 @@ _RULES: dict[type[Any], Mapping[str, Rule]] = {}  # of each class that was asked
 
 FLAG = Rule("true or false", lambda value: isinstance(value, bool), ("?", None, 2))
 
-Share = Annotated[float, number("above 0 and at most 1", lambda value: 0 < value <= 1, 0.0, 1.1)]
-Fraction = Annotated[float, number("from 0 to 1", lambda value: 0 <= value <= 1, -0.1, 1.1)]
-ProperFraction = Annotated[float, number("0 or above, and below 1", lambda value: 0 <= value < 1, -0.1, 1.0)]
-Probability = Annotated[float, number("between 0 and 1", lambda value: 0 < value < 1, 0.0, 1.0)]
-Positive = Annotated[float, number("above 0, and finite", lambda value: value > 0, 0.0, math.inf)]
-NotNegative = Annotated[float, number("0 or above, and finite", lambda value: value >= 0, -1.0, math.inf)]
-Finite = Annotated[float, number("a finite number", lambda _: True, math.inf)]
-Count = Annotated[int, whole("at least 1", lambda value: value >= 1, 0)]
+Share = Annotated[float, real_number("above 0 and at most 1", lambda value: 0 < value <= 1, 0.0, 1.1)]
+Fraction = Annotated[float, real_number("from 0 to 1", lambda value: 0 <= value <= 1, -0.1, 1.1)]
+ProperFraction = Annotated[float, real_number("0 or above, and below 1", lambda value: 0 <= value < 1, -0.1, 1.0)]
+Probability = Annotated[float, real_number("between 0 and 1", lambda value: 0 < value < 1, 0.0, 1.0)]
+Positive = Annotated[float, real_number("above 0, and finite", lambda value: value > 0, 0.0, math.inf)]
+NotNegative = Annotated[float, real_number("0 or above, and finite", lambda value: value >= 0, -1.0, math.inf)]
+Finite = Annotated[float, real_number("a finite number", lambda _: True, math.inf)]
+Count = Annotated[int, whole_number("at least 1", lambda value: value >= 1, 0)]
 CountOrPair = Annotated[
     int | tuple[int, int],
     Rule(
@@ -77,7 +78,7 @@ CountOrPair = Annotated[
         (0, (8, 0), (8,), 1.5, "?", None),
     ),
 ]
-CountOrZero = Annotated[int, whole("0 or above", lambda value: value >= 0, -1)]
+CountOrZero = Annotated[int, whole_number("0 or above", lambda value: value >= 0, -1)]
 
 
 def check_options(options: Any) -> None:

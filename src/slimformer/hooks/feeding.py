@@ -1,4 +1,4 @@
-"""Runs a model again and again on the same batches, each time from the layer where the work stands instead of from the first.
+"""Runs a model again and again on the same batches, each time from the layer that the work has reached.
 
 A method that looks at one layer after another computes what enters a layer once (`Feed.reach`) and starts later passes
 there (`Feed.run`). `watching` shows what a sublayer reads and gives, and may end the pass once that was seen. Layers

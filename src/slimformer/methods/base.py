@@ -1,8 +1,9 @@
 """A method: takes part in training through four small verbs, or looks once, and ends in a Decision.
 
 One file holds one published idea: a final frozen dataclass whose fields are the hyper-parameters. A method never owns the loop:
-`training/loop.py` calls `attach` before the first step, `penalty` in each, `advance` after each and `decide` at the end, and closes the
-state; then `core/shrink.py` cuts. `effects` says what the method does to a model, so that stages in a senseless order are refused.
+`training/loop.py` calls `attach` before the first step, `penalty` in each, `advance` after each and `decide` at the end, and
+closes the state; then `core/shrink.py` cuts. `effects` says what the method does to a model, so that stages in a senseless
+order are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Zeros(StrEnum):
 
 @dataclass(frozen=True)
 class Effects:
-    """What a method does to a model and asks of its stage. A recipe whose order of stages would lose something is refused by it."""
+    """Says what a method does to a model and asks of its stage, so that a recipe that would lose something is refused."""
 
     cuts: bool = False  # `decide` takes units, or single weights, away: no matrix may be factored before
     factors: bool = False  # `decide` stores matrices in other forms: nothing can be cut afterwards
@@ -138,9 +139,9 @@ class State(nn.Module):
 class Method(ABC):
     """The four verbs, each with a default that does nothing, and `effects`.
 
-    Fields are options. Each has a default and a type that carries its rule (`slimformer.rules`): a value that breaks it is refused with a
-    ValueError when the method is built. Two names mean the same in all methods: `keep`, the share that may stay, and `cost`, what it is a
-    share of.
+    Fields are options. Each has a default and a type that carries its rule (`slimformer.rules`): a value that breaks it is
+    refused with a ValueError when the method is built. Two names mean the same in all methods: `keep`, the share that may stay,
+    and `cost`, what it is a share of.
     """
 
     keep: float | None = None  # the share of the dense cost (or, if single weights go, of the weights); None: not by a budget

@@ -1,19 +1,19 @@
 """Distillation: the student learns the teacher's outputs, hidden states and attention scores.
 
-Paper: Hinton, Vinyals, Dean (2015) for outputs with temperature; Kurtic et al. (ZipLM, NeurIPS 2023), token loss, and Sun et al. (PKD,
-2019) for hidden states after every layer; Jiao et al. (TinyBERT, 2020) for attention scores before the softmax and the embedding's
-output.
+Paper: Hinton, Vinyals, Dean (2015) for outputs with temperature; Kurtic et al. (ZipLM, NeurIPS 2023), token loss, and Sun et
+al. (PKD, 2019) for hidden states after every layer; Jiao et al. (TinyBERT, 2020) for attention scores before the softmax and
+the embedding's output.
 
 Idea: Student and teacher see the same batch; the loss grows by how far the student's numbers are from the teacher's.
 
-Differs: The hidden terms are divided by the teacher's mean square, so that one weight fits all layers and models. Padding never counts.
-A student head learns from the teacher head that it descends from, which the plan tells. If layers are gone, the one before them
-learns what the last of them gave.
+Differs: The hidden terms are divided by the teacher's mean square, so that one weight fits all layers and models. Padding never
+counts. A student head learns from the teacher head that it descends from, which the plan tells. If layers are gone, the one
+before them learns what the last of them gave.
 
 Choose when: anything was cut: train on with it after any cut. With no cut it is plain task-specific distillation.
 
-Cost: a forward pass of the teacher for each row, once if its outputs are kept; terms on hidden states and scores keep those of each
-layer.
+Cost: a forward pass of the teacher for each row, once if its outputs are kept; terms on hidden states and scores keep those of
+each layer.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from slimformer.rules import NotNegative, Positive
 @final
 @dataclass(frozen=True)
 class Distillation(Method):
-    """Weights of the terms; a weight of 0 leaves the term out and its captures undone.
+    """Weights of the terms; a weight of 0 leaves its term out, and nothing is captured for it.
 
-    `hidden` and `scores` are means over layers: the sum that TinyBERT, SparseBERT and KroneckerBERT have is the number of layers as
-    weight, with `relative: false`, plain mean squared errors.
+    `hidden` and `scores` are means over layers. TinyBERT, SparseBERT and KroneckerBERT have sums of plain mean squared errors:
+    for these set the weight to the number of layers, with `relative: false`.
     """
 
     temperature: Positive = 2.0
@@ -95,7 +95,7 @@ class Distillation(Method):
 
 
 class _State(State):
-    """Which teacher layer and heads each student layer learns from, and projections where widths differ."""
+    """Which teacher layer and heads each student layer learns from, and a projection if widths differ."""
 
     def __init__(self, hidden: list[tuple[int, int]], heads: dict[int, tuple[int, list[int]]], widths: tuple[int, int]) -> None:
         super().__init__()

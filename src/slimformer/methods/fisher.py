@@ -1,20 +1,21 @@
 """One-shot pruning: Fisher information of gates, a search under a budget, least-squares repair of what is left.
 
-Paper: Kwon, Kim, Mahoney, Hassoun, Keutzer, Gholami: A Fast Post-Training Pruning Framework for Transformers (NeurIPS 2022), for the
-importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024), for the repair of whole output matrices.
+Paper: Kwon, Kim, Mahoney, Hassoun, Keutzer, Gholami: A Fast Post-Training Pruning Framework for Transformers (NeurIPS 2022),
+for the importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024), for the repair of whole output matrices.
 
-Idea: A gate is put on each head and neuron, and its squared gradient says how much the loss feels that unit. A search keeps what is
-worth most within the budget; then the output matrix of each sublayer is solved again, so that it makes up for what was cut.
+Idea: A gate is put on each head and neuron, and its squared gradient says how much the loss feels that unit. A search keeps
+what is worth most within the budget; then the output matrix of each sublayer is solved again, so that it makes up for what was
+cut.
 
-Differs: Gradients are squared per example, not per batch mean, and only order the units of a sublayer. What a sublayer loses at each
-size is measured, since squared gradients say little about cutting most of it (docs/decisions/0005-measured-damage.md). Heads,
-neurons and whole sublayers compete in one exact search under MACs, parameters or measured milliseconds. The repair runs in float64
-with a ridge towards the old weights, solves for the bias too, and never stops early.
+Differs: Gradients are squared per example, not per batch mean, and only order the units of a sublayer. What a sublayer loses at
+each size is measured, since squared gradients say little about cutting most of it (docs/decisions/0005-measured-damage.md).
+Heads, neurons and whole sublayers compete in one exact search under MACs, parameters or measured milliseconds. The repair runs
+in float64 with a ridge towards the old weights, solves for the bias too, and never stops early.
 
 Choose when: you start from a tuned model and have minutes, not hours. Distil afterwards to win back what it lost.
 
-Cost: one pass with gradients over `examples`; for each sublayer and each of six sizes a pass over `damage_examples` from its layer on;
-for the repair a pass from its layer on and a linear system for each sublayer, as wide as what is kept of it.
+Cost: one pass with gradients over `examples`; for each sublayer and each of six sizes a pass over `damage_examples` from its
+layer on; for the repair a pass from its layer on and a linear system for each sublayer, as wide as what is kept of it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from slimformer.rules import Count, CountOrZero, Positive, Share
 from slimformer.training.precision import looking
 from slimformer.training.runstate import model_digest
 
-SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
+DAMAGE_SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
 FLOOR = 0.02  # the least weight of a token: later layers may still read it
 
 
@@ -76,7 +77,7 @@ class Fisher(Method):
         return Decision(plan, weights=repaired(context, plan, tokens=self.repair_tokens, ridge=self.ridge))
 
     def weigh(self, context: Context) -> Weighed:
-        """What the search needs to know of the model. It is the same for every budget, so a run computes it once for its weights."""
+        """What the search needs to know of the model; the same for every budget, so a run computes it once for its weights."""
         key = f"fisher {self.examples} {self.damage_examples} {model_digest(context.model)}"
         if key not in context.memo:
             importance = information(context, self.examples)
@@ -101,7 +102,7 @@ class Fisher(Method):
         )
 
 
-# -- State -----------------------------------------------------------------------------------------------------------------------
+# -- State ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Weighed:
     worth: Mapping[str, np.ndarray] | None
 
 
-# -- Formulas --------------------------------------------------------------------------------------------------------------------
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
 def information(context: Context, examples: int) -> dict[str, np.ndarray]:
@@ -137,9 +138,9 @@ def information(context: Context, examples: int) -> dict[str, np.ndarray]:
 def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int) -> dict[str, np.ndarray]:
     """Minus the measured damage of keeping only the best 0, 1, ... units of one site: site -> (size + 1,), rising to 0.
 
-    The damage is the divergence of the task's outputs from those of the uncut model, with one site gated and all others whole. It is
-    measured at a few sizes (`SHARES`); in between it follows the Fisher information that is cut. At 0 the whole sublayer is gone. Sites
-    are measured one by one; the search adds them up.
+    The damage is the divergence of the task's outputs from those of the uncut model, with one site gated and all others whole.
+    It is measured at a few sizes (`DAMAGE_SHARES`); in between it follows the Fisher information that is cut. At 0 the whole
+    sublayer is gone. Sites are measured one by one; the search adds them up.
     """
     model, anatomy, task = context.model, context.anatomy, context.task
     batches = [dict(batch) for batch in context.batches(examples)]
@@ -165,7 +166,7 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
             site = anatomy.sites[name]
             feed.reach(site.layer)  # earlier layers are whole
             order = np.argsort(-units, kind="stable")
-            counts = sorted({round(share * site.size) for share in SHARES} - {site.size})
+            counts = sorted({round(share * site.size) for share in DAMAGE_SHARES} - {site.size})
             lost = []
             for count in counts:
                 gate = torch.zeros(site.size, device=device)
@@ -181,8 +182,8 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
 def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict[str, Tensor]:
     """New output weights and biases, in shapes before the cut, that make each kept sublayer match the uncut model.
 
-    Sublayers are solved from the first to the last, each on the inputs that the already repaired ones give, so later ones absorb
-    what earlier ones lost. Columns of units that go are zero.
+    Sublayers are solved from the first to the last, each on the inputs that the already repaired ones give, so later ones
+    absorb what earlier ones lost. Columns of units that go are zero.
     """
     anatomy = context.anatomy
     sites = [site for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
@@ -224,7 +225,10 @@ def least_squares(
     targets: Sequence[tuple[Tensor, Tensor]],
     ridge: float,
 ) -> tuple[Tensor, Tensor]:
-    """argmin sum_t w_t |X W' + b - (target - residual)|^2 + ridge |W - W_old|^2 over kept columns: (out, kept), (out,), float64."""
+    """The W and b of argmin sum_t w_t |X W' + b - (target - residual)|^2 + ridge |W - W_old|^2, over kept columns, in float64.
+
+    Shapes: (out, kept), (out,).
+    """
     size = len(columns) + 1  # the last unknown is the bias
     old = torch.cat([linear.weight[:, columns], linear.bias[:, None]], dim=1).double()  # (out, kept + 1)
     gram = torch.zeros(size, size, dtype=torch.float64, device=old.device)
@@ -245,14 +249,14 @@ def least_squares(
     return solution[:, :-1], solution[:, -1]
 
 
-# -- Plumbing --------------------------------------------------------------------------------------------------------------------
+# -- Plumbing ------------------------------------------------------------------------------------------------------------------
 
 
 def _targets(model: nn.Module, context: Context, sites: list[Site], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     """For each site, at real tokens: branch + residual of the uncut model (tokens, hidden), and each token's weight (tokens,).
 
-    A token weighs as much as the loss of its example feels it: the squared norm of the loss gradient there, mean 1. In the last layer
-    of a classifier that is the first token alone.
+    A token weighs as much as the loss of its example feels it: the squared norm of the loss gradient there, mean 1. In the last
+    layer of a classifier that is the first token alone.
     """
     seen: dict[str, Tensor] = {}
     mask = batch["attention_mask"].bool()

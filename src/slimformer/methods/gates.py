@@ -1,21 +1,24 @@
 """Structured pruning with hard-concrete gates on the heads and neurons of a tuned model.
 
-Paper: McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section 3, for gates, removal and
-the order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on the expected size.
+Paper: McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section 3, for gates,
+removal and the order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on
+the expected size.
 
-Idea: Each head and neuron gets a gate that is drawn at random and can close exactly. Training moves the probability that it is open,
-pulled by the task's loss and by the expected cost; in the end units stay by their log alpha.
+Idea: Each head and neuron gets a gate that is drawn at random and can close exactly. Training moves the probability that it is
+open, pulled by the task's loss and by the expected cost; in the end units stay by their log alpha.
 
-Differs: The size is met exactly, in MACs, parameters or measured milliseconds; the paper tries penalties until one fits. Penalties are
-a *mean* open probability per kind, so that one number serves models of any size. The paper's third vector of gates, on the width
-of embeddings and hidden states, is left out: the authors could not train those gates, and found no other way to cut there. The paper
-gives neither the initial log alpha nor the penalties: we start at +2.5, P(open) = 0.98, so that training begins near the tuned
-model, and let both penalties rise to 1 over half the steps.
+Differs: The size is met exactly, in MACs, parameters or measured milliseconds; the paper tries penalties until one fits.
+Penalties are a *mean* open probability per kind, so that one number serves models of any size. The paper's third vector of
+gates, on the width of embeddings and hidden states, is left out: the authors could not train those gates, and found no other
+way to cut there. The paper gives neither the initial log alpha nor the penalties: we start at +2.5, P(open) = 0.98, so that
+training begins near the tuned model, and let both penalties rise to 1 over half the steps.
 
-Choose when: there are some 400 steps for each kind of gates; then prefer it to `fisher` and `importance`. With 109 steps, what the
-gates kept of a model tuned on MRPC was hardly better than a draw; with 436 almost nothing was lost (docs/methods/structured.md).
+Choose when: there are some 400 steps for each kind of gates; then prefer it to `fisher` and `importance`. With 109 steps, what
+the gates kept of a model tuned on MRPC was hardly better than a draw; with 436 almost nothing was lost
+(docs/methods/structured.md).
 
-Cost: a training run, in which each gate is one more number and one more product; half of the steps for each kind with `apart: true`.
+Cost: a training run, in which each gate is one more number and one more product. With `apart: true` each kind gets half of the
+steps.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from slimformer.methods._schedules import linear_ramp
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.rules import Count, Finite, Fraction, NotNegative, Positive, Share
 
-NEAR = 0.04  # of the dense cost: the expected cost may end so far above `keep` without a word
+NEAR = 0.04  # of the dense cost: a note says so if the expected cost ends further above `keep`
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2
 _SHIFT = BETA * math.log(-LOW / HIGH)
 
@@ -50,15 +53,18 @@ _SHIFT = BETA * math.log(-LOW / HIGH)
 class Gates(Method):
     """`keep`: share of the dense `cost` to come down to. `size` says how that is reached.
 
-    "lagrangian": multipliers drive the expected cost to the share while training; `allocate` then meets it, keeping the most open cost.
-    "top_k": fixed penalties while training; then the units with the largest log alpha stay, as many as fit the share.
-    "threshold": fixed penalties, and units stay whose settled gate is above 0.5; the penalties alone make the size, `keep` is not used.
+    - "lagrangian": multipliers drive the expected cost to the share while training; `allocate` then meets it, keeping the most
+      open cost.
+    - "top_k": fixed penalties while training; then the units with the largest log alpha stay, as many as fit the share.
+    - "threshold": fixed penalties, and units stay whose settled gate is above 0.5; the penalties alone make the size, `keep` is
+      not used.
 
     `apart`: even steps gate and train only heads, odd ones only neurons. With frozen weights these are two separate runs, each
     with half the steps: give twice the epochs. In evaluation and in the end the two are combined.
 
-    As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train, and the options `apart: true`,
-    `size: top_k`, `fold: false`, `sublayers: false`; then stages that retrain what is left, with or without `distillation`.
+    As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train, and the options `apart:
+    true`, `size: top_k`, `fold: false`, `sublayers: false`; then stages that retrain what is left, with or without
+    `distillation`.
     """
 
     keep: Share = 0.5
@@ -130,8 +136,8 @@ class Gates(Method):
         notes: tuple[str, ...] = ()
         if self.size == "lagrangian" and expected > self.keep + NEAR:
             notes = (
-                f"gates: their expected cost came down to {expected:.0%} of the dense, not to {self.keep:.0%}; the rest is cut from "
-                "gates that are still open. Train longer, or raise multiplier_lr.",
+                f"gates: their expected cost came down to {expected:.0%} of the dense, not to {self.keep:.0%}; the rest is cut "
+                "from gates that are still open. Train longer, or raise multiplier_lr.",
             )
         if not self.fold:
             return Decision(plan, notes=notes)
@@ -176,7 +182,7 @@ class _State(State):
         kinds = tuple(dict.fromkeys(site.kind for site in self.sites))
         self.turns = [(kind,) for kind in kinds] if method.apart else [kinds]
         self.log_alpha = nn.ParameterList([nn.Parameter(torch.full((site.size,), method.start)) for site in self.sites])
-        # one parameter a turn: a shared one would get zeros for a gradient in the other's turn, and Adam would move it all the same
+        # Each turn has its own: a shared one would get a gradient of 0 in the other's turn, and Adam would still move it.
         driven = self.turns if method.size == "lagrangian" else []
         self.multipliers = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in driven])  # of the gap and of its square
         for index, site in enumerate(self.sites):

@@ -1,22 +1,24 @@
 """Structured pruning by a reweighted group lasso: training drives whole groups of weights to zero, then the largest stay.
 
-Paper: Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Language Representations using Hardware-friendly
-Block Structured Pruning (Findings of EMNLP 2020).
+Paper: Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Language Representations using
+Hardware-friendly Block Structured Pruning (Findings of EMNLP 2020).
 
-Idea: A penalty on the norm of each group of weights, divided by its own norm from time to time, so that small groups shrink to zero and
-large ones are left alone. The paper's three phases are stages: this method in a `train` stage is the reweighted training (1) and, at
-its end, the hard prune (2); the next `train` stage is the retraining (3), with `keep_zeros` if zeros were left.
+Idea: A penalty on the norm of each group of weights, divided by its own norm from time to time, so that small groups shrink to
+zero and large ones are left alone. The paper's three phases are stages: this method in a `train` stage is the reweighted
+training (1) and, at its end, the hard prune (2); the next `train` stage is the retraining (3), with `keep_zeros` if zeros were
+left.
 
-Differs: beta is renewed at shares of the training, so that it changes in short runs too (the authors' code: at epochs 4, 8, 12, 16). The
-penalty is a mean over weights, so that `strength` means the same for any block or model; epsilon is added to the root mean square of
-a group (theirs: the same 1e-3, to its L2 norm). Counts are exact, not percentiles. `block` is a side in weights (theirs: a number of
-blocks, 8). `units` and `distillation` beside it (their runs have the task's loss alone) are ours: units are groups closed under the
-network. The paper may square the norm in beta, its text was not at hand; the authors' code does not, nor do we.
+Differs: beta is renewed at shares of the training, so that it changes in short runs too (the authors' code: at epochs 4, 8, 12,
+16). The penalty is a mean over weights, so that `strength` means the same for any block or model; epsilon is added to the root
+mean square of a group (theirs: the same 1e-3, to its L2 norm). Counts are exact, not percentiles. `block` is a side in weights
+(theirs: a number of blocks, 8). `units` and `distillation` beside it (their runs have the task's loss alone) are ours: units
+are groups closed under the network. The paper may square the norm in beta, its text was not at hand; the authors' code does
+not, nor do we.
 
-Choose when: weights should train while they are chosen among: then `units`, which leave a smaller dense model. The other groups are for
-storage: no dense kernel skips their zeros.
+Choose when: weights should train while they are chosen among: then `units`, which leave a smaller dense model. The other groups
+are for storage: no dense kernel skips their zeros.
 
-Cost: a training run, with one norm over all weights in each step.
+Cost: a training run, with one norm over the encoder's weights in each step.
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ Grouping = Literal["units", "rows", "columns", "blocks", "block_rows", "block_co
 @final
 @dataclass(frozen=True)
 class GroupLasso(Method):
-    """`groups`: the weights that go together. `keep`: share of the dense `cost` that may remain (units), or of the weights (all others).
+    """`groups`: the weights that go together. `keep`: share of the dense `cost` (units) or of the weights (all others).
 
-    `block`: side of a block in weights; it must divide every matrix. `strength` is about what the penalty adds to the loss whenever
-    beta is new. The paper's 1e-4 per group comes to 17 on six layers of width 384 and to 66 on BERT-base. An Adam step moves
-    a weight by the learning rate at most: groups only reach zero if rate times steps is as large as weights are (about 0.05).
-    `reweight_every`: share of the training after which beta is renewed. `over`: whether each matrix keeps the same share, as in the
-    paper, or the largest groups of the whole model stay; units always compete over the model.
+    - `block`: side of a block in weights; it must divide every matrix.
+    - `strength`: about what the penalty adds to the loss whenever beta is new. The paper's 1e-4 per group comes to 17 on six
+      layers of width 384 and to 66 on BERT-base. An Adam step moves a weight by the learning rate at most: groups only reach
+      zero if rate times steps is as large as weights are (about 0.05).
+    - `reweight_every`: share of the training after which beta is renewed.
+    - `over`: whether each matrix keeps the same share, as in the paper, or the largest groups of the whole model stay. Units
+      always compete over the model.
     """
 
     groups: Grouping = "units"
@@ -126,7 +130,7 @@ class GroupLasso(Method):
         return allocate(anatomy, squares, cost, budget, neuron_multiple=multiple, sublayers=self.sublayers)
 
 
-# -- State -----------------------------------------------------------------------------------------------------------------------
+# -- State ---------------------------------------------------------------------------------------------------------------------
 
 
 class _State(State):
@@ -184,14 +188,14 @@ class Groups:
         return squares.clamp_min(1e-24).sqrt()  # the slope of a root at 0 is no number
 
 
-# -- Formulas --------------------------------------------------------------------------------------------------------------------
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
 def groups_of(model: nn.Module, anatomy: Anatomy, grouping: Grouping, block: int) -> list[Groups]:
     """All groups of a model's encoder; RecipeError if a block does not divide a matrix.
 
-    A unit's group is all that goes with it: a W1 row, its bias, a W2 column; a head's rows and biases in Q, K, V, its columns in O.
-    Embeddings are never cut (the authors' code penalised RoBERTa's by accident).
+    A unit's group is all that goes with it: a W1 row, its bias, a W2 column; a head's rows and biases in Q, K, V, its columns
+    in O. Embeddings are never cut (the authors' code penalised RoBERTa's by accident).
     """
     if grouping == "units":
         return [_units(model, site) for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
@@ -240,7 +244,7 @@ def largest_of_all(groups: Sequence[Groups], keep: float) -> dict[str, Tensor]:
     return dict(zip([item.id for item in groups], chosen.split([item.count for item in groups]), strict=True))
 
 
-# -- Plumbing --------------------------------------------------------------------------------------------------------------------
+# -- Plumbing ------------------------------------------------------------------------------------------------------------------
 
 
 def _units(model: nn.Module, site: Site) -> Groups:
@@ -273,7 +277,7 @@ def _order(rms: Tensor) -> Tensor:
 
 
 def _idle(context: Context, weights: Mapping[str, Tensor]) -> Plan:
-    """Cuts the units that the zeros have made free to cut; one per site always stays, since a skipped sublayer is not a zero one."""
+    """The units that zeros have made free to cut go; one per site stays, since a skipped sublayer is not a zero one."""
     values = {name: parameter.abs() for name, parameter in context.model.named_parameters()}
     values |= {name: value.abs() for name, value in weights.items()}
     keep = {}

@@ -1,15 +1,17 @@
 """One-shot pruning by what each gate is worth: at random, by first-order gain, or by leaving one head out at a time.
 
-Paper: the three plain ways of McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section
-3.3, which come before `gates` on the paper's ladder; Michel, Levy, Neubig: Are Sixteen Heads Really Better than One? (2019) for gain.
+Paper: the three plain ways of McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019),
+section 3.3, which come before `gates` on the paper's ladder; Michel, Levy, Neubig: Are Sixteen Heads Really Better than One?
+(2019) for gain.
 
-Idea: Each head and neuron gets one number, the numbers form one ranking, and the best that fit the budget stay. Nothing is repaired or
-folded: gates that stay are 1.
+Idea: Each head and neuron gets one number, the numbers form one ranking, and the best that fit the budget stay. Nothing is
+repaired or folded: gates that stay are 1.
 
-Differs: Random keeps an exact number; the paper draws each gate by itself, Bernoulli(p). Gain looks at 2,048 examples, the paper at the
-training set once, and it takes the absolute value per example, so that the batch size does not matter. Leave-one-out measures the
-mean task loss on training examples, not F1 on the dev set, which nothing here may choose on, and in float32, since one head changes
-little. One ranking fills the budget: of gain per cost (a head costs as much as a hundred neurons), of the plain number for the others.
+Differs: Random keeps an exact number; the paper draws each gate by itself, Bernoulli(p). Gain looks at 2,048 examples, the
+paper at the training set once, and it takes the absolute value per example, so that the batch size does not matter.
+Leave-one-out measures the mean task loss on training examples, not F1 on the dev set, which nothing here may choose on, and in
+float32, since one head changes little. One ranking fills the budget: of gain per cost (a head costs as much as a hundred
+neurons), of the plain number for the others.
 
 Choose when: you need the baseline that a better method has to beat.
 
@@ -40,8 +42,9 @@ from slimformer.training.precision import looking
 class Importance(Method):
     """`how` the units are ranked; `keep`: share of the dense `cost` that may remain.
 
-    "random" looks at no data. "gain" takes one pass with gradients over the examples. "leave_one_out" takes one pass per head without:
-    heads only, and fewer examples will do (a few hundred).
+    - "random" looks at no data.
+    - "gain" takes one pass with gradients over the examples.
+    - "leave_one_out" takes one pass for each head, without that head: heads only, and a few hundred examples will do.
     """
 
     how: Literal["random", "gain", "leave_one_out"] = "gain"
@@ -88,7 +91,7 @@ class Importance(Method):
         return {name: value * len(value) / curves[name][-1] for name, value in gain(context, sites, self.examples).items()}
 
 
-# -- Formulas --------------------------------------------------------------------------------------------------------------------
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
 def gain(context: Context, sites: list[Site], examples: int) -> dict[str, np.ndarray]:

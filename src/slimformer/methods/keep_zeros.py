@@ -1,16 +1,16 @@
 """Holds the exact zeros that an earlier stage left in the encoder's matrices, while all other weights train on.
 
-Paper: Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Language Representations using Hardware-friendly
-Block Structured Pruning (Findings of EMNLP 2020), section 3: masked retraining.
+Paper: Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Language Representations using
+Hardware-friendly Block Structured Pruning (Findings of EMNLP 2020), section 3: masked retraining.
 
-Idea: A mask over each matrix is 0 wherever the weight is 0 when the stage begins. The gradient of a masked weight is exactly 0, and
-decay shrinks 0 to 0, so that zeros are zeros in every step and when the mask is gone.
+Idea: A mask over each matrix is 0 wherever the weight is 0 when the stage begins. The gradient of a masked weight is exactly 0,
+and decay shrinks 0 to 0, so that zeros are zeros in every step and when the mask is gone.
 
 Differs: Any method may have made the zeros: this is the second half of every sparse recipe, after `movement` without `fill` for
 instance. It decides nothing. Biases are not held: a new model's are all 0.
 
-Choose when: the zeros are what you want. They make files smaller and a sparse kernel faster, not a dense one: if only speed counts,
-fill them and train dense.
+Choose when: the zeros are what you want. They make files smaller and a sparse kernel faster, not a dense one: if only speed
+counts, fill them and train dense.
 
 Cost: a byte for each weight of a matrix with zeros, and one product with it in each step.
 """
@@ -41,7 +41,7 @@ class KeepZeros(Method):
         return {"zeros": cast(_State, state).zeros}
 
 
-# -- State -----------------------------------------------------------------------------------------------------------------------
+# -- State ---------------------------------------------------------------------------------------------------------------------
 
 
 class _State(State):

@@ -1,20 +1,22 @@
 """Knowledge-aware sparse pruning: a student from the pre-trained weights is pruned while it learns from the tuned teacher.
 
-Paper: Xu, Yen, Zhao, Xiao: Rethinking Network Pruning under the Pre-train and Fine-tune Paradigm (NAACL 2021); share, number of updates
-and cubic ramp as in their code. Second-order scores: Kurtic et al.: The Optimal BERT Surgeon (EMNLP 2022), sections 3.1 and 3.2.
+Paper: Xu, Yen, Zhao, Xiao: Rethinking Network Pruning under the Pre-train and Fine-tune Paradigm (NAACL 2021); share, number of
+updates and cubic ramp as in their code. Second-order scores: Kurtic et al.: The Optimal BERT Surgeon (EMNLP 2022), sections 3.1
+and 3.2.
 
 Idea: Some hundred times in a run the lowest weights of every encoder matrix are closed for good, by a cubic ramp.
 
-Differs: Weights are masked in the forward pass instead of zeroed after each step (a closed weight reads as 0 and gets no gradient;
-`decide` writes exact zeros). The last update leaves the share itself. The weights that stay are not solved again as by Kurtic et al.,
-training does that. The stage trains as all stages do: a tenth of the steps warms up, the rate then falls to 0, gradients are clipped
-by their norm over all tensors. (Theirs: 3e-5 throughout, no warm-up, each tensor clipped to a norm of 1 by itself.)
+Differs: Weights are masked in the forward pass instead of zeroed after each step (a closed weight reads as 0 and gets no
+gradient; `decide` writes exact zeros). The last update leaves the share itself. The weights that stay are not solved again as
+by Kurtic et al., training does that. The stage trains as all stages do: a tenth of the steps warms up, the rate then falls to
+0, gradients are clipped by their norm over all tensors. (Theirs: 3e-5 throughout, no warm-up, each tensor clipped to a norm of
+1 by itself.)
 
-Choose when: you want the smallest file. Zeros make no dense kernel faster: take 1x4 or N:M if a kernel for them is at hand. With few
-passes a start from the tuned weights and ten times the usual rate of distillation do far better: docs/decisions/0008.
+Choose when: you want the smallest file. Zeros make no dense kernel faster: take 1x4 or N:M if a kernel for them is at hand.
+With few passes a start from the tuned weights and ten times the usual rate of distillation do far better: docs/decisions/0008.
 
-Cost: a training run with a mask over each matrix; with `score: fisher` also 4 * `fisher_block` bytes a weight, and a pass with gradients
-over single examples at each refresh.
+Cost: a training run with a mask over each matrix; with `score: fisher` also 4 * `fisher_block` bytes a weight, and a pass with
+gradients over single examples at each refresh.
 """
 
 from __future__ import annotations
@@ -56,18 +58,21 @@ PatternText = Annotated[
 class KnowledgeSparse(Method):
     """`keep`: share of the encoder's matrix weights that stays; None: 0.05, or N/M, which is all that an N:M pattern can have.
 
-    `pattern`: "unstructured"; "RxC", blocks of R outputs and C inputs, above all "1x4": four consecutive inputs of one output, the
-    quad that int8 dot-product instructions take; "N:M", at most N of M consecutive inputs (in YAML with quotes: 2:4 is a number
-    there). `scope`: every matrix to the same share, or one threshold for the whole model, under which a matrix may lose all.
-    `score`: "magnitude", or "fisher", the damage w^T ((F^-1)_QQ)^-1 w / 2 of closing the block Q, where F = lambda I + 1/m sum g g^T
-    over the gradients of m examples of the task's loss, in blocks of consecutive inputs; measured anew `refreshes` times a run. It then
-    takes 4 * `fisher_block` bytes a weight (Kurtic et al.: m = 1,024, blocks of 50, lambda 1e-7; ours is relative to the mean
-    square of the gradients, so that it suits any task, and smaller, so that it suits a machine without a large memory).
+    - `pattern`: "unstructured"; "RxC", blocks of R outputs and C inputs, above all "1x4": four consecutive inputs of one
+      output, the quad that int8 dot-product instructions take; "N:M", at most N of M consecutive inputs (in YAML with quotes:
+      2:4 is a number there).
+    - `scope`: every matrix to the same share, or one threshold for the whole model, under which a matrix may lose all.
+    - `score`: "magnitude", or "fisher", the damage w^T ((F^-1)_QQ)^-1 w / 2 of closing the block Q, where F = lambda I + 1/m
+      sum g g^T over the gradients of m examples of the task's loss, in blocks of consecutive inputs. It is measured anew
+      `refreshes` times a run and takes 4 * `fisher_block` bytes a weight.
+    - `dampening`: lambda, relative to the mean square of the gradients, so that it suits any task. Kurtic et al. have m =
+      1,024, blocks of 50 and lambda 1e-7; ours are smaller, so that they suit a machine without a large memory.
 
-    In a recipe: `model` is the pre-trained encoder, `teacher` the tuned one, `distillation` stands beside this with `task_weight: 0`; its
-    `relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` has the terms and weights of the paper's loss.
-    (There padding counts, scores are not centred, and the cross entropy of logits is a mean over classes; of a score, as in STS-B, they
-    take the squared error to the label, we that to the teacher.) Train on with `keep_zeros`.
+    In a recipe `model` is the pre-trained encoder, `teacher` the tuned one, and `distillation` stands beside this with
+    `task_weight: 0`. Its `relative: false` with `hidden` and `scores` at the number of layers and `embedding: 1` has the terms
+    and weights of the paper's loss. (There padding counts, scores are not centred, and the cross entropy of logits is a mean
+    over classes; of a score, as in STS-B, they take the squared error to the label, we that to the teacher.) Train on with
+    `keep_zeros`.
     """
 
     keep: Share | None = None
@@ -140,7 +145,7 @@ class KnowledgeSparse(Method):
         return pattern.keep / pattern.of if pattern.of else KEEP_OF_THE_PAPER if self.keep is None else self.keep
 
     def _grids(self, anatomy: Anatomy) -> list[tuple[Matrix, tuple[int, int]]]:
-        """The encoder's matrices, and how many blocks each has along its axes; RecipeError if the pattern does not divide one."""
+        """The encoder's matrices and their numbers of blocks by axis; RecipeError if the pattern does not divide one."""
         pattern = self.shape
         grids = []
         for matrix in anatomy.encoder_matrices():
@@ -226,7 +231,9 @@ class _Mask(nn.Module):
 
 @dataclass(frozen=True)
 class Pattern:
-    """What is closed together: blocks of `rows` x `columns` weights, single ones with `keep` of every `of` inputs, or neither."""
+    """Which weights are closed together: blocks of `rows` x `columns`, single ones with `keep` of every `of` inputs, or
+    neither.
+    """
 
     rows: int = 1
     columns: int = 1

@@ -1,20 +1,20 @@
 """Kronecker factorisation: every matrix of the encoder, and its word table, becomes a sum of products of two small factors.
 
-Paper: Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022): Table 1 for the shapes, section 3 for the
-start by the nearest product.
+Paper: Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022): Table 1 for the shapes, section 3 for
+the start by the nearest product.
 
-Idea: Only the factors are stored. The nearest sum of r products comes from the r largest singular values of the matrix, rearranged
-(`forms/kronecker.py`).
+Idea: Only the factors are stored. The nearest sum of r products comes from the r largest singular values of the matrix,
+rearranged (`forms/kronecker.py`).
 
-Differs: For any budget the shapes are searched, those of least relative error, one shape for like matrices (theirs were chosen by
-hand, and W2 has W1's turned over). A word table may be a sum too. At other widths than 768 a named model keeps its small factors,
-and the large ones scale. In both stages that follow the tuned teacher speaks; theirs has the pre-trained model as teacher of the
-first, with the losses of pre-training beside it, on a tenth of Wikipedia.
+Differs: For any budget the shapes are searched, those of least relative error, one shape for like matrices (theirs were chosen
+by hand, and W2 has W1's turned over). A word table may be a sum too. At other widths than 768 a named model keeps its small
+factors, and the large ones scale. In both stages that follow the tuned teacher speaks; theirs has the pre-trained model as
+teacher of the first, with the losses of pre-training beside it, on a tenth of Wikipedia.
 
 Choose when: stored size matters; its speed has to be measured.
 
-Cost: no data: decompositions of every matrix, for each shape that the search tries. The start is far from the matrix, so that accuracy
-is all but gone: follow it with a stage on text without labels and one on the task, both with `distillation`.
+Cost: no data: decompositions of every matrix, for each shape that the search tries. The start is far from the matrix, so that
+accuracy is all but gone: follow it with a stage on text without labels and one on the task, both with `distillation`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ NARROW = 64  # columns of a word's row that may share a number in a searched sha
 class KroneckerFactors(Method):
     """`shapes` names a published model; else they are searched so that `keep` of the dense `cost` may remain, 0.25 if not said.
 
-    `terms`: products in the sum of each matrix. `embedding`: columns of a word's row that share a number; 0 leaves the table dense,
-    None does as the shapes say, or searches that too. `embedding_terms`: products in the sum of a table, 1 in the paper. Where all
-    columns share a number in each product the table has low rank, and no other with as many numbers a word comes nearer: 48 terms of
-    `embedding: 384` are as small as one of `embedding: 8`.
+    - `terms`: products in the sum of each matrix.
+    - `embedding`: columns of a word's row that share a number; 0 leaves the table dense, None does as the shapes say, or
+      searches that too.
+    - `embedding_terms`: products in the sum of a table, 1 in the paper.
+
+    If all columns share a number in each product, the table has low rank, and no other with as many numbers a word comes
+    nearer: 48 terms of `embedding: 384` are as small as one of `embedding: 8`.
     """
 
     shapes: Literal["7.7x", "21x"] | None = None
@@ -99,12 +102,13 @@ class KroneckerFactors(Method):
         return KEEP_BY_DEFAULT if self.keep is None else self.keep
 
     def _given(self, anatomy: Anatomy) -> dict[str, Form]:
-        """The forms that the options name, matrix by matrix; PlanError if a factor does not divide one, or there is no table."""
+        """The forms that the options name, by matrix; PlanError if a factor does not divide one, or there is no table."""
         forms: dict[str, Form] = {}
         concerned = self._concerned(anatomy)
         if self.embedding_terms > 1 and not any(matrix.role is Role.EMBEDDING for matrix in concerned):
             raise PlanError(
-                f"embedding_terms is {self.embedding_terms}, but there is no word table to factor: it is tied, or factored already.",
+                f"embedding_terms is {self.embedding_terms}, but there is no word table to factor: it is tied, or factored "
+                "already.",
                 help="leave embedding_terms out.",
             )
         for matrix in concerned:
@@ -171,9 +175,10 @@ class KroneckerFactors(Method):
 class Shapes:
     """The small factors of a published model; the large one is what is left of a matrix.
 
-    Table 1 prints "n1, m1" for width 768 and FFN width 3072: 384,384 and 2,8 for the 7.7x model, 48,384 and 2,16 for the 21x model. The
-    names are those of the published models, by their size at BERT-base (7.5 and 20.9 times as we count). An encoder of six layers
-    and width 384 becomes 7.2 and 15.7 times smaller by the same factors: more of it is the word table, and what is never factored.
+    Table 1 prints "n1, m1" for width 768 and FFN width 3072: 384,384 and 2,8 for the 7.7x model, 48,384 and 2,16 for the 21x
+    model. The names are those of the published models, by their size at BERT-base (7.5 and 20.9 times as we count). An encoder
+    of six layers and width 384 becomes 7.2 and 15.7 times smaller by the same factors: more of it is the word table, and what
+    is never factored.
     """
 
     attention: Shape  # B, of all four matrices

@@ -1,14 +1,14 @@
 """Drop whole layers, evenly spaced: the smaller dense model that every pruning has to beat.
 
-Paper: Sanh, Debut, Chaumond, Wolf: DistilBERT (2019), which starts from every second layer; Sajjad, Dalvi, Durrani, Nakov: On the
-Effect of Dropping Layers of Pre-trained Transformer Models (2020), which compares which layers to drop.
+Paper: Sanh, Debut, Chaumond, Wolf: DistilBERT (2019), which starts from every second layer; Sajjad, Dalvi, Durrani, Nakov: On
+the Effect of Dropping Layers of Pre-trained Transformer Models (2020), which compares which layers to drop.
 
 Idea: As many whole layers stay as fit the budget, spaced as evenly as they can be.
 
 Differs: The first and the last layer stay and the rest is spaced evenly between them.
 
-Choose when: plain dense layers of one width matter more than quality. Its own use is as the smaller dense model of every comparison,
-distilled with the same budget.
+Choose when: plain dense layers of one width matter more than quality. Its own use is as the smaller dense model of every
+comparison, distilled with the same budget.
 
 Cost: none: it looks at no data.
 """
@@ -61,7 +61,7 @@ class Layers(Method):
         raise TargetError(f"even one layer costs {share} of the dense {cost.unit}.", help=f"ask to keep {share} or more.")
 
 
-# -- Formulas --------------------------------------------------------------------------------------------------------------------
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
 def evenly(count: int, total: int) -> list[int]:

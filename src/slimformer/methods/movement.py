@@ -1,18 +1,19 @@
 """Block movement pruning: blocks of weights go that training moves towards zero, heads and neurons go with their last block.
 
-Paper: Lagunas, Charlaix, Sanh, Rush: Block Pruning For Faster Transformers (EMNLP 2021), sections 3 and 4; constants and schedule as in
-their code.
+Paper: Lagunas, Charlaix, Sanh, Rush: Block Pruning For Faster Transformers (EMNLP 2021), sections 3 and 4; constants and
+schedule as in their code.
 
-Idea: Each block has a score, started at 0. Its mask is 1 if sigmoid(score) is above a threshold, and gradients pass the mask straight
-through; the threshold and the penalty on mean sigmoid(score) rise by a cubic ramp.
+Idea: Each block has a score, started at 0. Its mask is 1 if sigmoid(score) is above a threshold, and gradients pass the mask
+straight through; the threshold and the penalty on mean sigmoid(score) rise by a cubic ramp.
 
-Differs: Warm-up and cool-down are *shares* of the steps. A head goes only if its output is exactly zero (the paper also cuts heads with
-zero queries or keys, which still average). With `keep` no threshold is fixed: it is the one that leaves this cost, found by
-bisection over ranked scores. `Movement` says how our recipes differ from the paper's runs.
+Differs: Warm-up and cool-down are *shares* of the steps. A head goes only if its output is exactly zero (the paper also cuts
+heads with zero queries or keys, which still average). With `keep` no threshold is fixed: it is the one that leaves this cost,
+found by bisection over ranked scores. `Movement` says how our recipes differ from the paper's runs.
 
 Choose when: there is time for several epochs; over `gates` if quality at high compression counts most.
 
-Cost: a training run with a mask over each matrix in each step; with `keep` all scores are sorted every eight steps, in milliseconds.
+Cost: a training run with a mask over each matrix in each step; with `keep` all scores are sorted every eight steps, in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -47,26 +48,28 @@ Cover = tuple[str, Callable[[Tensor], Tensor]]  # a parameter, and how its mask 
 @final
 @dataclass(frozen=True)
 class Movement(Method):
-    """`keep`: share of the dense `cost` to keep, reached whatever the scores are; None: lambda and `threshold` decide, as published.
+    """`keep`: share of the dense `cost`, reached whatever the scores are; None: lambda and `threshold` decide, as published.
 
-    With a share all scores form one ranking, and the lowest are closed up to a place. Cost falls when units vanish, in every variant:
-    heads without an open value or output block, neurons without an open row or column. The final place is the first at which the
-    cost of what is left meets the share; while training, the ramp leads from 0 to that place, which is found anew as scores move.
-    (A ramp of the cost itself would close most blocks at once: the first unit only goes when all its blocks are among the lowest.)
-    Each attention keeps one head and each FFN one neuron, a masked one if need be, as in the paper.
-    `variant`: "block": blocks on all matrices; "hybrid": blocks on attention, whole neurons of the FFN; "struct": whole rows of
-    a head in each attention matrix, whole neurons. `block`: rows and columns of a block (of Q, K, V; transposed for output
-    matrices), not used by "struct"; one that does not divide every matrix it is laid on is refused: nothing is padded. `fill`: zeros
-    left in surviving units become small noise, so that a dense stage can use them.
+    With a share all scores form one ranking, and the lowest are closed up to a place. Cost falls when units vanish, in every
+    variant: heads without an open value or output block, neurons without an open row or column. The final place is the first at
+    which the cost of what is left meets the share; while training, the ramp leads from 0 to that place, which is found anew as
+    scores move. (A ramp of the cost itself would close most blocks at once: the first unit only goes when all its blocks are
+    among the lowest.) Each attention keeps one head and each FFN one neuron, a masked one if need be, as in the paper.
+
+    - `variant`: "block": blocks on all matrices; "hybrid": blocks on attention, whole neurons of the FFN; "struct": whole rows
+      of a head in each attention matrix, whole neurons.
+    - `block`: rows and columns of a block (of Q, K, V; transposed for output matrices), not used by "struct". One that does not
+      divide every matrix it is laid on is refused: nothing is padded.
+    - `fill`: zeros left in surviving units become small noise, so that a dense stage can use them.
 
     As recipes: a teacher is `distillation` beside it with `task_weight: 0.1`; no teacher (NT): leave `distillation` out; large
-    teacher (LT): name the larger tuned model as the recipe's `teacher`. Block and Hybrid keep zeros inside surviving heads: train
-    on with `keep_zeros`. Hybrid Filled: `fill: true`, then a dense stage with `distillation`.
+    teacher (LT): name the larger tuned model as the recipe's `teacher`. Block and Hybrid keep zeros inside surviving heads:
+    train on with `keep_zeros`. Hybrid Filled: `fill: true`, then a dense stage with `distillation`.
 
-    Our recipes differ from the paper's runs. They prune the tuned model, which is its own teacher; the paper prunes the pre-trained
-    weights and has a tuned model beside them. Our `distillation` learns hidden states (weight 1) and logits (1); the paper's loss is
-    0.9 of the logits' divergence and 0.1 of the cross entropy, at temperature 2. `train` decays weights by 0.01, the paper by 0.
-    docs/methods.md shows the paper's own form.
+    Our recipes differ from the paper's runs. They prune the tuned model, which is its own teacher; the paper prunes the
+    pre-trained weights and has a tuned model beside them. Our `distillation` learns hidden states (weight 1) and logits (1);
+    the paper's loss is 0.9 of the logits' divergence and 0.1 of the cross entropy, at temperature 2. `train` decays weights by
+    0.01, the paper by 0. docs/methods.md shows the paper's own form.
     """
 
     variant: Literal["block", "hybrid", "struct"] = "hybrid"
@@ -144,7 +147,8 @@ class Movement(Method):
         if self.keep is None and all(bool((value > bar).all()) for value in values):
             lowest = min(float(value.min()) for value in values)
             raise TargetError(
-                f"no score fell below the threshold, nothing is cut: the lowest sigmoid(score) is {lowest:.3f}, threshold {bar:g}.",
+                f"no score fell below the threshold, nothing is cut: the lowest sigmoid(score) is {lowest:.3f}, "
+                f"threshold {bar:g}.",
                 help="raise lambda_final or score_lr, train longer, or set `keep`, which needs no threshold.",
             )
         state.close_up_to(values, bar)
@@ -204,9 +208,10 @@ class Movement(Method):
         far = -math.log(self.threshold / (1 - self.threshold))
         if self.score_lr * progress.total < far:
             raise TargetError(
-                f"no score can cross the threshold: it lies {far:.2f} below their start, and {progress.total} steps at score_lr "
-                f"{self.score_lr:g} move a score by {self.score_lr * progress.total:.2f} at best.",
-                help=f"train longer, set score_lr to {4 * far / progress.total:.2g} or more, or set `keep`, which needs no threshold.",
+                f"no score can cross the threshold: it lies {far:.2f} below their start, and {progress.total} steps at "
+                f"score_lr {self.score_lr:g} move a score by {self.score_lr * progress.total:.2f} at best.",
+                help=f"train longer, set score_lr to {4 * far / progress.total:.2g} or more, or set `keep`, which needs no "
+                "threshold.",
             )
 
 
@@ -299,7 +304,9 @@ def straight_through(scores: Tensor, open: Tensor) -> Tensor:
 
 
 def lowest_bar(lives: Mapping[str, np.ndarray], cost: Cost, keep: float) -> float:
-    """The lowest bar at which what survives costs at most `keep` of the dense cost; -1 closes nothing. `attach` made sure of one."""
+    """The lowest bar at which the survivors cost at most `keep` of the dense cost; -1 closes nothing. `attach` checks that one
+    exists.
+    """
     ordered = {name: np.sort(life) for name, life in lives.items()}
     bars = np.unique(np.concatenate([[-1.0], *(life[np.isfinite(life)] for life in ordered.values())]))
     budget = keep * cost.dense * (1 + 1e-12)

@@ -2,13 +2,14 @@
 
 Paper: Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine Translation (Findings of EMNLP 2020).
 
-Idea: Weights are put on grids from their own extremes in every pass, activations on grids from running extremes. Gradients go straight
-through, but not where a value was clamped. It is switched on after a short start in float.
+Idea: Weights are put on grids from their own extremes in every pass, activations on grids from running extremes. Gradients go
+straight through, but not where a value was clamped. It is switched on after a short start in float.
 
-Differs: Encoders. Weight grids are symmetric and 0 lies on every grid by default (`quantizing/grids.py`: integer kernels want both). The
-start is a share of the steps, not a number. A denominator's grid begins at the smallest one seen, so that none becomes 0. Of a matrix
-in Kronecker factors the larger factor and what it reads are quantized, of a word table the factor with a row for each word; the
-smaller factors stay in float, in training as in files. What is read after a dropout is quantized after it: train with `dropout: false`.
+Differs: Our models are encoders; the paper's translate. Weight grids are symmetric and 0 lies on every grid by default
+(`quantizing/grids.py`: integer kernels want both). The start is a share of the steps, not a number. A denominator's grid begins
+at the smallest one seen, so that none becomes 0. Of a matrix in Kronecker factors the larger factor and what it reads are
+quantized, of a word table the factor with a row for each word; the smaller factors stay in float, in training as in files. What
+is read after a dropout is quantized after it: train with `dropout: false`.
 
 Choose when: post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
 
@@ -47,13 +48,16 @@ Bits = Annotated[int, one_of(8, 6, 4, unit="bits")]
 class Quantization(Method):
     """Bits of `weights`, `activations` and `embeddings` (null: float): 8, 6 or 4. Files hold fewer than 8 bits in bytes.
 
-    `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding. `matrix` is all inputs and weights of
-    Linears but the last: int8 files execute it with the very ranges learned here. The other roles complete the paper and are
-    simulated in training only, since files compute them in float. `buckets`: a range per output row (per word in a table) or one
-    per tensor; `activation_buckets`: one per tensor, or per feature if no integer product reads it.
-    `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own grid).
-    `exact_zero`: whether 0 lies on every affine grid; without it, as in the paper, a file moves each range by up to half a step.
-    `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
+    - `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding. `matrix` is all inputs and
+      weights of Linears but the last: int8 files execute it with the very ranges learned here. The other roles complete the
+      paper and are simulated in training only, since files compute them in float.
+    - `buckets`: a range per output row (per word in a table) or one per tensor.
+    - `activation_buckets`: one per tensor, or per feature if no integer product reads it.
+    - `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own
+      grid).
+    - `exact_zero`: whether 0 lies on every affine grid. Without it, as in the paper, a file moves each range by up to half a
+      step.
+    - `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
     """
 
     weights: Bits = 8
@@ -175,7 +179,7 @@ class _State(State):
 
     def grid(self, running: RunningRange, point: Point) -> Grid:
         """The grid of a point as it stands now."""
-        divisor = point.side == "denominator"  # never 0, and far from it where values are
+        divisor = point.side == "denominator"  # never 0, and far from the values that are
         low = running.low
         if point.role is PointRole.SOFTMAX and not divisor:
             low = torch.zeros_like(low)  # as in the paper: what is masked stays exactly 0
@@ -186,7 +190,7 @@ class _State(State):
 
 
 def _features(model: nn.Module, point: Point, method: Quantization) -> int | None:
-    """How many buckets a point has: one, or one per feature where no integer product reads it."""
+    """How many buckets a point has: one, or one per feature if no integer product reads it."""
     if method.activation_buckets == "tensor" or point.role in (*READING, PointRole.SOFTMAX) or point.side == "denominator":
         return None
     module: Any = model.get_submodule(point.modules[0])
