@@ -388,7 +388,7 @@ def test_costs_know_forms_but_no_milliseconds() -> None:
     assert bare - formed == pytest.approx(5 * saved)
     assert cost.macs(anatomy_of(model), lengths).dense == pytest.approx(formed)
     table = {site.kind: {site.size: 1.0} for site in anatomy.sites.values()}
-    with pytest.raises(TargetError, match="what a form costs in ms is not known before it is measured"):
+    with pytest.raises(TargetError, match="the cost of a form in ms is not known before it is measured"):
         cost.latency(anatomy, 0.0, table).of(plan, anatomy)
 
 
