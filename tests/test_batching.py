@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimformer.data.batching import MEGA, collate, epoch_order, in_order, rounded, sorted_by_length
+from slimformer.data.batching import CHUNK_BATCHES, collate, epoch_order, in_order, rounded, sorted_by_length
 from slimformer.tasks.base import Features
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=300)
@@ -98,7 +98,7 @@ def test_length_buckets_leave_little_padding() -> None:
 
 
 def test_like_lengths_share_a_batch_within_a_chunk() -> None:
-    lengths = np.random.default_rng(1).permutation(np.arange(2 * MEGA))
+    lengths = np.random.default_rng(1).permutation(np.arange(2 * CHUNK_BATCHES))
     spans = sorted((int(lengths[batch].min()), int(lengths[batch].max())) for batch in epoch_order(lengths, 2, 0, 0))
     assert all(high - low == 1 for low, high in spans)  # one chunk of 50 batches of 2: neighbours always meet
 

@@ -22,6 +22,11 @@ INNER = (
     "measuring.scoring",
     "reporting.words",
     "reporting.svg",
+    "log",
+    "data.labels",
+    "tasks.classification",
+    "tasks.intents",
+    "tasks.question_answering",
 )  # other names with examples are in these modules
 
 

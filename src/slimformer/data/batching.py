@@ -1,7 +1,7 @@
 """Cuts encoded rows into batches: which rows go together, and the padded arrays of one batch.
 
-The one idea: rows of like length share a batch, so that little is computed on padding; and the order of an epoch is a pure
-function of (seed, epoch), so that a run that was killed goes on with the very batches it would have had. Numpy only.
+Rows of like length share a batch, so that little is computed on padding. The order of an epoch is a pure function of (seed, epoch),
+so that a killed run goes on with the batches it would have had. Numpy only.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 
 from slimformer.tasks.base import Features
 
-MEGA = 50  # batches per chunk that is sorted: padding is near its minimum from about 20, and batches still mix well at 50
+CHUNK_BATCHES = 50  # in a sorted chunk: padding is near its minimum from about 20, and batches still mix well at 50
 
 
 def least_width(lengths: np.ndarray, rows: Sequence[int], precision: str) -> int:
-    """How wide `collate` makes a batch of these rows at least: rounded up in half precision, 0 in "fp32", whose kernels fit any."""
+    """The least width of a batch of these rows: rounded up in half precision, 0 in "fp32", whose kernels take any width."""
     return 0 if precision == "fp32" else rounded(lengths, rows)
 
 
 def rounded(lengths: np.ndarray, rows: Sequence[int]) -> int:
-    """The width of a batch of these rows in half precision: rounded up, but no wider than the longest row of all.
+    """The width of a batch of these rows in half precision, rounded up, but no wider than the longest row of all.
 
-    To a multiple of 4 up to 64 tokens, of 8 up to 128, else of 16. Half-precision kernels are made anew for each shape, and a model
-    that was cut has many: docs/decisions/0003-training-loop.md.
+    It is a multiple of 4 up to 64 tokens, of 8 up to 128, else of 16. Half-precision kernels are built anew for each shape, and a cut
+    model has many shapes: docs/decisions/0003-training-loop.md.
     """
     longest = int(lengths[list(rows)].max())
     step = 4 if longest <= 64 else 8 if longest <= 128 else 16
@@ -37,8 +37,8 @@ def collate(
 ) -> dict[str, np.ndarray]:
     """The rows as one batch: token columns (batch, longest of the batch, at least `width`) int64, others (batch,) int64 or float32.
 
-    Tuples are of one length, whatever their rows' tokens: (batch, that) int64.
-    `names` keeps only those columns; None keeps all. The attention mask is made here, 1 on tokens and 0 on padding.
+    Tuples have one length, however many tokens their rows have: (batch, that length) int64. `names` keeps only those columns; None
+    keeps all. The attention mask is made here: 1 on tokens and 0 on padding.
     """
     lengths = [len(features.columns["input_ids"][row]) for row in rows]
     width = max([width, *lengths])
@@ -56,8 +56,8 @@ def collate(
         elif values and isinstance(values[0], (list, np.ndarray)):
             batch[name] = _padded(values, width, features.pad_id if name == "input_ids" else 0)
         else:
-            whole = all(isinstance(value, (int, np.integer)) for value in values)
-            batch[name] = np.asarray(values, dtype=np.int64 if whole else np.float32)  # (batch,)
+            integers = all(isinstance(value, (int, np.integer)) for value in values)
+            batch[name] = np.asarray(values, dtype=np.int64 if integers else np.float32)  # (batch,)
     return batch
 
 
@@ -78,8 +78,8 @@ def epoch_order(lengths: np.ndarray | Sequence[int], batch_size: int, seed: int,
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     shuffled = generator.permutation(len(sizes))
     batches: list[list[int]] = []
-    for start in range(0, len(shuffled), batch_size * MEGA):
-        chunk = shuffled[start : start + batch_size * MEGA]
+    for start in range(0, len(shuffled), batch_size * CHUNK_BATCHES):
+        chunk = shuffled[start : start + batch_size * CHUNK_BATCHES]
         chunk = chunk[np.argsort(sizes[chunk], kind="stable")]
         batches.extend(_cut(chunk.tolist(), batch_size))
     return [batches[index] for index in generator.permutation(len(batches))]

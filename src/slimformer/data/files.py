@@ -1,8 +1,8 @@
 """Reads tables of examples (TSV, CSV, JSON lines, JSON, Parquet, hub data sets) and says exactly what is wrong with a bad one.
 
-The one idea: text files are read with the standard library, because only then can a mistake be told by its line, and GLUE's
-literal quotes survive; Parquet goes through pyarrow, hub names through `datasets`, each imported only when it is needed. What
-the columns mean is the task's business.
+Text files are read with the standard library, because only then can an error name the line, and GLUE's literal quotes survive.
+Parquet files go through pyarrow and hub names through `datasets`; each is imported only if it is needed. What the columns mean is the
+business of tasks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ class Table:
     columns: Mapping[str, Sequence[Any]]
     places: Sequence[int]  # line in the file, or row counted from 1
     unit: Literal["line", "row"] = "line"
-    class_names: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # names of the ids in a column, where the data tells
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> names of its ids, if the data has any
 
     def __len__(self) -> int:
         return len(self.places)
@@ -44,7 +42,7 @@ class Table:
         return f"{self.where}, {self.unit} {self.places[row]}"
 
     def column(self, name: str) -> Sequence[Any]:
-        """The column of that name; DataError with the nearest one where it is missing."""
+        """The column of that name; DataError with the nearest name if there is none."""
         if name not in self.columns:
             raise DataError(
                 f"{self.where} has no column '{name}'.",
@@ -56,10 +54,10 @@ class Table:
 
 
 def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool = False, extra: bool = False) -> Table:
-    """The table in a file, by its suffix; DataError for whatever is wrong with it.
+    """The table in a file, read by its suffix; DataError for whatever is wrong with it.
 
-    `header` names the columns of a file whose first line is data; `literal` takes quotes in a TSV as they stand; `extra`
-    allows surplus fields at the end of a row.
+    `header` names the columns if the first line is data already; `literal` takes the quotes of a TSV as they stand; `extra` allows
+    surplus fields at the end of a row.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -79,7 +77,7 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
-    """Shards as one table; DataError where their columns differ."""
+    """The shards as one table; DataError if their columns differ."""
     first = tables[0]
     if len(tables) == 1:
         return first
@@ -106,7 +104,7 @@ def read_hub(name: str) -> dict[str, Table]:
 
 
 def load_hub(name: str) -> dict[str, Any]:
-    """Splits of a hub data set as `datasets` gives them: the only place that may use the network."""
+    """Splits of a hub data set as `datasets` gives them. No other code of tasks uses the network."""
     try:
         import datasets
     except ImportError:
@@ -137,7 +135,7 @@ def _hub_table(where: str, data: Any) -> Table:
 
 
 def read_text(path: Path, shape: str = "a table needs a line of column names and at least one row.") -> str:
-    """A UTF-8 file that is not empty; DataError that says where it is not, or what `shape` was expected."""
+    """The text of a UTF-8 file; DataError if it is empty (`shape` says what it should hold) or not UTF-8, with the place."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -181,7 +179,7 @@ def _literal(text: str) -> list[tuple[int, list[str]]]:
 
 
 def _quoted(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
-    """Rows with the line each begins in; DataError where quotes do not close."""
+    """Rows with the line that each one begins in; DataError if quotes do not close."""
     limit = csv.field_size_limit(FIELD_LIMIT)
     rows: list[tuple[int, list[str]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -202,7 +200,7 @@ def _quoted(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]
 
 
 def _tsv(path: Path, text: str, header: Sequence[str] | None, extra: bool) -> Table:
-    """A TSV with quotes as CSV has them if every quoted field closes properly and the rows are even, else with literal ones."""
+    """A TSV whose quotes enclose fields, if every one closes and all rows have as many fields; otherwise quotes are literal."""
     if re.search(r'(^|[\t\r\n])"', text):
         try:
             return _table(path, _quoted(path, text, "\t"), header, extra)

@@ -1,9 +1,9 @@
 """Reads questions with their contexts (SQuAD JSON, rows of a hub data set) and scores answers as SQuAD's own scripts do.
 
-The one idea: a question keeps every right answer for scoring, and a place in its context only where that place is sure, because a
-guessed one teaches the wrong words. Formulae: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250, section 6.1) and 2018
-(https://arxiv.org/abs/1806.03822); the details are those of the evaluation scripts v1.1 and v2.0. What a model makes of a question
-is `tasks/question_answering.py`'s business.
+A question keeps every right answer for scoring, but a place in its context only if that place is certain, because a guessed one
+teaches the wrong words. Scores: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250, section 6.1) and 2018
+(https://arxiv.org/abs/1806.03822), with the details of the evaluation scripts v1.1 and v2.0. Models are the business of
+`tasks/question_answering.py`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ ROW_SHAPE = 'a row has id, question, context and answers: {"text": ["..."], "ans
 
 @dataclass(frozen=True)
 class Answer:
-    """The texts that count as right, none where the context holds no answer.
+    """The texts that count as right; none if the context holds no answer.
 
-    `start`: the character of the context at which texts[0] stands; None where it stands nowhere, or in several places of which
-    the right one is not known.
+    `start` is the character of the context at which texts[0] begins. It is None if the text does not occur there, or occurs several
+    times and the right place is not known.
     """
 
     texts: tuple[str, ...] = ()
@@ -50,15 +50,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Questions:
-    """All questions of a file. An example's texts are question and context, its answer an `Answer`; the rest are ids."""
+    """All questions of a file. An example's texts are question and context, and its answer is an `Answer`."""
 
     where: str
     examples: tuple[Example, ...]
-    absent: frozenset[str]  # no answer occurs in the context
-    guessed: frozenset[str]  # answers occur in several places, and which is meant is not told
+    absent: frozenset[str]  # ids of questions whose answers do not occur in their context
+    guessed: frozenset[str]  # ids of questions whose answers occur in several places
 
     @property
     def unanswerable(self) -> int:
+        """How many questions have no answer."""
         return sum(not example.answer.texts for example in self.examples)
 
 
@@ -195,7 +196,7 @@ def _told(value: Any, what: str, place: str, name: str) -> str:
 
 
 def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
-    """Text, start (None where none is told) and number of occurrences of each answer; both of SQuAD's forms."""
+    """Text, start (None if the data has none) and number of occurrences of each answer, from either of SQuAD's forms."""
     if answers is None:
         answers = []
     if isinstance(answers, dict):  # the form of the hub: a list per field
@@ -214,7 +215,7 @@ def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
 
 
 def placed(context: str, golds: Sequence[tuple[str, int | None, int]]) -> tuple[Answer, str]:
-    """The answer that golds (text, start, occurrences) make, and how sure its place is: "sure", "guessed", "absent" or "none".
+    """The answer that golds (text, start, occurrences) make, and how certain its place is: "sure", "guessed", "absent" or "none".
 
     A start that does not hold the text is replaced by the only place that does, if there is only one. More than one occurrence
     (`n_occ`) says that the start was itself a guess.
@@ -270,17 +271,17 @@ def normalized(text: str) -> str:
 
 
 def exact(prediction: str, answer: Answer, version: Version) -> float:
-    """1 where the prediction is one of the right answers once both are normalized, else 0; "" is the prediction of no answer."""
+    """1 if the normalized prediction equals a normalized right answer, else 0; the prediction "" means no answer."""
     return float(any(normalized(prediction) == normalized(gold) for gold in _counted(answer, version)))
 
 
 def f1(prediction: str, answer: Answer, version: Version) -> float:
-    """Harmonic mean of precision and recall of words, for the right answer where it is best."""
+    """Harmonic mean of precision and recall of words; the best one over all right answers."""
     return max((_f1(prediction, gold, version) for gold in _counted(answer, version)), default=0.0)
 
 
 def _counted(answer: Answer, version: Version) -> tuple[str, ...]:
-    """The right answers: v2.0 takes out those of which nothing is left, and puts "" where none remains; v1.1 takes all."""
+    """The right answers. v2.0 drops those that normalize to nothing, and takes "" if none remains; v1.1 keeps all."""
     if version == "v1":
         return answer.texts
     return tuple(text for text in answer.texts if normalized(text)) or ("",)

@@ -1,8 +1,8 @@
 """Loads a model folder's tokenizer and says how long its inputs may be.
 
-The one idea: everything downstream works on a `tokenizers.Tokenizer`, so that an exported folder (which always holds
-tokenizer.json) is used without transformers. Older folders that only hold vocab.txt, vocab.json + merges.txt or a
-sentencepiece file are converted in memory by transformers. Nothing is downloaded and no code of a model is run.
+All other code works on a `tokenizers.Tokenizer`, so that an exported folder, which always holds tokenizer.json, is used without
+transformers. Older folders that only hold vocab.txt, vocab.json and merges.txt, or a sentencepiece file, are converted in memory by
+transformers. Nothing is downloaded, and no code of a model is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OTHER_FORMS = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.mod
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; ModelError where there is none or it cannot be read."""
+    """The tokenizer of a model folder; ModelError if there is none or it cannot be read."""
     from tokenizers import Tokenizer
 
     folder = Path(folder)
@@ -116,7 +116,7 @@ def cutting(tokenizer: Tokenizer, max_length: int) -> Iterator[Tokenizer]:
 
 
 def _count(value: object) -> int | None:
-    """A believable number of tokens; None for the 1e30 that transformers writes where it knows no limit."""
+    """A believable number of tokens; None for the 1e30 that transformers writes if it knows no limit."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1_000_000:
         return None
     return int(value)

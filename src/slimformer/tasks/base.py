@@ -44,7 +44,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to be judged. `answer` is None where a data set carries no label."""
+    """One input with its right answer, which is None if the data has no label."""
 
     id: str
     texts: tuple[str, ...]
@@ -53,7 +53,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Features:
-    """Model inputs, a row each; an example may give several rows (windows of a long text)."""
+    """Encoded examples, a row each; an example may give several rows, such as the windows of a long text."""
 
     columns: Mapping[str, Sequence[Any]]  # "input_ids", "token_type_ids" -> a list of token lists; "labels" -> a list
     example: Sequence[int]  # row -> index of its example

@@ -337,7 +337,7 @@ class QuestionAnswering(Task):
         if unanswerable.sum() >= _FEWEST and not (margins[unanswerable] > 0).any():
             raise DataError(
                 f"{self.data} has questions without an answer (SQuAD v2.0), and the model gave each of {unanswerable.sum()} such "
-                "questions one: it seems to be tuned on v1.1, where every question has an answer.",
+                "questions one: it seems to be tuned on v1.1, in which every question has an answer.",
                 help="start from an encoder, which is tuned first, or from a model tuned on such questions; if this one was, write "
                 f'"{_VERSION_KEY}": "v2" into its config.json.',
             )
@@ -444,7 +444,7 @@ def room(max_length: int, special: int) -> int:
 
 
 def _add(columns: Mapping[str, list[Any]], window: Encoding, answer: Answer) -> None:
-    """Appends one window: ids, where in the context each token stands (-1: it is none of the context's), and its labels."""
+    """Appends one window: ids, the place of each token in the context (-1 if it is not of the context), and its labels."""
     offsets = np.asarray(window.offsets, dtype=np.int32).reshape(-1, 2)  # (tokens, 2)
     inside = np.asarray([part == 1 for part in window.sequence_ids], dtype=bool) & (offsets[:, 1] > offsets[:, 0])
     columns["input_ids"].append(np.asarray(window.ids, dtype=np.int32))
@@ -456,7 +456,7 @@ def _add(columns: Mapping[str, list[Any]], window: Encoding, answer: Answer) -> 
 
 
 def _labels(starts: np.ndarray, ends: np.ndarray, answer: Answer) -> tuple[int, int]:
-    """First and last token of the answer; the first token of the window, twice, where it does not hold the whole answer."""
+    """First and last token of the answer; twice the first token of the window if it does not hold the whole answer."""
     tokens = np.flatnonzero(starts >= 0)
     if answer.start is None or not len(tokens):
         return 0, 0
