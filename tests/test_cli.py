@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -119,3 +119,88 @@ def test_the_demo_says_what_to_install(call: Call, monkeypatch: pytest.MonkeyPat
 def test_the_command_is_kept_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/slimformer", "compress", "my model", "--speedup", "3"])
     assert cli._command() == "slimformer compress 'my model' --speedup 3"
+
+
+PLUGIN = '''
+"""Sentiment of film reviews, as a third party writes it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from slimformer.tasks.base import option
+from slimformer.tasks.classification import Classification
+
+
+@dataclass(frozen=True)
+class Films(Classification):
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {"films/short": {"data": "films.csv", "words": 2}}
+
+    words: int = option(5, "Words of a review.")
+    critics: str = option("all", "Whose reviews: all or some.", flag="--by")
+'''
+
+
+@pytest.fixture
+def films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A task of a third party's package, installed."""
+    (tmp_path / "films.py").write_text(PLUGIN, encoding="utf-8")
+    info = tmp_path / "films-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: films\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[slimformer.tasks]\nfilms = films:Films\n", encoding="utf-8")
+    caches = (registry.names, registry.find, cli._task_params)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        for cached in caches:
+            cached.cache_clear()
+        yield
+        sys.modules.pop("films", None)
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("films")
+@pytest.mark.parametrize("name", ["compress", "bench"])
+def test_a_task_of_a_third_party_brings_its_options(call: Call, name: str) -> None:
+    code, shown, _ = call(name, "--help")
+    assert code == 0
+    assert max(map(len, shown.splitlines())) <= 80
+    text = " ".join(shown.split())
+    assert "Words of a review (films)." in text
+    assert "--by <text> Whose reviews: all or some (films)." in text
+    assert "films/short" in text
+    assert cli._task({"--task": "films/short", "--by": "some"}) == registry.find("tasks", "films")(
+        "films.csv", words=2, critics="some"
+    )
+
+
+@pytest.mark.usefixtures("films")
+def test_a_task_of_a_third_party_keeps_the_contract(call: Call) -> None:
+    code, shown, _ = call("check", "films")
+    assert code == 0, shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--task", "intents", "--labell", "x"), "No such option: --labell"),
+        (("--task", "intents", "--label", "x"), "the task intents has no --label."),
+        (("--task", "glue/sst3"), "did you mean 'glue/sst2'?"),
+        (("--task", "squad", "--stride", "many"), "--stride takes a whole number, not 'many'."),
+    ],
+)
+def test_an_unknown_or_misplaced_option_is_said(call: Call, options: tuple[str, ...], said: str) -> None:
+    code, _, err = call("compress", "model", "--out", "out", *options)
+    assert code == 2
+    assert said in err
+    assert "--label" not in options or "known: --max-length, --metric" in err
+
+
+def test_no_option_of_our_tasks_hides_behind_one_of_a_command() -> None:
+    from typer.main import get_command
+
+    flags = {flag for cls in cli._tasks().values() for flag in cls.flags()} | {"--task"}
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert flags & {flag for param in commands["compress"].params for flag in param.opts} == set()
+    # `bench` limits the models, whatever the task
+    assert flags & {flag for param in commands["bench"].params for flag in param.opts} == {"--max-length"}

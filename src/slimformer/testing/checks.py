@@ -68,7 +68,7 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
         ),
         "methods": (is_frozen, round_trips, checks_its_options, attaches_neutrally, leaves_no_trace, decides_what_fits),
         "forms": (is_frozen, comes_back_from_a_plan, counts_what_it_stores, computes_its_matrix, knows_its_matrix),
-        "tasks": (is_frozen, declares_its_outputs),
+        "tasks": (is_frozen, declares_its_outputs, names_its_own_options),
         "exporters": (is_frozen, declares_variants),
         "runtimes": (is_frozen, tells_whether_it_is_there),
     }[kind]
@@ -499,6 +499,16 @@ def declares_its_outputs(cls: Any) -> None:
 
     assert hasattr(transformers, cls.auto_class), f"transformers has no {cls.auto_class}"
     assert cls.outputs, "names no outputs"
+
+
+def names_its_own_options(cls: Any) -> None:
+    """names as paths and in short names only options that it has, and says of each flag what it does."""
+    options = cls.__dataclass_fields__
+    unknown = {*cls.paths, *(name for settled in cls.aliases.values() for name in settled)} - set(options)
+    assert not unknown, f"has no option {', '.join(sorted(unknown))}"
+    for flag, item in cls.flags().items():
+        assert flag.startswith("--"), f"the flag {flag} does not begin with --"
+        assert item.metadata["help"].endswith("."), f"the help of {flag} is no sentence"
 
 
 def declares_variants(cls: Any) -> None:
