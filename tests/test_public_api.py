@@ -28,7 +28,15 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    "module", ["slimformer", "slimformer.cli", "slimformer.running.bench", "slimformer.tasks.classification"]
+    "module",
+    [
+        "slimformer",
+        "slimformer.cli",
+        "slimformer.running.bench",
+        "slimformer.tasks.classification",
+        "slimformer.families.bert",
+        "slimformer.core.budget",
+    ],
 )
 def test_imports_stay_lean(module):
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
