@@ -18,8 +18,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from slimformer.core.anatomy import Matrix, Role
-from slimformer.exporters._onnx import rewrite as graphs
-from slimformer.forms.kronecker import Kronecker
+from slimformer.exporters._onnx import rewrite
+from slimformer.exporters._onnx.graph import Editor, strip
+from slimformer.forms.kronecker import Kronecker, write_product
 from slimformer.methods.kronecker import NAMED
 
 ORDERS = {  # steps -> which factor multiplies from the right
@@ -87,11 +88,14 @@ def dense(shape: tuple[int, int]) -> ir.Model:
 def factored(form: Kronecker, shape: tuple[int, int], steps: tuple[str, ...], right: str) -> ir.Model:
     """The product by two factors, in these steps, as the exporter writes it."""
     source = given("x", ("seq", "batch", shape[1]))
-    factors = [noise("a", (1, *form.a)), noise("b", (1, *form.b(shape)))]
-    domain, name = graphs.FACTORED
-    model = model_of(source, ir.node(name, [source, *factors], {"steps": " ".join(steps), "right": right}, domain=domain))
-    graphs.lower_factors(model.graph)
-    graphs.tidy(model)
+    a, b = (random((1, *of)) for of in (form.a, form.b(shape)))
+    domain, name = rewrite.FORMED
+    model = model_of(source, marker := ir.node(name, [source], domain=domain))
+    editor = Editor(model.graph)
+    result = write_product(rewrite.Writer(editor, marker, "matrix"), source, a, b, steps, right)
+    editor.replace(marker.outputs[0], result)
+    editor.remove(marker)
+    strip(model)
     return model
 
 
@@ -99,7 +103,7 @@ def model_of(source: ir.Value, node: ir.Node) -> ir.Model:
     constants = [value for value in node.inputs if value is not None and value.const_value is not None]
     result = node.outputs[0]
     result.name, result.type, result.shape = "y", source.type, ir.Shape(["seq", "batch", None])
-    graph = ir.Graph([source], [result], nodes=[node], initializers=constants, opset_imports={"": 18, graphs.FACTORED[0]: 1})
+    graph = ir.Graph([source], [result], nodes=[node], initializers=constants, opset_imports={"": 18, rewrite.FORMED[0]: 1})
     return ir.Model(graph, ir_version=9)
 
 
@@ -107,8 +111,12 @@ def given(name: str, shape: tuple[str | int, ...]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
 
 
+def random(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
 def noise(name: str, shape: tuple[int, ...]) -> ir.Value:
-    tensor = ir.tensor(np.random.default_rng(1).standard_normal(shape).astype(np.float32), name=name)
+    tensor = ir.tensor(random(shape), name=name)
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 

@@ -27,11 +27,11 @@ import onnx_ir
 
 from slimformer.data.batching import collate, in_order, sorted_by_length
 from slimformer.data.tokenizer import load_tokenizer
-from slimformer.exporters import onnx as exporter
-from slimformer.exporters._onnx import rewrite as graphs
+from slimformer.exporters._onnx import int8, rewrite, trace
+from slimformer.exporters._onnx.graph import MICROSOFT, Axes, Editor
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx
-from slimformer.families.base import anatomy_of, family_of
+from slimformer.families.base import family_of, subject_of
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.runtimes.openvino import OpenVINO, nncf_int8
 from slimformer.saving.checkpoint import load, read_config
@@ -82,8 +82,8 @@ def main() -> None:
 def _files(model: Any, batches: list[dict[str, np.ndarray]], folder: Path, threads: int) -> Iterator[tuple[str, Run]]:
     """Each graph's name and what runs it."""
     ort = OnnxRuntime()
-    trace = exporter._trace(model, anatomy_of(model), family_of(model.config.model_type).inputs(model), ("logits",))
-    exporting = mock.patch.object(exporter, "_trace", return_value=trace)  # one trace for all: it takes the time
+    program = trace.trace_model(subject_of(model), ("logits",))
+    exporting = mock.patch.object(trace, "trace_model", return_value=program)  # one trace for all: it takes the time
     exporting.start()
     made = Onnx().export_all(model, batches, {variant: folder / f"{variant}.onnx" for variant in Variant})
     for variant, artifact in made.items():
@@ -102,7 +102,7 @@ def _files(model: Any, batches: list[dict[str, np.ndarray]], folder: Path, threa
     ]
     for number, (name, variant, changes) in enumerate(ablations):
         path = folder / f"ablation-{number}.onnx"
-        with mock.patch.multiple(graphs, **changes):
+        with mock.patch.multiple(int8 if "smooth" in changes else rewrite, **changes):
             Onnx().export(model, batches, path, variant)
         yield name, ort.load(path, threads)
     exporting.stop()
@@ -119,20 +119,20 @@ def _nothing(*_: Any) -> int:
     return 0
 
 
-def _not_smoothed(*_: Any) -> dict[str, graphs.Sample]:
+def _not_smoothed(*_: Any) -> dict[str, int8.Sample]:
     return {}
 
 
-def _multi_head_attention(graph: onnx_ir.Graph, layout: graphs.Layout, fused: bool) -> int:
+def _multi_head_attention(graph: onnx_ir.Graph, axes: Axes, fused: bool) -> int:
     """The markers as ONNX Runtime's own operator, which wants (batch, seq, hidden)."""
-    found = graphs.markers(graph)
-    editor = graphs._Editor(graph)
+    found = rewrite.markers(graph)
+    editor = Editor(graph)
     for node in found:
         query, key, value, mask = node.inputs
         parts = [editor.one(node, "Transpose", [item], perm=[1, 0, 2]) if fused else item for item in (query, key, value)]
         kept = editor.one(node, "Cast", [mask], to=int(onnx_ir.DataType.INT32))
         attributes = {"num_heads": node.attributes["heads"].as_int(), "scale": node.attributes["scale"].as_float()}
-        result = editor.one(node, "MultiHeadAttention", [*parts, None, kept], graphs.MICROSOFT, **attributes)
+        result = editor.one(node, "MultiHeadAttention", [*parts, None, kept], MICROSOFT, **attributes)
         editor.replace(node.outputs[0], editor.one(node, "Transpose", [result], perm=[1, 0, 2]) if fused else result)
         editor.remove(node)
     return len(found)

@@ -17,7 +17,7 @@ from slimformer.core.anatomy import Role
 from slimformer.core.plan import Plan
 from slimformer.data.material import prepare
 from slimformer.errors import ExtraError
-from slimformer.exporters._onnx import rewrite as graphs
+from slimformer.exporters._onnx import int8
 from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
@@ -130,13 +130,13 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: Exporter | None
 ) -> None:
     """A model just cut, or a CPU that saturates: the loss on validation examples decides, and the run goes on."""
-    quantized = graphs.quantized
+    quantize_weight = int8.quantize_weight
 
-    def broken(weight: np.ndarray, axis: int, coding: graphs.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
-        values, scales = quantized(weight, axis, coding)
+    def broken(weight: np.ndarray, axis: int, coding: int8.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = quantize_weight(weight, axis, coding)
         return np.roll(values, 1, axis=0), scales
 
-    monkeypatch.setattr(graphs, "quantized", broken)
+    monkeypatch.setattr(int8, "quantize_weight", broken)
     source = write_model(tmp_path / "model")
     model = checkpoint.load(source)
     task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config.to_dict())

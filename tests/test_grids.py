@@ -8,7 +8,7 @@ import torch
 from torch import tensor
 
 from slimformer.core.ranges import Range
-from slimformer.exporters._onnx import rewrite as graphs
+from slimformer.exporters._onnx import int8
 from slimformer.quantizing.grids import RunningRange, affine, fake, symmetric, weight_grid
 
 
@@ -39,15 +39,15 @@ def test_it_is_the_grid_that_files_use(bits):
         theirs = np.clip(np.rint(values.numpy() / step) + zero, 0, 2**bits - 1)  # QuantizeLinear
         np.testing.assert_array_equal(mine.integers(values).numpy() + zero, theirs)
     weight = torch.randn(5, 7, generator=generator)
-    integers, scales = graphs.quantized(weight.numpy(), 0, graphs.WeightCoding(bits))
+    integers, scales = int8.quantize_weight(weight.numpy(), 0, int8.WeightCoding(bits))
     grid = weight_grid(weight, bits, rows=True, even=True)
     np.testing.assert_array_equal(grid.integers(weight).numpy(), integers)
-    again, _ = graphs.quantized(fake(weight, grid).numpy(), 0, graphs.WeightCoding(bits))
+    again, _ = int8.quantize_weight(fake(weight, grid).numpy(), 0, int8.WeightCoding(bits))
     np.testing.assert_array_equal(again, integers)  # what lies on a grid is found there again
     np.testing.assert_array_equal(grid.step[:, 0].numpy(), scales)
     whole = weight_grid(weight, bits, rows=False, even=True)
     for axis in (0, 1):
-        again, scales = graphs.quantized(fake(weight, whole).numpy(), axis, graphs.WeightCoding(bits, whole=True))
+        again, scales = int8.quantize_weight(fake(weight, whole).numpy(), axis, int8.WeightCoding(bits, whole=True))
         np.testing.assert_array_equal(again, whole.integers(weight).numpy())
         np.testing.assert_array_equal(scales, np.full(weight.shape[axis], whole.step.item(), dtype=np.float32))
     terms = torch.stack([weight, 3 * weight])

@@ -14,7 +14,7 @@ from tiny import WEIGHT_BITS, batch, factored_context, tiny
 from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import rewrite as graphs
+from slimformer.exporters._onnx import calibrate, int8
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
@@ -131,12 +131,12 @@ def test_a_factored_matrix_may_stay_in_float(tmp_path: Path) -> None:
     assert [counts[0] - count for count in counts] == [0, 2, 1 + 3]  # a product for each term of the sum
     found = {}
     for name in ("query", "key", "ffn_in"):
-        module = model.get_submodule(draft.anatomy.points[f"encoder.0.{name}.factor.input"].modules[0])
+        module = model.get_submodule(draft.subject.anatomy.points[f"encoder.0.{name}.factor.input"].modules[0])
         seen: list[int] = []
         hook = module.register_forward_pre_hook(lambda _, inputs, into=seen: into.append(inputs[0].shape[-2]))
         logits(model, arrays(model)[0])
         hook.remove()
-        found[name] = products_of(model, draft.anatomy.points[f"encoder.0.{name}.factor.input"].modules)
+        found[name] = products_of(model, draft.subject.anatomy.points[f"encoder.0.{name}.factor.input"].modules)
         assert seen == [found[name].rows] * len(found[name].outs)
     assert found == {"query": Products(16, (16,), 2), "key": Products(16, (2, 2), 2), "ffn_in": Products(16, (3, 3), 2)}
 
@@ -196,7 +196,7 @@ def test_padding_is_left_out_of_square_batches() -> None:
     twice = {name: np.concatenate([value] * 2) for name, value in inputs.items()}
     oblong = Onnx(agreement=0.0).draft(model, [twice])
     for variant in (Variant.INT8_FUSED, Variant.INT8_STATIC):
-        mine, theirs = (each._readied(variant, ()).samples for each in (draft, oblong))
+        mine, theirs = (each._float_graph(variant, ()).samples for each in (draft, oblong))
         for name, sample in theirs.items():
             np.testing.assert_array_equal(mine[name].low, sample.low)
             np.testing.assert_array_equal(mine[name].high, sample.high)
@@ -208,7 +208,7 @@ def test_calibration_batches_need_no_mask() -> None:
     inputs = {name: value for name, value in arrays(model)[0].items() if name != "attention_mask"}
     whole = inputs | {"attention_mask": np.ones_like(inputs["input_ids"])}
     plain, masked = (
-        Onnx(agreement=0.0).draft(model, [batch])._readied(Variant.INT8_STATIC, ()).samples for batch in (inputs, whole)
+        Onnx(agreement=0.0).draft(model, [batch])._float_graph(Variant.INT8_STATIC, ()).samples for batch in (inputs, whole)
     )
     assert plain
     for name, sample in masked.items():
@@ -227,7 +227,7 @@ def drafts(bert: Any) -> Any:
 
     def made(options: Onnx, ranges: Ranges | None = None) -> OnnxDraft:
         other = object.__new__(OnnxDraft)
-        vars(other).update(vars(first) | {"options": options, "ranges": ranges, "_ready": {}})
+        vars(other).update(vars(first) | {"options": options, "ranges": ranges, "_float_graphs": {}})
         return other
 
     return made
@@ -267,7 +267,7 @@ def test_a_calibration_picks_its_ranges(drafts: Any, calibration: Any, tmp_path:
     artifact = draft.write(tmp_path / "model.onnx", Variant.INT8_STATIC)
     assert quantized_matrices(artifact.path) == 19
     found = quantizers(artifact.path)
-    ready = draft._readied(Variant.INT8_STATIC, ())
+    ready = draft._float_graph(Variant.INT8_STATIC, ())
     for source, sample in ready.samples.items():
         if source not in found:
             continue  # smoothed: another input took its place
@@ -317,9 +317,9 @@ def test_calibration_data_without_a_token_is_told(drafts: Any, tmp_path: Path) -
 
 
 def test_an_input_that_never_moves_is_told() -> None:
-    still = graphs.Sample(np.zeros((4, 2)), np.zeros(2), np.zeros(2))
+    still = int8.Sample(np.zeros((4, 2)), np.zeros(2), np.zeros(2))
     for calibration in ("least_squares", "min_max", "percentile", "entropy"):
-        assert Onnx(calibration=calibration).span(still) == Range(0.0, 1.0)  # type: ignore[arg-type]
+        assert calibrate.range_of(still, calibration, 99.99) == Range(0.0, 1.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from tiny import MODEL_TYPES, VOCABULARY, WEIGHT_BITS, batch, tiny, tiny_config
@@ -16,11 +17,13 @@ from slimformer.core.anatomy import Kind
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
-from slimformer.exporters import onnx as exporter
-from slimformer.exporters._onnx import rewrite as graphs
+from slimformer.exporters._onnx import int8, parity, rewrite
+from slimformer.exporters._onnx import trace as tracing
+from slimformer.exporters._onnx.calibrate import best_range
+from slimformer.exporters._onnx.graph import Unexpected
 from slimformer.exporters.base import Variant
-from slimformer.exporters.onnx import Onnx, best_range, fused_attentions, quantized_matrices
-from slimformer.families.base import anatomy_of, family_of
+from slimformer.exporters.onnx import Onnx, fused_attentions, quantized_matrices
+from slimformer.families.base import anatomy_of, family_of, subject_of
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.runtimes.openvino import OpenVINO
 
@@ -53,14 +56,13 @@ def bert() -> Any:
 @pytest.fixture(scope="module")
 def trace(bert: Any) -> Any:
     """What the tracer makes of `bert`: it takes seconds, so tests of what follows it share one."""
-    names = family_of("bert").inputs(bert)
-    return exporter._trace(bert, anatomy_of(bert), names, ("logits",))
+    return tracing.trace_model(subject_of(bert), ("logits",))
 
 
 @pytest.fixture
 def traced(bert: Any, trace: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`bert`, whose exports start from the shared trace."""
-    monkeypatch.setattr(exporter, "_trace", lambda *_: trace.clone())
+    monkeypatch.setattr(tracing, "trace_model", lambda *_: trace.clone())
     return bert
 
 
@@ -167,17 +169,17 @@ def test_a_model_that_cannot_be_traced_is_left_alone(tmp_path: Path, monkeypatch
 def test_nothing_is_left_of_a_file_that_disagrees(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"what was there before")
-    lower = graphs.lower_attentions
+    lower = rewrite.lower_attentions
 
-    def wrong(graph: Any, layout: Any, fused: bool) -> int:
-        for node in graphs.markers(graph):
-            node.attributes["scale"] = graphs.ir.AttrFloat32("scale", 1.0)
-        return lower(graph, layout, fused)
+    def wrong(graph: Any, axes: Any, fused: bool) -> int:
+        for node in rewrite.markers(graph):
+            node.attributes["scale"] = onnx_ir.AttrFloat32("scale", 1.0)
+        return lower(graph, axes, fused)
 
-    monkeypatch.setattr(graphs, "lower_attentions", wrong)
+    monkeypatch.setattr(rewrite, "lower_attentions", wrong)
     with pytest.raises(ExportError, match="the fused file differs from the model by .* on a batch of"):
         Onnx().export(traced, arrays(traced), path, Variant.FUSED)
-    monkeypatch.setattr(graphs, "lower_attentions", lambda graph, layout, fused: lower(graph, layout, fused) - 1)
+    monkeypatch.setattr(rewrite, "lower_attentions", lambda graph, axes, fused: lower(graph, axes, fused) - 1)
     with pytest.raises(ExportError, match="the graph has 1 attentions, the model has 2"):
         Onnx().export(traced, arrays(traced), path, Variant.FUSED)
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
@@ -187,9 +189,9 @@ def test_nothing_is_left_of_a_file_that_disagrees(traced: Any, tmp_path: Path, m
 @pytest.mark.slow
 def test_a_graph_that_is_not_as_expected_is_refused(traced: Any, trace: Any, tmp_path: Path) -> None:
     torn = trace.clone()
-    graphs.flatten_attentions(torn.graph)
-    with pytest.raises(graphs.Unexpected, match="not joined again"):
-        graphs.flatten_attentions(torn.graph)
+    rewrite.flatten_attentions(torn.graph)
+    with pytest.raises(Unexpected, match="not joined again"):
+        rewrite.flatten_attentions(torn.graph)
     short = shrink(traced, anatomy_of(traced), Plan({"encoder.2.ffn": ()}))
     with pytest.raises(ExportError, match="the graph has 14 matrices, the model has 12"):
         Onnx().export(short, arrays(short), tmp_path / "model.onnx", Variant.FLOAT)
@@ -198,13 +200,13 @@ def test_a_graph_that_is_not_as_expected_is_refused(traced: Any, trace: Any, tmp
 
 @pytest.mark.slow
 def test_int8_that_changes_answers_is_refused(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized = graphs.quantized
+    quantize_weight = int8.quantize_weight
 
-    def broken(weight: np.ndarray, axis: int, coding: graphs.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
-        values, scales = quantized(weight, axis, coding)
+    def broken(weight: np.ndarray, axis: int, coding: int8.WeightCoding) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = quantize_weight(weight, axis, coding)
         return np.roll(values, 1, axis=0), scales
 
-    monkeypatch.setattr(graphs, "quantized", broken)
+    monkeypatch.setattr(int8, "quantize_weight", broken)
     with pytest.raises(ExportError, match=r"answers as the model does on .*% of 52 rows only.*(.|\n)*weight_bits=7"):
         Onnx().export(traced, arrays(traced), tmp_path / "model.onnx", Variant.INT8_DYNAMIC)
     assert list(tmp_path.iterdir()) == []
@@ -269,9 +271,9 @@ def test_every_family_names_inputs_that_its_model_takes() -> None:
 
 
 def test_longest_leaves_out_the_positions_that_roberta_keeps() -> None:
-    assert exporter._longest(tiny("bert")) == 64
+    assert family_of("bert").positions(tiny("bert").config.to_dict()) == 64
     model = tiny("roberta")
-    longest = exporter._longest(model)
+    longest = family_of("roberta").positions(model.config.to_dict())
     ids = np.full((1, longest), VOCABULARY - 1)
     assert answers(model, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"].shape == (1, 3)
     with pytest.raises((IndexError, RuntimeError)):
@@ -283,11 +285,11 @@ def test_longest_leaves_out_the_positions_that_roberta_keeps() -> None:
 
 def test_quantized_weights_have_a_scale_per_channel_and_keep_seven_bits_where_asked() -> None:
     weight = np.array([[1.0, -0.5, 0.0], [0.3, 0.5, 0.0]], dtype=np.float32)  # (in, out)
-    values, scales = graphs.quantized(weight, 1, graphs.WeightCoding(8))
+    values, scales = int8.quantize_weight(weight, 1, int8.WeightCoding(8))
     np.testing.assert_array_equal(values, [[127, -127, 0], [38, 127, 0]])
     np.testing.assert_allclose(scales, [1 / 127, 0.5 / 127, 1.0])
     weight[0, 1] = -0.49
-    values, scales = graphs.quantized(weight, 0, graphs.WeightCoding(7))
+    values, scales = int8.quantize_weight(weight, 0, int8.WeightCoding(7))
     np.testing.assert_array_equal(values, [[63, -31, 0], [38, 63, 0]])
     np.testing.assert_allclose(scales, [1 / 63, 0.5 / 63])
 
@@ -296,7 +298,7 @@ def test_best_range_is_the_brute_force_best_and_drops_a_lone_outlier() -> None:
     rng = np.random.default_rng(0)
     values = np.append(rng.normal(size=20_000), 40.0)
     low, high = float(values.min()), float(values.max())
-    bottom, top = best_range(graphs.Sample(values[:, None], np.array([low]), np.array([high])), steps=15)
+    bottom, top = best_range(int8.Sample(values[:, None], np.array([low]), np.array([high])), steps=15)
     assert top < 10
     assert bottom < -2
 
@@ -307,7 +309,7 @@ def test_best_range_is_the_brute_force_best_and_drops_a_lone_outlier() -> None:
 
     tried = [(low * a, high * b) for a in np.linspace(1, 0.1, 19) for b in np.linspace(1, 0.1, 19)]
     assert error((bottom, top)) <= 1.1 * min(error(item) for item in tried)
-    nothing = graphs.Sample(np.zeros((4, 2)), np.zeros(2), np.zeros(2))
+    nothing = int8.Sample(np.zeros((4, 2)), np.zeros(2), np.zeros(2))
     assert best_range(nothing) == (0.0, 1.0)
 
 
@@ -316,14 +318,14 @@ def test_smoothing_takes_an_outlier_channel_and_leaves_even_channels_alone() -> 
     rows = rng.choice([-1.0, 1.0], size=(64, 8)).astype(np.float32)
     weight = rng.choice([-1.0, 1.0], size=(8, 16)).astype(np.float32)
 
-    def seen(values: np.ndarray) -> graphs.Sample:
-        return graphs.Sample(values, values.min(axis=0), values.max(axis=0))
+    def seen(values: np.ndarray) -> int8.Sample:
+        return int8.Sample(values, values.min(axis=0), values.max(axis=0))
 
-    assert graphs._best_factor(seen(rows), [weight], 8) is None
+    assert int8._best_factor(seen(rows), [weight], 8) is None
     rows = rng.normal(size=(64, 8)).astype(np.float32)
     weight = rng.normal(size=(8, 16)).astype(np.float32)
     rows[:, 2] *= 100
-    factor = graphs._best_factor(seen(rows), [weight], 8)
+    factor = int8._best_factor(seen(rows), [weight], 8)
     assert factor is not None
     assert factor.argmax() == 2
     np.testing.assert_allclose((rows / factor) @ (weight * factor[:, None]), rows @ weight, rtol=1e-3, atol=1e-3)
@@ -332,8 +334,8 @@ def test_smoothing_takes_an_outlier_channel_and_leaves_even_channels_alone() -> 
 def test_near_ties_count_as_the_same_answer() -> None:
     expected = np.array([[2.0, 1.95], [2.0, -2.0], [0.0, 1.0]])
     got = np.array([[1.0, 1.1], [-1.0, 1.0], [0.0, 3.0]])
-    np.testing.assert_array_equal(exporter._agree(got, expected, top=2.0), [True, False, True])
-    np.testing.assert_array_equal(exporter._agree(np.array([[1.0], [3.0]]), np.array([[1.1], [1.0]]), top=2.0), [True, False])
+    np.testing.assert_array_equal(parity.agree(got, expected, top=2.0), [True, False, True])
+    np.testing.assert_array_equal(parity.agree(np.array([[1.0], [3.0]]), np.array([[1.1], [1.0]]), top=2.0), [True, False])
 
 
 def test_options_are_frozen_and_can_be_replaced() -> None:

@@ -920,13 +920,13 @@ def test_exported_files_give_both_logits_of_every_token(model_type: str, tmp_pat
 
 
 def test_an_export_is_not_judged_by_its_padding() -> None:
-    from slimformer.exporters.onnx import _agree, _unpad
+    from slimformer.exporters._onnx.parity import agree, unpad
 
     batch = {"input_ids": np.zeros((2, 3)), "attention_mask": np.array([[1, 1, 1], [1, 1, 0]])}
     got, expected = (np.array([[0.0, 5.0, 1.0], [0.0, 5.0, high]]) for high in (9.0, 0.0))
-    real = [_unpad({"start_logits": logits}, ["start_logits"], batch)["start_logits"] for logits in (got, expected)]
-    assert _agree(got, expected, 9.0).tolist() == [True, False]
-    assert _agree(*real, 9.0).tolist() == [True, True]
+    real = [unpad({"start_logits": logits}, ["start_logits"], batch)["start_logits"] for logits in (got, expected)]
+    assert agree(got, expected, 9.0).tolist() == [True, False]
+    assert agree(*real, 9.0).tolist() == [True, True]
 
 
 REFUSE = """

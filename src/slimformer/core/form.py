@@ -11,7 +11,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from slimformer import registry
 from slimformer.errors import PlanError, nearest
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Shape = tuple[int, int]  # of a Linear (out, in), of an Embedding (rows, width)
+
+
+class ProductShape(NamedTuple):
+    """A product of activations with a constant matrix: `rows` of `width` numbers for each token, `out` numbers from each row."""
+
+    rows: int
+    width: int
+    out: int
 
 
 class Form(ABC):
@@ -50,6 +58,10 @@ class Form(ABC):
     @abstractmethod
     def weights(self, weight: Tensor, *, table: bool = False) -> Mapping[str, Tensor]:
         """The form's parameters, by their names in the module, that come nearest to `weight` in the Frobenius norm."""
+
+    def products(self, shape: Shape) -> tuple[ProductShape, ...]:
+        """The products that an exported Linear of this shape computes with constant matrices, in integers if `reads` says so."""
+        return (ProductShape(1, shape[1], shape[0]),)
 
     @classmethod
     @abstractmethod

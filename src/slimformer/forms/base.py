@@ -6,19 +6,63 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
-from slimformer.core.form import DENSE, Dense, Form, Shape
+from slimformer.core.form import DENSE, Dense, Form, ProductShape, Shape
 
-__all__ = ["DENSE", "Dense", "Form", "Formed", "Shape", "form_of", "shape_of"]
+__all__ = [
+    "DENSE",
+    "Dense",
+    "Form",
+    "Formed",
+    "GraphWriter",
+    "ProductShape",
+    "Shape",
+    "form_of",
+    "numbers_of",
+    "shape_of",
+    "weight_of",
+]
+
+
+class GraphWriter(Protocol):
+    """Writes ONNX's standard operators into an exported graph; values are opaque to a form."""
+
+    def constant(self, values: np.ndarray, name: str) -> Any:
+        """A float32 constant; `name` says which part of the matrix it is."""
+
+    def numbers(self, *values: int) -> Any:
+        """A constant of whole numbers, such as a shape."""
+
+    def apply(self, operator: str, *inputs: Any, **attributes: Any) -> Any:
+        """The one output of a standard operator."""
 
 
 class Formed(nn.Module, ABC):
-    """A Linear or Embedding in another form: the base class of every form's modules."""
+    """A Linear or Embedding in another form: the base class of every form's modules.
+
+    A module that stands for a Linear calls the Linear's bias `bias`, and adds it last.
+    """
 
     form: Form
     shape: Shape  # of the matrix it stands for
+    table: ClassVar[bool] = False  # whether it stands for an Embedding
+    integers: str | None = (
+        None  # the parameter that int8 files store as integers: the one multiplied at `reads`, or a table's rows
+    )
+
+    def lower(self, graph: GraphWriter, source: Any) -> Any:
+        """Writes what an exported graph computes in its place, the bias left out: by default the product with `matrix()`.
+
+        `source`: the input (., ., in), or the ids (., .) of a table.
+        """
+        matrix = numbers_of(self.matrix())
+        if self.table:
+            return graph.apply("Gather", graph.constant(matrix, "weight"), source, axis=0)
+        return graph.apply("MatMul", source, graph.constant(matrix.T, "weight"))
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -36,3 +80,17 @@ def shape_of(module: nn.Module) -> Shape:
         return module.shape
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     return int(rows), int(columns)
+
+
+def weight_of(model: nn.Module, reader: str) -> str:
+    """The parameter that a point's module multiplies by: a Linear's weight, or the one that a module of a form names."""
+    for name in (reader, reader.rpartition(".")[0]):
+        module = model.get_submodule(name)
+        if isinstance(module, Formed):
+            return f"{name}.{module.integers}"
+    return f"{reader}.weight"
+
+
+def numbers_of(values: Tensor) -> np.ndarray:
+    """A tensor as float32 numbers, wherever it lies."""
+    return np.asarray(values.detach().float().cpu().numpy())

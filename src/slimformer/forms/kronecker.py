@@ -11,15 +11,16 @@ A (words, 1) and B (1, width), is a table of low rank: of all tables with as man
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import Any, ClassVar, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimformer.forms.base import Form, Formed, Shape
+from slimformer.forms.base import Form, Formed, GraphWriter, ProductShape, Shape, numbers_of
 
 
 @final
@@ -83,6 +84,10 @@ class Kronecker(Form):
     def b_is_large(self, shape: Shape) -> bool:
         """Whether B multiplies all tokens at once from the right, and A each token from the left; else the other way round."""
         return math.prod(self.b(shape)) >= math.prod(self.a)
+
+    def products(self, shape: Shape) -> tuple[ProductShape, ...]:
+        (out, width) = self.b(shape) if self.b_is_large(shape) else self.a
+        return (ProductShape(self.rows(shape), width, out),) * self.terms
 
     def rows(self, shape: Shape) -> int:
         """Rows that a token is at the product with the larger factor: what the smaller one gives, or what it is yet to read."""
@@ -177,15 +182,16 @@ class KroneckerLinear(_Factors):
         super().__init__(form, dense.weight, (form.terms, *form.a))
         self.bias = dense.bias
         self.large = LargeProduct("b" if form.b_is_large(self.shape) else "a")
+        self.integers = self.large.factor
 
     def matrix(self) -> Tensor:
         return torch.stack([torch.kron(a, b) for a, b in zip(self.a, self.b, strict=True)]).sum(0)
 
     def forward(self, input: Tensor) -> Tensor:
-        product = self.product(input)
+        product = self._product(input)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
-    def product(self, input: Tensor) -> Tensor:
+    def _product(self, input: Tensor) -> Tensor:
         """The sum without the bias."""
         n2 = self.b.shape[2]
         start = input.unflatten(-1, (self.a.shape[2], n2))  # (..., n1, n2)
@@ -205,6 +211,38 @@ class KroneckerLinear(_Factors):
             total = total.transpose(-1, -2)
         return total.flatten(-2)  # (..., m1 m2)
 
+    def lower(self, graph: GraphWriter, source: Any) -> Any:
+        return write_product(
+            graph, source, numbers_of(self.a), numbers_of(self.b), self.form.steps(self.shape), self.large.factor
+        )
+
+
+def write_product(graph: GraphWriter, source: Any, a: np.ndarray, b: np.ndarray, steps: Sequence[str], large: str) -> Any:
+    """Writes the product with a sum of A (x) B into a graph, in these `steps` (`Kronecker.steps`); `large` names the larger factor.
+
+    The smaller factor multiplies from the left, token by token, so that int8 does not take it for a matrix of the model: it stays in
+    float. `a` is (terms, m1, n1), `b` (terms, m2, n2).
+    """
+    factors = {"a": a, "b": b}
+    start = graph.apply("Reshape", source, graph.numbers(0, 0, a.shape[2], b.shape[2]))  # (., ., n1, n2)
+    if steps[0] == "turn":
+        start = graph.apply("Transpose", start, perm=[0, 1, 3, 2])
+    total = None
+    for term in range(len(a)):
+        value = start
+        for step in steps:
+            if step == "turn":
+                continue
+            factor, name = factors[step][term], f"{step}.{term}"
+            if step == large:
+                value = graph.apply("MatMul", value, graph.constant(factor.T, name))
+            else:
+                value = graph.apply("MatMul", graph.constant(factor, name), value)
+        total = value if total is None else graph.apply("Add", total, value)
+    if steps[-1] == "turn":
+        total = graph.apply("Transpose", total, perm=[0, 1, 3, 2])  # (., ., m1, m2)
+    return graph.apply("Reshape", total, graph.numbers(0, 0, a.shape[1] * b.shape[1]))
+
 
 class KroneckerEmbedding(_Factors):
     """Row i of the table is the sum of A[i] (x) B, with B a single row: a lookup and a product.
@@ -212,9 +250,12 @@ class KroneckerEmbedding(_Factors):
     `a` is (1, words, terms n1): what a word has of all terms stands side by side, so that one lookup finds it and one scale rounds it.
     """
 
+    table: ClassVar[bool] = True
+
     def __init__(self, form: Kronecker, dense: nn.Embedding) -> None:
         words, n1 = form.a
         super().__init__(form, dense.weight, (1, words, form.terms * n1))
+        self.integers = "a"
         self.padding_idx = dense.padding_idx
 
     def matrix(self) -> Tensor:
@@ -230,8 +271,20 @@ class KroneckerEmbedding(_Factors):
             return (rows.transpose(-1, -2) * self.b[0]).flatten(-2)
         return torch.einsum("...tj,tk->...jk", rows, self.b[:, 0]).flatten(-2)
 
+    def lower(self, graph: GraphWriter, source: Any) -> Any:
+        """A lookup and a product.
 
-def weight_of(model: nn.Module, reader: str) -> str:
-    """The parameter that a point's module multiplies by: a Linear's weight, or the larger factor of a factored matrix."""
-    module = model.get_submodule(reader)
-    return f"{reader.rpartition('.')[0]}.{module.factor}" if isinstance(module, LargeProduct) else f"{reader}.weight"
+        What sums the terms is a constant of three axes, so that int8 does not take it for a matrix of the model: it stays in float.
+        """
+        table, sums = numbers_of(self.a)[0], numbers_of(self.b)[:, 0]  # (words, terms n1), (terms, n2)
+        terms, n2 = sums.shape
+        n1 = table.shape[1] // terms
+        value = graph.apply("Gather", graph.constant(table, "a"), source, axis=0)
+        if min(terms, n1) > 1:
+            value = graph.apply("Reshape", value, graph.numbers(0, 0, terms, n1))
+            value = graph.apply("Transpose", value, perm=[0, 1, 3, 2])  # (., ., n1, terms)
+        else:
+            value = graph.apply("Reshape", value, graph.numbers(0, 0, n1, terms))
+        small = graph.constant(sums[None], "b")  # (1, terms, n2)
+        value = graph.apply("Mul" if terms == 1 else "MatMul", value, small)  # (., ., n1, n2)
+        return graph.apply("Reshape", value, graph.numbers(0, 0, n1 * n2))

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from slimformer.core.anatomy import Point, PointRole
 from slimformer.core.plan import Decision
 from slimformer.core.ranges import Ranges
-from slimformer.forms.base import shape_of
-from slimformer.forms.kronecker import KroneckerEmbedding, weight_of
+from slimformer.forms.base import Formed, shape_of, weight_of
 from slimformer.hooks.points import touched
 from slimformer.hooks.weights import Change, changed_weights
 from slimformer.methods.base import Context, Effects, Method, Progress, State
@@ -207,9 +206,9 @@ def _tables(model: nn.Module) -> dict[str, nn.Embedding]:
 
 
 def _factors(model: nn.Module) -> list[str]:
-    """The factors of factored word tables that hold a row for each word: as long as the table, and looked up like one."""
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, KroneckerEmbedding)}
-    return [f"{name}.a" for name, module in tables.items() if module.shape[0] >= TABLE_ROWS]
+    """The parameters that hold a row for each word of a table in another form: as long as the table, and looked up like one."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, Formed) and module.table}
+    return [f"{name}.{table.integers}" for name, table in tables.items() if table.integers and table.shape[0] >= TABLE_ROWS]
 
 
 def _last(point: Point) -> bool:

@@ -254,7 +254,8 @@ class Products:
 
 def products_of(model: Any, modules: Sequence[str]) -> Products:
     """What these Linears, or products with the larger factor of each term, multiply."""
-    from slimformer.forms.kronecker import KroneckerLinear, weight_of
+    from slimformer.forms.base import weight_of
+    from slimformer.forms.kronecker import KroneckerLinear
 
     weights = [model.get_parameter(weight_of(model, name)) for name in modules]
     outs = tuple(weight.shape[-2] for weight in weights for _ in range(len(weight) if weight.ndim == 3 else 1))

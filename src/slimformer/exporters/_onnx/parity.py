@@ -1,0 +1,129 @@
+"""Parity: runs a file on the batches that it was made with, and compares its outputs with the model's.
+
+A float file must give the model's numbers; an int8 file must give its answers on most rows. A file that does neither is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from slimformer.errors import ExportError
+from slimformer.exporters.base import Arrays
+from slimformer.families.base import Subject
+
+FILLING = {"attention_mask": 1}  # the value of an input that a batch lacks; 0 for all others
+REPORT = "this is a fault of the exporter or of a package it stands on; please report it with the model's config.json."
+
+Outputs = Mapping[str, np.ndarray]
+
+
+def fill_inputs(names: Sequence[str], batch: Arrays) -> dict[str, np.ndarray]:
+    """The model's inputs of a batch; as in transformers, missing token_type_ids are zeros and a missing mask is ones."""
+    ids = np.asarray(batch["input_ids"])
+    return {name: np.asarray(batch.get(name, np.full_like(ids, FILLING.get(name, 0))), dtype=np.int64) for name in names}
+
+
+def real_tokens(batch: Arrays) -> np.ndarray:
+    """Which tokens of a batch are no padding: (batch, seq)."""
+    return fill_inputs(("attention_mask",), batch)["attention_mask"] == 1
+
+
+def open_session(model: bytes) -> Any:
+    """A graph in ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_model(subject: Subject, batch: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named outputs of the PyTorch model on a batch."""
+    with torch.no_grad():
+        result = subject.model(**subject.feed(fill_inputs(subject.inputs, batch)), return_dict=True)
+    return {name: result[name].float().cpu().numpy() for name in outputs}
+
+
+def run_graph(session: Any, names: Sequence[str], batch: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named outputs of a session on a batch."""
+    return dict(zip(outputs, session.run(list(outputs), fill_inputs(names, batch)), strict=True))
+
+
+def compare(
+    session: Any,
+    variant: str,
+    batches: Sequence[Arrays],
+    names: Sequence[str],
+    reference: Sequence[Outputs],
+    *,
+    tolerance: float | None,
+    agreement: float,
+) -> tuple[float, float]:
+    """The largest difference over all outputs, and the share of rows with the same answer.
+
+    ExportError if an output has another shape or is not finite; if a number differs by more than `tolerance` of the largest output;
+    or, with no tolerance, if the share of rows is below `agreement`.
+    """
+    outputs = list(reference[0])
+    worst, worst_shape, agreeing, rows = 0.0, (0, 0), 0, 0
+    top = max(float(np.abs(value).max()) for item in reference for value in item.values())
+    pairs = list(zip(batches, reference, strict=True))
+    per_token = {name for name in outputs if all(item[name].shape == batch["input_ids"].shape for batch, item in pairs)}
+    for batch, expected in pairs:
+        got: Outputs = run_graph(session, names, batch, outputs)
+        for name in outputs:
+            if got[name].shape != expected[name].shape or not np.isfinite(got[name]).all():
+                raise ExportError(
+                    f"the {variant} file gives no finite '{name}' of shape {expected[name].shape}.",
+                    facts=[f"shape: {got[name].shape}"],
+                    help=REPORT,
+                )
+            difference = float(np.abs(got[name] - expected[name]).max())
+            if difference > worst:
+                worst, worst_shape = difference, batch["input_ids"].shape
+        if per_token:
+            got, expected = ({**item, **unpad(item, per_token, batch)} for item in (got, expected))
+        agreeing += int(np.logical_and.reduce([agree(got[name], expected[name], top) for name in outputs]).sum())
+        rows += len(expected[outputs[0]])
+    share = agreeing / rows
+    if tolerance is None and share < agreement:
+        raise ExportError(
+            f"the {variant} file answers as the model does on {share:.1%} of {rows} rows only.",
+            facts=[f"least allowed: {agreement:.0%}", f"largest difference: {worst:.3g} of {top:.3g}"],
+            help="this CPU may saturate int8 sums: try weight_bits=7 (export: {reduce_range: true}); or ship the fp32 file.",
+        )
+    if tolerance is not None and worst > tolerance * max(1.0, top):
+        raise ExportError(
+            f"the {variant} file differs from the model by {worst:.2g} on a batch of {worst_shape[0]} x {worst_shape[1]}.",
+            facts=[f"allowed: {tolerance * max(1.0, top):.2g}", f"largest output: {top:.3g}"],
+            help=REPORT,
+        )
+    return worst, share
+
+
+def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str], reference: Sequence[Outputs]) -> float:
+    """Squared error of a session's outputs, as a share of the squared outputs of the model; only finite outputs count."""
+    wrong = square = 0.0
+    for batch, expected in zip(batches, reference, strict=True):
+        for name, value in run_graph(session, names, batch, list(expected)).items():
+            real = np.isfinite(expected[name])
+            wrong += float(np.square(value[real] - expected[name][real]).sum())
+            square += float(np.square(expected[name][real]).sum())
+    return wrong / max(square, 1e-12)
+
+
+def unpad(outputs: Outputs, names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
+    """Outputs with one value per token, with padding as the last thing that an answer could be."""
+    real = real_tokens(batch)
+    return {name: np.where(real, outputs[name], -np.inf) for name in names}
+
+
+def agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:
+    """Rows with the same answer: (rows,). Near ties, within a tenth of the largest output, count as the same."""
+    if expected.shape[-1] == 1:
+        return np.asarray(np.abs(got - expected).max(axis=-1) <= 0.1 * top)
+    chosen = np.take_along_axis(expected, got.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    return np.asarray(expected.max(axis=-1) - chosen <= 0.1 * top)

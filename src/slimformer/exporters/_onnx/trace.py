@@ -1,0 +1,176 @@
+"""The trace: a model as an ONNX graph, with a marker in the place of each attention and of each matrix in another form.
+
+The model is traced as transformers runs it, except that the layers compute in (seq, batch, hidden), the order that fast graphs need.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import nn
+
+from slimformer.errors import ExportError
+from slimformer.exporters._onnx.parity import FILLING, REPORT
+from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, TABLE
+from slimformer.families.base import Subject
+from slimformer.forms.base import Formed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MARKED = "slimformer_export"  # the name under which transformers finds the attention that leaves a marker
+CHATTER = (  # known and harmless; any other warning is heard
+    (FutureWarning, r".*isinstance\(treespec, LeafSpec\).*"),
+    (UserWarning, r"# The axis name: .* will not be used.*"),
+    (DeprecationWarning, r".*(torch\.jit|ast\.|onnxscript|node_version).*"),
+)
+
+
+def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
+    """The model as a SEQ_FIRST graph with markers; batch and sequence may have any length. ExportError if PyTorch cannot trace it."""
+    model, names = subject.model, subject.inputs
+
+    class Flat(nn.Module):
+        """Tensors in, a tuple of tensors out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result = self.model(**dict(zip(names, inputs, strict=True)), return_dict=True)
+            return tuple(result[name] for name in outputs)
+
+    # One tensor per input: the tracer would take one object given twice for one input.
+    example = tuple(torch.full((2, 8), FILLING.get(name, 0), dtype=torch.int64, device=subject.device) for name in names)
+    longest = subject.family.positions(model.config.to_dict())
+    batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=longest)
+    with _marked(subject), _distinct_biases(model) as biases, _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                Flat().eval(),
+                example,
+                dynamo=True,
+                verbose=False,
+                input_names=list(names),
+                output_names=list(outputs),
+                dynamic_shapes={"inputs": tuple({0: batch, 1: seq} for _ in names)},
+            )
+        except Exception as error:  # whatever tracing raises means the same to a user: this model cannot be exported
+            first = str(error).strip().splitlines()[:1]
+            raise ExportError(f"PyTorch could not trace {type(model).__name__}.", facts=first, help=REPORT) from error
+        assert program is not None
+        constants = program.model.graph.initializers
+        for name, bias in biases.items():
+            if f"model.{name}" in constants:
+                constants[f"model.{name}"].const_value = onnx_ir.tensor(bias, name=f"model.{name}")
+    return program.model
+
+
+def forms_in(model: nn.Module) -> dict[str, Formed]:
+    """The matrices in another form than a plain one, by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Formed)}
+
+
+def _mark_attention(
+    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Any, None]:
+    """An attention function for transformers that leaves a marker: (., heads, ., dim) in, (., ., heads, dim) out."""
+    outer, heads, inner, dim = query.shape
+    attributes: dict[str, Any] = {"scale": float(scaling or dim**-0.5), "heads": int(heads), "width": int(heads * dim)}
+    inputs = [*(item.transpose(1, 2) for item in (query, key, value)), attention_mask]
+    shape = (outer, inner, heads, dim)
+    return torch.onnx.ops.symbolic("::".join(ATTENTION), inputs, attributes, dtype=query.dtype, shape=shape), None
+
+
+def _plain_mask(*, attention_mask: Any, **_: Any) -> Any:
+    """The mask as it came, (batch, seq): the marker reads it."""
+    return attention_mask
+
+
+def _mark_form(name: str, module: Formed) -> Any:
+    """A forward pass for a matrix in another form that leaves a marker with its parameters, and adds the bias if there is one."""
+    parts = [part for part, _ in module.named_parameters() if part != "bias"]
+    has_bias = "bias" in dict(module.named_parameters())
+    marker, width = "::".join(TABLE if module.table else FORMED), module.shape[1 if module.table else 0]
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        # Parameters are read from the module: the tracer would take a tensor that it holds by itself for a constant without a name.
+        values = [module.get_parameter(part) for part in parts]
+        shape, dtype = (*input.shape, width) if module.table else (*input.shape[:-1], width), values[0].dtype
+        product = torch.onnx.ops.symbolic(marker, [input, *values], {"module": name}, dtype=dtype, shape=shape)
+        return product + module.get_parameter("bias").to(dtype) if has_bias else product
+
+    return forward
+
+
+@contextmanager
+def _marked(subject: Subject) -> Iterator[None]:
+    """Lets attentions and matrices in other forms leave markers, and the layers compute in (seq, batch, hidden)."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(MARKED, _mark_attention)
+    AttentionMaskInterface.register(MARKED, _plain_mask)
+    model: PreTrainedModel = subject.model
+    before = model.config._attn_implementation
+
+    def turn(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].transpose(0, 1), *output[1:])
+        return output.transpose(0, 1)
+
+    with ExitStack() as stack:
+        stack.callback(setattr, model.config, "_attn_implementation", before)
+        model.config._attn_implementation = MARKED
+        for name, module in forms_in(model).items():
+            stack.callback(delattr, module, "forward")
+            module.forward = _mark_form(name, module)
+        for name in (subject.anatomy.embedding, subject.anatomy.layers[-1]):
+            stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
+        yield
+
+
+@contextmanager
+def _distinct_biases(model: nn.Module) -> Iterator[dict[str, np.ndarray]]:
+    """Gives each bias values of its own, and puts the true ones back; yields the true ones by name.
+
+    The tracer keeps one of several equal constants, and products are told apart by the names of their biases.
+    """
+    modules = {
+        name: dict(module.named_parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Formed))
+    }
+    biases = {f"{name}.bias": parameters["bias"] for name, parameters in modules.items() if "bias" in parameters}
+    true = {name: bias.detach().clone() for name, bias in biases.items()}
+    try:
+        with torch.no_grad():
+            for index, bias in enumerate(biases.values()):
+                bias.copy_(torch.linspace(index + 0.25, index + 0.75, len(bias)))  # no constant of a model looks like that
+        yield {name: value.float().cpu().numpy() for name, value in true.items()}
+    finally:
+        with torch.no_grad():
+            for name, bias in biases.items():
+                bias.copy_(true[name])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the tracer's known and harmless warnings, and restores logging."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        for category, message in CHATTER:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
