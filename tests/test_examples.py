@@ -14,7 +14,7 @@ from slimformer.measuring.machine import environment
 from slimformer.measuring.records import Record
 from slimformer.reporting.ledger import append_record
 
-ROOMS = ("core", "families", "hooks")  # each of their public names has an example
+ROOMS = ("core", "families", "hooks", "measuring", "reporting")  # each of their public names has an example
 INNER = (
     "core.form",
     "families.base",

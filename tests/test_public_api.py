@@ -36,6 +36,7 @@ def test_an_unknown_name_is_an_attribute_error():
         "slimformer.tasks.classification",
         "slimformer.families.bert",
         "slimformer.core.budget",
+        "slimformer.reporting.card, slimformer.reporting.page, slimformer.reporting.terminal",
     ],
 )
 def test_imports_stay_lean(module):

@@ -32,7 +32,7 @@ from slimformer.reporting.ledger import append_record, read_facts, read_records,
 from slimformer.reporting.page import Details, report, write_page
 from slimformer.reporting.svg import Mark, Scatter, draw_bars, draw_scatter, ticks
 from slimformer.reporting.terminal import draw_table
-from slimformer.reporting.verdicts import Answer, against, choice, frontier, judge, tally
+from slimformer.reporting.verdicts import Conclusion, against, choice, frontier, judge, tally
 from slimformer.tasks.classification import Classification
 
 MACHINE = Environment("Some CPU", 2, ("avx2",), 2**33, "Linux 6", "3.11.7", {"slimformer": "0.1.0", "numpy": "2.4"})
@@ -192,37 +192,42 @@ def test_bootstrap_is_symmetric(pairs: list[tuple[int, int]], seed: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("speed", "loss", "answer", "words"),
+    ("speed", "loss", "conclusion", "words"),
     [
         # The spread of the speed is 2 % on either side; asked are 3 times as fast and at most 1 point lost.
         (
             3.6,
             Interval(0.4, -0.6, 0.9),
-            Answer.YES,
+            Conclusion.YES,
             "Goal met: 3.60 times as fast at batch 32 (asked: 3; 80 % of rounds 3.53 to 3.67); 0.4 points of accuracy lost "
             "(asked: at most 1; 95 % interval −0.6 to +0.9).",
         ),
-        (3.6, Interval(0.4, -0.6, 1.0), Answer.YES, "Goal met"),  # the interval may reach the goal, not go beyond it
-        (3.6, Interval(0.4, -0.6, 1.3), Answer.OPEN, "−0.6 to +1.3), too close to call on 872 examples."),
-        (3.6, Interval(1.3, 0.2, 2.4), Answer.OPEN, "Goal open: 3.60 times"),
-        (3.6, Interval(2.5, 1.1, 3.9), Answer.NO, "95 % interval +1.1 to +3.9), 1.5 points too many."),
-        (3.02, Interval(0.4, -0.6, 0.9), Answer.OPEN, "(asked: 3; 80 % of rounds 2.96 to 3.08), too close to call; 0.4 points"),
-        (2.98, Interval(0.4, -0.6, 0.9), Answer.OPEN, "Goal open: 2.98 times"),
-        (2.4, Interval(0.4, -0.6, 0.9), Answer.NO, "80 % of rounds 2.35 to 2.45), 20 % short;"),
-        (2.4, Interval(0.4, -0.6, 1.3), Answer.NO, "Goal not met"),  # what is open does not matter any more
-        (3.6, Interval(0.4, float("nan"), float("nan")), Answer.OPEN, "Goal open"),
+        (3.6, Interval(0.4, -0.6, 1.0), Conclusion.YES, "Goal met"),  # the interval may reach the goal, not go beyond it
+        (3.6, Interval(0.4, -0.6, 1.3), Conclusion.OPEN, "−0.6 to +1.3), too close to call on 872 examples."),
+        (3.6, Interval(1.3, 0.2, 2.4), Conclusion.OPEN, "Goal open: 3.60 times"),
+        (3.6, Interval(2.5, 1.1, 3.9), Conclusion.NO, "95 % interval +1.1 to +3.9), 1.5 points too many."),
+        (
+            3.02,
+            Interval(0.4, -0.6, 0.9),
+            Conclusion.OPEN,
+            "(asked: 3; 80 % of rounds 2.96 to 3.08), too close to call; 0.4 points",
+        ),
+        (2.98, Interval(0.4, -0.6, 0.9), Conclusion.OPEN, "Goal open: 2.98 times"),
+        (2.4, Interval(0.4, -0.6, 0.9), Conclusion.NO, "80 % of rounds 2.35 to 2.45), 20 % short;"),
+        (2.4, Interval(0.4, -0.6, 1.3), Conclusion.NO, "Goal not met"),  # what is open does not matter any more
+        (3.6, Interval(0.4, float("nan"), float("nan")), Conclusion.OPEN, "Goal open"),
     ],
 )
-def test_a_goal_is_met_only_if_the_intervals_say_so(speed: float, loss: Interval, answer: Answer, words: str) -> None:
+def test_a_goal_is_met_only_if_the_intervals_say_so(speed: float, loss: Interval, conclusion: Conclusion, words: str) -> None:
     verdict = judge(record(speed=speed, loss=loss, target=Goal(3.0, 1.0)))
-    assert verdict.answer is answer
+    assert verdict.conclusion is conclusion
     assert words in verdict.text
 
 
 def test_without_a_goal_or_a_baseline_there_is_no_answer() -> None:
-    assert judge(BASE).answer is None
+    assert judge(BASE).conclusion is None
     verdict = judge(record(speed=3.6, loss=Interval(-0.4, -1.0, 0.2)))
-    assert (verdict.answer, verdict.text) == (None, "3.6 times as fast at batch 32, 0.4 points of accuracy gained.")
+    assert (verdict.conclusion, verdict.text) == (None, "3.6 times as fast at batch 32, 0.4 points of accuracy gained.")
 
 
 def rival(score: float, speed: float) -> Record:
@@ -230,40 +235,40 @@ def rival(score: float, speed: float) -> Record:
 
 
 @pytest.mark.parametrize(
-    ("score", "speed", "versus", "answer", "words"),
+    ("score", "speed", "versus", "conclusion", "words"),
     [
         (
             0.90,
             2.0,
             Interval(0.0, -0.5, 0.5),
-            Answer.YES,
+            Conclusion.YES,
             "Beats the teacher in ONNX Runtime dynamic int8 (int8): 1.50x its speed",
         ),
-        (0.903, 2.0, Interval(0.3, -0.5, 1.1), Answer.YES, "equal within the noise"),
+        (0.903, 2.0, Interval(0.3, -0.5, 1.1), Conclusion.YES, "equal within the noise"),
         (
             0.92,
             2.0,
             Interval(2.0, 1.0, 3.0),
-            Answer.NO,
+            Conclusion.NO,
             "Does not beat the teacher in ONNX Runtime dynamic int8 (int8) at equal",
         ),
-        (0.90, 4.0, Interval(0.0, -0.5, 0.5), Answer.NO, "Does not beat"),
-        (0.90, 3.0, Interval(0.0, -0.5, 0.5), Answer.NO, "too close to call"),
-        (0.88, 3.0, Interval(-2.0, -3.0, -1.0), Answer.YES, "2.0 points better (95 %: 3.0 better to 1.0 better)"),
-        (0.88, 4.0, Interval(-2.0, -3.0, -1.0), Answer.OPEN, "Neither beats the other"),
-        (0.91, 4.0, None, Answer.NO, "not paired by example"),
+        (0.90, 4.0, Interval(0.0, -0.5, 0.5), Conclusion.NO, "Does not beat"),
+        (0.90, 3.0, Interval(0.0, -0.5, 0.5), Conclusion.NO, "too close to call"),
+        (0.88, 3.0, Interval(-2.0, -3.0, -1.0), Conclusion.YES, "2.0 points better (95 %: 3.0 better to 1.0 better)"),
+        (0.88, 4.0, Interval(-2.0, -3.0, -1.0), Conclusion.OPEN, "Neither beats the other"),
+        (0.91, 4.0, None, Conclusion.NO, "not paired by example"),
     ],
 )
-def test_a_duel_is_computed(score: float, speed: float, versus: Interval | None, answer: Answer, words: str) -> None:
+def test_a_duel_is_computed(score: float, speed: float, versus: Interval | None, conclusion: Conclusion, words: str) -> None:
     ours = record(score=0.90, speed=3.0, versus={} if versus is None else {"int8": versus})
     verdicts = against(ours, [BASE, rival(score, speed), ours])
-    assert verdicts[0].answer is answer
+    assert verdicts[0].conclusion is conclusion
     assert words in verdicts[0].text
     assert [verdict.text for verdict in verdicts[1:]] == [
         "Not measured: the teacher in OpenVINO int8.",
         "Not measured: a smaller dense model distilled with the same budget.",
     ]
-    assert tally(verdicts) == f"At equal quality it beats {int(answer is Answer.YES)} of the 1 rivals measured."
+    assert tally(verdicts) == f"At equal quality it beats {int(conclusion is Conclusion.YES)} of the 1 rivals measured."
 
 
 def test_the_chosen_file_speaks_for_the_run() -> None:

@@ -1,6 +1,6 @@
-"""Tells the machine a number was measured on, and waits until nothing else runs on it.
+"""Describes the machine that a number was measured on, and waits until nothing else runs on it.
 
-The one idea: a speed without processor, versions and load is no result, so every row of the ledger holds an `Environment` and
+A speed without processor, versions and load is no result, so every row of the ledger holds an `Environment` and
 every timing a `Load`. Nothing is timed here.
 """
 
@@ -42,8 +42,8 @@ class Environment:
 class Load:
     """How busy the machine was with other work just before timing began."""
 
-    busy_cores: float  # cores' worth of work over the last look, while this process slept
-    average: float  # load average over one minute; counts our own work before the bench too
+    busy_cores: float  # cores that other work took in the last second, while this process slept
+    average: float  # load average over one minute, which counts this process's own work too
     waited_seconds: float
     quiet: bool
 
@@ -80,7 +80,7 @@ def environment() -> Environment:
 
 
 def saturates(flags: Collection[str]) -> bool:
-    """Whether int8 products may overflow on a processor: x86 without VNNI adds pairs of them in 16 bits."""
+    """Whether int8 products may overflow on a processor: x86 without VNNI adds pairs of products in 16 bits."""
     return "avx2" in flags and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
 
 
@@ -112,10 +112,10 @@ def quiet(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Load:
-    """Waits until others use less than `threshold` cores, at most `wait_seconds`; then warns. Returns the load for the row.
+    """Waits until others use less than `threshold` cores, and returns the load; warns if `wait_seconds` do not suffice.
 
-    This process sleeps while it looks, so what is seen is other work; the load average alone would still count our own
-    training from a minute ago.
+    This process sleeps while it looks, so that all it sees is other work. The load average would still count this process's own
+    training of a minute ago.
     """
     start = clock()
     while True:

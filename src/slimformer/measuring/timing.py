@@ -141,11 +141,13 @@ class Timing:
 
     @property
     def rounds(self) -> int:
+        """How many rounds were timed."""
         return len(self.samples_ms)
 
     def per_example_ms(self) -> np.ndarray:
         """Milliseconds per example of each batch in each round: (rounds, batches)."""
-        return np.asarray(self.samples_ms, dtype=np.float64) / np.asarray(self.sizes, dtype=np.float64)  # type: ignore[no-any-return]
+        samples, sizes = np.asarray(self.samples_ms, dtype=np.float64), np.asarray(self.sizes, dtype=np.float64)
+        return samples / sizes  # type: ignore[no-any-return]
 
     @property
     def p50_ms(self) -> float:

@@ -46,7 +46,7 @@ def shortened_answer(answer: ChangedAnswer) -> ChangedAnswer:
 
 
 def excerpt(text: str, around: Sequence[str]) -> str:
-    """At most BRIEF characters of a text, cut between words: around the first of these answers that occurs, or from its start."""
+    """At most BRIEF characters, cut between words: around the first of these answers that occurs, or from the start."""
     if len(text) <= BRIEF:
         return text
     parts = [part for answer in around for part in answer.split(" | ") if part]

@@ -71,7 +71,7 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """The rows of one or more ledgers, in order. A torn or foreign line is skipped with a warning; DataError if a file is missing."""
+    """The rows of one or more ledgers, in order. DataError without a file; a torn or foreign line is skipped with a warning."""
     records = []
     for path in paths:
         try:

@@ -107,7 +107,8 @@ def _tiles(ours: Record, records: Sequence[Record], metric: str) -> tuple[tuple[
     tiles = []
     for label, batch in (("batch 32, sorted by length", 32), ("batch 1, in order", 1)):
         if found := ours.times_faster(batch):
-            tiles.append((f"Speed, {label}", f"{found.median:.2f}×", f"80 % of rounds within {found.low:.2f}–{found.high:.2f}"))
+            remark = f"80 % of rounds within {found.low:.2f}–{found.high:.2f}"
+            tiles.append((f"Speed, {label}", f"{found.median:.2f}×", remark))
     was = f"teacher {base.score:.4f}" if base else ""
     span = f"; lost {signed(ours.loss.value)} points, 95 % interval {interval_text(ours.loss)}" if ours.loss else ""
     tiles.append((metric[0].upper() + metric[1:], f"{ours.score:.4f}", was + span))

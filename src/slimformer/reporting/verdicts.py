@@ -1,6 +1,6 @@
 """Judges records: which ones nothing beats, whether the goal is met, and how ours stands against each rival.
 
-An answer is yes or no only if its interval says so, and else it is open. Tables and pages only show what is decided here.
+A conclusion is yes or no only if its interval says so; otherwise it is open. Tables and pages only show what is decided here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RIVAL_WORDS = {
 }
 
 
-class Answer(StrEnum):
+class Conclusion(StrEnum):
     """What a measurement says to a question. It is open if the interval holds both a yes and a no."""
 
     YES = "yes"
@@ -30,9 +30,9 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence on how a record stands. Without an answer there was nothing to ask, or nothing to judge by."""
+    """One sentence on how a record stands. Without a conclusion there was nothing to ask, or nothing to judge by."""
 
-    answer: Answer | None
+    conclusion: Conclusion | None
     text: str
 
 
@@ -90,28 +90,30 @@ def judge(record: Record) -> Verdict:
         return Verdict(None, f"{times_text(speed.median)} as fast at batch 32, {lost}.")
     asked, most = record.target.speedup, record.target.max_loss
     fast, good = _within(1 / speed.high, 1 / speed.low, 1 / asked), _within(loss.low, loss.high, most)
-    answer = Answer.NO if Answer.NO in (fast, good) else Answer.OPEN if Answer.OPEN in (fast, good) else Answer.YES
-    opening = {Answer.YES: "Goal met", Answer.NO: "Goal not met", Answer.OPEN: "Goal open"}[answer]
-    of_speed = {
-        Answer.YES: "",
-        Answer.NO: f", {100 * (1 - speed.median / asked):.0f} % short",
-        Answer.OPEN: ", too close to call",
-    }
-    of_loss = {
-        Answer.YES: "",
-        Answer.NO: f", {points_text(loss.value - most)} too many",
-        Answer.OPEN: f", too close to call on {record.examples:,} examples",
-    }
+    conclusion = next(word for word in (Conclusion.NO, Conclusion.OPEN, Conclusion.YES) if word in (fast, good))
+    opening = {Conclusion.YES: "Goal met", Conclusion.NO: "Goal not met", Conclusion.OPEN: "Goal open"}[conclusion]
+    speed_remark = {
+        Conclusion.YES: "",
+        Conclusion.NO: f", {100 * (1 - speed.median / asked):.0f} % short",
+        Conclusion.OPEN: ", too close to call",
+    }[fast]
+    loss_remark = {
+        Conclusion.YES: "",
+        Conclusion.NO: f", {points_text(loss.value - most)} too many",
+        Conclusion.OPEN: f", too close to call on {record.examples:,} examples",
+    }[good]
+    rounds = f"80 % of rounds {speed.low:.2f} to {speed.high:.2f}"
+    interval = f"95 % interval {interval_text(loss)}"
     return Verdict(
-        answer,
-        f"{opening}: {speed.median:.2f} times as fast at batch 32 (asked: {asked:g}; 80 % of rounds {speed.low:.2f} to "
-        f"{speed.high:.2f}){of_speed[fast]}; {lost} (asked: at most {most:g}; 95 % interval {interval_text(loss)}){of_loss[good]}.",
+        conclusion,
+        f"{opening}: {speed.median:.2f} times as fast at batch 32 (asked: {asked:g}; {rounds}){speed_remark}; "
+        f"{lost} (asked: at most {most:g}; {interval}){loss_remark}.",
     )
 
 
-def _within(low: float, high: float, bound: float) -> Answer:
+def _within(low: float, high: float, bound: float) -> Conclusion:
     """Whether everything between `low` and `high` is at most `bound`."""
-    return Answer.YES if high <= bound else Answer.NO if low > bound else Answer.OPEN
+    return Conclusion.YES if high <= bound else Conclusion.NO if low > bound else Conclusion.OPEN
 
 
 # -- The rivals --------------------------------------------------------------------------------------------------------------
@@ -144,14 +146,14 @@ def _duel(ours: Record, rival: Record, who: str) -> Verdict:
     quality = _quality_words(points, versus, equal)
     faster, better = speed > 1 and apart, points < 0 and not equal
     if faster and (equal or points <= 0):
-        return Verdict(Answer.YES, f"Beats {who}: {pace}, {quality}.")
+        return Verdict(Conclusion.YES, f"Beats {who}: {pace}, {quality}.")
     if better and (speed >= 1 or not apart):
-        return Verdict(Answer.YES, f"Beats {who}: {quality}, {pace}.")
+        return Verdict(Conclusion.YES, f"Beats {who}: {quality}, {pace}.")
     if faster:
-        return Verdict(Answer.NO, f"Does not beat {who} at equal quality: {pace}, but {quality}.")
+        return Verdict(Conclusion.NO, f"Does not beat {who} at equal quality: {pace}, but {quality}.")
     if better:
-        return Verdict(Answer.OPEN, f"Neither beats the other: against {who} ours is {quality}, at {pace}.")
-    return Verdict(Answer.NO, f"Does not beat {who}: {pace}, {quality}.")
+        return Verdict(Conclusion.OPEN, f"Neither beats the other: against {who} ours is {quality}, at {pace}.")
+    return Verdict(Conclusion.NO, f"Does not beat {who}: {pace}, {quality}.")
 
 
 def _quality_words(points: float, versus: Interval | None, equal: bool) -> str:
@@ -172,5 +174,5 @@ def _better_text(points: float) -> str:
 
 def tally(verdicts: Sequence[Verdict]) -> str:
     """How many of the measured rivals ours beats, in a sentence; empty if none was measured."""
-    answers = [verdict.answer for verdict in verdicts if verdict.answer is not None]
-    return f"At equal quality it beats {answers.count(Answer.YES)} of the {len(answers)} rivals measured." if answers else ""
+    known = [verdict.conclusion for verdict in verdicts if verdict.conclusion is not None]
+    return f"At equal quality it beats {known.count(Conclusion.YES)} of the {len(known)} rivals measured." if known else ""

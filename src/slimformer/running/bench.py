@@ -133,7 +133,7 @@ def _recorded_task(paths: Sequence[Path]) -> Task:
 
 
 def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | None) -> list[_Model]:
-    """The model file of each path; a plain folder is exported into `scratch`. A single folder gives all its files, fp32 first."""
+    """The model file of each path, or all files of a single folder, fp32 first. A plain folder is exported into `scratch`."""
     models: list[_Model] = []
     for place, path in enumerate(paths):
         if path.is_file() and path.suffix in {".onnx", ".xml"}:
@@ -262,8 +262,8 @@ def _fitted(task: Task, model: _Model) -> Task:
         return task
     if not facts.fitted:
         raise DataError(
-            f"{model.folder} was made for data of another kind: {registry.name_of(task)} needs an option that was fitted for the "
-            "file, and it has none (a SQuAD v1.1 model has no threshold below which there is no answer).",
+            f"{model.folder} was made for data of another kind: {registry.name_of(task)} needs an option that was fitted for "
+            "the file, and it has none (a SQuAD v1.1 model has no threshold below which there is no answer).",
             help="bench it on data like those it was made for, or make it again with these.",
         )
     return replace(task, **facts.fitted.get(model.file.name, {}))  # type: ignore[type-var]
