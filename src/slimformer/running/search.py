@@ -243,7 +243,7 @@ def _distil(bundle: Bundle, recipe: Recipe, wishes: Wishes) -> Train:
     method, lr, weight = distillation(), 2 * _tune_lr(source), 0.0 if copies else 0.1
     lengths = bundle.material.features[Split.TRAIN].lengths()
     scored = distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)
-    if (1 + copies) * kept_bytes(anatomy_of(bundle.teacher), lengths, scored.needs) <= KEPT_BYTES:
+    if (1 + copies) * kept_bytes(anatomy_of(bundle.teacher), lengths, scored.effects().needs) <= KEPT_BYTES:
         method, lr, weight = scored, max(lr, _fast_lr(source)), 0.0
     return Train(
         methods=(method,),
