@@ -159,7 +159,7 @@ def _duel(ours: Record, rival: Record, who: str) -> Verdict:
 def _quality_words(points: float, versus: Interval | None, equal: bool) -> str:
     """Ours against a rival: how many points better or worse, with the interval."""
     interval = f" (95 %: {_better_text(versus.low)} to {_better_text(versus.high)})" if versus else _UNPAIRED
-    if not points:
+    if abs(points) < 0.05 and equal:
         return f"as good{interval}"
     words = f"{points_text(points)} {'worse' if points > 0 else 'better'}{interval}"
     return f"{words}, equal within the noise" if equal else words
