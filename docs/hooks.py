@@ -1,8 +1,8 @@
-"""What the site needs beside docs/: pages made of files elsewhere in the clone, and links to them that lead somewhere.
+"""The parts of the site that stand outside docs/: pages made of files elsewhere in the clone, and links to them.
 
-On disk, links between pages are those that a reader of the clone follows (`../recipes/x.yaml`). Here, files outside docs/ become pages
-(PAGES), sections of one page (recipes) or plain files (recipe.yaml of a ledger), and each link is turned to where its target stands in
-the site. A line `<!-- include: ... -->` is replaced by what it names, so that no page repeats by hand what another file says.
+On disk, links between pages are those that a reader of the clone follows (`../recipes/x.yaml`). On the site, files outside docs/ become
+pages (PAGES), sections of one page (recipes) or plain files (the recipe.yaml of a ledger), and each link is turned to the new place of
+its target. A line `<!-- include: ... -->` is replaced by the text that it names, so that no page repeats by hand what another file says.
 """
 
 from __future__ import annotations
