@@ -1,4 +1,4 @@
-"""The docs are true: recipes parse and pass all checks, shown plug-ins keep their contracts, links lead somewhere, tables match ledgers."""
+"""The docs are true: recipes parse and pass all checks, shown plug-ins keep their contracts, links and tables are right."""
 
 from __future__ import annotations
 
