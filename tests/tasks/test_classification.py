@@ -25,6 +25,7 @@ from slimformer.data.files import read_table
 from slimformer.data.glue import GLUE
 from slimformer.data.labels import match_labels
 from slimformer.errors import DataError, RecipeError
+from slimformer.log import show_log
 from slimformer.tasks._metrics import class_metrics, score_metrics
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.classification import Classification
@@ -146,6 +147,12 @@ def test_columns_are_guessed_told_and_said(tmp_path: Path, caplog: pytest.LogCap
     assert f"{file}: taking text 'Question' and 'Sentence', label 'Score'" in caplog.text
     told = Classification(data=str(file), text="note", label="Question").settled()
     assert (told.text, told.text_pair, told.label, told.labels) == ("note", None, "Question", ("q1", "q2"))
+
+
+def test_the_command_line_shows_the_columns_that_were_guessed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with show_log():
+        Classification(data=str(folder)).settled()
+    assert capsys.readouterr().out == f"{folder / 'train.tsv'}: taking text 'sentence', label 'label'\n"
 
 
 def test_numbers_are_classes_when_whole_and_sorted_by_value(tmp_path: Path) -> None:
