@@ -20,7 +20,6 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from slimformer import registry
 from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.log import show_log
 
@@ -218,6 +217,8 @@ def inspect_command(
 @app.command("list")
 def list_command() -> None:
     """List the families, methods, forms, tasks, exporters and runtimes there are."""
+    from slimformer import registry
+
     for kind in registry.KINDS:
         typer.echo(f"{kind}:")
         for name in registry.names(kind):
@@ -256,6 +257,8 @@ def demo_command(
 
 
 def _tasks() -> dict[str, type[Task]]:
+    from slimformer import registry
+
     return {name: registry.find("tasks", name) for name in registry.names("tasks")}
 
 
