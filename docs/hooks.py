@@ -1,8 +1,9 @@
 """The parts of the site that stand outside docs/: pages made of files elsewhere in the clone, and links to them.
 
-On disk, links between pages are those that a reader of the clone follows (`../recipes/x.yaml`). On the site, files outside docs/ become
-pages (PAGES), sections of one page (recipes) or plain files (the recipe.yaml of a ledger), and each link is turned to the new place of
-its target. A line `<!-- include: ... -->` is replaced by the text that it names, so that no page repeats by hand what another file says.
+On disk, links between pages are those that a reader of the clone follows (`../recipes/x.yaml`). On the site, files
+outside docs/ become pages (PAGES), sections of one page (recipes) or plain files (the recipe.yaml of a ledger), and
+each link is turned to the new place of its target. A line `<!-- include: ... -->` is replaced by the text that it
+names, so that no page repeats by hand what another file says.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Fewer non-zeros, fewer bits, fewer independent numbers: the jobs behind docs/methods/numbers.md, and the page itself.
 
-    python results/numerics.py --plan            # what would run, what stands already, how many hours
+    python results/numerics.py --plan            # the jobs, which of them are done, how many hours
     python results/numerics.py --only sst2/      # run it; stop and start it at will
     python results/numerics.py --draw            # only draw the page from the rows that stand
 
-Sparse students start from the encoder as it was pre-trained and learn from the tuned teacher; Kronecker and quantized ones start from
-the teacher, the former with sentences of SQuAD's contexts as their text without labels. On SQuAD attention scores are no part of the
-loss. The rivals at equal encoder weights are a smaller dense model (whole layers dropped evenly) and a narrower one (heads and neurons
-cut), trained for as long on the same rows. The order of the jobs is that of what one wants to know first.
+Sparse students start from the encoder as it was pre-trained and learn from the tuned teacher; Kronecker and quantized
+ones start from the teacher, the former with sentences of SQuAD's contexts as their text without labels. On SQuAD
+attention scores are no part of the loss. The rivals at equal encoder weights are a smaller dense model (whole layers
+dropped evenly) and a narrower one (heads and neurons cut), trained for as long on the same rows. The jobs stand in the
+order of interest.
 """
 
 from __future__ import annotations
@@ -73,22 +74,22 @@ COMMAND = "python results/numerics.py"
 ENGINES = HOME / "methods" / TABLE / "engines.json"
 ENGINES_COMMAND = "python benchmarks/sparse.py --out results/methods/numbers/engines.json"
 BENCH = Bench(rivals=("teacher-int8", "openvino-int8"), seconds=20.0, openvino=True)
-BRIEF = Bench(rivals=(), seconds=5.0)  # where a speed is no news, or not what the row is for
+BRIEF = Bench(rivals=(), seconds=5.0)  # for rows whose speed is known, or is not their subject
 FIVE = ("mrpc", "rte", "cola", "stsb", "sst2")
 AUGMENT = {"sst2": 0, "squad1": 0}  # copies of each row; the small sets get COPIES
 COPIES = 4
 TEXT, SENTENCES = "runs/sweep/sentences.txt", 50_000
 MORE_IDS = "runs/sweep/squad-v1.1-20k.json"
-PASSES = 10.0  # over the rows of a small set, copies counted; half of that where a set is large
+PASSES = 10.0  # over the rows of a small set, copies counted; half of that if a set is large
 
 PAPER_LOSS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)  # Xu et al., Tahaei et al.
 NO_SCORES = replace(PAPER_LOSS, scores=0.0)
 OURS_LR = 1.6e-3
 LEARN = Train(methods=(PAPER_LOSS,), lr=1.6e-4, task_weight=0.0, dropout=False)
-FOLLOW = replace(LEARN, lr=8e-4, freeze="embeddings")  # what wins back most after a cut: decision 0009
+FOLLOW = replace(LEARN, lr=8e-4, freeze="embeddings")  # wins back most after a cut: decision 0009
 
 
-def lesson(task: str, *more: Method, like: Train = LEARN) -> Train:
+def distilled(task: str, *more: Method, like: Train = LEARN) -> Train:
     """A stage of distillation with other methods, as long for every method of a task."""
     copies = AUGMENT.get(task, COPIES)
     epochs = PASSES / (1 + copies) if copies else PASSES / 2
@@ -102,35 +103,35 @@ def lesson(task: str, *more: Method, like: Train = LEARN) -> Train:
 
 def sparse(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
     """Xu et al. at one density, all of it: start, loss, rate."""
-    return {f"sparse-{density * 100:.0f}": (lesson(task, KnowledgeSparse(keep=density)),)}
+    return {f"sparse-{density * 100:.0f}": (distilled(task, KnowledgeSparse(keep=density)),)}
 
 
 def sparse_ours(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
-    """The same with what few passes need: a start from the tuned weights and a higher rate."""
+    """The same, as it suits few passes: from the tuned weights and at a higher rate."""
     lr = OURS_LR / 2 if task == "squad1" else OURS_LR  # its batches are half as large
-    stage = lesson(task, KnowledgeSparse(keep=density), like=replace(LEARN, lr=lr))
+    stage = distilled(task, KnowledgeSparse(keep=density), like=replace(LEARN, lr=lr))
     return {f"sparse-ours-{density * 100:.0f}": (stage,)}
 
 
 def sparse_relative(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
-    """That with another loss, at a rate that suits it: outputs and relative hidden states, no attention scores."""
+    """The same with another loss and its best rate: outputs and relative hidden states, no attention scores."""
     learn = replace(LEARN, methods=(Distillation(),), lr=4e-4)
-    return {f"sparse-relative-{density * 100:.0f}": (lesson(task, KnowledgeSparse(keep=density), like=learn),)}
+    return {f"sparse-relative-{density * 100:.0f}": (distilled(task, KnowledgeSparse(keep=density), like=learn),)}
 
 
 def patterns(task: str) -> dict[str, tuple[Stage, ...]]:
-    """What hardware asks for: quads of inputs, and N of M."""
+    """The patterns of hardware: groups of four inputs, and N of M."""
     quads = KnowledgeSparse(keep=0.2, pattern="1x4")
     return {
-        "sparse-1x4-20": (lesson(task, quads),),
-        "sparse-2of4-50": (lesson(task, KnowledgeSparse(pattern="2:4")),),
-        "sparse-1x4-20-quantization": (lesson(task, quads), to_integers(8, KeepZeros())),
+        "sparse-1x4-20": (distilled(task, quads),),
+        "sparse-2of4-50": (distilled(task, KnowledgeSparse(pattern="2:4")),),
+        "sparse-1x4-20-quantization": (distilled(task, quads), to_integers(8, KeepZeros())),
     }
 
 
 def sparse_ablations(density: float) -> dict[str, tuple[Stage, ...]]:
-    """One choice of Xu et al. changed at a time, on MRPC; the student from tuned weights has another model, not other stages."""
-    plain = lesson("mrpc", KnowledgeSparse(keep=density))
+    """One choice of Xu et al. changed at a time, on MRPC; the student from tuned weights differs in its model, not its stages."""
+    plain = distilled("mrpc", KnowledgeSparse(keep=density))
     rows_only = replace(plain, augment=0, epochs=PASSES)
     labels = replace(rows_only, methods=(KnowledgeSparse(keep=density),), task_weight=1.0)
     once = KnowledgeSparse(keep=density, updates=1, cooldown=0.99)
@@ -138,15 +139,15 @@ def sparse_ablations(density: float) -> dict[str, tuple[Stage, ...]]:
         "sparse-from-tuned": (plain,),
         "sparse-no-copies": (rows_only,),
         "sparse-no-distillation": (labels,),
-        "sparse-one-shot": (lesson("mrpc", once),),
-        "sparse-global": (lesson("mrpc", KnowledgeSparse(keep=density, scope="model")),),
-        "sparse-fisher": (lesson("mrpc", KnowledgeSparse(keep=density, score="fisher")),),
+        "sparse-one-shot": (distilled("mrpc", once),),
+        "sparse-global": (distilled("mrpc", KnowledgeSparse(keep=density, scope="model")),),
+        "sparse-fisher": (distilled("mrpc", KnowledgeSparse(keep=density, score="fisher")),),
     }
 
 
 def small_and_dense(task: str, density: float) -> dict[str, tuple[Stage, ...]]:
     """The other ways to as few encoder weights: fewer layers (one at least), narrower ones."""
-    learn = lesson(task, like=FOLLOW)
+    learn = distilled(task, like=FOLLOW)
     layers = max(1, round(6 * density))
     return {
         f"layers-{100 * layers / 6:.0f}": (Calibrate(Layers(keep=layers / 6 + 1e-9)), learn),
@@ -167,18 +168,18 @@ def quantized(*widths: int) -> dict[str, tuple[Stage, ...]]:
 
 
 def factored(task: str, shapes: str, *, two_stages: bool = True) -> dict[str, tuple[Stage, ...]]:
-    """Tahaei et al.: factors, a stage on text without labels, a stage on the task; or the latter alone, for half as long again."""
+    """Tahaei et al.: factors, a stage on text without labels, a stage on the task; or the last alone, half as long again."""
     named = KroneckerFactors(shapes=shapes) if shapes in ("7.7x", "21x") else None  # type: ignore[arg-type]
     start = Calibrate(named or KroneckerFactors(keep=1 / float(shapes[:-1])))
     on_text = replace(LEARN, text=TEXT, epochs=1.0, lr=1e-3, methods=(replace(PAPER_LOSS, logits=0.0),))
-    on_task = lesson(task, like=replace(LEARN, lr=2e-4, task_weight=0.1))
+    on_task = distilled(task, like=replace(LEARN, lr=2e-4, task_weight=0.1))
     if not two_stages:
         return {f"kronecker-{shapes}-one-stage": (start, replace(on_task, epochs=1.5 * on_task.epochs))}
     return {f"kronecker-{shapes}": (start, on_text, on_task)}
 
 
 def sentences() -> None:
-    """Writes the text without labels, where it is not there: sentences of SQuAD's contexts, drawn over all of them."""
+    """Writes the text without labels, if it does not exist: sentences of SQuAD's contexts, drawn over all of them."""
     if (ROOT / TEXT).is_file():
         return
     articles = json.loads((ROOT / DATA / "squad" / "train-v1.1.json").read_text(encoding="utf-8"))["data"]
@@ -199,11 +200,11 @@ def more_ids() -> None:
 def together(task: str) -> dict[str, tuple[Stage, ...]]:
     """Combinations: prune and quantize; the word table in factors besides, which is half of a small model.
 
-    The table as one product, as in the paper, or as a sum of so many that each word has as many numbers of its own: 48 here, and 72
-    where the layers leave room for them. Most words of a table are in no row of a small task: `text` learns from sentences before.
-    SQuAD's rows came after decision 0009 and learn plain hidden states at a higher rate.
+    The table as one product, as in the paper, or as a sum of so many that each word has as many numbers of its own: 48
+    here, and 72 if the layers leave room for them. Most words of a table are in no row of a small task: `text` learns
+    from sentences before. SQuAD's rows came after decision 0009 and learn plain hidden states at a higher rate.
     """
-    learn = lesson(task, like=DISTIL)
+    learn = distilled(task, like=DISTIL)
     taught, rate = Distillation(embedding=1.0), learn.lr
     if task == "squad1":
         taught, rate = NO_SCORES, 5e-4  # its batches are half as large as those of 0009
@@ -324,8 +325,8 @@ HEAD = (
     "epochs",
     "minutes",
 )
-ORDERS = (  # what a paper found: the first loses most
-    ("Xu et al.: with equally few encoder weights, sparse beats narrow (5 × fewer)", ("mrpc/fisher-20", "mrpc/sparse-ours-20")),
+ORDERS = (  # findings of papers: the first run loses most
+    ("Xu et al.: with equally few encoder weights, sparse beats narrow (5 ×)", ("mrpc/fisher-20", "mrpc/sparse-ours-20")),
     ("the same (10 × fewer)", ("mrpc/fisher-10", "mrpc/sparse-ours-10")),
     ("the same (20 × fewer)", ("mrpc/fisher-5", "mrpc/sparse-ours-5")),
     (
@@ -441,15 +442,15 @@ def _page(found: dict[str, Run]) -> str:
 
 
 def _engines() -> list[str]:
-    """What runs zeros fast on a CPU, as benchmarks/sparse.py found it."""
-    lines = ["## What runs zeros fast", ""]
+    """The engines that gain from zeros on a CPU, as benchmarks/sparse.py measured them."""
+    lines = ["## Engines that skip zeros", ""]
     if not ENGINES.is_file():
         return [*lines, f"Not measured yet: `{ENGINES_COMMAND}`.", ""]
     kept = json.loads(ENGINES.read_text(encoding="utf-8"))
     lines += [
         *wrapped(
-            f"The six matrix products of one encoder layer, drawn from `{ENGINES_COMMAND}`; **×**: times as fast as PyTorch's dense "
-            f"product. {safe(kept['circumstances'])}."
+            f"The six matrix products of one encoder layer, drawn from `{ENGINES_COMMAND}`; **×**: times as fast as PyTorch's "
+            f"dense product. {safe(kept['circumstances'])}."
         ),
         "",
         *table(kept["head"], ([safe(cell) for cell in row] for row in kept["rows"])),
@@ -461,7 +462,7 @@ def _engines() -> list[str]:
 
 
 def _fastest(rows: Sequence[Sequence[str]]) -> str:
-    """What skips zeros against what does not, at the many tokens of the first columns."""
+    """The fastest engine that skips zeros against dense int8, at the many tokens of the first columns."""
     times = [(float(row[4]), row[2], f"{row[1]} zeros, {row[0]}") for row in rows if row[4] != "-"]
     skip = max(found for found in times if re.search("CSR|BSR|1x4", found[1]))
     dense_int8 = max(found for found in times if found[1] == "ONNX Runtime int8 dense")
@@ -512,7 +513,7 @@ def _cells(name: str, record: Record, whole: Record | None, there: Record | None
 
 
 def _aims(found: dict[str, Run]) -> list[str]:
-    """What we set out to show, and whether the rows show it."""
+    """Our aims, and whether the rows meet them."""
     to_integers_only = _named(found, r"sst2/(static-.*|quantization-8)")
     rows = [
         *(_sparse_aim(found, percent) for percent in (20, 10, 5)),

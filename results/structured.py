@@ -1,11 +1,12 @@
 """Structured pruning side by side: the jobs behind docs/methods/structured.md, and the page itself.
 
-    python results/structured.py --plan            # what would run, what stands already, how many hours
+    python results/structured.py --plan            # the jobs, which of them are done, how many hours
     python results/structured.py --only mrpc       # run it; stop and start it at will
     python results/structured.py --draw            # only draw the page from the rows that stand
 
-Each method gets the same teacher, the same epochs in all and the same share of the dense multiply-accumulates at each point; the rival
-is a smaller dense model (whole layers dropped evenly) trained for as long. The order of the jobs is that of what one wants to know first.
+Each method gets the same teacher, the same epochs in all and the same share of the dense multiply-accumulates at each
+point; the rival is a smaller dense model (whole layers dropped evenly) trained for as long. The jobs stand in the order
+of interest.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ BENCH = Bench(rivals=("teacher-int8",), seconds=20.0, fused=True)
 
 
 def methods(share: float, epochs: float, distil: Train, gating: float = 0.5) -> dict[str, tuple[Stage, ...]]:
-    """The stages of each method at one point: `epochs` in all, however they are divided; `gating`: the share of them that gates get."""
+    """The stages of each method at one point: `epochs` in all; `gating`: the share of them that gates get."""
 
     def learn(count: float, *more: Gates | Movement | GroupLasso | Distillation, like: Train = distil) -> Train:
         return replace(like, epochs=count, methods=more or (Distillation(),))
@@ -107,7 +108,7 @@ def ladder(share: float, distil: Train) -> dict[str, tuple[Stage, ...]]:
 
 
 def heads_ladder(share: float) -> dict[str, tuple[Stage, ...]]:
-    """The same for heads alone, where leaving one out at a time can be afforded."""
+    """The same for heads alone, which are few enough to leave out one at a time."""
     gates = Gates(keep=share, size="top_k", units="heads", fold=False, sublayers=False)
     ways = ("random", "gain", "leave_one_out")
     return {
@@ -154,7 +155,7 @@ def as_published(share: float, epochs: float) -> dict[str, tuple[Stage, ...]]:
 
 
 def five_times(keep: float, epochs: float, distil: Train) -> dict[str, tuple[Stage, ...]]:
-    """Li et al. at their largest ratio: units that go whole, and their own rows inside blocks, which leave zeros; and fewer layers."""
+    """Li et al. at their largest ratio: whole units, or their rows inside blocks, which leave zeros; and fewer layers."""
     whole = methods(keep, epochs, distil)
     rows = GroupLasso(groups="block_rows", keep=keep)
     return {
@@ -168,7 +169,7 @@ def five_times(keep: float, epochs: float, distil: Train) -> dict[str, tuple[Sta
 
 
 def _carried(source: str, to: Target) -> tuple[str, Callable[[], None]]:
-    """The folder of a model whose weights are carried over into another family, and what makes it where it is not there."""
+    """The folder of a model whose weights are carried over into another family, and a function that makes it if need be."""
     folder = ROOT / "runs" / f"{Path(source).name}-{to}"
 
     def make() -> None:
@@ -197,7 +198,7 @@ def _job(
 
 @cache
 def jobs() -> tuple[Job, ...]:
-    """All of the table, what one wants to know first before the rest."""
+    """All jobs of the table, in the order of interest."""
     mrpc, sst2, squad, squad2, nq = (
         glue("mrpc"),
         glue("sst2"),
@@ -249,7 +250,7 @@ def jobs() -> tuple[Job, ...]:
     # few questions: more passes over them
     add(nq, "nq", dense_models[1], {"gates-long": methods(0.48, 30.0, long, 1 / 3)["gates"]}, 0.48)
 
-    # The headline: three quarters of the weights gone. From 20,000 questions on the teacher's hidden states are too many to keep.
+    # The main aim: three quarters of the weights gone. The hidden states for 20,000 questions or more are too many to keep.
     both = replace(long, task_weight=0.5)  # the teacher saw its questions once: the answers teach as much as it does
     add(questions("v1", 10_000), "squad1-10k", SQUAD_TEACHER, only(methods(0.25, 6.0, both), "fisher", "movement"), 0.25)
     as_many = questions("v1", 20_000)  # as the teacher saw
@@ -289,7 +290,7 @@ HEAD = (
     "epochs",
     "minutes",
 )
-ORDERS = (  # what a paper found: the first loses most
+ORDERS = (  # findings of papers: the first run loses most
     (
         "McCarley et al.: random < gain < L0 gates, before any retraining",
         ("mrpc-choice/random-75", "mrpc-choice/gain-75", "mrpc-choice/l0-long-75"),
@@ -303,7 +304,7 @@ ORDERS = (  # what a paper found: the first loses most
     ("Lagunas et al.: a teacher helps", ("mrpc-ablations/movement-no-teacher-35", "mrpc/movement-35")),
     ("Lagunas et al.: filled is better than not filled", ("mrpc-ablations/movement-not-filled-35", "mrpc/movement-35")),
 )
-AIMS = (  # what we set out to show: tasks, runs, points that may be lost, times faster in fp32, share of the encoder's weights left
+AIMS = (  # tasks, runs, points that may be lost, times as fast in fp32, share of the encoder's weights left
     (
         "SQuAD v1.1, 2.4 times in the same precision, 1.0 F1, a quarter of the weights",
         r"squad1(-10k|-20k|-full)?/(gates|movement|group_lasso).*",
@@ -348,7 +349,7 @@ READING = (  # how to read the tables
     "Each run has one seed unless a table of seeds stands below; that table is for the fp32 files. A difference that is "
     "smaller than its interval is no finding.",
 )
-NOTES = (  # what the rows say beyond their numbers; work.notes reads the figures from the rows
+NOTES = (  # sentences on the rows; work.notes reads the figures from the rows
     "Gates need several hundred training steps to beat a one-shot choice. Before any retraining `mrpc-choice/gain-75` lost "
     "{mrpc-choice/gain-75:lost} points; gates lost no less after 2 epochs of MRPC (`l0-75`: {mrpc-choice/l0-75:lost}), and "
     "hardly any after 8 (`l0-long-75`: {mrpc-choice/l0-long-75:lost}). So gates get as many epochs there as the "
@@ -497,7 +498,7 @@ def _aims(found: dict[str, Run]) -> list[str]:
 
 
 def _cut(part: dict[str, Run]) -> dict[str, Record]:
-    """The runs whose layers differ from each other: what a picture is worth drawing of."""
+    """The runs whose layers differ from each other, so that a picture is worth drawing."""
     ours = {name.split("/")[1]: run.ours for name, run in part.items()}
     return {
         name: record
@@ -515,9 +516,10 @@ def _panels(part: dict[str, Run]) -> list[tuple[str, list[tuple[str, int, int]]]
 
 
 def _where(part: dict[str, Run]) -> list[str]:
-    """Which third of the layers kept most, method by method, against what McCarley et al. saw: the middle is kept most."""
+    """The third of the layers that kept most, for each method; McCarley et al. saw that the middle did."""
     lines = [
-        "McCarley et al. saw the bottom and the top cut most and the middle least. The share of weights kept in each third here:",
+        "McCarley et al. saw the bottom and the top cut most and the middle least. The share of weights kept in "
+        "each third here:",
         "",
     ]
     rows = []

@@ -1,9 +1,10 @@
-"""Runs the recipes of one table, one after another: says first how many hours they need, skips the rows that stand, resumes.
+"""Runs the recipes of one table, one after another: says first how many hours they need, skips the rows that stand,
+resumes.
 
-The one idea: a table of the docs is a list of jobs, each a recipe and the folder that its rows belong to. Scratch lies under runs/, so
-a sweep that was stopped goes on where it was; a finished job leaves ledger.jsonl and recipe.yaml under results/methods/, and is never
-run again. Small models use one core better than two: jobs can train side by side, and are then measured one after the other, alone.
-Nothing is drawn here.
+The one idea: a table of the docs is a list of jobs, each a recipe and the folder that its rows belong to. Scratch lies
+under runs/, so a sweep that was stopped goes on where it was; a finished job leaves ledger.jsonl and recipe.yaml under
+results/methods/, and is never run again. Small models use one core better than two: jobs can train side by side, and
+are then measured one after the other, alone. Nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
 RATE = 5000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
 LETTERS = 4.5  # bytes of a text for each of its tokens
-LOOK = 0.4  # what a look of the teacher at a row costs beside a training step
-TEACHERS = RUNS / "sweep" / "teachers"  # what is made of teachers, which the runs of a task share: gigabytes
+LOOK = 0.4  # the teacher's pass over a row, as a share of a training step
+TEACHERS = RUNS / "sweep" / "teachers"  # a cache that the runs of a task share: gigabytes
 AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
 
 
@@ -52,7 +53,7 @@ class Job:
     recipe: Recipe
     share: float = 1.0
     needs: str = ""  # the folder of a job that makes this one's model
-    before: Callable[[], None] | None = None  # makes the model that the recipe starts from, where it is not there
+    before: Callable[[], None] | None = None  # makes the model that the recipe starts from, if it does not exist
 
     @property
     def home(self) -> Path:
@@ -82,7 +83,7 @@ class Job:
 
 @cache
 def _tokens(task: Task, model: str, text: str | None) -> float:
-    """Tokens in an epoch, from 500 examples; of a file of texts from its size. A model still to be made will cut words as the demo's."""
+    """Tokens in an epoch, from 500 examples, or from the size of a text file. A model to come splits words as the demo's does."""
     if text is not None and Path(text).is_file():
         return Path(text).stat().st_size / LETTERS
     source = Path(model) if Path(model).is_dir() else encoder()
@@ -93,13 +94,13 @@ def _tokens(task: Task, model: str, text: str | None) -> float:
 
 
 def due(jobs: Sequence[Job]) -> list[Job]:
-    """What is still to run: jobs without rows, and before them those whose model they start from, where it is not there any more."""
+    """The jobs to run: those without rows, and before them those that make a model they start from, if it is gone."""
     gone = {job.folder for job in jobs if not (job.scratch / "config.json").is_file()}
     return _with_makers(jobs, {job.folder for job in jobs if not job.stands}, gone)
 
 
 def _with_makers(jobs: Sequence[Job], some: set[str], gone: set[str]) -> list[Job]:
-    """Some of the jobs, and before them those that make what is gone of the models they start from; a maker comes before its users."""
+    """Some of the jobs, and those that make a model that is gone; a maker comes before its users."""
     found = set(some)
     for job in reversed(jobs):
         if job.folder in found:
@@ -117,7 +118,7 @@ def forecast(jobs: Sequence[Job]) -> str:
 
 
 def sweep(jobs: Sequence[Job], beside: int = 1) -> int:
-    """Runs what does not stand yet; a job that fails is told and left, the others go on. How many failed.
+    """Runs the jobs without rows and returns how many failed; a failure is reported, and the others go on.
 
     `beside`: jobs that train at a time.
     """
@@ -130,7 +131,7 @@ def sweep(jobs: Sequence[Job], beside: int = 1) -> int:
 
 
 def _finish(job: Job) -> bool:
-    """Runs a job to its end and keeps its rows; False where it failed."""
+    """Runs a job to its end and keeps its rows; False if it failed."""
     begin = time.monotonic()
     print(f"== {job.folder}", flush=True)
     try:
@@ -162,14 +163,14 @@ def rounds(jobs: Sequence[Job], beside: int) -> list[list[Job]]:
 
 
 def train_beside(jobs: Sequence[Job]) -> None:
-    """Trains jobs side by side, each in a process with its share of the cores; what fails there is told when the job is finished."""
+    """Trains jobs side by side, each in a process with its share of the cores; failures are reported at the end of the job."""
     print(f"== training side by side: {', '.join(job.folder for job in jobs)}", flush=True)
     print(
         f"   their progress: {', '.join(str((job.scratch / 'log.jsonl').relative_to(HOME.parent)) for job in jobs)}", flush=True
     )
     for job in jobs:
         if job.before is not None:
-            with suppress(Exception):  # told when the job is finished
+            with suppress(Exception):  # reported when the job is finished
                 job.before()  # here, so that two do not make the same
     share = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // len(jobs)))}
     command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--train", "--only"]
@@ -194,7 +195,7 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     reader.add_argument("--draw", action="store_true", help="only draw the page from the rows that stand")
     reader.add_argument("--only", default="", help="a regular expression on the names of jobs")
     reader.add_argument("--beside", type=int, default=1, help="jobs that train at a time, each on its share of the cores")
-    reader.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # no more than that: what train_beside starts
+    reader.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # train only: train_beside starts it
     chosen = reader.parse_args(arguments)
     named = {job.folder for job in jobs if re.search(chosen.only, job.folder)}
     some = _with_makers(jobs, named, {job.folder for job in jobs})

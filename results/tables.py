@@ -1,8 +1,10 @@
-"""Draws docs/results.md and the table in README.md from all ledgers under results/: `make docs`, or `python results/tables.py`.
+"""Draws docs/results.md and the table in README.md from all ledgers under results/: `make docs`, or `python
+results/tables.py`.
 
-The one idea: no figure in the docs is typed by hand. A run is a folder with a ledger.jsonl and the recipe.yaml that repeats it; all
-that is shown is read from the ledger's rows. Theory (multiply-accumulates) and measured speed never share a table. Nothing is
-measured here. With `--check` nothing is written: the exit status is 1 where a page is not what the ledgers give.
+The one idea: no figure in the docs is typed by hand. A run is a folder with a ledger.jsonl and the recipe.yaml that
+repeats it; all that is shown is read from the ledger's rows. Theory (multiply-accumulates) and measured speed never
+share a table. Nothing is measured here. With `--check` nothing is written: the exit status is 1 where a page is not
+what the ledgers give.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def runs_of(folder: Path, home: Path = HOME) -> list[Run]:
 
 
 def results_page(found: Sequence[Run]) -> str:
-    """docs/results.md: every row of every run, what is said of it, and what it was measured on."""
+    """docs/results.md: every row of every run, a verdict on it, and the machine that measured it."""
     lines = [
         "# Results",
         "",
@@ -85,8 +87,8 @@ def results_page(found: Sequence[Run]) -> str:
     lines += [
         *bullets(
             (
-                "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev split, "
-                "with the 95 % interval of the paired bootstrap.",
+                "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev "
+                "split, with the 95 % interval of the paired bootstrap.",
                 "**×**: times as fast as that teacher in ONNX Runtime fp32: the median over rounds taken in turn, with the "
                 "10th to 90th percentile. Batch 32 is sorted by length, batch 1 has the order of the data.",
                 "**MB**: the whole file. **Minutes**: the time to make the model from its teacher.",
@@ -104,7 +106,7 @@ def results_page(found: Sequence[Run]) -> str:
 
 
 def readme_table(found: Sequence[Run]) -> str:
-    """What README.md shows between its markers: the file that ships and its baselines on one task, and the range of all others."""
+    """The table in README.md: the file that ships and its baselines on one task, and the range of all other tasks."""
     if not found:
         return f"{NONE} `{COMMAND}` will draw the table here."
     shown, *others = _claims(found)
@@ -116,14 +118,14 @@ def readme_table(found: Sequence[Run]) -> str:
     text = (
         f"{safe(shown.records[0].task)}; a dense model of {sizes} parameters; the exported files on the whole dev split; "
         f"{_machine(shown)}; one "
-        "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, median of rounds taken in turn. **Bold**: the file that "
-        f"ships. {_others(others)}[All rows](docs/results.md), with their circumstances. Drawn by `{COMMAND}`."
+        "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, median of rounds taken in turn. **Bold**: the "
+        f"file that ships. {_others(others)}[All rows](docs/results.md), with their circumstances. Drawn by `{COMMAND}`."
     )
     return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *wrapped(text)])
 
 
 def readme_lead(found: Sequence[Run]) -> str:
-    """README's first sentence: what one run on one task lost and gained."""
+    """README's first sentence: the loss and the gain of one run on one task."""
     shown = _claims(found)[0] if found else None
     ours = shown.ours if shown else None
     if shown is None or ours is None or ours.loss is None or (faster := ours.times_faster(32)) is None:
@@ -132,8 +134,8 @@ def readme_lead(found: Sequence[Run]) -> str:
     sizes = f"{mb_text(ours.size_bytes)} instead of {mb_text(dense.size_bytes)} MB"
     lost = "no measurable loss" if ours.loss.low <= 0 <= ours.loss.high else "a loss"
     text = (
-        f"On SST-2 slimformer made a fine-tuned six-layer MiniLM **{faster.median:.1f} times as fast** and its file **{sizes}**, "
-        f"within {_minutes(ours.minutes)} minutes, with {lost}: {signed(ours.loss.value)} points lost, 95 % interval "
+        f"On SST-2 slimformer made a fine-tuned six-layer MiniLM **{faster.median:.1f} times as fast** and its file "
+        f"**{sizes}**, within {_minutes(ours.minutes)} minutes, with {lost}: {signed(ours.loss.value)} points lost, 95 % interval "
         f"{interval_text(ours.loss)} (ONNX Runtime, batch 32, {_machine(shown)})."
     )
     return "\n".join(wrapped(text))
@@ -148,14 +150,14 @@ def _claims(found: Sequence[Run]) -> list[Run]:
 
 
 def _machine(run: Run) -> str:
-    """What a run was measured on: processor and threads."""
+    """The processor and threads that a run was measured with."""
     threads = sorted({timing.threads for record in run.records for timing in record.timings})
     processors = " and ".join(sorted({record.environment.cpu for record in run.records}))
     return processors + (f", {' or '.join(map(str, threads))} threads" if threads else "")
 
 
 def _others(runs: Sequence[Run]) -> str:
-    """A sentence on the other tasks: the range of what the files that ship lost and gained there."""
+    """A sentence on the other tasks: the ranges of loss and speed of the files that ship."""
     ours = [run.ours for run in runs]
     losses = [record.loss.value for record in ours if record and record.loss]
     speeds = [times.median for record in ours if record and (times := record.times_faster(32))]
@@ -167,7 +169,7 @@ def _others(runs: Sequence[Run]) -> str:
 
 
 def placed(text: str, drawn: str, part: str = "results") -> str:
-    """`text` with what stands between the markers of a part replaced; ValueError if they are missing."""
+    """`text` with `drawn` between the markers of a part; ValueError if they are missing."""
     begin, end = BEGIN.format(part=part), END.format(part=part)
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
@@ -326,7 +328,7 @@ def safe(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Writes both pages, or with --check only tells whether they are what the ledgers give."""
-    sys.path.insert(0, str(HOME))  # its neighbours, also where this file was loaded by its path
+    sys.path.insert(0, str(HOME))  # its neighbours, also if this file was loaded by its path
     import numerics
     import structured
 
@@ -348,7 +350,8 @@ def main(arguments: Sequence[str]) -> int:
         path.parent.mkdir(exist_ok=True)
         path.write_text(pages[path], encoding="utf-8")
     print(
-        f"{len(found)} runs; wrote {', '.join(str(path.relative_to(root)) for path in stale) or 'nothing, all is as it should be'}."
+        f"{len(found)} runs; wrote "
+        f"{', '.join(str(path.relative_to(root)) for path in stale) or 'nothing, all is as it should be'}."
     )
     return 0
 

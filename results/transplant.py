@@ -1,10 +1,12 @@
-"""Carries a BERT's weights, function for function, into the class of another family: the same encoder under other names.
+"""Carries a BERT's weights, function for function, into the class of another family: the same encoder under other
+names.
 
-One trained BERT then stands for several families, so that methods, exporters and runtimes meet trained weights in each. Outputs are the
-same to 1e-5 for single segments: RoBERTa and DistilBERT know no second one. Token ids stay, so the tokenizer does too.
-RoBERTa counts positions from pad_token_id + 1, so its table gets that many rows in front; DistilBERT has no segments, so BERT's first
-one is added to its positions. Heads follow where the classes agree: question answering and tagging always, classification to RoBERTa;
-DistilBERT (ReLU) and ELECTRA (GELU) classify through another function than BERT's tanh, so there it starts fresh and must be trained.
+One trained BERT then stands for several families, so that methods, exporters and runtimes meet trained weights in each.
+Outputs are the same to 1e-5 for single segments: RoBERTa and DistilBERT know no second one. Token ids stay, so the
+tokenizer does too. RoBERTa counts positions from pad_token_id + 1, so its table gets that many rows in front;
+DistilBERT has no segments, so BERT's first one is added to its positions. Heads follow where the classes agree:
+question answering and tagging always, classification to RoBERTa; DistilBERT (ReLU) and ELECTRA (GELU) classify through
+another function than BERT's tanh, so there it starts fresh and must be trained.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Transplanted:
 def transplant(model: PreTrainedModel, to: Target, seed: int = 17) -> Transplanted:
     """A model of the family `to` that computes what the BERT `model` computes; `model` stays as it is.
 
-    Raises ModelError for what is no uncut BERT, for a head without a counterpart, and for layer norms that DistilBERT cannot have.
+    Raises ModelError for what is no uncut BERT, for a head without a counterpart, and for layer norms that DistilBERT
+    cannot have.
     """
     import transformers
 
@@ -167,7 +170,7 @@ def _renamed(name: str) -> str:
 
 
 def _head(model: PreTrainedModel, to: Target, shape: str) -> dict[str, Tensor]:
-    """The head's weights under their new names, where the new class computes the same function."""
+    """The head's weights under their new names, if the new class computes the same function."""
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bert.")}
     if shape == "Model":
         return {}

@@ -1,4 +1,4 @@
-"""The work that tables of methods are measured on: its tasks, its teachers, how a ledger's rows are read, and what their pages share."""
+"""The common part of the tables of methods: tasks, teachers, readers of a ledger's rows, and parts of their pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENCODER = "runs/encoder"  # a link to the demo's encoder: recipes/mrpc-tune.yaml
 SST2_TEACHER, SQUAD_TEACHER = "../shared/models/minilm-sst2", "../shared/models/minilm-squad1"
 FOLDERS = {"mrpc": "MRPC", "sst2": "SST-2", "stsb": "STS-B", "cola": "CoLA", "rte": "RTE"}
 EXPORT = Export(choose_within=1.0)
-DISTIL = Train(  # what follows a cut, at a width of 384
+DISTIL = Train(  # follows a cut, at a width of 384
     methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings"
 )
 
@@ -47,7 +47,7 @@ def small_squad() -> QuestionAnswering:
 
 
 def teacher(table: str, task: str) -> Job:
-    """The encoder tuned on a task of GLUE: what other jobs start from, or learn from. Two tasks need more than five passes at 8e-5."""
+    """The encoder tuned on a task of GLUE: others start or learn from it. Two tasks need more than five passes at 8e-5."""
     tune = {
         "rte": Train(epochs=8.0, lr=5e-5, batch_size=16),
         "cola": Train(epochs=8.0, lr=1e-4),
@@ -58,7 +58,7 @@ def teacher(table: str, task: str) -> Job:
 
 
 def folder_of(job: Job) -> str:
-    """Where a job leaves its model, as recipes name it."""
+    """The folder that a job leaves its model in, as recipes name it."""
     return str(job.scratch.relative_to(ROOT))
 
 
@@ -74,7 +74,7 @@ def ours_in(run: Run, precision: Variant, *, openvino: bool = False) -> Record |
 
 
 def plain_in(run: Run) -> Record | None:
-    """Our file in fp32, with fused operators where that was measured: those are what the dense model is timed with."""
+    """Our file in fp32, with fused operators if that was measured, because the dense model is timed with them."""
     return ours_in(run, Variant.FUSED) or ours_in(run, Variant.FLOAT)
 
 
@@ -91,17 +91,17 @@ def rising(scores: Sequence[float]) -> str:
     return "yes" if min(steps) > 0 else "no" if min(steps) < 0 else "no difference"
 
 
-# -- What the pages share ------------------------------------------------------------------------------------------------------
+# -- Parts of pages ----------------------------------------------------------------------------------------------------------
 
 
 def epochs(jobs: Sequence[Job], folder: str) -> str:
-    """Passes of a job over the rows, stage by stage, copies of them counted: '2 + 6'; nothing where the job is none of these."""
+    """Passes of a job over the rows, stage by stage, with their copies: '2 + 6'; nothing if the job is none of these."""
     stages = [stage for job in jobs if job.folder == folder for stage in job.recipe.stages if isinstance(stage, Train)]
     return " + ".join(f"{stage.epochs * (1 + stage.augment):.3g}" for stage in stages)
 
 
 def minutes(record: Record) -> str:
-    """What making a model took; with the threads, where they were fewer than the cores of the machine."""
+    """The minutes to make a model; with the threads, if they were fewer than the cores of the machine."""
     if not record.minutes:
         return ""
     few = record.threads is not None and record.threads < record.environment.cores
@@ -115,14 +115,14 @@ def found_in(name: str) -> dict[str, Run]:
 
 
 def by_task(found: Mapping[str, Run]) -> Iterator[tuple[str, dict[str, Run]]]:
-    """The runs of each task without the tuning of its teacher, which had fewer rivals; that one alone where there is no other yet."""
+    """The runs of each task without the tuning of its teacher, which had fewer baselines; that alone if it is the only one."""
     for task in dict.fromkeys(name.split("/")[0] for name in found):
         part = {name: run for name, run in found.items() if name.startswith(f"{task}/")}
         yield task, {name: run for name, run in part.items() if not name.endswith("/teacher")} or part
 
 
 def heading(task: str, part: Mapping[str, Run]) -> list[str]:
-    """The title of a task's part of a page, and what is measured there."""
+    """The title of a task's part of a page, and the size of its data."""
     run = next(iter(part.values()))
     ours, whole = next(record for record in run.records if record.role == Standing.OURS), dense(run)
     size = f"a dense model of {count_text(whole.params)} parameters; " if whole.params else ""
@@ -147,7 +147,7 @@ def recipe_link(table_name: str, name: str) -> str:
 
 
 def orders(title: str, findings: Sequence[tuple[str, Sequence[str]]], found: Mapping[str, Run]) -> list[str]:
-    """Whether comparisons come out here as in the papers, the first losing most: by fp32 files, int8 ones where integers matter."""
+    """Whether the runs come in the same order as in the papers, by fp32 files, or by int8 files if integers matter."""
     rows = []
     for what, names in findings:
         runs = [found[name] for name in names if name in found]
@@ -166,10 +166,11 @@ def orders(title: str, findings: Sequence[tuple[str, Sequence[str]]], found: Map
 
 
 def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
-    """What rows say, in sentences whose figures are the rows': '{mrpc/fisher-35:lost}'. One that names a row not there yet stays out.
+    """Sentences with figures from the rows: '{mrpc/fisher-35:lost}'. A sentence is left out if its row does not exist
+    yet.
 
-    lost, gained: points of the fp32 file, refused where the sign is the other; faster: that file's times at batch 32; int8: points that
-    the int8 file lost, signed; mb: that file's megabytes; left: per cent of the encoder's weights.
+    lost, gained: points of the fp32 file, refused where the sign is the other; faster: that file's times at batch 32;
+    int8: points that the int8 file lost, signed; mb: that file's megabytes; left: per cent of the encoder's weights.
     """
 
     def figure(asked: re.Match[str]) -> str:
@@ -202,7 +203,7 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
 
 
 def claims(papers: Sequence[tuple[str, str]]) -> list[str]:
-    """What papers say of methods: name and claim."""
+    """The claims of papers on methods."""
     return ["## What the papers say", "", *bullets(f"`{name}`: {claim}." for name, claim in papers), ""]
 
 
