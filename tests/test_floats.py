@@ -14,16 +14,17 @@ from tiny_folder import write_data, write_model
 from slimformer.core.plan import Plan
 from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
-from slimformer.exporters.base import SHIPPED, Variant
-from slimformer.exporters.onnx import Onnx, quantized_matrices
+from slimformer.exporters._onnx import mixed
+from slimformer.exporters._onnx.mixed import int8_speedups, product_graph, products_at, search_floats
+from slimformer.exporters.base import SHIPPED, MixedPrecision, Variant
+from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
+from slimformer.forms.base import ProductShape
 from slimformer.log import Log
-from slimformer.running import rescue as floats
+from slimformer.running import rescue, trials
 from slimformer.running import search as compression
-from slimformer.running import trials
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Export
-from slimformer.running.rescue import Choice, Products, gains, products_of, search
 from slimformer.running.runner import run as run_recipe
 from slimformer.running.search import Wishes
 from slimformer.running.trials import Reference, Trial
@@ -44,7 +45,7 @@ class Clock:
         return self.now
 
 
-def look(allowed: float, seconds: float = 1000.0) -> tuple[Choice, list[tuple[str, ...]]]:
+def look(allowed: float, seconds: float = 1000.0) -> tuple[MixedPrecision, list[tuple[str, ...]]]:
     """The search among five points that do not disturb each other, and all that it looked at for the loss."""
     clock = Clock()
     seen: list[tuple[str, ...]] = []
@@ -57,7 +58,7 @@ def look(allowed: float, seconds: float = 1000.0) -> tuple[Choice, list[tuple[st
         seen.append(tuple(kept))
         return error(kept)
 
-    return search(GAINS, error, loss, allowed, seconds=seconds, clock=clock), seen
+    return search_floats(GAINS, error, loss, allowed, seconds=seconds, clock=clock), seen
 
 
 def test_where_all_int8_is_good_only_the_slow_one_stays() -> None:
@@ -66,7 +67,7 @@ def test_where_all_int8_is_good_only_the_slow_one_stays() -> None:
     assert choice.loss == 9.0
     assert choice.within
     assert seen == [("c",)]
-    reasons = {verdict.point: str(verdict) for verdict in choice.verdicts}
+    reasons = {verdict.point: str(verdict) for verdict in choice.assignments}
     assert reasons["c"] == "c: float; int8 is 0.90 times as fast on this machine"
     assert reasons["a"] == "a: int8; 2.00 times as fast on this machine"
 
@@ -80,10 +81,10 @@ def test_the_costliest_stay_as_few_as_need_be(allowed: float, expected: tuple[st
     assert choice.floats == expected
     assert choice.within
     assert choice.loss == sum(cost for point, cost in COST.items() if point not in expected)
-    reasons = {verdict.point: str(verdict) for verdict in choice.verdicts}
+    reasons = {verdict.point: str(verdict) for verdict in choice.assignments}
     assert reasons["b"] == "b: float; in int8 it makes 67% of the outputs' squared error, and the file loses too much"
     assert reasons["e"] == "e: int8; 2.00 times as fast on this machine, 0% of the outputs' squared error"
-    assert [verdict.point for verdict in choice.verdicts if not verdict.small] == list(expected)
+    assert [verdict.point for verdict in choice.assignments if not verdict.int8] == list(expected)
 
 
 def test_where_nothing_is_within_the_loss_the_least_is_given_and_said() -> None:
@@ -97,7 +98,7 @@ def test_time_is_limited_and_what_was_not_tried_is_told() -> None:
     choice, seen = look(
         allowed=0.0, seconds=6.0
     )  # one look at the loss, one at the error, then one point each until half is gone
-    assert "e: int8; 2.00 times as fast on this machine; not tried in float, the time was up" in map(str, choice.verdicts)
+    assert "e: int8; 2.00 times as fast on this machine; not tried in float, the time was up" in map(str, choice.assignments)
     assert not choice.within
     assert len(seen) <= 3
 
@@ -112,16 +113,16 @@ def test_any_number_of_points_is_searched_to_the_fewest() -> None:
         def error(kept: Sequence[str]) -> float:
             return float(12 - len(kept))
 
-        assert len(search(points, error, loss, 0.0, clock=Clock()).floats) == count
+        assert len(search_floats(points, error, loss, 0.0, clock=Clock()).floats) == count
 
 
 def test_gains_are_timed_once_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floats, "ROUNDS", 3)
+    monkeypatch.setattr(mixed, "SHAPE_ROUNDS", 3)
     built = []
-    products = floats._products
-    monkeypatch.setattr(floats, "_products", lambda shape, small: (built.append((shape, small)), products(shape, small))[1])
-    one, two, more_rows = Products(32, (24,)), Products(32, (32, 32)), Products(32, (24,), rows=3)
-    found = gains([one, two, one, more_rows], 16, 1, tmp_path)
+    products = product_graph
+    monkeypatch.setattr(mixed, "product_graph", lambda shape, small: (built.append((shape, small)), products(shape, small))[1])
+    one, two, more_rows = (ProductShape(1, 32, 24),), (ProductShape(1, 32, 32),) * 2, (ProductShape(3, 32, 24),)
+    found = int8_speedups([one, two, one, more_rows], 16, 1, tmp_path)
     assert found[0] == found[2]
     assert all(gain > 0 for gain in found)
     assert built == [(shape, small) for shape in (one, two, more_rows) for small in (False, True)]
@@ -130,7 +131,7 @@ def test_gains_are_timed_once_a_shape(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_timed_product_computes_the_same_kind_of_thing(tmp_path: Path) -> None:
     for small in (False, True):
         path = tmp_path / f"{small}.onnx"
-        path.write_bytes(floats._products(Products(8, (4, 6)), small))
+        path.write_bytes(product_graph((ProductShape(1, 8, 4), ProductShape(1, 8, 6)), small))
         found = trials.load_file(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
         assert [value.shape for value in found.values()] == [(3, 4), (3, 6)]
         assert quantized_matrices(path) == 2 * small
@@ -156,18 +157,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Callable[[st
 @pytest.mark.slow
 def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, run = made
-    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape.width == 24 else 2.0 for shape in shapes])
+    monkeypatch.setattr(mixed, "int8_speedups", lambda every, *_: [0.5 if shapes[0].width == 24 else 2.0 for shapes in every])
     reference = Reference(1.0, 1.0, trusted=True)
     # more than all right is not to be had; the time is ample, so that a busy machine tries as much as an idle one
-    choice, draft = floats.choose(bundle, run("verdicts"), reference, -200.0, seconds=600.0)
+    draft = rescue.draft_of(bundle)
+    assert isinstance(draft, OnnxDraft)
+    choice = rescue.mix_precision(draft, bundle, run("verdicts"), reference, -200.0, seconds=600.0)
     assert not choice.within
-    assert [verdict.point for verdict in choice.verdicts] == [point.id for point in draft.points]
+    assert [verdict.point for verdict in choice.assignments] == [point.id for point in draft.points]
     slow = [f"encoder.{layer}.ffn_out.input" for layer in range(3)]  # 24 wide: slow, said the clock
-    assert [verdict.point for verdict in choice.verdicts if "int8 is 0.50 times" in verdict.reason] == slow
+    assert [verdict.point for verdict in choice.assignments if "int8 is 0.50 times" in verdict.reason] == slow
     assert set(slow) <= set(choice.floats)
-    assert any("squared error" in verdict.reason for verdict in choice.verdicts)
-    read = products_of(bundle.model, draft.anatomy.points["encoder.0.attention.input"].modules)
-    assert read == Products(32, (32, 32, 32), rows=1)
+    assert any("squared error" in verdict.reason for verdict in choice.assignments)
+    read = products_at(bundle.model, draft.subject.anatomy.points["encoder.0.attention.input"].modules)
+    assert read == (ProductShape(1, 32, 32),) * 3
 
 
 @pytest.mark.slow
@@ -195,7 +198,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     told = [note for note in notes if note.startswith("encoder.") and "; " in note]
     assert len(told) == 3 * 4
     assert sum(": float; " in note for note in notes) == len(rescued.floats)
-    monkeypatch.setattr(floats, "choose", lambda *_: pytest.fail("it was kept"))
+    monkeypatch.setattr(rescue, "mix_precision", lambda *_: pytest.fail("it was kept"))
     assert compression._rescue(bad, wishes, state, reference) == rescued
     worse = compression.replace(bad, trials=(Trial(Variant.FLOAT, 0.5, 50.0, 1.0, 1.0, 1), *lost[1:]))
     assert compression._rescue(worse, wishes, state, reference) is None  # the model itself loses too much
@@ -215,7 +218,7 @@ def test_a_recipe_may_name_them(made: Any) -> None:
 @pytest.mark.slow
 def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
-    monkeypatch.setattr(floats, "gains", lambda shapes, *_: [0.5 if shape.width == 24 else 2.0 for shape in shapes])
+    monkeypatch.setattr(mixed, "int8_speedups", lambda every, *_: [0.5 if shapes[0].width == 24 else 2.0 for shapes in every])
     data = {
         "model": str(write_model(tmp_path / "model")),
         "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},

@@ -15,13 +15,13 @@ from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx import calibrate, int8
+from slimformer.exporters._onnx.mixed import products_at
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of
 from slimformer.hooks.points import quantized_inputs
 from slimformer.measuring import machine
 from slimformer.methods.quantization import Quantization
-from slimformer.running.rescue import Products, products_of
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.testing.checks import tiny_context
 
@@ -136,9 +136,9 @@ def test_a_factored_matrix_may_stay_in_float(tmp_path: Path) -> None:
         hook = module.register_forward_pre_hook(lambda _, inputs, into=seen: into.append(inputs[0].shape[-2]))
         logits(model, arrays(model)[0])
         hook.remove()
-        found[name] = products_of(model, draft.subject.anatomy.points[f"encoder.0.{name}.factor.input"].modules)
-        assert seen == [found[name].rows] * len(found[name].outs)
-    assert found == {"query": Products(16, (16,), 2), "key": Products(16, (2, 2), 2), "ffn_in": Products(16, (3, 3), 2)}
+        found[name] = products_at(model, draft.subject.anatomy.points[f"encoder.0.{name}.factor.input"].modules)
+        assert seen == [shape.rows for shape in found[name]]
+    assert found == {"query": ((2, 16, 16),), "key": ((2, 16, 2),) * 2, "ffn_in": ((2, 16, 3),) * 2}
 
 
 @pytest.mark.slow

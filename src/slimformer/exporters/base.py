@@ -8,7 +8,7 @@ without the packages that write them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,10 +19,10 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.core.anatomy import Point
     from slimformer.core.ranges import Ranges
 
 Arrays = Mapping[str, np.ndarray]  # model input -> (batch, seq) int64
+SEARCH_SECONDS = 180.0  # a search for matrices that stay in float takes at most about this long
 
 
 class Variant(StrEnum):
@@ -80,21 +80,51 @@ class Artifact:
     notes: tuple[str, ...] = ()  # "6 of 6 attentions fused", "int8: 34 of 34 matrices"
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """The precision of the matrices that read a point, and the reason."""
+
+    point: str
+    int8: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.point}: {'int8' if self.int8 else 'float'}; {self.reason}"
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """Points whose matrices stay in float, the assignment of each point, and the points that the file loses on validation examples."""
+
+    floats: tuple[str, ...]
+    assignments: tuple[Assignment, ...]
+    loss: float
+    within: bool  # whether the loss is allowed
+
+
 class Draft(ABC):
     """A model that was traced once, from which an exporter writes any variant, with any of its matrices left in float."""
-
-    @property
-    @abstractmethod
-    def points(self) -> tuple[Point, ...]:
-        """Points whose matrices become int8 unless they are named in `floats`."""
 
     @abstractmethod
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
         """Writes one variant, compared with the model; the matrices that read the points `floats` stay in float."""
 
     @abstractmethod
-    def error(self, variant: str, floats: Sequence[str] = ()) -> float:
-        """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
+    def mix(
+        self,
+        loss: Callable[[Path], float],
+        allowed: float,
+        *,
+        tokens: int,
+        threads: int,
+        folder: Path,
+        seconds: float = SEARCH_SECONDS,
+    ) -> MixedPrecision:
+        """Searches the fewest matrices that must stay in float.
+
+        Those that int8 does not make faster here, for `tokens` at once on `threads`, stay in float; so do as few others as bring the
+        loss of an int8 file to `allowed`. `loss` gives the points that a file loses; files to be tried are written into `folder`.
+        """
 
 
 class Exporter(ABC):

@@ -7,7 +7,8 @@ behind if anything disagrees. docs/decisions/0002-onnx-graphs.md says which grap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
@@ -18,11 +19,21 @@ from torch import nn
 from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError, nearest
-from slimformer.exporters._onnx import calibrate, int8, parity, rewrite, trace
+from slimformer.exporters._onnx import calibrate, int8, mixed, parity, rewrite, trace
 from slimformer.exporters._onnx.graph import BATCH_FIRST, SEQ_FIRST, Product, Unexpected, classifiers, products, strip
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding, quantized_matrices
 from slimformer.exporters._onnx.rewrite import fused_attentions
-from slimformer.exporters.base import FILES, Arrays, Artifact, Draft, Exporter, FileKind, Variant
+from slimformer.exporters.base import (
+    FILES,
+    SEARCH_SECONDS,
+    Arrays,
+    Artifact,
+    Draft,
+    Exporter,
+    FileKind,
+    MixedPrecision,
+    Variant,
+)
 from slimformer.families.base import subject_of
 from slimformer.hooks.points import quantized_inputs
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
@@ -134,6 +145,7 @@ class OnnxDraft(Draft):
 
     @property
     def points(self) -> tuple[Point, ...]:
+        """Points whose matrices become int8 unless they are named in `floats`."""
         return tuple(point for point in self.subject.anatomy.points.values() if point.role is PointRole.MATRIX)
 
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
@@ -163,7 +175,34 @@ class OnnxDraft(Draft):
         notes += _zeros(self.subject.model)
         return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
 
+    def mix(
+        self,
+        loss: Callable[[Path], float],
+        allowed: float,
+        *,
+        tokens: int,
+        threads: int,
+        folder: Path,
+        seconds: float = SEARCH_SECONDS,
+    ) -> MixedPrecision:
+        file = folder / "mixed.onnx"
+
+        def loss_with(floats: Sequence[str]) -> float:
+            try:
+                self.write(file, Variant.INT8_FUSED, floats)
+            except ExportError:
+                return math.inf  # its outputs are no numbers
+            return loss(file)
+
+        def error_with(floats: Sequence[str]) -> float:
+            return self.error(Variant.INT8_FUSED, floats)
+
+        products = {point.id: mixed.products_at(self.subject.model, point.modules) for point in self.points}
+        speedups = dict(zip(products, mixed.int8_speedups(products.values(), tokens, threads, folder), strict=True))
+        return mixed.search_floats(speedups, error_with, loss_with, allowed, seconds=seconds)
+
     def error(self, variant: str, floats: Sequence[str] = ()) -> float:
+        """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
         program, _ = self._graph(variant, floats, ())
         session = parity.open_session(onnx_ir.to_proto(program).SerializeToString())
         return parity.squared_error(session, self.batches, self.subject.inputs, self.reference)

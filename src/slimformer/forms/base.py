@@ -22,6 +22,7 @@ __all__ = [
     "ProductShape",
     "Shape",
     "form_of",
+    "formed_around",
     "numbers_of",
     "shape_of",
     "weight_of",
@@ -82,13 +83,21 @@ def shape_of(module: nn.Module) -> Shape:
     return int(rows), int(columns)
 
 
-def weight_of(model: nn.Module, reader: str) -> str:
-    """The parameter that a point's module multiplies by: a Linear's weight, or the one that a module of a form names."""
+def formed_around(model: nn.Module, reader: str) -> Formed | None:
+    """The module in another form that a point's module is, or is a part of; None if the point's module is a plain Linear."""
     for name in (reader, reader.rpartition(".")[0]):
         module = model.get_submodule(name)
         if isinstance(module, Formed):
-            return f"{name}.{module.integers}"
-    return f"{reader}.weight"
+            return module
+    return None
+
+
+def weight_of(model: nn.Module, reader: str) -> str:
+    """The name of the parameter that a point's module multiplies by: a Linear's weight, or the `integers` of a form's module."""
+    formed = formed_around(model, reader)
+    if formed is None:
+        return f"{reader}.weight"
+    return f"{reader if formed is model.get_submodule(reader) else reader.rpartition('.')[0]}.{formed.integers}"
 
 
 def numbers_of(values: Tensor) -> np.ndarray:
