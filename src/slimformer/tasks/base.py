@@ -199,8 +199,8 @@ class Task(ABC):
                 others = ", ".join(alias for alias, given in cls.aliases.items() if item.name in given)
                 raise RecipeError(
                     f"no {item.name} is named for the task {name}.",
-                    help=f"give {flag}. {item.metadata['help']}"
-                    + (f" Or choose a --task that names it: {others}." if others else ""),
+                    help=f"give {flag}: {item.metadata['help'][0].lower()}{item.metadata['help'][1:]}"
+                    + (f" Or choose a --task that names its {item.name}: {others}." if others else ""),
                 )
         return cls(**options)
 
