@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_folder import write_model
+from tiny_folder import write_data, write_model
 from tiny_hub import COMMIT, cached
 
 from slimformer.errors import ModelError
+from slimformer.running.reader import read_recipe
 from slimformer.saving import hub
 from slimformer.saving.checkpoint import load
 
@@ -50,3 +52,23 @@ def test_only_files_of_a_model_folder_are_asked_for() -> None:
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "plan.json"]
     others = ["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "1_Pooling/config.json", "README.md"]
     assert list(filter_repo_objects([*files, *others], allow_patterns=list(hub.FILES))) == files
+
+
+@pytest.mark.slow
+def test_a_run_names_its_hub_model_in_what_it_delivers(
+    tmp_path: Path, cache: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    cached(cache, "someone/tiny-bert", write_model(tmp_path / "bert"))
+    data = write_data(tmp_path / "data")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: someone/tiny-bert\n"
+        f"task: {{use: classification, data: {data}}}\n"
+        "stages:\n"
+        "  - calibrate: {method: {use: layers, keep: 0.7}}\n"
+        "  - bench: {rivals: [], seconds: 0.2}\n",
+        encoding="utf-8",
+    )
+    status, _, error = call("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--wait", 0)
+    assert status == 0, error
+    assert read_recipe(tmp_path / "out" / "recipe.yaml").model == "someone/tiny-bert"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
