@@ -349,6 +349,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Files of the package are named from its root, others from the clone's."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"(?<![\w./-])((?:[a-z]\w*/)+\w+\.py|recipes/[\w-]+\.yaml)\b", text):
+        if not name.startswith("yourpackage/") and name != "tests/test_magnitude.py":
+            assert (ROOT / name).exists() or (ROOT / "src" / "slimformer" / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_and_options_exist(page: Path) -> None:
     from typer.main import get_command
 
