@@ -58,7 +58,7 @@ class PointRole(StrEnum):
 
 @dataclass(frozen=True)
 class Slice:
-    """One axis of one tensor that follows a site: unit u of part p owns rows p*size*unit + u*unit + [0, unit)."""
+    """One axis of one tensor that follows a site: unit u of part p owns rows `p * size * unit + u * unit + [0, unit)`."""
 
     param: str
     dim: int

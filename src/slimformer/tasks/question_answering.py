@@ -65,7 +65,7 @@ _PADDING_LOGIT = -1e4  # gives padding no probability after a softmax
 class QuestionAnswering(Task):
     """Extractive question answering.
 
-    `data` is a folder with train*.json and dev*.json, one SQuAD file (a tenth of its contexts becomes dev), or a hub name such as
+    `data` is a folder with `train*.json` and `dev*.json`, one SQuAD file (a tenth of its contexts becomes dev), or a hub name such as
     rajpurkar/squad_v2, for short squad_v2; .jsonl and .parquet files with the hub's columns are read too. `dev` names the dev file if
     it lies elsewhere. `version` is v1 if every question has an answer and v2 if some have none; "auto" looks at the data.
 
