@@ -7,7 +7,13 @@ import pytest
 from slimformer import registry
 from slimformer.testing.checks import checks_of
 
-CASES = [(kind, name, check) for kind in registry.KINDS for name in registry.names(kind) for check in checks_of(kind)]
+SLOW = {"is_exported", "writes_what_the_model_computes", "runs_what_is_written"}  # they trace models
+CASES = [
+    pytest.param(kind, name, check, marks=pytest.mark.slow if check.__name__ in SLOW else ())
+    for kind in registry.KINDS
+    for name in registry.names(kind)
+    for check in checks_of(kind)
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "check"), CASES, ids=lambda value: getattr(value, "__name__", value))

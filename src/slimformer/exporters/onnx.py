@@ -310,7 +310,8 @@ class OnnxDraft(Draft):
         """Int8 for every product but the classifier and `floats`, and for the embeddings, in place; says how many."""
         graph = program.graph
         left = self._weights_of(graph, floats)
-        expected = self._matrices - len(classifiers(graph)) - len(left)
+        last = classifiers(graph)
+        expected = self._matrices - sum(product.node in last or product.name in left for product in products(graph))
         learned = self.ranges or Ranges()
         one_scale = learned.weight_buckets == "tensor"
         coding = WeightCoding(min(self.options.weight_bits, learned.weight_bits), one_scale)

@@ -6,10 +6,14 @@ that raises AssertionError with a sentence; `checks_of` lists those that belong 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import inspect
+import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,16 @@ from slimformer.core.anatomy import Anatomy, Kind, Matrix, PointRole
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import SlimformerError
+from slimformer.exporters.base import Exporter, FileKind, Variant
 from slimformer.families.base import Family, Subject, anatomy_of, subject_of
 from slimformer.forms.base import Form, Formed
 from slimformer.hooks.capture import Capture, Captured, capturing
 from slimformer.hooks.gating import gated
+from slimformer.measuring import machine
 from slimformer.methods.base import Batch, Context, Method, Progress, Step
 from slimformer.rules import rules_of
 from slimformer.running.reader import parse_recipe
+from slimformer.runtimes.base import Runtime
 from slimformer.saving import checkpoint
 from slimformer.testing.tiny import batch, tiny
 
@@ -67,10 +74,17 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             config_is_read,
         ),
         "methods": (is_frozen, round_trips, checks_its_options, attaches_neutrally, leaves_no_trace, decides_what_fits),
-        "forms": (is_frozen, comes_back_from_a_plan, counts_what_it_stores, computes_its_matrix, knows_its_matrix),
+        "forms": (
+            is_frozen,
+            comes_back_from_a_plan,
+            counts_what_it_stores,
+            computes_its_matrix,
+            knows_its_matrix,
+            is_exported,
+        ),
         "tasks": (is_frozen, declares_its_outputs, names_its_own_options),
-        "exporters": (is_frozen, declares_variants),
-        "runtimes": (is_frozen, tells_whether_it_is_there),
+        "exporters": (is_frozen, names_its_files, writes_what_the_model_computes),
+        "runtimes": (is_frozen, tells_whether_it_is_there, runs_what_is_written),
     }[kind]
 
 
@@ -490,6 +504,17 @@ def knows_its_matrix(cls: type[Form]) -> None:
         assert (formed.form, formed.shape) == (form, matrix.shape), f"says {formed.form} of {formed.shape}"
 
 
+def is_exported(cls: type[Form]) -> None:
+    """law 8: an ONNX file of a model in this form gives the model's outputs, in float, and in int8 where sums are exact."""
+    model = tiny("bert", num_hidden_layers=1)
+    anatomy = anatomy_of(model)
+    free = [matrix for matrix in anatomy.matrices.values() if matrix.tied is None]
+    small = shrink(model, anatomy, Plan(forms={matrix.id: cls.example(matrix.shape, table=matrix.table) for matrix in free}))
+    with tempfile.TemporaryDirectory() as name:
+        for exported in _export(registry.find("exporters", "onnx"), small, Path(name), (Variant.FLOAT, Variant.INT8_STATIC)):
+            _assert_same_outputs(exported, registry.find("runtimes", "onnxruntime")())
+
+
 # -- Contracts of the rest ---------------------------------------------------------------------------------------------
 
 
@@ -511,12 +536,108 @@ def names_its_own_options(cls: Any) -> None:
         assert item.metadata["help"].endswith("."), f"the help of {flag} is no sentence"
 
 
-def declares_variants(cls: Any) -> None:
-    """names the variants it can write."""
-    from slimformer.exporters.base import FileKind
+# -- Contracts of exporters and runtimes -----------------------------------------------------------------------------------
 
-    assert cls.files, "writes nothing"
-    assert all(isinstance(kind, FileKind) for kind in cls.files.values()), "names something that is no FileKind"
+SEEN, UNSEEN = ((1, 5), (3, 7), (8, 12)), ((1, 3), (4, 9), (2, 31))  # (rows, seq) of the batches of an export, and of its check
+FILE_TOLERANCE = 1e-4  # of the largest output: a file computes in another order than the model, and fuses operators
+INT8_ERROR = 0.1  # share of the squared outputs that an int8 file of a random model may be off by
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A file, the batches to check it with, and the model's outputs on them."""
+
+    path: Path
+    int8: bool
+    batches: Sequence[Mapping[str, np.ndarray]]
+    expected: Sequence[np.ndarray]
+
+
+@cache
+def _exported(exporter: Any) -> tuple[_Exported, ...]:
+    """The files of a dense model and of one whose layers differ; they are removed at the end of the process."""
+    folder = Path(tempfile.mkdtemp(prefix="slimformer-check-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    exported: list[_Exported] = []
+    for name, model, _ in _dense_and_cut():
+        (folder / name).mkdir()
+        exported += _export(exporter, model, folder / name, tuple(exporter.files))
+    return tuple(exported)
+
+
+def _export(exporter: type[Exporter], model: Any, folder: Path, variants: Sequence[str]) -> list[_Exported]:
+    """The variants of one model as files. If int8 sums saturate on this processor, int8 is left out: it may compute otherwise."""
+    saturates = machine.saturates(machine.environment().flags)
+    kinds = {variant: exporter.files[variant] for variant in variants if not (saturates and exporter.files[variant].int8)}
+    seen, unseen = (_arrays(model, shapes) for shapes in (SEEN, UNSEEN))
+    artifacts = exporter().export_all(model, seen, {variant: folder / kind.name for variant, kind in kinds.items()})
+    expected = [_logits(model, inputs) for inputs in unseen]
+    for variant, kind in kinds.items():
+        assert artifacts[variant].path == folder / kind.name, f"wrote {artifacts[variant].path.name} instead of {kind.name}"
+        assert (folder / kind.name).exists(), f"left no {kind.name}"
+    return [_Exported(folder / kind.name, kind.int8, unseen, expected) for kind in kinds.values()]
+
+
+def _dense_and_cut() -> Iterator[tuple[str, Any, Plan]]:
+    """A tiny model, and the same with heads, neurons and a sublayer cut, in each layer others."""
+    model = tiny("bert", num_hidden_layers=2)
+    yield "dense", model, Plan()
+    anatomy = anatomy_of(model)
+    heads, neurons, sublayers = (anatomy.of_kind(kind) for kind in (Kind.HEADS, Kind.NEURONS, Kind.SUBLAYER))
+    plan = Plan({heads[0].id: (1,), neurons[0].id: (0, 3, 4), sublayers[-1].id: ()})
+    yield "cut", shrink(model, anatomy, plan), plan
+
+
+def _arrays(model: Any, shapes: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+    names, made = subject_of(model).inputs, []
+    for seed, (rows, seq) in enumerate(shapes):
+        inputs = {name: value.numpy() for name, value in batch(model, rows, seq, seed).items()}
+        made.append({name: inputs.get(name, np.zeros_like(inputs["input_ids"])) for name in names})
+    return made
+
+
+def _logits(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy())
+
+
+def _assert_same_outputs(exported: _Exported, runtime: Runtime) -> None:
+    """A file gives the model's outputs in a runtime."""
+    run = runtime.load(exported.path, 1)
+    for inputs, expected in zip(exported.batches, exported.expected, strict=True):
+        outputs = run(inputs)
+        file = f"{exported.path.parent.name} {exported.path.name}"
+        assert "logits" in outputs, f"{file} gives {', '.join(outputs)}, no logits"
+        logits = outputs["logits"]
+        assert logits.shape == expected.shape, f"{file} gives {logits.shape} for {expected.shape}"
+        if exported.int8:
+            error = float(np.square(logits - expected).sum() / np.square(expected).sum())
+            assert error < INT8_ERROR, f"{file}: {error:.0%} of the squared outputs are error"
+        else:
+            gap = float(np.abs(logits - expected).max())
+            bound = FILE_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+            assert gap <= bound, f"{file} is off by {gap:.1e} on a batch of {inputs['input_ids'].shape}"
+
+
+def _installed_runtimes() -> list[Runtime]:
+    every = [registry.find("runtimes", name)() for name in registry.names("runtimes")]
+    return [runtime for runtime in every if runtime.available()]
+
+
+def names_its_files(cls: Any) -> None:
+    """names each file that it writes, no two alike, and at least one that a run delivers."""
+    kinds = list(cls.files.values())
+    assert all(isinstance(kind, FileKind) for kind in kinds), "names something that is no FileKind"
+    assert any(kind.shipped for kind in kinds), "writes nothing that a run delivers"
+    assert len({kind.name for kind in kinds}) == len(kinds), "gives two variants one name"
+
+
+def writes_what_the_model_computes(cls: Any) -> None:
+    """law 8: each file gives the model's outputs, dense or cut, on batches of other shapes than it was made with."""
+    for exported in _exported(cls):
+        runtimes = [runtime for runtime in _installed_runtimes() if runtime.accepts(exported.path)]
+        assert runtimes, f"no installed runtime accepts {exported.path.name}"
+        _assert_same_outputs(exported, runtimes[0])
 
 
 def tells_whether_it_is_there(cls: Any) -> None:
@@ -525,3 +646,22 @@ def tells_whether_it_is_there(cls: Any) -> None:
     if runtime.available():
         assert runtime.version(), "has no version"
     assert not runtime.accepts(Path("notes.txt")), "accepts a text file"
+
+
+def runs_what_is_written(cls: Any) -> None:
+    """gives the model's outputs for each file of an exporter, and each saved model, that it accepts."""
+    runtime = cls()
+    if not runtime.available():
+        return
+    exporters: list[Any] = [registry.find("exporters", name) for name in registry.names("exporters")]
+    accepted = [file for exporter in exporters for file in _exported(exporter) if runtime.accepts(file.path)]
+    with tempfile.TemporaryDirectory() as name:
+        for kind, model, plan in _dense_and_cut():
+            folder = Path(name) / kind
+            checkpoint.save(model, plan, folder, tokenizer_from=Path(name))
+            if runtime.accepts(folder):
+                unseen = _arrays(model, UNSEEN)
+                accepted.append(_Exported(folder, False, unseen, [_logits(model, inputs) for inputs in unseen]))
+        assert accepted, "accepts no file of any exporter, and no saved model"
+        for exported in accepted:
+            _assert_same_outputs(exported, runtime)
