@@ -153,8 +153,8 @@ class OnnxDraft(Draft):
         reference = self._expected(variant, floats)
         with whole(path) as part:
             onnx_ir.save(program, part)
-            difference, agreeing = parity.compare(
-                parity.open_session(part.read_bytes()),
+            difference, agreeing = parity.check_parity(
+                parity.open_graph(part.read_bytes()),
                 variant,
                 self.batches,
                 self.subject.inputs,
@@ -204,13 +204,13 @@ class OnnxDraft(Draft):
     def error(self, variant: str, floats: Sequence[str] = ()) -> float:
         """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
         program, _ = self._graph(variant, floats, ())
-        session = parity.open_session(onnx_ir.to_proto(program).SerializeToString())
+        session = parity.open_graph(onnx_ir.to_proto(program).SerializeToString())
         return parity.squared_error(session, self.batches, self.subject.inputs, self.reference)
 
     def _has_learned_ranges(self, variant: str) -> bool:
         return self.ranges is not None and variant in (Variant.INT8_FUSED, Variant.INT8_STATIC)
 
-    def _expected(self, variant: str, floats: Sequence[str]) -> Sequence[parity.Outputs]:
+    def _expected(self, variant: str, floats: Sequence[str]) -> Sequence[parity.GraphOutputs]:
         """What the file should give: the model's outputs, with activations on their grids if those were learned."""
         if self.ranges is None or not self._has_learned_ranges(variant):
             return self.reference

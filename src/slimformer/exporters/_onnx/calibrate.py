@@ -15,7 +15,7 @@ from slimformer.errors import ExportError
 from slimformer.exporters._onnx import int8
 from slimformer.exporters._onnx.graph import turned_values
 from slimformer.exporters._onnx.int8 import Sample
-from slimformer.exporters._onnx.parity import fill_inputs, open_session, real_tokens
+from slimformer.exporters._onnx.parity import fill_inputs, open_graph, real_tokens
 from slimformer.exporters.base import Arrays
 from slimformer.quantizing.calibration import Calibration, Histogram, find_range
 
@@ -32,7 +32,7 @@ def samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[s
     copy = program.clone()
     watched = int8.quantizable_inputs(copy.graph)
     copy.graph.outputs.extend(value for value in watched.values() if not value.is_graph_output())
-    session = open_session(onnx_ir.to_proto(copy).SerializeToString())
+    session = open_graph(onnx_ir.to_proto(copy).SerializeToString())
     chosen: list[Arrays] = []
     for batch in (item for item in batches if real_tokens(item).any()):
         if sum(len(item["input_ids"]) for item in chosen) < CALIBRATION_ROWS:

@@ -19,7 +19,7 @@ from slimformer.families.base import Subject
 FILLING = {"attention_mask": 1}  # the value of an input that a batch lacks; 0 for all others
 REPORT = "this is a fault of the exporter or of a package it stands on; please report it with the model's config.json."
 
-Outputs = Mapping[str, np.ndarray]
+GraphOutputs = Mapping[str, np.ndarray]
 
 
 def fill_inputs(names: Sequence[str], batch: Arrays) -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ def real_tokens(batch: Arrays) -> np.ndarray:
     return fill_inputs(("attention_mask",), batch)["attention_mask"] == 1
 
 
-def open_session(model: bytes) -> Any:
+def open_graph(model: bytes) -> Any:
     """A graph in ONNX Runtime on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -52,12 +52,12 @@ def run_graph(session: Any, names: Sequence[str], batch: Arrays, outputs: Sequen
     return dict(zip(outputs, session.run(list(outputs), fill_inputs(names, batch)), strict=True))
 
 
-def compare(
+def check_parity(
     session: Any,
     variant: str,
     batches: Sequence[Arrays],
     names: Sequence[str],
-    reference: Sequence[Outputs],
+    reference: Sequence[GraphOutputs],
     *,
     tolerance: float | None,
     agreement: float,
@@ -73,7 +73,7 @@ def compare(
     pairs = list(zip(batches, reference, strict=True))
     per_token = {name for name in outputs if all(item[name].shape == batch["input_ids"].shape for batch, item in pairs)}
     for batch, expected in pairs:
-        got: Outputs = run_graph(session, names, batch, outputs)
+        got: GraphOutputs = run_graph(session, names, batch, outputs)
         for name in outputs:
             if got[name].shape != expected[name].shape or not np.isfinite(got[name]).all():
                 raise ExportError(
@@ -104,7 +104,7 @@ def compare(
     return worst, share
 
 
-def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str], reference: Sequence[Outputs]) -> float:
+def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str], reference: Sequence[GraphOutputs]) -> float:
     """Squared error of a session's outputs, as a share of the squared outputs of the model; only finite outputs count."""
     wrong = square = 0.0
     for batch, expected in zip(batches, reference, strict=True):
@@ -115,8 +115,8 @@ def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str],
     return wrong / max(square, 1e-12)
 
 
-def unpad(outputs: Outputs, names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
-    """Outputs with one value per token, with padding as the last thing that an answer could be."""
+def unpad(outputs: GraphOutputs, names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
+    """GraphOutputs with one value per token, with padding as the last thing that an answer could be."""
     real = real_tokens(batch)
     return {name: np.where(real, outputs[name], -np.inf) for name in names}
 
