@@ -51,7 +51,7 @@ def test_only_files_of_a_model_folder_are_asked_for() -> None:
 
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "plan.json"]
     others = ["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "1_Pooling/config.json", "README.md"]
-    assert list(filter_repo_objects([*files, *others], allow_patterns=list(hub.FILES))) == files
+    assert list(filter_repo_objects([*files, *others], allow_patterns=list(hub.DOWNLOADED))) == files
 
 
 @pytest.mark.slow

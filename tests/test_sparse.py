@@ -29,12 +29,12 @@ from slimformer.saving import checkpoint, sparse
 from slimformer.saving.sparse import (
     BLOCKS,
     KEY,
-    LARGE,
+    LEAST_VALUES,
     Layout,
     _Wrong,
     pack,
     pack_matrix,
-    read,
+    read_tensors,
     rounding,
     size_bytes,
     unpack_matrix,
@@ -239,7 +239,7 @@ def test_dense_tensors_are_left_as_they_are():
     packed, metadata = pack(tensors)
     assert metadata == {}
     assert all(packed[name] is tensor for name, tensor in tensors.items())
-    small = {"few values": torch.ones(LARGE // 64, 63), "the last Linear": torch.ones(LARGE, 2)}
+    small = {"few values": torch.ones(LEAST_VALUES // 64, 63), "the last Linear": torch.ones(LEAST_VALUES, 2)}
     packed, metadata = pack(small, "int8", exact=["the last Linear"])
     assert metadata == {}
     assert all(packed[name] is tensor for name, tensor in small.items())
@@ -307,7 +307,7 @@ def test_large_matrices_and_tables_are_stored_smaller_and_the_last_linear_is_not
     model = shrink(dense, anatomy_of(dense), plan)
     slimformer.save(model, plan, tmp_path / "model", tokenizer_from=tmp_path, values=values)
     stored = load_file(tmp_path / "model" / "model.safetensors")
-    whole = {name for name, tensor in model.state_dict().items() if tensor.numel() >= LARGE and name not in stored}
+    whole = {name for name, tensor in model.state_dict().items() if tensor.numel() >= LEAST_VALUES and name not in stored}
     assert whole == {
         "bert.embeddings.word_embeddings.a",
         *(
@@ -411,7 +411,7 @@ def test_parts_that_do_not_agree_are_refused(tmp_path: Path, case: str) -> None:
             tensors[full] = change(tensors[full]) if callable(change) else change
     file = write(tmp_path, tensors, told)
     with pytest.raises(ModelError, match=message) as caught:
-        read(file, {NAME: (64 if index == "none" else 8, 64)})
+        read_tensors(file, {NAME: (64 if index == "none" else 8, 64)})
     assert caught.value.what.startswith(f"{file}: the sparse matrix '{NAME}' ")
     assert "\n" not in caught.value.what
 
@@ -440,7 +440,7 @@ def test_facts_that_are_false_are_refused(tmp_path: Path, facts: dict[str, Any],
     tensors, told = parts_of()
     told["matrices"][NAME] |= facts
     with pytest.raises(ModelError, match=message):
-        read(write(tmp_path, tensors, told), {NAME: (8, 64)})
+        read_tensors(write(tmp_path, tensors, told), {NAME: (8, 64)})
 
 
 @pytest.mark.parametrize(
@@ -459,14 +459,14 @@ def test_facts_that_are_false_are_refused(tmp_path: Path, facts: dict[str, Any],
 )  # fmt: skip
 def test_metadata_that_are_false_are_refused(tmp_path: Path, told: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        read(write(tmp_path, parts_of()[0], told), {NAME: (8, 64)})
+        read_tensors(write(tmp_path, parts_of()[0], told), {NAME: (8, 64)})
 
 
 def test_a_matrix_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     tensors, told = parts_of()
     tensors[NAME] = torch.zeros(8, 64)
     with pytest.raises(ModelError, match="has a part too many, 'encoder.weight'"):
-        read(write(tmp_path, tensors, told), {NAME: (8, 64)})
+        read_tensors(write(tmp_path, tensors, told), {NAME: (8, 64)})
 
 
 def test_a_spare_bit_is_refused():
@@ -521,7 +521,7 @@ def test_layouts_of_a_hostile_size_are_not_made():
     with pytest.raises(_Wrong, match="has the block column 65535"):
         unpack_matrix(replace(huge, shape=(8, 4)), parts | {"columns": np.full_like(parts["columns"], 65535)})
     for block, index in ([1, 4], "columns"), ([1, 1 << 44], "none"):
-        with pytest.raises(ModelError, match="expected"), sparse._told(Path("x"), NAME):
+        with pytest.raises(ModelError, match="expected"), sparse._naming(Path("x"), NAME):
             sparse._layout({"shape": [8, 1 << 44], "block": block, "index": index, "values": "float32"}, (8, 64))
 
 

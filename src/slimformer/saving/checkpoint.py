@@ -23,7 +23,7 @@ from slimformer.core.plan import Plan
 from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError
 from slimformer.saving.files import whole_folder
-from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read, zeros
+from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,7 +212,7 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     if not str(raw["model_type"]).startswith(PREFIX):
         return ()
     model = _cut_skeleton(folder, raw)
-    shares = zeros(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
+    shares = zero_shares(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
     return tuple(
         matrix.id
         for matrix in anatomy_of(model).encoder_matrices()
@@ -222,7 +222,7 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
 
 def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
     model = _cut_skeleton(folder, raw)
-    state = read(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
+    state = read_tensors(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
     _check_names(folder, model, state)
     for name, source in _tied(model).items():
         state.setdefault(name, state[source])

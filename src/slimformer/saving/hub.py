@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from slimformer.errors import ModelError
 
 HUB_MODEL = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+?)(@(?P<revision>[\w./-]+))?", re.ASCII)  # ./my-bert and ../my-bert are paths
-FILES = (
+DOWNLOADED = (
     "config.json", "model*.safetensors", "model.safetensors.index.json", "plan.json", "ranges.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
@@ -39,7 +39,7 @@ def local_folder(name: str | Path) -> Path:
 @lru_cache  # one run reads one commit, whatever is pushed meanwhile
 def _downloaded(model: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # network, names and permissions fail in as many ways as there are repositories
         reason = str(error).strip().splitlines()
         raise ModelError(

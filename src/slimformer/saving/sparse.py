@@ -1,10 +1,10 @@
-"""The sparse file: matrices with many exact zeros in model.safetensors without them, and any large one in smaller values.
+"""The sparse file: model.safetensors with matrices that have many exact zeros stored without them, and large ones in smaller values.
 
-docs/sparse-file.md is the layout, byte by byte. `pack` picks one for each matrix: every weight and no index, where smaller values are
-enough; blocks with a column number each, where values come in blocks (1x4 above all: a kernel can compute from it as it stands, so it
-goes before bits that would take less); else single values with a bit for every weight or a column number each, whichever is smaller.
-float32 comes back bit for bit. Smaller values are rounded first and packed after, so that what was read and packed again is the same
-file. `read` trusts nothing: shapes, counts and indices are checked before a matrix is made. Nothing here computes with a model.
+docs/sparse-file.md gives the layout, byte by byte. `pack` picks a layout for each matrix: every weight and no index, if smaller values
+are enough; blocks with a column number each, if the values come in blocks (1x4 above all: a kernel can compute from it as it stands, so
+it goes before bits that would take less); else single values with a bit for every weight, or with a column number each, whichever is
+smaller. float32 comes back bit for bit. Smaller values are rounded first and packed after, so that reading and packing again gives the
+same file. `read_tensors` trusts nothing: it checks shapes, counts and indices before it makes a matrix.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Index = Literal["bits", "columns", "none"]
 KEY = "slimformer.sparse"  # of the file's metadata
 VERSION = 2
 READ = (1, 2)  # 1 knew no index "none", and no tensors of three dimensions
-LARGE = 4096  # values of a matrix without zeros that smaller values are worth a name in the header for
-LEAST_ZEROS = 0.3  # of a matrix; below, a bit for every weight saves too little to be worth an own layout
-BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 4))  # the first that is FULL is taken: a column number for many values
-FULL = 0.95  # of a block's values are not zero, over all blocks that are not empty
-COLUMNS = 1 << 16  # what a column number can tell apart
-SMALLEST = 2.0**-90  # a row below is 0 as int8: its scale would lose digits that it needs
-LARGEST = np.finfo(np.float32).max / 127  # of a scale: the product with any code stays a float32
-TOPS = (127, 31, 7)  # largest codes of the grids that `quantization` leaves weights on: 8, 6 and 4 bits
-ROWS = 4096  # that are rounded at a time: a word table has a quarter of a million
-SEEN = 64  # columns that tell of nearly every row whether it is worth a look at all of it
+LEAST_VALUES = 4096  # a matrix without zeros that has fewer keeps float32: its names in the header would cost what it saves
+LEAST_ZEROS = 0.3  # share of a matrix; below it, a bit for every weight saves too little
+BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 4))  # the first that is full is taken: one column number for many values
+FULL = 0.95  # the least share of values that are not zero, over all blocks that are not empty
+COLUMNS = 1 << 16  # a column number is below this
+SMALLEST_ROW = 2.0**-90  # a row whose largest value is below this becomes 0 as int8: its scale would lose digits
+LARGEST_SCALE = np.finfo(np.float32).max / 127  # the product with any code stays a float32
+TOP_CODES = (127, 31, 7)  # of the grids on which `quantization` leaves weights: 8, 6 and 4 bits
+CHUNK_ROWS = 4096  # rows that are rounded at a time: a word table has a quarter of a million
+FIRST_COLUMNS = 64  # columns that are checked first; rows that fail here are skipped
 DTYPES: Mapping[Values, tuple[str, Any]] = {
     "float32": ("F32", np.float32),
     "float16": ("F16", np.float16),
@@ -49,7 +49,7 @@ DTYPES: Mapping[Values, tuple[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How one matrix is stored. Blocks larger than one weight have column numbers; without an index they are the rows, all of them."""
+    """How one matrix is stored. Blocks of several weights have column numbers; without an index, each row is a block."""
 
     shape: tuple[int, int]
     block: tuple[int, int]
@@ -62,7 +62,7 @@ class Layout:
         return self.shape[0] // self.block[0], self.shape[1] // self.block[1]
 
     def parts(self, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that hold it where `count` blocks are not empty: name -> safetensors' dtype and shape."""
+        """The tensors that hold it if `count` blocks are not empty: name -> safetensors' dtype and shape."""
         rows, columns = self.shape
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         if self.index == "none":
@@ -83,17 +83,17 @@ class Layout:
 def pack(
     tensors: Mapping[str, Tensor], values: Values = "float32", exact: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same tensors with those that are worth it in parts, and the metadata that `read` needs; none of it where none is.
+    """The tensors, split into parts if that saves bytes, and the metadata that `read_tensors` needs; no metadata if none is split.
 
-    `values` is how large and sparse matrices are stored: "float16" and "int8" (with a scale for each output, or each word of a table)
-    round them, but not those named in `exact`.
+    `values` says how large and sparse matrices are stored: "float16" and "int8" (with a scale for each output, or each word of a table)
+    round them, except those named in `exact`.
     """
     import torch
 
     packed: dict[str, Tensor] = {}
     layouts: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        own = _values(tensor, "float32" if name in exact else values)
+        own = _values_of(tensor, "float32" if name in exact else values)
         if own is None:
             packed[name] = tensor
             continue
@@ -110,41 +110,41 @@ def size_bytes(tensors: Mapping[str, Tensor], values: Values = "float32", exact:
 
 
 def rounding(tensors: Mapping[str, Tensor], values: Values, exact: Collection[str] = ()) -> float:
-    """By how much `pack` rounds values at most, as a share of the largest of their matrix; 0 where what is read is what was there."""
+    """The largest error of `pack`, as a share of the largest value of the matrix; 0 if all values come back exactly."""
     worst = 0.0
     for name, tensor in tensors.items():
-        if values != "float32" and name not in exact and _values(tensor, values) is not None:
+        if values != "float32" and name not in exact and _values_of(tensor, values) is not None:
             matrix = _matrix(tensor)
             gap = np.abs(unpack_matrix(*pack_matrix(matrix, values, name)) - matrix).max()
             worst = max(worst, float(gap / (np.abs(matrix).max() or 1.0)))
     return worst
 
 
-def _values(tensor: Tensor, values: Values) -> Values | None:
-    """What a tensor is stored in by parts where `values` are asked for; None where it is left as it is."""
+def _values_of(tensor: Tensor, values: Values) -> Values | None:
+    """The values that a tensor's parts have if `values` are asked for; None if it is stored whole."""
     import torch
 
     if tensor.dtype != torch.float32 or tensor.ndim < 2 or not tensor.numel():
         return None
-    if values != "float32" and tensor.numel() >= LARGE:
+    if values != "float32" and tensor.numel() >= LEAST_VALUES:
         return values
     return values if int((tensor == 0).sum()) >= LEAST_ZEROS * tensor.numel() else None
 
 
 def _matrix(tensor: Tensor) -> np.ndarray:
-    """Its rows, whatever stands before the last dimension: a Kronecker factor has its terms there."""
+    """A tensor as rows: all axes before the last are rows (a sum of products has one more axis for its terms)."""
     return tensor.detach().cpu().flatten(0, -2).numpy()
 
 
 def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") -> tuple[Layout, dict[str, np.ndarray]]:
-    """One float32 matrix in parts, whatever its zeros; ModelError where its values do not fit."""
+    """One float32 matrix in parts, whatever its zeros; ModelError if its values do not fit."""
     if values != "float32" and not np.isfinite(matrix).all():
         raise ModelError(f"{name} has values that are not finite, which {values} cannot hold.", help="store float32.")
     codes, scales = _rounded(np.ascontiguousarray(matrix), values)
     if not np.isfinite(codes).all() and values == "float16":
         raise ModelError(f"{name} has values above 65,504, which float16 cannot hold.", help="store float32 or int8.")
     used = codes.view(np.uint32) != 0 if values == "float32" else codes != 0  # by its bits, -0.0 is no zero
-    block, index = _choose(used, codes.itemsize)
+    block, index = _choose_layout(used, codes.itemsize)
     layout = Layout((matrix.shape[0], matrix.shape[1]), block, index, values)
     scaled = {} if scales is None else {"scales": scales}
     if index == "none":
@@ -164,10 +164,10 @@ def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") ->
 
 
 def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray | None]:
-    """The values as they are stored, and the scale of each row for int8.
+    """The values as they are stored, and for int8 the scale of each row.
 
-    A row whose values are whole multiples of one number keeps that as its scale, and comes back exactly. Any other scale has 16
-    significant bits: the product with any code is then exact in float32, and what was read rounds to the same codes.
+    A row whose values are whole multiples of one number keeps that number as its scale, and comes back exactly. Any other scale has 16
+    significant bits: its product with any code is exact in float32, so that values that were read round to the same codes again.
     """
     if values == "float32":
         return matrix, None
@@ -177,52 +177,52 @@ def _rounded(matrix: np.ndarray, values: Values) -> tuple[np.ndarray, np.ndarray
         rounded[rounded == 0] = 0  # no -0.0
         return rounded, None
     largest = np.abs(matrix).max(axis=1, initial=0.0)  # (rows,)
-    scales = (np.where(largest < SMALLEST, 0, largest) / np.float32(127)).astype(np.float32)
+    scales = (np.where(largest < SMALLEST_ROW, 0, largest) / np.float32(127)).astype(np.float32)
     scales = (scales.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
     steps = _steps(matrix, largest)
     scales = np.where(steps > 0, steps, scales)
     codes = np.zeros(matrix.shape, dtype=np.int8)
-    for rows in _some(np.flatnonzero(scales > 0)):
+    for rows in _chunks(np.flatnonzero(scales > 0)):
         codes[rows] = np.clip(np.round(matrix[rows] / scales[rows, None]), -127, 127)
     return codes, scales
 
 
-def _some(rows: np.ndarray) -> list[np.ndarray]:
-    """The same rows, some thousand at a time."""
-    return np.array_split(rows, -(-len(rows) // ROWS)) if len(rows) else []
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
+    """The same rows, a few thousand at a time."""
+    return np.array_split(rows, -(-len(rows) // CHUNK_ROWS)) if len(rows) else []
 
 
 def _steps(matrix: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """The number that all values of a row are whole multiples of, at most 127, in float32; 0 for a row without one: (rows,).
+    """For each row the number of which all its values are whole multiples, by at most 127; 0 if there is none: (rows,).
 
-    It is looked for where training with fake quantization puts it: a bucket per row, or one for all. `largest`: (rows,).
+    It is searched among the steps that training with fake quantization uses: one for each row, or one for all. `largest`: (rows,).
     """
     found = np.zeros(len(matrix), dtype=np.float32)
     for span in (largest, np.full_like(largest, largest.max(initial=0.0))):
-        for top in TOPS:
-            step = np.where(largest < SMALLEST, 0, span / np.float32(top)).astype(np.float32)
+        for top in TOP_CODES:
+            step = np.where(largest < SMALLEST_ROW, 0, span / np.float32(top)).astype(np.float32)
             for near in (
                 step,
                 np.nextafter(step, np.float32(0)),
                 np.nextafter(step, np.float32(np.inf)),
             ):  # top * step was rounded
-                rows = np.flatnonzero((found == 0) & (step > 0) & (near <= LARGEST))
-                rows = rows[_are_multiples(matrix[rows, :SEEN], near[rows])]
-                for some in _some(rows):
+                rows = np.flatnonzero((found == 0) & (step > 0) & (near <= LARGEST_SCALE))
+                rows = rows[_are_multiples(matrix[rows, :FIRST_COLUMNS], near[rows])]
+                for some in _chunks(rows):
                     right = some[_are_multiples(matrix[some], near[some])]
                     found[right] = near[right]
     return found
 
 
 def _are_multiples(matrix: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Rows that are codes from -127 to 127 times their step, to the last bit: (rows,)."""
+    """Whether a row is codes from -127 to 127 times its step, to the last bit: (rows,)."""
     with np.errstate(over="ignore"):
         codes = np.round(matrix / steps[:, None])
         return np.asarray(((codes * steps[:, None] == matrix) & (np.abs(codes) <= 127)).all(axis=1))
 
 
-def _choose(used: np.ndarray, size: int) -> tuple[tuple[int, int], Index]:
-    """All values of `size` bytes where that takes less than bits; the largest block that is nearly full; else single ones."""
+def _choose_layout(used: np.ndarray, size: int) -> tuple[tuple[int, int], Index]:
+    """The block and the index of values with `size` bytes: no index if that takes less than bits, else the largest block that is full."""
     rows, columns = used.shape
     count = int(used.sum())
     if used.size and size * used.size <= size * count + -(-used.size // 8):
@@ -243,10 +243,10 @@ def _part(name: str, part: str) -> str:
 # -- Reading -------------------------------------------------------------------------------------------------------------------
 
 
-def read(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """All tensors of a model file, sparse matrices whole again; ModelError where one is not what it says, before it is made.
+def read_tensors(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """All tensors of a model file, with sparse matrices made whole; ModelError, before a matrix is made, if the file contradicts itself.
 
-    `expected`: the shapes of the model's tensors. Dense ones are compared by the caller, sparse ones here.
+    `expected`: the shapes of the model's tensors. The caller compares dense ones, this function compares sparse ones.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -254,15 +254,15 @@ def read(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]
 
     try:
         with safe_open(file, framework="pt") as stream:
-            told = (stream.metadata() or {}).get(KEY)
-            if told is None:
+            metadata = (stream.metadata() or {}).get(KEY)
+            if metadata is None:
                 return load_file(file)
-            matrices = _read_metadata(file, told)
+            matrices = _read_metadata(file, metadata)
             header = _header(stream)
             tensors: dict[str, Tensor] = {}
             taken: set[str] = set()
             for name, facts in matrices.items():
-                with _told(file, name):
+                with _naming(file, name):
                     layout = _layout(facts, _rows(expected.get(name)))
                     names = _checked_parts(name, layout, header)
                     taken |= set(names.values())
@@ -274,18 +274,18 @@ def read(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]
     return tensors
 
 
-def zeros(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Share of zeros that were left out of each matrix, where any were, by the file's header alone; refuses what `read` does there."""
+def zero_shares(file: Path, expected: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """The share of zeros that were left out of each matrix, from the file's header alone; refuses what `read_tensors` refuses there."""
     from safetensors import SafetensorError, safe_open
 
     found = {}
     try:
         with safe_open(file, framework="pt") as stream:
-            told = (stream.metadata() or {}).get(KEY)
-            matrices = _read_metadata(file, told) if told is not None else {}
+            metadata = (stream.metadata() or {}).get(KEY)
+            matrices = _read_metadata(file, metadata) if metadata is not None else {}
             header = _header(stream) if matrices else {}
             for name, facts in matrices.items():
-                with _told(file, name):
+                with _naming(file, name):
                     layout = _layout(facts, _rows(expected.get(name)))
                     stored = header[_checked_parts(name, layout, header)["values"]][1]
                 if layout.index != "none":
@@ -299,11 +299,11 @@ _AGAIN = "copy the file again, or make it again."
 
 
 class _Wrong(Exception):
-    """What is wrong with a matrix: the end of a sentence that begins with it."""
+    """A fault of a matrix: the end of a sentence that begins with it."""
 
 
 @contextmanager
-def _told(file: Path, name: str) -> Iterator[None]:
+def _naming(file: Path, name: str) -> Iterator[None]:
     """Turns a _Wrong inside into a ModelError that names file and matrix."""
     try:
         yield
@@ -312,7 +312,7 @@ def _told(file: Path, name: str) -> Iterator[None]:
 
 
 def _header(stream: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor, by name; nothing of the tensors is read."""
+    """Dtype and shape of each tensor, by name; no tensor is read."""
     pieces = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118  # it is no mapping
     return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in pieces.items()}
 
@@ -333,12 +333,12 @@ def _read_metadata(file: Path, text: str) -> dict[str, Any]:
 
 
 def _rows(shape: Sequence[int] | None) -> tuple[int, int] | None:
-    """The shape of a tensor's matrix, as `_matrix` makes it; None where there is none."""
+    """The shape of a tensor's matrix, as `_matrix` makes it; None if it has none."""
     return (math.prod(shape[:-1]), shape[-1]) if shape is not None and len(shape) > 1 else None
 
 
 def _layout(facts: Any, expected: tuple[int, int] | None) -> Layout:
-    """The layout that metadata tell of; _Wrong where it is none, or not of a matrix that the model has."""
+    """The layout in the metadata; _Wrong if it is none, or of a matrix that the model does not have."""
     if not isinstance(facts, dict) or set(facts) != {"shape", "block", "index", "values"}:
         raise _Wrong("is not told as shape, block, index and values")
     shape, block = (_pair(facts[key], key) for key in ("shape", "block"))
@@ -365,7 +365,7 @@ def _pair(value: Any, key: str) -> tuple[int, int]:
 
 
 def _checked_parts(name: str, layout: Layout, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
-    """The full names of its parts; _Wrong unless they are all there, no other, in the dtypes and shapes of one count of blocks."""
+    """The full names of its parts; _Wrong unless exactly these are there, with the dtypes and shapes of one number of blocks."""
     there = {full: facts for full, facts in header.items() if full.startswith(_part(name, "")) or full == name}
     shape = header.get(_part(name, "values"), ("", ()))[1]
     count = shape[0] if shape else 0
@@ -381,7 +381,7 @@ def _checked_parts(name: str, layout: Layout, header: Mapping[str, tuple[str, tu
 
 
 def unpack_matrix(layout: Layout, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The float32 matrix that parts of the right dtypes and shapes hold; _Wrong before it is made where an index is no good."""
+    """The float32 matrix in parts of the right dtypes and shapes; _Wrong, before it is made, if an index is invalid."""
     down, across = layout.grid
     values, rows = parts["values"], layout.shape[0]
     if layout.values == "int8":
@@ -409,7 +409,7 @@ def unpack_matrix(layout: Layout, parts: Mapping[str, np.ndarray]) -> np.ndarray
 
 
 def _check_codes(codes: np.ndarray, scales: np.ndarray) -> None:
-    if not ((scales >= 0) & (scales <= LARGEST)).all() or (codes < -127).any():
+    if not ((scales >= 0) & (scales <= LARGEST_SCALE)).all() or (codes < -127).any():
         raise _Wrong("has scales below 0 or beyond float32, or codes below -127")
 
 

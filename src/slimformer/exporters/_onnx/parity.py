@@ -116,7 +116,7 @@ def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str],
 
 
 def unpad(outputs: GraphOutputs, names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
-    """GraphOutputs with one value per token, with padding as the last thing that an answer could be."""
+    """Outputs with one value per token, with padding as the last thing that an answer could be."""
     real = real_tokens(batch)
     return {name: np.where(real, outputs[name], -np.inf) for name in names}
 
