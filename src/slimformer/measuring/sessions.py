@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from slimformer import registry
-from slimformer.errors import ExtraError
+from slimformer.errors import ExtraError, ModelError
 from slimformer.runtimes.base import Runner, Runtime
 
 
@@ -47,7 +47,21 @@ def installed_runtime(name: str) -> Runtime:
     return runtime
 
 
-def open_session(path: Path, threads: int, runtime: str = "onnxruntime") -> Session:
-    """A model file, opened in a runtime with that many threads; ExtraError if the runtime is not installed."""
-    engine = installed_runtime(runtime)
-    return Session(engine.load(path, threads), Engine(runtime, engine.version(), threads), path)
+def runtime_for(path: Path) -> str:
+    """The name of an installed runtime that accepts a file: ONNX Runtime if it does; ModelError if none does."""
+    names = sorted(registry.names("runtimes"), key=lambda name: (name != "onnxruntime", name))
+    for name in names:
+        runtime: Runtime = registry.find("runtimes", name)()
+        if runtime.available() and runtime.accepts(path):
+            return name
+    raise ModelError(f"no runtime that is installed accepts {path}.", help=f"known runtimes: {', '.join(names)}.")
+
+
+def open_session(path: Path, threads: int, runtime: str | None = None) -> Session:
+    """A model file, opened with that many threads in a runtime, by default in `runtime_for` it.
+
+    ExtraError if the runtime is not installed.
+    """
+    name = runtime or runtime_for(path)
+    engine = installed_runtime(name)
+    return Session(engine.load(path, threads), Engine(name, engine.version(), threads), path)

@@ -50,6 +50,9 @@ def parse_recipe(data: Any, *, where: str = "recipe", base: Path | None = None) 
     return recipe
 
 
+EVERY_EXPORT = ("to", "choose_within", "values", "openvino")  # options of any exporter's export
+
+
 class _Reader:
     """Reads plain data, collecting mistakes with their places instead of stopping at the first."""
 
@@ -106,7 +109,7 @@ class _Reader:
             elif kind == "calibrate":
                 made = self.calibrate(options, place)
             elif kind == "export":
-                export = self.build(Export, options, place) or export
+                export = self.export(options, place) or export
             elif kind == "bench":
                 bench = self.build(Bench, options, place) or bench
             else:
@@ -145,6 +148,21 @@ class _Reader:
                 self.mistakes += [f"{place}.{fact}" for fact in error.facts]
         return replace(stage, methods=tuple(methods)) if stage is not None else None
 
+    def export(self, options: Any, place: str) -> Export | None:
+        """The options of an exporter stand beside those of every export: each is checked by the class that it belongs to."""
+        name = options.get("to", "onnx") if isinstance(options, Mapping) else "onnx"
+        if name not in registry.names("exporters"):
+            self.mistakes.append(f"{place}.to: there is no '{name}'; {nearest(str(name), registry.names('exporters'))}")
+            return None
+        if name == "onnx":
+            export: Export | None = self.build(Export, options, place)
+            return export
+        own = {key: value for key, value in options.items() if key not in EVERY_EXPORT}
+        exporter = self.build(registry.find("exporters", name), own, place)
+        shared = {key: value for key, value in options.items() if key in EVERY_EXPORT}
+        export = self.build(Export, shared, place)
+        return None if exporter is None or export is None else replace(export, options=own)
+
     def calibrate(self, options: Any, place: str) -> Calibrate | None:
         if not isinstance(options, Mapping) or set(options) != {"method"}:
             self.mistakes.append(f"{place}: needs method, and nothing else")
@@ -179,7 +197,7 @@ class _Reader:
         if not isinstance(options, Mapping):
             self.mistakes.append(f"{place}: must be a mapping of options, not {options!r}")
             return None
-        known = [entry.name for entry in dataclasses.fields(cls) if entry.name not in {"methods", "method"}]
+        known = [entry.name for entry in dataclasses.fields(cls) if entry.name not in {"methods", "method", "options"}]
         unknown = [key for key in options if key not in known]
         self.mistakes += [f"{place}.{key}: unknown option; {nearest(str(key), known)}" for key in unknown]
         if unknown:

@@ -15,7 +15,8 @@ they need to know the stages before them, because a fair rival is trained by the
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -36,18 +37,24 @@ RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8")
 
 @dataclass(frozen=True)
 class Export:
-    """Which files to write. `choose_within`: points of loss within which the fastest file is called the best.
+    """Which files to write.
 
-    Of the int8 files: `calibration` and `percentile` say how the range of an activation is found, where none was learned;
-    `reduce_range` stores weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI), and so rounds weights again that
-    `quantization` trained on 8 bits: train on 6, which never overflow, where the file must equal the model; `floats` names points of
-    the anatomy whose matrices stay in float, or is "auto": they are searched (`floats.py`), so that int8 loses at most
-    `choose_within`, and kept where that makes the best file faster. `values`: how matrices and tables are stored in
-    model.safetensors; int8 is exact for weights that `quantization` left on 8, 6 or 4 bits, else smaller values are rounded.
-    `openvino`: OpenVINO's own int8 file besides, made by NNCF, which the extra slimformer[openvino] brings.
+    Attributes:
+        to: The exporter. Any but "onnx" takes the fields of its own class as options, in a recipe beside these.
+        choose_within: Points of loss within which the fastest file is called the best.
+        values: How matrices and tables are stored in model.safetensors. int8 is exact for weights that `quantization` left on 8, 6
+            or 4 bits; otherwise smaller values are rounded.
+        calibration: How the range of an activation of an int8 file is found if none was learned.
+        percentile: For `calibration="percentile"`.
+        reduce_range: Stores int8 weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI). This rounds weights
+            again that `quantization` trained on 8 bits; 6 bits never overflow, and keep the file equal to the model.
+        floats: Points of the anatomy whose matrices stay in float in int8 files, or "auto": they are searched, so that int8 loses at
+            most `choose_within`, and kept if that makes the best file faster.
+        openvino: Also delivers OpenVINO's own int8 file, made by NNCF, which the extra slimformer[openvino] brings.
+        options: Those of any exporter but "onnx", by name.
     """
 
-    to: Literal["onnx"] = "onnx"
+    to: str = "onnx"
     choose_within: float = 1.0
     calibration: Calibration = "least_squares"
     percentile: float = 99.99
@@ -55,25 +62,33 @@ class Export:
     floats: tuple[str, ...] | Literal["auto"] = ()
     values: Values = "float32"
     openvino: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.floats != "auto":
             object.__setattr__(self, "floats", tuple(self.floats))
         if self.values not in get_args(Values):
             raise ValueError(f"values: there is no '{self.values}'; {nearest(str(self.values), get_args(Values))}")
+        if self.openvino and self.to != "onnx":
+            raise ValueError("openvino: its file is made from the ONNX file; export to onnx")
         check_calibration(self.calibration)
         check_percentile(self.percentile)
 
     def exporter(self) -> Exporter:
         """The exporter with these options. It refuses no int8 file: each is judged by what it loses on validation examples."""
-        made: Exporter = registry.find("exporters", self.to)(
-            weight_bits=7 if self.reduce_range else 8,
-            agreement=0.0,
-            calibration=self.calibration,
-            percentile=self.percentile,
-            floats=() if self.floats == "auto" else self.floats,
-        )
-        return made
+        cls = registry.find("exporters", self.to)
+        exporter: Exporter
+        if self.to != "onnx":
+            exporter = cls(**self.options)
+        else:
+            exporter = cls(
+                weight_bits=7 if self.reduce_range else 8,
+                agreement=0.0,
+                calibration=self.calibration,
+                percentile=self.percentile,
+                floats=() if self.floats == "auto" else self.floats,
+            )
+        return exporter
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,8 @@ class Recipe:
                 stages.append({"train": options})
             elif isinstance(stage, Calibrate):
                 stages.append({"calibrate": {"method": named_options(stage.method)}})
-        stages += [{"export": _changed_options(self.export)}, {"bench": _changed_options(self.bench)}]
+        export = _changed_options(replace(self.export, options={})) | dict(self.export.options)
+        stages += [{"export": export}, {"bench": _changed_options(self.bench)}]
         data: dict[str, Any] = {"model": self.model, "task": named_options(self.task), "stages": stages}
         if self.teacher:
             data["teacher"] = self.teacher
