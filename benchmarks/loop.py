@@ -25,12 +25,14 @@ from slimformer.core.cost import parameters
 from slimformer.core.plan import Plan
 from slimformer.data.batching import collate
 from slimformer.data.tokenizer import load_tokenizer
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import subject_of
 from slimformer.log import Log
 from slimformer.methods.base import Context
 from slimformer.saving.checkpoint import load_dense
 from slimformer.tasks.base import Features, Split, Task
-from slimformer.training.loop import Settings, Trained, train
+from slimformer.training import loop
+from slimformer.training.loop import Trained
+from slimformer.training.stage import Train, Training
 
 SKIPPED = 2  # first steps of a segment of the Trainer's that are not timed: ours is timed from its first step
 
@@ -45,13 +47,8 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     features = task.encode(task.split(Split.TRAIN), tokenizer, options.max_length)
     model = load_dense(folder, task.auto_class, dict(task.configure()))
-    settings = Settings(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        evaluate=False,
-        checkpoint_seconds=options.checkpoint_seconds,
-    )
+    settings = Train(steps=options.steps, batch_size=options.batch_size, precision=options.precision)
+    loop.STATE_SECONDS = options.checkpoint_seconds
     with tempfile.TemporaryDirectory() as out:
         ours(model, task, features, settings, Path(out))  # both warm up: kernels are built for the shapes they meet
         precision = ours(model, task, features, settings, Path(out)).precision
@@ -68,26 +65,23 @@ def main() -> None:
     _summary(table, features, settings, precision, folder)
 
 
-def ours(model: Any, task: Task, features: Features, settings: Settings, out: Path) -> Trained:
+def ours(model: Any, task: Task, features: Features, settings: Train, out: Path) -> Trained:
     """One segment with our loop."""
-    student = copy.deepcopy(model)
-    anatomy = anatomy_of(student)
+    student = subject_of(copy.deepcopy(model))
     context = Context(
-        model=student,
-        anatomy=anatomy,
+        subject=student,
         plan=Plan(),
         task=task,
-        cost=parameters(student, anatomy),
+        cost=parameters(student.model, student.anatomy),
         teacher=None,
-        teacher_anatomy=None,
         batches=lambda _: iter(()),
         generator=torch.Generator().manual_seed(0),
     )
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        return train(context, features, (), settings, Path(folder), Log(Path(folder), quiet=True))
+        return loop.train(Training(context, features, settings), Path(folder), Log(Path(folder), quiet=True))
 
 
-def theirs(model: Any, features: Features, settings: Settings, precision: str, out: Path) -> float:
+def theirs(model: Any, features: Features, settings: Train, precision: str, out: Path) -> float:
     """Tokens per second of one segment with the Trainer, saving and reporting nothing."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -124,7 +118,7 @@ def theirs(model: Any, features: Features, settings: Settings, precision: str, o
         train_sampling_strategy="group_by_length",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        seed=settings.seed,
+        seed=17,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
@@ -147,7 +141,7 @@ def _row(index: int, mine: Trained, speed: float) -> None:
     )
 
 
-def _summary(table: list[tuple[Trained, float]], features: Features, settings: Settings, precision: str, folder: Path) -> None:
+def _summary(table: list[tuple[Trained, float]], features: Features, settings: Train, precision: str, folder: Path) -> None:
     mine = [result.tokens_per_second for result, _ in table]
     rivals = [speed for _, speed in table]
     ratios = [left / right for left, right in zip(mine, rivals, strict=True)]

@@ -15,22 +15,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from slimformer.cli import prefer_environment
 from slimformer.data.material import Material, prepare
 from slimformer.demo import encoder
+from slimformer.families.base import Subject, subject_of
 from slimformer.log import show_log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.running.recipe import Recipe
-from slimformer.running.runner import train
-from slimformer.running.stages import Calibrate, Stage, Train, torch_outputs, validation_score
+from slimformer.running.runner import train_stages
+from slimformer.running.stages import torch_outputs, validation_score
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
+from slimformer.training.stage import Calibrate, Stage, Train
 
 PAPER = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)
 PLAIN = Train(lr=1.6e-4, task_weight=0.0, dropout=False)
@@ -73,7 +73,7 @@ def narrow() -> dict[str, Train]:
     }
 
 
-def dev_score(model: PreTrainedModel, material: Material) -> float:
+def dev_score(model: Subject, material: Material) -> float:
     """The task's metric on all of dev."""
     outputs, features, rows = torch_outputs(model, material, Split.DEV, 10_000)
     return material.task.score(outputs, features, rows)[material.task.metric]
@@ -105,7 +105,7 @@ def main() -> None:
         task = QuestionAnswering(data=chosen.data, version=chosen.squad, max_length=256, stride=96, train_ids=chosen.train_rows)
     material = prepare(task, Path(chosen.tuned))
     print(f"{'way':46} {'validation, by pass':20} dev")
-    dense = checkpoint.load(Path(chosen.tuned))
+    dense = subject_of(checkpoint.load(Path(chosen.tuned)))
     print(f"{'the dense teacher':46} {validation_score(dense, material):<20.3f} {dev_score(dense, material):.3f}", flush=True)
     ways = sparse(chosen.share) if chosen.kind == "sparse" else {name: (True, stage) for name, stage in narrow().items()}
     for name, (from_tuned, stage) in ways.items():
@@ -116,11 +116,11 @@ def main() -> None:
         learn = replace(stage, epochs=chosen.passes, augment=chosen.augment, batch_size=chosen.batch_size)
         cut = (Calibrate(Fisher(keep=chosen.share, cost="macs")),)
         stages: tuple[Stage, ...] = (learn,) if chosen.kind == "sparse" else (*cut, learn)
-        train(Recipe(source, task, stages, teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
+        train_stages(Recipe(source, task, stages, teacher=other), out, cache=chosen.cache or chosen.out / "teachers")
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         scores = ", ".join(f"{event['metric']:.3f}" for event in events if event["kind"] == "evaluation")
         made = max(out.glob("work/*/made"), key=lambda folder: folder.stat().st_mtime_ns)
-        print(f"{name:46} {scores:20} {dev_score(checkpoint.load(made), material):.3f}", flush=True)
+        print(f"{name:46} {scores:20} {dev_score(subject_of(checkpoint.load(made)), material):.3f}", flush=True)
 
 
 if __name__ == "__main__":

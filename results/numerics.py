@@ -64,9 +64,9 @@ from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
 from slimformer.reporting.words import mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
-from slimformer.running.stages import Calibrate, Stage, Train
 from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
+from slimformer.training.stage import Calibrate, Stage, Train
 
 HOME = Path(__file__).resolve().parent
 TABLE = "numbers"

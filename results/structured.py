@@ -63,9 +63,9 @@ from slimformer.methods.movement import Movement
 from slimformer.reporting.svg import draw_bars
 from slimformer.reporting.words import mb_text
 from slimformer.running.recipe import Bench, Recipe
-from slimformer.running.stages import Calibrate, Stage, Train
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Task
+from slimformer.training.stage import Calibrate, Stage, Train
 
 HOME = Path(__file__).resolve().parent
 TABLE = "structured"

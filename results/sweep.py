@@ -31,10 +31,10 @@ from slimformer.log import show_log
 from slimformer.measuring.machine import cores
 from slimformer.reporting.ledger import LEDGER
 from slimformer.running.recipe import Recipe
-from slimformer.running.runner import run, train
-from slimformer.running.stages import Train
+from slimformer.running.runner import run, train_stages
 from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
+from slimformer.training.stage import Train
 
 HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
@@ -206,7 +206,7 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     if chosen.train:
         for job in due(some):
             if not (job.scratch / LEDGER).is_file():
-                train(job.recipe, job.scratch, cache=TEACHERS)
+                train_stages(job.recipe, job.scratch, cache=TEACHERS)
         return 0
     failed = 0 if chosen.draw else sweep(some, chosen.beside)
     draw()

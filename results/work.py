@@ -15,9 +15,9 @@ from slimformer.measuring.records import Record, Standing
 from slimformer.methods.distillation import Distillation
 from slimformer.reporting.words import count_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
-from slimformer.running.stages import Train
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
+from slimformer.training.stage import Train
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "../shared/data"

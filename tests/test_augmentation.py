@@ -19,13 +19,14 @@ from slimformer.data.augmentation import Words, augment_rows, check_masked_model
 from slimformer.errors import ModelError, RecipeError
 from slimformer.log import Log
 from slimformer.running.bundle import Run
-from slimformer.running.preflight import look
+from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.runner import begin
-from slimformer.running.stages import Train
+from slimformer.running.stages import run_stage, training_rows
 from slimformer.tasks.base import Features, Split
 from slimformer.tasks.classification import Classification
+from slimformer.training.stage import Train
 
 TOKENS = ["[PAD]", "[CLS]", "[SEP]", "good", "fine", "bad", "film", "##s", ".", "room", "not", "7", "movie", "##ing"]
 GOOD, FINE, BAD, FILM, S, DOT, ROOM, NOT, MOVIE = 3, 4, 5, 6, 7, 8, 9, 10, 12
@@ -186,26 +187,28 @@ def test_a_stage_trains_on_the_copies_too(tmp_path: Path):
     recipe = read_recipe(tmp_path / "recipe.yaml")
     assert recipe.stages[0].augment_model == str(tmp_path / "masked")
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
-    look(recipe)
     state = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
-    bundle, (train,) = begin(recipe, state)
-    features, rows = bundle.material.features[Split.TRAIN], train.rows(bundle, state)
+    bundle, (train,) = prepare_bundle(preflight(recipe), state)
+    features, rows = bundle.material.features[Split.TRAIN], training_rows(train, bundle, state)
     assert len(rows) == 3 * len(features)
     assert rows.columns["input_ids"] != list(features.columns["input_ids"]) * 3
-    assert dataclasses.replace(train, augment=0, augment_model=None).rows(bundle, state) is features
-    made = train.run(bundle, state)
+    assert training_rows(dataclasses.replace(train, augment=0, augment_model=None), bundle, state) is features
+    made = run_stage(train, bundle, state)
     assert made.plan == Plan()
-    query = made.model.state_dict()["bert.encoder.layer.1.attention.self.query.weight"]
+    query = made.subject.model.state_dict()["bert.encoder.layer.1.attention.self.query.weight"]
     assert int((query != 0).sum()) == round(0.1 * query.numel())
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path):
-    for options, message in (({"augment": -1}, "augment must be 0 or above"), ({"augment_model": "x"}, "set augment too")):
-        with pytest.raises(ValueError, match=message):
+    for options, message in (
+        ({"augment": -1}, "augment: -1, must be 0 or above"),
+        ({"augment_model": "x"}, "augment_model: 'x', must be left out unless augment is above 0"),
+    ):
+        with pytest.raises(RecipeError, match=message):
             Train(**options)
         with pytest.raises(RecipeError, match=message):
             parse_recipe({"model": "x", "task": "intents", "stages": [{"train": options}]})
     source = write_model(tmp_path / "model")
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     with pytest.raises(ModelError, match="needs a masked language model"):
-        look(Recipe(str(source), task, (Train(augment=1, augment_model=str(source)),)))
+        preflight(Recipe(str(source), task, (Train(augment=1, augment_model=str(source)),)))

@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -32,28 +32,28 @@ from slimformer.data.batching import collate, in_order
 from slimformer.data.material import prepare
 from slimformer.errors import OutputError, RecipeError, TargetError
 from slimformer.exporters.base import FILES, Variant
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Standing
+from slimformer.measuring.sessions import open_session
 from slimformer.reporting.ledger import read_facts, read_records
-from slimformer.running import search as compression
-from slimformer.running import trials
-from slimformer.running.bundle import Bundle
+from slimformer.running import search, trials
+from slimformer.running.bundle import Bundle, Run
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.runner import run, train
-from slimformer.running.search import Wishes, compress, nearer
-from slimformer.running.stages import Calibrate, Train
+from slimformer.running.runner import run, train_stages
+from slimformer.running.search import compress, nearer
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
+from slimformer.training.stage import Calibrate, Train
 
 pytestmark = pytest.mark.slow
 
 # What makes a run quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
 HURRY: dict[str, Any] = {
     "slimformer.measuring.latency.SHARES": (1.0, 0.0),
-    "slimformer.running.search.SHOTS": 1,
+    "slimformer.running.search.PROBES": 1,
     "slimformer.running.recipe.RIVALS": ("teacher-int8", "small-dense"),
     "psutil.cpu_percent": lambda **_: 0.0,
 }
@@ -81,14 +81,13 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
 def kill_in_the_middle() -> None:
     """Called in a process of its own: a run state after each step, and `kill -9` once five steps of the distillation are done."""
     import os
-    from functools import partial
 
     from slimformer.training import loop as training
     from slimformer.training import runstate
 
     patch = pytest.MonkeyPatch()
     hurry(patch)
-    patch.setattr(training, "Settings", partial(training.Settings, checkpoint_seconds=0.0))
+    patch.setattr(training, "STATE_SECONDS", 0.0)
     patch.setattr(training, "STATE_SHARE", float("inf"))
     save = runstate.save
 
@@ -194,7 +193,7 @@ def test_the_float_file_answers_as_the_loaded_model(done: Done) -> None:
     model = slimformer.load(done.out)
     task = Classification(data=str(done.home / "data")).bind(model.config.to_dict())
     features = prepare(task, done.out).features[Split.DEV]
-    runner = trials.load_file(done.out / FILES[Variant.FLOAT].name, 1)
+    runner = open_session(done.out / FILES[Variant.FLOAT].name, 1)
     right = 0
     for rows in (*in_order(len(features), 1)[:3], *in_order(len(features), 16)):
         batch = collate(features, rows, ("input_ids", "attention_mask", "token_type_ids"))
@@ -259,11 +258,11 @@ def test_the_page_is_well_formed_and_needs_nothing_else(done: Done) -> None:
 def test_a_finished_folder_is_not_started_again(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(done.home)
     before = {item.name: item.stat().st_mtime_ns for item in done.out.iterdir() if item.name in DELIVERED}
-    wishes = Wishes(epochs=2.0, rivals=("teacher-int8", "small-dense"))
+    rivals = ("teacher-int8", "small-dense")
     with pytest.raises(RecipeError, match="small is finished already"):
-        compress("model", Classification(data="data"), "small", wishes)
+        compress("model", Classification(data="data"), "small", epochs=2, rivals=rivals)
     with pytest.raises(OutputError, match="small belongs to another run"):
-        compress("model", Classification(data="data"), "small", Wishes(epochs=3))
+        compress("model", Classification(data="data"), "small", epochs=3)
     assert {item.name: item.stat().st_mtime_ns for item in done.out.iterdir() if item.name in DELIVERED} == before
 
 
@@ -273,7 +272,7 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     recipe = read_recipe(done.out / "recipe.yaml")
     assert [type(stage) for stage in recipe.stages] == [Calibrate, Train]
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
-    train(recipe, "again", wait_seconds=0)
+    train_stages(recipe, "again", wait_seconds=0)
     assert not Path("again/model.onnx").exists()
     outcome = run(recipe, "again", threads=1, wait_seconds=0)
     assert outcome.out == Path("again")
@@ -310,12 +309,16 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     hurry(monkeypatch)
     levels = read_recipe(done.out / "recipe.yaml").latency
     assert isinstance(levels, Levels)
-    monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
-    monkeypatch.setattr(compression, "reference_of", lambda *_: trials.Reference(validation=2.0, seen=2.0, trusted=True))
+    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+
+    def hard(bundle: Bundle, state: Run) -> trials.Judge:
+        return replace(trials.judge_of(bundle, state), reference=trials.Reference(validation=2.0, seen=2.0, trusted=True))
+
+    monkeypatch.setattr(search, "judge_of", hard)
     task = Classification(data=str(done.home / "data"))
-    wishes = Wishes(speedup=1.5, max_loss=0, epochs=1, tries=1, rivals=())
+    options = {"speedup": 1.5, "max_loss": 0, "epochs": 1, "tries": 1, "rivals": ()}
     out = tmp_path / "small"
-    compress(tmp_path / "encoder", task, out, wishes, threads=1, wait_seconds=0)
+    compress(tmp_path / "encoder", task, out, **options, threads=1, wait_seconds=0)
     assert [event["stage"] for event in events(out, "stage")] == ["train", "calibrate", "train"]
     assert any(line.startswith("not all that was asked for was found; this is the best: ") for line in said(out))
     assert {item.name for item in out.iterdir()} >= DELIVERED
@@ -338,12 +341,12 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
 ) -> None:
     hurry(monkeypatch)
     levels = read_recipe(done.out / "recipe.yaml").latency
-    monkeypatch.setattr("slimformer.measuring.latency._measure", lambda *_: levels)
+    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
     monkeypatch.chdir(done.home)
     out = tmp_path / "small"
     task = Classification(data="data")
     with pytest.raises(TargetError, match=r"100 times as fast is out of reach[\s\S]*help: ask for less, at most about \d"):
-        compress("model", task, out, Wishes(speedup=100, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)
+        compress("model", task, out, speedup=100, tries=1, epochs=1, rivals=(), threads=1, wait_seconds=0)
     assert {item.name for item in out.iterdir()} == {".lock", ".slimformer", "log.jsonl", "work"}
 
     def reached(*_: object) -> None:
@@ -351,31 +354,31 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
 
     monkeypatch.setattr("slimformer.running.search._announce", reached)
     with pytest.raises(KeyboardInterrupt):  # the folder is still ours for another speed
-        compress("model", task, out, Wishes(speedup=1.5, tries=1, epochs=1, rivals=()), threads=1, wait_seconds=0)
+        compress("model", task, out, speedup=1.5, tries=1, epochs=1, rivals=(), threads=1, wait_seconds=0)
 
 
 def test_attention_scores_are_learned_where_they_fit_on_disk(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     source = done.home / "model"
     dense = slimformer.load(source)
     task = Classification(data=str(done.home / "data")).bind(dense.config.to_dict())
-    bundle = Bundle(dense, Plan(), prepare(task, source), dense)
+    bundle = Bundle(subject_of(dense), Plan(), prepare(task, source), subject_of(dense))
     anatomy, lengths = anatomy_of(dense), bundle.material.features[Split.TRAIN].lengths()
     heads = sum(anatomy.sites[f"encoder.{layer}.heads"].size for layer in range(len(anatomy.layers)))
     needed = 2 * int((lengths**2).sum() * heads + lengths.sum() * (len(anatomy.layers) + 1) * anatomy.hidden_size)
     found = []
     for room in (needed, needed - 1):
-        monkeypatch.setattr(compression, "KEPT_BYTES", room)
-        found.append(compression._distil(bundle, Recipe(str(source), task, ()), Wishes(epochs=2.0)))
+        monkeypatch.setattr(search, "CACHED_BYTES", room)
+        found.append(search._distillation(bundle, Recipe(str(source), task, ()), search.Wanted(epochs=2.0)))
     fits, does_not = found
     assert [[method.scores for method in stage.methods] for stage in found] == [[6.0], [0.0]]
     assert fits.lr >= does_not.lr
     assert (fits.task_weight, does_not.task_weight) == (0.0, 0.1)
     widths = {384: 8e-4, 768: 2e-4, 128: 8e-4}
     for width, rate in widths.items():
-        monkeypatch.setattr(compression, "_hidden_size", lambda _, width=width: width)
-        assert compression._fast_lr(source) == rate
-    monkeypatch.setattr(compression, "KEPT_BYTES", needed)
-    chosen = compression._distil(bundle, Recipe(str(source), task, ()), Wishes(epochs=12.0, lr=1e-5))
+        monkeypatch.setattr(search, "_hidden_size", lambda _, width=width: width)
+        assert search._fast_lr(source) == rate
+    monkeypatch.setattr(search, "CACHED_BYTES", needed)
+    chosen = search._distillation(bundle, Recipe(str(source), task, ()), search.Wanted(epochs=12.0, lr=1e-5))
     assert (chosen.lr, chosen.augment, chosen.methods[0].scores) == (1e-5, 4, 0.0)  # copies take room too
 
 

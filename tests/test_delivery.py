@@ -19,21 +19,25 @@ from slimformer.data.material import prepare
 from slimformer.errors import ExtraError
 from slimformer.exporters._onnx import int8
 from slimformer.exporters.base import Exporter, Variant
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.log import Log
+from slimformer.measuring.sessions import open_session
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
-from slimformer.running import delivery, rivals, trials
-from slimformer.running.bundle import Bundle, Run
+from slimformer.running import exports, rivals, trials
+from slimformer.running.bundle import Bundle, Effort, Made, Run
+from slimformer.running.exports import export_files, read_notes, teacher_files
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Export, Recipe
+from slimformer.running.rivals import rivals_of, without_cuts
 from slimformer.running.runner import run as run_recipe
-from slimformer.running.stages import Train
-from slimformer.running.trials import Reference, Trial, choose_trial, read_trials, save_trials, try_out
+from slimformer.running.trials import Judge, Reference, Trial, choose_trial, judge_of
 from slimformer.runtimes.openvino import OpenVINO
 from slimformer.saving import checkpoint
+from slimformer.saving.files import remembered
 from slimformer.saving.sparse import size_bytes
 from slimformer.tasks.classification import Classification
+from slimformer.training.stage import Train
 
 
 def trial(variant: Variant, loss: float, speed: float) -> Trial:
@@ -63,23 +67,23 @@ def test_runs_share_the_files_and_scores_of_their_teacher(tmp_path: Path, monkey
 
     def begun(name: str, source: Path, task: Classification) -> tuple[Bundle, Run]:
         model = checkpoint.load(source)
-        bundle = Bundle(model, Plan(), prepare(task.bind(model.config.to_dict()), source), model)
+        bundle = Bundle(subject_of(model), Plan(), prepare(task.bind(model.config.to_dict()), source), subject_of(model))
         return bundle, Run(tmp_path / name, tmp_path / name, Log(None, quiet=True), cache=tmp_path / "shared")
 
     first = begun("first", sources[0], task)
-    files, scores = trials.teacher_files(*first), trials.reference_of(*first)
+    files, scores = teacher_files(*first), judge_of(*first).reference
     assert not (tmp_path / "first").exists()
     other = begun("other", sources[1], task)
-    assert trials.teacher_files(*other)[Variant.FUSED].parent != files[Variant.FUSED].parent, "another teacher"
+    assert teacher_files(*other)[Variant.FUSED].parent != files[Variant.FUSED].parent, "another teacher"
     fewer = begun("fewer", sources[0], replace(task, train_rows=40))
-    assert trials.teacher_files(*fewer)[Variant.FUSED].parent != files[Variant.FUSED].parent, "other rows"
-    monkeypatch.setattr(trials, "export_files", lambda *_, **__: pytest.fail("exported again"))
+    assert teacher_files(*fewer)[Variant.FUSED].parent != files[Variant.FUSED].parent, "other rows"
+    monkeypatch.setattr(exports, "export_files", lambda *_, **__: pytest.fail("exported again"))
     monkeypatch.setattr(trials, "_score", lambda *_: pytest.fail("scored again"))
     second = begun("second", sources[0], task)
-    assert trials.teacher_files(*second) == files
-    assert trials.reference_of(*second) == scores
+    assert teacher_files(*second) == files
+    assert judge_of(*second).reference == scores
     with pytest.raises(pytest.fail.Exception, match="scored again"):
-        trials.reference_of(*begun("third", sources[0], replace(task, metric="f1")))
+        judge_of(*begun("third", sources[0], replace(task, metric="f1")))
 
 
 def test_an_int8_file_slower_than_its_float_version_is_told() -> None:
@@ -106,8 +110,9 @@ def test_nothing_better_is_left_behind(trials: list[Trial], max_loss: float) -> 
 
 
 def test_trials_survive_a_kill(tmp_path: Path) -> None:
-    save_trials(tmp_path / "trials.json", [FLOAT, DYNAMIC, STATIC])
-    assert read_trials(tmp_path / "trials.json") == [FLOAT, DYNAMIC, STATIC]
+    tried = [FLOAT, DYNAMIC, STATIC]
+    assert remembered(tmp_path / "trials.json", lambda: tried, list[Trial]) == tried
+    assert remembered(tmp_path / "trials.json", lambda: pytest.fail("tried again"), list[Trial]) == tried
 
 
 @pytest.fixture
@@ -115,7 +120,7 @@ def bundle(tmp_path: Path) -> Bundle:
     """Data of 80 training rows (16 for validation) that the bag of words of tiny_export gets all right; no PyTorch model is needed."""
     source = export(tmp_path / "model")
     task = Classification(data=str(data(tmp_path / "data"))).bind({"id2label": {0: "bad", 1: "good"}})
-    return Bundle(None, Plan(), prepare(task, source), None)  # type: ignore[arg-type]
+    return Bundle(None, Plan(), prepare(task, source), None)  # type: ignore[arg-type]  # no PyTorch model
 
 
 @pytest.fixture
@@ -142,9 +147,11 @@ def test_an_int8_file_that_answers_otherwise_is_judged_and_not_refused(
     task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config.to_dict())
     log = Log(None, quiet=True)
     wanted = [Variant.INT8_DYNAMIC]
-    made = trials.export_files(model, prepare(task, source), tmp_path, wanted, log, exporter=exporter)[Variant.INT8_DYNAMIC]
-    assert made.path.is_file()
-    (share,) = (float(note.split("%")[0]) for note in made.notes if note.endswith("rows answer as before"))
+    files = export_files(subject_of(model), prepare(task, source), tmp_path, wanted, log, exporter=exporter)
+    file = files[Variant.INT8_DYNAMIC]
+    assert file.is_file()
+    notes = read_notes(tmp_path)[file.name]
+    (share,) = (float(note.split("%")[0]) for note in notes if note.endswith("rows answer as before"))
     assert share < 90
 
 
@@ -154,16 +161,20 @@ def test_losses_are_points_below_the_teacher_on_validation_examples(bundle: Bund
     dense = tmp_path / "model" / "model.onnx"
     worse = export(tmp_path / "worse", weights={"fine": (1.0, 0.0)}) / "model.onnx"
     files = {Variant.FLOAT: dense, Variant.INT8_DYNAMIC: worse}
-    chosen_on, seen = (delivery._score(trials.load_file(worse, 1), bundle.material, split) for split in ("validation", "train"))
+    chosen_on, seen = (trials._score(open_session(worse, 1), bundle.material, split) for split in ("validation", "train"))
     assert 0 < chosen_on < 1
-    trials = try_out(files, dense, bundle, run, Reference(1.0, 1.0, trusted=True), seconds=0)
-    assert [item.variant for item in trials] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
-    assert trials[0].loss == 0
-    assert trials[1].loss == pytest.approx(100 * (1 - chosen_on))
-    assert trials[0].size_bytes == dense.stat().st_size
-    assert all(item.speed_32 > 0 and item.speed_1 > 0 for item in trials)
+
+    def judge(reference: Reference) -> Judge:
+        return Judge(bundle.material, {Variant.FUSED: dense}, reference, run.threads, run.wait_seconds, run.log)
+
+    tried = judge(Reference(1.0, 1.0, trusted=True)).try_out(files, seconds=0)
+    assert [item.variant for item in tried] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
+    assert tried[0].loss == 0
+    assert tried[1].loss == pytest.approx(100 * (1 - chosen_on))
+    assert tried[0].size_bytes == dense.stat().st_size
+    assert all(item.speed_32 > 0 and item.speed_1 > 0 for item in tried)
     # a teacher that came tuned may know the validation examples: the mean with what both have seen
-    unsure = try_out(files, dense, bundle, run, Reference(1.0, 0.9, trusted=False), seconds=0)
+    unsure = judge(Reference(1.0, 0.9, trusted=False)).try_out(files, seconds=0)
     assert unsure[0].loss == pytest.approx((0 - 10) / 2)
     assert unsure[1].loss == pytest.approx((100 * (1 - chosen_on) + 100 * (0.9 - seen)) / 2)
 
@@ -172,11 +183,12 @@ def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkey
     file = tmp_path / "model" / "model.onnx"
     teacher = dict.fromkeys((Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC), file)
     monkeypatch.setattr(rivals, "facts_of", lambda *_: {"minutes": 1.0})
-    bundle = replace(bundle, minutes=3.0)
-    alone = rivals.rivals(bundle, (), (), teacher, run)
-    assert [item.role for item in alone] == ["teacher-fp32"]
-    both = rivals.rivals(bundle, (), ("teacher-int8", "small-dense"), teacher, run)
-    assert [item.role for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
+    made = Made(bundle, Effort(minutes=3.0))
+    judge = Judge(bundle.material, teacher, Reference(1.0, 1.0, True), run.threads, run.wait_seconds, run.log)
+    alone = rivals_of(made, (), (), judge, run)
+    assert [item.standing for item in alone] == ["teacher-fp32"]
+    both = rivals_of(made, (), ("teacher-int8", "small-dense"), judge, run)
+    assert [item.standing for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
     assert both[0].facts == {"minutes": None, "threads": None, "peak_rss_bytes": None}
 
 
@@ -184,12 +196,12 @@ def test_the_smaller_dense_rival_trains_in_every_stage() -> None:
     """Without the gates, a stage that trains nothing else would have nothing to train."""
     gates, lesson = Gates(), Distillation()
     frozen = Train(methods=(gates,), freeze="everything", epochs=2.0, lr=1e-4)
-    assert rivals.undecided(frozen) == Train(epochs=2.0, lr=1e-4)
+    assert without_cuts(frozen) == Train(epochs=2.0, lr=1e-4)
     both = Train(methods=(gates, lesson), freeze="everything")
-    assert rivals.undecided(both) == Train(methods=(lesson,))
+    assert without_cuts(both) == Train(methods=(lesson,))
     for stage in (Train(methods=(lesson,), freeze="everything"), Train(freeze="embeddings")):
-        assert rivals.undecided(stage) == stage
-    assert rivals.undecided(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")
+        assert without_cuts(stage) == stage
+    assert without_cuts(Train(methods=(gates,), freeze="embeddings")) == Train(freeze="embeddings")
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from slimformer.measuring.machine import Environment
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import SINGLE, SORTED, Ratio
 from slimformer.reporting.ledger import append_record
-from slimformer.running.order import disorder
-from slimformer.running.preflight import look
+from slimformer.running.order import conflicts
+from slimformer.running.preflight import preflight
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.saving.hub import HUB_MODEL
@@ -124,7 +124,7 @@ def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: 
     ]
     for name, stages in (pair for some in made for pair in some.items()):
         for number, stage in enumerate(stages):
-            assert list(disorder(stage, stages[:number])) == [], name
+            assert list(conflicts(stage, stages[:number])) == [], name
 
 
 def test_jobs_train_side_by_side_after_the_one_that_makes_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         task = replace(task, data=str(hub / str(task.glue)), train_rows=None)
     elif isinstance(task, QuestionAnswering):
         task = replace(task, data=str(hub / task.version), train_ids=None)
-    look(replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None))
+    preflight(replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None))
 
 
 # -- The examples of plug-ins -------------------------------------------------------------------------------------------------

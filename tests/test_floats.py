@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from slimformer.exporters._onnx import mixed
 from slimformer.exporters._onnx.mixed import int8_speedups, product_graph, products_at, search_floats
 from slimformer.exporters.base import SHIPPED, MixedPrecision, Variant
 from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
+from slimformer.families.base import subject_of
 from slimformer.forms.base import ProductShape
 from slimformer.log import Log
-from slimformer.running import rescue, trials
-from slimformer.running import search as compression
-from slimformer.running.bundle import Bundle, Run
+from slimformer.measuring.sessions import open_session
+from slimformer.running import rescue
+from slimformer.running.bundle import Bundle, Made, Run
+from slimformer.running.candidate import candidate_of
+from slimformer.running.exports import export_files, read_notes
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Export
 from slimformer.running.runner import run as run_recipe
-from slimformer.running.search import Wishes
-from slimformer.running.trials import Reference, Trial
+from slimformer.running.trials import Judge, Reference, Trial, judge_of
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 
@@ -45,7 +48,7 @@ class Clock:
         return self.now
 
 
-def look(allowed: float, seconds: float = 1000.0) -> tuple[MixedPrecision, list[tuple[str, ...]]]:
+def preflight(allowed: float, seconds: float = 1000.0) -> tuple[MixedPrecision, list[tuple[str, ...]]]:
     """The search among five points that do not disturb each other, and all that it looked at for the loss."""
     clock = Clock()
     seen: list[tuple[str, ...]] = []
@@ -62,7 +65,7 @@ def look(allowed: float, seconds: float = 1000.0) -> tuple[MixedPrecision, list[
 
 
 def test_where_all_int8_is_good_only_the_slow_one_stays() -> None:
-    choice, seen = look(allowed=9.0)
+    choice, seen = preflight(allowed=9.0)
     assert choice.floats == ("c",)
     assert choice.loss == 9.0
     assert choice.within
@@ -77,7 +80,7 @@ def test_where_all_int8_is_good_only_the_slow_one_stays() -> None:
     [(8.9, ("b", "c")), (3.0, ("b", "c")), (2.9, ("b", "c", "d")), (0.0, ("a", "b", "c", "d"))],
 )
 def test_the_costliest_stay_as_few_as_need_be(allowed: float, expected: tuple[str, ...]) -> None:
-    choice, _ = look(allowed)
+    choice, _ = preflight(allowed)
     assert choice.floats == expected
     assert choice.within
     assert choice.loss == sum(cost for point, cost in COST.items() if point not in expected)
@@ -88,14 +91,14 @@ def test_the_costliest_stay_as_few_as_need_be(allowed: float, expected: tuple[st
 
 
 def test_where_nothing_is_within_the_loss_the_least_is_given_and_said() -> None:
-    choice, _ = look(allowed=-1.0)
+    choice, _ = preflight(allowed=-1.0)
     assert not choice.within
     assert choice.floats == ("a", "b", "c", "d")  # e costs nothing: it is never tried in float
     assert choice.loss == 0.0
 
 
 def test_time_is_limited_and_what_was_not_tried_is_told() -> None:
-    choice, seen = look(
+    choice, seen = preflight(
         allowed=0.0, seconds=6.0
     )  # one look at the loss, one at the error, then one point each until half is gone
     assert "e: int8; 2.00 times as fast on this machine; not tried in float, the time was up" in map(str, choice.assignments)
@@ -132,7 +135,7 @@ def test_a_timed_product_computes_the_same_kind_of_thing(tmp_path: Path) -> None
     for small in (False, True):
         path = tmp_path / f"{small}.onnx"
         path.write_bytes(product_graph((ProductShape(1, 8, 4), ProductShape(1, 8, 6)), small))
-        found = trials.load_file(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
+        found = open_session(path, 1)({"x": np.zeros((3, 8), dtype=np.float32)})
         assert [value.shape for value in found.values()] == [(3, 4), (3, 6)]
         assert quantized_matrices(path) == 2 * small
 
@@ -151,25 +154,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Callable[[st
         (home / name).mkdir(exist_ok=True)
         return Run(home / name, home / name, Log(home / name, quiet=True), threads=1, wait_seconds=0.0)
 
-    return Bundle(model, Plan(), prepare(task, source), model), run
+    return Bundle(subject_of(model), Plan(), prepare(task, source), subject_of(model)), run
 
 
 @pytest.mark.slow
 def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, run = made
     monkeypatch.setattr(mixed, "int8_speedups", lambda every, *_: [0.5 if shapes[0].width == 24 else 2.0 for shapes in every])
-    reference = Reference(1.0, 1.0, trusted=True)
+    state = run("verdicts")
+    judge = Judge(bundle.material, {}, Reference(1.0, 1.0, trusted=True), 1, 0.0, state.log)
     # more than all right is not to be had; the time is ample, so that a busy machine tries as much as an idle one
     draft = rescue.draft_of(bundle)
     assert isinstance(draft, OnnxDraft)
-    choice = rescue.mix_precision(draft, bundle, run("verdicts"), reference, -200.0, seconds=600.0)
+    choice = rescue.mix_precision(draft, judge, state.root, -200.0, seconds=600.0)
     assert not choice.within
     assert [verdict.point for verdict in choice.assignments] == [point.id for point in draft.points]
     slow = [f"encoder.{layer}.ffn_out.input" for layer in range(3)]  # 24 wide: slow, said the clock
     assert [verdict.point for verdict in choice.assignments if "int8 is 0.50 times" in verdict.reason] == slow
     assert set(slow) <= set(choice.floats)
     assert any("squared error" in verdict.reason for verdict in choice.assignments)
-    read = products_at(bundle.model, draft.subject.anatomy.points["encoder.0.attention.input"].modules)
+    read = products_at(bundle.subject.model, draft.subject.anatomy.points["encoder.0.attention.input"].modules)
     assert read == (ProductShape(1, 32, 32),) * 3
 
 
@@ -179,29 +183,27 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     state = run("rescue")
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     monkeypatch.setattr("slimformer.measuring.machine.saturates", lambda _: True)
-    reference = trials.reference_of(bundle, state)
-    trials.reference_of(bundle, state)
+    judge = judge_of(bundle, state)
+    judge_of(bundle, state)
     said = [json.loads(line).get("text", "") for line in (state.root / "log.jsonl").read_text().splitlines()]
     assert sum("no VNNI" in line and "reduce_range: true" in line for line in said) == 1  # once a run
-    whole = compression._Attempt(1.0, (), bundle, ())
-    attempt = compression._exported(whole, state.root / "whole", state, reference)
+    whole = candidate_of(Made(bundle), (), state.root / "whole", judge, state)
     assert json.loads((state.root / "whole" / "files" / "notes.json").read_text())["model_int8_ort.onnx"]
-    lost = [Trial(item.variant, item.score, 99.0, item.speed_32, item.speed_1, item.size_bytes) for item in attempt.trials]
+    lost = [Trial(item.variant, item.score, 99.0, item.speed_32, item.speed_1, item.size_bytes) for item in whole.trials]
     lost[0] = Trial(Variant.FLOAT, 1.0, 0.0, 1e-9, 1e-9, 1)  # no test may fail by a speed: nothing is slower than this one
-    bad = compression.replace(attempt, trials=tuple(lost))
-    wishes = Wishes(max_loss=20.0)
-    rescued = compression._rescue(bad, wishes, state, reference)
+    bad = replace(whole, trials=tuple(lost))
+    rescued = rescue.rescue(bad, judge, state, 20.0)
     assert rescued is not None
-    assert rescued.best(20.0).loss <= 20.0
+    assert rescued.best_int8(20.0).loss <= 20.0
     assert {trial.variant for trial in rescued.trials} == set(SHIPPED)
-    notes = trials.read_notes(rescued.files)["model_int8_ort.onnx"]
+    notes = read_notes(rescued.folder)["model_int8_ort.onnx"]
     told = [note for note in notes if note.startswith("encoder.") and "; " in note]
     assert len(told) == 3 * 4
     assert sum(": float; " in note for note in notes) == len(rescued.floats)
     monkeypatch.setattr(rescue, "mix_precision", lambda *_: pytest.fail("it was kept"))
-    assert compression._rescue(bad, wishes, state, reference) == rescued
-    worse = compression.replace(bad, trials=(Trial(Variant.FLOAT, 0.5, 50.0, 1.0, 1.0, 1), *lost[1:]))
-    assert compression._rescue(worse, wishes, state, reference) is None  # the model itself loses too much
+    assert rescue.rescue(bad, judge, state, 20.0) == rescued
+    worse = replace(bad, trials=(Trial(Variant.FLOAT, 0.5, 50.0, 1.0, 1.0, 1), *lost[1:]))
+    assert rescue.rescue(worse, judge, state, 20.0) is None  # the model itself loses too much
 
 
 @pytest.mark.slow
@@ -209,10 +211,10 @@ def test_a_recipe_may_name_them(made: Any) -> None:
     bundle, run = made
     state = run("named")
     names = ("encoder.0.attention.input", "encoder.2.ffn_out.input")
-    files = trials.export_files(
-        bundle.model, bundle.material, state.root / "files", [Variant.INT8_FUSED], state.log, exporter=Onnx(floats=names)
+    files = export_files(
+        bundle.subject, bundle.material, state.root / "files", [Variant.INT8_FUSED], state.log, exporter=Onnx(floats=names)
     )
-    assert quantized_matrices(files[Variant.INT8_FUSED].path) == 19 - 4
+    assert quantized_matrices(files[Variant.INT8_FUSED]) == 19 - 4
 
 
 @pytest.mark.slow

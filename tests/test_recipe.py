@@ -20,15 +20,16 @@ from slimformer.errors import OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.running.bundle import Run
-from slimformer.running.preflight import look
+from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Bench, Export, Recipe
-from slimformer.running.runner import begin, run, train
+from slimformer.running.runner import run, train_stages
 from slimformer.running.search import compress
-from slimformer.running.stages import Calibrate, Train
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
+from slimformer.training.stage import Calibrate, Train
 
 WHOLE = """
 model: ./x
@@ -154,15 +155,14 @@ def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_pa
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     stages = (Train(task_weight=0.0, methods=(registry.find("methods", "distillation")(),)),)
     recipe = Recipe(str(source), task, stages, teacher=str(teacher))
-    look(recipe)
-    bundle, left = begin(recipe, Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True)))
+    bundle, left = prepare_bundle(preflight(recipe), Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True)))
     assert left == stages
     assert bundle.material.task.labels == ("good", "bad")
-    assert bundle.model.config.id2label == bundle.teacher.config.id2label == {0: "good", 1: "bad"}
-    before, given = bundle.model.state_dict(), load_file(source / "model.safetensors")
+    assert bundle.subject.model.config.id2label == bundle.teacher.model.config.id2label == {0: "good", 1: "bad"}
+    before, given = bundle.subject.model.state_dict(), load_file(source / "model.safetensors")
     assert all(torch.equal(before[f"bert.{name}"], tensor) for name, tensor in given.items())
     words = "bert.embeddings.word_embeddings.weight"
-    assert not torch.equal(before[words], bundle.teacher.state_dict()[words])
+    assert not torch.equal(before[words], bundle.teacher.model.state_dict()[words])
 
 
 def test_runs_share_what_their_teacher_gives(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_runs_share_what_their_teacher_gives(tmp_path: Path) -> None:
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     for name, lr in (("first", 1e-3), ("second", 2e-3)):
         stage = Train((registry.find("methods", "distillation")(),), epochs=1, lr=lr, task_weight=0.0)
-        train(Recipe(str(source), task, (stage,)), tmp_path / name, log=Log(None, quiet=True), cache=tmp_path / "shared")
+        train_stages(Recipe(str(source), task, (stage,)), tmp_path / name, log=Log(None, quiet=True), cache=tmp_path / "shared")
         facts = list((tmp_path / "shared").glob("teacher/*/facts.json"))
         assert len(facts) == 1
         if name == "first":
@@ -178,7 +178,7 @@ def test_runs_share_what_their_teacher_gives(tmp_path: Path) -> None:
         assert not (tmp_path / name / "work" / "teacher").exists()
     assert facts[0].stat().st_mtime_ns == made, "made again"
     with pytest.raises(OutputError, match=r"config\.json is a file"):
-        train(Recipe(str(source), task, (stage,)), tmp_path / "third", cache=source / "config.json")
+        train_stages(Recipe(str(source), task, (stage,)), tmp_path / "third", cache=source / "config.json")
     assert not (tmp_path / "third").exists()
 
 
@@ -344,10 +344,10 @@ def test_what_a_delivered_model_holds_is_not_lost_without_a_word(
     }
     recipe = parse_recipe(data)
     if fact is None:
-        look(recipe)
+        preflight(recipe)
         return
     with pytest.raises(RecipeError, match="the stages would undo what was made of") as caught:
-        look(recipe)
+        preflight(recipe)
     assert caught.value.facts == (fact,)
 
 
@@ -397,9 +397,9 @@ def test_what_can_be_is_let_through_and_latency_is_left_to_be_measured(tmp_path)
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     movement, layers = (registry.find("methods", name) for name in ("movement", "layers"))
     for cutting in (movement(block=8), movement(block=8, keep=0.01, cost="latency")):
-        look(Recipe(str(source), task, (Train(), Train(methods=(cutting,)))))
+        preflight(Recipe(str(source), task, (Train(), Train(methods=(cutting,)))))
     later = Train(methods=(movement(keep=0.01),))  # whether it can be, only what is left then tells
-    look(Recipe(str(source), task, (Train(), Calibrate(layers()), later)))
+    preflight(Recipe(str(source), task, (Train(), Calibrate(layers()), later)))
 
 
 def test_a_model_that_was_cut_before_is_looked_at_as_it_is(tmp_path):
@@ -410,6 +410,6 @@ def test_a_model_that_was_cut_before_is_looked_at_as_it_is(tmp_path):
     assert anatomy_of(checkpoint.skeleton(tmp_path / "small", "AutoModel")) == anatomy_of(dense).after(plan)
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
     lasso, movement = (registry.find("methods", name) for name in ("group_lasso", "movement"))
-    look(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(movement(block=8),)))))
+    preflight(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(movement(block=8),)))))
     with pytest.raises(RecipeError, match="blocks of 16 x 16 do not divide encoder.0.query, which is 8 x 32"):
-        look(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(lasso(groups="blocks", block=16),)))))
+        preflight(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(lasso(groups="blocks", block=16),)))))

@@ -16,20 +16,21 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.data.material import encode_text, prepare
 from slimformer.errors import DataError, PlanError, RecipeError
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
 from slimformer.running.bundle import Bundle, Run
-from slimformer.running.preflight import look
+from slimformer.running.preflight import preflight
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.stages import Calibrate, Train, context_of, refuse_cuts
+from slimformer.running.stages import context_of, refuse_cuts, run_stage, training_rows
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
+from slimformer.training.stage import Calibrate, Train
 
 # -- Text without labels -------------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def test_a_file_without_text_is_said_before_anything_starts(tmp_path: Path, cont
         file.write_bytes(content)
     task = Classification(data=str(write_data(tmp_path / "data")))
     with pytest.raises(DataError, match=message):
-        look(Recipe(str(source), task, (Train((Distillation(),), text=str(file)),)))
+        preflight(Recipe(str(source), task, (Train((Distillation(),), text=str(file)),)))
 
 
 def bundle(folder: Path) -> Bundle:
@@ -65,24 +66,26 @@ def bundle(folder: Path) -> Bundle:
     model = checkpoint.load(source)
     task = Classification(data=str(write_data(folder / "data", train=320))).bind(model.config)
     plan = Plan({"encoder.0.heads": (0, 1), "encoder.1.neurons": tuple(range(12))})
-    return Bundle(shrink(model, anatomy_of(model), plan), plan, prepare(task, source), model)
+    teacher = subject_of(model)
+    return Bundle(subject_of(shrink(model, teacher.anatomy, plan)), plan, prepare(task, source), teacher)
 
 
 def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
     start = bundle(tmp_path)
     stage = Train((Distillation(hidden=0),), epochs=1, lr=1e-3, dropout=False, precision="fp32", text="task")
-    assert stage.settings(0).task_weight == 0
-    assert set(stage._plain_rows(start.material).columns) == {"input_ids", "token_type_ids"}
-    assert len(stage._plain_rows(start.material)) == len(start.material.features[Split.TRAIN])
+    assert stage.loss_weight == 0
+    rows = training_rows(stage, start, Run(tmp_path, tmp_path, Log(None, quiet=True)))
+    assert set(rows.columns) == {"input_ids", "token_type_ids"}
+    assert len(rows) == len(start.material.features[Split.TRAIN])
     train = start.material.features[Split.TRAIN]
     wrong = replace(train, columns=dict(train.columns) | {"labels": [1 - label for label in train.columns["labels"]]})
     turned = replace(start, material=replace(start.material, features=dict(start.material.features) | {Split.TRAIN: wrong}))
     log = Log(None, quiet=True)
     made = [
-        stage.run(each, Run(tmp_path / name, tmp_path / name, log, threads=1)).model.state_dict()
+        run_stage(stage, each, Run(tmp_path / name, tmp_path / name, log, threads=1)).subject.model.state_dict()
         for name, each in (("right", start), ("wrong", turned))
     ]
-    before = start.model.state_dict()
+    before = start.subject.model.state_dict()
     assert all(torch.equal(made[0][name], made[1][name]) for name in before)
     assert any(not torch.equal(made[0][name], before[name]) for name in before)
 
@@ -90,22 +93,23 @@ def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
 def test_batches_come_where_the_model_is_by_now(tmp_path: Path) -> None:
     """Training moves a model after the context of its methods is made."""
     start = bundle(tmp_path)
-    context = context_of(start, Run(tmp_path, tmp_path, Log(None, quiet=True), threads=1), start.model, "macs")
+    context = context_of(start, Run(tmp_path, tmp_path, Log(None, quiet=True), threads=1), start.subject, "macs")
     assert {value.device.type for value in next(iter(context.batches(4))).values()} == {"cpu"}
-    start.model.to("meta")
+    start.subject.model.to("meta")
     assert {value.device.type for value in next(iter(context.batches(4))).values()} == {"meta"}
 
 
 def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
     start = bundle(tmp_path)
-    words = start.model.get_input_embeddings().weight.shape[0]
+    words = start.subject.model.get_input_embeddings().weight.shape[0]
     plan = Plan(forms={"embeddings.word": Kronecker((words, 8))})
-    start = replace(start, model=shrink(start.model, anatomy_of(start.model), plan), plan=start.plan.then(plan))
+    small = shrink(start.subject.model, start.subject.anatomy, plan)
+    start = replace(start, subject=subject_of(small), plan=start.plan.then(plan))
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
-    before = start.model.state_dict()
+    before = start.subject.model.state_dict()
     for freeze, still in (("embeddings", True), ("nothing", False)):
         stage = Train((Distillation(hidden=0),), epochs=0.2, lr=1e-3, precision="fp32", text="task", freeze=freeze)  # type: ignore[arg-type]
-        after = stage.run(start, run.under(freeze)).model.state_dict()
+        after = run_stage(stage, start, run.under(freeze)).subject.model.state_dict()
         for part in ("a", "b"):
             name = f"bert.embeddings.word_embeddings.{part}"
             assert torch.equal(after[name], before[name]) is still
@@ -115,17 +119,18 @@ def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
 def test_like_words_are_those_of_the_teacher(tmp_path: Path) -> None:
     """Whatever became of the student's table, and however the teacher's is stored, the rows are augmented as before."""
     start = bundle(tmp_path)
-    words, width = start.model.get_input_embeddings().weight.shape
+    words, width = start.subject.model.get_input_embeddings().weight.shape
     exact, coarse = (Plan(forms={"embeddings.word": Kronecker(shape)}) for shape in ((words, width), (words, width // 8)))
-    factored, rough = (shrink(start.model, anatomy_of(start.model), plan) for plan in (exact, coarse))
-    student = replace(start, model=rough, plan=start.plan.then(coarse))
+    dense = start.subject
+    factored, rough = (subject_of(shrink(dense.model, dense.anatomy, plan)) for plan in (exact, coarse))
+    student = replace(start, subject=rough, plan=start.plan.then(coarse))
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
     stage = Train((Distillation(hidden=0),), epochs=0.2, precision="fp32", augment=1)
-    each = [stage.rows(one, run).columns["input_ids"] for one in (start, student, replace(start, teacher=factored))]
+    each = [training_rows(stage, one, run).columns["input_ids"] for one in (start, student, replace(start, teacher=factored))]
     assert len(each[0]) == 2 * len(start.material.features[Split.TRAIN])
     for rows in each[1:]:
         assert all(np.array_equal(one, other) for one, other in zip(each[0], rows, strict=True))
-    assert stage.run(student, run).plan.forms == coarse.forms
+    assert run_stage(stage, student, run).plan.forms == coarse.forms
 
 
 def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> None:
@@ -162,12 +167,12 @@ def test_a_method_that_cuts_refuses_a_factored_model_before_it_looks(tmp_path: P
     anatomy = anatomy_of(model)
     factored = shrink(model, anatomy, Plan(forms={"encoder.1.ffn_out": Kronecker((2, 2))}))
     run = Run(tmp_path, tmp_path, Log(None, quiet=True))
-    start = Bundle(factored, Plan(), None, factored)  # type: ignore[arg-type]  # no data is asked for
+    start = Bundle(subject_of(factored), Plan(), None, subject_of(factored))  # type: ignore[arg-type]  # no data is asked for
     message = r"chooses what to cut, and 'encoder.1.neurons' can no longer be cut: 'encoder.1.ffn_out' is stored as Kron"
     with pytest.raises(PlanError, match=f"fisher {message}"):
-        Calibrate(Fisher()).run(start, run)
+        run_stage(Calibrate(Fisher()), start, run)
     with pytest.raises(PlanError, match=f"gates {message}"):
-        Train((Gates(), Distillation())).run(start, run)
-    refuse_cuts((Distillation(),), factored)
-    refuse_cuts((Fisher(),), shrink(model, anatomy, Plan(forms={"embeddings.word": Kronecker((99, 8))})))
+        run_stage(Train((Gates(), Distillation())), start, run)
+    refuse_cuts((Distillation(),), anatomy_of(factored))
+    refuse_cuts((Fisher(),), anatomy.after(Plan(forms={"embeddings.word": Kronecker((99, 8))})))
     assert np.array_equal(sorted(anatomy.sites), sorted(anatomy_of(factored).sites))

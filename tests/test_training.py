@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny
 from torch import nn
-from toy_task import accuracy, context, rows
+from toy_task import accuracy, context, fit, rows
 
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
@@ -30,13 +31,15 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
+from slimformer.training import devices, runstate
 from slimformer.training import loop as training
-from slimformer.training import runstate
-from slimformer.training import teacher as teaching
-from slimformer.training.loop import Freeze, Settings, estimate, rate, train
+from slimformer.training import teacher as teacher_cache
+from slimformer.training.estimate import estimate
+from slimformer.training.stage import Train, Training
+from slimformer.training.step import rate
 
 QUIET = Log(None, quiet=True)
-FAST = Settings(epochs=2, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
+FAST = Train(epochs=2, lr=3e-3, batch_size=16, precision="fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +71,11 @@ class Nudge(Method):
 
     stop_after: int | None = None
 
-    def __repr__(self) -> str:
-        return "Nudge()"  # where it stops is no part of the work
-
     def effects(self) -> Effects:
         return Effects(cuts=True)
+
+    def __repr__(self) -> str:
+        return "Nudge()"  # where it stops is no part of the work
 
     def attach(self, context: Context) -> State:
         return Offset(context)
@@ -106,11 +109,10 @@ def hooks(model: nn.Module) -> int:
 def test_learns_a_separable_set(tmp_path: Path) -> None:
     features, others = rows(200), rows(80, seed=1)
     around = context(features=features)
-    settings = Settings(epochs=6, lr=3e-3, batch_size=16, precision="fp32")
-    result = train(around, features, (), settings, tmp_path, Log(tmp_path, quiet=True), accuracy(others))
-    assert result.last_metric is not None
-    assert result.last_metric > 0.9
-    assert accuracy(others)(around.model) == result.last_metric
+    settings = Train(epochs=6, lr=3e-3, batch_size=16, precision="fp32")
+    result = fit(around, features, (), settings, tmp_path, Log(tmp_path, quiet=True), accuracy(others))
+    assert result.metrics[-1] > 0.9
+    assert accuracy(others)(around.model) == result.metrics[-1]
     assert result.losses[-1] < 0.3 < result.losses[0]
     assert result.steps == 6 * math.ceil(200 / 16) == len(result.losses)
     assert result.tokens == 6 * int(features.lengths().sum())
@@ -123,11 +125,10 @@ def test_learns_a_separable_set(tmp_path: Path) -> None:
 def test_learns_in_bfloat16_with_float32_weights(tmp_path: Path) -> None:
     features = rows(200)
     around = context(features=features)
-    settings = Settings(epochs=5, lr=3e-3, batch_size=16, precision="bf16")
-    result = train(around, features, (), settings, tmp_path, QUIET, accuracy(features))
+    settings = Train(epochs=5, lr=3e-3, batch_size=16, precision="bf16")
+    result = fit(around, features, (), settings, tmp_path, QUIET, accuracy(features))
     assert result.precision == "bf16"
-    assert result.last_metric is not None
-    assert result.last_metric > 0.9
+    assert result.metrics[-1] > 0.9
     assert {parameter.dtype for parameter in around.model.parameters()} == {torch.float32}
 
 
@@ -135,8 +136,8 @@ def test_learns_in_bfloat16_with_float32_weights(tmp_path: Path) -> None:
 def test_auto_takes_bfloat16_on_a_cpu_that_gains_clearly(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gain: float, taken: str
 ) -> None:
-    monkeypatch.setattr(training, "bf16_gain", lambda: gain)
-    result = train(context(), rows(32), (), Settings(steps=1, batch_size=16), tmp_path, QUIET)
+    monkeypatch.setattr(devices, "bf16_speedup", lambda: gain)
+    result = fit(context(), rows(32), (), Train(steps=1, batch_size=16), tmp_path, QUIET)
     assert result.precision == taken
 
 
@@ -147,7 +148,7 @@ def test_widths_of_batches_are_rounded_in_half_precision(tmp_path: Path, precisi
     around = context(features=features, teacher=tiny("bert", seed=5))
     around.model.register_forward_pre_hook(lambda _, __, inputs: widths.add(inputs["input_ids"].shape[1]), with_kwargs=True)
     settings = replace(FAST, precision=precision, batch_size=4)
-    train(around, features, (Distillation(scores=1.0),), settings, tmp_path, QUIET)
+    fit(around, features, (Distillation(scores=1.0),), settings, tmp_path, QUIET)
     assert widths <= all_of
     assert len(widths) > len(all_of) / 4
     assert int(features.lengths().max()) in widths
@@ -173,8 +174,8 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     assert norm > 0.01
-    settings = Settings(steps=1, lr=0.01, batch_size=16, precision="fp32", warmup=0.0, clip=0.01, weight_decay=0.1)
-    train(around, features, (), settings, tmp_path, QUIET)
+    settings = Train(steps=1, lr=0.01, batch_size=16, precision="fp32", warmup=0.0, clip=0.01, weight_decay=0.1)
+    fit(around, features, (), settings, tmp_path, QUIET)
     for name, parameter in model.named_parameters():
         if name not in gradients:
             assert torch.equal(parameter, before[name])
@@ -187,14 +188,15 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)  # a state after each step, however long the writing takes
     features = rows(96)
     teacher = tiny("bert", seed=9)
-    settings = Settings(epochs=2, lr=3e-3, batch_size=16, precision="fp32", checkpoint_seconds=0.0)
+    settings = Train(epochs=2, lr=3e-3, batch_size=16, precision="fp32")
 
     def run(folder: Path, method: Nudge) -> tuple[Context, training.Trained]:
         around = context(features=features, teacher=teacher)
-        return around, train(around, features, (method, Distillation()), settings, folder, QUIET, accuracy(features))
+        return around, fit(around, features, (method, Distillation()), settings, folder, QUIET, accuracy(features))
 
     straight, expected = run(tmp_path / "straight", Nudge())
     with pytest.raises(KeyboardInterrupt):
@@ -212,9 +214,9 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path: Path, stop: int, mon
 def test_a_finished_run_only_decides_again(tmp_path: Path) -> None:
     features = rows(48)
     first = context(features=features)
-    expected = train(first, features, (Nudge(),), FAST, tmp_path, QUIET)
+    expected = fit(first, features, (Nudge(),), FAST, tmp_path, QUIET)
     again = context(features=features)
-    result = train(again, features, (Nudge(stop_after=1),), FAST, tmp_path, QUIET)  # would stop at any step it made
+    result = fit(again, features, (Nudge(stop_after=1),), FAST, tmp_path, QUIET)  # would stop at any step it made
     assert same(weights(first.model), weights(again.model))
     assert result.losses == expected.losses
     runstate.forget(tmp_path)
@@ -223,12 +225,12 @@ def test_a_finished_run_only_decides_again(tmp_path: Path) -> None:
 
 def test_a_state_of_other_work_is_not_continued(tmp_path: Path) -> None:
     features = rows(48)
-    train(context(features=features), features, (), FAST, tmp_path, QUIET)
+    fit(context(features=features), features, (), FAST, tmp_path, QUIET)
     log = Log(tmp_path, quiet=True)
-    other = Settings(epochs=2, lr=1e-3, batch_size=16, precision="fp32", evaluate=False)
+    other = Train(epochs=2, lr=1e-3, batch_size=16, precision="fp32")
     fresh, continued = context(features=features), context(features=features)
-    train(fresh, features, (), other, tmp_path / "fresh", QUIET)
-    train(continued, features, (), other, tmp_path, log)
+    fit(fresh, features, (), other, tmp_path / "fresh", QUIET)
+    fit(continued, features, (), other, tmp_path, log)
     assert same(weights(fresh.model), weights(continued.model))
     assert "starts from the beginning" in (tmp_path / "log.jsonl").read_text()
 
@@ -252,16 +254,16 @@ import math, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from toy_task import context, rows
-from slimformer.training import loop as training
-from slimformer.log import Log
+from toy_task import context, fit, rows
+from slimformer.training import loop
+from slimformer.training.stage import Train
 from slimformer.methods.gates import Gates
 torch.set_num_threads(1)
-training.STATE_SHARE = math.inf
+loop.STATE_SECONDS, loop.STATE_SHARE = 0.0, math.inf
 features = rows(96)
 around = context(features=features)
-settings = training.Settings(steps=int(sys.argv[2]), lr=3e-3, batch_size=16, precision="bf16", checkpoint_seconds=0.0)
-training.train(around, features, (Gates(keep=0.5),), settings, Path(sys.argv[1]), Log(None, quiet=True))
+settings = Train(steps=int(sys.argv[2]), lr=3e-3, batch_size=16, precision="bf16")
+fit(around, features, (Gates(keep=0.5),), settings, Path(sys.argv[1]))
 save_file(around.model.state_dict(), sys.argv[1] + "/end.safetensors")
 """
 
@@ -269,7 +271,7 @@ save_file(around.model.state_dict(), sys.argv[1] + "/end.safetensors")
 @pytest.mark.slow
 def test_kill_dash_nine(tmp_path: Path) -> None:
     """Killed twice by the operating system, wherever that was, the run ends bit for bit as the one that was left alone."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         folder.mkdir(exist_ok=True)
@@ -301,12 +303,12 @@ def test_everything_is_off_the_model_afterwards(tmp_path: Path) -> None:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     keys, attention, random = set(model.state_dict()), model.config._attn_implementation, torch.get_rng_state()
     methods = (Gates(keep=0.5), Distillation(scores=1.0))
-    decision = train(around, features, methods, FAST, tmp_path, QUIET).decision
+    decision = fit(around, features, methods, FAST, tmp_path, QUIET).decision
     assert decision.plan.keep
     decision.plan.check(around.anatomy)
     assert hooks(model) == 0
-    assert hooks(around.teacher) == 0
-    assert model.config._attn_implementation == around.teacher.config._attn_implementation == attention
+    assert hooks(around.teacher.model) == 0
+    assert model.config._attn_implementation == around.teacher.model.config._attn_implementation == attention
     assert set(model.state_dict()) == keys
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -326,7 +328,7 @@ class Breaks(Method):
 def test_everything_is_off_the_model_after_an_error(tmp_path: Path) -> None:
     around = context()
     with pytest.raises(ZeroDivisionError):
-        train(around, rows(), (Nudge(), Breaks()), FAST, tmp_path, QUIET)
+        fit(around, rows(), (Nudge(), Breaks()), FAST, tmp_path, QUIET)
     assert hooks(around.model) == 0
     assert around.model.config._attn_implementation == "sdpa"
     assert not around.model.training
@@ -336,7 +338,7 @@ def test_two_that_decide_are_refused_before_anything_starts(tmp_path: Path) -> N
     around = context()
     before = weights(around.model)
     with pytest.raises(RecipeError, match=r"test_training and gates both decide") as caught:
-        train(around, rows(), (Nudge(), Gates(keep=0.5), Distillation()), FAST, tmp_path, QUIET)
+        fit(around, rows(), (Nudge(), Gates(keep=0.5), Distillation()), FAST, tmp_path, QUIET)
     assert "distillation needs a teacher" in str(caught.value)  # all mistakes at once
     assert same(weights(around.model), before)
     assert list(tmp_path.iterdir()) == []
@@ -344,7 +346,7 @@ def test_two_that_decide_are_refused_before_anything_starts(tmp_path: Path) -> N
 
 def test_settings_name_every_mistake() -> None:
     with pytest.raises(RecipeError) as caught:
-        Settings(epochs=0, lr=-1, batch_size=0, warmup=2, precision="int4")  # type: ignore[arg-type]
+        Train(epochs=0, lr=-1, batch_size=0, warmup=2, precision="int4")  # type: ignore[arg-type]
     for name in ("epochs: 0", "lr: -1", "batch_size: 0", "warmup: 2", "precision: 'int4'"):
         assert name in str(caught.value)
 
@@ -354,32 +356,32 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with torch.no_grad():
         around.model.classifier.bias[0] = math.nan
     with pytest.raises(RecipeError, match="the loss is nan by step 1"):
-        train(around, rows(), (), FAST, tmp_path, QUIET)
+        fit(around, rows(), (), FAST, tmp_path, QUIET)
 
 
 @pytest.mark.parametrize(
     ("freeze", "still"),
     [
-        (Freeze.NOTHING, set()),
-        (Freeze.EMBEDDINGS, {"bert.embeddings.word_embeddings.weight"}),
-        (Freeze.ENCODER, {name for name, _ in tiny("bert").named_parameters() if name.startswith("bert.")}),
-        (Freeze.EVERYTHING, {name for name, _ in tiny("bert").named_parameters()}),
+        ("nothing", set()),
+        ("embeddings", {"bert.embeddings.word_embeddings.weight"}),
+        ("encoder", {name for name, _ in tiny("bert").named_parameters() if name.startswith("bert.")}),
+        ("everything", {name for name, _ in tiny("bert").named_parameters()}),
     ],
 )
-def test_freeze(tmp_path: Path, freeze: Freeze, still: set[str]) -> None:
+def test_freeze(tmp_path: Path, freeze: Any, still: set[str]) -> None:
     around = context()
     before = weights(around.model)
-    settings = Settings(epochs=1, lr=3e-3, batch_size=16, precision="fp32", freeze=freeze)
-    train(around, rows(), (Nudge(),), settings, tmp_path, QUIET)
+    settings = Train(epochs=1, lr=3e-3, batch_size=16, precision="fp32", freeze=freeze)
+    fit(around, rows(), (Nudge(),), settings, tmp_path, QUIET)
     after = weights(around.model)
     assert {name for name in before if torch.equal(before[name], after[name])} == still
 
 
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nothing can train"):
-        train(context(), rows(), (), Settings(freeze=Freeze.EVERYTHING), tmp_path, QUIET)
+        fit(context(), rows(), (), Train(freeze="everything"), tmp_path, QUIET)
     with pytest.raises(RecipeError, match="nothing to train on"):
-        train(context(), rows(), (), Settings(task_weight=0.0), tmp_path, QUIET)
+        fit(context(), rows(), (), Train(task_weight=0.0), tmp_path, QUIET)
 
 
 @dataclass(frozen=True)
@@ -400,7 +402,7 @@ class Watch(Method):
         assert step.teacher is not None
         inputs = {name: step.batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
         with torch.no_grad():
-            seen = state.around.teacher(**inputs, output_hidden_states=True)
+            seen = state.around.teacher.model(**inputs, output_hidden_states=True)
         torch.testing.assert_close(step.teacher.output["logits"], seen.logits, atol=1e-4, rtol=1e-4)
         real = step.batch["attention_mask"].bool()
         assert len(step.teacher.hidden) == (len(seen.hidden_states) if Capture.HIDDEN in self.wants else 0)
@@ -419,8 +421,8 @@ def count_calls(model: nn.Module) -> list[int]:
 def test_cached_teacher_is_the_teacher(tmp_path: Path, wants: set[Capture]) -> None:
     features = rows(150)
     around = context(features=features, teacher=tiny("bert", seed=5))
-    settings = Settings(epochs=1, batch_size=16, precision="fp32")
-    train(around, features, (Watch(frozenset(wants)),), settings, tmp_path, QUIET)
+    settings = Train(epochs=1, batch_size=16, precision="fp32")
+    fit(around, features, (Watch(frozenset(wants)),), settings, tmp_path, QUIET)
 
 
 def test_a_cache_hit_does_not_run_the_teacher(tmp_path: Path) -> None:
@@ -430,15 +432,15 @@ def test_a_cache_hit_does_not_run_the_teacher(tmp_path: Path) -> None:
 
     def run(name: str, method: Distillation) -> int:
         before = len(calls)
-        train(context(features=features, teacher=teacher), features, (method,), FAST, tmp_path / name, QUIET, cache=cache)
+        fit(context(features=features, teacher=teacher), features, (method,), FAST, tmp_path / name, QUIET, cache=cache)
         return len(calls) - before
 
-    filled = math.ceil(150 / teaching.BATCH) + 2  # and two looks at what has a token axis
+    filled = math.ceil(150 / teacher_cache.BATCH) + 2  # and two looks at what has a token axis
     assert run("a", Distillation(hidden=0.0)) == filled
     assert run("b", Distillation(hidden=0.0)) == 0
     assert run("c", Distillation()) == filled
     assert run("d", Distillation()) == 0
-    assert run("e", Distillation(scores=1.0)) == math.ceil(150 / (teaching.BATCH // 4)) + 2
+    assert run("e", Distillation(scores=1.0)) == math.ceil(150 / (teacher_cache.BATCH // 4)) + 2
     assert run("f", Distillation(scores=1.0)) == 0
     with torch.no_grad():
         teacher.classifier.bias += 1
@@ -446,22 +448,24 @@ def test_a_cache_hit_does_not_run_the_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [Distillation(), Distillation(hidden=0.0, scores=1.0)])
-def test_what_is_above_the_cap_is_computed_live(tmp_path: Path, method: Distillation) -> None:
+def test_what_is_above_the_cap_is_computed_live(tmp_path: Path, method: Distillation, monkeypatch: pytest.MonkeyPatch) -> None:
     features = rows(48)
     around = context(features=features, teacher=tiny("bert", seed=5))
-    calls = count_calls(around.teacher)
-    train(around, features, (method,), replace(FAST, cache_bytes=1000), tmp_path, QUIET)
+    calls = count_calls(around.teacher.model)
+    monkeypatch.setattr(devices, "CACHE_BYTES", 1000)
+    fit(around, features, (method,), FAST, tmp_path, QUIET)
     assert len(calls) == 2 * 3
     assert not (tmp_path / "teacher").exists()
 
 
-def test_what_is_kept_is_read_also_where_there_is_no_room_any_more(tmp_path: Path) -> None:
+def test_what_is_kept_is_read_also_where_there_is_no_room_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache itself takes room: a run that goes on must not find its disk too full to read what it has."""
     features = rows(48)
     around = context(features=features, teacher=tiny("bert", seed=5))
-    train(around, features, (Distillation(),), FAST, tmp_path / "once", QUIET, cache=tmp_path)
-    calls = count_calls(around.teacher)
-    train(around, features, (Distillation(),), replace(FAST, cache_bytes=1000), tmp_path / "again", QUIET, cache=tmp_path)
+    fit(around, features, (Distillation(),), FAST, tmp_path / "once", QUIET, cache=tmp_path)
+    calls = count_calls(around.teacher.model)
+    monkeypatch.setattr(devices, "CACHE_BYTES", 1000)
+    fit(around, features, (Distillation(),), FAST, tmp_path / "again", QUIET, cache=tmp_path)
     assert not calls
 
 
@@ -478,13 +482,12 @@ def test_what_is_kept_is_what_a_live_teacher_shows(tmp_path: Path, cut: dict[str
     dense = tiny("bert", seed=5)
     model = shrink(dense, anatomy_of(dense), Plan(cut))
     around = context(model, features)
-    names = ("input_ids", "attention_mask")
-    teacher = teaching.Teacher(model, around.anatomy, names, around.task, nullcontext, "fp32", torch.device("cpu"))
+    teacher = teacher_cache.Teacher(around.subject, around.task, nullcontext, "fp32")
     batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
     seen = []
     for cap in (0, 1 << 30):
-        with teaching.teaching(teacher, features, needs, tmp_path, QUIET, cap_bytes=cap) as lessons:
-            assert isinstance(lessons, teaching.Cached if cap else teaching.Live)
+        with teacher_cache.teacher_outputs(teacher, features, needs, tmp_path, QUIET, cap_bytes=cap) as lessons:
+            assert isinstance(lessons, teacher_cache.CachedTeacher if cap else teacher_cache.LiveTeacher)
             seen.append(lessons.see(some, batch))
     live, kept = seen
     real = batch["attention_mask"].bool()
@@ -513,16 +516,10 @@ def test_outputs_per_token_are_kept_per_token(tmp_path: Path) -> None:
         around = context(model, features)
         task = replace(around.task)
         object.__setattr__(task, "outputs", names)
-        teacher = teaching.Teacher(
-            model,
-            around.anatomy,
-            ("input_ids", "attention_mask"),
-            task,
-            lambda: torch.autocast("cpu", enabled=False),
-            "fp32",
-            torch.device("cpu"),
-        )
-        with teaching.teaching(teacher, features, {Capture.LOGITS}, tmp_path / cls.__name__, QUIET, cap_bytes=0) as lessons:
+        teacher = teacher_cache.Teacher(around.subject, task, lambda: torch.autocast("cpu", enabled=False), "fp32")
+        with teacher_cache.teacher_outputs(
+            teacher, features, {Capture.LOGITS}, tmp_path / cls.__name__, QUIET, cap_bytes=0
+        ) as lessons:
             some = [3, 17, 29]
             batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
             seen = lessons.see(some, batch).output
@@ -539,11 +536,11 @@ def test_estimate_changes_nothing() -> None:
     features = rows(120)
     around = context(features=features, teacher=tiny("bert", seed=5))
     before, generator, random = weights(around.model), around.generator.get_state(), torch.get_rng_state()
-    told = estimate(around, features, (Gates(keep=0.5), Distillation()), FAST, seconds=0.2)
+    told = estimate(Training(around, features, replace(FAST, methods=(Gates(keep=0.5), Distillation()))), seconds=0.2)
     assert same(weights(around.model), before)
     assert torch.equal(around.generator.get_state(), generator)
     assert torch.equal(torch.get_rng_state(), random)
-    assert hooks(around.model) == hooks(around.teacher) == 0
+    assert hooks(around.model) == hooks(around.teacher.model) == 0
     assert told.steps == 16
     assert told.precision == "fp32"
     assert told.seconds > 0
@@ -552,10 +549,10 @@ def test_estimate_changes_nothing() -> None:
 
 
 def test_shares_of_a_batch_cover_it_and_are_equal() -> None:
-    assert training._share([4, 5, 6], 0, 1) == [4, 5, 6]
-    shares = [training._share([4, 5, 6, 7, 8], rank, 2) for rank in range(2)]
+    assert devices.share_of([4, 5, 6], 0, 1) == [4, 5, 6]
+    shares = [devices.share_of([4, 5, 6, 7, 8], rank, 2) for rank in range(2)]
     assert shares == [[4, 6, 8], [5, 7, 4]]
-    assert [training._share([4], rank, 3) for rank in range(3)] == [[4], [4], [4]]
+    assert [devices.share_of([4], rank, 3) for rank in range(3)] == [[4], [4], [4]]
 
 
 PROCESSES = """
@@ -565,20 +562,21 @@ import torch
 from safetensors.torch import save_file
 from test_training import Nudge
 from tiny import tiny
-from toy_task import accuracy, context, rows
-from slimformer.training import loop as training
+from toy_task import accuracy, context, fit, rows
+from slimformer.training import devices
+from slimformer.training.stage import Train
 from slimformer.log import Log
 from slimformer.methods.distillation import Distillation
 torch.set_num_threads(1)
 features = rows(90)
 still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 around = context(tiny("bert", **still), features, tiny("bert", seed=5))
-settings = training.Settings(epochs=2, lr=3e-3, batch_size=10, precision="fp32")
+settings = Train(epochs=2, lr=3e-3, batch_size=10, precision="fp32")
 out = Path(sys.argv[1])
 methods = (Nudge(), Distillation(hidden=0.0))
-result = training.train(around, features, methods, settings, out, Log(out, quiet=True), accuracy(features))
+result = fit(around, features, methods, settings, out, Log(out, quiet=True), accuracy(features))
 tensors = around.model.state_dict() | {"offset": result.decision.scales["encoder.0.heads"]}
-save_file(tensors, out / f"end-{sys.argv[2]}-{training._accelerator((), None).process_index}.safetensors")
+save_file(tensors, out / f"end-{sys.argv[2]}-{devices.accelerator_for((), None).process_index}.safetensors")
 """
 
 
@@ -589,7 +587,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
     script = tmp_path / "run.py"
     script.write_text(PROCESSES)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     alone = [sys.executable, str(script), str(tmp_path / "one"), "one"]
@@ -618,7 +616,7 @@ def test_trains_after_somebody_elses_mixed_precision(tmp_path: Path) -> None:
     try:
         AcceleratorState._reset_state()
         assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
-        result = train(context(), rows(32), (), FAST, tmp_path, QUIET)
+        result = fit(context(), rows(32), (), FAST, tmp_path, QUIET)
         assert result.precision == "fp32"
     finally:
         AcceleratorState._reset_state()

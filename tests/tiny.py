@@ -5,7 +5,7 @@ from dataclasses import replace
 from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.measuring import machine
 from slimformer.methods.base import Context
@@ -44,4 +44,4 @@ def factored_context(model_type: str) -> Context:
         "encoder.2.ffn_out": Kronecker((2, 6), 3),
     }
     model = shrink(around.model, around.anatomy, Plan(forms=forms))
-    return replace(around, model=model, anatomy=anatomy_of(model))
+    return replace(around, subject=subject_of(model))

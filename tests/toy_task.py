@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tiny import tiny
 
+from slimformer.core.anatomy import Anatomy
 from slimformer.core.cost import parameters
 from slimformer.core.plan import Plan
 from slimformer.data.batching import collate, in_order
-from slimformer.families.base import anatomy_of
-from slimformer.methods.base import Context
+from slimformer.families.base import anatomy_of, subject_of
+from slimformer.log import Log
+from slimformer.methods.base import Context, Method
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task
+from slimformer.training.loop import Trained, train
+from slimformer.training.stage import Train, Training
 
 BANDS = 3
 
@@ -70,23 +75,41 @@ def context(model: Any = None, features: Features | None = None, teacher: Any = 
     """A context around a tiny model (BERT by default) with nothing cut."""
     model = tiny("bert") if model is None else model
     features = rows() if features is None else features
-    anatomy = anatomy_of(model)
+    subject = subject_of(model)
 
     def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
         for some in in_order(min(count, len(features)), 16):
             yield {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
 
     return Context(
-        model=model,
-        anatomy=anatomy,
+        subject=subject,
         plan=Plan(),
         task=Toy(),
-        cost=parameters(model, anatomy),
-        teacher=teacher,
-        teacher_anatomy=None if teacher is None else anatomy_of(teacher),
+        cost=parameters(model, subject.anatomy),
+        teacher=None if teacher is None else subject_of(teacher),
         batches=batches,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def with_model(around: Context, model: Any, anatomy: Anatomy | None = None) -> Context:
+    """The context around another model."""
+    return replace(around, subject=replace(around.subject, model=model, anatomy=anatomy or anatomy_of(model)))
+
+
+def fit(
+    around: Context,
+    features: Features,
+    methods: Sequence[Method],
+    stage: Train,
+    folder: Path,
+    log: Log | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    cache: Path | None = None,
+) -> Trained:
+    """`train` with these methods, quietly."""
+    training = Training(around, features, replace(stage, methods=tuple(methods)))
+    return train(training, folder, log or Log(None, quiet=True), evaluate=evaluate, cache=cache)
 
 
 def accuracy(features: Features) -> Callable[[Any], float]:

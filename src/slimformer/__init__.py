@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from slimformer.reporting.page import report
     from slimformer.running.bench import bench
     from slimformer.running.bundle import Bundle
+    from slimformer.running.reader import read_recipe
     from slimformer.running.recipe import Bench, Export, Recipe
     from slimformer.running.runner import run
-    from slimformer.running.search import Wishes, compress
-    from slimformer.running.stages import Calibrate, Train
+    from slimformer.running.search import compress
     from slimformer.saving.checkpoint import load, save
+    from slimformer.training.stage import Calibrate, Train
 
 __version__ = "0.1.0"
 
@@ -39,20 +40,20 @@ _PLACES = {
     "Anatomy": "core.anatomy",
     "Bench": "running.recipe",
     "Bundle": "running.bundle",
-    "Calibrate": "running.stages",
+    "Calibrate": "training.stage",
     "Decision": "core.plan",
     "Export": "running.recipe",
     "Plan": "core.plan",
     "Recipe": "running.recipe",
     "Record": "measuring.records",
-    "Train": "running.stages",
-    "Wishes": "running.search",
+    "Train": "training.stage",
     "allocate": "core.budget",
     "anatomy_of": "families.base",
     "bench": "running.bench",
     "compress": "running.search",
     "gated": "hooks.gating",
     "load": "saving.checkpoint",
+    "read_recipe": "running.reader",
     "report": "reporting.page",
     "run": "running.runner",
     "save": "saving.checkpoint",
@@ -70,13 +71,13 @@ __all__ = [
     "Recipe",
     "Record",
     "Train",
-    "Wishes",
     "allocate",
     "anatomy_of",
     "bench",
     "compress",
     "gated",
     "load",
+    "read_recipe",
     "report",
     "run",
     "save",

@@ -122,9 +122,13 @@ def compress_command(
 ) -> None:
     """Make a model smaller and faster: tune if needed, cut, distil, int8, verify, report."""
     from slimformer.running.recipe import RIVALS
-    from slimformer.running.search import Wishes, compress
+    from slimformer.running.search import compress
 
-    wishes = Wishes(
+    task = _task(context.obj, model)
+    outcome = compress(
+        model,
+        task,
+        out,
         speedup=speedup,
         max_loss=max_loss,
         epochs=epochs,
@@ -133,9 +137,11 @@ def compress_command(
         seed=seed,
         tries=tries,
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
+        command=_command(),
+        threads=threads,
+        wait_seconds=wait,
     )
-    task = _task(context.obj, model)
-    _show(compress(model, task, out, wishes, command=_command(), threads=threads, wait_seconds=wait))
+    _show(outcome)
 
 
 @app.command("run")
@@ -249,11 +255,10 @@ def demo_command(
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
     from slimformer.demo import encoder
-    from slimformer.running.search import Wishes, compress
+    from slimformer.running.search import compress
     from slimformer.tasks.intents import Intents
 
-    wishes = Wishes(speedup=speedup, max_loss=4.0, epochs=6)
-    _show(compress(encoder(), Intents(), out, wishes, command=_command()))
+    _show(compress(encoder(), Intents(), out, speedup=speedup, max_loss=4.0, epochs=6, command=_command()))
 
 
 def _tasks() -> dict[str, type[Task]]:

@@ -78,6 +78,7 @@ class Log:
     def __init__(self, folder: Path | None, quiet: bool = False) -> None:
         self.folder = folder
         self.quiet = quiet
+        self._said: set[str] = set()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one JSON line: time (UTC), kind and the fields. Numbers that JSON lacks (nan, inf) become text."""
@@ -95,6 +96,12 @@ class Log:
         self.event("say", text=text)
         if not self.quiet:
             _logger.info("%s", text)
+
+    def say_once(self, text: str) -> None:
+        """Says what holds for the whole run, the first time only."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny
+from toy_task import with_model
 
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture, Captured
 from slimformer.methods.base import Progress, Step
 from slimformer.methods.distillation import Distillation
@@ -74,7 +75,7 @@ def test_a_student_head_learns_from_the_head_it_descends_from():
     context = tiny_context()
     plan = Plan({"encoder.0.heads": (1, 3), "encoder.1.attention": ()})
     small = shrink(context.model, context.anatomy, plan)
-    state = Distillation(scores=1.0).attach(replace(context, model=small, anatomy=anatomy_of(small), plan=plan))
+    state = Distillation(scores=1.0).attach(replace(with_model(context, small, anatomy_of(small)), plan=plan))
     assert state.heads == {0: (0, [1, 3]), 2: (2, [0, 1, 2, 3])}
 
 
@@ -83,10 +84,8 @@ def test_a_narrower_student_gets_a_projection_and_a_shallower_one_even_partners(
     student = tiny("bert", num_hidden_layers=2, hidden_size=16, num_attention_heads=2)
     context = replace(
         tiny_context(),
-        model=student,
-        anatomy=anatomy_of(student),
-        teacher=teacher,
-        teacher_anatomy=anatomy_of(teacher),
+        subject=subject_of(student),
+        teacher=subject_of(teacher),
     )
     state = Distillation().attach(context)
     assert state.hidden == [(0, 0), (1, 2), (2, 4)]
@@ -99,9 +98,7 @@ def test_a_layer_learns_what_the_layers_that_are_gone_after_it_gave():
     gone = Plan({f"encoder.{layer}.{part}": () for layer in (1, 2) for part in ("attention", "ffn")})
     teacher = tiny("bert", num_hidden_layers=4)
     student = shrink(teacher, anatomy_of(teacher), gone)
-    context = replace(
-        context, model=student, anatomy=anatomy_of(student), teacher=teacher, teacher_anatomy=anatomy_of(teacher), plan=gone
-    )
+    context = replace(context, subject=subject_of(student), teacher=subject_of(teacher), plan=gone)
     assert Distillation().attach(context).hidden == [(0, 0), (3, 3), (4, 4)]
 
 

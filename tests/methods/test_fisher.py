@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny
+from toy_task import with_model
 
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
@@ -21,7 +22,7 @@ from slimformer.testing.checks import tiny_context
 
 
 def test_information_is_the_mean_square_of_each_examples_gradient(monkeypatch):
-    monkeypatch.setattr(fisher, "looking", lambda _: nullcontext())  # float32: bfloat16 is for speed alone
+    monkeypatch.setattr(fisher, "quick_autocast", lambda _: nullcontext())  # float32: bfloat16 is for speed alone
     context = tiny_context()
     found = fisher.information(context, 8)
     expected = {name: np.zeros(len(value)) for name, value in found.items()}
@@ -70,7 +71,7 @@ def test_redundant_units_are_repaired_exactly():
     with torch.no_grad():
         into = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
         into.weight[1], into.bias[1] = into.weight[0], into.bias[0]
-    context = replace(tiny_context(), model=model, anatomy=anatomy_of(model))
+    context = with_model(tiny_context(), model, anatomy_of(model))
     plan = Plan({"encoder.0.neurons": (0, *range(2, 24))})
     weights = fisher.repaired(context, plan, tokens=10_000, ridge=1e-9)
     small = shrink(model, context.anatomy, Decision(plan, weights=weights))
@@ -78,7 +79,7 @@ def test_redundant_units_are_repaired_exactly():
 
 
 def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
-    monkeypatch.setattr(fisher, "looking", lambda _: nullcontext())
+    monkeypatch.setattr(fisher, "quick_autocast", lambda _: nullcontext())
     context = tiny_context()
     importance = fisher.information(context, 32)
     worth = fisher.worths(context, importance, 32)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch import nn
-from toy_task import context, rows
+from toy_task import context, fit, rows, with_model
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from slimformer.core import cost
@@ -31,10 +31,12 @@ from slimformer.methods.gates import Gates
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
-from slimformer.training.loop import Settings, rate, train
+from slimformer.training.devices import step_seed
+from slimformer.training.stage import Train
+from slimformer.training.step import rate
 
 QUIET = Log(None, quiet=True)
-FROZEN = Settings(epochs=2, batch_size=16, precision="fp32", evaluate=False, freeze="everything")
+FROZEN = Train(epochs=2, batch_size=16, precision="fp32", freeze="everything")
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +183,8 @@ def test_the_plan_of_a_bert_large_is_within_two_percent_of_its_target(large, uni
     anatomy, counted = large
     table = {Kind.HEADS: {1: 0.9, 4: 1.7, 9: 4.1, 16: 6.2}, Kind.NEURONS: {64: 0.4, 1024: 3.1, 2048: 3.2, 4096: 11.0}}
     costs = {"macs": cost.macs(anatomy, np.array([384])), "parameters": counted, "latency": cost.latency(anatomy, 5.0, table)}
-    around = replace(tiny_context(), anatomy=anatomy, cost=costs[unit])
+    around = tiny_context()
+    around = replace(with_model(around, around.model, anatomy), cost=costs[unit])
     draw = torch.Generator().manual_seed(1)
     for target in (0.4, 0.75):
         method = Gates(keep=target, size=size, sublayers=False)
@@ -318,12 +321,12 @@ def undropped(model_type: str) -> PreTrainedModel:
 
 
 def run(
-    folder: Path, method: Gates, settings: Settings = FROZEN, stop: int | None = None, model_type: str = "bert"
+    folder: Path, method: Gates, settings: Train = FROZEN, stop: int | None = None, model_type: str = "bert"
 ) -> tuple[Context, training.Trained, dict[str, torch.Tensor]]:
     """A run on the toy task without dropout; what it leaves, and each log alpha as its last state on disk has it."""
     features = rows(96)
     around = context(undropped(model_type), features)
-    result = train(around, features, (method, Stop(stop)), settings, folder, QUIET)
+    result = fit(around, features, (method, Stop(stop)), settings, folder, QUIET)
     saved = runstate.latest(folder)
     assert saved is not None
     names = [site.id for site in method.sites(around.anatomy)]
@@ -344,7 +347,7 @@ def test_frozen_weights_stay_bit_for_bit_while_gates_move(tmp_path, size, model_
     assert not result.decision.weights
 
 
-def alone(method: Gates, first: int, settings: Settings = FROZEN) -> dict[str, torch.Tensor]:
+def alone(method: Gates, first: int, settings: Train = FROZEN) -> dict[str, torch.Tensor]:
     """A run of one kind of gates by hand: every second batch, with the rates and the noise that those steps have in the loop."""
     features = rows(96)
     around = context(undropped("bert"), features)
@@ -356,10 +359,10 @@ def alone(method: Gates, first: int, settings: Settings = FROZEN) -> dict[str, t
     total = settings.steps_of(len(features))
     per_epoch = math.ceil(len(features) / settings.batch_size)
     for step in range(first, total, 2):
-        order = epoch_order(features.lengths(), settings.batch_size, settings.seed, step // per_epoch)
+        order = epoch_order(features.lengths(), settings.batch_size, 17, step // per_epoch)
         batch = {name: torch.from_numpy(array) for name, array in collate(features, order[step % per_epoch]).items()}
         optimizer.param_groups[0]["lr"] = method.lr * rate(step, total, settings.warmup)
-        torch.manual_seed(training._mix(settings.seed, 0, step))
+        torch.manual_seed(step_seed(17, 0, step))
         drawn = {name: gates.sampled(value, torch.rand_like(value)) for name, value in values.items()}
         with gated(model, anatomy, drawn):
             loss = around.task.loss(model(**{name: value for name, value in batch.items() if name != "labels"}), batch)
@@ -418,8 +421,9 @@ def test_adam_leaves_gates_alone_that_are_not_at_work():
 @pytest.mark.parametrize("stop", [3, 8])
 @pytest.mark.parametrize("size", ["lagrangian", "top_k"])
 def test_a_stopped_run_ends_with_the_same_gates(tmp_path, monkeypatch, stop, size):
+    monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)  # a state after each step
-    settings = replace(FROZEN, checkpoint_seconds=0.0)
+    settings = replace(FROZEN)
     method = Gates(apart=True, size=size, keep=0.9)
     _, expected, straight = run(tmp_path / "straight", method, settings)
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ import torch
 from tiny import batch, tiny
 from torch import nn
 from toy_task import context as toy_context
-from toy_task import rows
+from toy_task import fit, rows, with_model
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role
@@ -25,7 +25,7 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, Progress, Step
 from slimformer.methods.group_lasso import GroupLasso, groups_of
 from slimformer.testing.checks import assert_equal, assert_same, tiny_context
-from slimformer.training.loop import Settings, train
+from slimformer.training.stage import Train
 
 PATTERNS = ("rows", "columns", "blocks", "block_rows", "block_columns")
 TYPES = ("bert", "roberta", "distilbert", "electra")
@@ -52,7 +52,7 @@ class OneMatrix(nn.Module):
     def context(self) -> Context:
         matrix = Matrix("encoder.0.query", "only", tuple(self.only.weight.shape), Role.QUERY)
         anatomy = Anatomy({}, {matrix.id: matrix}, (), "", (), 4, 4)
-        return replace(tiny_context(), model=self, anatomy=anatomy)
+        return with_model(tiny_context(), self, anatomy)
 
 
 def taking(context: Context, number: int = 0, total: int = 10) -> Step:
@@ -186,7 +186,7 @@ def test_units_penalty_reaches_weights_and_biases_of_the_encoder_alone():
 def test_the_choice_of_units_is_that_of_brute_force():
     model = tiny("bert", num_hidden_layers=1, intermediate_size=6)
     anatomy = anatomy_of(model)
-    context = replace(tiny_context(), model=model, anatomy=anatomy, cost=cost.macs(anatomy, np.array([7])))
+    context = replace(with_model(tiny_context(), model, anatomy), cost=cost.macs(anatomy, np.array([7])))
     method = GroupLasso(keep=0.63, neuron_multiple=1)
     state = method.attach(context)
     plan = method.decide(state, context).plan
@@ -221,7 +221,7 @@ def costs(model, anatomy):
 def test_units_reach_the_target_from_below_and_masked_is_cut(name, unit):
     model = tiny(name)
     anatomy = anatomy_of(model)
-    context = replace(tiny_context(), model=model, anatomy=anatomy, cost=costs(model, anatomy)[unit])
+    context = replace(with_model(tiny_context(), model, anatomy), cost=costs(model, anatomy)[unit])
     method = GroupLasso(keep=0.7, cost=unit, neuron_multiple=1)
     plan = method.decide(method.attach(context), context).plan
     share = context.cost.of(plan, anatomy) / context.cost.dense
@@ -237,7 +237,7 @@ def test_units_reach_the_target_from_below_and_masked_is_cut(name, unit):
 def test_units_that_zeros_have_freed_are_cut_and_nothing_changes(name, pattern):
     model = tiny(name)
     anatomy = anatomy_of(model)
-    context = replace(tiny_context(), model=model, anatomy=anatomy)
+    context = with_model(tiny_context(), model, anatomy)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     method = GroupLasso(groups=pattern, block=8, keep=0.3)
     decision = method.decide(method.attach(context), context)
@@ -345,6 +345,6 @@ def test_a_training_ends_in_a_decision_within_the_budget(tmp_path):
     features = rows(count=48)
     context = toy_context(features=features)
     method = GroupLasso(keep=0.6, cost="parameters", neuron_multiple=1, reweight_every=0.5)
-    settings = Settings(steps=6, evaluate=False, precision="fp32")
-    trained = train(context, features, [method], settings, tmp_path, Log(None, quiet=True))
+    settings = Train(steps=6, precision="fp32")
+    trained = fit(context, features, [method], settings, tmp_path, Log(None, quiet=True))
     assert 0.58 < context.cost.of(trained.decision.plan, context.anatomy) / context.cost.dense <= 0.6

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny
+from toy_task import with_model
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Kind
@@ -35,7 +36,7 @@ def wide(unit: str):
         "parameters": lambda: cost.parameters(model, anatomy),
         "latency": lambda: cost.latency(anatomy, 0.1, table),
     }
-    return replace(tiny_context(), model=model, anatomy=anatomy, cost=costs[unit]())
+    return replace(with_model(tiny_context(), model, anatomy), cost=costs[unit]())
 
 
 def sites_of(context, *kinds):
@@ -56,7 +57,7 @@ def mean_loss(model, context, examples):
 
 
 def test_gain_is_the_mean_absolute_finite_difference_of_each_example(monkeypatch):
-    monkeypatch.setattr(importance, "looking", lambda _: nullcontext())  # bfloat16 is for speed alone
+    monkeypatch.setattr(importance, "quick_autocast", lambda _: nullcontext())  # bfloat16 is for speed alone
     context = tiny_context()
     context.model.double()
     found = importance.gain(context, sites_of(context, Kind.HEADS, Kind.NEURONS), 8)

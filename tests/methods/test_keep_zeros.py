@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from toy_task import context, rows
+from toy_task import context, fit, rows, with_model
 
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
@@ -13,11 +11,11 @@ from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.log import Log
 from slimformer.methods.keep_zeros import KeepZeros
-from slimformer.training.loop import Settings, train
+from slimformer.training.stage import Train
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 BIAS = "bert.encoder.layer.0.attention.self.query.bias"
-SETTINGS = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", weight_decay=0.1, evaluate=False)
+SETTINGS = Train(steps=6, lr=3e-3, batch_size=16, precision="fp32", weight_decay=0.1)
 
 
 def test_zeros_stay_and_the_rest_trains(tmp_path):
@@ -28,7 +26,7 @@ def test_zeros_stay_and_the_rest_trains(tmp_path):
         parameters[QUERY][:8, 8:16] = 0
         parameters[BIAS].zero_()
     before = parameters[QUERY].detach().clone()
-    train(around, features, (KeepZeros(),), SETTINGS, tmp_path, Log(None, quiet=True))
+    fit(around, features, (KeepZeros(),), SETTINGS, tmp_path, Log(None, quiet=True))
     after = parameters[QUERY].detach()
     assert torch.equal(after == 0, before == 0)
     assert bool(((after != before) == (before != 0)).all())
@@ -42,7 +40,7 @@ def test_without_it_the_same_training_fills_them(tmp_path):
     query = dict(around.model.named_parameters())[QUERY]
     with torch.no_grad():
         query[:8, 8:16] = 0
-    train(around, features, (), SETTINGS, tmp_path, Log(None, quiet=True))
+    fit(around, features, (), SETTINGS, tmp_path, Log(None, quiet=True))
     assert bool((query != 0).all())
 
 
@@ -65,7 +63,7 @@ def test_a_factored_matrix_has_no_zeros_to_hold(tmp_path):
     with torch.no_grad():
         around.model.get_parameter(QUERY)[:8, 8:16] = 0
     small = shrink(around.model, around.anatomy, plan)
-    state = KeepZeros().attach(replace(around, model=small, anatomy=anatomy_of(small)))
+    state = KeepZeros().attach(with_model(around, small, anatomy_of(small)))
     dense = sum(matrix.parameters for matrix in anatomy_of(small).matrices.values() if matrix.dense)
     assert state.zeros * dense == 64
     state.close()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tiny import MODEL_TYPES, batch, tiny
-from toy_task import context, rows
+from toy_task import context, fit, rows, with_model
 
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
@@ -23,7 +23,7 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvat
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
-from slimformer.training.loop import Settings, train
+from slimformer.training.stage import Train
 
 QUIET = Log(None, quiet=True)
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
@@ -299,17 +299,16 @@ class Stop(Method):
 
 @pytest.mark.parametrize("options", [{}, {"score": "fisher", "fisher_block": 8, "fisher_examples": 12, "refreshes": 2}])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)
     features = rows(96)
-    settings = Settings(
-        epochs=3, lr=3e-3, batch_size=16, task_weight=0.0, precision="fp32", checkpoint_seconds=0.0, evaluate=False
-    )
+    settings = Train(epochs=3, lr=3e-3, batch_size=16, task_weight=0.0, precision="fp32")
     method = KnowledgeSparse(keep=0.2, pattern="1x4", **options)
     distillation = Distillation(temperature=1, hidden=3, scores=3, embedding=1, relative=False)
 
     def run(folder, after: int):
         around = context(features=features, teacher=tiny("bert", seed=9))
-        return around, train(around, features, (method, distillation, Stop(after)), settings, folder, QUIET)
+        return around, fit(around, features, (method, distillation, Stop(after)), settings, folder, QUIET)
 
     straight, expected = run(tmp_path / "straight", 99)
     with pytest.raises(KeyboardInterrupt):
@@ -325,13 +324,13 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
 
 def test_what_it_leaves_keeps_its_zeros_in_the_next_stage(tmp_path):
     features = rows(48)
-    settings = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
+    settings = Train(steps=6, lr=3e-3, batch_size=16, precision="fp32")
     around = context(features=features)
-    first = train(around, features, (KnowledgeSparse(keep=0.1),), settings, tmp_path / "1", QUIET)
+    first = fit(around, features, (KnowledgeSparse(keep=0.1),), settings, tmp_path / "1", QUIET)
     sparse = shrink(around.model, around.anatomy, first.decision)
     before = {name: (weight != 0) for name, weight in sparse.named_parameters() if name in first.decision.weights}
     following = context(model=sparse, features=features)
-    train(following, features, (KeepZeros(),), settings, tmp_path / "2", QUIET)
+    fit(following, features, (KeepZeros(),), settings, tmp_path / "2", QUIET)
     after = dict(following.model.named_parameters())
     assert all(torch.equal(after[name] != 0, mask) for name, mask in before.items())
 
@@ -377,7 +376,7 @@ def test_a_model_without_encoder_matrices_is_left_alone():
     around = tiny_context()
     anatomy = anatomy_of(around.model)
     bare = dataclasses.replace(anatomy, matrices={})
-    around = dataclasses.replace(around, anatomy=bare)
+    around = with_model(around, around.model, bare)
     for scope in ("matrix", "model"):
         method = KnowledgeSparse(scope=scope)
         state = method.attach(around)

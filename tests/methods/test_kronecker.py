@@ -14,6 +14,7 @@ import yaml
 from accelerate import init_empty_weights
 from tiny import tiny
 from tiny_folder import write_data, write_model
+from toy_task import with_model
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from slimformer.core import cost
@@ -23,7 +24,7 @@ from slimformer.core.shrink import shrink
 from slimformer.data.batching import collate
 from slimformer.data.material import prepare
 from slimformer.errors import PlanError, RecipeError, TargetError
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.forms.base import DENSE
 from slimformer.forms.kronecker import Kronecker as Product
 from slimformer.log import Log
@@ -33,12 +34,13 @@ from slimformer.methods.kronecker import NAMED, KroneckerFactors, candidates, re
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.stages import Calibrate, Train
+from slimformer.running.stages import run_stage
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.intents import Intents
 from slimformer.testing.checks import tiny_context
+from slimformer.training.stage import Calibrate, Train
 
 
 def matrix(role: Role, rows: int, columns: int) -> Matrix:
@@ -48,7 +50,7 @@ def matrix(role: Role, rows: int, columns: int) -> Matrix:
 def around(model: Any, unit: str = "parameters") -> Context:
     anatomy = anatomy_of(model)
     counted = cost.parameters(model, anatomy) if unit == "parameters" else cost.macs(anatomy, np.array([7]))
-    return replace(tiny_context(), model=model, anatomy=anatomy, cost=counted)
+    return replace(with_model(tiny_context(), model, anatomy), cost=counted)
 
 
 def decided(context: Context, **options: Any) -> Decision:
@@ -287,7 +289,7 @@ def test_two_stages_of_distillation_win_back_what_the_start_lost(tmp_path: Path)
     source = write_model(tmp_path / "model")
     model = checkpoint.load(source)
     task = Classification(data=str(write_data(tmp_path / "data"))).bind(model.config)
-    start = Bundle(model, Plan(), prepare(task, source), model)
+    start = Bundle(subject_of(model), Plan(), prepare(task, source), subject_of(model))
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
     text = tmp_path / "text.txt"
     rows = [example.texts[0] for example in start.material.examples[Split.TRAIN]]
@@ -298,21 +300,21 @@ def test_two_stages_of_distillation_win_back_what_the_start_lost(tmp_path: Path)
     def gaps(bundle: Bundle) -> tuple[float, float]:
         """Mean squares between the model and its teacher on dev: last hidden state, logits."""
         with torch.no_grad():
-            mine, goal = bundle.model(**inputs, output_hidden_states=True), model(**inputs, output_hidden_states=True)
+            mine, goal = bundle.subject.model(**inputs, output_hidden_states=True), model(**inputs, output_hidden_states=True)
         real = inputs["attention_mask"].bool()
         hidden = (mine.hidden_states[-1] - goal.hidden_states[-1])[real].square().mean()
         return float(hidden), float((mine.logits - goal.logits).square().mean())
 
     options: dict[str, Any] = {"lr": 5e-3, "batch_size": 16, "dropout": False, "precision": "fp32"}
-    factored = Calibrate(KroneckerFactors(keep=0.35)).run(start, run.under("1"))
+    factored = run_stage(Calibrate(KroneckerFactors(keep=0.35)), start, run.under("1"))
     lesson = Distillation(logits=0, hidden=1, scores=1)
-    first = Train((lesson,), epochs=12, text=str(text), **options).run(factored, run.under("2"))
-    second = Train((Distillation(),), epochs=4, task_weight=0.1, **options).run(first, run.under("3"))
+    first = run_stage(Train((lesson,), epochs=12, text=str(text), **options), factored, run.under("2"))
+    second = run_stage(Train((Distillation(),), epochs=4, task_weight=0.1, **options), first, run.under("3"))
     before, between, after = gaps(factored), gaps(first), gaps(second)
     assert between[0] < 0.2 * before[0]
     assert max(between[1], after[1]) < 0.2 * before[1]
     assert second.plan == factored.plan
     assert second.plan.forms
-    checkpoint.save(second.model, second.plan, tmp_path / "small", tokenizer_from=source)
+    checkpoint.save(second.subject.model, second.plan, tmp_path / "small", tokenizer_from=source)
     with torch.no_grad():
-        assert torch.equal(checkpoint.load(tmp_path / "small")(**inputs).logits, second.model(**inputs).logits)
+        assert torch.equal(checkpoint.load(tmp_path / "small")(**inputs).logits, second.subject.model(**inputs).logits)

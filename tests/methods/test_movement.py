@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import MODEL_TYPES, batch, tiny
-from toy_task import context, rows
+from toy_task import context, fit, rows, with_model
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Kind
@@ -27,7 +27,7 @@ from slimformer.methods.movement import Movement, cost_above, lowest_bar, straig
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
-from slimformer.training.loop import Settings, train
+from slimformer.training.stage import Train
 
 QUIET = Log(None, quiet=True)
 LAYER = "bert.encoder.layer.1"
@@ -73,7 +73,7 @@ def wide(unit: str = "macs") -> Context:
         "parameters": cost.parameters(model, anatomy),
         "latency": cost.latency(anatomy, 0.2, {Kind.HEADS: {4: 0.7, 16: 1.0}, Kind.NEURONS: {32: 0.5, 128: 2.0}}),
     }[unit]
-    return dataclasses.replace(around, model=model, anatomy=anatomy, cost=counted)
+    return dataclasses.replace(with_model(around, model, anatomy), cost=counted)
 
 
 def test_the_mask_is_exact_and_its_gradient_goes_straight_through():
@@ -312,14 +312,15 @@ class Stop(Method):
 
 @pytest.mark.parametrize("options", [{"keep": 0.6, "fill": True}, {"keep": None, "score_lr": 0.4, "threshold": 0.3}])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)
     features = rows(96)
-    settings = Settings(epochs=3, lr=3e-3, batch_size=16, precision="fp32", checkpoint_seconds=0.0, evaluate=False)
+    settings = Train(epochs=3, lr=3e-3, batch_size=16, precision="fp32")
     method = Movement(variant="hybrid", block=8, cost="parameters", neuron_multiple=4, lambda_final=5, **options)
 
     def run(folder, after: int):
         around = context(features=features, teacher=tiny("bert", seed=9))
-        return around, train(around, features, (method, Distillation(), Stop(after)), settings, folder, QUIET)
+        return around, fit(around, features, (method, Distillation(), Stop(after)), settings, folder, QUIET)
 
     straight, expected = run(tmp_path / "straight", 99)
     with pytest.raises(KeyboardInterrupt):

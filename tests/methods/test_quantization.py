@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny import batch, factored_context, tiny
 from tiny_folder import write_data, write_model
-from toy_task import context, rows
+from toy_task import context, fit, rows
 
 from slimformer.core.anatomy import PointRole
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.points import quantized_inputs
 from slimformer.log import Log
 from slimformer.methods.base import Progress
@@ -23,18 +23,19 @@ from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.methods.quantization import Quantization
 from slimformer.running.bundle import Bundle, Run
+from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.runner import begin
-from slimformer.running.stages import Train, advance
+from slimformer.running.stages import advance
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
-from slimformer.training.loop import Settings, train
+from slimformer.training.stage import Train
 
 QUIET = Log(None, quiet=True)
-SETTINGS = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
+SETTINGS = Train(steps=6, lr=3e-3, batch_size=16, precision="fp32")
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 WORDS = "bert.embeddings.word_embeddings.weight"
 
@@ -193,7 +194,7 @@ def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
     around = context(features=features, teacher=tiny("bert", seed=9))
     roles = tuple(str(role) for role in PointRole)
     method = Quantization(weights=4, activations=4, embeddings=4, roles=roles, activation_buckets="feature", start=0.2)
-    found = train(around, features, (method, Distillation(scores=1.0)), SETTINGS, tmp_path, QUIET)
+    found = fit(around, features, (method, Distillation(scores=1.0)), SETTINGS, tmp_path, QUIET)
     assert all(math.isfinite(loss) for loss in found.losses)
     assert set(found.decision.ranges.activations) >= {
         "encoder.0.attention.input",
@@ -213,14 +214,15 @@ def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
 
 
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
     monkeypatch.setattr(training, "STATE_SHARE", math.inf)
     features = rows(64)
-    settings = Settings(steps=6, lr=3e-3, batch_size=16, precision="fp32", checkpoint_seconds=0.0, evaluate=False)
+    settings = Train(steps=6, lr=3e-3, batch_size=16, precision="fp32")
     advance = Quantization.advance
 
     def run(folder):
         around = context(features=features)
-        return around, train(around, features, (Quantization(start=0.4),), settings, folder, QUIET)
+        return around, fit(around, features, (Quantization(start=0.4),), settings, folder, QUIET)
 
     def stop(self, state, progress):
         if progress.step == 5:
@@ -241,8 +243,8 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
 def test_weights_learn_through_their_grids(tmp_path):
     features = rows(96)
     around = context(features=features)
-    settings = Settings(steps=30, lr=3e-3, batch_size=16, precision="fp32", evaluate=False)
-    found = train(around, features, (Quantization(weights=4, activations=6),), settings, tmp_path, QUIET)
+    settings = Train(steps=30, lr=3e-3, batch_size=16, precision="fp32")
+    found = fit(around, features, (Quantization(weights=4, activations=6),), settings, tmp_path, QUIET)
     assert sum(found.losses[-5:]) < 0.7 * sum(found.losses[:5])
 
 
@@ -266,23 +268,23 @@ def test_ranges_go_with_the_bundle_and_the_next_stage_drops_them(tmp_path):
     source = write_model(tmp_path / "model")
     task = Classification(data=str(write_data(tmp_path / "data", train=64, dev=8))).bind(checkpoint.read_config(source))
     model = checkpoint.load(source)
-    bundle = Bundle(model, Plan(), prepare(task, source), model)
+    bundle = Bundle(subject_of(model), Plan(), prepare(task, source), subject_of(model))
     run = Run(tmp_path / "work", tmp_path / "work", QUIET, threads=1)
     stage = Train(methods=(Quantization(activations=6),), epochs=1, batch_size=16, precision="fp32")
-    made = advance((stage,), bundle, run)
+    made = advance((stage,), bundle, run).bundle
     assert made.ranges.activation_bits == 6
     assert "encoder.1.ffn_out.input" in made.ranges.activations
-    assert advance((stage,), bundle, run).ranges == made.ranges  # read back, not trained again
-    assert advance((stage, Train(epochs=1, precision="fp32")), bundle, run).ranges is None
+    assert advance((stage,), bundle, run).bundle.ranges == made.ranges  # read back, not trained again
+    assert advance((stage, Train(epochs=1, precision="fp32")), bundle, run).bundle.ranges is None
     saved = tmp_path / "saved"
-    checkpoint.save(made.model, made.plan, saved, tokenizer_from=source, ranges=made.ranges)
-    begun, _ = begin(Recipe(str(saved), Classification(data=str(tmp_path / "data")), ()), run)
+    checkpoint.save(made.subject.model, made.plan, saved, tokenizer_from=source, ranges=made.ranges)
+    begun, _ = prepare_bundle(preflight(Recipe(str(saved), Classification(data=str(tmp_path / "data")), ())), run)
     assert begun.ranges == made.ranges
 
 
 def test_it_stands_alone_with_one_that_cuts(tmp_path):
     with pytest.raises(RecipeError, match="quantization and gates both decide"):
-        train(context(), rows(), (Quantization(), Gates(keep=0.5)), SETTINGS, tmp_path, QUIET)
+        fit(context(), rows(), (Quantization(), Gates(keep=0.5)), SETTINGS, tmp_path, QUIET)
     data = {"model": "x", "task": "intents", "stages": [{"train": {"methods": ["quantization", "gates"]}}]}
     with pytest.raises(RecipeError, match="quantization and gates both decide"):
         parse_recipe(data)

@@ -27,9 +27,10 @@ from slimformer import cli, registry
 from slimformer.data.batching import collate
 from slimformer.data.squad import NOTHING, Answer, exact, f1, normalized, placed
 from slimformer.errors import DataError, ModelError, RecipeError
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture
 from slimformer.log import Log
+from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.tasks.base import Example, Features, Split
@@ -39,7 +40,7 @@ from slimformer.tasks.question_answering import (
     best_threshold,
     room,
 )
-from slimformer.training import teacher as teaching
+from slimformer.training import teacher as teacher_cache
 
 SHARED = Path(__file__).parents[3] / "shared"
 NAMES = ("start_logits", "end_logits")
@@ -535,17 +536,16 @@ def test_a_live_teacher_and_a_remembered_one_teach_the_same(tmp_path: Path) -> N
     student, model = (
         BertForQuestionAnswering(tiny_config("bert", num_labels=2, initializer_range=1.0)).eval() for _ in range(2)
     )
-    inputs = ("input_ids", "attention_mask")
-    teacher = teaching.Teacher(model, anatomy_of(model), inputs, task, nullcontext, "fp32", torch.device("cpu"))
+    teacher = teacher_cache.Teacher(subject_of(model), task, nullcontext, "fp32")
     batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
     assert not batch["attention_mask"].all()
     with torch.no_grad():
-        output = student(**{name: batch[name] for name in inputs})
+        output = student(**{name: batch[name] for name in ("input_ids", "attention_mask")})
     losses = []
     for needs in ({Capture.LOGITS}, {Capture.LOGITS, Capture.SCORES}):  # scores do not fit: the teacher runs along
-        with teaching.teaching(teacher, features, needs, tmp_path, Log(None, quiet=True), cap_bytes=0) as lessons:
+        with teacher_cache.teacher_outputs(teacher, features, needs, tmp_path, Log(None, quiet=True), cap_bytes=0) as lessons:
             losses.append(task.divergence(output, lessons.see(some, batch).output, batch, 2.0).item())
-    assert isinstance(lessons, teaching.Live)
+    assert isinstance(lessons, teacher_cache.LiveTeacher)
     assert losses[0] > 0.05  # models far enough apart for the digits of fp32
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -734,7 +734,7 @@ def test_a_recipe_with_it_round_trips_and_finds_files_beside_it(tmp_path: Path) 
         data=str(tmp_path / "data"), dev=str(tmp_path / "data" / "dev.json"), stride=32, version="v2"
     )
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
-    with pytest.raises(RecipeError, match=r"task: stride: from 0 to"):
+    with pytest.raises(RecipeError, match=r"task\.stride: from 0 to"):
         parse_recipe({"model": "x", "task": {"use": "question_answering", "stride": 9999}, "stages": []})
 
 
@@ -823,10 +823,9 @@ def test_a_model_tuned_here_remembers_for_which_questions(tmp_path: Path) -> Non
 def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
     """A leading stage makes it one of v2, its own teacher, and its mark says so; without the stage it is refused."""
     from slimformer.running.bundle import Run
-    from slimformer.running.preflight import look
-    from slimformer.running.runner import begin
-    from slimformer.running.stages import Train
+    from slimformer.running.preflight import preflight
     from slimformer.saving import checkpoint
+    from slimformer.training.stage import Train
 
     task = QuestionAnswering(data=str(write_data(tmp_path / "data", train=60, without=0.5)), stride=8, max_length=48)
     folder = write_folder(tmp_path / "model")
@@ -834,15 +833,14 @@ def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
     write(config, json.loads(config.read_text(encoding="utf-8")) | {"squad_version": "v1"})
     distil = Train(methods=(registry.find("methods", "distillation")(),))
     with pytest.raises(DataError, match=r"it cannot say that there is none[\s\S]*begin the recipe with '- train"):
-        look(Recipe(str(folder), task, (distil,)))
+        preflight(Recipe(str(folder), task, (distil,)))
     recipe = Recipe(str(folder), task, (Train(epochs=1), distil))
-    look(recipe)
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
-    bundle, left = begin(recipe, run)
+    bundle, left = prepare_bundle(preflight(recipe), run)
     assert left == (distil,)
-    assert bundle.teacher is bundle.model
+    assert bundle.teacher is bundle.subject
     assert not bundle.tuned_here  # the questions that all have an answer it may have seen before
-    assert bundle.material.task.bind(bundle.model.config.to_dict()).version == "v2"
+    assert bundle.material.task.bind(bundle.subject.model.config.to_dict()).version == "v2"
     (made,) = run.root.glob("teacher/1-train-*/made")
     assert checkpoint.read_config(made)["squad_version"] == "v2"
     assert checkpoint.read_config(folder)["squad_version"] == "v1"
@@ -867,7 +865,7 @@ def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path
 def test_a_teacher_of_another_task_or_tokenizer_is_refused(tmp_path: Path) -> None:
     from tiny_folder import write_model
 
-    from slimformer.running.preflight import look
+    from slimformer.running.preflight import preflight
 
     data = write_data(tmp_path / "data")
     model = write_folder(tmp_path / "model")
@@ -876,11 +874,11 @@ def test_a_teacher_of_another_task_or_tokenizer_is_refused(tmp_path: Path) -> No
     with pytest.raises(
         ModelError, match=r"the teacher .*other is a BertForSequenceClassification, and the task question_answering"
     ):
-        look(Recipe(str(model), task, (), teacher=str(other)))
+        preflight(Recipe(str(model), task, (), teacher=str(other)))
     words = write_folder(tmp_path / "words", words=(*FILLERS, *NUMBERS, *ASKED))
     with pytest.raises(ModelError, match=r"has another tokenizer than the model .*: 22 of 30 tokens have another id"):
-        look(Recipe(str(model), task, (), teacher=str(words)))
-    look(Recipe(str(model), task, (), teacher=str(write_folder(tmp_path / "same"))))
+        preflight(Recipe(str(model), task, (), teacher=str(words)))
+    preflight(Recipe(str(model), task, (), teacher=str(write_folder(tmp_path / "same"))))
 
 
 @pytest.mark.slow
@@ -890,7 +888,7 @@ def test_exported_files_give_both_logits_of_every_token(model_type: str, tmp_pat
     from slimformer.core.shrink import shrink
     from slimformer.exporters.base import Variant
     from slimformer.exporters.onnx import Onnx, quantized_matrices
-    from slimformer.families.base import anatomy_of, family_of
+    from slimformer.families.base import family_of
     from slimformer.runtimes.onnxruntime import OnnxRuntime
     from slimformer.testing.tiny import batch, tiny
 

@@ -7,27 +7,26 @@ estimate for a search: what a finished model really takes is always measured on 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from slimformer import registry
 from slimformer.core.anatomy import Anatomy, Kind
 from slimformer.core.cost import Cost, latency
 from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
+from slimformer.data.material import Material, subset
 from slimformer.exporters.base import Variant
-from slimformer.saving.files import write_text
+from slimformer.families.base import Subject
+from slimformer.log import Log
+from slimformer.measuring.machine import quiet
+from slimformer.measuring.sessions import open_session
+from slimformer.measuring.timing import Rounds, compare, workloads
 from slimformer.tasks.base import Split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from slimformer.data.material import Material
-    from slimformer.running.bundle import Run
 
 SHARES = (1.0, 0.5, 0.25, 0.08, 0.0)  # levels of each kind, as shares of its units
 SECONDS = 20.0  # of timing, all levels together
@@ -47,69 +46,42 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Latency:
     """`cost`: int8 milliseconds per example, as curves; `dense_fp32_ms`: the baseline, timed in the same rounds."""
 
     cost: Cost
     dense_fp32_ms: float
     levels: Levels
 
-
-def measured(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Measured:
-    """The latency of this model's sublayers in ONNX Runtime int8, batch 32 of validation examples; measured once a run.
-
-    A recipe that carries the levels of an earlier measurement is believed, so that it leads to the same plan again.
-    """
-    from slimformer.training.runstate import model_digest
-
-    file = run.root / f"latency-{model_digest(model)[:10]}-{run.threads}.json"
-    if run.levels is not None:
-        found = run.levels
-    elif file.is_file():
-        found = _read(file)
-    else:
-        run.log.say("timing what heads and neurons cost on this machine.")
-        found = _measure(model, anatomy, material, run)
-        write_text(file, json.dumps(asdict(found)))
-    table = {Kind.HEADS: found.heads, Kind.NEURONS: found.neurons}
-    return Measured(latency(anatomy, found.fixed_ms, table), found.dense_fp32_ms, found)
+    @staticmethod
+    def of(anatomy: Anatomy, levels: Levels) -> Latency:
+        """The curves that these levels give for a model of this anatomy."""
+        table = {Kind.HEADS: levels.heads, Kind.NEURONS: levels.neurons}
+        return Latency(latency(anatomy, levels.fixed_ms, table), levels.dense_fp32_ms, levels)
 
 
-def _read(file: Path) -> Levels:
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    heads, neurons = ({int(units): ms for units, ms in raw[kind].items()} for kind in ("heads", "neurons"))
-    return Levels(raw["fixed_ms"], raw["dense_fp32_ms"], heads, neurons)
-
-
-def _measure(model: PreTrainedModel, anatomy: Anatomy, material: Material, run: Run) -> Levels:
-    from slimformer import registry
-    from slimformer.core.shrink import shrink
-    from slimformer.data.material import subset
-    from slimformer.families.base import family_of
-    from slimformer.measuring.machine import quiet
-    from slimformer.measuring.sessions import open_session
-    from slimformer.measuring.timing import Rounds, compare, workloads
-
-    exporter = registry.find("exporters", "onnx")(agreement=0.0)  # what a model that was cut so says is of no interest here
-    batches = material.batches(family_of(model.config.model_type).inputs(model))[:4]
+def measure_levels(subject: Subject, material: Material, folder: Path, threads: int, log: Log, wait_seconds: float) -> Levels:
+    """Times this model's sublayers in ONNX Runtime int8, batch 32 of validation examples; scratch files lie in `folder`."""
+    anatomy, model = subject.anatomy, subject.model
+    exporter = registry.find("exporters", "onnx")(agreement=0.0)  # the answers of a model cut like this are of no interest
+    batches = material.batches(subject.inputs)[:4]
     plans = {f"{kind}-{units}": _uniform(anatomy, kind, units) for kind in _kinds(anatomy) for units in _levels(anatomy, kind)}
-    with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as name:
         files = {}
-        with run.log.track("timing levels", len(plans) + 1) as advance:
+        with log.track("timing levels", len(plans) + 1) as advance:
             for done, (level, plan) in enumerate(plans.items()):
-                files[level] = folder / f"{level}.onnx"
+                files[level] = Path(name) / f"{level}.onnx"
                 exporter.export(
                     shrink(model, anatomy, plan), batches, files[level], Variant.INT8_DYNAMIC, material.task.outputs
                 )
                 advance(done + 1)
-            files["fp32"] = folder / "fp32.onnx"
+            files["fp32"] = Path(name) / "fp32.onnx"
             exporter.export(model, batches, files["fp32"], Variant.FUSED, material.task.outputs)
             advance(len(plans) + 1)
-        sessions = {level: open_session(file, run.threads) for level, file in files.items()}
+        sessions = {level: open_session(file, threads) for level, file in files.items()}
         features, _ = subset(material, Split.VALIDATION, 640)
         workload = workloads(features, limit=12)[1]
-        timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet(run.wait_seconds))
+        timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet(wait_seconds))
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
     ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}

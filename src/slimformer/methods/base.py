@@ -12,14 +12,13 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slimformer.core.plan import Decision, Plan
-from slimformer.families.base import Subject, subject_of
+from slimformer.families.base import Subject
 from slimformer.hooks.capture import Capture, Captured
 from slimformer.rules import check_options
 
@@ -84,23 +83,24 @@ class Progress:
 class Context:
     """What stands around a method: the same for attach and decide."""
 
-    model: PreTrainedModel
-    anatomy: Anatomy
+    subject: Subject
     plan: Plan  # cut so far, in original numbering
     task: Task
     cost: Cost
-    teacher: PreTrainedModel | None
-    teacher_anatomy: Anatomy | None
+    teacher: Subject | None
     batches: Callable[[int], Iterator[Batch]]  # batches(n): training examples, n at most, on the model's device
     generator: torch.Generator
-    memo: dict[str, Any] = field(
-        default_factory=dict
-    )  # what was found once in this run, under a key that names all it depends on
+    memo: dict[str, Any] = field(default_factory=dict)  # found once in this run, under a key that names all it depends on
 
-    @cached_property
-    def subject(self) -> Subject:
-        """The model with what is known of it: its device, what it reads of a batch, and eval mode for a while."""
-        return subject_of(self.model)
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the methods look at or change."""
+        return self.subject.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What can be cut in it."""
+        return self.subject.anatomy
 
 
 @dataclass(frozen=True)

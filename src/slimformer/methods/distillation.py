@@ -57,8 +57,8 @@ class Distillation(Method):
         return Effects(needs=frozenset(capture for capture, weight in seen.items() if weight > 0), needs_teacher=True)
 
     def attach(self, context: Context) -> State:
-        assert context.teacher_anatomy is not None, "training gives a teacher to a method that needs one"
-        mine, theirs = context.anatomy, context.teacher_anatomy
+        assert context.teacher is not None, "training gives a teacher to a method that needs one"
+        mine, theirs = context.anatomy, context.teacher.anatomy
         count, deep = len(mine.layers), len(theirs.layers)
         partner = [round((index + 1) * deep / count) - 1 for index in range(count)]  # evenly, the last to the last
         alive = {site.layer for site in mine.sites.values()}

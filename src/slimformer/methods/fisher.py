@@ -38,7 +38,7 @@ from slimformer.hooks.feeding import Feed, watching
 from slimformer.hooks.gating import gated
 from slimformer.methods.base import Batch, Context, Effects, Method, State
 from slimformer.rules import Count, CountOrZero, Positive, Share
-from slimformer.training.precision import looking
+from slimformer.training.precision import quick_autocast
 from slimformer.training.runstate import model_digest
 
 DAMAGE_SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
@@ -125,7 +125,7 @@ def information(context: Context, examples: int) -> dict[str, np.ndarray]:
         for batch in context.batches(examples):
             rows, device = len(batch["input_ids"]), batch["input_ids"].device
             gates = {site.id: torch.ones(rows, site.size, device=device, requires_grad=True) for site in sites}
-            with torch.enable_grad(), gated(context.model, context.anatomy, gates), looking(device):
+            with torch.enable_grad(), gated(context.model, context.anatomy, gates), quick_autocast(device):
                 output = context.model(**context.subject.feed(batch))
                 loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
             gradients = torch.autograd.grad(loss, list(gates.values()))
@@ -160,7 +160,7 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
         return total / rows
 
     worth = {}
-    with context.subject.evaluating(), torch.no_grad(), looking(device):
+    with context.subject.evaluating(), torch.no_grad(), quick_autocast(device):
         whole = [outputs(index) for index in range(len(batches))]
         for name, units in importance.items():
             site = anatomy.sites[name]

@@ -34,7 +34,7 @@ from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.gating import gated
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.rules import Count, Share
-from slimformer.training.precision import looking
+from slimformer.training.precision import quick_autocast
 
 
 @final
@@ -102,7 +102,7 @@ def gain(context: Context, sites: list[Site], examples: int) -> dict[str, np.nda
         for batch in context.batches(examples):
             rows, device = len(batch["input_ids"]), batch["input_ids"].device
             gates = {site.id: torch.ones(rows, site.size, device=device, requires_grad=True) for site in sites}
-            with torch.enable_grad(), gated(context.model, context.anatomy, gates), looking(device):
+            with torch.enable_grad(), gated(context.model, context.anatomy, gates), quick_autocast(device):
                 output = context.model(**context.subject.feed(batch))
                 loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
             gradients = torch.autograd.grad(loss, list(gates.values()))

@@ -1,158 +1,168 @@
-"""From a finished model to what a person holds: files, the choice among them on validation examples, the bench on dev, the page.
+"""From a candidate to what a person holds: our files measured beside the rivals on dev, then the folder with files, card and page.
 
-The one idea: whatever is chosen is chosen on the validation slice, whatever is reported is measured on dev, and the rivals run in the
-same rounds as ours. Nothing is trained or cut here.
+Nothing is trained, cut or chosen here: the candidate was chosen on validation examples, the rivals were made in `rivals.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from slimformer import registry
-from slimformer.data.material import Material
-from slimformer.exporters.base import FILES, OPENVINO, SHIPPED, Variant
-from slimformer.running.bundle import Bundle, Run
+from slimformer.exporters.base import OPENVINO, Variant
+from slimformer.measuring.machine import quiet
+from slimformer.measuring.records import Facts, Goal, Heading, Standing
+from slimformer.measuring.scoring import Entry, Measurement, measure
+from slimformer.measuring.sessions import open_session
+from slimformer.measuring.timing import Rounds
+from slimformer.reporting.answers import changed_answers
+from slimformer.reporting.card import Card, write_card
+from slimformer.reporting.ledger import LEDGER, append_record, write_facts
+from slimformer.reporting.page import Details, write_page
+from slimformer.running.bundle import Run
+from slimformer.running.candidate import Candidate
+from slimformer.running.exports import export_files, openvino_int8, read_notes
+from slimformer.running.facts import facts_of
+from slimformer.running.recipe import Recipe, named_options
+from slimformer.running.rivals import Contestant, rivals_of
+from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
-from slimformer.saving.files import whole_folder, write_text
+from slimformer.saving.files import digest, whole_folder, write_text
 from slimformer.saving.sparse import Values, rounding
-from slimformer.tasks.base import Split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from slimformer.measuring.records import Goal, Heading
-    from slimformer.measuring.scoring import Entry, Measurement
-from slimformer.running.rivals import Rival, facts_of, openvino_int8
-from slimformer.running.trials import Trial, _digest, _fitted, _tuned, read_notes
+from slimformer.tasks.base import Split, Task
 
 
-def measure_all(entries: Sequence[Entry], material: Material, run: Run, heading: Heading, seconds: float) -> Measurement:
-    """Everything side by side on dev: scores, sizes, speeds; the first entry is the baseline."""
-    from slimformer.measuring.machine import quiet
-    from slimformer.measuring.scoring import measure
-    from slimformer.measuring.timing import Rounds
+@dataclass(frozen=True)
+class Order:
+    """What is to be delivered: the recipe that made it, with all its choices spelled out, and what was asked for."""
 
-    load, rounds = quiet(run.wait_seconds), Rounds(30, seconds=seconds)
-    return measure(entries, material.examples[Split.DEV], heading, rounds=rounds, load=load, seed=run.seed)
+    recipe: Recipe
+    model_name: str
+    task_name: str
+    goal: Goal | None = None  # None: a recipe, which asks for no speed
+    command: str = ""  # that the page shows
+
+    @property
+    def max_loss(self) -> float:
+        """Points of loss within which the fastest file is the best."""
+        return self.goal.max_loss if self.goal else self.recipe.export.choose_within
 
 
-def _entry(item: Rival, material: Material, threads: int) -> Entry:
-    from slimformer.measuring.scoring import Entry
-    from slimformer.measuring.sessions import open_session
+def finish(candidate: Candidate, order: Order, judge: Judge, run: Run, out: Path) -> Measurement:
+    """Trains the rivals, measures everything side by side on dev, and fills `out`.
 
+    The ledger rows and every file that another tool needs are there when this returns; a call that was killed can be made again.
+    """
+    made, bench = candidate.made, order.recipe.bench
+    rivals = rivals_of(made, candidate.stages, bench.rivals, judge, run)
+    ours = _ours(candidate, order, run)
+    run.log.say("measuring everything side by side on the dev examples.")
+    entries = [_entry(item, candidate, run.threads) for item in (*rivals, *ours)]
+    measurement = measure(
+        entries,
+        made.bundle.material.examples[Split.DEV],
+        Heading(order.model_name, order.task_name),
+        rounds=Rounds(30, seconds=bench.seconds),
+        load=quiet(run.wait_seconds),
+        seed=run.seed,
+    )
+    tasks = {item.path.name: entry.task for item, entry in zip(ours, entries[len(rivals) :], strict=True)}
+    deliver(candidate, order, measurement, tasks, run, out)
+    return measurement
+
+
+def _ours(candidate: Candidate, order: Order, run: Run) -> list[Contestant]:
+    """Our files as they are measured: those that ship, and what the recipe's `export` and `bench` ask for besides."""
+    bundle, recipe, kinds = candidate.made.bundle, order.recipe, candidate.kinds
+    best = candidate.best(order.max_loss).variant
+    facts = facts_of(candidate.made, run, digest(recipe.to_yaml()), recipe.export.values) | {"target": order.goal}
+
+    def ours(variant: str, path: Path, name: str, runtime: str = "onnxruntime", *, chosen: bool = False) -> Contestant:
+        return Contestant(f"slimformer {name}", Standing.OURS, path, variant, runtime, facts | {"chosen": chosen})
+
+    files = [ours(name, path, kinds[name].label, chosen=name == best) for name, path in candidate.files.items()]
+    if recipe.bench.openvino and find_spec("openvino") is not None:
+        engine = registry.find("runtimes", "openvino")()
+        standard = [item for item in files if engine.accepts(item.path)]
+        files += [ours(item.variant, item.path, f"{kinds[item.variant].label} in OpenVINO", "openvino") for item in standard]
+    if recipe.bench.fused:
+        home = candidate.files[Variant.FLOAT].parent
+        made = export_files(bundle.subject, bundle.material, home, [Variant.FUSED], run.log)
+        files.append(ours(Variant.FUSED, made[Variant.FUSED], kinds[Variant.FUSED].label))
+    if recipe.export.openvino:
+        run.log.say("making OpenVINO's int8 file by NNCF.")
+        path = openvino_int8(candidate.files[Variant.FLOAT], bundle.subject, bundle.material, _openvino_home(run))
+        files.append(ours(Variant.INT8_STATIC, path, OPENVINO.label, "openvino"))
+    return files
+
+
+def _openvino_home(run: Run) -> Path:
+    return run.root / "openvino"
+
+
+def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
+    material = candidate.made.bundle.material
     session = open_session(item.path, threads, item.runtime)
     return Entry(
         name=item.name,
-        role=item.role,
+        role=item.standing,
         precision=str(item.variant),
         session=session,
-        task=_tuned(session, material),
+        task=tuned_task(session, material),
         features=material.features[Split.DEV],
-        facts=item.facts or {},
+        facts=item.facts,
     )
 
 
-def deliver(
-    bundle: Bundle,
-    exported: Path,
-    out: Path,
-    run: Run,
-    *,
-    best: Trial,
-    rivals: Sequence[Rival],
-    recipe: str,
-    target: Goal | None,
-    task_options: Mapping[str, Any],
-    model_name: str,
-    task_name: str,
-    command: str,
-    seconds: float = 60.0,
-    openvino: bool = False,
-    fused: bool = False,
-    openvino_file: bool = False,
-    values: Values = "float32",
-) -> Measurement:
-    """Measures the files in `exported` beside the rivals and fills `out`: model, ONNX files, card, page, ledger, recipe.
-
-    `openvino`: our files of standard operators run there too, where it is installed. `fused`: the fused fp32 file that lies in `exported`
-    is measured, not delivered. `openvino_file`: our model is delivered and measured as OpenVINO's own int8 file besides, made by NNCF.
-    `values`: how large and sparse matrices are stored in model.safetensors; what rounding that means is in the log and on the card.
-    The ledger row and every file that another tool needs are there when this returns; a call that was killed can be made again.
-    """
-    from slimformer.measuring.records import Facts, Heading, Standing
-    from slimformer.reporting.answers import changed_answers
-    from slimformer.reporting.card import Card, write_card
-    from slimformer.reporting.ledger import LEDGER, append_record, write_facts
-    from slimformer.reporting.page import Details, write_page
-
-    material = bundle.material
-    digest = _digest(recipe)
-    shared = facts_of(bundle, bundle.teacher, run, digest, values)
-
-    def mine(variant: str, path: Path, name: str = "", runtime: str = "onnxruntime", *, chosen: bool = False) -> Rival:
-        facts = {**shared, "chosen": chosen, "target": target}
-        return Rival(f"slimformer {name or FILES[variant].label}", str(Standing.OURS), path, variant, runtime, facts)
-
-    ours = [mine(variant, exported / FILES[variant].name, chosen=variant == best.variant) for variant in SHIPPED]
-    if openvino and find_spec("openvino") is not None:
-        engine = registry.find("runtimes", "openvino")()
-        standard = [item for item in ours if engine.accepts(item.path)]
-        ours += [mine(item.variant, item.path, f"{FILES[item.variant].label} in OpenVINO", "openvino") for item in standard]
-    if fused:
-        ours.append(mine(Variant.FUSED, exported / FILES[Variant.FUSED].name))
-    made = run.root / "openvino"
-    if openvino_file:
-        run.log.say("making OpenVINO's int8 file by NNCF.")
-        path = openvino_int8(exported / FILES[Variant.FLOAT].name, bundle.model, material, made)
-        ours.append(mine(Variant.INT8_STATIC, path, OPENVINO.label, "openvino"))
-    entries = [_entry(item, material, run.threads) for item in (*rivals, *ours)]
-    own = {FILES[variant].name: entry.task for variant, entry in zip(SHIPPED, entries[len(rivals) :], strict=False)}
-    if openvino_file:
-        own[OPENVINO.name] = entries[-1].task
-    found = measure_all(entries, material, run, Heading(model_name, task_name), seconds)
-    chosen = next(record for record in found.records if record.chosen)
-    told = Facts(
-        best=FILES[best.variant].name,
-        task=dict(task_options),
+def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks: dict[str, Task], run: Run, out: Path) -> None:
+    """Fills `out`, all at once: the model, its files, card, page, ledger and recipe. `tasks`: as fitted to each file, by name."""
+    bundle, export, files = candidate.made.bundle, order.recipe.export, candidate.files
+    material, model = bundle.material, bundle.subject.model
+    best = files[candidate.best(order.max_loss).variant]
+    chosen = next(record for record in measurement.records if record.chosen)
+    delivered = [path.name for path in files.values()] + ([OPENVINO.name] if export.openvino else [])
+    fitted = {name: fitted_options(material.task, tasks[name]) for name in delivered}
+    text = order.recipe.to_yaml()
+    facts = Facts(
+        best=best.name,
+        task=named_options(material.task),
         max_length=material.max_length,
         metric=material.task.metric,
-        name=f"{model_name} (slimformer)",
-        model=model_name,
-        fitted={name: options for name, task in own.items() if (options := _fitted(material.task, task))},
-        **shared,
+        name=f"{order.model_name} (slimformer)",
+        model=order.model_name,
+        fitted={name: options for name, options in fitted.items() if options},
+        **facts_of(candidate.made, run, digest(text), export.values),
     )
+    stored = _stored(bundle.subject.model, export.values)
+    if stored:
+        run.log.say(f"model.safetensors: {stored}.")
     with whole_folder(run.root / "delivery") as part:
-        checkpoint.write(bundle.model, bundle.plan, part, tokenizer_from=material.source, values=values, ranges=bundle.ranges)
-        stored = _stored(bundle.model, values)
-        if stored:
-            run.log.say(f"model.safetensors: {stored}.")
-        for variant in SHIPPED:
-            (part / FILES[variant].name).write_bytes((exported / FILES[variant].name).read_bytes())
-        for file in made.iterdir() if openvino_file else ():
+        source, ranges = material.source, bundle.ranges
+        checkpoint.write(model, bundle.plan, part, tokenizer_from=source, values=export.values, ranges=ranges)
+        for path in files.values():
+            (part / path.name).write_bytes(path.read_bytes())
+        for file in _openvino_home(run).iterdir() if export.openvino else ():
             (part / file.name).write_bytes(file.read_bytes())
-        write_facts(part, told)
-        write_text(part / "recipe.yaml", recipe)
+        write_facts(part, facts)
+        write_text(part / "recipe.yaml", text)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
-        notes = tuple(read_notes(exported).get(FILES[best.variant].name, []))
-        code = own.get(chosen.file, material.task).snippet(part, chosen.file, texts, material.max_length)
-        write_card(part, Card(chosen, found.records, code, base_model=model_name, notes=notes, stored=stored))
-        before, after = found.scored[rivals[0].name], found.scored[chosen.name]
+        code = tasks.get(chosen.file, material.task).snippet(part, chosen.file, texts, material.max_length)
+        notes = tuple(read_notes(best.parent).get(best.name, []))
+        write_card(part, Card(chosen, measurement.records, code, base_model=order.model_name, notes=notes, stored=stored))
+        before, after = (measurement.scored[name] for name in (measurement.records[0].name, chosen.name))
         differences = changed_answers(before, after, material.examples[Split.DEV])
-        write_page(found.records, part / "report.html", Details(changed=differences, command=command))
-        for record in found.records:
+        write_page(measurement.records, part / "report.html", Details(changed=differences, command=order.command))
+        for record in measurement.records:
             append_record(part / LEDGER, record)
     for file in sorted((run.root / "delivery").iterdir()):
         file.replace(out / file.name)
-    return found
 
 
-def _stored(model: PreTrainedModel, values: Values) -> str:
-    """What is to be said of values that are stored smaller; nothing where they are not."""
+def _stored(model: object, values: Values) -> str:
+    """How model.safetensors rounds the values, in words; nothing if it does not."""
     if values == "float32":
         return ""
-    lost = rounding(checkpoint.unshared(model), values, checkpoint.heads(model))
+    lost = rounding(checkpoint.unshared(model), values, checkpoint.heads(model))  # type: ignore[arg-type]
     how = f"rounded by at most {lost:.2g} of a matrix's largest" if lost else "exact"
     return f"matrices and word tables as {values}, {how}"

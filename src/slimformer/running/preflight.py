@@ -1,104 +1,99 @@
-"""All checks of a request that are quick, before anything is made."""
+"""Every check of a request that is quick, made before anything starts: recipe, model, teacher, data, first cut.
+
+Nothing is written, measured or trained here. A request that passes can still meet a full disk or a budget that only a measurement
+shows to be out of reach, but no mistake of the user's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slimformer import registry
+from slimformer.core import cost
 from slimformer.data.augmentation import check_masked_model
 from slimformer.data.material import check_text, sampled_lengths
+from slimformer.data.tokenizer import OTHER_FORMS, load_tokenizer, max_length_of
 from slimformer.errors import ModelError, RecipeError
-from slimformer.running.stages import TASK_TEXT, Stage, Train, refuse_cuts
+from slimformer.families.base import family_of, subject_of
+from slimformer.registry import name_of
+from slimformer.running.order import conflicts, leading
+from slimformer.running.recipe import Recipe
+from slimformer.running.stages import refuse_cuts
+from slimformer.runtimes.openvino import require_nncf
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
-
-if TYPE_CHECKING:
-    pass
-from slimformer.running.order import _fills, _lead, _methods, disorder
-from slimformer.running.recipe import Recipe
+from slimformer.training.stage import TASK_TEXT, Stage, Train
 
 
-def look(recipe: Recipe) -> None:
-    """All checks of what the user gave that are quick, before anything is made; the errors of `begin`, but earlier."""
-    from slimformer.data.tokenizer import load_tokenizer, max_length_of
-    from slimformer.families.base import family_of
-    from slimformer.runtimes.openvino import require_nncf
+@dataclass(frozen=True)
+class Checked:
+    """A recipe without a mistake, and where its models lie on this machine."""
 
-    orders = [fact for number, stage in enumerate(recipe.stages) for fact in disorder(stage, recipe.stages[:number])]
-    if orders:
-        raise RecipeError(
-            "the stages of this recipe undo each other.", facts=orders, help="docs/concepts.md says what may follow."
-        )
+    recipe: Recipe
+    source: Path
+    teacher: Path | None
+
+
+def preflight(recipe: Recipe) -> Checked:
+    """Raises the first mistake it finds; see the functions below for their errors. Models named by a hub id are fetched here."""
+    _check_order(recipe.stages)
     if recipe.export.openvino:
         require_nncf()
-    for source in map(local_folder, filter(None, (recipe.model, recipe.teacher))):
-        family_of(checkpoint.base_type(checkpoint.read_config(source)))
-        checkpoint.weights_file(source)
-    look_at_gains(local_folder(recipe.model), recipe.stages)
-    source, task = local_folder(recipe.model), recipe.task
+    source, teacher = local_folder(recipe.model), local_folder(recipe.teacher) if recipe.teacher else None
+    for folder in filter(None, (source, teacher)):
+        family_of(checkpoint.base_type(checkpoint.read_config(folder)))
+        checkpoint.weights_file(folder)
+    check_kept(source, recipe.stages)
+    task = recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
-        task = task.bind(checkpoint.read_config(source) | _trained_on(recipe))
-    elif recipe.teacher is None and not _lead(recipe.stages):
+        task = task.bind(checkpoint.read_config(source) | trained_marks(recipe))
+    elif teacher is None and not leading(recipe.stages):
         raise RecipeError(
             f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
             help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
         )
-    if recipe.teacher:
-        _look_at_teacher(local_folder(recipe.teacher), source, recipe.task)
-    for stage in recipe.stages:
-        if isinstance(stage, Train) and stage.augment_model:
+    if teacher is not None:
+        _check_teacher(teacher, source, recipe.task)
+    training = [stage for stage in recipe.stages if isinstance(stage, Train)]
+    for stage in training:
+        if stage.augment_model:
             check_masked_model(Path(stage.augment_model), source)
     for split in Split:
         task.split(split)
-    for stage in recipe.stages:
-        if isinstance(stage, Train) and stage.text not in (None, TASK_TEXT):
+    for stage in training:
+        if stage.text not in (None, TASK_TEXT):
             check_text(Path(str(stage.text)))
     load_tokenizer(source)
     max_length_of(source)
-    _look_at_cuts(recipe, task)
+    _check_first_cut(recipe, source, task)
+    return Checked(recipe, source, teacher)
 
 
-def _look_at_cuts(recipe: Recipe, task: Task) -> None:
-    """RecipeError, TargetError or PlanError where the first method that decides cannot do so with this model.
-
-    What a later one meets is known only once there is something left to cut.
-    """
-    from slimformer.core import cost
-    from slimformer.families.base import anatomy_of
-
-    first = next((method for stage in recipe.stages for method in _methods(stage) if method.effects().chooses), None)
-    if first is None:
-        return
-    source = local_folder(recipe.model)
-    model = checkpoint.skeleton(source, task.auto_class)
-    refuse_cuts((first,), model)
-    anatomy = anatomy_of(model)
-    counted = None  # latency takes weights and a minute to measure
-    if first.cost == "parameters":
-        counted = cost.parameters(model, anatomy)
-    elif first.cost == "macs":
-        counted = cost.macs(anatomy, sampled_lengths(task, source))
-    first.check(anatomy, counted)
+def _check_order(stages: Sequence[Stage]) -> None:
+    """RecipeError if a stage destroys what an earlier one made."""
+    facts = [fact for number, stage in enumerate(stages) for fact in conflicts(stage, stages[:number])]
+    if facts:
+        raise RecipeError(
+            "the stages of this recipe undo each other.", facts=facts, help="docs/concepts.md says what may follow."
+        )
 
 
-def look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
-    """RecipeError where a model comes with zeros or learned ranges, as a run delivers it, that the stages would lose."""
+def check_kept(source: Path, stages: Sequence[Stage]) -> None:
+    """RecipeError if these stages would destroy the model's saved zeros or learned ranges."""
     lost = []
     if (
         stages
         and checkpoint.load_ranges(source) is not None
-        and not any(method.effects().learns_grids for method in _methods(stages[0]))
+        and not any(method.effects().learns_grids for method in stages[0].methods)
     ):
         lost.append("it has learned grids and ranges, which the first stage would lose: begin with quantization")
-    spoiling = next(
-        (stage for stage in stages if _fills(stage) or any(method.effects().refills for method in _methods(stage))), None
-    )
+    spoiling = next((stage for stage in stages if stage.fills_zeros), None)
     if spoiling is not None and checkpoint.sparse_matrices(source):
-        filling = next((registry.name_of(method) for method in _methods(spoiling) if method.effects().refills), None)
+        filling = next((name_of(method) for method in spoiling.methods if method.effects().refills), None)
         if filling:
             lost.append(f"it was saved without its zeros, and {filling} gives matrices new values: leave out {filling}")
         else:
@@ -113,21 +108,19 @@ def look_at_gains(source: Path, stages: Sequence[Stage]) -> None:
         )
 
 
-def _look_at_teacher(teacher: Path, source: Path, task: Task) -> None:
-    """ModelError or DataError where a teacher is no model for this task, or reads other token ids than the model."""
-    from slimformer.data.tokenizer import OTHER_FORMS, load_tokenizer
-
+def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
+    """ModelError or DataError if a teacher is no model for this task, or reads other token ids than the model."""
     config = checkpoint.read_config(teacher)
     if not checkpoint.is_tuned(teacher, task.auto_class):
         kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
         raise ModelError(
-            f"the teacher {teacher} is a {kind}, and the task {registry.name_of(task)} needs one that ends in "
+            f"the teacher {teacher} is a {kind}, and the task {name_of(task)} needs one that ends in "
             f"{task.auto_class.removeprefix('AutoModel')}.",
             help="name a teacher that was tuned for this task.",
         )
     task.bind(config)
     if not any((teacher / name).is_file() for name in ("tokenizer.json", *OTHER_FORMS)):
-        return  # sizes are compared when it is loaded
+        return  # the sizes of the vocabularies are compared when it is loaded
     mine, theirs = (load_tokenizer(folder).get_vocab() for folder in (source, teacher))
     if mine != theirs:
         differing = sum(theirs.get(token) != index for token, index in mine.items())
@@ -138,6 +131,24 @@ def _look_at_teacher(teacher: Path, source: Path, task: Task) -> None:
         )
 
 
-def _trained_on(recipe: Recipe) -> dict[str, Any]:
+def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
+    """RecipeError, TargetError or PlanError if the first method that decides cannot do so with this model.
+
+    What a later method meets is known only once there is something left to cut.
+    """
+    first = next((method for stage in recipe.stages for method in stage.methods if method.effects().chooses), None)
+    if first is None:
+        return
+    subject = subject_of(checkpoint.skeleton(source, task.auto_class))
+    refuse_cuts((first,), subject.anatomy)
+    counted = None  # latency takes weights and a minute to measure
+    if first.cost == "parameters":
+        counted = cost.parameters(subject.model, subject.anatomy)
+    elif first.cost == "macs":
+        counted = cost.macs(subject.anatomy, sampled_lengths(task, source))
+    first.check(subject.anatomy, counted)
+
+
+def trained_marks(recipe: Recipe) -> dict[str, Any]:
     """What the config of the recipe's model says once leading `train` stages have trained it on the task's data."""
-    return dict(recipe.task.trained_on()) if _lead(recipe.stages) else {}
+    return dict(recipe.task.trained_on()) if leading(recipe.stages) else {}

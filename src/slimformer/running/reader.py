@@ -6,17 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimformer import registry
 from slimformer.errors import RecipeError, SlimformerError, nearest
 from slimformer.measuring.latency import Levels
-from slimformer.running.stages import TASK_TEXT, Calibrate, Stage, Train
-
-if TYPE_CHECKING:
-    pass
-from slimformer.running.order import disorder
+from slimformer.running.order import conflicts
 from slimformer.running.recipe import Bench, Export, Recipe
+from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -115,7 +112,7 @@ class _Reader:
             else:
                 self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), ('train', 'calibrate', 'export', 'bench'))}")
             if made is not None:
-                self.mistakes += [f"{place}: {mistake}" for mistake in disorder(made, found)]
+                self.mistakes += [f"{place}: {mistake}" for mistake in conflicts(made, found)]
                 found.append(made)
         return found, export, bench
 
@@ -140,13 +137,8 @@ class _Reader:
                 self.mistakes.append(f"{place}.text: text has no labels, so there is nothing to learn; add distillation")
         if isinstance(options, dict) and isinstance(options.get("augment_model"), str):
             options["augment_model"] = self.path(options["augment_model"])
-        stage = self.build(Train, options, place)
-        if stage is not None:
-            try:
-                stage.settings(0)
-            except RecipeError as error:
-                self.mistakes += [f"{place}.{fact}" for fact in error.facts]
-        return replace(stage, methods=tuple(methods)) if stage is not None else None
+        stage: Train | None = self.build(Train, options, place)
+        return None if stage is None else replace(stage, methods=tuple(method for method in methods if method is not None))
 
     def export(self, options: Any, place: str) -> Export | None:
         """The options of an exporter stand beside those of every export: each is checked by the class that it belongs to."""
@@ -209,6 +201,8 @@ class _Reader:
                 path = "".join(f".{part}" for part in item["loc"])
                 given = f", not {item['input']!r}" if item["loc"] else ""
                 self.mistakes.append(f"{place}{path}: {item['msg'].removeprefix('Value error, ')}{given}")
+        except RecipeError as error:  # its facts begin with the names of options
+            self.mistakes += [f"{place}.{fact}" for fact in error.facts]
         except SlimformerError as error:
             self.mistakes += [f"{place}: {fact}" for fact in error.facts or (error.what,)]
         return None

@@ -24,9 +24,9 @@ from slimformer import registry
 from slimformer.errors import nearest
 from slimformer.measuring.latency import Levels
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
-from slimformer.running.stages import Calibrate, Stage, Train
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task
+from slimformer.training.stage import Calibrate, Stage, Train
 
 if TYPE_CHECKING:
     from slimformer.exporters.base import Exporter

@@ -6,6 +6,7 @@ OutputError; a killed run leaves at most a hidden temporary that the next run re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +14,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from slimformer.errors import OutputError, output_errors
+
+T = TypeVar("T")
 
 _OWNED = ".slimformer"  # lies in every folder we made; holds what the folder is
 
@@ -62,6 +66,34 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole text file."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def digest(*parts: str | bytes) -> str:
+    """Twelve hexadecimal digits that name these texts, in this order."""
+    sums = hashlib.sha256()
+    for part in parts:
+        sums.update(part if isinstance(part, bytes) else part.encode())
+    return sums.hexdigest()[:12]
+
+
+def remembered(file: Path, make: Callable[[], T], kind: Any) -> T:
+    """What `make` gives, made once: it is kept in `file` as JSON, and read from there the next time.
+
+    `kind`: its type as pydantic understands it (a dataclass, `list[Trial]`, `float`). A file that does not hold one is made anew.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(kind)
+    if file.is_file():
+        try:
+            value: T = adapter.validate_json(file.read_bytes())
+        except ValidationError:
+            pass  # another version wrote it
+        else:
+            return value
+    value = make()
+    write_text(file, adapter.dump_json(value, indent=1).decode())
+    return value
 
 
 def remove_parts(folder: Path) -> None:

@@ -317,8 +317,8 @@ class TinyTask:
 
 def tiny_context(model_type: str = "bert", unit: str = "macs") -> Context:
     """A context around a tiny model, for any method."""
-    model, teacher = tiny(model_type), tiny(model_type)
-    anatomy = anatomy_of(model)
+    student, teacher = subject_of(tiny(model_type)), subject_of(tiny(model_type))
+    model, anatomy = student.model, student.anatomy
     counted = cost.parameters(model, anatomy) if unit == "parameters" else cost.macs(anatomy, np.array([7]))
 
     def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -327,13 +327,11 @@ def tiny_context(model_type: str = "bert", unit: str = "macs") -> Context:
             yield inputs | {"labels": torch.arange(4) % 3}
 
     return Context(
-        model=model,
-        anatomy=anatomy,
+        subject=student,
         plan=Plan(),
         task=TinyTask(),  # type: ignore[arg-type]
         cost=counted,
         teacher=teacher,
-        teacher_anatomy=anatomy,
         batches=batches,
         generator=torch.Generator().manual_seed(0),
     )
@@ -350,11 +348,11 @@ def is_frozen(cls: type[Any]) -> None:
 def round_trips(cls: type[Method]) -> None:
     """law 10: builds from its defaults and comes back from YAML the same."""
     from slimformer.running.recipe import Recipe
-    from slimformer.running.stages import Calibrate, Train
     from slimformer.tasks.intents import Intents
+    from slimformer.training.stage import Calibrate, Stage, Train
 
     method = cls()
-    stage = Train(methods=(method,)) if not method.effects().one_shot else Calibrate(method)
+    stage: Stage = Train(methods=(method,)) if not method.effects().one_shot else Calibrate(method)
     recipe = Recipe("model", Intents(), (stage,))
     import yaml
 
@@ -410,7 +408,7 @@ def decides_what_fits(cls: type[Method]) -> None:
     needs = effects.needs | {Capture.LOGITS}
     context = tiny_context(unit=method.cost)
     assert context.teacher is not None
-    learner, guide = subject_of(context.model), subject_of(context.teacher)
+    learner, guide = context.subject, context.teacher
     state = method.attach(context)
     try:
         if not effects.one_shot:

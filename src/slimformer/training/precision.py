@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 Precision = Literal["fp32", "bf16", "fp16"]
-BF16_GAIN = 1.5  # in matrix products, for "auto" to take it on a CPU: a step gains a little less (docs/decisions/0003)
+PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+BF16_SPEEDUP = 1.5  # in matrix products, for "auto" to take it on a CPU: a step gains a little less (docs/decisions/0003)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -25,14 +26,14 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def looking(device: torch.device) -> AbstractContextManager[object]:
+def quick_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The fastest context for passes that only look: evaluation on validation examples, gradients that are squared and summed."""
-    quick = device.type == "cpu" and bf16_gain() >= BF16_GAIN
+    quick = device.type == "cpu" and bf16_speedup() >= BF16_SPEEDUP
     return autocast(device, "bf16" if quick else "fp32")
 
 
 @cache
-def bf16_gain() -> float:
+def bf16_speedup() -> float:
     """How many times faster this CPU trains a small feed-forward matrix in bfloat16 than in float32; a fifth of a second."""
     rows, into, out = 768, 384, 1536  # a batch of 32 sentences through the matrix of a small encoder
     value = torch.linspace(-1, 1, rows * into).reshape(rows, into)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.data.batching import collate, least_width, sorted_by_length
+from slimformer.families.base import Subject
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
 from slimformer.methods.base import Batch
@@ -32,7 +33,7 @@ from slimformer.tasks.base import Features, Task
 from slimformer.training.runstate import features_digest, model_digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter where scores are seen, which take more memory than all the rest
@@ -44,24 +45,21 @@ FACTS = "facts.json"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that is only looked at, the names of its inputs, and how it is to be computed."""
+    """A model that only gives outputs, and how these are computed."""
 
-    model: PreTrainedModel
-    anatomy: Anatomy
-    inputs: tuple[str, ...]
+    subject: Subject
     task: Task
     autocast: Callable[[], AbstractContextManager[object]]
     precision: str
-    device: torch.device
 
-    def look(self, recorder: Recorder, batch: Batch) -> Captured:
+    def forward(self, recorder: Recorder, batch: Batch) -> Captured:
         """One forward pass, without gradients."""
         with torch.no_grad(), self.autocast():
-            output = self.model(**{name: batch[name] for name in self.inputs if name in batch})
+            output = self.subject.model(**self.subject.feed(batch))
         return recorder.take({name: output[name] for name in self.task.outputs})
 
 
-class Lessons(ABC):
+class TeacherOutputs(ABC):
     """What the teacher sees in the rows of a batch; `seconds` went into computing it beforehand."""
 
     seconds: float = 0.0
@@ -70,17 +68,17 @@ class Lessons(ABC):
     def see(self, rows: Sequence[int], batch: Batch) -> Captured: ...
 
 
-class Live(Lessons):
+class LiveTeacher(TeacherOutputs):
     """A teacher that runs beside the student."""
 
     def __init__(self, teacher: Teacher, recorder: Recorder) -> None:
         self._teacher, self._recorder = teacher, recorder
 
     def see(self, rows: Sequence[int], batch: Batch) -> Captured:
-        return self._teacher.look(self._recorder, batch)
+        return self._teacher.forward(self._recorder, batch)
 
 
-class Remembered(Lessons):
+class MemoizedTeacher(TeacherOutputs):
     """A teacher that looks at each batch once and remembers: stands in for cached outputs while a training is estimated."""
 
     def __init__(self, teacher: Teacher, recorder: Recorder) -> None:
@@ -90,15 +88,15 @@ class Remembered(Lessons):
     def see(self, rows: Sequence[int], batch: Batch) -> Captured:
         key = tuple(rows)
         if key not in self._seen:
-            self._seen[key] = self.look(batch)
+            self._seen[key] = self.compute(batch)
         return self._seen[key]
 
-    def look(self, batch: Batch) -> Captured:
-        """A look that is not remembered: what making the outputs costs."""
-        return self._teacher.look(self._recorder, batch)
+    def compute(self, batch: Batch) -> Captured:
+        """A pass that is not remembered: what making the outputs costs."""
+        return self._teacher.forward(self._recorder, batch)
 
 
-class Cached(Lessons):
+class CachedTeacher(TeacherOutputs):
     """A teacher's outputs, and what else was kept, read from a folder that `_fill` wrote."""
 
     def __init__(self, folder: Path, device: torch.device, seconds: float) -> None:
@@ -150,10 +148,10 @@ class Cached(Lessons):
 
 def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
     """Whether the teacher must run beside the student, because what is asked of it is too large to keep."""
-    return kept_bytes(teacher.anatomy, features.lengths(), needs) > cap_bytes
+    return cached_bytes(teacher.subject.anatomy, features.lengths(), needs) > cap_bytes
 
 
-def kept_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]) -> int:
+def cached_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]) -> int:
     """What hidden states and attention scores of texts of these lengths (rows,) take on disk."""
     tokens = lengths.astype(np.int64)
     hidden = int(tokens.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
@@ -162,7 +160,7 @@ def kept_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]
 
 
 @contextmanager
-def teaching(
+def teacher_outputs(
     teacher: Teacher,
     features: Features,
     needs: Collection[Capture],
@@ -172,53 +170,46 @@ def teaching(
     cap_bytes: int,
     writes: bool = True,
     wait: Callable[[], None] = lambda: None,
-) -> Iterator[Lessons]:
-    """The teacher's lessons for these rows: from `folder`, which is filled first where it must be, or live.
+) -> Iterator[TeacherOutputs]:
+    """The teacher's teacher_reader for these rows: from `folder`, which is filled first where it must be, or live.
 
     Of several processes of one run one `writes` and all `wait` for it; runs that share `folder` fill it in turn.
     """
-    trained = teacher.model.training
-    teacher.model.train(False)
-    try:
-        kept = LARGE & set(needs)
-        home = folder / FOLDER / _key(teacher, features, kept)
+    large = LARGE & set(needs)
+    home = folder / FOLDER / _key(teacher, features, large)
+    subject = teacher.subject
+    with subject.evaluating():
         made = (home / FACTS).exists()  # what is there is read, whatever room its making has left on the disk
         if not made and is_live(teacher, features, needs, cap_bytes):
-            with capturing(teacher.model, teacher.anatomy, needs) as recorder:
-                yield Live(teacher, recorder)
+            with capturing(subject.model, subject.anatomy, needs) as recorder:
+                yield LiveTeacher(teacher, recorder)
             return
         seconds = 0.0
         if writes and not made:
             with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
                 if not (home / FACTS).exists():  # nor made by another run meanwhile
                     begin = time.perf_counter()
-                    _fill(teacher, features, kept, home, log)
+                    _fill(teacher, features, large, home, log)
                     seconds = time.perf_counter() - begin
         wait()
-        yield Cached(home, teacher.device, seconds)
-    finally:
-        teacher.model.train(trained)
+        yield CachedTeacher(home, subject.device, seconds)
 
 
 @contextmanager
-def remembering(teacher: Teacher, needs: Collection[Capture]) -> Iterator[Remembered]:
-    """Lessons for a few batches, kept in memory."""
-    trained = teacher.model.training
-    teacher.model.train(False)
-    try:
-        with capturing(teacher.model, teacher.anatomy, needs) as recorder:
-            yield Remembered(teacher, recorder)
-    finally:
-        teacher.model.train(trained)
+def memoized_teacher(teacher: Teacher, needs: Collection[Capture]) -> Iterator[MemoizedTeacher]:
+    """TeacherOutputs for a few batches, kept in memory."""
+    subject = teacher.subject
+    with subject.evaluating(), capturing(subject.model, subject.anatomy, needs) as recorder:
+        yield MemoizedTeacher(teacher, recorder)
 
 
 def forget(folder: Path) -> None:
-    """Removes all cached lessons under `folder`."""
+    """Removes all cached teacher_reader under `folder`."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
 def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> str:
-    parts = [model_digest(teacher.model), features_digest(features, teacher.inputs), str(features.pad_id)]
+    parts = [model_digest(teacher.subject.model), features_digest(features, teacher.subject.inputs), str(features.pad_id)]
     parts += [str(LAYOUT), teacher.precision, *teacher.task.outputs, *sorted(needs)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
@@ -238,9 +229,9 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
     place[visited] = np.arange(len(visited))
     start[visited] = np.cumsum(lengths[visited]) - lengths[visited]
     pair[visited] = np.cumsum(lengths[visited] ** 2) - lengths[visited] ** 2
-    heads = _heads(teacher.anatomy) if Capture.SCORES in needs else []
+    heads = _heads(teacher.subject.anatomy) if Capture.SCORES in needs else []
     shapes = {
-        Capture.HIDDEN: (int(lengths.sum()), len(teacher.anatomy.layers) + 1, teacher.anatomy.hidden_size),
+        Capture.HIDDEN: (int(lengths.sum()), len(teacher.subject.anatomy.layers) + 1, teacher.subject.anatomy.hidden_size),
         Capture.SCORES: (int((lengths**2).sum()) * sum(heads),),
     }
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.task.outputs}
@@ -249,15 +240,15 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
         files = {kind: stack.enter_context(open(part / f"{kind}.npy", "wb")) for kind in needs}
         for kind, file in files.items():
             _header(file, shapes[kind], np.dtype(np.float16))
-        recorder = stack.enter_context(capturing(teacher.model, teacher.anatomy, needs))
+        recorder = stack.enter_context(capturing(teacher.subject.model, teacher.subject.anatomy, needs))
         advance = stack.enter_context(log.track("teacher outputs", len(visited)))
         done = 0
         per_token: dict[str, bool] = {}
         for rows in batches:
             columns = collate(features, rows, width=least_width(lengths, rows, teacher.precision))
-            batch = {name: torch.from_numpy(column).to(teacher.device) for name, column in columns.items()}
+            batch = {name: torch.from_numpy(column).to(teacher.subject.device) for name, column in columns.items()}
             per_token = per_token or _per_token(teacher, recorder, batch)
-            seen = teacher.look(recorder, batch)
+            seen = teacher.forward(recorder, batch)
             for name, value in seen.output.items():
                 outputs[name].append(value.cpu().numpy())
             # written in order with plain writes: a full disk then raises, where a memory map would kill the process
@@ -284,8 +275,8 @@ def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, 
     width = batch["input_ids"].shape[1]
     other = slice(0, width - 1) if width > 1 else [0, 0]
     changed = {name: value[:, other] if value.ndim > 1 else value for name, value in batch.items()}
-    shapes = {name: value.shape for name, value in teacher.look(recorder, batch).output.items()}
-    return {name: value.shape != shapes[name] for name, value in teacher.look(recorder, changed).output.items()}
+    shapes = {name: value.shape for name, value in teacher.forward(recorder, batch).output.items()}
+    return {name: value.shape != shapes[name] for name, value in teacher.forward(recorder, changed).output.items()}
 
 
 def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -1,0 +1,70 @@
+"""A model that may be delivered: its files, how they did on validation examples, and how it was made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slimformer.exporters.base import FILES, Exporter, FileKind, Variant
+from slimformer.running.bundle import Made, Run
+from slimformer.running.exports import export_files, plain_exporter
+from slimformer.running.trials import Judge, Trial, choose_trial
+from slimformer.saving.files import remembered
+from slimformer.training.stage import Stage
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model, carried through to its files."""
+
+    made: Made
+    stages: tuple[Stage, ...]  # that made it of the teacher
+    kinds: Mapping[str, FileKind]  # of the exporter's files, by variant
+    trials: tuple[Trial, ...]
+    folder: Path | None = None  # of all files that ship, if they are written
+    floats: tuple[str, ...] = ()  # points whose matrices stay in float in its int8 files
+
+    def best(self, max_loss: float) -> Trial:
+        """The file to name best: the fastest within the loss, or the one that loses least."""
+        return choose_trial(self.trials, max_loss)
+
+    def best_int8(self, max_loss: float) -> Trial:
+        """The best of the int8 files."""
+        return choose_trial([trial for trial in self.trials if self.kinds[trial.variant].int8], max_loss)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that ship, by variant."""
+        assert self.folder is not None, "the files of this candidate are not written"
+        return {variant: self.folder / kind.name for variant, kind in self.kinds.items() if kind.shipped}
+
+    def after(self, minutes: float) -> Candidate:
+        """The same candidate, made in this time."""
+        made = self.made
+        return replace(self, made=replace(made, effort=replace(made.effort, minutes=minutes)))
+
+
+def candidate_of(
+    made: Made, stages: Sequence[Stage], folder: Path, judge: Judge, run: Run, exporter: Exporter | None = None
+) -> Candidate:
+    """Exports all files that ship into `folder`/files and tries them; a resumed run reads what it tried."""
+    exporter = exporter or plain_exporter()
+    kinds, bundle, files = exporter.files, made.bundle, folder / "files"
+    shipped = [variant for variant, kind in kinds.items() if kind.shipped]
+
+    def trials() -> list[Trial]:
+        shutil.rmtree(files, ignore_errors=True)  # a killed run may have left some
+        paths = export_files(bundle.subject, bundle.material, files, shipped, run.log, exporter=exporter, ranges=bundle.ranges)
+        return judge.try_out(paths, kinds)
+
+    tried = remembered(folder / "trials.json", trials, list[Trial])
+    return Candidate(made, tuple(stages), kinds, tuple(tried), files)
+
+
+def teacher_candidate(made: Made, judge: Judge, run: Run) -> Candidate:
+    """The bundle whose student is still the teacher, in int8: a search may always fall back on it. Its files are not written."""
+    files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
+    trials = remembered(run.root / "whole.json", lambda: judge.try_out(files), list[Trial])
+    return Candidate(made, (), FILES, tuple(trials))

@@ -1,0 +1,111 @@
+"""Exported files of a run: those of the model at hand, and the teacher's own, which every comparison stands on.
+
+The teacher's files are made once a run, or once for all runs that share a cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from slimformer import registry
+from slimformer.core.ranges import Ranges
+from slimformer.data.batching import collate
+from slimformer.data.material import Material
+from slimformer.exporters.base import FILES, OPENVINO, Artifact, Exporter, Variant
+from slimformer.families.base import Subject
+from slimformer.log import Log
+from slimformer.measuring import machine
+from slimformer.running.bundle import Bundle, Run
+from slimformer.runtimes.openvino import nncf_int8
+from slimformer.saving.files import digest, in_turn, remove_parts, write_text
+from slimformer.tasks.base import Split
+from slimformer.training.runstate import features_digest, model_digest
+
+TEACHER_FILES = "teacher-files"
+NOTES = "notes.json"  # beside exported files: file -> the notes of its artifact
+
+
+def export_files(
+    subject: Subject,
+    material: Material,
+    folder: Path,
+    variants: Sequence[str],
+    log: Log,
+    *,
+    exporter: Exporter | None = None,
+    ranges: Ranges | None = None,
+) -> dict[str, Path]:
+    """The model as files in `folder`, the fp32 ones proven against the model on real batches.
+
+    No int8 file is refused here: each is judged by what it loses on validation examples.
+    """
+    exporter = exporter or plain_exporter()
+    paths = {variant: folder / exporter.files[variant].name for variant in variants}
+    made = exporter.export_all(subject.model, material.batches(subject.inputs), paths, material.task.outputs, ranges)
+    keep_notes(folder, made.values(), log)
+    return paths
+
+
+def plain_exporter() -> Exporter:
+    """The ONNX exporter, which refuses no int8 file."""
+    exporter: Exporter = registry.find("exporters", "onnx")(agreement=0.0)
+    return exporter
+
+
+def keep_notes(folder: Path, artifacts: Iterable[Artifact], log: Log) -> None:
+    """Writes down what is known of exported files: in the log, and beside them for the card."""
+    notes = read_notes(folder)
+    for artifact in artifacts:
+        log.event("exported", **{key: str(value) for key, value in asdict(artifact).items()})
+        notes[artifact.path.name] = list(artifact.notes)
+    write_text(folder / NOTES, json.dumps(notes, indent=1))
+
+
+def read_notes(folder: Path) -> dict[str, list[str]]:
+    """What `keep_notes` wrote, by the name of the file."""
+    file = folder / NOTES
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def teacher_files(bundle: Bundle, run: Run) -> dict[str, Path]:
+    """The teacher's own files: fp32 fused (the baseline), fp32 standard, int8. Exported once a run, or once a cache."""
+    folder = _teacher_home(bundle, run)
+    variants = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
+    with teacher_turn(folder, run):
+        missing = [variant for variant in variants if not (folder / FILES[variant].name).is_file()]
+        if missing:
+            export_files(bundle.teacher, bundle.material, folder, missing, run.log)
+    return {variant: folder / FILES[variant].name for variant in variants}
+
+
+def _teacher_home(bundle: Bundle, run: Run) -> Path:
+    """The folder of what is made of the teacher: the run's own, or one in its cache for the same weights, rows and packages."""
+    if run.cache is None:
+        return run.root / TEACHER_FILES
+    rows = [features_digest(bundle.material.features[split]) for split in (Split.VALIDATION, Split.TRAIN)]
+    packages = [str(package) for package in machine.environment().packages.items()]
+    return run.cache / TEACHER_FILES / digest(model_digest(bundle.teacher.model), *rows, *packages)
+
+
+@contextmanager
+def teacher_turn(home: Path, run: Run) -> Iterator[None]:
+    """Owns the folder of a teacher's files, without what a killed run left there; waits for another run that is at work in it."""
+    with in_turn(home, lambda: run.log.say("another run makes files of this teacher: waiting for it.")):
+        remove_parts(home)
+        yield
+
+
+def openvino_int8(path: Path, subject: Subject, material: Material, folder: Path) -> Path:
+    """The fp32 file of a model as OpenVINO's own, int8 by NNCF on 300 training examples; made once in `folder`."""
+    made = folder / OPENVINO.name
+    if not made.is_file():
+        features = material.features[Split.TRAIN]
+        rows = [int(row) for row in np.linspace(0, len(features) - 1, min(300, len(features)))]
+        nncf_int8(path, [collate(features, [row], subject.inputs) for row in rows], folder)
+    return made

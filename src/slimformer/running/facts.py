@@ -1,0 +1,44 @@
+"""What a record says of a model, whatever file it is in: sizes, zeros, operations, and what making it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slimformer.core import cost
+from slimformer.core.anatomy import Matrix
+from slimformer.measuring.records import kept_layers
+from slimformer.running.bundle import Made, Run
+from slimformer.saving import checkpoint
+from slimformer.saving.sparse import Values, size_bytes
+from slimformer.tasks.base import Split
+
+
+def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> dict[str, Any]:
+    """Fields of a Record by name. `recipe`: its digest; `values`: how model.safetensors stores large matrices."""
+    bundle, effort = made.bundle, made.effort
+    model, anatomy = bundle.subject.model, bundle.subject.anatomy
+    inside = anatomy.encoder_matrices()
+    lengths = bundle.material.features[Split.DEV].lengths()
+    weights = checkpoint.unshared(model)
+    return {
+        "params": model.num_parameters(),
+        "encoder_params": sum(matrix.parameters for matrix in inside),
+        "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
+        "weights_bytes": size_bytes(weights, values, checkpoint.heads(model)),
+        "macs": round(cost.macs(anatomy, lengths).dense),
+        "layers": kept_layers(bundle.teacher.anatomy, bundle.plan),
+        "minutes": round(effort.minutes, 2),
+        "threads": effort.threads,
+        "peak_rss_bytes": effort.peak_rss_bytes,
+        "seed": run.seed,
+        "train_examples": len(bundle.material.examples[Split.TRAIN]),
+        "plan": bundle.plan.digest(),
+        "recipe": recipe,
+    }
+
+
+def _nonzero(weights: Mapping[str, Any], matrix: Matrix) -> int:
+    """Numbers of a matrix that are not 0, in whatever form it is stored."""
+    names = ("weight",) if matrix.dense else ("a", "b")
+    return sum(int((weights[f"{matrix.module}.{name}"] != 0).sum()) for name in names)

@@ -1,0 +1,98 @@
+"""The first bundle of a run: data read and encoded, the student loaded, and a teacher that is ready, tuned first if it must be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from slimformer.core.plan import Plan
+from slimformer.core.ranges import Ranges
+from slimformer.data.material import Material, prepare
+from slimformer.errors import ModelError
+from slimformer.families.base import Subject, subject_of
+from slimformer.log import Log
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.order import leading
+from slimformer.running.preflight import Checked, trained_marks
+from slimformer.running.stages import advance, torch_outputs
+from slimformer.saving import checkpoint
+from slimformer.tasks.base import Split, Task
+from slimformer.training.stage import Stage
+
+LOOKED_AT = 100  # validation examples on which the task checks a model that came tuned
+
+
+def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
+    """The bundle with a teacher that is ready, and the stages still to run; makes the run's scratch folder once all is loaded.
+
+    A model that is not tuned, or whose config says that it was tuned on data of another kind, is first tuned by the recipe's
+    leading plain `train` stages, and is then its own teacher. If the recipe names a teacher, such a model itself is the student.
+    Raises ModelError or DataError for what only the loaded models show.
+    """
+    recipe, source, stages = checked.recipe, checked.source, checked.recipe.stages
+    tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
+    task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
+    material = prepare(task, source)
+    _tell(material, run.log)
+    run.root.mkdir(exist_ok=True)
+    first = Bundle(student, plan, material, student, ranges=ranges)
+    if checked.teacher is not None:
+        teacher = _teacher(checked.teacher, student, task)
+        _check_model(teacher, material)
+        return replace(first, teacher=teacher), stages
+    lead = leading(stages)
+    config, marks = checkpoint.read_config(source), trained_marks(recipe)
+    if tuned and all(config.get(name, value) == value for name, value in marks.items()):
+        if not lead:  # else the first stage may teach it what it lacks
+            _check_model(student, material)
+        return first, stages
+    made = advance(stages[:lead], first, run.under("teacher")).bundle
+    return Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned), stages[lead:]
+
+
+def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None]:
+    """The task bound to a tuned model's labels, and the model as it was saved."""
+    source, marks = checked.source, trained_marks(checked.recipe)
+    task = checked.recipe.task.bind(checkpoint.read_config(source) | marks)
+    model = checkpoint.load(source)
+    for name, value in marks.items():
+        setattr(model.config, name, value)  # reaches a file only with the weights that a stage has trained
+    return task, subject_of(model), checkpoint.load_plan(source), checkpoint.load_ranges(source)
+
+
+def _fresh_student(checked: Checked, seed: int) -> tuple[Task, Subject, Plan, None]:
+    """The task, and the model with a new head for it. A named teacher knows the order of the classes, which the head shares."""
+    task = checked.recipe.task
+    if checked.teacher is not None:
+        task = task.bind(checkpoint.read_config(checked.teacher))
+    model = checkpoint.load_dense(checked.source, task.auto_class, task.configure(), seed)
+    return task.bind(model.config.to_dict()), subject_of(model), Plan(), None
+
+
+def _teacher(folder: Path, student: Subject, task: Task) -> Subject:
+    task.bind(checkpoint.read_config(folder))
+    teacher = checkpoint.load(folder)
+    mine, theirs = student.model.config.vocab_size, teacher.config.vocab_size
+    if mine != theirs:
+        raise ModelError(
+            f"the teacher {folder} has another vocabulary ({theirs} tokens) than the model ({mine}).",
+            help="teacher and student must read the same token ids.",
+        )
+    return subject_of(teacher)
+
+
+def _check_model(subject: Subject, material: Material) -> None:
+    """The task's own check of a model that came tuned."""
+    material.task.check_model(subject.model.config, lambda: torch_outputs(subject, material, Split.VALIDATION, LOOKED_AT))
+
+
+def _tell(material: Material, log: Log) -> None:
+    """Says how many examples there are, what the task notes of them, and how many are cut off."""
+    train, validation, dev = (material.examples[split] for split in (Split.TRAIN, Split.VALIDATION, Split.DEV))
+    log.say(f"{len(train):,} examples to train on, {len(validation):,} set aside to choose on, {len(dev):,} to report on.")
+    for note in material.task.notes():
+        log.say(note)
+    for split, features in material.features.items():
+        if features.truncated:
+            share = features.truncated / max(1, len(material.examples[split]))
+            log.say(f"{features.truncated:,} inputs of {split} ({share:.1%}) are cut off at {material.max_length} tokens.")

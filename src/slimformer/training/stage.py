@@ -1,0 +1,208 @@
+"""The stages of a recipe as data: `Train` changes weights by gradient steps, `Calibrate` looks at some batches and decides.
+
+A stage is a frozen value that a recipe holds and the training loop reads; `running/stages.py` carries it out. Questions about a
+stage (does it cut, does it fill zeros) are answered here, so that nobody else asks for its type.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final, get_args
+
+from slimformer.errors import RecipeError
+from slimformer.methods.base import Context, Method, Zeros
+from slimformer.registry import name_of
+from slimformer.tasks.base import Features
+from slimformer.training.precision import PrecisionChoice
+
+TASK_TEXT = "task"  # the value of `Train.text` that stands for the task's own training texts
+Freeze = Literal["nothing", "embeddings", "encoder", "everything"]
+
+
+class Stage(ABC):
+    """A frozen dataclass of options with the methods that take part; `kind` is its key in a recipe."""
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that take part."""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the model that leaves this stage may be smaller: some method decides what stays, or in which form."""
+        return any(method.effects().chooses for method in self.methods)
+
+    @property
+    def trains_over_zeros(self) -> bool:
+        """Whether gradient steps change exact zeros in the encoder's matrices for good."""
+        return False
+
+    @property
+    def fills_zeros(self) -> bool:
+        """Whether exact zeros in the encoder's matrices are other numbers after this stage."""
+        return self.trains_over_zeros or any(method.effects().refills for method in self.methods)
+
+    @property
+    def leading(self) -> bool:
+        """Whether this is plain fine-tuning, which may come first to make a teacher."""
+        return False
+
+    def digest(self) -> str:
+        """Names the stage and all its options."""
+        return f"{type(self).__name__}:{self!r}"
+
+
+@final
+@dataclass(frozen=True)
+class Train(Stage):
+    """Trains with any methods; without one it is plain fine-tuning. What the methods decide is cut at the end.
+
+    `epochs`: passes over the rows, copies counted apart (above 0); `steps`, if given, overrides it.
+    `lr`: the peak learning rate of AdamW; it rises over the share `warmup` of the steps and then falls to 0 in a line.
+    `batch_size`: rows a step, of all processes together. `clip`: largest gradient norm of the model's weights; 0 clips nothing.
+    `task_weight`: weight of the task's own loss beside what methods add. `weight_decay`: of matrices, not of biases and norms.
+    `freeze`: the model's own weights that do not train: the word embeddings (half of a small encoder), all but the head, or all.
+    `dropout`: turn it off if a student should follow its teacher closely and there is little time.
+    `precision`: "auto" takes bf16 (else fp16) on a GPU, and bf16 on a CPU if it is measured to be clearly faster there.
+    `trackers`: accelerate's names: "tensorboard", "wandb", ...
+    `text`: a file with a text on each line, or "task" for the task's own training texts. No label is read then, the task's loss
+    is left out, and everything is learnt from the teacher.
+    `augment`: copies of each row in which words are replaced by similar ones, taken from the embedding table or from the masked
+    language model in the folder `augment_model`. An epoch is then 1 + augment times as long. It is meant for distillation,
+    because the labels of the copies may no longer fit.
+
+    Raises RecipeError that lists every option with a value out of range.
+
+    >>> Train(epochs=2, lr=1e-4, freeze="embeddings").batch_size
+    32
+    """
+
+    methods: tuple[Method, ...] = ()
+    epochs: float = 3.0
+    lr: float = 3e-5
+    batch_size: int = 32
+    task_weight: float = 1.0
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    freeze: Freeze = "nothing"
+    dropout: bool = True
+    precision: PrecisionChoice = "auto"
+    trackers: tuple[str, ...] = ()
+    text: str | None = None
+    augment: int = 0
+    augment_model: str | None = None
+    steps: int | None = None
+    clip: float = 1.0
+
+    kind: ClassVar[str] = "train"
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        wrong = [
+            f"{name}: {getattr(self, name)!r}, must be {rule}"
+            for name, rule, good in (
+                ("epochs", "above 0", self.epochs > 0),
+                ("steps", "at least 1", self.steps is None or self.steps >= 1),
+                ("lr", "0 or above, and finite", 0 <= self.lr < math.inf),
+                ("batch_size", "at least 1", self.batch_size >= 1),
+                ("task_weight", "0 or above", self.task_weight >= 0),
+                ("weight_decay", "0 or above", self.weight_decay >= 0),
+                ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),
+                ("clip", "0 or above", self.clip >= 0),
+                ("freeze", _one_of(Freeze), self.freeze in get_args(Freeze)),
+                ("precision", _one_of(PrecisionChoice), self.precision in get_args(PrecisionChoice)),
+                ("augment", "0 or above", self.augment >= 0),
+                ("augment_model", "left out unless augment is above 0", self.augment_model is None or self.augment > 0),
+            )
+            if not good
+        ]
+        if wrong:
+            raise RecipeError("these training options cannot be used.", facts=wrong, help="correct these values.")
+
+    @property
+    def trains_over_zeros(self) -> bool:
+        holds = any(method.effects().holds_zeros or method.effects().zeros is Zeros.RESULT for method in self.methods)
+        return self.freeze not in ("encoder", "everything") and not holds
+
+    @property
+    def leading(self) -> bool:
+        return not self.methods
+
+    @property
+    def loss_weight(self) -> float:
+        """The weight of the task's loss; texts without labels have none."""
+        return self.task_weight if self.text is None else 0.0
+
+    def steps_of(self, rows: int) -> int:
+        """Optimiser steps over this many rows."""
+        return self.steps if self.steps is not None else max(1, round(self.epochs * math.ceil(rows / self.batch_size)))
+
+
+@final
+@dataclass(frozen=True)
+class Calibrate(Stage):
+    """A one-shot method: it looks at some batches and decides; there is no optimiser."""
+
+    method: Method
+
+    kind: ClassVar[str] = "calibrate"
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return (self.method,)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, before it begins: everything that its numbers depend on.
+
+    `context` holds the model that trains and stands around its methods; `seed` fixes everything random.
+    """
+
+    context: Context
+    features: Features
+    stage: Train
+    seed: int = 17
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return self.stage.methods
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.stage.steps_of(len(self.features))
+
+    @property
+    def taught(self) -> bool:
+        """Whether some method learns from the teacher."""
+        return any(method.effects().needs_teacher for method in self.methods)
+
+    def check(self) -> None:
+        """RecipeError if these methods cannot train together: two that decide, one-shot ones, no teacher where one is needed."""
+        deciding = [name_of(method) for method in self.methods if method.effects().decides]
+        wrong = []
+        if len(deciding) > 1:
+            wrong.append(f"{' and '.join(deciding)} both decide what is cut: put them into stages of their own")
+        wrong += [
+            f"{name_of(m)} looks once and does not train: use it in a calibrate stage"
+            for m in self.methods
+            if m.effects().one_shot
+        ]
+        if self.context.teacher is None:
+            wrong += [f"{name_of(m)} needs a teacher and there is none" for m in self.methods if m.effects().needs_teacher]
+        if wrong:
+            raise RecipeError("these methods cannot train together.", facts=wrong, help="change the stage's methods.")
+        if not len(self.features):
+            raise ValueError("no rows to train on")
+
+
+def _one_of(literal: object) -> str:
+    *names, last = get_args(literal)
+    return f"{', '.join(names)} or {last}"
