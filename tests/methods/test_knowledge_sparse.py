@@ -20,6 +20,7 @@ from slimformer.methods.base import Method, Progress, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, highest, measure_curvature, woodbury
+from slimformer.saving.digest import model_digest
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
@@ -317,7 +318,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
     resumed, result = run(tmp_path / "stopped", 99)
     assert result.losses == expected.losses
     assert expected.losses[-1] < expected.losses[0]
-    assert runstate.model_digest(resumed.model) == runstate.model_digest(straight.model)
+    assert model_digest(resumed.model) == model_digest(straight.model)
     assert all(torch.equal(weight, expected.decision.weights[name]) for name, weight in result.decision.weights.items())
     assert not any("forward" in vars(module) for module in resumed.model.modules())
 

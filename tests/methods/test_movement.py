@@ -24,6 +24,7 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.movement import Movement, cost_above, lowest_bar, straight_through
+from slimformer.saving.digest import model_digest
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate
@@ -328,7 +329,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
     assert runstate.latest(tmp_path / "stopped").step == 12
     resumed, result = run(tmp_path / "stopped", 99)
     assert result.losses == expected.losses
-    assert runstate.model_digest(resumed.model) == runstate.model_digest(straight.model)
+    assert model_digest(resumed.model) == model_digest(straight.model)
     assert result.decision.plan == expected.decision.plan != type(result.decision.plan)()
     assert all(torch.equal(value, expected.decision.weights[name]) for name, value in result.decision.weights.items())
     assert not any("forward" in vars(module) for module in resumed.model.modules())

@@ -36,10 +36,10 @@ from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.feeding import Feed, watching
 from slimformer.hooks.gating import gated
+from slimformer.hooks.precision import quick_autocast
 from slimformer.methods.base import Batch, Context, Effects, Method, State
 from slimformer.rules import Count, CountOrZero, Positive, Share
-from slimformer.training.precision import quick_autocast
-from slimformer.training.runstate import model_digest
+from slimformer.saving.digest import model_digest
 
 DAMAGE_SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
 FLOOR = 0.02  # the least weight of a token: later layers may still read it

@@ -32,9 +32,9 @@ from slimformer.core.budget import strongest
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.gating import gated
+from slimformer.hooks.precision import quick_autocast
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.rules import Count, Share
-from slimformer.training.precision import quick_autocast
 
 
 @final

@@ -23,9 +23,10 @@ from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
 from slimformer.runtimes.openvino import nncf_int8
+from slimformer.saving.digest import model_digest
 from slimformer.saving.files import digest, in_turn, remove_parts, write_text
 from slimformer.tasks.base import Split
-from slimformer.training.runstate import features_digest, model_digest
+from slimformer.training.runstate import features_digest
 
 TEACHER_FILES = "teacher-files"
 NOTES = "notes.json"  # beside exported files: file -> the notes of its artifact

@@ -31,6 +31,7 @@ from slimformer.data.tokenizer import load_tokenizer
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import Subject, subject_of
 from slimformer.forms.base import Formed
+from slimformer.hooks.precision import quick_autocast
 from slimformer.measuring.latency import Latency, Levels, measure_levels
 from slimformer.measuring.machine import peak_rss_bytes
 from slimformer.measuring.scoring import evaluate
@@ -38,11 +39,11 @@ from slimformer.methods.base import Context, Method
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
+from slimformer.saving.digest import model_digest
 from slimformer.saving.files import digest, remembered, whole_folder, write_text
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.loop import train
-from slimformer.training.precision import quick_autocast
-from slimformer.training.runstate import features_digest, model_digest
+from slimformer.training.runstate import features_digest
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
 
 if TYPE_CHECKING:

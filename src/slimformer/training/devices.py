@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimformer.training.precision import BF16_SPEEDUP, Precision, PrecisionChoice, bf16_speedup
+from slimformer.hooks.precision import BF16_SPEEDUP, Precision, PrecisionChoice, bf16_speedup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from slimformer.data.batching import epoch_order
+from slimformer.hooks.precision import Precision
 from slimformer.log import Log
-from slimformer.training import runstate
+from slimformer.saving.digest import tensors_of
 from slimformer.training.devices import accelerator_for, chosen_precision, resident_bytes
-from slimformer.training.precision import Precision
 from slimformer.training.stage import Training
 from slimformer.training.step import attached
 
@@ -43,7 +43,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     sizes = np.asarray([len(rows) * int(lengths[rows].max()) for rows in order])  # padded tokens of each batch
     ranks = np.argsort(sizes, kind="stable")
     probes = [order[int(ranks[-1])], order[int(ranks[len(ranks) // 2])], order[int(ranks[0])]]
-    before = {name: tensor.detach().clone() for name, tensor in runstate.tensors_of(context.model, "").items()}
+    before = {name: tensor.detach().clone() for name, tensor in tensors_of(context.model, "").items()}
     drawn = context.generator.get_state()
     took: list[list[float]] = [[], [], []]
     taught: list[list[float]] = [[], [], []]
@@ -66,7 +66,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     finally:
         context.generator.set_state(drawn)
         with torch.no_grad():
-            for name, tensor in runstate.tensors_of(context.model, "").items():
+            for name, tensor in tensors_of(context.model, "").items():
                 tensor.copy_(before[name])
     known = np.asarray([sizes[ranks[-1]], sizes[ranks[len(ranks) // 2]], sizes[ranks[0]]], dtype=np.float64)[::-1]
     per_batch = np.interp(sizes, known, [float(np.median(times)) for times in took[::-1]])

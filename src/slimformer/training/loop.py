@@ -22,11 +22,12 @@ from torch import nn
 from slimformer.core.plan import Decision
 from slimformer.data.batching import epoch_order
 from slimformer.errors import RecipeError
+from slimformer.hooks.precision import Precision
 from slimformer.log import Log
 from slimformer.registry import name_of
+from slimformer.saving.digest import model_digest
 from slimformer.training import runstate
 from slimformer.training.devices import accelerator_for, chosen_precision, step_seed, tracking
-from slimformer.training.precision import Precision
 from slimformer.training.stage import Training
 from slimformer.training.step import Stepper, attached, rate
 
@@ -225,8 +226,8 @@ def _key(training: Training) -> str:
         [f"{name_of(method)} {method!r}" for method in training.methods],
         name_of(context.task),
         [module.p for module in context.model.modules() if isinstance(module, nn.Dropout)],
-        runstate.model_digest(context.model),
-        runstate.model_digest(context.teacher.model) if training.taught and context.teacher is not None else "",
+        model_digest(context.model),
+        model_digest(context.teacher.model) if training.taught and context.teacher is not None else "",
         runstate.features_digest(training.features),
         context.plan.digest(),
     ]

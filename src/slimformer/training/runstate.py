@@ -78,21 +78,6 @@ def _found(home: Path) -> list[Path]:
     return sorted(home.glob("step-*"), reverse=True)
 
 
-def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """The module's parameters and saved buffers, each once under its first name: tied weights have two."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    found = {}
-    for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{type(module).__name__}.{name} is no tensor: what a state changes belongs in buffers")
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        found[prefix + name] = tensor
-    return found
-
-
 def restore(into: Mapping[str, Tensor], state: RunState, prefix: str) -> None:
     """Copies the saved tensors under `prefix` into these, in place; ValueError where names or shapes differ."""
     saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
@@ -124,15 +109,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: RunState) -> None
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def model_digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that name these very weights."""
-    sums = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(model, "").items()):
-        sums.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sums.hexdigest()[:12]
 
 
 def features_digest(features: Features, names: Iterable[str] | None = None) -> str:

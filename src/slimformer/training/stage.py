@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
 from slimformer.errors import RecipeError
+from slimformer.hooks.precision import PrecisionChoice
 from slimformer.methods.base import Context, Method, Zeros
 from slimformer.registry import name_of
 from slimformer.tasks.base import Features
-from slimformer.training.precision import PrecisionChoice
 
 TASK_TEXT = "task"  # the value of `Train.text` that stands for the task's own training texts
 Freeze = Literal["nothing", "embeddings", "encoder", "everything"]

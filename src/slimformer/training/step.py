@@ -20,13 +20,14 @@ from slimformer.data.batching import collate, least_width
 from slimformer.errors import RecipeError
 from slimformer.hooks.attention import quick_attention
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
+from slimformer.hooks.precision import Precision, autocast
 from slimformer.log import Log
 from slimformer.methods.base import Batch, Context, Progress, State, Step
 from slimformer.registry import name_of
+from slimformer.saving.digest import tensors_of
 from slimformer.training import runstate
 from slimformer.training.devices import DeviceClock, cache_room, resident_bytes, share_of, step_seed
 from slimformer.training.embedding_gradient import Lookup, kept_gradient
-from slimformer.training.precision import Precision, autocast
 from slimformer.training.runstate import RunState
 from slimformer.training.stage import Train, Training
 from slimformer.training.teacher import MemoizedTeacher, Teacher, TeacherOutputs, is_live, memoized_teacher, teacher_outputs
@@ -253,9 +254,9 @@ class Stepper:
         self._scaler.load_state_dict(saved.facts["scaler"])
 
     def _own(self) -> dict[str, Tensor]:
-        tensors = runstate.tensors_of(self.context.model, "model.")
+        tensors = tensors_of(self.context.model, "model.")
         for index, state in enumerate(self.states):
-            tensors |= runstate.tensors_of(state, f"states.{index}.")
+            tensors |= tensors_of(state, f"states.{index}.")
         return tensors
 
 

@@ -28,9 +28,10 @@ from slimformer.families.base import Subject
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
 from slimformer.methods.base import Batch
+from slimformer.saving.digest import model_digest
 from slimformer.saving.files import in_turn, remove_parts, whole_folder
 from slimformer.tasks.base import Features, Task
-from slimformer.training.runstate import features_digest, model_digest
+from slimformer.training.runstate import features_digest
 
 if TYPE_CHECKING:
     pass

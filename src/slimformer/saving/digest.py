@@ -1,0 +1,32 @@
+"""The tensors of a module by name, and twelve digits that name these very weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The module's parameters and saved buffers, each once under its first name: tied weights have two."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{type(module).__name__}.{name} is no tensor: what a state changes belongs in buffers")
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        found[prefix + name] = tensor
+    return found
+
+
+def model_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that name these very weights."""
+    sums = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model, "").items()):
+        sums.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sums.hexdigest()[:12]
