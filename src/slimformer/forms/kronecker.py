@@ -1,11 +1,9 @@
 """A matrix as a sum of Kronecker products A (x) B: block (i, j) of the matrix is A[i, j] times B.
 
-Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh: KroneckerBERT (NAACL 2022), section 3; the nearest product by the SVD of the
-rearranged matrix is Van Loan and Pitsianis (1993). Differences: the smaller factor multiplies from the left, token by token, so that
-the larger is one product over all tokens and often nothing has to be transposed; a word table keeps a private row of A per word, as
-theirs, and may be a sum too. Fewer multiplications do not mean less time: with as many, one order can take four times as long as
-another (benchmarks/factors.py), so what a factored model really takes has to be measured. A sum of products with one column each,
-A (words, 1) and B (1, width), is a table of low rank: of all tables with as many numbers a word, the nearest.
+Tahaei et al.: KroneckerBERT (NAACL 2022), section 3; the nearest product is by Van Loan and Pitsianis (1993). Differs: the smaller factor
+multiplies from the left, token by token, so that the larger one is a single product over all tokens; a word table may be a sum too.
+Fewer multiplications do not mean less time (benchmarks/factors.py): measure a factored model. A table whose terms have one column each,
+A (words, 1) and B (1, width), is a table of low rank.
 """
 
 from __future__ import annotations
@@ -26,7 +24,12 @@ from slimformer.forms.base import Form, Formed, GraphWriter, ProductShape, Shape
 @final
 @dataclass(frozen=True)
 class Kronecker(Form):
-    """`a`: rows and columns (m1, n1) of the first factor; the second follows from the matrix. `terms`: products in the sum."""
+    """A sum of Kronecker products.
+
+    Attributes:
+        a: Rows and columns (m1, n1) of the first factor; those of the second follow from the matrix.
+        terms: The number of products in the sum.
+    """
 
     a: Shape
     terms: int = 1
@@ -73,8 +76,8 @@ class Kronecker(Form):
     def steps(self, shape: Shape) -> tuple[str, ...]:
         """How a token x, as X (n1, n2), becomes Y (m1, m2) = A X B^T: "a", "b" and "turn", in order.
 
-        The cheaper factor comes first; where both cost the same, the smaller. The smaller one multiplies from the left; "turn"
-        exchanges the two axes where that needs it.
+        The cheaper factor comes first; if both cost the same, the smaller one does. The smaller one multiplies from the left; "turn"
+        exchanges the two axes if that is needed.
         """
         large = self.b_is_large(shape)
         saved = self._b_first(shape) - self._a_first(shape)
@@ -90,7 +93,7 @@ class Kronecker(Form):
         return (ProductShape(self.rows(shape), width, out),) * self.terms
 
     def rows(self, shape: Shape) -> int:
-        """Rows that a token is at the product with the larger factor: what the smaller one gives, or what it is yet to read."""
+        """Rows of each token at the product with the larger factor: those that the smaller one gives, or those that it reads later."""
         large, (m1, n1), (m2, n2) = self.b_is_large(shape), self.a, self.b(shape)
         given, read = (m1, n1) if large else (m2, n2)
         first = next(step for step in self.steps(shape) if step != "turn")
@@ -124,7 +127,7 @@ def rearranged(weight: Tensor, a: Shape) -> Tensor:
 
 
 def squares(weight: Tensor, a: Shape) -> Tensor:
-    """Squared singular values of the rearranged matrix, the largest first: what each further term takes off the squared error."""
+    """Squared singular values of the rearranged matrix, the largest first: each further term takes the next one off the squared error."""
     return torch.linalg.eigvalsh(_gram(rearranged(weight.detach(), a))).flip(0).clamp_min(0)
 
 
@@ -135,7 +138,7 @@ def _gram(matrix: Tensor) -> Tensor:
 def _leading(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """The best approximation of that rank as a product (rows, terms) (terms, columns), each pair of equal norm.
 
-    By the eigenvectors of the smaller Gram matrix: cheap for a word table, and all of them together give the matrix back exactly.
+    It uses the eigenvectors of the smaller Gram matrix: this is cheap for a word table, and all terms together are exact.
     """
     if matrix.shape[0] > matrix.shape[1]:
         right, left = _leading(matrix.T, terms)
@@ -143,7 +146,7 @@ def _leading(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     unit = torch.linalg.eigh(_gram(matrix)).eigenvectors.flip(1)[:, :terms]  # (rows, terms)
     other = unit.T @ matrix  # (terms, columns)
     size = other.norm(dim=1)  # (terms,): the singular values
-    share = torch.where(size > 0, size.sqrt(), 1.0)  # of a term that is 0 one side stays alive, so that it can still learn
+    share = torch.where(size > 0, size.sqrt(), 1.0)  # one side of a term that is 0 stays alive, so that it can still learn
     return unit * share, other / share[:, None]
 
 
@@ -165,7 +168,7 @@ class _Factors(Formed):
 
 
 class LargeProduct(nn.Module):
-    """The product with the larger factor, all tokens at once: what int8 files compute in integers, as a place to see its input."""
+    """The product with the larger factor, which int8 files compute in integers; a module, so that its input can be watched."""
 
     def __init__(self, factor: str) -> None:
         super().__init__()
@@ -247,7 +250,7 @@ def write_product(graph: GraphWriter, source: Any, a: np.ndarray, b: np.ndarray,
 class KroneckerEmbedding(_Factors):
     """Row i of the table is the sum of A[i] (x) B, with B a single row: a lookup and a product.
 
-    `a` is (1, words, terms n1): what a word has of all terms stands side by side, so that one lookup finds it and one scale rounds it.
+    `a` is (1, words, terms n1): the numbers of a word in all terms stand side by side, so that one lookup and one scale serve them.
     """
 
     table: ClassVar[bool] = True

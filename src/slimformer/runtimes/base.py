@@ -13,15 +13,20 @@ Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # inputs i
 
 
 class Runtime(ABC):
-    """Final frozen dataclasses without a heavy import at module level; `available` tells whether the engine is installed."""
+    """Final frozen dataclasses that import their engine only when they run, so that a lean installation can list them.
 
-    extra: ClassVar[str | None] = None  # the extra that installs it
+    `extra`: the extra of slimformer that installs the engine.
+    """
+
+    extra: ClassVar[str | None] = None
 
     @abstractmethod
-    def available(self) -> bool: ...
+    def available(self) -> bool:
+        """Whether the engine is installed."""
 
     @abstractmethod
-    def version(self) -> str: ...
+    def version(self) -> str:
+        """The version of the engine."""
 
     @abstractmethod
     def accepts(self, path: Path) -> bool:
@@ -29,4 +34,4 @@ class Runtime(ABC):
 
     @abstractmethod
     def load(self, path: Path, threads: int) -> Runner:
-        """A callable: model inputs (batch, seq) -> outputs by name. ExtraError where the engine is missing."""
+        """A callable: model inputs (batch, seq) -> outputs by name. ExtraError if the engine is missing."""

@@ -1,6 +1,6 @@
 """Runs .onnx files in ONNX Runtime on the CPU.
 
-The same session options for every file, ours and the rivals': what was measured to matter, and nothing tuned to one graph
+All files, ours and the baselines, get the same session options. Each option was measured to matter, and none is tuned to one graph
 (docs/decisions/0002-onnx-graphs.md).
 """
 
@@ -21,6 +21,8 @@ from slimformer.runtimes.base import Runner, Runtime
 @final
 @dataclass(frozen=True)
 class OnnxRuntime(Runtime):
+    """ONNX Runtime's CPU provider."""
+
     extra: ClassVar[str | None] = None
 
     def available(self) -> bool:

@@ -19,12 +19,14 @@ from slimformer.runtimes.base import Runner, Runtime
 from slimformer.saving.files import whole_folder
 
 INSTALL = "pip install 'slimformer[openvino]'"
-EXAMPLES = 300  # what NNCF calibrates on: its own default
+EXAMPLES = 300  # NNCF's own default
 
 
 @final
 @dataclass(frozen=True)
 class OpenVINO(Runtime):
+    """OpenVINO's CPU plugin, in full precision."""
+
     extra: ClassVar[str | None] = "openvino"
 
     def available(self) -> bool:
@@ -46,7 +48,7 @@ class OpenVINO(Runtime):
         import openvino
 
         core = openvino.Core()
-        # Full precision where the CPU would take bfloat16 by itself: a speed bought with other numbers is not a comparison.
+        # Some CPUs would take bfloat16 by themselves; a speed bought with other numbers is no comparison, so precision stays float32.
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:
             model = core.compile_model(core.read_model(path), "CPU", settings)
@@ -75,7 +77,7 @@ def _standard(path: Path) -> bool:
 
 
 def require_nncf() -> None:
-    """ExtraError where OpenVINO or NNCF is missing."""
+    """ExtraError if OpenVINO or NNCF is missing."""
     if find_spec("openvino") is None or find_spec("nncf") is None:
         raise ExtraError("making OpenVINO's int8 model needs openvino and nncf, which are not installed.", help=INSTALL)
 
@@ -83,8 +85,8 @@ def require_nncf() -> None:
 def nncf_int8(model: Path, batches: Sequence[Arrays], folder: Path) -> Path:
     """Quantizes a plain fp32 ONNX file to int8 as NNCF's users do (post-training, `model_type=TRANSFORMER`, 300 examples).
 
-    Writes `folder`/openvino_model.xml and .bin, and gives the path of the .xml. Of the dense teacher it is the rival that is hardest
-    to beat: what anybody gets in a minute. ExtraError where OpenVINO or NNCF is missing.
+    Writes `folder`/openvino_model.xml and .bin, and gives the path of the .xml. For the dense teacher this is the baseline that is
+    hardest to beat, and anybody gets it in a minute. ExtraError if OpenVINO or NNCF is missing.
     """
     require_nncf()
     import io

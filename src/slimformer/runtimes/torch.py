@@ -1,4 +1,4 @@
-"""Runs a saved model folder, dense or cut, in PyTorch in float32: the yardstick of what exporting buys."""
+"""Runs a saved model folder, dense or cut, in PyTorch in float32, to compare exported files with."""
 
 from __future__ import annotations
 
@@ -36,19 +36,17 @@ class Torch(Runtime):
             raise ExtraError("the runtime 'torch' is not installed.", help="pip install torch transformers")
         import torch
 
-        from slimformer.families.base import family_of
+        from slimformer.families.base import subject_of
         from slimformer.saving.checkpoint import load
 
-        model = load(path)
-        names = family_of(model.config.model_type).inputs(model)
+        subject = subject_of(load(path))
 
         def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
                 with torch.inference_mode():
-                    known = {name: torch.from_numpy(np.asarray(inputs[name])) for name in names if name in inputs}
-                    output = model(**known, return_dict=True)
+                    output = subject.model(**subject.feed(inputs), return_dict=True)
                 return {name: value.numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
             finally:
                 torch.set_num_threads(before)

@@ -77,7 +77,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool) -> int:
     """Puts real operators in the place of each (flattened) marker; gives their number.
 
     `fused` needs SEQ_FIRST: FusedMatMul reads heads out of (seq, batch, heads, dim) by strides, so that three of the four
-    transposes of an attention, and the scaling, cost nothing. Otherwise standard operators only.
+    transposes of an attention, and the scaling, cost nothing. Without it, only standard operators are used.
     """
     editor = Editor(graph)
     biases: dict[ir.Value, ir.Value] = {}
@@ -114,7 +114,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool) -> int:
 
 
 def _mask_bias(editor: Editor, before: ir.Node, mask: ir.Value) -> ir.Value:
-    """What is added to the scores: 0 where `mask` (batch, seq) holds, MASKED elsewhere: (batch, 1, 1, seq)."""
+    """The summand of the scores: 0 where `mask` (batch, seq) is 1, MASKED elsewhere: (batch, 1, 1, seq)."""
     kept = editor.one(before, "Cast", [mask], to=int(ir.DataType.FLOAT))
     lost = editor.one(before, "Sub", [editor.constant(1.0, np.float32), kept])
     bias = editor.one(before, "Mul", [lost, editor.constant(MASKED, np.float32)])
@@ -135,7 +135,7 @@ def unturn(graph: ir.Graph) -> int:
     return len(transposes)
 
 
-# ---------------------------------------------------------------------------------------------------- what nobody reads
+# ------------------------------------------------------------------------------------------------------ the first token
 
 
 def read_only_first(graph: ir.Graph, axes: Axes) -> int:
@@ -270,10 +270,10 @@ def lower_forms(graph: ir.Graph, forms: Mapping[str, Formed]) -> int:
 
 
 def lower_norms(graph: ir.Graph) -> int:
-    """LayerNorm of hidden states (., n, hidden) as InstanceNormalization over n channels, times gain, plus shift.
+    """Turns LayerNorm of hidden states (., n, hidden) into InstanceNormalization over n channels, times gain, plus shift.
 
-    Standard operators and the same numbers, but ONNX Runtime's kernel for it is vectorised, and that of (Skip)LayerNormalization
-    is not. Gives the number of norms changed.
+    These are standard operators and give the same numbers, but ONNX Runtime vectorises this kernel, and not that of
+    (Skip)LayerNormalization. Gives the number of norms changed.
     """
     editor = Editor(graph)
     turned = turned_values(graph)
@@ -282,7 +282,7 @@ def lower_norms(graph: ir.Graph) -> int:
     for node in norms:
         value, gain, shift = [*node.inputs, None][:3]
         value = required(value)
-        axis = BATCH_FIRST.batch if value in turned else BATCH_FIRST.seq  # of input_ids: what axis 1 of `value` counts
+        axis = BATCH_FIRST.batch if value in turned else BATCH_FIRST.seq  # the axis of input_ids that is axis 1 of `value`
         if axis not in channels:
             size = editor.one(node, "Shape", [graph.inputs[0]], start=axis, end=axis + 1)
             one, zero = (editor.constant([number], np.float32) for number in (1.0, 0.0))
