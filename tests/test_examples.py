@@ -23,6 +23,7 @@ INNER = (
     "reporting.words",
     "reporting.svg",
     "log",
+    "digests",
     "data.labels",
     "tasks.classification",
     "tasks.intents",

@@ -26,7 +26,6 @@ from slimformer.forms.kronecker import Kronecker
 from slimformer.methods.quantization import Quantization
 from slimformer.quantizing.grids import fake
 from slimformer.saving import checkpoint, sparse
-from slimformer.saving.digest import model_digest
 from slimformer.saving.sparse import (
     BLOCKS,
     KEY,
@@ -40,6 +39,7 @@ from slimformer.saving.sparse import (
     size_bytes,
     unpack_matrix,
 )
+from slimformer.saving.tensors import model_digest
 
 NAME = "encoder.weight"
 LAYOUTS = ("float32", "float16", "int8")

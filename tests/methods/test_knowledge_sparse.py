@@ -20,7 +20,7 @@ from slimformer.methods.base import Method, Progress, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, highest, measure_curvature, woodbury
-from slimformer.saving.digest import model_digest
+from slimformer.saving.tensors import model_digest
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate

@@ -24,7 +24,7 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.movement import Movement, cost_above, lowest_bar, straight_through
-from slimformer.saving.digest import model_digest
+from slimformer.saving.tensors import model_digest
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
 from slimformer.training import runstate

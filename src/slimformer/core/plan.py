@@ -8,7 +8,6 @@ plan with the numbers that a method wants folded into the weights. Neither chang
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from slimformer.core.anatomy import Anatomy
 from slimformer.core.form import DENSE, Form, form_from_data
 from slimformer.core.ranges import Ranges
+from slimformer.digests import digest
 from slimformer.errors import PlanError, nearest
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Plan:
 
     def digest(self) -> str:
         """Twelve hexadecimal digits that name this plan."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        return digest(self.to_json())
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` gives it back exactly."""

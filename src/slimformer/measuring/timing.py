@@ -21,7 +21,7 @@ from slimformer.measuring.machine import Load
 from slimformer.measuring.sessions import Session
 from slimformer.tasks.base import Features
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 SINGLE = "batch 1, in order"
 SORTED = "batch 32, sorted by length"
@@ -106,7 +106,7 @@ def workloads(
     )
 
 
-def _spread(batches: Sequence[T], limit: int) -> list[T]:
+def _spread(batches: Sequence[_T], limit: int) -> list[_T]:
     """At most `limit` of the batches, evenly spaced, so that a sample has the lengths of the whole."""
     if len(batches) <= limit:
         return list(batches)

@@ -39,7 +39,7 @@ from slimformer.hooks.gating import gated
 from slimformer.hooks.precision import quick_autocast
 from slimformer.methods.base import Batch, Context, Effects, Method, State
 from slimformer.rules import Count, CountOrZero, Positive, Share
-from slimformer.saving.digest import model_digest
+from slimformer.saving.tensors import model_digest
 
 DAMAGE_SHARES = (0.0, 0.05, 0.125, 0.25, 0.5, 0.75)  # of a site's units, at which the damage of keeping no more is measured
 FLOOR = 0.02  # the least weight of a token: later layers may still read it

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from slimformer import registry
+from slimformer.digests import digest
 from slimformer.exporters.base import OPENVINO, Variant
 from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Facts, Goal, Heading, Standing
@@ -28,7 +29,7 @@ from slimformer.running.recipe import Recipe, named_options
 from slimformer.running.rivals import Contestant, rivals_of
 from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
-from slimformer.saving.files import digest, whole_folder, write_text
+from slimformer.saving.files import whole_folder, write_text
 from slimformer.saving.sparse import Values, rounding
 from slimformer.tasks.base import Split, Task
 

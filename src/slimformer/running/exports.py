@@ -17,14 +17,15 @@ from slimformer import registry
 from slimformer.core.ranges import Ranges
 from slimformer.data.batching import collate
 from slimformer.data.material import Material
+from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
 from slimformer.runtimes.openvino import nncf_int8
-from slimformer.saving.digest import model_digest
-from slimformer.saving.files import digest, in_turn, remove_parts, write_text
+from slimformer.saving.files import in_turn, remove_parts, write_text
+from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Split
 from slimformer.training.runstate import features_digest
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from slimformer.digests import digest
 from slimformer.errors import OutputError, RecipeError
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
@@ -25,7 +26,7 @@ from slimformer.running.recipe import Recipe
 from slimformer.running.rescue import rescue
 from slimformer.running.stages import advance
 from slimformer.running.trials import judge_of
-from slimformer.saving.files import claim, digest
+from slimformer.saving.files import claim
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from slimformer.data.augmentation import augment_rows
 from slimformer.data.batching import collate, epoch_order
 from slimformer.data.material import Material, encode_text, subset, unlabelled
 from slimformer.data.tokenizer import load_tokenizer
+from slimformer.digests import digest
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import Subject, subject_of
 from slimformer.forms.base import Formed
@@ -39,8 +40,8 @@ from slimformer.methods.base import Context, Method
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
-from slimformer.saving.digest import model_digest
-from slimformer.saving.files import digest, remembered, whole_folder, write_text
+from slimformer.saving.files import remembered, whole_folder, write_text
+from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.loop import train
 from slimformer.training.runstate import features_digest

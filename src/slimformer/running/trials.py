@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.data.material import Material, subset
+from slimformer.digests import digest
 from slimformer.exporters.base import FILES, FileKind, Variant
 from slimformer.log import Log
 from slimformer.measuring import machine
@@ -20,7 +21,7 @@ from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.exports import teacher_files, teacher_turn
 from slimformer.running.stages import VALIDATION_ROWS
-from slimformer.saving.files import digest, remembered
+from slimformer.saving.files import remembered
 from slimformer.tasks.base import Split, Task
 
 SATURATES = (

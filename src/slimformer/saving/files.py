@@ -6,7 +6,6 @@ OutputError; a killed run leaves at most a hidden temporary that the next run re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -66,14 +65,6 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole text file."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-def digest(*parts: str | bytes) -> str:
-    """Twelve hexadecimal digits that name these texts, in this order."""
-    sums = hashlib.sha256()
-    for part in parts:
-        sums.update(part if isinstance(part, bytes) else part.encode())
-    return sums.hexdigest()[:12]
 
 
 def remembered(file: Path, make: Callable[[], T], kind: Any) -> T:

@@ -11,7 +11,7 @@ import torch
 from slimformer.data.batching import epoch_order
 from slimformer.hooks.precision import Precision
 from slimformer.log import Log
-from slimformer.saving.digest import tensors_of
+from slimformer.saving.tensors import tensors_of
 from slimformer.training.devices import accelerator_for, chosen_precision, resident_bytes
 from slimformer.training.stage import Training
 from slimformer.training.step import attached

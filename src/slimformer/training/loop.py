@@ -7,7 +7,6 @@ numbers of one that was not. Nothing is cut here: the loop returns what the meth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -21,11 +20,12 @@ from torch import nn
 
 from slimformer.core.plan import Decision
 from slimformer.data.batching import epoch_order
+from slimformer.digests import digest
 from slimformer.errors import RecipeError
 from slimformer.hooks.precision import Precision
 from slimformer.log import Log
 from slimformer.registry import name_of
-from slimformer.saving.digest import model_digest
+from slimformer.saving.tensors import model_digest
 from slimformer.training import runstate
 from slimformer.training.devices import accelerator_for, chosen_precision, step_seed, tracking
 from slimformer.training.stage import Training
@@ -231,4 +231,4 @@ def _key(training: Training) -> str:
         runstate.features_digest(training.features),
         context.plan.digest(),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(json.dumps(parts, sort_keys=True))

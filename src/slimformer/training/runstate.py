@@ -6,10 +6,9 @@ moment a whole state exists. No pickle. It knows tensors by name only; what they
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimformer.digests import Content, digest_all
 from slimformer.saving.files import remove_parts, whole_folder
 from slimformer.tasks.base import Features
 
@@ -113,14 +113,16 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def features_digest(features: Features, names: Iterable[str] | None = None) -> str:
     """Twelve hexadecimal digits that name these rows, or the columns `names` of them."""
-    sums = hashlib.sha256()
-    for name in sorted(features.columns if names is None else set(names) & set(features.columns)):
-        values = features.columns[name]
-        sums.update(name.encode())
-        if len(values) and isinstance(values[0], (list, tuple, np.ndarray)):
-            lengths = np.fromiter((len(value) for value in values), dtype=np.int64, count=len(values))
-            sums.update(lengths.data)
-            sums.update(np.fromiter(chain.from_iterable(values), dtype=np.int64, count=int(lengths.sum())).data)
-        else:
-            sums.update(np.asarray(values).tobytes())
-    return sums.hexdigest()[:12]
+
+    def parts() -> Iterator[Content]:
+        for name in sorted(features.columns if names is None else set(names) & set(features.columns)):
+            values = features.columns[name]
+            yield name
+            if len(values) and isinstance(values[0], (list, tuple, np.ndarray)):
+                lengths = np.fromiter((len(value) for value in values), dtype=np.int64, count=len(values))
+                yield lengths.data
+                yield np.fromiter(chain.from_iterable(values), dtype=np.int64, count=int(lengths.sum())).data
+            else:
+                yield np.asarray(values).tobytes()
+
+    return digest_all(parts())

@@ -24,7 +24,7 @@ from slimformer.hooks.precision import Precision, autocast
 from slimformer.log import Log
 from slimformer.methods.base import Batch, Context, Progress, State, Step
 from slimformer.registry import name_of
-from slimformer.saving.digest import tensors_of
+from slimformer.saving.tensors import tensors_of
 from slimformer.training import runstate
 from slimformer.training.devices import DeviceClock, cache_room, resident_bytes, share_of, step_seed
 from slimformer.training.embedding_gradient import Lookup, kept_gradient

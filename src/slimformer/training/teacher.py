@@ -7,7 +7,6 @@ fit under a cap of bytes: scores of short texts do, those of 4,000 SQuAD questio
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -24,12 +23,13 @@ from torch import Tensor
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.data.batching import collate, least_width, sorted_by_length
+from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
 from slimformer.methods.base import Batch
-from slimformer.saving.digest import model_digest
 from slimformer.saving.files import in_turn, remove_parts, whole_folder
+from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Features, Task
 from slimformer.training.runstate import features_digest
 
@@ -212,7 +212,7 @@ def forget(folder: Path) -> None:
 def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> str:
     parts = [model_digest(teacher.subject.model), features_digest(features, teacher.subject.inputs), str(features.pad_id)]
     parts += [str(LAYOUT), teacher.precision, *teacher.task.outputs, *sorted(needs)]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+    return digest(" ".join(parts))
 
 
 def _heads(anatomy: Anatomy) -> list[int]:

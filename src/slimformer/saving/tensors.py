@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from slimformer.digests import Content, digest_all
 
 
 def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -25,8 +27,10 @@ def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def model_digest(model: nn.Module) -> str:
     """Twelve hexadecimal digits that name these very weights."""
-    sums = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(model, "").items()):
-        sums.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sums.hexdigest()[:12]
+
+    def parts() -> Iterator[Content]:
+        for name, tensor in sorted(tensors_of(model, "").items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return digest_all(parts())
