@@ -11,11 +11,11 @@ from pathlib import Path
 
 from slimformer import registry
 from slimformer.digests import digest
-from slimformer.exporters.base import OPENVINO, Variant
+from slimformer.exporters.base import FILES, OPENVINO, Variant
 from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Facts, Goal, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
-from slimformer.measuring.sessions import open_session
+from slimformer.measuring.sessions import open_session, runtime_for
 from slimformer.measuring.timing import Rounds
 from slimformer.reporting.answers import changed_answers
 from slimformer.reporting.card import Card, write_card
@@ -82,15 +82,17 @@ def _ours(candidate: Candidate, order: Order, run: Run) -> list[Contestant]:
     def ours(variant: str, path: Path, name: str, runtime: str = "onnxruntime", *, chosen: bool = False) -> Contestant:
         return Contestant(f"slimformer {name}", Standing.OURS, path, variant, runtime, facts | {"chosen": chosen})
 
-    files = [ours(name, path, kinds[name].label, chosen=name == best) for name, path in candidate.files.items()]
+    files = [
+        ours(name, path, kinds[name].label, runtime_for(path), chosen=name == best) for name, path in candidate.files.items()
+    ]
     if recipe.bench.openvino and find_spec("openvino") is not None:
         engine = registry.find("runtimes", "openvino")()
         standard = [item for item in files if engine.accepts(item.path)]
         files += [ours(item.variant, item.path, f"{kinds[item.variant].label} in OpenVINO", "openvino") for item in standard]
     if recipe.bench.fused:
-        home = candidate.files[Variant.FLOAT].parent
-        made = export_files(bundle.subject, bundle.material, home, [Variant.FUSED], run.log)
-        files.append(ours(Variant.FUSED, made[Variant.FUSED], kinds[Variant.FUSED].label))
+        assert candidate.folder is not None
+        made = export_files(bundle.subject, bundle.material, candidate.folder, [Variant.FUSED], run.log)
+        files.append(ours(Variant.FUSED, made[Variant.FUSED], FILES[Variant.FUSED].label))
     if recipe.export.openvino:
         run.log.say("making OpenVINO's int8 file by NNCF.")
         path = openvino_int8(candidate.files[Variant.FLOAT], bundle.subject, bundle.material, _openvino_home(run))
