@@ -72,3 +72,4 @@ def test_a_run_names_its_hub_model_in_what_it_delivers(
     assert status == 0, error
     assert read_recipe(tmp_path / "out" / "recipe.yaml").model == "someone/tiny-bert"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert "base_model: someone/tiny-bert\n" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -152,7 +152,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
         code = tasks.get(chosen.file, material.task).snippet(part, chosen.file, texts, material.max_length)
         notes = tuple(read_notes(best.parent).get(best.name, []))
-        write_card(part, Card(chosen, measurement.records, code, base_model=order.model_name, notes=notes, stored=stored))
+        base = order.recipe.model.partition("@")[0]  # a hub id may name a revision
+        write_card(part, Card(chosen, measurement.records, code, base_model=base, notes=notes, stored=stored))
         before, after = (measurement.scored[name] for name in (measurement.records[0].name, chosen.name))
         differences = changed_answers(before, after, material.examples[Split.DEV])
         write_page(measurement.records, part / "report.html", Details(changed=differences, command=order.command))
