@@ -40,5 +40,5 @@ def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> d
 
 def _nonzero(weights: Mapping[str, Any], matrix: Matrix) -> int:
     """Numbers of a matrix that are not 0, in whatever form it is stored."""
-    names = ("weight",) if matrix.dense else ("a", "b")
-    return sum(int((weights[f"{matrix.module}.{name}"] != 0).sum()) for name in names)
+    start, bias = f"{matrix.module}.", f"{matrix.module}.bias"
+    return sum(int((weight != 0).sum()) for name, weight in weights.items() if name.startswith(start) and name != bias)
