@@ -53,6 +53,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
+from slimformer.files import write_text
 from slimformer.measuring.records import Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
@@ -64,7 +65,6 @@ from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
 from slimformer.reporting.words import mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
-from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
 from slimformer.training.stage import Calibrate, Stage, Train
 

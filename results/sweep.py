@@ -27,12 +27,12 @@ from slimformer.cli import prefer_environment
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
+from slimformer.files import write_text
 from slimformer.log import show_log
 from slimformer.measuring.machine import cores
 from slimformer.reporting.ledger import LEDGER
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run, train_stages
-from slimformer.saving.files import write_text
 from slimformer.tasks.base import Split, Task
 from slimformer.training.stage import Train
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from slimformer.errors import ModelError, nearest
+from slimformer.files import whole_folder
 from slimformer.saving.checkpoint import TOKENIZER_FILES
-from slimformer.saving.files import whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,11 +15,11 @@ from tiny_folder import write_data, write_model
 from tokenizers import Tokenizer, models
 
 from slimformer.core.plan import Plan
-from slimformer.data.augmentation import Words, augment_rows, check_masked_model, likely_words, nearest_words
+from slimformer.data.augmentation import Words, augment_rows, likely_words, nearest_words
 from slimformer.errors import ModelError, RecipeError
 from slimformer.log import Log
 from slimformer.running.bundle import Run
-from slimformer.running.preflight import preflight
+from slimformer.running.preflight import check_masked_model, preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
@@ -201,8 +201,8 @@ def test_a_stage_trains_on_the_copies_too(tmp_path: Path):
 
 def test_options_that_make_no_sense_are_refused(tmp_path):
     for options, message in (
-        ({"augment": -1}, "augment: -1, must be 0 or above"),
-        ({"augment_model": "x"}, "augment_model: 'x', must be left out unless augment is above 0"),
+        ({"augment": -1}, "augment must be 0 or above, got -1"),
+        ({"augment_model": "x"}, "augment_model says how words are replaced: set augment too"),
     ):
         with pytest.raises(RecipeError, match=message):
             Train(**options)

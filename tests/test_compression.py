@@ -89,14 +89,14 @@ def kill_in_the_middle() -> None:
     hurry(patch)
     patch.setattr(training, "STATE_SECONDS", 0.0)
     patch.setattr(training, "STATE_SHARE", float("inf"))
-    save = runstate.save
+    save = runstate.save_state
 
     def save_and_die(folder: Path, state: runstate.RunState) -> None:
         save(folder, state)
         if state.step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    patch.setattr(runstate, "save", save_and_die)
+    patch.setattr(runstate, "save_state", save_and_die)
     cli.main()
 
 

@@ -20,6 +20,7 @@ from slimformer.errors import ExtraError
 from slimformer.exporters._onnx import int8
 from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import anatomy_of, subject_of
+from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring.sessions import open_session
 from slimformer.methods.distillation import Distillation
@@ -34,7 +35,6 @@ from slimformer.running.runner import run as run_recipe
 from slimformer.running.trials import Judge, Reference, Trial, choose_trial, judge_of
 from slimformer.runtimes.openvino import OpenVINO
 from slimformer.saving import checkpoint
-from slimformer.saving.files import remembered
 from slimformer.saving.sparse import size_bytes
 from slimformer.tasks.classification import Classification
 from slimformer.training.stage import Train

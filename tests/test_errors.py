@@ -16,7 +16,7 @@ from tiny_folder import write_data, write_model
 
 from slimformer import cli
 from slimformer.errors import OutputError
-from slimformer.saving.files import claim
+from slimformer.files import claim
 
 MARKS = {".lock", ".slimformer"}
 Fail = Callable[..., str]
@@ -231,7 +231,12 @@ def test_a_report_on_nothing(fail: Fail, home: Path) -> None:
 
 def test_options_out_of_range_are_all_told(compress: Fail, home: Path) -> None:
     said = compress("--speedup", 0.5, "--max-loss", -1, "--epochs", "nan", "--tries", 0, kind="RecipeError")
-    for fact in ("speedup: 0.5, must be above 1", "max_loss: -1.0", "epochs: nan", "tries: 0, must be at least 1"):
+    for fact in (
+        "speedup must be above 1 and at most 100, got 0.5",
+        "max_loss must be from 0 to 100, got -1.0",
+        "epochs must be above 0, and finite, or null, got nan",
+        "tries must be at least 1, got 0",
+    ):
         assert fact in said
     assert "metric: there is no 'acuracy'" in compress("--metric", "acuracy", kind="RecipeError")
     assert "the metric 'spearman' does not fit" in compress("--metric", "spearman", kind="DataError")
@@ -375,7 +380,7 @@ def test_a_disk_that_fills_up_while_weights_are_written(home: Path, monkeypatch:
     import torch
     from safetensors.torch import save_file as save
 
-    from slimformer.saving.files import whole_folder
+    from slimformer.files import whole_folder
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

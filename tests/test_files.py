@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from slimformer.errors import OutputError, output_errors
-from slimformer.saving.files import claim, in_turn, whole, whole_folder, write_text
+from slimformer.files import claim, in_turn, whole, whole_folder, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

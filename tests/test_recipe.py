@@ -81,7 +81,7 @@ stages:
         "seed: must be a whole number from 0",
         "stages[0].train.epoch: unknown option; did you mean 'epochs'?",
         "stages[1].calibrate.method: 'gates' has to train",
-        "stages[2].train.lr: -1.0, must be 0 or above",
+        "stages[2].train.lr must be 0 or above, and finite, got -1.0",
         "stages[2].train.methods[0]: 'fisher' looks once",
         "stages[2].train.methods[1].use: there is no 'distilation'; did you mean 'distillation'?",
         "stages[2].train.methods[2].kep: unknown option; did you mean 'keep'?",

@@ -327,7 +327,7 @@ def run(
     features = rows(96)
     around = context(undropped(model_type), features)
     result = fit(around, features, (method, Stop(stop)), settings, folder, QUIET)
-    saved = runstate.latest(folder)
+    saved = runstate.latest_state(folder)
     assert saved is not None
     names = [site.id for site in method.sites(around.anatomy)]
     return around, result, {name: saved.tensors[f"states.0.log_alpha.{i}"] for i, name in enumerate(names)}
@@ -428,7 +428,7 @@ def test_a_stopped_run_ends_with_the_same_gates(tmp_path, monkeypatch, stop, siz
     _, expected, straight = run(tmp_path / "straight", method, settings)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", method, settings, stop=stop)
-    state = runstate.latest(tmp_path / "stopped")
+    state = runstate.latest_state(tmp_path / "stopped")
     assert state is not None
     assert state.step == stop - 1
     _, result, resumed = run(tmp_path / "stopped", method, settings)

@@ -314,7 +314,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
     straight, expected = run(tmp_path / "straight", 99)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", 11)
-    assert runstate.latest(tmp_path / "stopped").step == 10
+    assert runstate.latest_state(tmp_path / "stopped").step == 10
     resumed, result = run(tmp_path / "stopped", 99)
     assert result.losses == expected.losses
     assert expected.losses[-1] < expected.losses[0]

@@ -326,7 +326,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options
     straight, expected = run(tmp_path / "straight", 99)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", 13)
-    assert runstate.latest(tmp_path / "stopped").step == 12
+    assert runstate.latest_state(tmp_path / "stopped").step == 12
     resumed, result = run(tmp_path / "stopped", 99)
     assert result.losses == expected.losses
     assert model_digest(resumed.model) == model_digest(straight.model)

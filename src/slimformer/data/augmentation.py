@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slimformer.data.batching import collate, sorted_by_length
-from slimformer.errors import ModelError
 from slimformer.tasks.base import Features
 
 if TYPE_CHECKING:
@@ -151,25 +149,3 @@ def likely_words(
                 present = torch.from_numpy(arrays["input_ids"][index, places[row]]).to(subject.device)
                 scores.masked_fill_(known[None, :] == present[:, None], -torch.inf)
                 yield row, known[scores.topk(count, dim=1).indices].cpu().numpy()
-
-
-def check_masked_model(folder: Path, source: Path) -> None:
-    """ModelError unless `folder` holds a masked language model that reads the tokens of the model in `source`."""
-    from slimformer.data.tokenizer import load_tokenizer
-    from slimformer.families.base import family_of
-    from slimformer.saving import checkpoint
-
-    config = checkpoint.read_config(folder)
-    family_of(checkpoint.base_type(config))
-    checkpoint.weights_file(folder)
-    if not checkpoint.is_tuned(folder, "AutoModelForMaskedLM"):
-        kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
-        raise ModelError(
-            f"{folder} is a {kind}, and augment_model needs a masked language model.",
-            help="name one, such as the folder of bert-base-uncased, or leave augment_model out.",
-        )
-    if load_tokenizer(folder).get_vocab() != load_tokenizer(source).get_vocab():
-        raise ModelError(
-            f"the masked language model {folder} has another tokenizer than the model {source}.",
-            help="name one that reads the same token ids, or leave augment_model out.",
-        )

@@ -35,9 +35,9 @@ from slimformer.exporters.base import (
     Variant,
 )
 from slimformer.families.base import subject_of
+from slimformer.files import whole
 from slimformer.hooks.points import quantized_inputs
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
-from slimformer.saving.files import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.exporters.base import FILES, OPENVINO
+from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.circumstances import circumstances, cost_facts
 from slimformer.reporting.verdicts import against, judge
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
-from slimformer.saving.files import write_text
 
 _HUB_METRICS = {
     "exact": "exact_match",

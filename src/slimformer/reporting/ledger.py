@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from slimformer.errors import DataError, ModelError, OutputError, output_errors
+from slimformer.files import write_text
 from slimformer.measuring.records import Facts, Record
-from slimformer.saving.files import write_text
 
 _log = logging.getLogger(__name__)
 FACTS_FILE = "slimformer.json"

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slimformer.errors import DataError
+from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.reporting.answers import ChangedAnswer, shortened_answer
 from slimformer.reporting.ledger import LEDGER, groups, read_records
 from slimformer.reporting.sections import section_of
-from slimformer.saving.files import write_text
 
 _log = logging.getLogger(__name__)
 

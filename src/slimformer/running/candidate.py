@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slimformer.exporters.base import FILES, Exporter, FileKind, Variant
+from slimformer.files import remembered
 from slimformer.running.bundle import Made, Run
 from slimformer.running.exports import export_files, plain_exporter
 from slimformer.running.trials import Judge, Trial, choose_trial
-from slimformer.saving.files import remembered
 from slimformer.training.stage import Stage
 
 

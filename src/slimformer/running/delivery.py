@@ -12,11 +12,13 @@ from pathlib import Path
 from slimformer import registry
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Variant
+from slimformer.files import whole_folder, write_text
 from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Facts, Goal, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import open_session, runtime_for
 from slimformer.measuring.timing import Rounds
+from slimformer.options import named_options
 from slimformer.reporting.answers import changed_answers
 from slimformer.reporting.card import Card, write_card
 from slimformer.reporting.ledger import LEDGER, append_record, write_facts
@@ -25,11 +27,10 @@ from slimformer.running.bundle import Run
 from slimformer.running.candidate import Candidate
 from slimformer.running.exports import export_files, openvino_int8, read_notes
 from slimformer.running.facts import facts_of
-from slimformer.running.recipe import Recipe, named_options
+from slimformer.running.recipe import Recipe
 from slimformer.running.rivals import Contestant, rivals_of
 from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
-from slimformer.saving.files import whole_folder, write_text
 from slimformer.saving.sparse import Values, rounding
 from slimformer.tasks.base import Split, Task
 

@@ -20,11 +20,11 @@ from slimformer.data.material import Material
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
+from slimformer.files import in_turn, remove_parts, write_text
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
 from slimformer.runtimes.openvino import nncf_int8
-from slimformer.saving.files import in_turn, remove_parts, write_text
 from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Split
 from slimformer.training.runstate import features_digest

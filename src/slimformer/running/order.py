@@ -40,6 +40,6 @@ def _zeros_after(stages: Sequence[Stage]) -> Method | None:
     return found
 
 
-def leading(stages: Sequence[Stage]) -> int:
+def leading_stages(stages: Sequence[Stage]) -> int:
     """How many stages of plain fine-tuning a recipe begins with."""
     return next((index for index, stage in enumerate(stages) if not stage.leading), len(stages))

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.core import cost
-from slimformer.data.augmentation import check_masked_model
 from slimformer.data.material import check_text, sampled_lengths
 from slimformer.data.tokenizer import OTHER_FORMS, load_tokenizer, max_length_of
 from slimformer.errors import ModelError, RecipeError
 from slimformer.families.base import family_of, subject_of
 from slimformer.registry import name_of
-from slimformer.running.order import conflicts, leading
+from slimformer.running.order import conflicts, leading_stages
 from slimformer.running.recipe import Recipe
 from slimformer.running.stages import refuse_cuts
 from slimformer.runtimes.openvino import require_nncf
@@ -51,7 +50,7 @@ def preflight(recipe: Recipe) -> Checked:
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
         task = task.bind(checkpoint.read_config(source) | trained_marks(recipe))
-    elif teacher is None and not leading(recipe.stages):
+    elif teacher is None and not leading_stages(recipe.stages):
         raise RecipeError(
             f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
             help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
@@ -131,6 +130,24 @@ def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
         )
 
 
+def check_masked_model(folder: Path, source: Path) -> None:
+    """ModelError unless `folder` holds a masked language model that reads the tokens of the model in `source`."""
+    config = checkpoint.read_config(folder)
+    family_of(checkpoint.base_type(config))
+    checkpoint.weights_file(folder)
+    if not checkpoint.is_tuned(folder, "AutoModelForMaskedLM"):
+        kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
+        raise ModelError(
+            f"{folder} is a {kind}, and augment_model needs a masked language model.",
+            help="name one, such as the folder of bert-base-uncased, or leave augment_model out.",
+        )
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(source).get_vocab():
+        raise ModelError(
+            f"the masked language model {folder} has another tokenizer than the model {source}.",
+            help="name one that reads the same token ids, or leave augment_model out.",
+        )
+
+
 def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     """RecipeError, TargetError or PlanError if the first method that decides cannot do so with this model.
 
@@ -151,4 +168,4 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
 
 def trained_marks(recipe: Recipe) -> dict[str, Any]:
     """What the config of the recipe's model says once leading `train` stages have trained it on the task's data."""
-    return dict(recipe.task.trained_on()) if leading(recipe.stages) else {}
+    return dict(recipe.task.trained_on()) if leading_stages(recipe.stages) else {}

@@ -12,7 +12,7 @@ from slimformer.errors import ModelError
 from slimformer.families.base import Subject, subject_of
 from slimformer.log import Log
 from slimformer.running.bundle import Bundle, Run
-from slimformer.running.order import leading
+from slimformer.running.order import leading_stages
 from slimformer.running.preflight import Checked, trained_marks
 from slimformer.running.stages import advance, torch_outputs
 from slimformer.saving import checkpoint
@@ -40,7 +40,7 @@ def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...
         teacher = _teacher(checked.teacher, student, task)
         _check_model(teacher, material)
         return replace(first, teacher=teacher), stages
-    lead = leading(stages)
+    lead = leading_stages(stages)
     config, marks = checkpoint.read_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
         if not lead:  # else the first stage may teach it what it lacks

@@ -14,15 +14,14 @@ they need to know the stages before them, because a fair rival is trained by the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slimformer import registry
 from slimformer.errors import nearest
 from slimformer.measuring.latency import Levels
+from slimformer.options import changed_options, named_options
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task
@@ -128,14 +127,14 @@ class Recipe:
         stages: list[dict[str, Any]] = []
         for stage in self.stages:
             if isinstance(stage, Train):
-                options = _changed_options(stage)
+                options = changed_options(stage)
                 if stage.methods:
                     options["methods"] = [named_options(method) for method in stage.methods]
                 stages.append({"train": options})
             elif isinstance(stage, Calibrate):
                 stages.append({"calibrate": {"method": named_options(stage.method)}})
-        export = _changed_options(replace(self.export, options={})) | dict(self.export.options)
-        stages += [{"export": export}, {"bench": _changed_options(self.bench)}]
+        export = changed_options(replace(self.export, options={})) | dict(self.export.options)
+        stages += [{"export": export}, {"bench": changed_options(self.bench)}]
         data: dict[str, Any] = {"model": self.model, "task": named_options(self.task), "stages": stages}
         if self.teacher:
             data["teacher"] = self.teacher
@@ -150,24 +149,3 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_data(), sort_keys=False, width=120)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _changed_options(item: Any) -> dict[str, Any]:
-    """Fields that differ from their defaults, as plain data."""
-    found = {}
-    for entry in dataclasses.fields(item):
-        value = getattr(item, entry.name)
-        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
-        if entry.name not in {"methods", "method"} and (default is dataclasses.MISSING or value != default):
-            found[entry.name] = _plain(value)
-    return found
-
-
-def named_options(item: Any) -> dict[str, Any]:
-    return {"use": registry.name_of(item), **_changed_options(item)}

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slimformer.exporters.base import SEARCH_SECONDS, Draft, Exporter, MixedPrecision, Variant
+from slimformer.files import remembered
 from slimformer.measuring.sessions import open_session
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.candidate import Candidate
 from slimformer.running.exports import keep_notes, plain_exporter
 from slimformer.running.trials import Judge, Trial
-from slimformer.saving.files import remembered
 from slimformer.tasks.base import Split
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slimformer.digests import digest
 from slimformer.errors import OutputError, RecipeError
+from slimformer.files import claim
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import cores
@@ -26,7 +27,6 @@ from slimformer.running.recipe import Recipe
 from slimformer.running.rescue import rescue
 from slimformer.running.stages import advance
 from slimformer.running.trials import judge_of
-from slimformer.saving.files import claim
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from slimformer import registry
 from slimformer.core.shrink import shrink
@@ -24,11 +24,13 @@ from slimformer.data.material import sampled_lengths, subset
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import family_of, subject_of
+from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Goal
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
+from slimformer.rules import Count, CountOrZero, Positive, mistakes_in, real_number
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
 from slimformer.running.delivery import Order, finish
@@ -41,7 +43,6 @@ from slimformer.running.runner import Conditions, Outcome, model_name, open_run
 from slimformer.running.stages import Clock, advance, context_of, latency_of, training_of
 from slimformer.running.trials import Judge, judge_of
 from slimformer.saving import checkpoint
-from slimformer.saving.files import remembered
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
 from slimformer.training.estimate import Estimate, estimate
@@ -59,36 +60,28 @@ MANY_EPOCHS = 6.0  # from here on, copies of the rows with other words in them t
 MOST_COPIES = 4
 
 
+Speedup = Annotated[float, real_number("above 1 and at most 100", lambda value: 1 < value <= 100, 1.0, 101.0)]
+Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value <= 100, -0.1, 101.0)]
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a compression is asked for; see `compress` for the meaning of each option."""
 
-    speedup: float = 3.0
-    max_loss: float = 1.0
-    epochs: float | None = None
-    lr: float | None = None
-    batch_size: int = 32
-    seed: int = 17
-    tries: int = TRIES
+    speedup: Speedup = 3.0
+    max_loss: Points = 1.0
+    epochs: Positive | None = None
+    lr: Positive | None = None
+    batch_size: Count = 32
+    seed: CountOrZero = 17
+    tries: Count = TRIES
     rivals: tuple[RivalName, ...] = RIVALS
 
     def __post_init__(self) -> None:
         for name in ("speedup", "max_loss", "epochs", "lr"):  # 2 and 2.0 are the same, also in what a folder is for
-            if getattr(self, name) is not None:
+            if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, float(getattr(self, name)))
-        wrong = [
-            f"{name}: {getattr(self, name)}, must be {rule}"
-            for name, rule, good in (
-                ("speedup", "above 1 and at most 100", 1 < self.speedup <= 100),
-                ("max_loss", "from 0 to 100", 0 <= self.max_loss <= 100),
-                ("epochs", "above 0", self.epochs is None or 0 < self.epochs < math.inf),
-                ("lr", "above 0", self.lr is None or 0 < self.lr < math.inf),
-                ("batch_size", "at least 1", self.batch_size >= 1),
-                ("tries", "at least 1", self.tries >= 1),
-                ("seed", "0 or above", self.seed >= 0),
-            )
-            if not good
-        ]
+        wrong = [mistake for mistake in mistakes_in(self) if not mistake.startswith("rivals")]
         if wrong:
             raise RecipeError("these options cannot be used.", facts=wrong, help="see `slimformer compress --help`.")
 

@@ -31,6 +31,7 @@ from slimformer.data.tokenizer import load_tokenizer
 from slimformer.digests import digest
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import Subject, subject_of
+from slimformer.files import remembered, whole_folder, write_text
 from slimformer.forms.base import Formed
 from slimformer.hooks.precision import quick_autocast
 from slimformer.measuring.latency import Latency, Levels, measure_levels
@@ -40,7 +41,6 @@ from slimformer.methods.base import Context, Method
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
-from slimformer.saving.files import remembered, whole_folder, write_text
 from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.loop import train

@@ -13,6 +13,7 @@ from typing import Any
 from slimformer.data.material import Material, subset
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, FileKind, Variant
+from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.measuring.scoring import evaluate
@@ -21,7 +22,6 @@ from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.exports import teacher_files, teacher_turn
 from slimformer.running.stages import VALIDATION_ROWS
-from slimformer.saving.files import remembered
 from slimformer.tasks.base import Split, Task
 
 SATURATES = (

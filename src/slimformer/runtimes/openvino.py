@@ -15,8 +15,8 @@ import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
 from slimformer.exporters.base import FILES, OPENVINO, Arrays, Variant
+from slimformer.files import whole_folder
 from slimformer.runtimes.base import Runner, Runtime
-from slimformer.saving.files import whole_folder
 
 INSTALL = "pip install 'slimformer[openvino]'"
 EXAMPLES = 300  # NNCF's own default

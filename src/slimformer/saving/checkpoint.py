@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from slimformer.core.plan import Plan
 from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError
-from slimformer.saving.files import whole_folder
+from slimformer.files import whole_folder
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def train(
     """Trains the context's model in place and returns what the methods decide; nothing is cut yet.
 
     Run states lie under `folder`: call it again after a kill and it goes on. When the result is saved elsewhere, call
-    `runstate.forget(folder)`. `evaluate` is called after each epoch. `cache` holds the teacher's outputs (default: `folder`);
+    `runstate.forget_states(folder)`. `evaluate` is called after each epoch. `cache` holds the teacher's outputs (default: `folder`);
     stages with one teacher may share it. Raises RecipeError if the methods cannot train together, or if the loss is no longer a
     number.
     """
@@ -72,7 +72,7 @@ def train(
     accelerator = accelerator_for(stage.trackers, folder)
     log = log if accelerator.is_main_process else Log(None, quiet=True)
     accelerator.wait_for_everyone()
-    saved = runstate.latest(folder)
+    saved = runstate.latest_state(folder)
     key = _key(training)
     if saved is not None and saved.facts["key"] != key:
         log.say("the saved state belongs to other settings, data or weights: training starts from the beginning.")
@@ -198,7 +198,7 @@ class _Loop:
         self._count_time()
         self.counters.window_loss = float(self.window_loss)
         facts = {"key": self.key, "precision": self.stepper.precision, "counters": asdict(self.counters)}
-        runstate.save(self.folder, self.stepper.state(step, facts))
+        runstate.save_state(self.folder, self.stepper.state(step, facts))
         self.written = time.perf_counter()
         self.state_seconds = self.written - before
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.digests import Content, digest_all
-from slimformer.saving.files import remove_parts, whole_folder
+from slimformer.files import remove_parts, whole_folder
 from slimformer.tasks.base import Features
 
-FACTS = "state.json"
-TENSORS = "state.safetensors"
-FOLDER = "state"
+STATE_FACTS = "state.json"
+STATE_TENSORS = "state.safetensors"
+STATES = "state"
 
 
 @dataclass(frozen=True)
@@ -36,39 +36,39 @@ class RunState:
     facts: Mapping[str, Any]
 
 
-def save(folder: Path, state: RunState) -> None:
+def save_state(folder: Path, state: RunState) -> None:
     """Writes the state under `folder` and removes the older ones. OutputError where the disk is full; the older then stay."""
     from safetensors.torch import save_file
 
-    home = folder / FOLDER
+    home = folder / STATES
     with whole_folder(home / f"step-{state.step:09d}") as part:
-        save_file({name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}, part / TENSORS)
-        (part / FACTS).write_text(json.dumps({"step": state.step} | dict(state.facts)), encoding="utf-8")
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}, part / STATE_TENSORS)
+        (part / STATE_FACTS).write_text(json.dumps({"step": state.step} | dict(state.facts)), encoding="utf-8")
     for older in _found(home)[1:]:
         shutil.rmtree(older, ignore_errors=True)
 
 
-def latest(folder: Path) -> RunState | None:
+def latest_state(folder: Path) -> RunState | None:
     """The newest state that can be read, or None. Remains of interrupted writes are removed."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    home = folder / FOLDER
+    home = folder / STATES
     remove_parts(home)
     for path in _found(home):
         try:
-            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-            return RunState(int(facts.pop("step")), load_file(path / TENSORS), facts)
+            facts = json.loads((path / STATE_FACTS).read_text(encoding="utf-8"))
+            return RunState(int(facts.pop("step")), load_file(path / STATE_TENSORS), facts)
         except (OSError, ValueError, KeyError, SafetensorError):
             continue  # damaged by something other than us; an older one may be whole
     return None
 
 
-def forget(folder: Path) -> None:
+def forget_states(folder: Path) -> None:
     """Removes the state of a finished run: call it when what the run made is saved elsewhere."""
-    home = folder / FOLDER
+    home = folder / STATES
     if home.is_dir():
-        gone = home.with_name(f".part-{FOLDER}")  # renamed first: a kill must not leave half a state under its name
+        gone = home.with_name(f".part-{STATES}")  # renamed first: a kill must not leave half a state under its name
         shutil.rmtree(gone, ignore_errors=True)
         home.replace(gone)
         shutil.rmtree(gone, ignore_errors=True)

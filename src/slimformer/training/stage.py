@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final, get_args
+from typing import ClassVar, Literal, final
 
 from slimformer.errors import RecipeError
 from slimformer.hooks.precision import PrecisionChoice
 from slimformer.methods.base import Context, Method, Zeros
 from slimformer.registry import name_of
+from slimformer.rules import Count, CountOrZero, Fraction, NotNegative, Positive, mistakes_in
 from slimformer.tasks.base import Features
 
 TASK_TEXT = "task"  # the value of `Train.text` that stands for the task's own training texts
@@ -82,21 +83,21 @@ class Train(Stage):
     """
 
     methods: tuple[Method, ...] = ()
-    epochs: float = 3.0
-    lr: float = 3e-5
-    batch_size: int = 32
-    task_weight: float = 1.0
-    weight_decay: float = 0.01
-    warmup: float = 0.1
+    epochs: Positive = 3.0
+    lr: NotNegative = 3e-5
+    batch_size: Count = 32
+    task_weight: NotNegative = 1.0
+    weight_decay: NotNegative = 0.01
+    warmup: Fraction = 0.1
     freeze: Freeze = "nothing"
     dropout: bool = True
     precision: PrecisionChoice = "auto"
     trackers: tuple[str, ...] = ()
     text: str | None = None
-    augment: int = 0
+    augment: CountOrZero = 0
     augment_model: str | None = None
-    steps: int | None = None
-    clip: float = 1.0
+    steps: Count | None = None
+    clip: NotNegative = 1.0
 
     kind: ClassVar[str] = "train"
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
@@ -104,24 +105,9 @@ class Train(Stage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
         object.__setattr__(self, "trackers", tuple(self.trackers))
-        wrong = [
-            f"{name}: {getattr(self, name)!r}, must be {rule}"
-            for name, rule, good in (
-                ("epochs", "above 0", self.epochs > 0),
-                ("steps", "at least 1", self.steps is None or self.steps >= 1),
-                ("lr", "0 or above, and finite", 0 <= self.lr < math.inf),
-                ("batch_size", "at least 1", self.batch_size >= 1),
-                ("task_weight", "0 or above", self.task_weight >= 0),
-                ("weight_decay", "0 or above", self.weight_decay >= 0),
-                ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),
-                ("clip", "0 or above", self.clip >= 0),
-                ("freeze", _one_of(Freeze), self.freeze in get_args(Freeze)),
-                ("precision", _one_of(PrecisionChoice), self.precision in get_args(PrecisionChoice)),
-                ("augment", "0 or above", self.augment >= 0),
-                ("augment_model", "left out unless augment is above 0", self.augment_model is None or self.augment > 0),
-            )
-            if not good
-        ]
+        wrong = mistakes_in(self)
+        if self.augment_model is not None and self.augment == 0:
+            wrong.append("augment_model says how words are replaced: set augment too")
         if wrong:
             raise RecipeError("these training options cannot be used.", facts=wrong, help="correct these values.")
 
@@ -201,8 +187,3 @@ class Training:
             raise RecipeError("these methods cannot train together.", facts=wrong, help="change the stage's methods.")
         if not len(self.features):
             raise ValueError("no rows to train on")
-
-
-def _one_of(literal: object) -> str:
-    *names, last = get_args(literal)
-    return f"{', '.join(names)} or {last}"

@@ -8,7 +8,6 @@ fit under a cap of bytes: scores of short texts do, those of 4,000 SQuAD questio
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,10 +24,10 @@ from slimformer.core.anatomy import Anatomy
 from slimformer.data.batching import collate, least_width, sorted_by_length
 from slimformer.digests import digest
 from slimformer.families.base import Subject
+from slimformer.files import in_turn, remove_parts, whole_folder
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
 from slimformer.methods.base import Batch
-from slimformer.saving.files import in_turn, remove_parts, whole_folder
 from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Features, Task
 from slimformer.training.runstate import features_digest
@@ -36,12 +35,12 @@ from slimformer.training.runstate import features_digest
 if TYPE_CHECKING:
     pass
 
-FOLDER = "teacher"
+TEACHER_FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter where scores are seen, which take more memory than all the rest
 LAYOUT = 2  # of the files below, part of their digest: a run that an earlier version began fills its cache anew
 LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # what may not fit
 PADDING = -1e4  # what stands at padding in outputs with a value per token; tasks leave padding out, and never see it
-FACTS = "facts.json"
+CACHE_FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class CachedTeacher(TeacherOutputs):
     """A teacher's outputs, and what else was kept, read from a folder that `_fill` wrote."""
 
     def __init__(self, folder: Path, device: torch.device, seconds: float) -> None:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / CACHE_FACTS).read_text(encoding="utf-8"))
         self.seconds = seconds
         self._device = device
         self._per_token: dict[str, bool] = facts["outputs"]
@@ -177,10 +176,10 @@ def teacher_outputs(
     Of several processes of one run one `writes` and all `wait` for it; runs that share `folder` fill it in turn.
     """
     large = LARGE & set(needs)
-    home = folder / FOLDER / _key(teacher, features, large)
+    home = folder / TEACHER_FOLDER / _key(teacher, features, large)
     subject = teacher.subject
     with subject.evaluating():
-        made = (home / FACTS).exists()  # what is there is read, whatever room its making has left on the disk
+        made = (home / CACHE_FACTS).exists()  # what is there is read, whatever room its making has left on the disk
         if not made and is_live(teacher, features, needs, cap_bytes):
             with capturing(subject.model, subject.anatomy, needs) as recorder:
                 yield LiveTeacher(teacher, recorder)
@@ -188,7 +187,7 @@ def teacher_outputs(
         seconds = 0.0
         if writes and not made:
             with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
-                if not (home / FACTS).exists():  # nor made by another run meanwhile
+                if not (home / CACHE_FACTS).exists():  # nor made by another run meanwhile
                     begin = time.perf_counter()
                     _fill(teacher, features, large, home, log)
                     seconds = time.perf_counter() - begin
@@ -202,11 +201,6 @@ def memoized_teacher(teacher: Teacher, needs: Collection[Capture]) -> Iterator[M
     subject = teacher.subject
     with subject.evaluating(), capturing(subject.model, subject.anatomy, needs) as recorder:
         yield MemoizedTeacher(teacher, recorder)
-
-
-def forget(folder: Path) -> None:
-    """Removes all cached teacher_reader under `folder`."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
 def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> str:
@@ -268,7 +262,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
             np.save(part / f"output-{name}.npy", np.concatenate(arrays), allow_pickle=False)
         for name, array in (("lengths", lengths), ("place", place), ("start", start), ("pair", pair)):
             np.save(part / f"{name}.npy", array, allow_pickle=False)
-        (part / FACTS).write_text(json.dumps({"outputs": per_token, "heads": heads}), encoding="utf-8")
+        (part / CACHE_FACTS).write_text(json.dumps({"outputs": per_token, "heads": heads}), encoding="utf-8")
 
 
 def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, bool]:
