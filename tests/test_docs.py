@@ -8,7 +8,6 @@ import importlib.util
 import json
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -217,115 +216,6 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
     elif isinstance(task, QuestionAnswering):
         task = replace(task, data=str(hub / task.version), train_ids=None)
     preflight(replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None))
-
-
-# -- The examples of plug-ins -------------------------------------------------------------------------------------------------
-
-
-def shown_files(folder: str) -> dict[str, str]:
-    """Name and code of the files under `folder` that docs/extend.md shows whole."""
-    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
-    return dict(re.findall(rf"`{folder}/(\w+)\.py`.\n\n```python\n(.*?)```", page, re.DOTALL))
-
-
-@pytest.fixture
-def plugins(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The package of docs/extend.md, installed as a third party's would be: the name of each plug-in and its kind."""
-    home = tmp_path / "site-packages"
-    home.mkdir()
-    (home / "yourpackage").mkdir()
-    (home / "yourpackage" / "__init__.py").touch()
-    for name, code in shown_files("yourpackage").items():
-        (home / "yourpackage" / f"{name}.py").write_text(code, encoding="utf-8")
-    (declared,) = blocks((ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), "toml")
-    groups = tomllib.loads(declared)["project"]["entry-points"]
-    lines = [
-        line for group, names in groups.items() for line in (f"[{group}]", *(f"{name} = {at}" for name, at in names.items()))
-    ]
-    info = home / "yourpackage-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: yourpackage\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.syspath_prepend(str(home))
-        importlib.invalidate_caches()
-        forget()
-        yield {name: group.removeprefix("slimformer.") for group, names in groups.items() for name in names}
-    for name in [name for name in sys.modules if name.partition(".")[0] == "yourpackage"]:
-        del sys.modules[name]
-    forget()
-
-
-@pytest.fixture
-def plugin(plugins: dict[str, str]) -> str:
-    """The method that is shown."""
-    return next(name for name, kind in plugins.items() if kind == "methods")
-
-
-def forget() -> None:
-    registry.names.cache_clear()
-    registry.find.cache_clear()
-
-
-def test_a_plug_in_of_each_kind_is_shown_and_passes_all_checks(plugins: dict[str, str]) -> None:
-    from slimformer.testing.checks import check_all, checks_of
-
-    assert sorted(plugins.values()) == sorted(registry.KINDS)
-    assert set(plugins) == set(shown_files("yourpackage"))
-    for name, kind in plugins.items():
-        lines = list(check_all(name))
-        assert len(lines) == len(checks_of(kind))
-        assert [line for line, good in lines if not good] == []
-        assert registry.summary(kind, name)
-
-
-@pytest.mark.slow
-def test_the_exporter_that_is_shown_writes_what_the_runtime_that_is_shown_runs(plugins: dict[str, str], tmp_path: Path) -> None:
-    import numpy as np
-
-    from slimformer.families.base import subject_of
-    from slimformer.testing.tiny import tiny
-
-    exporter, runtime = (registry.find(kind, name) for kind, name in (("exporters", "pt2"), ("runtimes", "torch_export")))
-    subject = subject_of(tiny("bert"))
-    batches = [
-        {name: np.full(shape, int(name != "token_type_ids"), dtype=np.int64) for name in subject.inputs}
-        for shape in ((2, 5), (3, 9))
-    ]
-    made = exporter().export(subject.model, batches, tmp_path / "model.pt2", "float")
-    assert runtime().accepts(made.path)
-    logits = runtime().load(made.path, threads=1)(batches[1])["logits"]
-    with subject.evaluating():
-        truth = subject.model(**subject.feed(batches[1])).logits.detach().numpy()
-    assert np.abs(logits - truth).max() < 1e-5
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt2", "site-packages"]
-
-
-def test_the_task_that_is_shown_has_its_options_on_the_command_line(plugins: dict[str, str]) -> None:
-    from slimformer.tasks.base import Split
-
-    task = registry.find("tasks", "parity").from_flags({"--numbers": "300"})
-    recipe = parse_recipe({"model": "x", "task": {"use": "parity", "numbers": 300}, "stages": []})
-    assert recipe.task == task
-    assert [len(task.split(split)) for split in Split] == [300, 200, 200]
-
-
-def test_the_method_that_is_shown_passes_the_test_that_is_shown(plugin: str) -> None:
-    ((name, code),) = shown_files("tests").items()
-    assert name == f"test_{plugin}"
-    scope: dict[str, Any] = {"__name__": name}
-    exec(compile(code, f"{name}.py", "exec"), scope)
-    tests = [value for key, value in scope.items() if key.startswith("test_")]
-    assert tests
-    for test in tests:
-        test()
-
-
-def test_a_wrong_option_of_the_method_is_a_mistake_with_a_place(plugin: str) -> None:
-    from slimformer.errors import RecipeError
-
-    with pytest.raises(RecipeError, match=r"stages\[0\]\.calibrate\.method: keep must be above 0"):
-        parse_recipe({"model": "x", "task": "intents", "stages": [{"calibrate": {"method": {"use": plugin, "keep": 0}}}]})
 
 
 # -- Pages ---------------------------------------------------------------------------------------------------------------------

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_folder import write_data, write_model
 
 from slimformer import registry
 from slimformer.errors import RecipeError
-from slimformer.log import Log
 from slimformer.running.reader import parse_recipe
-from slimformer.running.runner import run
 
 SOURCE = '''"""ONNX under another name."""
 
@@ -50,28 +46,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plain\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[slimformer.exporters]\nplain = plain:Plain\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    registry.names.cache_clear()
-    registry.find.cache_clear()
+    registry.forget()
     yield
     sys.modules.pop("plain", None)
-    registry.names.cache_clear()
-    registry.find.cache_clear()
-
-
-@pytest.mark.slow
-def test_a_run_delivers_its_files(package: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
-    data = recipe(to="plain") | {
-        "model": str(write_model(tmp_path / "model")),
-        "task": {"use": "classification", "data": str(write_data(tmp_path / "data"))},
-    }
-    data["stages"] = [{"export": {"to": "plain"}}, {"bench": {"seconds": 0.1, "rivals": []}}]
-    out = tmp_path / "out"
-    run(parse_recipe(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
-    assert (out / "plain.onnx").is_file()
-    assert not (out / "model.onnx").exists()
-    assert json.loads((out / "slimformer.json").read_text())["best"] == "plain.onnx"
-    assert "`plain.onnx`" in (out / "README.md").read_text()
+    registry.forget()
 
 
 def recipe(**export: object) -> dict[str, object]:

@@ -183,11 +183,20 @@ class Record:
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """A model file of an exported folder: its name, the exporter's variant, and whether its matrices are int8."""
+
+    name: str
+    precision: str
+    int8: bool = False
+
+
+@dataclass(frozen=True)
 class Facts:
     """slimformer.json of an exported folder: what the files do not say themselves.
 
-    `best` names the file that ships, `task` holds the task's options as in a recipe, and `fitted` the options of the task that
-    were fitted for a file, by its name. The other fields are those of `Record`.
+    `best` names the file that ships, `files` all of them in the exporter's order, `task` holds the task's options as in a recipe,
+    and `fitted` the options of the task that were fitted for a file, by its name. The other fields are those of `Record`.
     """
 
     best: str
@@ -210,6 +219,7 @@ class Facts:
     recipe: str = ""
     plan: str = ""
     fitted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: tuple[FileFacts, ...] = ()
 
     def of_record(self) -> dict[str, Any]:
         """The fields that the records of all these files share."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimformer.exporters.base import FILES, OPENVINO
+from slimformer.exporters.base import FILES, OPENVINO, FileKind
 from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
@@ -34,17 +34,16 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_ABOUT = {kind.name: kind.about for kind in (*FILES.values(), OPENVINO)} | {
-    "model.safetensors": "the weights for PyTorch, with `slimformer.load`"
-}
+_WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`")
 
 
 @dataclass(frozen=True)
 class Card:
     """What a model card tells: `record` is of the file that ships, `records` are all rows of its comparison.
 
-    `code` are the lines that run the file, from the task's `snippet`. `base_model` goes into the hub's metadata if it is a hub
-    name ("owner/name"). `notes` is what the exporter says of the file, `stored` how model.safetensors holds its values.
+    `code` are the lines that run the file, from the `snippet` of `runtime`, and `packages` are what they need. `base_model` goes
+    into the hub's metadata if it is a hub name ("owner/name"). `notes` is what the exporter says of the file, `stored` how
+    model.safetensors holds its values. `kinds` says what each file of the folder is.
     """
 
     record: Record
@@ -53,6 +52,9 @@ class Card:
     base_model: str = ""
     notes: tuple[str, ...] = ()
     stored: str = ""
+    kinds: tuple[FileKind, ...] = (*FILES.values(), OPENVINO)
+    runtime: str = "onnxruntime"
+    packages: tuple[str, ...] = ("onnxruntime", "tokenizers", "numpy")
 
 
 def write_card(folder: Path, card: Card) -> str:
@@ -75,12 +77,13 @@ def _metadata(folder: Path, card: Card) -> Any:
     int8 = "int8" in record.precision
     on_hub = _HUB_NAME.fullmatch(card.base_model) is not None and not Path(card.base_model).exists()
     metric = _HUB_METRICS.get(record.metric, record.metric)
+    made_for = Path(record.file).suffix.removeprefix(".") or "onnx"
     return ModelCardData(
         base_model=card.base_model if on_hub else None,
         base_model_relation=("quantized" if int8 else "finetune") if on_hub else None,
-        library_name="onnx",
+        library_name=made_for,
         pipeline_tag=pipeline,
-        tags=["onnx", "onnxruntime", "slimformer", *(["pruned"] if pruned else []), *(["int8"] if int8 else [])],
+        tags=[made_for, card.runtime, "slimformer", *(["pruned"] if pruned else []), *(["int8"] if int8 else [])],
         metrics=[metric],
         model_name=record.name.replace("\n", " "),
         eval_results=[
@@ -108,17 +111,15 @@ def _body(folder: Path, card: Card) -> str:
         lstrip_blocks=True,
     )
     jinja.filters["md"] = _markdown
+    kinds = [kind for kind in (*card.kinds, _WEIGHTS) if (folder / kind.name).is_file()]
     ends = {card.record.file: " (**the best here**)", "model.safetensors": f"; {card.stored}" if card.stored else ""}
     return jinja.get_template("card.md").render(
         card=card,
         verdict=judge(card.record),
         rivals=against(card.record, card.records),
         metric=card.record.metric.replace("_", " "),
-        files=[
-            (name, mb_text(shipped_bytes(folder / name)), about + ends.get(name, ""))
-            for name, about in _ABOUT.items()
-            if (folder / name).is_file()
-        ],
+        files=[(kind.name, mb_text(shipped_bytes(folder / kind.name)), kind.about + ends.get(kind.name, "")) for kind in kinds],
+        several=sum(kind.int8 for kind in kinds) > 1,
         rows=[_cells(record) for record in card.records],
         layers=layers_text(card.record),
         about=(*cost_facts(card.record), *circumstances([card.record])),

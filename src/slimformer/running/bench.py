@@ -21,9 +21,9 @@ from slimformer import registry
 from slimformer.data.batching import collate, in_order
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
-from slimformer.exporters.base import FILES, Variant, variant_of
+from slimformer.exporters.base import FILES, OPENVINO, Variant, variant_of
 from slimformer.measuring.machine import Load, cores, quiet
-from slimformer.measuring.records import Facts, Heading, Standing
+from slimformer.measuring.records import Facts, FileFacts, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
@@ -44,6 +44,7 @@ class _Model:
     name: str
     file: Path
     precision: str
+    int8: bool
     facts: Facts | None
     known: Mapping[str, Any]
 
@@ -134,20 +135,21 @@ def _recorded_task(paths: Sequence[Path]) -> Task:
 
 def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | None) -> list[_Model]:
     """The model file of each path, or all files of a single folder, fp32 first. A plain folder is exported into `scratch`."""
+    accepting = [registry.find("runtimes", name)().accepts for name in registry.names("runtimes")]
     models: list[_Model] = []
     for place, path in enumerate(paths):
-        if path.is_file() and path.suffix in {".onnx", ".xml"}:
+        if path.is_file() and any(accepts(path) for accepts in accepting):
             models.append(_model(path, f"{path.parent.name}/{path.name}"))
             continue
         if not path.is_dir():
             raise ModelError(
                 f"{path} is no model: there is no such folder.", help="name a folder with config.json and a model."
             )
-        files = [file for variant in _FASTEST_FIRST if (file := path / FILES[variant].name).is_file()]
+        files = _model_files(path)
         if not files:
             models.append(_export(path, task, scratch / str(place), max_length))
         elif len(paths) == 1:
-            models += sorted((_model(file, file.name) for file in files), key=lambda model: FILES[model.precision].int8)
+            models += sorted((_model(file, file.name) for file in files), key=lambda model: model.int8)
         else:
             models.append(_model(_best_file(path, files), path.resolve().name))
     return _named_apart(models)
@@ -164,11 +166,21 @@ def _named_apart(models: Sequence[_Model]) -> list[_Model]:
     return apart
 
 
+def _model_files(folder: Path) -> list[Path]:
+    """The model files of a folder, fastest kind first: ONNX files by their names, and those that its slimformer.json names."""
+    facts = read_facts(folder)
+    named = [item.name for item in facts.files if item.name != OPENVINO.name] if facts else []
+    files = [folder / name for name in dict.fromkeys([*(FILES[variant].name for variant in _FASTEST_FIRST), *named])]
+    return [file for file in files if file.is_file()]
+
+
 def _model(file: Path, name: str) -> _Model:
     facts = read_facts(file.parent)
-    delivered = facts is not None and file.suffix == ".xml"  # an OpenVINO file that we deliver is int8 by NNCF
-    precision = Variant.INT8_STATIC if delivered else variant_of(file.name) or Variant.FLOAT
-    return _Model(name, file, precision, facts, {} if facts is None else facts.of_record())
+    known = next((item for item in facts.files if item.name == file.name), None) if facts else None
+    if known is None:
+        variant = variant_of(file.name) or Variant.FLOAT
+        known = FileFacts(file.name, variant, FILES[variant].int8)
+    return _Model(name, file, known.precision, known.int8, facts, {} if facts is None else facts.of_record())
 
 
 def _best_file(folder: Path, files: Sequence[Path]) -> Path:
@@ -207,7 +219,7 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
     params = sum(parameter.numel() for parameter in model.parameters())
-    return _Model(folder.resolve().name, file, Variant.FUSED, None, {"params": params})
+    return _Model(folder.resolve().name, file, Variant.FUSED, False, None, {"params": params})
 
 
 def _installed(*names: str) -> bool:
@@ -249,7 +261,7 @@ def _entries(models: Sequence[_Model], encoder: _Encoder, runtimes: Sequence[str
             if not installed_runtime(runtime).accepts(model.file):
                 continue
             name = model.name if len(runtimes) == 1 else f"{model.name}, {runtime}"
-            dense = baseline and model.precision in {Variant.FUSED, Variant.FLOAT}
+            dense = baseline and not model.int8
             role = Standing.TEACHER_FP32 if dense else Standing.OTHER
             yield Entry(name, role, model.precision, open_session(model.file, threads, runtime), task, features, model.known)
             baseline = False

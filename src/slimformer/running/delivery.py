@@ -14,9 +14,9 @@ from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Variant
 from slimformer.files import whole_folder, write_text
 from slimformer.measuring.machine import quiet
-from slimformer.measuring.records import Facts, Goal, Heading, Standing
+from slimformer.measuring.records import Facts, FileFacts, Goal, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
-from slimformer.measuring.sessions import open_session, runtime_for
+from slimformer.measuring.sessions import installed_runtime, open_session, runtime_for
 from slimformer.measuring.timing import Rounds
 from slimformer.options import named_options
 from slimformer.reporting.answers import changed_answers
@@ -125,8 +125,9 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
     material, model = bundle.material, bundle.subject.model
     best = files[candidate.best(order.max_loss).variant]
     chosen = next(record for record in measurement.records if record.chosen)
-    delivered = [path.name for path in files.values()] + ([OPENVINO.name] if export.openvino else [])
-    fitted = {name: fitted_options(material.task, tasks[name]) for name in delivered}
+    delivered = [(variant, candidate.kinds[variant]) for variant in files]
+    delivered += [(Variant.INT8_STATIC, OPENVINO)] if export.openvino else []
+    fitted = {kind.name: fitted_options(material.task, tasks[kind.name]) for _, kind in delivered}
     text = order.recipe.to_yaml()
     facts = Facts(
         best=best.name,
@@ -136,6 +137,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         name=f"{order.model_name} (slimformer)",
         model=order.model_name,
         fitted={name: options for name, options in fitted.items() if options},
+        files=tuple(FileFacts(kind.name, str(variant), kind.int8) for variant, kind in delivered),
         **facts_of(candidate.made, run, digest(text), export.values),
     )
     stored = _stored(bundle.subject.model, export.values)
@@ -151,10 +153,22 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         write_facts(part, facts)
         write_text(part / "recipe.yaml", text)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
-        code = tasks.get(chosen.file, material.task).snippet(part, chosen.file, texts, material.max_length)
+        task, name = tasks.get(chosen.file, material.task), runtime_for(best)
+        runtime = installed_runtime(name)
         notes = tuple(read_notes(best.parent).get(best.name, []))
         base = order.recipe.model.partition("@")[0]  # a hub id may name a revision
-        write_card(part, Card(chosen, measurement.records, code, base_model=base, notes=notes, stored=stored))
+        card = Card(
+            chosen,
+            measurement.records,
+            runtime.snippet(task, part, chosen.file, texts, material.max_length),
+            base_model=base,
+            notes=notes,
+            stored=stored,
+            kinds=tuple(kind for _, kind in delivered),
+            runtime=name,
+            packages=runtime.packages,
+        )
+        write_card(part, card)
         before, after = (measurement.scored[name] for name in (measurement.records[0].name, chosen.name))
         differences = changed_answers(before, after, material.examples[Split.DEV])
         write_page(measurement.records, part / "report.html", Details(changed=differences, command=order.command))

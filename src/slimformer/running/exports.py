@@ -48,6 +48,7 @@ def export_files(
     No int8 file is refused here: each is judged by what it loses on validation examples.
     """
     exporter = exporter or plain_exporter()
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {variant: folder / exporter.files[variant].name for variant in variants}
     made = exporter.export_all(subject.model, material.batches(subject.inputs), paths, material.task.outputs, ranges)
     keep_notes(folder, made.values(), log)

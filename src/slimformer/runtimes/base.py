@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+from slimformer.registry import name_of
+
+if TYPE_CHECKING:
+    from slimformer.tasks.base import Task
 
 Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # inputs it does not know are ignored
 
@@ -15,10 +20,11 @@ Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # inputs i
 class Runtime(ABC):
     """Final frozen dataclasses that import their engine only when they run, so that a lean installation can list them.
 
-    `extra`: the extra of slimformer that installs the engine.
+    `extra`: the extra of slimformer that installs the engine; `packages`: what `snippet` needs.
     """
 
     extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ("slimformer",)
 
     @abstractmethod
     def available(self) -> bool:
@@ -35,3 +41,7 @@ class Runtime(ABC):
     @abstractmethod
     def load(self, path: Path, threads: int) -> Runner:
         """A callable: model inputs (batch, seq) -> outputs by name. ExtraError if the engine is missing."""
+
+    def snippet(self, task: Task, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+        """Python for the model card: it runs `file` of an exported folder on the texts. By default it opens the file by this class."""
+        return task.plain_snippet(folder, file, texts, max_length, name_of(self))

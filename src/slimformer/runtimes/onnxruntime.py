@@ -6,16 +6,19 @@ All files, ours and the baselines, get the same session options. Each option was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
 from slimformer.runtimes.base import Runner, Runtime
+
+if TYPE_CHECKING:
+    from slimformer.tasks.base import Task
 
 
 @final
@@ -24,6 +27,7 @@ class OnnxRuntime(Runtime):
     """ONNX Runtime's CPU provider."""
 
     extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "tokenizers", "numpy")
 
     def available(self) -> bool:
         return find_spec("onnxruntime") is not None
@@ -56,6 +60,9 @@ class OnnxRuntime(Runtime):
             return dict(zip(outputs, session.run(outputs, {name: inputs[name] for name in names}), strict=True))
 
         return run
+
+    def snippet(self, task: Task, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+        return task.snippet(folder, file, texts, max_length)
 
 
 def _options(threads: int) -> Any:

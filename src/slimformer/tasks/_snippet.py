@@ -1,4 +1,4 @@
-"""The Python that a model card shows: lines that run an exported file with onnxruntime, tokenizers and numpy alone."""
+"""The Python that a model card shows: lines that run an exported file with onnxruntime, tokenizers and numpy alone, or in any runtime."""
 
 from __future__ import annotations
 
@@ -19,21 +19,42 @@ def python_literal(text: str) -> str:
 
 def batch_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int, *last: str) -> str:
     """Lines that run all texts as one batch; `last` are the lines that read the answer from `session` and `feeds`."""
+    return "\n".join(
+        [
+            "import json, pathlib, numpy as np, onnxruntime, tokenizers",
+            *_rows(folder, texts, max_length, f"session = onnxruntime.InferenceSession({python_literal(file)})"),
+            "feeds = {i.name: np.array([getattr(row, names[i.name]) for row in rows]) for i in session.get_inputs()}",
+            *last,
+        ]
+    )
+
+
+def runtime_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int, runtime: str) -> str:
+    """Lines that run all texts as one batch in a runtime of slimformer's registry, and print the shapes of the outputs."""
+    opening = f"run = open_session(pathlib.Path({python_literal(file)}), 1, {python_literal(runtime)})"
+    return "\n".join(
+        [
+            "import pathlib, numpy as np, tokenizers",
+            "from slimformer.measuring.sessions import open_session",
+            *_rows(folder, texts, max_length, opening),
+            "feeds = {name: np.array([getattr(row, part) for row in rows]) for name, part in names.items()}",
+            "print({name: array.shape for name, array in run(feeds).items()})",
+        ]
+    )
+
+
+def _rows(folder: Path, texts: Sequence[tuple[str, ...]], max_length: int, opening: str) -> list[str]:
+    """Lines that open the tokenizer and the file, and encode the texts as `rows`."""
     tokenizer = load_tokenizer(folder)
     pad = pad_id_of(tokenizer, folder)
     inputs = ", ".join(
         python_literal(text[0]) if len(text) == 1 else f"({', '.join(map(python_literal, text))})" for text in texts
     )
-    return "\n".join(
-        [
-            "import json, pathlib, numpy as np, onnxruntime, tokenizers",
-            OPEN_TOKENIZER,
-            f"tokenizer.enable_truncation({max_length})",
-            f"tokenizer.enable_padding(pad_id={pad}, pad_token={python_literal(tokenizer.id_to_token(pad) or '[PAD]')})",
-            f"session = onnxruntime.InferenceSession({python_literal(file)})",
-            f"rows = tokenizer.encode_batch([{inputs}])",
-            INPUT_NAMES,
-            "feeds = {i.name: np.array([getattr(row, names[i.name]) for row in rows]) for i in session.get_inputs()}",
-            *last,
-        ]
-    )
+    return [
+        OPEN_TOKENIZER,
+        f"tokenizer.enable_truncation({max_length})",
+        f"tokenizer.enable_padding(pad_id={pad}, pad_token={python_literal(tokenizer.id_to_token(pad) or '[PAD]')})",
+        opening,
+        f"rows = tokenizer.encode_batch([{inputs}])",
+        INPUT_NAMES,
+    ]

@@ -15,18 +15,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_type_hints
 
-import numpy as np
-
 from slimformer.errors import RecipeError, nearest
 from slimformer.registry import name_of
-from slimformer.tasks._snippet import batch_snippet
+from slimformer.tasks._snippet import batch_snippet, runtime_snippet
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from tokenizers import Tokenizer
     from transformers import PretrainedConfig
 
-Outputs = Mapping[str, np.ndarray]  # output name -> (features, ...); "logits" -> (features, classes)
+Outputs = Mapping[str, "np.ndarray"]  # output name -> (features, ...); "logits" -> (features, classes)
 
 
 class Split(StrEnum):
@@ -65,6 +64,8 @@ class Features:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, before padding: (features,)."""
+        import numpy as np
+
         return np.fromiter((len(ids) for ids in self.columns["input_ids"]), dtype=np.int64, count=len(self))
 
 
@@ -169,6 +170,10 @@ class Task(ABC):
         It runs in that folder and needs onnxruntime, tokenizers and numpy alone. By default it prints the outputs' shapes.
         """
         return batch_snippet(folder, file, texts, max_length, "print([array.shape for array in session.run(None, feeds)])")
+
+    def plain_snippet(self, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int, runtime: str) -> str:
+        """The same for a file of any runtime, opened by slimformer."""
+        return runtime_snippet(folder, file, texts, max_length, runtime)
 
     # ---- the command line
 
