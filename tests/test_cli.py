@@ -148,15 +148,14 @@ def films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: films\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[slimformer.tasks]\nfilms = films:Films\n", encoding="utf-8")
-    caches = (registry.names, registry.find, cli._task_params)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        for cached in caches:
-            cached.cache_clear()
+        registry.forget()
+        cli._task_params.cache_clear()
         yield
         sys.modules.pop("films", None)
-    for cached in caches:
-        cached.cache_clear()
+    registry.forget()
+    cli._task_params.cache_clear()
 
 
 @pytest.mark.usefixtures("films")

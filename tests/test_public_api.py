@@ -44,3 +44,17 @@ def test_imports_stay_lean(module):
     allowed = {"slimformer.cli": {"rich"}}.get(module, set())
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(eval(found.stdout)) <= allowed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["bench", "--help"]], ids=" ".join)
+def test_help_stays_lean(arguments):
+    """The options of all tasks are collected without what tasks compute with; pydantic is typer's own."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from slimformer.cli import main\n"
+        f"sys.argv = ['slimformer', *{arguments!r}]\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n    main()\n"
+        f"print([name for name in {(*HEAVY, 'numpy', 'tokenizers', 'slimformer.families.base')!r} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(eval(found.stdout)) <= {"rich", "pydantic"}

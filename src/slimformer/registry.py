@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def names(kind: str) -> tuple[str, ...]:
     """Names of one kind, ours and third parties', sorted."""
     folder = Path(__file__).parent / kind
     own = {file.stem for file in folder.glob("*.py") if not file.stem.startswith("_") and file.stem != "base"}
-    return tuple(sorted(own | {point.name for point in entry_points(group=f"slimformer.{kind}")}))
+    return tuple(sorted(own | {point.name for point in _plugins(kind)}))
 
 
 @cache
@@ -38,7 +38,7 @@ def find(kind: str, name: str) -> type[Any]:
     """The class of that name; RecipeError with the nearest name where there is none."""
     if name not in names(kind):
         raise RecipeError(f"there is no '{name}' among the {kind}.", help=nearest(name, names(kind)))
-    for point in entry_points(group=f"slimformer.{kind}"):
+    for point in _plugins(kind):
         if point.name == name:
             found: type[Any] = point.load()
             return found
@@ -52,6 +52,18 @@ def find(kind: str, name: str) -> type[Any]:
     if len(classes) != 1:
         raise TypeError(f"{module.__name__} must define exactly one {KINDS[kind]}, found {len(classes)}")
     return classes[0]
+
+
+@cache
+def _plugins(kind: str) -> EntryPoints:
+    """The entry points of one kind, read once: that takes longer than importing a task."""
+    return entry_points(group=f"slimformer.{kind}")
+
+
+def forget() -> None:
+    """Forgets what was found, so that packages that were installed since are found too."""
+    for function in (names, find, _plugins):
+        function.cache_clear()
 
 
 def summary(kind: str, name: str) -> str:

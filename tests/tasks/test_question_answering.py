@@ -33,11 +33,10 @@ from slimformer.log import Log
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
+from slimformer.tasks._spans import best_spans, best_threshold
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.question_answering import (
     QuestionAnswering,
-    best_spans,
-    best_threshold,
     room,
 )
 from slimformer.training import teacher as teacher_cache

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slimformer.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Item = TypeVar("Item")
 
@@ -44,7 +45,7 @@ def draw_rows(rows: Sequence[int], classes: Sequence[int] | None, count: int, pu
     generator = _generator(purpose)
     if classes is None:
         count = min(count, len(rows) - 1)
-        return frozenset(generator.permutation(np.asarray(rows))[:count].tolist())
+        return frozenset(generator.permutation(rows)[:count].tolist())
     groups: dict[int, list[int]] = {}
     for row in rows:
         groups.setdefault(classes[row], []).append(row)
@@ -55,7 +56,7 @@ def draw_rows(rows: Sequence[int], classes: Sequence[int] | None, count: int, pu
         take[key] += 1
     drawn: list[int] = []
     for key in sorted(groups):
-        drawn += generator.permutation(np.asarray(groups[key]))[: min(take[key], len(groups[key]) - 1)].tolist()
+        drawn += generator.permutation(groups[key])[: min(take[key], len(groups[key]) - 1)].tolist()
     return frozenset(drawn)
 
 
@@ -82,6 +83,8 @@ def draw_some(items: Sequence[Item], count: int, purpose: str) -> list[Item]:
 
 
 def _generator(purpose: str) -> np.random.Generator:
+    import numpy as np
+
     return np.random.default_rng([_SEED, *purpose.encode()])
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer.errors import ModelError
-from slimformer.families.base import find_family
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,6 +65,8 @@ def _convert(folder: Path, found: list[str]) -> Tokenizer:
 
 def max_length_of(folder: Path) -> int:
     """Tokens a model in this folder can take, special ones included: at most 512."""
+    from slimformer.families.base import find_family
+
     folder = Path(folder)
     limits = [LONGEST]
     said = _read(folder / "tokenizer_config.json").get("model_max_length")

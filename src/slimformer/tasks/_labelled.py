@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.tasks._losses import kl_divergence
 from slimformer.tasks._metrics import class_metrics, score_metrics
@@ -16,6 +14,7 @@ from slimformer.tasks._snippet import batch_snippet
 from slimformer.tasks.base import Example, Features, Outputs, Task
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from tokenizers import Tokenizer
 
@@ -82,6 +81,8 @@ class Labelled(Task):
         return class_metrics(logits.argmax(-1), labels, len(names)) if names else score_metrics(logits[:, 0], labels)
 
     def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
+        import numpy as np
+
         logits, labels = _per_example(outputs["logits"], features).astype(np.float64), self._labels(examples)
         if not self.classes:
             return np.asarray(-((logits[:, 0] - labels) ** 2))  # (examples,)
@@ -105,6 +106,8 @@ class Labelled(Task):
 
     def _labels(self, examples: Sequence[Example]) -> np.ndarray:
         """Class ids or scores: (examples,)."""
+        import numpy as np
+
         names = self.classes
         if not names:
             return np.asarray([item.answer for item in examples], dtype=np.float64)
@@ -114,6 +117,8 @@ class Labelled(Task):
 
 def _per_example(logits: np.ndarray, features: Features) -> np.ndarray:
     """Logits in the order of the examples: (examples, classes); each example has exactly one row."""
+    import numpy as np
+
     ordered = np.empty_like(logits)
     ordered[np.asarray(features.example)] = logits
     return ordered

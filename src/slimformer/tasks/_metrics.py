@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 SCORE_METRICS = ("pearson", "spearman")
@@ -10,6 +13,7 @@ SCORE_METRICS = ("pearson", "spearman")
 
 def class_metrics(predicted: np.ndarray, wanted: np.ndarray, classes: int) -> dict[str, float]:
     """Accuracy, Matthews, macro F1, and for two classes F1 of the last one: ids of shape (examples,)."""
+    import numpy as np
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     every = list(range(classes))
@@ -26,6 +30,7 @@ def class_metrics(predicted: np.ndarray, wanted: np.ndarray, classes: int) -> di
 
 def score_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Pearson and Spearman correlation of scores: (examples,) each; 0 if one side is constant or not finite."""
+    import numpy as np
     from scipy.stats import pearsonr, spearmanr
 
     predicted = np.asarray(predicted, dtype=np.float64)

@@ -14,8 +14,6 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from slimformer.data.labels import order_as_model
 from slimformer.errors import RecipeError
 from slimformer.tasks._labelled import Labelled
@@ -23,6 +21,7 @@ from slimformer.tasks._metrics import CLASS_METRICS
 from slimformer.tasks.base import Example, Split, option
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PretrainedConfig
 
 Lines = tuple[tuple[str, ...], tuple[str, ...]]  # for training and validation, for dev
@@ -123,6 +122,8 @@ def templates(name: Split, intent: str) -> list[str]:
 @lru_cache(maxsize=8)
 def _sentences(name: Split, count: int, seed: int, typos: float) -> tuple[tuple[str, str], ...]:
     """`count` different sentences with their intents, each intent as often as any other, in a shuffled order."""
+    import numpy as np
+
     generator = np.random.default_rng([seed, *_SALTS[name]])
     lines = {intent: templates(name, intent) for intent in GRAMMAR}
     seen: set[str] = set()

@@ -9,14 +9,13 @@ SQuAD's own scripts (`data/squad.py`).
 
 from __future__ import annotations
 
+import math
 import os.path
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import numpy as np
 
 from slimformer.data.sources import Format, read_sources
 from slimformer.data.splits import (
@@ -32,7 +31,6 @@ from slimformer.data.squad import (
     NOTHING,
     QUESTION_SUFFIXES,
     SHAPE,
-    Answer,
     Questions,
     Version,
     exact,
@@ -48,8 +46,9 @@ from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, python_litera
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PretrainedConfig
 
 _METRICS = ("f1", "exact")
@@ -138,7 +137,7 @@ class QuestionAnswering(Task):
             yield f"validation_share: a share above 0 and below 0.5, not {self.validation_share}"
         if isinstance(self.train_ids, int) and self.train_ids < 10:
             yield f"train_ids: at least 10, not {self.train_ids}"
-        if self.threshold is not None and not np.isfinite(self.threshold):
+        if self.threshold is not None and not math.isfinite(self.threshold):
             yield f"threshold: a finite number, not {self.threshold}"
 
     def title(self) -> str:
@@ -238,6 +237,8 @@ class QuestionAnswering(Task):
     # ---- model
 
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Features:
+        from slimformer.tasks._spans import add_window
+
         special = tokenizer.num_special_tokens_to_add(True)
         longest = _question_room(max_length, special)
         if longest < 1 or self.stride >= room(max_length, special):
@@ -262,7 +263,7 @@ class QuestionAnswering(Task):
                 pairs = [(question, item.texts[1]) for question, item in zip(questions, some, strict=True)]
                 for index, encoding in enumerate(tokenizer.encode_batch(pairs)):
                     for window in (encoding, *encoding.overflowing):
-                        _add(columns, window, some[index].answer)
+                        add_window(columns, window, some[index].answer)
                         owners.append(first + index)
         if any(item.answer.texts and item.answer.start is None for item in examples):
             del columns["labels"]  # some places are not known: these rows can be scored, not trained on
@@ -316,9 +317,11 @@ class QuestionAnswering(Task):
 
     def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> QuestionAnswering:
         """This task with the threshold that makes its metric best on these examples; unchanged if nothing is to be fitted."""
+        from slimformer.tasks._spans import best_threshold, span_texts
+
         if not self.tunes:
             return self
-        texts, margins = self._spans(outputs, features, examples)
+        texts, margins = span_texts(outputs, features, examples, self.max_answer)
         if_answered = self._credits(texts, examples)
         if_not = self._credits([""] * len(examples), examples)
         return replace(self, threshold=best_threshold(margins, if_answered, if_not))
@@ -329,14 +332,16 @@ class QuestionAnswering(Task):
         predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
     ) -> None:
         """DataError if the model never prefers "no answer" to a span, as models of SQuAD v1.1 do."""
+        from slimformer.tasks._spans import span_texts
+
         if self.version != "v2" or _version_of(config) == "v2":
             return
         outputs, features, examples = predict()
-        _, margins = self._spans(outputs, features, examples)
-        unanswerable = np.asarray([not item.answer.texts for item in examples], dtype=bool)
-        if unanswerable.sum() >= _FEWEST and not (margins[unanswerable] > 0).any():
+        _, margins = span_texts(outputs, features, examples, self.max_answer)
+        unanswerable = [not item.answer.texts for item in examples]
+        if sum(unanswerable) >= _FEWEST and not (margins[unanswerable] > 0).any():
             raise DataError(
-                f"{self.data} has questions without an answer (SQuAD v2.0), and the model gave each of {unanswerable.sum()} such "
+                f"{self.data} has questions without an answer (SQuAD v2.0), and the model gave each of {sum(unanswerable)} such "
                 "questions one: it seems to be tuned on v1.1, in which every question has an answer.",
                 help="start from an encoder, which is tuned first, or from a model tuned on such questions; if this one was, write "
                 f'"{_VERSION_KEY}": "v2" into its config.json.',
@@ -346,10 +351,10 @@ class QuestionAnswering(Task):
         predictions = self.predict(outputs, features, examples)
         shares = {name: self._credits(predictions, examples, name) for name in _METRICS}
         scores = {name: float(values.mean()) if len(values) else 0.0 for name, values in shares.items()}
-        with_answer = np.asarray([bool(item.answer.texts) for item in examples], dtype=bool)
-        if with_answer.any() and not with_answer.all():
+        with_answer = [bool(item.answer.texts) for item in examples]
+        if any(with_answer) and not all(with_answer):
             scores["f1_has_answer"] = float(shares["f1"][with_answer].mean())
-            scores["f1_no_answer"] = float(shares["f1"][~with_answer].mean())
+            scores["f1_no_answer"] = float(shares["f1"][[not answered for answered in with_answer]].mean())
         return scores
 
     def answers(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> list[str]:
@@ -391,31 +396,16 @@ class QuestionAnswering(Task):
 
     def predict(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> list[str]:
         """The answer to each example, "" for none."""
-        texts, margins = self._spans(outputs, features, examples)
+        from slimformer.tasks._spans import span_texts
+
+        texts, margins = span_texts(outputs, features, examples, self.max_answer)
         if self._judged_as(examples) == "v1":
             return texts
         return ["" if margin > (self.threshold or 0.0) else text for text, margin in zip(texts, margins, strict=True)]
 
-    def _spans(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
-        """Text of the best span of each example, and by how much its "no answer" is better: (examples,), inf without a span."""
-        starts, ends = (np.asarray(outputs[name]) for name in self.outputs)  # (rows, seq)
-        values, firsts, lasts = best_spans(starts, ends, _inside(features, starts.shape[1]), self.max_answer)
-        with np.errstate(invalid="ignore", over="ignore"):
-            empty = np.nan_to_num(starts[:, 0].astype(np.float64) + ends[:, 0], nan=np.inf)  # (rows,)
-        owners = np.asarray(features.example, dtype=np.int64)
-        none = np.full(len(examples), np.inf)
-        np.minimum.at(none, owners, empty)
-        texts, margins = [""] * len(examples), np.full(len(examples), np.inf)
-        for row in np.lexsort((np.arange(len(owners)), -values, owners))[::-1]:  # the best row of each example comes last
-            owner = int(owners[row])
-            if values[row] == -np.inf:
-                continue
-            begin, end = features.columns["char_start"][row][firsts[row]], features.columns["char_end"][row][lasts[row]]
-            texts[owner] = examples[owner].texts[1][int(begin) : int(end)].strip()
-            margins[owner] = none[owner] - values[row]
-        return texts, margins
-
     def _credits(self, predictions: Sequence[str], examples: Sequence[Example], metric: str = "") -> np.ndarray:
+        import numpy as np
+
         judge = exact if (metric or self.metric) == "exact" else f1
         version = self._judged_as(examples)
         return np.asarray([judge(text, item.answer, version) for text, item in zip(predictions, examples, strict=True)])
@@ -441,83 +431,6 @@ def _question_room(max_length: int, special: int) -> int:
 def room(max_length: int, special: int) -> int:
     """Tokens that a window has for the context even with the longest question."""
     return max_length - special - _question_room(max_length, special)
-
-
-def _add(columns: Mapping[str, list[Any]], window: Encoding, answer: Answer) -> None:
-    """Appends one window: ids, the place of each token in the context (-1 if it is not of the context), and its labels."""
-    offsets = np.asarray(window.offsets, dtype=np.int32).reshape(-1, 2)  # (tokens, 2)
-    inside = np.asarray([part == 1 for part in window.sequence_ids], dtype=bool) & (offsets[:, 1] > offsets[:, 0])
-    columns["input_ids"].append(np.asarray(window.ids, dtype=np.int32))
-    columns["token_type_ids"].append(np.asarray(window.type_ids, dtype=np.int32))
-    starts, ends = (np.where(inside, offsets[:, side], -1) for side in (0, 1))
-    columns["char_start"].append(starts)
-    columns["char_end"].append(ends)
-    columns["labels"].append(_labels(starts, ends, answer))
-
-
-def _labels(starts: np.ndarray, ends: np.ndarray, answer: Answer) -> tuple[int, int]:
-    """First and last token of the answer; twice the first token of the window if it does not hold the whole answer."""
-    tokens = np.flatnonzero(starts >= 0)
-    if answer.start is None or not len(tokens):
-        return 0, 0
-    begin, end = answer.start, answer.start + len(answer.texts[0])
-    if begin < starts[tokens[0]] or end > ends[tokens[-1]]:
-        return 0, 0
-    first = tokens[np.searchsorted(ends[tokens], begin, side="right")]
-    last = tokens[np.searchsorted(starts[tokens], end, side="left") - 1]
-    return (int(first), int(last)) if first <= last else (0, 0)
-
-
-def _inside(features: Features, width: int) -> np.ndarray:
-    """Which positions of each row are tokens of the context: (rows, width)."""
-    found = np.zeros((len(features), width), dtype=bool)
-    for row, starts in enumerate(features.columns["char_start"]):
-        found[row, : len(starts)] = np.asarray(starts) >= 0
-    return found
-
-
-def best_spans(
-    starts: np.ndarray, ends: np.ndarray, inside: np.ndarray, max_answer: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, first and last token of the best span of each row, of at most `max_answer` tokens, all inside: (rows,) each.
-
-    Of equal ones the shortest, then the leftmost. A row without any has the value -inf.
-    """
-    # padding may hold the smallest float, and two of those added would overflow
-    starts, ends = (np.where(inside & np.isfinite(logits), logits, -np.inf) for logits in (starts, ends))
-    rows = np.arange(len(starts))
-    values = np.full(len(starts), -np.inf)
-    firsts, lasts = np.zeros(len(starts), dtype=np.int64), np.zeros(len(starts), dtype=np.int64)
-    for further in range(min(max_answer, starts.shape[1]) if len(starts) else 0):
-        sums = starts[:, : starts.shape[1] - further] + ends[:, further:]
-        places = sums.argmax(axis=1)
-        found = sums[rows, places]
-        better = found > values
-        values[better], firsts[better], lasts[better] = found[better], places[better], places[better] + further
-    return values, firsts, lasts
-
-
-def best_threshold(margins: np.ndarray, if_answered: np.ndarray, if_not: np.ndarray) -> float:
-    """The margin above which "no answer" is to be given, so that the credits add up to the most: (examples,) each.
-
-    Halfway between the two examples that it has to tell apart; of equally good ones the nearest to 0.
-    """
-    if not len(margins):
-        return 0.0
-    order = np.argsort(margins, kind="stable")
-    sorted_margins = margins[order]
-    gains = np.concatenate([[0.0], np.cumsum((if_answered - if_not)[order])])  # gains[n]: the n lowest margins are answered
-    finite = sorted_margins[np.isfinite(sorted_margins)]
-    if not len(finite):
-        return 0.0
-    below = np.concatenate([[finite[0] - 2.0], sorted_margins])
-    above = np.concatenate([sorted_margins, [finite[-1] + 2.0]])
-    above = np.where(np.isfinite(above), above, finite[-1] + 2.0)
-    possible = (below < above) & np.isfinite(below)
-    best = gains[possible].max()
-    good = possible & (gains >= best - 1e-9)
-    middles = np.where((below + above) / 2 < above, (below + above) / 2, below)[good]
-    return float(middles[np.abs(middles).argmin()])
 
 
 # ---- reading
