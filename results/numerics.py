@@ -19,10 +19,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from math import hypot
 from pathlib import Path
+from statistics import fmean
 
+from pages import Run, bullets, interval, row_times, safe, table, wrapped
 from sweep import Job, main
-from tables import Run, bullets, interval, row_times, safe, table, wrapped
 from work import (
     DATA,
     DISTIL,
@@ -40,6 +42,7 @@ from work import (
     glue,
     heading,
     left,
+    met,
     minutes,
     notes,
     orders,
@@ -54,7 +57,7 @@ from work import (
 
 from slimformer.exporters.base import Variant
 from slimformer.files import write_text
-from slimformer.measuring.records import Record, Standing
+from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -63,7 +66,8 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.kronecker import KroneckerFactors
 from slimformer.methods.layers import Layers
 from slimformer.methods.quantization import Quantization
-from slimformer.reporting.words import mb_text, signed
+from slimformer.reporting.verdicts import Conclusion, within
+from slimformer.reporting.words import interval_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.tasks.base import Split, Task
 from slimformer.training.stage import Calibrate, Stage, Train
@@ -563,16 +567,16 @@ def _aim(
         times = ours.times_faster(32)
         size, speed = ours.size_bytes / 1e6, times.median if times else 0.0
         whole = dense(found[name]).size_bytes
-        enough = speed >= faster and size <= megabytes and (whole is None or ours.size_bytes <= share * whole)
+        small = size <= megabytes and (whole is None or ours.size_bytes <= share * whole)
+        enough = speed >= faster and small
         text = f"{interval(ours)} points, {speed:.2f} ×, {size:.1f} MB"
-        met = enough and ours.loss.value <= allowed
-        smallest = met and megabytes < float("inf")
-        rank = (not met, not enough, size if smallest or not enough else ours.loss.value)
-        tried.append((rank, name, text, met))
+        near = enough and ours.loss.value <= allowed
+        smallest = near and megabytes < float("inf")
+        rank = (not near, not enough, size if smallest or not enough else ours.loss.value)
+        tried.append((rank, name, text, met(ours, allowed, faster, small)))
     if not tried:
         return (what, "not run yet", "", "")
-    _, name, text, met = min(tried)
-    return (what, name, text, "yes" if met else "no")
+    return (what, *min(tried)[1:])
 
 
 def _sparse_aim(found: dict[str, Run], percent: int) -> tuple[str, ...]:
@@ -582,23 +586,28 @@ def _sparse_aim(found: dict[str, Run], percent: int) -> tuple[str, ...]:
     means = {}
     for way in ways:
         runs = [found[f"{task}/{way}"] for task in FIVE if f"{task}/{way}" in found]
-        losses = [file.loss.value for run in runs if (file := ours_in(run, Variant.FLOAT)) and file.loss is not None]
+        losses = [file.loss for run in runs if (file := ours_in(run, Variant.FLOAT)) and file.loss is not None]
         if len(losses) == len(FIVE):
-            means[way] = sum(losses) / len(losses)
+            mean = fmean(loss.value for loss in losses)
+            half = hypot(*((loss.high - loss.low) / 2 for loss in losses)) / len(losses)  # the tasks' examples are independent
+            means[way] = Interval(mean, mean - half, mean + half)
     if not means:
         return (what, f"{sum(f'{task}/{ways[0]}' in found for task in FIVE)} of {len(FIVE)} tasks run", "", "")
-    best = min(means, key=lambda way: means[way])
-    return (what, f"{best} on {', '.join(FIVE)}", f"{signed(means[best])} points", "yes" if means[best] <= 1.4 else "no")
+    best = min(means, key=lambda way: means[way].value)
+    lost = means[best]
+    text = f"{signed(lost.value)} ({interval_text(lost)}) points"
+    return (what, f"{best} on {', '.join(FIVE)}", text, within(lost.low, lost.high, 1.4))
 
 
 def _kronecker_aim(found: dict[str, Run]) -> tuple[str, ...]:
     what = "Kronecker, the 7.7x shapes: 97 % of the teacher's metric on three of five tasks"
-    shares = {}
+    shares, answers = {}, []
     for task in FIVE:
         run = found.get(f"{task}/kronecker-7.7x")
         file = ours_in(run, Variant.FLOAT) if run is not None else None
         if run is not None and file is not None:
             shares[task] = file.score / dense(run).score
+            answers.append(met(file, 3.0 * dense(run).score))
     if len(shares) < len(FIVE):
         return (
             what,
@@ -606,8 +615,8 @@ def _kronecker_aim(found: dict[str, Run]) -> tuple[str, ...]:
             ", ".join(f"{t} {100 * s:.0f} %" for t, s in shares.items()),
             "",
         )
-    met = sum(share >= 0.97 for share in shares.values()) >= 3
-    return (what, "kronecker-7.7x", ", ".join(f"{t} {100 * s:.0f} %" for t, s in shares.items()), "yes" if met else "no")
+    third = sorted(answers, key=[Conclusion.YES, Conclusion.OPEN, Conclusion.NO].index)[2]  # what three tasks say
+    return (what, "kronecker-7.7x", ", ".join(f"{t} {100 * s:.0f} %" for t, s in shares.items()), third)
 
 
 def draw() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import hypot
 from pathlib import Path
 
+from pages import Run, bullets, runs_of, table
 from sweep import Job
-from tables import Run, bullets, runs_of, table
 
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record, Standing
 from slimformer.methods.distillation import Distillation
+from slimformer.reporting.verdicts import Conclusion, all_of, within
 from slimformer.reporting.words import count_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.tasks.classification import Classification
@@ -85,10 +87,34 @@ def left(record: Record, whole: Record) -> float:
     return record.encoder_nonzero / whole.encoder_params
 
 
-def rising(scores: Sequence[float]) -> str:
-    """Whether each is better than the one before."""
-    steps = [later - earlier for earlier, later in pairwise(scores)]
-    return "yes" if min(steps) > 0 else "no" if min(steps) < 0 else "no difference"
+def rising(records: Sequence[Record]) -> Conclusion:
+    """Whether each of several files is better than the one before.
+
+    The ledgers hold no paired interval between two runs. Here a difference gets one as if the two runs were independent, which is
+    wider: the half-widths of both losses, added in squares.
+    """
+    return all_of([_better(later, earlier) for earlier, later in pairwise(records)])
+
+
+def _better(record: Record, than: Record) -> Conclusion:
+    if record.loss is None or than.loss is None:
+        return Conclusion.OPEN
+    gap = 100 * (record.quality - than.quality)
+    half = hypot(*((loss.high - loss.low) / 2 for loss in (record.loss, than.loss)))
+    return within(-gap - half, -gap + half, 0.0)
+
+
+def met(record: Record, allowed: float, times: float = 0.0, small: bool = True) -> Conclusion:
+    """Whether a file is `small`, which is counted exactly, loses at most `allowed` points and is `times` as fast.
+
+    The 95 % interval of its loss and the spread of its speed over rounds have to say so; else that is open.
+    """
+    faster, loss = record.times_faster(32), record.loss
+    answers = [Conclusion.YES if small else Conclusion.NO]
+    answers.append(within(loss.low, loss.high, allowed) if loss else Conclusion.OPEN)
+    if times:
+        answers.append(within(1 / faster.high, 1 / faster.low, 1 / times) if faster else Conclusion.OPEN)
+    return all_of(answers)
 
 
 # -- Parts of pages ----------------------------------------------------------------------------------------------------------
@@ -160,7 +186,7 @@ def orders(title: str, findings: Sequence[tuple[str, Sequence[str]]], found: Map
         texts = [
             f"{file.score:.4f} ({100 * left(file, dense(run)):.0f} %)" for file, run in zip(files, runs, strict=True) if file
         ]
-        rows.append((what, shown, ", ".join(texts), rising([file.quality for file in files if file])))
+        rows.append((what, shown, ", ".join(texts), rising([file for file in files if file])))
     head = ("finding", "runs", "scores (encoder weights left)", "the same order")
     return [f"## {title}", "", *table(head, rows), ""]
 

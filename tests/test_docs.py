@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -111,7 +110,6 @@ def test_concepts_show_a_recipe_with_every_stage() -> None:
 
 
 def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
     structured, numerics = (importlib.import_module(name) for name in ("structured", "numerics"))
     made = [getattr(structured, name)(0.5, 4.0, structured.DISTIL) for name in ("methods", "ablations", "five_times")]
     made += [numerics.quantized(), numerics.sparse("mrpc", 0.1), numerics.patterns("sst2"), numerics.together("mrpc")]
@@ -127,7 +125,6 @@ def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: 
 
 
 def test_jobs_train_side_by_side_after_the_one_that_makes_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
     sweep = importlib.import_module("sweep")
     recipe = Recipe("model", Classification("data"), ())
     jobs = [sweep.Job(name, recipe, needs=needs) for name, needs in (("a", ""), ("b", "a"), ("c", "a"), ("d", ""))]
@@ -137,7 +134,6 @@ def test_jobs_train_side_by_side_after_the_one_that_makes_their_model(monkeypatc
 
 
 def test_a_job_brings_those_that_make_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
     sweep = importlib.import_module("sweep")
     monkeypatch.setattr(sweep, "HOME", tmp_path / "results")
     monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
@@ -316,14 +312,14 @@ def test_every_decision_is_listed() -> None:
 # -- Tables --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts of results/ can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+
+
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tables"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tables")
 
 
 def row(name: str, role: Standing, speed: float, **fields: Any) -> Record:
@@ -371,7 +367,6 @@ def test_the_pages_are_what_the_ledgers_give() -> None:
 
 
 def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
     work = importlib.import_module("work")
     dense = row("dense fp32", Standing.TEACHER_FP32, 1.0, encoder_params=1000, encoder_nonzero=1000)
     plain = row(
@@ -390,8 +385,21 @@ def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) 
         work.notes(["{mrpc/fisher-35:colour}"], found)
 
 
+def test_a_verdict_on_a_table_is_open_unless_the_intervals_say_it() -> None:
+    work = importlib.import_module("work")
+    plain = row("fp32", Standing.OURS, 2.4, loss=Interval(0.5, 0.1, 0.9))  # 2.16 to 2.64 times as fast
+    aims = ((1.0, 2.0), (0.6, 2.0), (0.0, 2.0), (1.0, 2.4), (1.0, 3.0), (1.0, 0.0))
+    assert [work.met(plain, *aim) for aim in aims] == ["yes", "open", "no", "open", "no", "yes"]
+    assert work.met(plain, 1.0, small=False) == "no"
+    worse, same, better = (
+        replace(plain, scores={"accuracy": score}, loss=Interval(lost, lost - 1, lost + 1))
+        for score, lost in ((0.90, 5.0), (0.91, 4.0), (0.93, 2.0))
+    )
+    orders = ((worse, better), (better, worse), (worse, same), (worse, same, better))
+    assert [work.rising(order) for order in orders] == ["yes", "no", "open", "open"]
+
+
 def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
     work = importlib.import_module("work")
     ours = row("fp32", Standing.OURS, 2.0, minutes=20.26)
     assert [work.minutes(replace(ours, threads=threads)) for threads in (None, 1, 2)] == ["20.3", "20.3 (1 thread)", "20.3"]
@@ -399,7 +407,6 @@ def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pyt
 
 
 def test_a_page_says_where_runs_learned_from_different_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
     work = importlib.import_module("work")
     dense = row("dense fp32", Standing.TEACHER_FP32, 1.0)
     first, second = (

@@ -84,6 +84,23 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     depths({name: imports(name) for name in FILES})
 
 
+def test_no_script_of_the_results_imports_itself_in_a_circle() -> None:
+    scripts = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in (PACKAGE.parents[1] / "results").glob("*.py")}
+    assert scripts
+    graph = {
+        name: {node.module for node in ast.walk(code) if isinstance(node, ast.ImportFrom) and node.module in scripts}
+        | {
+            alias.name
+            for node in ast.walk(code)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+            if alias.name in scripts
+        }
+        for name, code in scripts.items()
+    }
+    depths(graph)
+
+
 def test_rooms_stand_on_ten_levels_below_the_command_line() -> None:
     graph: dict[str, set[str]] = {}
     for name in FILES:

@@ -89,8 +89,8 @@ def judge(record: Record) -> Verdict:
     if record.target is None:
         return Verdict(None, f"{times_text(speed.median)} as fast at batch 32, {lost}.")
     asked, most = record.target.speedup, record.target.max_loss
-    fast, good = _within(1 / speed.high, 1 / speed.low, 1 / asked), _within(loss.low, loss.high, most)
-    conclusion = next(word for word in (Conclusion.NO, Conclusion.OPEN, Conclusion.YES) if word in (fast, good))
+    fast, good = within(1 / speed.high, 1 / speed.low, 1 / asked), within(loss.low, loss.high, most)
+    conclusion = all_of((fast, good))
     opening = {Conclusion.YES: "Goal met", Conclusion.NO: "Goal not met", Conclusion.OPEN: "Goal open"}[conclusion]
     speed_remark = {
         Conclusion.YES: "",
@@ -111,9 +111,14 @@ def judge(record: Record) -> Verdict:
     )
 
 
-def _within(low: float, high: float, bound: float) -> Conclusion:
+def within(low: float, high: float, bound: float) -> Conclusion:
     """Whether everything between `low` and `high` is at most `bound`."""
     return Conclusion.YES if high <= bound else Conclusion.NO if low > bound else Conclusion.OPEN
+
+
+def all_of(conclusions: Sequence[Conclusion]) -> Conclusion:
+    """Whether all of several questions are answered with yes: no if one is a no, and open if one is open."""
+    return next(word for word in (Conclusion.NO, Conclusion.OPEN, Conclusion.YES) if word in conclusions)
 
 
 # -- The rivals --------------------------------------------------------------------------------------------------------------
