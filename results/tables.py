@@ -3,7 +3,7 @@ results/tables.py`.
 
 The one idea: no figure in the docs is typed by hand. A run is a folder with a ledger.jsonl and the recipe.yaml that
 repeats it; all that is shown is read from the ledger's rows. Theory (multiply-accumulates) and measured speed never
-share a table. Nothing is measured here. With `--check` nothing is written: the exit status is 1 where a page is not
+share a table. Nothing is measured here. With `--check` nothing is written: the exit status is 1 if a page differs from
 what the ledgers give.
 """
 
@@ -27,12 +27,12 @@ BEGIN, END = "<!-- {part}:begin -->", "<!-- {part}:end -->"
 FIRST = "glue/sst2"  # the task that the README shows
 NONE = "No run has been recorded yet: there is no ledger under `results/`."
 HEAD = ("task", "model", "metric", "points lost (95 %)", "MB", "× batch 32", "× batch 1", "minutes")
-# The rows that stand beside ours in the README.
+# These rows stand beside ours in the README.
 SHOWN = (Standing.TEACHER_FP32, Standing.TEACHER_INT8, Standing.OPENVINO_INT8, Standing.SMALL_DENSE)
 
 
 def runs(home: Path) -> list[Run]:
-    """All runs under results/ but those of tables that have a page of their own."""
+    """All runs under results/ except those of tables that have a page of their own."""
     return [run for run in runs_of(home, home) if run.folder.parts[0] != METHODS]
 
 
@@ -54,7 +54,8 @@ def results_page(found: Sequence[Run]) -> str:
             (
                 "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev "
                 "split, with the 95 % interval of the paired bootstrap.",
-                "**×**: times as fast as that teacher in ONNX Runtime fp32: the median over rounds taken in turn, with the "
+                "**×**: times as fast as that teacher in ONNX Runtime fp32: the median over rounds in which all files take turns, with "
+                "the "
                 "10th to 90th percentile. Batch 32 is sorted by length, batch 1 has the order of the data.",
                 "**MB**: the whole file. **Minutes**: the time to make the model from its teacher.",
                 "**Bold**: the file that ships. It was chosen on validation examples from the training data, never on dev.",
@@ -83,14 +84,15 @@ def readme_table(found: Sequence[Run]) -> str:
     text = (
         f"{safe(shown.records[0].task)}; a dense model of {sizes} parameters; the exported files on the whole dev split; "
         f"{_machine(shown)}; one "
-        "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, median of rounds taken in turn. **Bold**: the "
-        f"file that ships. {_others(others)}[All rows](docs/results.md), with their circumstances. Drawn by `{COMMAND}`."
+        "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, the median over rounds in which all files take "
+        "turns. **Bold**: the "
+        f"file that ships. {_others(others)}[All rows](docs/results.md), with the machine that measured them. Drawn by `{COMMAND}`."
     )
     return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *wrapped(text)])
 
 
 def readme_lead(found: Sequence[Run]) -> str:
-    """README's first sentence: the loss and the gain of one run on one task."""
+    """README's first sentence: what one run lost and gained on one task."""
     shown = _claims(found)[0] if found else None
     ours = shown.ours if shown else None
     if shown is None or ours is None or ours.loss is None or (faster := ours.times_faster(32)) is None:
@@ -130,7 +132,7 @@ def _others(runs: Sequence[Run]) -> str:
         return ""
     tasks = ", ".join(safe(run.records[0].task) for run in runs)
     lost = f"{signed(min(losses))} to {signed(max(losses))} points"
-    return f"On {tasks} the same request lost {lost}, at {min(speeds):.1f} to {max(speeds):.1f} times the speed. "
+    return f"On {tasks} the same request to `compress` lost {lost}, at {min(speeds):.1f} to {max(speeds):.1f} times the speed. "
 
 
 def placed(text: str, drawn: str, part: str = "results") -> str:
@@ -184,7 +186,7 @@ def _run(run: Run) -> list[str]:
 
 
 def _theory(run: Run) -> list[str]:
-    """Counted, not measured: a table of its own."""
+    """A table of the figures that are counted, not measured."""
     dense = next((record.macs for record in run.records if record.role == Standing.TEACHER_FP32), None)
     models: dict[tuple[int | None, int | None, int | None], Record] = {}
     for record in run.records:  # several files may hold one model: named by the file that ships

@@ -46,7 +46,7 @@ def _task_params() -> tuple[Any, ...]:
         parts = helps[flag].items()
         return " ".join(part if len(users) == len(tasks) else f"{part[:-1]} ({', '.join(users)})." for part, users in parts)
 
-    shown = f"{', '.join((*tasks, *aliases))}; by default what the model is for."
+    shown = f"{', '.join((*tasks, *aliases))}; by default the task that fits the model."
     options = {"task": typer.Option("--task", help=shown, metavar="<name>")}
     for flag in helps:
         options[flag.strip("-").replace("-", "_")] = typer.Option(
@@ -86,7 +86,7 @@ class _TaskCommand(TyperCommand):
 
 
 app = typer.Typer(
-    help="Makes a fine-tuned transformer several times smaller and faster, as a plain file, with the proof.",
+    help="Makes a fine-tuned transformer several times smaller and faster, writes ONNX files, and measures what that costs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -105,22 +105,30 @@ def compress_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
     out: Out,
-    speedup: Annotated[float, typer.Option(help="Times faster than the dense model (ONNX Runtime fp32, batch 32).")] = 3.0,
-    max_loss: Annotated[float, typer.Option(help="Points of the metric that may be lost.")] = 1.0,
+    speedup: Annotated[
+        float, typer.Option(help="How many times as fast as the dense model in ONNX Runtime in fp32, at batch 32.")
+    ] = 3.0,
+    max_loss: Annotated[
+        float, typer.Option(help="Points of the metric that the result may lose (0.01 of accuracy is one point).")
+    ] = 1.0,
     epochs: Annotated[
-        float | None, typer.Option(help="Epochs of distillation, augmented rows counted; the data's size decides by default.")
+        float | None, typer.Option(help="Epochs of distillation, copies of rows included; the data's size decides by default.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of the distillation; the model's width decides by default.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
-    tries: Annotated[int, typer.Option(help="Most budgets to train, if the loss is too large.")] = 3,
+    tries: Annotated[
+        int, typer.Option(help="How many sizes are trained at most, from the fastest on, if the loss is too large.")
+    ] = 3,
     rivals: Annotated[
-        bool, typer.Option(help="Also train a smaller dense model to compare with, which takes as long again.")
+        bool, typer.Option(help="Also train a smaller dense model to compare with, which takes as long as the result itself.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 17,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
-    """Make a model smaller and faster: tune if needed, cut, distil, int8, verify, report."""
+    """Make a model smaller and faster, export it and report what that costs."""
     from slimformer.running.recipe import RIVALS
     from slimformer.running.search import compress
 
@@ -152,7 +160,9 @@ def run_command(
     wait: Wait = 60.0,
     cache: Annotated[
         Path | None,
-        typer.Option(help="A folder in which runs share what they make of a teacher; it takes gigabytes, and they stay."),
+        typer.Option(
+            help="A folder for the outputs and files of teachers, which several runs can share; it may grow to gigabytes."
+        ),
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
@@ -195,7 +205,7 @@ def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(),
 ) -> None:
-    """Draw quality against speed and size over all runs: a table and report.html."""
+    """Show quality against speed and size of all runs: a table and report.html."""
     from rich.console import Console
 
     from slimformer.reporting.page import report
@@ -286,7 +296,7 @@ def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
 
 
 def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
-    """The task that reads the user's data and whose models have the head that this one has; what is wrong with it is told later."""
+    """The task that reads the user's data and whose models have the head that this one has; its mistakes are reported later."""
     from slimformer.saving import checkpoint
     from slimformer.saving.hub import local_folder
 
@@ -321,7 +331,7 @@ def _command() -> str:
     return shlex.join(["slimformer", *sys.argv[1:]])
 
 
-# Turns that an OpenMP thread waits actively, and kernels that are kept: docs/decisions/0004-waiting-threads.md, 0003-training-loop.md
+# How long an idle OpenMP thread spins (decision 0004), and how many kernels oneDNN caches (decision 0003).
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-LINES = 1000  # of a text file, encoded at a time
-SAMPLE = 500  # training examples whose mean length tells that of all to a few per cent
+LINES = 1000  # this many lines of a text file are encoded at a time
+SAMPLE = 500  # training examples; their mean length is within a few per cent of the mean over all
 
 
 @dataclass(frozen=True)

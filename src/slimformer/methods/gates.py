@@ -1,20 +1,20 @@
 """Structured pruning with hard-concrete gates on the heads and neurons of a tuned model.
 
 Paper: McCarley, Chakravarti, Sil: Structured Pruning of a BERT-based Question Answering Model (2019), section 3, for gates,
-removal and the order of work; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on
+removal and the order of the steps; Louizos et al. (2018) for the hard concrete; Xia et al. (CoFi, ACL 2022) for the Lagrangian on
 the expected size.
 
 Idea: Each head and neuron gets a gate that is drawn at random and can close exactly. Training moves the probability that it is
-open, pulled by the task's loss and by the expected cost; in the end units stay by their log alpha.
+open, pulled by the task's loss and by the expected cost; in the end its log alpha decides which units stay.
 
-Differs: The size is met exactly, in MACs, parameters or measured milliseconds; the paper tries penalties until one fits.
-Penalties are a *mean* open probability per kind, so that one number serves models of any size. The paper's third vector of
+Differs: The size is met exactly, in MACs, parameters or measured milliseconds; the paper tries penalties until one
+fits. Penalties are a *mean* open probability per kind, so that one number serves models of any size. The paper's third vector of
 gates, on the width of embeddings and hidden states, is left out: the authors could not train those gates, and found no other
 way to cut there. The paper gives neither the initial log alpha nor the penalties: we start at +2.5, P(open) = 0.98, so that
 training begins near the tuned model, and let both penalties rise to 1 over half the steps.
 
-Choose when: there are some 400 steps for each kind of gates; then prefer it to `fisher` and `importance`. With 109 steps, what
-the gates kept of a model tuned on MRPC was hardly better than a draw; with 436 almost nothing was lost
+Choose when: you have some 400 steps for each kind of gate; then prefer it to `fisher` and `importance`. On a model tuned
+on MRPC, gates that trained for 109 steps chose hardly better than at random; with 436 steps almost nothing was lost
 (docs/methods/structured.md).
 
 Cost: a training run, in which each gate is one more number and one more product. With `apart: true` each kind gets half of the
@@ -43,7 +43,7 @@ from slimformer.methods._schedules import linear_ramp
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.rules import Count, Finite, Fraction, NotNegative, Positive, Share
 
-NEAR = 0.04  # of the dense cost: a note says so if the expected cost ends further above `keep`
+NEAR = 0.04  # share of the dense cost; a note warns if the expected cost ends further above `keep` than this
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2
 _SHIFT = BETA * math.log(-LOW / HIGH)
 

@@ -212,7 +212,7 @@ class _Choice:
 
 
 def candidates(matrix: Matrix, terms: int) -> Iterator[Kronecker]:
-    """Shapes worth a look: one factor is small, and neither numbers nor multiplications become more."""
+    """The shapes to consider: one factor is small, and neither numbers nor multiplications become more."""
     rows, columns = matrix.shape
     table = matrix.table
     for m1 in [rows] if table else _divisors(rows):
