@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import multiprocessing
 import threading
 
 import pytest
 
 from slimformer.errors import OutputError, output_errors
-from slimformer.files import claim, in_turn, whole, whole_folder, write_text
+from slimformer.files import claim, in_turn, remembered, remove_folder, whole, whole_folder, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -111,3 +112,34 @@ def test_two_runs_in_one_folder_at_once(tmp_path):
         other.join(30)
     with claim(tmp_path / "out", "x"):
         pass
+
+
+@pytest.mark.parametrize("value", [1.5, 0.1 + 0.2, math.inf, -math.inf, math.nan])
+def test_what_is_made_once_is_read_as_it_was(tmp_path, value):
+    """A score may be no number, and a loss without bound; neither is made again for that."""
+    remembered(tmp_path / "loss.json", lambda: [value], list[float])
+    assert repr(remembered(tmp_path / "loss.json", lambda: pytest.fail("made again"), list[float])) == repr([value])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1}', b"\xff", b"null"])
+def test_what_cannot_be_read_is_made_again(tmp_path, content):
+    file = tmp_path / "loss.json"
+    file.write_bytes(content)
+    assert remembered(file, lambda: 2.0, float) == 2.0
+    assert remembered(file, lambda: pytest.fail("made again"), float) == 2.0
+
+
+def test_a_folder_whose_removal_is_killed_is_gone_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    write_text(tmp_path / "work" / "a", "old")
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", kill)
+        remove_folder(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    remove_folder(tmp_path / "work")  # nothing to remove
+    with claim(tmp_path, "x"):
+        assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".part-")] == []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from tiny_folder import write_data, write_model
 
 from slimformer.core.plan import Plan
@@ -17,7 +19,7 @@ from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
 from slimformer.exporters._onnx import mixed
 from slimformer.exporters._onnx.mixed import int8_speedups, product_graph, products_at, search_floats
-from slimformer.exporters.base import SHIPPED, MixedPrecision, Variant
+from slimformer.exporters.base import FILES, SHIPPED, Artifact, Exporter, FileKind, MixedPrecision, Variant
 from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
 from slimformer.families.base import subject_of
 from slimformer.forms.base import ProductShape
@@ -25,7 +27,7 @@ from slimformer.log import Log
 from slimformer.measuring.sessions import open_session
 from slimformer.running import rescue
 from slimformer.running.bundle import Bundle, Made, Run
-from slimformer.running.candidate import candidate_of
+from slimformer.running.candidate import Candidate, candidate_of
 from slimformer.running.exports import export_files, read_notes
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Export
@@ -188,7 +190,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     said = [json.loads(line).get("text", "") for line in (state.root / "log.jsonl").read_text().splitlines()]
     assert sum("no VNNI" in line and "reduce_range: true" in line for line in said) == 1  # once a run
     whole = candidate_of(Made(bundle), (), state.root / "whole", judge, state)
-    assert json.loads((state.root / "whole" / "files" / "notes.json").read_text())["model_int8_ort.onnx"]
+    assert read_notes(whole.folder)["model_int8_ort.onnx"]
     lost = [Trial(item.variant, item.score, 99.0, item.speed_32, item.speed_1, item.size_bytes) for item in whole.trials]
     lost[0] = Trial(Variant.FLOAT, 1.0, 0.0, 1e-9, 1e-9, 1)  # no test may fail by a speed: nothing is slower than this one
     bad = replace(whole, trials=tuple(lost))
@@ -244,3 +246,49 @@ def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.Mon
 def test_nothing_else_is_a_choice_of_points() -> None:
     with pytest.raises(RecipeError, match=r"export\.floats"):
         parse_recipe({"model": "x", "task": "intents", "stages": [{"export": {"floats": "all"}}]})
+
+
+@dataclass(frozen=True)
+class FloatOnly(Exporter):
+    """Writes one file, and has no mixed precision."""
+
+    files: ClassVar[Mapping[str, FileKind]] = {Variant.FLOAT: FILES[Variant.FLOAT]}
+
+    def export(self, model: Any, batches: Any, path: Path, variant: str, outputs: Any = (), ranges: Any = None) -> Artifact:
+        return Onnx().export(model, batches, path, variant, outputs, ranges)
+
+
+@pytest.mark.parametrize("kept", [None, '["encoder.0.heads.input"]', "{"], ids=["nothing", "an older version's", "half"])
+def test_a_rescue_that_cannot_be_read_is_made_again(made: Any, tmp_path: Path, kept: str | None) -> None:
+    bundle, _ = made
+    log = Log(tmp_path, quiet=True)
+    trials = (Trial(Variant.FLOAT, 1.0, 0.0, 1.0, 1.0, 1),)
+    candidate = Candidate(Made(bundle), (), FloatOnly.files, trials, tmp_path / "files")
+    if kept is not None:
+        (tmp_path / "floats-1.json").write_text(kept, encoding="utf-8")
+    judge = Judge(bundle.material, {}, Reference(1.0, 1.0, trusted=True), 1, 0.0, log)
+    run = Run(tmp_path, tmp_path, log)
+    for _ in range(2):
+        assert rescue.rescue(candidate, judge, run, 1.0, exporter=FloatOnly()) is None
+    said = [json.loads(line)["text"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert said == ["this exporter leaves no single matrices in float."] * 2
+
+
+@pytest.mark.slow
+def test_files_of_other_weights_are_not_taken_for_these(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run may come back with other data, and then with another model, into the same folder."""
+    bundle, run = made
+    state = run("again")
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    judge = judge_of(bundle, state)
+    model = copy.deepcopy(bundle.subject.model)
+    with torch.no_grad():
+        model.classifier.bias += torch.tensor([100.0, -100.0])
+    changed = replace(bundle, subject=subject_of(model))
+    first, other = (
+        candidate_of(Made(each), (), state.root / "export", judge, state, FloatOnly()) for each in (bundle, changed)
+    )
+    assert first.trials[0].score > 0.9 > other.trials[0].score
+    assert first.files[Variant.FLOAT].read_bytes() != other.files[Variant.FLOAT].read_bytes()
+    monkeypatch.setattr("slimformer.running.candidate.export_files", lambda *_, **__: pytest.fail("it was kept"))
+    assert candidate_of(Made(bundle), (), state.root / "export", judge, state, FloatOnly()) == first

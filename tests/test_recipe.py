@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,13 @@ from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
-from slimformer.errors import OutputError, PlanError, RecipeError, TargetError
+from slimformer.errors import ModelError, OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.running.bundle import Run
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
-from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.running.reader import _Reader, parse_recipe, read_recipe
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.running.runner import run, train_stages
 from slimformer.running.search import compress
@@ -413,3 +414,26 @@ def test_a_model_that_was_cut_before_is_looked_at_as_it_is(tmp_path):
     preflight(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(movement(block=8),)))))
     with pytest.raises(RecipeError, match="blocks of 16 x 16 do not divide encoder.0.query, which is 8 x 32"):
         preflight(Recipe(str(tmp_path / "small"), task, (Train(), Train(methods=(lasso(groups="blocks", block=16),)))))
+
+
+def test_a_teacher_that_is_refused_once_it_is_loaded_leaves_no_scratch_behind(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", trained=False)
+    teacher = write_model(tmp_path / "teacher", trained=False, vocab_size=77)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (teacher / name).unlink()
+    task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))
+    recipe = Recipe(str(source), task, (Train(methods=(registry.find("methods", "distillation")(),)),), teacher=str(teacher))
+    with pytest.raises(ModelError, match="another vocabulary"):
+        train_stages(recipe, tmp_path / "out", log=Log(None, quiet=True))
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_refusal_without_facts_is_a_mistake_in_its_place() -> None:
+    @dataclass(frozen=True)
+    class Refusing:
+        def __post_init__(self) -> None:
+            raise RecipeError("no such thing.", help="leave it out.")
+
+    reader = _Reader(Path())
+    assert reader.build(Refusing, {}, "task") is None
+    assert reader.mistakes == ["task: no such thing."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_folder import write_data, write_model, write_tokenizer
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.data.material import encode_text, prepare
-from slimformer.errors import DataError, PlanError, RecipeError
+from slimformer.errors import DataError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.log import Log
@@ -26,7 +27,7 @@ from slimformer.running.bundle import Bundle, Run
 from slimformer.running.preflight import preflight
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
-from slimformer.running.stages import context_of, refuse_cuts, run_stage, training_rows
+from slimformer.running.stages import advance, context_of, refuse_cuts, run_stage, training_rows
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -176,3 +177,25 @@ def test_a_method_that_cuts_refuses_a_factored_model_before_it_looks(tmp_path: P
     refuse_cuts((Distillation(),), anatomy_of(factored))
     refuse_cuts((Fisher(),), anatomy.after(Plan(forms={"embeddings.word": Kronecker((99, 8))})))
     assert np.array_equal(sorted(anatomy.sites), sorted(anatomy_of(factored).sites))
+
+
+def test_a_stage_that_fails_ends_its_clock_and_keeps_the_minutes(tmp_path: Path) -> None:
+    """A clock that went on would write into a folder that belongs to nobody any more."""
+    start = bundle(tmp_path)
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
+    before = threading.active_count()
+    with pytest.raises(TargetError):
+        advance((Calibrate(Fisher(keep=1e-9)),), start, run)
+    assert threading.active_count() == before
+    (seconds,) = run.root.glob("*/seconds")
+    assert float(seconds.read_text(encoding="utf-8")) >= 0
+
+
+def test_what_was_made_of_other_data_is_not_taken_for_this(tmp_path: Path) -> None:
+    """The data may change between a kill and the next run: names in the folder tell the rows and the weights."""
+    start = bundle(tmp_path)
+    train = start.material.features[Split.TRAIN]
+    fewer = {name: list(column)[:-1] for name, column in train.columns.items()}
+    features = dict(start.material.features) | {Split.TRAIN: replace(train, columns=fewer, example=list(train.example)[:-1])}
+    others = replace(start, material=replace(start.material, features=features))
+    assert len({start.digest(), others.digest(), start.uncut.digest(), replace(start).digest()}) == 3

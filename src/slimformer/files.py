@@ -83,7 +83,7 @@ def remembered(file: Path, make: Callable[[], T], kind: Any) -> T:
         else:
             return value
     value = make()
-    write_text(file, adapter.dump_json(value, indent=1).decode())
+    write_text(file, json.dumps(adapter.dump_python(value, mode="json"), indent=1))  # dump_json would write NaN as null
     return value
 
 
@@ -91,6 +91,16 @@ def remove_parts(folder: Path) -> None:
     """Removes what writes that were killed left in a folder; the caller owns it."""
     for part in folder.glob(".part-*"):
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that must not be met half removed: a kill leaves at most a part, for `remove_parts`."""
+    if folder.is_dir():
+        gone = folder.with_name(f".part-{folder.name}")
+        if gone.exists():
+            shutil.rmtree(gone, ignore_errors=True)
+        folder.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager

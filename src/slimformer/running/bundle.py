@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from slimformer.core.plan import Plan
 from slimformer.data.material import Material
+from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.log import Log
+from slimformer.saving.tensors import model_digest
+from slimformer.tasks.base import Split
+from slimformer.training.runstate import features_digest
 
 if TYPE_CHECKING:
     from slimformer.core.ranges import Ranges
@@ -26,6 +30,11 @@ class Bundle:
     teacher: Subject
     tuned_here: bool = False  # then the teacher has not seen the validation examples
     ranges: Ranges | None = None  # of the activations, if the last stage learned them
+
+    def digest(self) -> str:
+        """Names the student, what was cut of it, the task, and the rows that it is trained and tried on."""
+        rows = [features_digest(self.material.features[split]) for split in (Split.TRAIN, Split.VALIDATION)]
+        return digest(model_digest(self.subject.model), self.plan.digest(), repr(self.material.task), *rows)
 
     @property
     def uncut(self) -> Bundle:

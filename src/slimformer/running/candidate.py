@@ -49,9 +49,11 @@ class Candidate:
 def candidate_of(
     made: Made, stages: Sequence[Stage], folder: Path, judge: Judge, run: Run, exporter: Exporter | None = None
 ) -> Candidate:
-    """Exports all files that ship into `folder`/files and tries them; a resumed run reads what it tried."""
+    """Exports all files that ship into a folder under `folder` and tries them; a resumed run reads what it tried."""
     exporter = exporter or plain_exporter()
-    kinds, bundle, files = exporter.files, made.bundle, folder / "files"
+    kinds, bundle = exporter.files, made.bundle
+    home = folder / bundle.digest()  # the data may have changed since a kill, and with them the model
+    files = home / "files"
     shipped = [variant for variant, kind in kinds.items() if kind.shipped]
 
     def trials() -> list[Trial]:
@@ -59,12 +61,12 @@ def candidate_of(
         paths = export_files(bundle.subject, bundle.material, files, shipped, run.log, exporter=exporter, ranges=bundle.ranges)
         return judge.try_out(paths, kinds)
 
-    tried = remembered(folder / "trials.json", trials, list[Trial])
+    tried = remembered(home / "trials.json", trials, list[Trial])
     return Candidate(made, tuple(stages), kinds, tuple(tried), files)
 
 
 def teacher_candidate(made: Made, judge: Judge, run: Run) -> Candidate:
     """The bundle whose student is still the teacher, in int8: a search may always fall back on it. Its files are not written."""
     files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
-    trials = remembered(run.root / "whole.json", lambda: judge.try_out(files), list[Trial])
+    trials = remembered(run.root / "whole" / made.bundle.digest() / "int8.json", lambda: judge.try_out(files), list[Trial])
     return Candidate(made, (), FILES, tuple(trials))

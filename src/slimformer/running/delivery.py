@@ -69,7 +69,10 @@ def finish(candidate: Candidate, order: Order, judge: Judge, run: Run, out: Path
         load=quiet(run.wait_seconds),
         seed=run.seed,
     )
-    tasks = {item.path.name: entry.task for item, entry in zip(ours, entries[len(rivals) :], strict=True)}
+    measured = [
+        *zip(ours, entries[len(rivals) :], strict=True)
+    ]  # a file that OpenVINO runs too keeps what its own runtime fits
+    tasks = {item.path.name: entry.task for item, entry in reversed(measured)}
     deliver(candidate, order, measurement, tasks, run, out)
     return measurement
 
@@ -156,7 +159,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         task, name = tasks.get(chosen.file, material.task), runtime_for(best)
         runtime = installed_runtime(name)
         notes = tuple(read_notes(best.parent).get(best.name, []))
-        base = order.recipe.model.partition("@")[0]  # a hub id may name a revision
+        given = order.recipe.model
+        base = "" if Path(given).exists() else given.partition("@")[0]  # a hub id may name a revision
         card = Card(
             chosen,
             measurement.records,

@@ -88,12 +88,10 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[str, Path]:
 
 
 def _teacher_home(bundle: Bundle, run: Run) -> Path:
-    """The folder of what is made of the teacher: the run's own, or one in its cache for the same weights, rows and packages."""
-    if run.cache is None:
-        return run.root / TEACHER_FILES
+    """The folder of what is made of the teacher, in the run's own or in its cache: for the same weights, rows and packages."""
     rows = [features_digest(bundle.material.features[split]) for split in (Split.VALIDATION, Split.TRAIN)]
     packages = [str(package) for package in machine.environment().packages.items()]
-    return run.cache / TEACHER_FILES / digest(model_digest(bundle.teacher.model), *rows, *packages)
+    return (run.cache or run.root) / TEACHER_FILES / digest(model_digest(bundle.teacher.model), *rows, *packages)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ LOOKED_AT = 100  # validation examples on which the task checks a model that cam
 
 
 def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
-    """The bundle with a teacher that is ready, and the stages still to run; makes the run's scratch folder once all is loaded.
+    """The bundle with a teacher that is ready, and the stages still to run.
 
     A model that is not tuned, or whose config says that it was tuned on data of another kind, is first tuned by the recipe's
     leading plain `train` stages, and is then its own teacher. If the recipe names a teacher, such a model itself is the student.
@@ -34,7 +34,6 @@ def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...
     task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
     material = prepare(task, source)
     _tell(material, run.log)
-    run.root.mkdir(exist_ok=True)
     first = Bundle(student, plan, material, student, ranges=ranges)
     if checked.teacher is not None:
         teacher = _teacher(checked.teacher, student, task)

@@ -202,7 +202,7 @@ class _Reader:
                 given = f", not {item['input']!r}" if item["loc"] else ""
                 self.mistakes.append(f"{place}{path}: {item['msg'].removeprefix('Value error, ')}{given}")
         except RecipeError as error:  # its facts begin with the names of options
-            self.mistakes += [f"{place}.{fact}" for fact in error.facts]
+            self.mistakes += [f"{place}.{fact}" for fact in error.facts] or [f"{place}: {error.what}"]
         except SlimformerError as error:
             self.mistakes += [f"{place}: {fact}" for fact in error.facts or (error.what,)]
         return None

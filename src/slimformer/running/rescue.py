@@ -41,13 +41,11 @@ def rescue(
         return None  # the model itself loses too much: no int8 file can lose less
     folder = candidate.files[Variant.FLOAT].parent.with_name(f"floats-{allowed:g}")
     file = folder.with_name(f"{folder.name}.json")
-    draft = None if file.is_file() else draft_of(candidate.made.bundle, exporter)
-    if draft is None and not file.is_file():
-        run.log.say("this exporter leaves no single matrices in float.")
-        return None
 
-    def tried() -> _Tried:
-        assert draft is not None
+    def tried() -> _Tried | None:
+        draft = draft_of(candidate.made.bundle, exporter)
+        if draft is None:
+            return None
         run.log.say("the model itself is within the loss that is allowed: looking for matrices that have to stay in float.")
         shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left it
         mix = mix_precision(draft, judge, run.root, allowed)
@@ -56,7 +54,10 @@ def rescue(
         written = _write(candidate, folder, judge, mix, draft) if mix.within and mix.floats else []
         return _Tried(tuple(mix.floats), (float_trial, *written))
 
-    kept = remembered(file, tried, _Tried)
+    kept = remembered(file, tried, _Tried | None)
+    if kept is None:
+        run.log.say("this exporter leaves no single matrices in float.")
+        return None
     if not kept.floats:
         run.log.say("int8 makes every matrix faster, and loses no more than allowed: none stays in float.")
         return None

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from slimformer.digests import digest
 from slimformer.errors import OutputError, RecipeError
-from slimformer.files import claim
+from slimformer.files import claim, remove_folder
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import cores
@@ -42,14 +41,13 @@ class Conditions:
     """How a request is carried out, as the caller said.
 
     `log` None writes into the output folder and shows lines on the terminal; `threads` None takes all cores; `wait_seconds`: at most,
-    before each timing, until nothing else runs; `cache`: a folder that runs share; `command`: the command line that the page shows.
+    before each timing, until nothing else runs; `cache`: a folder that runs share.
     """
 
     log: Log | None = None
     threads: int | None = None
     wait_seconds: float = 60.0
     cache: str | Path | None = None
-    command: str = ""
 
 
 def run(
@@ -71,9 +69,8 @@ def run(
 
     Raises a SlimformerError if the recipe, the model or the data are no good, or if `out` cannot be used.
     """
-    conditions = Conditions(log, threads, wait_seconds, cache, command)
     checked = preflight(recipe)
-    with open_recipe(recipe, Path(out), conditions) as state:
+    with open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)) as state:
         bundle, stages = prepare_bundle(checked, state)
         made = advance(stages, bundle, state)
         judge = judge_of(made.bundle, state)
@@ -84,7 +81,7 @@ def run(
         if recipe.export.floats == "auto":
             candidate = rescue(candidate, judge, state, order.max_loss, exporter=exporter) or candidate
         measurement = finish(candidate, order, judge, state, Path(out))
-        shutil.rmtree(state.root)
+        remove_folder(state.root)
     return Outcome(Path(out), measurement)
 
 
@@ -106,11 +103,9 @@ def train_stages(
         advance(stages, bundle, state)
 
 
-@contextmanager
-def open_recipe(recipe: Recipe, out: Path, conditions: Conditions) -> Iterator[Run]:
+def open_recipe(recipe: Recipe, out: Path, conditions: Conditions) -> AbstractContextManager[Run]:
     """The output folder, claimed for this very recipe."""
-    with open_run(out, f"recipe {digest(recipe.to_yaml())}", recipe.seed, conditions, recipe.latency) as state:
-        yield state
+    return open_run(out, f"recipe {digest(recipe.to_yaml())}", recipe.seed, conditions, recipe.latency)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from slimformer.data.material import sampled_lengths, subset
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import family_of, subject_of
-from slimformer.files import remembered
+from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
 from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Goal
@@ -129,14 +128,15 @@ def compress(
     recipe = Recipe(str(model), task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
     checked = preflight(recipe)
     check_kept(source, (tune,))  # the stages that follow train, whether the model came tuned or not
-    conditions = Conditions(log, threads, wait_seconds, command=command)
+    conditions = Conditions(log, threads, wait_seconds)
     with open_run(Path(out), wanted.purpose(recipe), wanted.seed, conditions) as run:
         if not tuned:
             tune = replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0))
             checked = replace(checked, recipe=replace(recipe, stages=(tune,)))
         bundle, _ = prepare_bundle(checked, run)
-        search = _Search(bundle, checked.recipe, wanted, run)
-        chosen = search.run()
+        with Clock(run.root) as clock:  # of the search and all budgets tried: what the user waits for, without the rivals
+            search = _Search(bundle, checked.recipe, wanted, run)
+            chosen = search.run().after(clock.minutes)
         order = Order(
             search.recipe_of(chosen),
             model_name(recipe.model),
@@ -145,7 +145,7 @@ def compress(
             command,
         )
         measurement = finish(search.written(chosen), order, search.judge, run, Path(out))
-        shutil.rmtree(run.root)
+        remove_folder(run.root)
     return Outcome(Path(out), measurement)
 
 
@@ -208,7 +208,6 @@ class _Search:
 
     def __init__(self, bundle: Bundle, recipe: Recipe, wanted: Wanted, run: Run) -> None:
         self.bundle, self.recipe, self.wanted, self.state = bundle, recipe, wanted, run
-        self.clock = Clock(run.root)
         self.distil = _distillation(bundle, recipe, wanted)
         _announce(bundle, self.distil, wanted, run)
         self.judge = judge_of(bundle, run)
@@ -221,11 +220,10 @@ class _Search:
         return _Scale(self.bundle, self.judge, self.state)
 
     def run(self) -> Candidate:
-        """The best candidate, with the minutes of the whole search."""
+        """The best candidate."""
         wanted, log = self.wanted, self.state.log
         candidates = self._without_cut() if self.uncut else self._with_cuts()
-        minutes = self.clock.stop()  # the search and all budgets tried: what the user waited for, without the rivals
-        chosen = pick([*candidates, self.whole], wanted.max_loss).after(minutes)
+        chosen = pick([*candidates, self.whole], wanted.max_loss)
         best = chosen.best_int8(wanted.max_loss)
         if not chosen.stages and not self.uncut:
             log.say("no cut stays within the loss that is allowed: delivering the uncut model in its best file.")
@@ -288,8 +286,7 @@ class _Search:
         """The candidate with all files that ship: those of the uncut model are written only if they are asked for."""
         if candidate.folder is not None:
             return candidate
-        files = candidate_of(candidate.made, (), self.state.root / "whole", self.judge, self.state)
-        return replace(files, made=candidate.made)
+        return candidate_of(candidate.made, (), self.state.root / "whole", self.judge, self.state)
 
     def recipe_of(self, chosen: Candidate) -> Recipe:
         """The recipe that leads to the chosen candidate again."""

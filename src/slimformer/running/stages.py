@@ -44,7 +44,6 @@ from slimformer.saving import checkpoint
 from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.loop import train
-from slimformer.training.runstate import features_digest
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ VALIDATION_ROWS = 2000  # of the validation split that a choice looks at: one st
 
 def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
     """Runs stages in order; a stage that a former run finished with the same options, model and data is read back."""
-    names = [model_digest(bundle.subject.model), bundle.plan.digest(), str(run.seed), repr(bundle.material.task)]
-    names += [features_digest(bundle.material.features[split]) for split in (Split.TRAIN, Split.VALIDATION)]
+    names = [bundle.digest(), str(run.seed)]
     effort = Effort()
     for number, stage in enumerate(stages, 1):
         names.append(stage.digest())
@@ -69,11 +67,10 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
             bundle, effort = _restored(bundle, done), remembered(facts, Effort, Effort)
             run.log.say(f"stage {number} ({stage.kind}) is done already; going on from it.")
             continue
-        clock = Clock(folder)
-        bundle = run_stage(stage, bundle, run.under(folder.name))
-        minutes = clock.stop()
+        with Clock(folder) as clock:
+            bundle = run_stage(stage, bundle, run.under(folder.name))
         peak = max(effort.peak_rss_bytes, peak_rss_bytes())
-        effort = Effort(effort.minutes + minutes, torch.get_num_threads(), peak)
+        effort = Effort(effort.minutes + clock.minutes, torch.get_num_threads(), peak)
         with whole_folder(done) as part:
             source, ranges = bundle.material.source, bundle.ranges
             checkpoint.write(bundle.subject.model, bundle.plan, part, tokenizer_from=source, ranges=ranges)
@@ -81,7 +78,7 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
         for item in folder.iterdir():
             if item != done:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
-        run.log.event("stage", stage=stage.kind, number=number, minutes=round(minutes, 2))
+        run.log.event("stage", stage=stage.kind, number=number, minutes=round(clock.minutes, 2))
     return Made(bundle, effort)
 
 
@@ -98,35 +95,33 @@ def _restored(bundle: Bundle, folder: Path) -> Bundle:
 
 
 class Clock:
-    """Notes in a folder how long the work there has taken, so that a killed run's minutes are not forgotten."""
+    """Counts the minutes of the work in a folder, and notes them there, so that those of a killed run are not forgotten."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._earlier, self._begin = folder, _spent(folder), time.monotonic()
-        self._end = threading.Event()
+        self._file, self._end = folder / "seconds", threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._thread.start()
+        self._begin = time.monotonic() - remembered(self._file, lambda: 0.0, float)
 
-    def stop(self) -> float:
-        """Ends the counting: minutes in all."""
+    def __enter__(self) -> Clock:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        write_text(self._folder / "seconds", f"{self._seconds():.1f}")
-        return self._seconds() / 60
+        self._note()
 
-    def _seconds(self) -> float:
-        return self._earlier + time.monotonic() - self._begin
+    @property
+    def minutes(self) -> float:
+        """Minutes until now, those of killed runs included."""
+        return (time.monotonic() - self._begin) / 60
 
     def _tick(self) -> None:
         while not self._end.wait(10):
-            write_text(self._folder / "seconds", f"{self._seconds():.1f}")
+            self._note()
 
-
-def _spent(folder: Path) -> float:
-    try:
-        return float((folder / "seconds").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
+    def _note(self) -> None:
+        write_text(self._file, f"{60 * self.minutes:.1f}")
 
 
 # -- Train ---------------------------------------------------------------------------------------------------------------------

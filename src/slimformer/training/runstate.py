@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.digests import Content, digest_all
-from slimformer.files import remove_parts, whole_folder
+from slimformer.files import remove_folder, remove_parts, whole_folder
 from slimformer.tasks.base import Features
 
 STATE_FACTS = "state.json"
@@ -66,12 +66,7 @@ def latest_state(folder: Path) -> RunState | None:
 
 def forget_states(folder: Path) -> None:
     """Removes the state of a finished run: call it when what the run made is saved elsewhere."""
-    home = folder / STATES
-    if home.is_dir():
-        gone = home.with_name(f".part-{STATES}")  # renamed first: a kill must not leave half a state under its name
-        shutil.rmtree(gone, ignore_errors=True)
-        home.replace(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    remove_folder(folder / STATES)
 
 
 def _found(home: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 import torch
@@ -31,9 +31,6 @@ from slimformer.methods.base import Batch
 from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Features, Task
 from slimformer.training.runstate import features_digest
-
-if TYPE_CHECKING:
-    pass
 
 TEACHER_FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter where scores are seen, which take more memory than all the rest
@@ -171,7 +168,7 @@ def teacher_outputs(
     writes: bool = True,
     wait: Callable[[], None] = lambda: None,
 ) -> Iterator[TeacherOutputs]:
-    """The teacher's teacher_reader for these rows: from `folder`, which is filled first where it must be, or live.
+    """What the teacher sees in these rows: from `folder`, which is filled first where it must be, or live.
 
     Of several processes of one run one `writes` and all `wait` for it; runs that share `folder` fill it in turn.
     """
