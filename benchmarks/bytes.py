@@ -1,4 +1,4 @@
-"""Prints a digest of every file that a small `run` and a small `compress` leave, with timings that are made up.
+"""Prints a digest of every file that a small `run` and a small `compress` leave, with invented timings.
 
 Two checkouts that print the same behave the same: run it before and after a change that should change nothing.
 
@@ -34,7 +34,13 @@ from slimformer.tasks.classification import Classification
 LEVELS = Levels(
     fixed_ms=0.05, dense_fp32_ms=0.2, heads={1: 0.004, 2: 0.005, 4: 0.01}, neurons={16: 0.004, 32: 0.006, 64: 0.012}
 )
-SPEEDS = {"ours": 2.6, "int8_fused": 2.6, "int8_static": 1.3, "int8_dynamic": 1.4, "float": 1.1}  # over the teacher's fp32 file
+SPEEDS = {
+    "ours": 2.6,
+    "int8_fused": 2.6,
+    "int8_static": 1.3,
+    "int8_dynamic": 1.4,
+    "float": 1.1,
+}  # times as fast as the teacher's fp32 file
 RECIPE = """
 model: ./model
 task: {use: classification, data: ./data}

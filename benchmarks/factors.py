@@ -1,7 +1,7 @@
-"""What a factored matrix takes in ONNX Runtime, in each order of its two products, beside the dense matrix.
+"""Times a factored matrix in ONNX Runtime, in each order of its two products, beside the dense matrix.
 
-For the shapes of the two published Kronecker models: milliseconds of one matrix at batch 32 and batch 1 of a given length, the least
-over rounds in which all take turns. `*` marks the order that `forms/kronecker.py` takes; MACs are relative to the dense matrix.
+For the shapes of the two published Kronecker models: it prints milliseconds of one matrix at batch 32 and batch 1 of a given length,
+the least over rounds in which all take turns. `*` marks the order that `forms/kronecker.py` takes; MACs are relative to the dense matrix.
 
     python benchmarks/factors.py --threads 1
     python benchmarks/factors.py --width 384 --length 40

@@ -1,4 +1,4 @@
-"""What each rewrite of the exported graph is worth: the shipped files, each without one rewrite, and the usual tools' files.
+"""Measures how much each rewrite of the exported graph gains: the shipped files, each without one rewrite, and usual tools' files.
 
 All run in turn in one process on a task's dev examples: batch 1 in order (every third example) and batch 32 sorted by length. The
 figure is the median over rounds of the ratio to the first row. `--clock cpu` counts processor time instead of the wall's: with one
@@ -83,7 +83,9 @@ def _files(model: Any, batches: list[dict[str, np.ndarray]], folder: Path, threa
     """Each graph's name and what runs it."""
     ort = OnnxRuntime()
     program = trace.trace_model(subject_of(model), ("logits",))
-    exporting = mock.patch.object(trace, "trace_model", return_value=program)  # one trace for all: it takes the time
+    exporting = mock.patch.object(
+        trace, "trace_model", return_value=program
+    )  # one trace serves all, because tracing takes most of the time
     exporting.start()
     made = Onnx().export_all(model, batches, {variant: folder / f"{variant}.onnx" for variant in Variant})
     for variant, artifact in made.items():
@@ -124,7 +126,7 @@ def _not_smoothed(*_: Any) -> dict[str, int8.Sample]:
 
 
 def _multi_head_attention(graph: onnx_ir.Graph, axes: Axes, fused: bool) -> int:
-    """The markers as ONNX Runtime's own operator, which wants (batch, seq, hidden)."""
+    """The markers as ONNX Runtime's own operator, which needs (batch, seq, hidden)."""
     found = rewrite.markers(graph)
     editor = Editor(graph)
     for node in found:
@@ -139,7 +141,7 @@ def _multi_head_attention(graph: onnx_ir.Graph, axes: Axes, fused: bool) -> int:
 
 
 def _quantize_dynamic(source: Path, target: Path) -> None:
-    """What most people do: ONNX Runtime's own tool on the plain file."""
+    """The usual way: ONNX Runtime's own tool on the plain file."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():

@@ -1,4 +1,4 @@
-"""Our training loop beside the transformers Trainer: the same model, rows, batch size, optimiser and precision, in turn.
+"""Times our training loop beside the transformers Trainer: the same model, rows, batch size, optimiser and precision, in turn.
 
 Both group rows of like length into batches and clip gradients. Short segments alternate (ours, theirs, theirs, ours), since
 machines drift; the figure is the median of the ratios of neighbours. Tokens are those of the rows, padding not counted.

@@ -1,4 +1,4 @@
-"""What runs zeros fast on this CPU: the six products of one encoder layer, dense and sparse, by every engine at hand.
+"""Measures which engines skip zeros fast on this CPU: the six products of one encoder layer, dense and sparse.
 
 Weights are random, pruned to each density in each pattern; all engines compute the same products on the same tokens, in turn, each on
 the layout of activations that it likes best. The figure is the median over rounds of the ratio to PyTorch's dense product; an engine
@@ -7,7 +7,7 @@ whose results are wrong is left out, one that cannot run a pattern says why.
 - PyTorch CSR and BSR: `torch.sparse` on a CPU, beta; BSR takes square blocks only.
 - PyTorch int8 1x4: QNNPACK's block-sparse kernel, deprecated by PyTorch; beside it QNNPACK's dense int8.
 - SciPy CSR and BSR: one thread, whatever is asked for.
-- ONNX Runtime and OpenVINO: their dense products of the same zeros, float32, and int8 for the first: what sparsity has to beat.
+- ONNX Runtime and OpenVINO: their dense products of the same zeros, float32, and int8 for the first: sparsity has to beat these.
   OpenVINO is asked to compress sparse weights, which it does only for int8 on CPUs with AMX.
 
 DeepSparse, which did run zeros fast, is no longer maintained and not measured here.
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the rows, which docs/methods/numbers.md is drawn from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", category=UserWarning)  # "beta", "deprecated": said above
+    warnings.filterwarnings("ignore", category=UserWarning)  # the head of this file says "beta" and "deprecated" already
     circumstances = f"hidden size {options.hidden}, {options.threads} threads, {options.rounds} rounds, {machine()}"
     head = [
         "pattern",
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """What all figures depend on."""
+    """The processor and the versions, on which all figures depend."""
     facts = environment()
     versions = (f"{name} {version(name)}" for name in ("torch", "scipy", "onnxruntime", "openvino") if find_spec(name))
     return ", ".join((facts.cpu, *versions))

@@ -1,4 +1,4 @@
-"""Small students after few passes: what they start from, learn, and how fast; the scores of each.
+"""Compares small students after few passes: their first weights, their losses and their learning rates.
 
     python benchmarks/students.py sparse --tuned ../shared/models/minilm-sst2 --glue sst2 --data ../shared/data/glue/SST-2 \
         --train-rows ../shared/data/splits/sst2-20k.json [--share 0.05] [--passes 2] [--augment 4] [--only relative]
@@ -60,7 +60,7 @@ def sparse(share: float) -> dict[str, tuple[bool, Train]]:
 
 
 def narrow() -> dict[str, Train]:
-    """How a student that has been cut wins back what it lost."""
+    """The ways in which a cut student recovers its accuracy."""
     paper = replace(NARROW, methods=(PAPER,), task_weight=0.0)
     without = replace(paper, methods=(replace(PAPER, scores=0.0),))
     with_scores = replace(NARROW, methods=(Distillation(scores=1.0),))

@@ -1,4 +1,4 @@
-"""Training steps of a cut model in bfloat16: batches as wide as their longest row, or rounded up in several ways.
+"""Times training steps of a cut model in bfloat16: batches as wide as their longest row, or rounded up in several ways.
 
     python benchmarks/widths.py [--rows 32] [--shortest 8] [--longest 40] [--steps 120] [--only "cut, longest row"]
 

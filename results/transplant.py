@@ -4,7 +4,7 @@ names.
 One trained BERT then stands for several families, so that methods, exporters and runtimes meet trained weights in each.
 Outputs are the same to 1e-5 for single segments: RoBERTa and DistilBERT know no second one. Token ids stay, so the
 tokenizer does too. RoBERTa counts positions from pad_token_id + 1, so its table gets that many rows in front;
-DistilBERT has no segments, so BERT's first one is added to its positions. Heads follow where the classes agree:
+DistilBERT has no segments, so BERT's first one is added to its positions. Heads are carried over if the classes agree:
 question answering and tagging always, classification to RoBERTa; DistilBERT (ReLU) and ELECTRA (GELU) classify through
 another function than BERT's tanh, so there it starts fresh and must be trained.
 """
@@ -56,7 +56,7 @@ class Transplanted:
 def transplant(model: PreTrainedModel, to: Target, seed: int = 17) -> Transplanted:
     """A model of the family `to` that computes what the BERT `model` computes; `model` stays as it is.
 
-    Raises ModelError for what is no uncut BERT, for a head without a counterpart, and for layer norms that DistilBERT
+    Raises ModelError for a model that is no uncut BERT, for a head without a counterpart, and for layer norms that DistilBERT
     cannot have.
     """
     import transformers

@@ -195,7 +195,7 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
     """Sentences with figures from the rows: '{mrpc/fisher-35:lost}'. A sentence is left out if its row does not exist
     yet.
 
-    lost, gained: points of the fp32 file, refused where the sign is the other; faster: that file's times at batch 32;
+    lost, gained: points of the fp32 file, refused if the sign is the other; faster: that file's times at batch 32;
     int8: points that the int8 file lost, signed; mb: that file's megabytes; left: per cent of the encoder's weights.
     """
 

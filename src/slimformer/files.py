@@ -19,12 +19,12 @@ from slimformer.errors import OutputError, output_errors
 
 T = TypeVar("T")
 
-_OWNED = ".slimformer"  # lies in every folder we made; holds what the folder is
+_OWNED = ".slimformer"  # every folder that slimformer makes has this file, which names the purpose
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write; it becomes `path` when the block ends well, and is removed when it does not."""
+    """Yields a temporary path to write; it becomes `path` when the block ends well, and is removed when it does not."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
@@ -41,7 +41,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill; it becomes `path` when the block ends well. A folder that was there is replaced."""
+    """Yields a temporary folder to fill; it becomes `path` when the block ends well. A folder that was there is replaced."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=path.parent))
@@ -68,9 +68,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remembered(file: Path, make: Callable[[], T], kind: Any) -> T:
-    """What `make` gives, made once: it is kept in `file` as JSON, and read from there the next time.
+    """The result of `make`, which runs once: the result is kept in `file` as JSON and read from there the next time.
 
-    `kind`: its type as pydantic understands it (a dataclass, `list[Trial]`, `float`). A file that does not hold one is made anew.
+    `kind`: its type as pydantic understands it (a dataclass, `list[Trial]`, `float`). If the file does not hold one, it is made anew.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -88,7 +88,7 @@ def remembered(file: Path, make: Callable[[], T], kind: Any) -> T:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what writes that were killed left in a folder; the caller owns it."""
+    """Removes the parts that killed writes left in a folder; the caller owns the folder."""
     for part in folder.glob(".part-*"):
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
@@ -147,7 +147,7 @@ def in_turn(folder: Path, taken: Callable[[], None]) -> Iterator[None]:
 
     The operating system drops the lock with the process, `kill -9` included.
     """
-    from filelock import FileLock, Timeout  # its import takes as long as all else that --help needs
+    from filelock import FileLock, Timeout  # its import takes as long as everything else that --help needs
 
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run says: a few lines for a person, its progress, and everything as JSON lines in `log.jsonl`.
+"""Logs a run: a few lines for a person, its progress, and everything as JSON lines in `log.jsonl`.
 
 Lines go to the standard library's logger `slimformer`, as do those of code that has no `Log`. From Python nothing is printed unless
 logging is set up or `show_log` is used; the command line uses it. There progress is a bar on a terminal, elsewhere a line now and then.
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FILE = "log.jsonl"
-PLAIN_SECONDS = 30.0  # between progress lines where there is no terminal: a CI log of an hour stays near 100 lines
-BAR_SECONDS = 0.1  # between redraws of the bar; drawing it at every step would cost more than small steps do
+PLAIN_SECONDS = 30.0  # between progress lines without a terminal, so that a CI log of an hour stays near 100 lines
+BAR_SECONDS = 0.1  # between redraws of the bar; drawing it at every step would take longer than a small step
 
 Advance = Callable[..., None]  # advance(done, **numbers): `done` of `total` are done; numbers are shown beside
 
@@ -54,7 +54,7 @@ def show_log(console: Console | None = None) -> Iterator[None]:
 
 
 class _Printer(logging.Handler):
-    """Prints records as they are: neither markup nor line breaks of our own. A console is made for the first one."""
+    """Prints records as they are: it adds neither markup nor line breaks. The first record makes the console."""
 
     def __init__(self, console: Console | None) -> None:
         super().__init__()
@@ -88,7 +88,9 @@ class Log:
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / FILE, "a+b") as file:
-                start = b"" if _ends_whole(file) else b"\n"  # a killed run may have left half a line: keep the next one whole
+                start = (
+                    b"" if _ends_whole(file) else b"\n"
+                )  # a killed run may have left half a line; the next one must stay whole
                 file.write(start + json.dumps(_plain(line), ensure_ascii=False).encode() + b"\n")
 
     def say(self, text: str) -> None:
@@ -98,7 +100,7 @@ class Log:
             _logger.info("%s", text)
 
     def say_once(self, text: str) -> None:
-        """Says what holds for the whole run, the first time only."""
+        """Says a line that holds for the whole run, the first time only."""
         if text not in self._said:
             self._said.add(text)
             self.say(text)
@@ -174,7 +176,7 @@ def _ends_whole(file: IO[bytes]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it; what it cannot hold becomes text."""
+    """`value` in types that JSON has; any other becomes text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -35,7 +35,7 @@ def names(kind: str) -> tuple[str, ...]:
 
 @cache
 def find(kind: str, name: str) -> type[Any]:
-    """The class of that name; RecipeError with the nearest name where there is none."""
+    """The class of that name; RecipeError with the nearest name if there is none."""
     if name not in names(kind):
         raise RecipeError(f"there is no '{name}' among the {kind}.", help=nearest(name, names(kind)))
     for point in _plugins(kind):

@@ -1,4 +1,4 @@
-"""`slimformer bench`: model folders or ONNX files side by side on the dev split of a task.
+"""`slimformer bench` compares model folders or ONNX files side by side on the dev split of a task.
 
 A path becomes a model file, a runtime opens it, the task encodes the same examples for it, and `measuring` does the rest.
 Exported files are benched with neither torch nor transformers installed.
@@ -33,7 +33,7 @@ from slimformer.tasks.base import Example, Features, Split, Task
 
 _log = logging.getLogger(__name__)
 
-# From the fastest file of an export to the plainest: the first stands for a folder that does not name its best.
+# These are ordered from the fastest file to the plainest: the first one there is stands for a folder that names no best file.
 _FASTEST_FIRST = (Variant.INT8_FUSED, Variant.INT8_STATIC, Variant.FUSED, Variant.FLOAT)
 
 
@@ -73,11 +73,11 @@ def bench(
             file in such a folder, or a plain transformers folder, which is exported first; that needs torch.
         task: Without a task, it is the one that the first folder with a slimformer.json was made for.
         runtimes: The runtimes that every file is run by, if they can run such a file.
-        threads: All cores by default.
-        max_length: Tokens of an input; by default what the first folder was made with, or what every model can take.
-        rounds: How often each batch is timed at most.
-        seconds: The budget for each of the two workloads.
-        wait_seconds: How long to wait for a quiet machine, unless a `load` that was measured before is given.
+        threads: How many threads a runtime may use; all cores by default.
+        max_length: Tokens that an input may have; by default as many as the first folder was made with, or as every model can take.
+        rounds: Each batch is timed at most so often.
+        seconds: The time for each of the two workloads, batch 1 and batch 32.
+        wait_seconds: It waits at most so long, in seconds, until nothing else runs, unless a `load` that was measured before is given.
         seed: The seed of the bootstrap.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The nouns that pass through a run: `Run` says where and how it works, `Bundle` is the model on its way, `Made` what it took."""
+"""The values that pass through a run: `Run` says where and how it works, `Bundle` holds the model, `Made` adds the effort."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What passes from stage to stage."""
+    """A model with its plan, data and teacher, as one stage hands it to the next."""
 
     subject: Subject  # its model is always plain: no hooks, no masks
-    plan: Plan  # everything cut so far, in original numbering
+    plan: Plan  # it holds everything cut so far, in the numbering of the original model
     material: Material
     teacher: Subject
-    tuned_here: bool = False  # then the teacher has not seen the validation examples
-    ranges: Ranges | None = None  # of the activations, if the last stage learned them
+    tuned_here: bool = False  # if it is true, the teacher has not seen the validation examples
+    ranges: Ranges | None = None  # these are the ranges of activations, if the last stage learned them
 
     def digest(self) -> str:
         """Names the student, what was cut of it, the task, and the rows that it is trained and tried on."""
@@ -38,22 +38,22 @@ class Bundle:
 
     @property
     def uncut(self) -> Bundle:
-        """The teacher in the place of the student: where every search and every rival starts."""
+        """The bundle with the teacher in the place of the student; every search and every rival starts from it."""
         return replace(self, subject=self.teacher, plan=Plan(), ranges=None)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What making a model from its teacher took."""
+    """The time, threads and memory that making a model from its teacher took."""
 
     minutes: float = 0.0
-    threads: int | None = None  # that the last stage computed with
+    threads: int | None = None  # the last stage computed with so many
     peak_rss_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Made:
-    """A bundle and what it took."""
+    """A bundle and the effort that went into it."""
 
     bundle: Bundle
     effort: Effort = Effort()
@@ -63,16 +63,16 @@ class Made:
 class Run:
     """Where and how a request is carried out."""
 
-    root: Path  # scratch folder of the whole run: measurements that are made once lie here
-    folder: Path  # scratch folder of the stage at work
+    root: Path  # the scratch folder of the whole run; it keeps measurements that are made once
+    folder: Path  # the scratch folder of the stage that runs now
     log: Log
     seed: int = 17
     threads: int = 2
     levels: Levels | None = None  # a latency table that a recipe carries; without it one is measured when a budget needs it
-    wait_seconds: float = 60.0  # at most, before each timing, until nothing else runs on the machine
+    wait_seconds: float = 60.0  # before each timing it waits at most so long until nothing else runs
     cache: Path | None = None  # a folder that runs with one teacher share; without it they use `root`
-    memo: dict[str, Any] = field(default_factory=dict)  # see Context.memo: what methods found once in this run
+    memo: dict[str, Any] = field(default_factory=dict)  # methods keep here what they compute once a run: see Context.memo
 
     def under(self, name: str) -> Run:
-        """The same run in a folder below."""
+        """The same run in a subfolder of that name."""
         return replace(self, folder=self.folder / name)

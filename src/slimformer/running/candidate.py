@@ -20,11 +20,11 @@ class Candidate:
     """One model, carried through to its files."""
 
     made: Made
-    stages: tuple[Stage, ...]  # that made it of the teacher
-    kinds: Mapping[str, FileKind]  # of the exporter's files, by variant
+    stages: tuple[Stage, ...]  # they made it from the teacher
+    kinds: Mapping[str, FileKind]  # the kinds of the exporter's files, by variant
     trials: tuple[Trial, ...]
-    folder: Path | None = None  # of all files that ship, if they are written
-    floats: tuple[str, ...] = ()  # points whose matrices stay in float in its int8 files
+    folder: Path | None = None  # it holds all files that ship, if they are written
+    floats: tuple[str, ...] = ()  # the matrices of these points stay in float in its int8 files
 
     def best(self, max_loss: float) -> Trial:
         """The file to name best: the fastest within the loss, or the one that loses least."""
@@ -41,7 +41,7 @@ class Candidate:
         return {variant: self.folder / kind.name for variant, kind in self.kinds.items() if kind.shipped}
 
     def after(self, minutes: float) -> Candidate:
-        """The same candidate, made in this time."""
+        """The same candidate with this time as its effort."""
         made = self.made
         return replace(self, made=replace(made, effort=replace(made.effort, minutes=minutes)))
 
@@ -57,7 +57,7 @@ def candidate_of(
     shipped = [variant for variant, kind in kinds.items() if kind.shipped]
 
     def trials() -> list[Trial]:
-        shutil.rmtree(files, ignore_errors=True)  # a killed run may have left some
+        shutil.rmtree(files, ignore_errors=True)  # a killed run may have left some files
         paths = export_files(bundle.subject, bundle.material, files, shipped, run.log, exporter=exporter, ranges=bundle.ranges)
         return judge.try_out(paths, kinds)
 

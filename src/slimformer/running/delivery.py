@@ -1,4 +1,4 @@
-"""From a candidate to what a person holds: our files measured beside the rivals on dev, then the folder with files, card and page.
+"""Delivers a candidate: measures its files beside the rivals on dev, then fills the folder with files, card and page.
 
 Nothing is trained, cut or chosen here: the candidate was chosen on validation examples, the rivals were made in `rivals.py`.
 """
@@ -37,13 +37,13 @@ from slimformer.tasks.base import Split, Task
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be delivered: the recipe that made it, with all its choices spelled out, and what was asked for."""
+    """The recipe that made a delivery, with all its choices spelled out, and the goal that the user gave."""
 
     recipe: Recipe
     model_name: str
     task_name: str
-    goal: Goal | None = None  # None: a recipe, which asks for no speed
-    command: str = ""  # that the page shows
+    goal: Goal | None = None  # it is None for a recipe, which asks for no speed
+    command: str = ""  # the page shows it
 
     @property
     def max_loss(self) -> float:
@@ -78,7 +78,7 @@ def finish(candidate: Candidate, order: Order, judge: Judge, run: Run, out: Path
 
 
 def _ours(candidate: Candidate, order: Order, run: Run) -> list[Contestant]:
-    """Our files as they are measured: those that ship, and what the recipe's `export` and `bench` ask for besides."""
+    """Our files that are measured: those that ship, and those that the recipe's `export` and `bench` add."""
     bundle, recipe, kinds = candidate.made.bundle, order.recipe, candidate.kinds
     best = candidate.best(order.max_loss).variant
     facts = facts_of(candidate.made, run, digest(recipe.to_yaml()), recipe.export.values) | {"target": order.goal}
@@ -183,7 +183,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
 
 
 def _stored(model: object, values: Values) -> str:
-    """How model.safetensors rounds the values, in words; nothing if it does not."""
+    """A sentence on how model.safetensors rounds the values; it is empty if nothing is rounded."""
     if values == "float32":
         return ""
     lost = rounding(checkpoint.unshared(model), values, checkpoint.heads(model))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Exported files of a run: those of the model at hand, and the teacher's own, which every comparison stands on.
+"""Exports the files of a run: those of its model, and those of the teacher, with which everything is compared.
 
 The teacher's files are made once a run, or once for all runs that share a cache.
 """
@@ -30,7 +30,7 @@ from slimformer.tasks.base import Split
 from slimformer.training.runstate import features_digest
 
 TEACHER_FILES = "teacher-files"
-NOTES = "notes.json"  # beside exported files: file -> the notes of its artifact
+NOTES = "notes.json"  # it lies beside exported files and maps each file to its notes
 
 
 def export_files(
@@ -62,7 +62,7 @@ def plain_exporter() -> Exporter:
 
 
 def keep_notes(folder: Path, artifacts: Iterable[Artifact], log: Log) -> None:
-    """Writes down what is known of exported files: in the log, and beside them for the card."""
+    """Writes the notes on exported files into the log, and beside the files for the card."""
     notes = read_notes(folder)
     for artifact in artifacts:
         log.event("exported", **{key: str(value) for key, value in asdict(artifact).items()})
@@ -71,7 +71,7 @@ def keep_notes(folder: Path, artifacts: Iterable[Artifact], log: Log) -> None:
 
 
 def read_notes(folder: Path) -> dict[str, list[str]]:
-    """What `keep_notes` wrote, by the name of the file."""
+    """The notes that `keep_notes` wrote, by the name of the file."""
     file = folder / NOTES
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -88,7 +88,7 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[str, Path]:
 
 
 def _teacher_home(bundle: Bundle, run: Run) -> Path:
-    """The folder of what is made of the teacher, in the run's own or in its cache: for the same weights, rows and packages."""
+    """The folder for the teacher's files, in the run's own or in its cache: for the same weights, rows and packages."""
     rows = [features_digest(bundle.material.features[split]) for split in (Split.VALIDATION, Split.TRAIN)]
     packages = [str(package) for package in machine.environment().packages.items()]
     return (run.cache or run.root) / TEACHER_FILES / digest(model_digest(bundle.teacher.model), *rows, *packages)

@@ -1,4 +1,4 @@
-"""What a record says of a model, whatever file it is in: sizes, zeros, operations, and what making it took."""
+"""The facts of a model that a record holds whatever its file: sizes, zeros, operations, and the effort of making it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> d
 
 
 def _nonzero(weights: Mapping[str, Any], matrix: Matrix) -> int:
-    """Numbers of a matrix that are not 0, in whatever form it is stored."""
+    """How many numbers of a matrix are not 0, in any form."""
     start, bias = f"{matrix.module}.", f"{matrix.module}.bias"
     return sum(int((weight != 0).sum()) for name, weight in weights.items() if name.startswith(start) and name != bias)

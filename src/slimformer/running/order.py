@@ -1,4 +1,4 @@
-"""Which stages may follow which: what a stage would destroy of the results of those before it."""
+"""Decides which stages may follow which: a stage must not destroy the results of those before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimformer.training.stage import Stage
 
 
 def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
-    """Why a stage makes no sense after the stages `before` it: what would be lost, and what to do instead."""
+    """The reasons why a stage must not follow the stages `before` it: each names the loss and a remedy."""
     earlier = [method for item in before for method in item.methods]
     factoring = next((name_of(method) for method in earlier if method.effects().factors), None)
     closing = next((name_of(method) for method in earlier if method.effects().learns_grids), None)

@@ -1,7 +1,7 @@
-"""Every check of a request that is quick, made before anything starts: recipe, model, teacher, data, first cut.
+"""Makes every quick check of a request before anything starts: recipe, model, teacher, data, first cut.
 
 Nothing is written, measured or trained here. A request that passes can still meet a full disk or a budget that only a measurement
-shows to be out of reach, but no mistake of the user's.
+shows to be out of reach, but the user has made no mistake.
 """
 
 from __future__ import annotations
@@ -151,14 +151,14 @@ def check_masked_model(folder: Path, source: Path) -> None:
 def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     """RecipeError, TargetError or PlanError if the first method that decides cannot do so with this model.
 
-    What a later method meets is known only once there is something left to cut.
+    A later method can be checked only once the model has been cut.
     """
     first = next((method for stage in recipe.stages for method in stage.methods if method.effects().chooses), None)
     if first is None:
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))
     refuse_cuts((first,), subject.anatomy)
-    counted = None  # latency takes weights and a minute to measure
+    counted = None  # measuring latency needs the weights, and a minute
     if first.cost == "parameters":
         counted = cost.parameters(subject.model, subject.anatomy)
     elif first.cost == "macs":
@@ -167,5 +167,5 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
 
 
 def trained_marks(recipe: Recipe) -> dict[str, Any]:
-    """What the config of the recipe's model says once leading `train` stages have trained it on the task's data."""
+    """The fields of the model's config that change once leading `train` stages have trained it on the task's data."""
     return dict(recipe.task.trained_on()) if leading_stages(recipe.stages) else {}

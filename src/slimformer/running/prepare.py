@@ -1,4 +1,4 @@
-"""The first bundle of a run: data read and encoded, the student loaded, and a teacher that is ready, tuned first if it must be."""
+"""Prepares the first bundle of a run: reads and encodes the data, loads the student, and tunes the teacher if it must be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
 from slimformer.training.stage import Stage
 
-LOOKED_AT = 100  # validation examples on which the task checks a model that came tuned
+LOOKED_AT = 100  # on so many validation examples the task checks a model that came tuned
 
 
 def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
@@ -27,7 +27,7 @@ def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...
 
     A model that is not tuned, or whose config says that it was tuned on data of another kind, is first tuned by the recipe's
     leading plain `train` stages, and is then its own teacher. If the recipe names a teacher, such a model itself is the student.
-    Raises ModelError or DataError for what only the loaded models show.
+    Raises ModelError or DataError for mistakes that only the loaded models show.
     """
     recipe, source, stages = checked.recipe, checked.source, checked.recipe.stages
     tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
@@ -42,7 +42,7 @@ def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...
     lead = leading_stages(stages)
     config, marks = checkpoint.read_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
-        if not lead:  # else the first stage may teach it what it lacks
+        if not lead:  # otherwise the first stage may teach the model what it lacks
             _check_model(student, material)
         return first, stages
     made = advance(stages[:lead], first, run.under("teacher")).bundle
@@ -55,7 +55,7 @@ def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None
     task = checked.recipe.task.bind(checkpoint.read_config(source) | marks)
     model = checkpoint.load(source)
     for name, value in marks.items():
-        setattr(model.config, name, value)  # reaches a file only with the weights that a stage has trained
+        setattr(model.config, name, value)  # it is saved only with weights that a stage has trained
     return task, subject_of(model), checkpoint.load_plan(source), checkpoint.load_ranges(source)
 
 
@@ -86,7 +86,7 @@ def _check_model(subject: Subject, material: Material) -> None:
 
 
 def _tell(material: Material, log: Log) -> None:
-    """Says how many examples there are, what the task notes of them, and how many are cut off."""
+    """Says how many examples there are and how many are cut off, with the task's notes on them."""
     train, validation, dev = (material.examples[split] for split in (Split.TRAIN, Split.VALIDATION, Split.DEV))
     log.say(f"{len(train):,} examples to train on, {len(validation):,} set aside to choose on, {len(dev):,} to report on.")
     for note in material.task.notes():

@@ -17,7 +17,19 @@ from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file; RecipeError with every mistake and its place. Paths in it are relative to the file."""
+    """The recipe in a YAML file. Paths in it are relative to the file.
+
+    Raises:
+        RecipeError: The file cannot be read, or holds mistakes: the message lists all of them, each with its place.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from slimformer import read_recipe
+        >>> text = "{model: ./my-bert, task: {use: classification, data: reviews}, stages: [train: {epochs: 2}], seed: 3}"
+        >>> _ = Path("recipe.yaml").write_text(text)
+        >>> read_recipe("recipe.yaml").stages[0].epochs
+        2.0
+    """
     import yaml
 
     file = Path(path)
@@ -33,7 +45,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(data: Any, *, where: str = "recipe", base: Path | None = None) -> Recipe:
-    """A recipe from plain data, as YAML gives it."""
+    """A recipe from plain data, as YAML gives it; RecipeError lists all mistakes, each with its place under `where`."""
     reader = _Reader(base or Path())
     recipe = reader.recipe(data)
     if reader.mistakes:
@@ -47,7 +59,7 @@ def parse_recipe(data: Any, *, where: str = "recipe", base: Path | None = None) 
     return recipe
 
 
-EVERY_EXPORT = ("to", "choose_within", "values", "openvino")  # options of any exporter's export
+EVERY_EXPORT = ("to", "choose_within", "values", "openvino")  # these options of `export` suit every exporter
 
 
 class _Reader:
@@ -83,7 +95,7 @@ class _Reader:
         return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench, latency)
 
     def path(self, name: str) -> str:
-        """A path relative to the recipe, where there is something."""
+        """A path as it is seen from the recipe's folder; a name that is no path there stays as it is."""
         beside = self.base / name
         return str(beside) if not Path(name).is_absolute() and beside.exists() else name
 
@@ -201,7 +213,7 @@ class _Reader:
                 path = "".join(f".{part}" for part in item["loc"])
                 given = f", not {item['input']!r}" if item["loc"] else ""
                 self.mistakes.append(f"{place}{path}: {item['msg'].removeprefix('Value error, ')}{given}")
-        except RecipeError as error:  # its facts begin with the names of options
+        except RecipeError as error:  # each of its facts begins with the name of an option
             self.mistakes += [f"{place}.{fact}" for fact in error.facts] or [f"{place}: {error.what}"]
         except SlimformerError as error:
             self.mistakes += [f"{place}: {fact}" for fact in error.facts or (error.what,)]

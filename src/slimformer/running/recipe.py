@@ -40,17 +40,24 @@ class Export:
 
     Attributes:
         to: The exporter. Any but "onnx" takes the fields of its own class as options, in a recipe beside these.
-        choose_within: Points of loss within which the fastest file is called the best.
+        choose_within: The fastest file that loses at most so many points of the metric is called the best.
         values: How matrices and tables are stored in model.safetensors. int8 is exact for weights that `quantization` left on 8, 6
             or 4 bits; otherwise smaller values are rounded.
         calibration: How the range of an activation of an int8 file is found if none was learned.
-        percentile: For `calibration="percentile"`.
+        percentile: The percentile for `calibration="percentile"`, above 50 and at most 100.
         reduce_range: Stores int8 weights in 7 bits, for processors whose int8 sums overflow (x86 without VNNI). This rounds weights
             again that `quantization` trained on 8 bits; 6 bits never overflow, and keep the file equal to the model.
         floats: Points of the anatomy whose matrices stay in float in int8 files, or "auto": they are searched, so that int8 loses at
             most `choose_within`, and kept if that makes the best file faster.
         openvino: Also delivers OpenVINO's own int8 file, made by NNCF, which the extra slimformer[openvino] brings.
-        options: Those of any exporter but "onnx", by name.
+        options: The options of any exporter but "onnx", by name.
+
+    Raises:
+        ValueError: An option is out of range, or does not suit the exporter.
+
+    Example:
+        >>> Export(calibration="entropy").floats
+        ()
     """
 
     to: str = "onnx"
@@ -92,11 +99,19 @@ class Export:
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure beside ours, and for how long each of the two workloads is timed.
+    """The baselines to measure, and the time for each of the two workloads.
 
-    The teacher in fp32 and int8 and the smaller dense model always run where they are named; OpenVINO where it is installed.
-    `openvino`: our own files of standard operators are measured there too. `fused`: our model in fp32 with fused operators too, which is
-    what the teacher's fp32 is: what cutting alone gains. That file is not delivered.
+    Attributes:
+        rivals: The baselines to measure: "teacher-int8", "small-dense", "openvino-int8" (only if OpenVINO is installed). The teacher
+            in fp32 is always measured.
+        seconds: The time for each workload (batch 1 and batch 32), in seconds.
+        openvino: Our own files of standard operators are measured in OpenVINO too.
+        fused: Our model in fp32 is measured with fused operators too, as the teacher's fp32 file is. It shows the effect of the cut
+            alone; that file is not delivered.
+
+    Example:
+        >>> Bench(rivals=("teacher-int8",), seconds=5).fused
+        False
     """
 
     rivals: tuple[RivalName, ...] = RIVALS
@@ -107,10 +122,26 @@ class Bench:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to which model. `teacher`: another model to learn from; by default the model itself, once tuned.
+    """A model, a task and the stages that make the model small; `run` carries it out, `read_recipe` reads one from YAML.
 
-    `latency`: what heads and neurons were measured to cost when the recipe was written; with it, a budget in latency leads to the
-    same plan on any machine, without it they are measured on this one.
+    Attributes:
+        model: A folder, or an id on the hub ("owner/name", "owner/name@revision").
+        task: Where the examples come from, and how they are scored.
+        stages: `Train` and `Calibrate` stages, in order.
+        teacher: Another model to learn from; by default the model itself after the leading stages of plain fine-tuning.
+        seed: The seed of all random numbers.
+        export: Which files to write.
+        bench: Which baselines to measure, and for how long.
+        latency: The times of heads and neurons that were measured when the recipe was written. With them a budget in latency leads
+            to the same plan on any machine; without them they are measured on this one.
+
+    Example:
+        >>> from slimformer import Calibrate, Recipe
+        >>> from slimformer.methods.fisher import Fisher
+        >>> from slimformer.tasks.classification import Classification
+        >>> recipe = Recipe("./my-bert", Classification(data="reviews"), (Calibrate(Fisher(keep=0.5)),))
+        >>> recipe.stages[0].method.keep
+        0.5
     """
 
     model: str
@@ -123,7 +154,7 @@ class Recipe:
     latency: Levels | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain data; `Recipe.parse` gives it back."""
+        """The recipe as plain data; `parse_recipe` gives it back."""
         stages: list[dict[str, Any]] = []
         for stage in self.stages:
             if isinstance(stage, Train):
@@ -145,7 +176,7 @@ class Recipe:
         return data
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML text."""
+        """The recipe as YAML text."""
         import yaml
 
         return yaml.safe_dump(self.to_data(), sort_keys=False, width=120)

@@ -22,7 +22,7 @@ from slimformer.tasks.base import Split
 
 @dataclass(frozen=True)
 class _Tried:
-    """What is kept of a search: the points in float, and the trials of the files written with them."""
+    """The result of a search that is kept: the points in float, and the trials of the files written with them."""
 
     floats: tuple[str, ...]
     trials: tuple[Trial, ...]

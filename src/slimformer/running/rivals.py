@@ -1,4 +1,4 @@
-"""What our model has to beat: the dense teacher in fp32 and int8, OpenVINO's int8, and a smaller dense model of equal training."""
+"""Makes the rivals of our model: the dense teacher in fp32 and int8, OpenVINO's int8, and a smaller dense model of equal training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slimformer.training.stage import Calibrate, Stage, Train
 
 @dataclass(frozen=True)
 class Contestant:
-    """A file in the final comparison: how it is called, what it stands for, and what is known of its model."""
+    """A file in the final comparison, with its name, its role and the facts of its model."""
 
     name: str
     standing: Standing
@@ -48,7 +48,9 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
         name, variant = "dense OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
-    smaller = any(stage.cuts for stage in stages) and bundle.plan != Plan()  # a teacher with zeros alone is as small as ours
+    smaller = (
+        any(stage.cuts for stage in stages) and bundle.plan != Plan()
+    )  # with zeros alone our model is as large as the teacher
     if "small-dense" in wanted and smaller:
         rivals.append(_small_dense(made, stages, run))
     return rivals

@@ -1,6 +1,6 @@
 """Runs a recipe: preflight, an open run, the bundle, the stages, the candidate, the rivals, the delivery.
 
-`run` is the corridor that `compress` walks too (`search.py`), only that a recipe brings its stages and a search proposes them.
+`compress` goes the same way (`search.py`); there a search proposes the stages that a recipe brings here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from slimformer.running.trials import judge_of
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with: the folder, and all that was measured."""
+    """The result of a run: its folder, and everything that was measured."""
 
     out: Path
     measurement: Measurement
@@ -40,8 +40,7 @@ class Outcome:
 class Conditions:
     """How a request is carried out, as the caller said.
 
-    `log` None writes into the output folder and shows lines on the terminal; `threads` None takes all cores; `wait_seconds`: at most,
-    before each timing, until nothing else runs; `cache`: a folder that runs share.
+    See `run` for the meaning of each.
     """
 
     log: Log | None = None
@@ -62,12 +61,28 @@ def run(
 ) -> Outcome:
     """Runs a recipe into the folder `out`, going on after the last finished stage if a former run was cut off.
 
-    `log`: by default the lines go to the terminal and to `out`/log.jsonl. `command`: the command line that the page shows.
-    `threads`: of all timings; all cores by default. `wait_seconds`: at most, before each timing, until nothing else runs.
-    `cache`: a folder for what is made of teachers (outputs, exported files, their scores), which other runs with the same teacher
-    and rows read instead of making it again. It may grow to gigabytes, and it stays.
+    Args:
+        recipe: What to do; `read_recipe` reads one from YAML.
+        out: The folder for the result. It must not hold other files, nor a finished run.
+        log: By default the lines go to Python's logger `slimformer` and to `out`/log.jsonl; `show_log` prints them.
+        command: The command line that the page shows.
+        threads: How many threads each timing uses; all cores by default.
+        wait_seconds: Before each timing it waits at most so long, in seconds, until nothing else runs on the machine.
+        cache: A folder for the teacher's outputs, its exported files and their scores. Other runs with the same teacher and rows
+            read them there. It may grow to gigabytes, and it is never removed.
 
-    Raises a SlimformerError if the recipe, the model or the data are no good, or if `out` cannot be used.
+    Raises:
+        RecipeError: The recipe has mistakes, or `out` holds a finished run.
+        ModelError: A model cannot be loaded, or does not suit the task.
+        DataError: The data cannot be read, or do not suit the model.
+        TargetError: A budget is out of reach.
+        OutputError: `out` or `cache` cannot be used.
+
+    Example:
+        >>> from slimformer import read_recipe, run
+        >>> outcome = run(read_recipe("recipe.yaml"), "small")  # doctest: +SKIP
+        >>> outcome.measurement.records[0].score  # doctest: +SKIP
+        0.9175
     """
     checked = preflight(recipe)
     with open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)) as state:
@@ -113,7 +128,7 @@ def open_run(folder: Path, purpose: str, seed: int, conditions: Conditions, leve
     """The output folder, claimed for one purpose and one process; RecipeError if it is finished already."""
     cache = conditions.cache
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
-        raise OutputError(f"{cache} is a file.", help="choose a folder as --cache; it is made where there is none.")
+        raise OutputError(f"{cache} is a file.", help="choose a folder as --cache; it is made if there is none.")
     with claim(folder, purpose):
         if (folder / "report.html").is_file() and not (folder / "work").exists():
             raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
@@ -131,6 +146,6 @@ def open_run(folder: Path, purpose: str, seed: int, conditions: Conditions, leve
 
 
 def model_name(path: str) -> str:
-    """How a model is called in tables: its folder, or the one above if the folder is only called "model"."""
+    """The name of a model in tables: that of its folder, or of the folder above if its own is only "model"."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name in {"model", "checkpoint"} and folder.parent.name else folder.name

@@ -1,9 +1,9 @@
-"""`compress`: a tuned model, its data, a speed and a loss that is allowed go in; the best model that was found comes out.
+"""`compress` searches the fastest model within an allowed loss, and delivers the best one that it finds.
 
-The model is tuned if need be. `fisher` then chooses what fits the speed on this machine, the student is distilled, quantized to int8
-and tried on validation examples. If only int8 loses too much, the matrices that cost most may stay in float (`rescue.py`); else a
-gentler budget is tried, by bisection on the speed. In the end the best candidate is delivered with a clear word, never nothing. The
-recipe that made it is written down, and `slimformer run` repeats it.
+The model is tuned first if it has no head for the task. `fisher` then cuts it to the speed on this machine; the student is distilled,
+quantized to int8 and tried on validation examples. If only int8 loses too much, the matrices that cost most may stay in float
+(`rescue.py`); otherwise a gentler budget is tried, by bisection on the speed. If no candidate meets both limits, the best one is
+delivered, and a message says so. `slimformer run` repeats the recipe that is delivered with it.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from slimformer.training.estimate import Estimate, estimate
 from slimformer.training.stage import Calibrate, Stage, Train
 from slimformer.training.teacher import cached_bytes
 
-MARGIN = 1.04  # the search aims this much above the speed asked for: a measured ratio spreads by a few per cent
-CLOSE = 0.99  # of that speed counts as reached: two timings of one file differ by more
-TRIES = 3  # budgets that are trained, at most
-PROBES = 4  # untrained exports that find the budget for a speed; seconds each
-DISTIL_TOKENS = 3_000_000  # seen while distilling, unless epochs are given: minutes on two cores for a small model
+MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
+CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one file differ by more
+TRIES = 3  # at most so many budgets are trained
+PROBES = 4  # so many untrained exports find the budget for a speed; each takes seconds
+DISTIL_TOKENS = 3_000_000  # distillation sees so many, unless epochs are given: minutes on two cores for a small model
 TUNE_TOKENS = 1_000_000
 CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; above it, attention scores are not distilled
-MANY_EPOCHS = 6.0  # from here on, copies of the rows with other words in them teach more than the rows once more
+MANY_EPOCHS = 6.0  # from here on, copies of the rows with other words teach more than the same rows again
 MOST_COPIES = 4
 
 
@@ -65,7 +65,7 @@ Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a compression is asked for; see `compress` for the meaning of each option."""
+    """The options of a compression; `compress` explains each of them."""
 
     speedup: Speedup = 3.0
     max_loss: Points = 1.0
@@ -77,7 +77,7 @@ class Wanted:
     rivals: tuple[RivalName, ...] = RIVALS
 
     def __post_init__(self) -> None:
-        for name in ("speedup", "max_loss", "epochs", "lr"):  # 2 and 2.0 are the same, also in what a folder is for
+        for name in ("speedup", "max_loss", "epochs", "lr"):  # 2 and 2.0 are the same, also in the purpose of a folder
             if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, float(getattr(self, name)))
         wrong = [mistake for mistake in mistakes_in(self) if not mistake.startswith("rivals")]
@@ -85,7 +85,7 @@ class Wanted:
             raise RecipeError("these options cannot be used.", facts=wrong, help="see `slimformer compress --help`.")
 
     def purpose(self, recipe: Recipe) -> str:
-        """What a folder is for. Speed, loss and tries may change on the way: what was made for others of them stays good."""
+        """The purpose of a folder. Speed, loss and tries may change when a run resumes: earlier results stay valid."""
         fixed = {name: value for name, value in asdict(self).items() if name not in {"speedup", "max_loss", "tries"}}
         options = {"model": recipe.model, "task": repr(recipe.task), **fixed}
         return f"compress {json.dumps(options, sort_keys=True, default=str)}"
@@ -111,15 +111,35 @@ def compress(
 ) -> Outcome:
     """Makes `model` smaller and faster for `task`, leaves everything in the folder `out`, and resumes if it was cut off.
 
-    `model`: a folder with config.json, tokenizer and model.safetensors. Without a head for this kind of task it is tuned first.
-    `task`: where the examples come from and how they are scored, such as `Classification(data="./reviews")`.
-    `speedup`: times faster than the dense model in fp32 in ONNX Runtime at batch 32 (above 1, at most 100).
-    `max_loss`: points of the task's metric that may be lost. If no model meets both limits, the best one is delivered.
-    `epochs`, `lr`, `batch_size`: of the distillation; without the first two, the size of data and model decides.
-    `tries`: budgets that are trained, at most. `rivals`: what is measured beside it; the smaller dense one trains as long as ours.
-    `log`, `command`, `threads`, `wait_seconds`: as in `run`.
+    Args:
+        model: A folder with config.json, tokenizer and model.safetensors, or an id on the hub. A model without a head for this kind
+            of task is tuned first.
+        task: Where the examples come from and how they are scored, such as `Classification(data="./reviews")`.
+        out: The folder for the result. It must not hold other files, nor a finished run.
+        speedup: How many times as fast as the dense model in fp32 in ONNX Runtime, at batch 32; above 1, at most 100.
+        max_loss: Points of the task's metric that may be lost (0.01 of accuracy is one point). If no model meets both limits, the
+            best one is delivered, and a message says so.
+        epochs: Epochs of the distillation; by default the size of the data decides.
+        lr: The peak learning rate of the distillation; by default the width of the model decides.
+        batch_size: Rows of a training step.
+        seed: The seed of all random numbers.
+        tries: At most so many budgets are trained.
+        rivals: The baselines to measure; "small-dense" trains as long as the result itself.
+        log: As in `run`, like `command`, `threads` and `wait_seconds`.
 
-    Raises a SlimformerError if the input is no good, and TargetError, which names the best possible, if the speed is out of reach.
+    Raises:
+        RecipeError: An option is out of range, or `out` holds a finished run.
+        ModelError: The model cannot be loaded, or does not suit the task.
+        DataError: The data cannot be read, or do not suit the model.
+        TargetError: The speed is out of reach; the message names the highest possible.
+        OutputError: `out` cannot be used.
+
+    Example:
+        >>> from slimformer import compress
+        >>> from slimformer.tasks.classification import Classification
+        >>> outcome = compress("my-bert", Classification(data="reviews"), "small", speedup=3, max_loss=1)  # doctest: +SKIP
+        >>> outcome.out  # doctest: +SKIP
+        PosixPath('small')
     """
     wanted = Wanted(speedup, max_loss, epochs, lr, batch_size, seed, tries, tuple(rivals))
     source = local_folder(model)
@@ -127,7 +147,7 @@ def compress(
     tuned = checkpoint.is_tuned(source, task.auto_class)
     recipe = Recipe(str(model), task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
     checked = preflight(recipe)
-    check_kept(source, (tune,))  # the stages that follow train, whether the model came tuned or not
+    check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
     conditions = Conditions(log, threads, wait_seconds)
     with open_run(Path(out), wanted.purpose(recipe), wanted.seed, conditions) as run:
         if not tuned:
@@ -163,7 +183,7 @@ def _tune_lr(source: Path) -> float:
 
 
 def _fast_lr(source: Path) -> float:
-    """8e-4 up to a width of 384, where it was measured; less for wider models, by the square: 2e-4 for 768, which we chose."""
+    """8e-4 up to a width of 384, for which it was measured; it falls with the square of the width: 2e-4 for 768, which we chose."""
     return float(f"{8e-4 * min(1.0, 384 / _hidden_size(source)) ** 2:.2g}")
 
 
@@ -177,7 +197,7 @@ def _distillation(bundle: Bundle, recipe: Recipe, wanted: Wanted) -> Train:
     """The distillation that every budget gets. Small data is augmented, for as many steps; its copies have no labels of their own.
 
     With attention scores the student may learn five times as fast, and loses less (decision 0009). They grow with the square of a
-    text's length; if they do not fit on disk, outputs and hidden states must do.
+    text's length; if they do not fit on disk, the student learns outputs and hidden states alone.
     """
     source = bundle.material.source
     epochs = wanted.epochs or _epochs(bundle.material.task, source, DISTIL_TOKENS, 3.0, 12.0)
@@ -216,7 +236,7 @@ class _Search:
 
     @cached_property
     def scale(self) -> _Scale:
-        """Where budgets come from; it measures this machine when it is first asked."""
+        """The scale that gives budgets; it measures this machine when it is first used."""
         return _Scale(self.bundle, self.judge, self.state)
 
     def run(self) -> Candidate:
@@ -235,7 +255,7 @@ class _Search:
         return chosen
 
     def _without_cut(self) -> list[Candidate]:
-        """The uncut model; if its first int8 file loses too much, its others, with matrices in float if need be."""
+        """The uncut model; if its first int8 file loses too much, its others, with matrices in float if that is needed."""
         whole, allowed = self.whole, self.wanted.max_loss
         speed = whole.trials[0].speed_32
         self.state.log.say(f"int8 alone is {speed:.2f} times as fast; nothing needs to be cut for {self.wanted.speedup:g}.")
@@ -389,16 +409,16 @@ def _announce(bundle: Bundle, distil: Train, wanted: Wanted, run: Run) -> None:
     file = run.root / "estimate.json"
     if file.is_file():
         return
-    told = remembered(file, lambda: estimate(training_of(distil, bundle, run), seconds=5.0), Estimate)
-    once, passes = told.seconds / 60, round(distil.epochs * (1 + distil.augment), 1)
+    cost = remembered(file, lambda: estimate(training_of(distil, bundle, run), seconds=5.0), Estimate)
+    once, passes = cost.seconds / 60, round(distil.epochs * (1 + distil.augment), 1)
     rival = once if "small-dense" in wanted.rivals else 0.0
     run.log.say(
-        f"plan: cut to {wanted.speedup:g} times the speed, distil for {passes:g} epochs ({told.steps:,} steps at "
-        f"{told.tokens_per_second:,.0f} tokens a second uncut), int8, verify; up to {wanted.tries} budgets."
+        f"plan: cut to {wanted.speedup:g} times the speed, distil for {passes:g} epochs ({cost.steps:,} steps at "
+        f"{cost.tokens_per_second:,.0f} tokens a second uncut), int8, verify; up to {wanted.tries} budgets."
     )
     run.log.say(
         f"at most {_minutes(once)} for a budget{f', {_minutes(rival)} for the rival' if rival else ''}, less as the model "
-        f"shrinks; about {told.peak_rss_bytes / 2**30:.1f} GiB of memory."
+        f"shrinks; about {cost.peak_rss_bytes / 2**30:.1f} GiB of memory."
     )
 
 

@@ -1,6 +1,6 @@
-"""Carries out stages: a bundle goes in, a bundle comes out, whose model is again plain, without hooks or masks.
+"""Carries out stages: each takes a bundle and returns one, whose model is again plain, without hooks or masks.
 
-`advance` runs stages in order, keeps what each made, and takes finished ones from disk, so that a killed run goes on where it was.
+`advance` runs stages in order, keeps what each made, and takes finished ones from disk, so that a killed run resumes.
 The loop belongs to `training/`, the cut to `core/shrink.py`.
 """
 
@@ -49,7 +49,7 @@ from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Traini
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VALIDATION_ROWS = 2000  # of the validation split that a choice looks at: one standard error is then below a point
+VALIDATION_ROWS = 2000  # a choice uses so many rows of the validation split: one standard error is then below a point
 
 
 # -- In order, and resumed -----------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def training_of(stage: Train, bundle: Bundle, run: Run) -> Training:
 
 
 def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
-    """What a stage trains on: the task's rows or a text's, with copies of them if it asks for those."""
+    """The rows that a stage trains on: the task's or a text's, with copies of them if it asks for those."""
     material = bundle.material
     if stage.text is None:
         features = material.features[Split.TRAIN]
@@ -170,14 +170,14 @@ def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
     if not stage.augment:
         return features
     masked = checkpoint.load_dense(Path(stage.augment_model)) if stage.augment_model else None
-    words = bundle.teacher.model.get_input_embeddings()  # its neighbours mean something, whatever became of the student's
+    words = bundle.teacher.model.get_input_embeddings()  # the student's table may have lost the meaning of its neighbours
     table = words.matrix().detach() if isinstance(words, Formed) else cast(Tensor, words.weight)
     run.log.event("augmenting", rows=len(features), copies=stage.augment)
     return augment_rows(features, load_tokenizer(material.source), table, stage.augment, run.seed, masked)
 
 
 def _copy_dropout(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Gives each dropout of `target` the rate it has in `source`; sublayers that went took theirs along."""
+    """Gives each dropout of `target` the rate it has in `source`; sublayers that were cut have none any more."""
     rates = {name: module.p for name, module in source.named_modules() if isinstance(module, nn.Dropout)}
     for name, module in target.named_modules():
         if isinstance(module, nn.Dropout):
@@ -232,7 +232,7 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
     features = bundle.material.features[Split.TRAIN]
 
     def batches(count: int) -> Iterator[dict[str, Tensor]]:
-        taken, device = 0, student.device  # training moves the model after this context is made
+        taken, device = 0, student.device  # training moves the model to another device after this context is made
         for rows in epoch_order(features.lengths(), 32, run.seed, 0):
             if taken >= count:
                 return
@@ -253,7 +253,7 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
 
 
 def cost_of(unit: str, subject: Subject, material: Material, run: Run) -> cost.Cost:
-    """What a plan costs in "parameters", in "macs" of an average training example, or in measured "latency"."""
+    """The cost of plans in "parameters", in "macs" of an average training example, or in measured "latency"."""
     if unit == "parameters":
         return cost.parameters(subject.model, subject.anatomy)
     if unit == "macs":
@@ -264,7 +264,7 @@ def cost_of(unit: str, subject: Subject, material: Material, run: Run) -> cost.C
 
 
 def latency_of(subject: Subject, material: Material, run: Run) -> Latency:
-    """What heads and neurons cost on this machine, measured once a run; a recipe may bring the levels of an earlier one."""
+    """The time that heads and neurons take on this machine, measured once a run; a recipe may bring the levels of an earlier run."""
     if run.levels is not None:
         return Latency.of(subject.anatomy, run.levels)
     file = run.root / f"latency-{model_digest(subject.model)[:10]}-{run.threads}.json"

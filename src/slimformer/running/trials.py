@@ -1,6 +1,6 @@
 """Tries files on validation examples: what they score, what they lose to the teacher, and how much faster they are.
 
-Everything that is chosen is chosen by these trials, never on the dev examples that are reported.
+All choices are made by these trials, never on the dev examples that are reported.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Trial:
 class Reference:
     """The teacher's scores that losses are counted from.
 
-    A model that came tuned may have been tuned on the validation examples, and then looks better there than it is; on examples that
-    teacher and student have both seen, the student looks better than it is. The truth lies between the two, so the mean is taken.
+    A model that came tuned may have been tuned on the validation examples, and then scores too high there; on examples that
+    teacher and student have both seen, the student scores too high. The truth lies between the two, so the mean is taken.
     A teacher that was tuned here has not seen the validation examples, and they alone count (`trusted`).
     """
 
@@ -129,7 +129,7 @@ def _score(session: Session, material: Material, split: Split) -> float:
 
 
 def tuned_task(session: Session, material: Material) -> Task:
-    """The task with what is fitted on validation examples for this file."""
+    """The task with the options that are fitted on validation examples for this file."""
     if not material.task.tunes:
         return material.task
     features, examples = subset(material, Split.VALIDATION, VALIDATION_ROWS)
@@ -137,7 +137,7 @@ def tuned_task(session: Session, material: Material) -> Task:
 
 
 def fitted_options(task: Task, tuned: Task) -> dict[str, Any]:
-    """The options in which a tuned task differs."""
+    """The options in which a fitted task differs from the original."""
     return {name: value for name, value in vars(tuned).items() if value != vars(task)[name]}
 
 

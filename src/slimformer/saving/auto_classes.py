@@ -17,7 +17,7 @@ WATCHED = "transformers.models.auto.modeling_auto"
 
 
 def watch() -> None:
-    """Registers now if transformers' auto classes are there, else as soon as they are."""
+    """Registers now if transformers' auto classes are loaded, otherwise as soon as they are."""
     if WATCHED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -44,7 +44,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The ordinary loader, with one thing more to do at the end."""
+    """The ordinary loader, which registers our classes at the end."""
 
     def __init__(self, inner: importlib.abc.Loader) -> None:
         self._inner = inner

@@ -1,10 +1,9 @@
-"""Saved models: config.json + plan.json + model.safetensors + tokenizer files, and ranges.json where activations were quantized in
-training; written whole, loaded strictly.
+"""Saves and loads models: config.json, plan.json, model.safetensors, tokenizer files, and ranges.json if training quantized activations.
 
-A saved model's `model_type` is "slimformer_<base>", so that plain AutoModel refuses the folder instead of filling what was cut with
-random weights; `import slimformer` teaches it to the Auto classes. Loading builds an empty skeleton, shrinks it by the plan and
-takes every weight by name. Plain transformers folders load too. No pickle, no remote code. Matrices with many zeros are stored
-without them, and all large ones in smaller values where that is asked for: `sparse.py`.
+A saved model's `model_type` is "slimformer_<base>", so that plain AutoModel refuses the folder instead of filling the missing
+parts with random weights; `import slimformer` registers the type with the Auto classes. Loading builds an empty skeleton,
+shrinks it by the plan and takes every weight by name. Plain transformers folders load too. No pickle, no remote code.
+Matrices with many zeros are stored without them, and all large ones in smaller values on request: `sparse.py`.
 """
 
 from __future__ import annotations
@@ -55,10 +54,30 @@ def save(
     values: Values = "float32",
     ranges: Ranges | None = None,
 ) -> None:
-    """Writes a loadable model folder, whole: `plan` is everything that was cut since the dense model.
+    """Writes a model folder that `load` reads, whole or not at all.
 
-    `sparse`: matrices with many zeros are stored without them (docs/sparse-file.md). `values`: "float16" or "int8" stores these and all
-    other large ones in fewer bytes, exactly where they are on such a grid; the last Linear stays as it is.
+    Args:
+        model: The model, cut or not.
+        plan: Everything that was cut since the dense model; `Plan()` if nothing was.
+        folder: The folder to write; one that exists is replaced.
+        tokenizer_from: A folder with the tokenizer files to copy.
+        sparse: Whether matrices with many zeros are stored without them (docs/sparse-file.md).
+        values: "float16" or "int8" stores these and all other large matrices in fewer bytes, without any error if their values are
+            on such a grid. The matrices of the outputs stay float32.
+        ranges: The ranges of activations, if training learned them.
+
+    Raises:
+        OutputError: The disk is full or read-only.
+        ModelError: Values do not fit into float16 or int8.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from slimformer import Plan, anatomy_of, load, save, shrink
+        >>> from slimformer.testing.tiny import tiny
+        >>> model, plan = tiny("bert"), Plan({"encoder.0.heads": (1, 3)})
+        >>> save(shrink(model, anatomy_of(model), plan), plan, Path("cut"), tokenizer_from=Path("dense"))
+        >>> load("cut").bert.encoder.layer[0].attention.self.query.out_features
+        16
     """
     with whole_folder(folder) as part:
         write(model, plan, part, tokenizer_from=tokenizer_from, sparse=sparse, values=values, ranges=ranges)
@@ -90,8 +109,10 @@ def write(
         "transformers_version": transformers.__version__,
     }
     tensors, metadata = pack(unshared(model), values, exact=heads(model)) if sparse else (unshared(model), {})
-    save_file(tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"})  # one entry: of several the order is drawn
-    (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+    save_file(
+        tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"}
+    )  # a single entry, because safetensors writes several in random order
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner may read
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ranges is not None:
@@ -115,7 +136,7 @@ def unshared(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def heads(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the matrices that give a model's outputs, which smaller values leave alone, as int8 files do."""
+    """Names of the matrices that give a model's outputs; they keep float32, as they do in int8 files."""
     from slimformer.core.anatomy import PointRole
     from slimformer.families.base import anatomy_of
 
@@ -126,7 +147,18 @@ def heads(model: PreTrainedModel) -> frozenset[str]:
 def load(path: str | Path) -> PreTrainedModel:
     """The model saved at `path`, in float32 and eval mode: a plain transformers model, with smaller layers if it was cut.
 
-    Raises ModelError where the folder is no model, or its weights do not match its config and plan to the last name and shape.
+    Args:
+        path: A folder that slimformer or `save_pretrained` wrote.
+
+    Raises:
+        ModelError: The folder holds no model, or a name or shape of its weights does not match its config and plan.
+
+    Example:
+        >>> from slimformer import load
+        >>> from slimformer.testing.tiny import tiny
+        >>> tiny("bert").save_pretrained("plain")
+        >>> load("plain").training
+        False
     """
     folder = Path(path)
     config = read_config(folder)
@@ -136,19 +168,19 @@ def load(path: str | Path) -> PreTrainedModel:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """What was cut from the model at `path`: the empty plan for a plain transformers folder."""
+    """The plan of everything that was cut from the model at `path`; it is empty for a plain transformers folder."""
     file = Path(path) / "plan.json"
     return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else Plan()
 
 
 def load_ranges(path: str | Path) -> Ranges | None:
-    """What activations of the model at `path` span, where that was learned."""
+    """The ranges of activations of the model at `path`, if training learned them."""
     file = Path(path) / RANGES_FILE
     return Ranges.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; ModelError where there is none or it is not one."""
+    """config.json of a model folder; ModelError if it is missing or no config."""
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is not a folder with a model.", help="name a folder with config.json, tokenizer and model.safetensors."
@@ -232,7 +264,7 @@ def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
 
 
 def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
-    """The names and shapes of the model at `path`, without its weights; as `auto_class` where it has no head yet."""
+    """The names and shapes of the model at `path`, without its weights; as `auto_class` if it has no head yet."""
     import transformers
     from accelerate import init_empty_weights
 
@@ -317,7 +349,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 def load_dense(
     folder: Path, auto_class: str | None = None, config_changes: Mapping[str, Any] | None = None, seed: int = 17
 ) -> PreTrainedModel:
-    """A plain transformers folder as its own class, or as `auto_class` with a fresh head where the folder has none.
+    """A plain transformers folder as its own class, or as `auto_class` with a fresh head if the folder has none.
 
     Only a head may be fresh, and the same `seed` gives the same one: encoder weights that are missing, unknown or of another shape
     raise ModelError.
@@ -343,7 +375,7 @@ def load_dense(
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are told below, by name
+                ignore_mismatched_sizes=True,  # the error below names them
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -357,7 +389,7 @@ def load_dense(
         raise ModelError(f"{folder}: the weights do not match config.json.", facts=facts, help="copy or save the model again.")
     for name in changes:
         if not hasattr(known, name):
-            setattr(model.config, name, changes[name])  # what transformers does not know is saved with the rest
+            setattr(model.config, name, changes[name])  # fields that transformers does not know are saved too
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -369,7 +401,7 @@ def is_tuned(folder: Path, auto_class: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers' remarks on fresh heads off the screen: what matters of them is checked and raised."""
+    """Keeps transformers' warnings about fresh heads off the screen: the checks here raise an error if one matters."""
     import transformers
 
     before = transformers.logging.get_verbosity()

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 Values = Literal["float32", "float16", "int8"]
 Index = Literal["bits", "columns", "none"]
 
-KEY = "slimformer.sparse"  # of the file's metadata
+KEY = "slimformer.sparse"  # a key of the file's metadata
 VERSION = 2
-READ = (1, 2)  # 1 knew no index "none", and no tensors of three dimensions
+READ = (1, 2)  # version 1 had no index "none" and no tensors of three dimensions
 LEAST_VALUES = 4096  # a matrix without zeros that has fewer keeps float32: its names in the header would cost what it saves
-LEAST_ZEROS = 0.3  # share of a matrix; below it, a bit for every weight saves too little
+LEAST_ZEROS = 0.3  # if a smaller share of a matrix is zero, a bit for every weight saves too little
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 4))  # the first that is full is taken: one column number for many values
 FULL = 0.95  # the least share of values that are not zero, over all blocks that are not empty
 COLUMNS = 1 << 16  # a column number is below this
 SMALLEST_ROW = 2.0**-90  # a row whose largest value is below this becomes 0 as int8: its scale would lose digits
 LARGEST_SCALE = np.finfo(np.float32).max / 127  # the product with any code stays a float32
-TOP_CODES = (127, 31, 7)  # of the grids on which `quantization` leaves weights: 8, 6 and 4 bits
+TOP_CODES = (127, 31, 7)  # the largest codes of the grids of `quantization`: 8, 6 and 4 bits
 CHUNK_ROWS = 4096  # rows that are rounded at a time: a word table has a quarter of a million
 FIRST_COLUMNS = 64  # columns that are checked first; rows that fail here are skipped
 DTYPES: Mapping[Values, tuple[str, Any]] = {
@@ -143,7 +143,7 @@ def pack_matrix(matrix: np.ndarray, values: Values, name: str = "the matrix") ->
     codes, scales = _rounded(np.ascontiguousarray(matrix), values)
     if not np.isfinite(codes).all() and values == "float16":
         raise ModelError(f"{name} has values above 65,504, which float16 cannot hold.", help="store float32 or int8.")
-    used = codes.view(np.uint32) != 0 if values == "float32" else codes != 0  # by its bits, -0.0 is no zero
+    used = codes.view(np.uint32) != 0 if values == "float32" else codes != 0  # its bits count: -0.0 is no zero
     block, index = _choose_layout(used, codes.itemsize)
     layout = Layout((matrix.shape[0], matrix.shape[1]), block, index, values)
     scaled = {} if scales is None else {"scales": scales}

@@ -39,11 +39,11 @@ from slimformer.runtimes.base import Runtime
 from slimformer.saving import checkpoint
 from slimformer.testing.tiny import batch, tiny
 
-TOLERANCE = 2e-5  # float32 sums in another order
+TOLERANCE = 2e-5  # sums of float32 in another order differ by less
 
 
 def check_all(name: str | None = None) -> Iterator[tuple[str, bool]]:
-    """Runs the checks of everything, or of what is called `name`: a line and whether it held, one after another."""
+    """Runs the checks of everything, or of every plug-in called `name`; yields a line for each check and whether it passed."""
     found = [(kind, item) for kind in registry.KINDS for item in registry.names(kind) if name in (None, item)]
     if not found:
         raise SlimformerError(f"there is nothing called '{name}' to check.", help="`slimformer list` shows the names.")
@@ -162,7 +162,7 @@ def plans_compose(family: type[Family]) -> None:
 
 
 def anatomy_follows(family: type[Family]) -> None:
-    """law 3: the anatomy of the cut model is the one foretold."""
+    """law 3: the anatomy of the cut model is the predicted one."""
     for model, anatomy, plans in _each(family, forms=True):
         for plan in plans:
             found = anatomy_of(shrink(model, anatomy, plan))
@@ -221,8 +221,8 @@ def slices_fit(family: type[Family]) -> None:
 
 
 def points_are_reached(family: type[Family]) -> None:
-    """each point is passed once in a forward pass and each Linear read at one point; passing changes nothing, and
-    leaves nothing."""
+    """each point is passed once in a forward pass and each Linear is read at one point; observing a point changes
+    nothing and leaves nothing behind."""
     from slimformer.hooks.points import touched
 
     for model, anatomy, plans in _each(family, plans=2):
@@ -230,7 +230,7 @@ def points_are_reached(family: type[Family]) -> None:
             small = shrink(model, anatomy, plan)
             points = anatomy.after(plan).points
             if not points:
-                return  # a family may do without; its models cannot be trained with fake quantization
+                return  # a family need not have points; its models cannot be trained with fake quantization then
             read = [
                 name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules
             ]
@@ -338,7 +338,7 @@ def tiny_context(model_type: str = "bert", unit: str = "macs") -> Context:
 
 
 def is_frozen(cls: type[Any]) -> None:
-    """is a frozen dataclass with a docstring, in a file that says what it is."""
+    """is a frozen dataclass with a docstring, in a file with one."""
     assert dataclasses.is_dataclass(cls), "is not a dataclass"
     assert cls.__dataclass_params__.frozen, "is not frozen"  # type: ignore[attr-defined]
     assert inspect.getdoc(cls), "has no docstring"
@@ -499,7 +499,7 @@ def knows_its_matrix(cls: type[Form]) -> None:
 
 
 def is_exported(cls: type[Form]) -> None:
-    """law 8: an ONNX file of a model in this form gives the model's outputs, in float, and in int8 where sums are exact."""
+    """law 8: an ONNX file of a model in this form gives the model's outputs, in float, and in int8 if sums are exact."""
     model = tiny("bert", num_hidden_layers=1)
     anatomy = anatomy_of(model)
     free = [matrix for matrix in anatomy.matrices.values() if matrix.tied is None]
@@ -533,7 +533,7 @@ def names_its_own_options(cls: Any) -> None:
 # -- Contracts of exporters and runtimes -----------------------------------------------------------------------------------
 
 SEEN, UNSEEN = ((1, 5), (3, 7), (8, 12)), ((1, 3), (4, 9), (2, 31))  # (rows, seq) of the batches of an export, and of its check
-FILE_TOLERANCE = 1e-4  # of the largest output: a file computes in another order than the model, and fuses operators
+FILE_TOLERANCE = 1e-4  # share of the largest output; a file computes in another order than the model, and fuses operators
 INT8_ERROR = 0.1  # share of the squared outputs that an int8 file of a random model may be off by
 
 

@@ -1,4 +1,4 @@
-"""Where a training computes: accelerate's processes and trackers, the precision, memory, and a clock for the device."""
+"""Chooses devices and precision for a training, with accelerate's processes and trackers, memory, and a clock for the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slimformer.hooks.precision import BF16_SPEEDUP, Precision, PrecisionChoice,
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CACHE_BYTES = 16 << 30  # a teacher's hidden states and scores beyond this are computed again instead of kept on disk
+CACHE_BYTES = 16 << 30  # hidden states and scores of a teacher beyond this are computed again, not kept on disk
 
 
 def accelerator_for(trackers: Sequence[str], folder: Path | None) -> Accelerator:
@@ -27,7 +27,7 @@ def accelerator_for(trackers: Sequence[str], folder: Path | None) -> Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != "no":
-        AcceleratorState._reset_state()  # left by a Trainer with mixed precision in this process; it starts the same way
+        AcceleratorState._reset_state()  # a Trainer with mixed precision in this process may have left it; it starts the same way
     return Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
@@ -87,7 +87,7 @@ class DeviceClock:
             self._seconds += time.perf_counter() - begin
 
     def wait(self) -> None:
-        """Waits until the device has done what it was given."""
+        """Waits until the device has finished its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -99,7 +99,7 @@ class DeviceClock:
 
 
 def share_of(rows: Sequence[int], rank: int, world: int) -> list[int]:
-    """One process's rows of a batch, as many as any other's: where they do not divide, the first rows are used twice."""
+    """One process's rows of a batch, as many as any other's: if the batch does not divide evenly, the first rows are used twice."""
     if world == 1:
         return list(rows)
     padded = [*rows, *(rows[index % len(rows)] for index in range(-len(rows) % world))]

@@ -27,7 +27,7 @@ class Lookup:
         self._touched: list[Tensor] = []
 
     def gather(self) -> None:
-        """Puts the gradient where the optimiser looks for it, beside what else reached the weight."""
+        """Adds the gradient to `weight.grad`, which the optimiser reads."""
         if self._touched:
             self.weight.grad = self._buffer if self.weight.grad is None else self.weight.grad + self._buffer
 
@@ -49,7 +49,7 @@ class Lookup:
         rows = ids.reshape(-1)
         self._buffer.index_add_(0, rows, gradient.reshape(rows.shape[0], -1).to(self._buffer.dtype))
         if self._padding is not None:
-            self._buffer[self._padding] = 0  # as nn.Embedding does: padding never learns
+            self._buffer[self._padding] = 0  # padding never learns, as in nn.Embedding
         self._touched.append(rows)
 
 
@@ -71,7 +71,7 @@ class _Read(torch.autograd.Function):
 
 @contextmanager
 def kept_gradient(embedding: nn.Module | None) -> Iterator[Lookup | None]:
-    """Keeps the embedding's gradient while the context lasts; None, and nothing done, where that would not be the same."""
+    """Keeps the embedding's gradient while the context lasts. It yields None and does nothing if the numbers would not be the same."""
     plain = (
         type(embedding) is nn.Embedding
         and "weight" in embedding._parameters  # not under a parametrisation

@@ -1,4 +1,4 @@
-"""What a training will take, measured on a few of its steps."""
+"""Estimates the time and memory of a training from a few of its steps."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from slimformer.training.step import attached
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training will take, measured on a few of its steps."""
+    """The time and memory that a training will take, measured on a few of its steps."""
 
     seconds: float
     steps: int
-    tokens_per_second: float  # padding not counted
-    peak_rss_bytes: int  # resident memory of this process
-    device_bytes: int  # of a GPU's memory; 0 on a CPU
+    tokens_per_second: float  # padding is not counted
+    peak_rss_bytes: int  # the peak resident memory of this process
+    device_bytes: int  # the peak memory on a GPU; 0 on a CPU
     precision: Precision
 
 
 def estimate(training: Training, seconds: float = 8.0) -> Estimate:
-    """What `train` would take, measured for about `seconds` on its largest, a middling and its smallest batch.
+    """The time and memory that `train` would take, measured for about `seconds` on its largest, a middling and its smallest batch.
 
-    The model is afterwards what it was, bit for bit. The teacher's outputs are counted in, evaluations are not.
+    The model is the same afterwards, bit for bit. The time includes the teacher's outputs, but no evaluations.
     """
     training.check()
     context, stage = training.context, training.stage
@@ -51,7 +51,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     try:
         with attached(training, precision, accelerator, Log(None, quiet=True), None) as stepper:
             stepper.sampling = True
-            for rows in probes:  # the first steps build kernels and the optimiser's moments
+            for rows in probes:  # these first steps build kernels and the optimiser's moments
                 stepper.step(rows, 0)
             begin = time.perf_counter()
             while not took[2] or time.perf_counter() - begin < seconds:

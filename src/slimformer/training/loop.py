@@ -1,8 +1,8 @@
 """The one training loop, and the only owner of time: steps, checkpoints, evaluations.
 
 Methods take part through their four verbs and never see the loop. Everything random is a function of (seed, step), and the order of
-the rows is one of (seed, epoch): a run that was killed at any moment goes on from its last state and ends, on a CPU, with the very
-numbers of one that was not. Nothing is cut here: the loop returns what the methods decide.
+the rows is one of (seed, epoch): a run that was killed resumes from its last state and ends, on a CPU, with exactly the numbers
+of one that was not. Nothing is cut here: the loop returns the methods' decision.
 """
 
 from __future__ import annotations
@@ -35,34 +35,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOWS = 100  # a run reads its loss this many times: reading it at each step would stall a GPU
-STATE_SHARE = 0.02  # of the time that may go into writing states, however slow the disk is
-STATE_SECONDS = 60.0  # between two states, at least
+STATE_SHARE = 0.02  # at most this share of the time goes into writing states, even on a slow disk
+STATE_SECONDS = 60.0  # at least so much time lies between two states
 
 Evaluate = Callable[["PreTrainedModel"], float]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training: the methods' decision, and what it took, resumed parts included."""
+    """The result of a training: the methods' decision, and time and losses, resumed parts included."""
 
     decision: Decision
     steps: int
-    seconds: float  # in the loop; without teacher outputs made beforehand, evaluations and the last state written
-    teacher_seconds: float  # making the teacher's outputs before the loop
-    tokens: int  # trained on, padding not counted
+    seconds: float  # in the loop, without evaluations, the last state, and teacher outputs made beforehand
+    teacher_seconds: float  # for the teacher's outputs, which are made before the loop
+    tokens: int  # the tokens it trained on, without padding
     tokens_per_second: float
-    overhead_share: float  # of the seconds: all but forward, backward and optimiser step; states written count as overhead
-    losses: tuple[float, ...]  # mean of each window, 100 a run at most
-    metrics: tuple[float, ...]  # of each evaluation
+    overhead_share: (
+        float  # share of the seconds outside forward, backward and optimiser step; writing states counts as overhead
+    )
+    losses: tuple[float, ...]  # the mean of each window; a run has at most 100
+    metrics: tuple[float, ...]  # one for each evaluation
     precision: Precision
 
 
 def train(
     training: Training, folder: Path, log: Log, *, evaluate: Evaluate | None = None, cache: Path | None = None
 ) -> Trained:
-    """Trains the context's model in place and returns what the methods decide; nothing is cut yet.
+    """Trains the context's model in place and returns the methods' decision; nothing is cut yet.
 
-    Run states lie under `folder`: call it again after a kill and it goes on. When the result is saved elsewhere, call
+    Run states lie under `folder`: after a kill, the same call resumes. When the result is saved elsewhere, call
     `runstate.forget_states(folder)`. `evaluate` is called after each epoch. `cache` holds the teacher's outputs (default: `folder`);
     stages with one teacher may share it. Raises RecipeError if the methods cannot train together, or if the loss is no longer a
     number.
@@ -105,7 +107,7 @@ def train(
 
 @dataclass
 class Counters:
-    """What a run has counted so far; saved with its state."""
+    """The sums of a run so far; they are saved with its state."""
 
     seconds: float = 0.0
     busy: float = 0.0
@@ -127,12 +129,14 @@ class _Loop:
         self.log, self.evaluate = log, evaluate
         device = "cpu" if stepper.device.type == "mps" else stepper.device
         self.window_loss = torch.zeros((), dtype=torch.float64, device=device) + counters.window_loss
-        self.begin = self.written = time.perf_counter()  # of the time not counted yet; when the last state was written
-        self.state_seconds = 0.0  # that writing the last state took
+        self.begin = self.written = (
+            time.perf_counter()
+        )  # the time since `begin` is not counted yet; the last state was written at `written`
+        self.state_seconds = 0.0  # writing the last state took so long
         self.shown: dict[str, float] = {}
 
     def run(self, start: int) -> None:
-        """Steps `start` to the end, with a state on disk now and then."""
+        """Runs the steps from `start` to the end, and writes a state now and then."""
         stepper, stage = self.stepper, self.stepper.stage
         total, rows = stepper.total, len(stepper.lengths)
         window, per_epoch = math.ceil(total / WINDOWS), math.ceil(rows / stage.batch_size)
@@ -155,7 +159,7 @@ class _Loop:
                 advance(step + 1, **self.shown)
         self._count_time()
         if stepper.accelerator.is_main_process and start < total:
-            self._save(total)  # so that a kill while methods decide costs no training
+            self._save(total)  # a kill while methods decide then costs no training
 
     def _count_time(self) -> None:
         """Moves the time since `begin` into the counters."""
@@ -214,7 +218,13 @@ def _check_finite(loss: float, step: int, precision: Precision) -> None:
 
 def _options(training: Training) -> dict[str, object]:
     """The options that the numbers depend on, for the log and for the key of a run's states."""
-    other = ("methods", "trackers", "text", "augment", "augment_model")  # named otherwise: by their own text, or by the rows
+    other = (
+        "methods",
+        "trackers",
+        "text",
+        "augment",
+        "augment_model",
+    )  # the key has them in other forms: their own text, or the rows
     return {name: value for name, value in vars(training.stage).items() if name not in other} | {"seed": training.seed}
 
 

@@ -1,7 +1,7 @@
-"""A training run's state on disk: what a killed run needs to go on and end with the very numbers it would have had.
+"""A training run's state on disk: a killed run resumes from it and ends with exactly the numbers it would have had.
 
-Safetensors and JSON in a folder of its own per step, renamed when whole; the one before stays until then, so that at every
-moment a whole state exists. No pickle. It knows tensors by name only; what they mean is `training.py`'s business.
+Each state is a folder with safetensors and JSON, renamed when whole; the one before stays until then, so that at every moment a
+whole state exists. There is no pickle. This file knows tensors by name only; `loop.py` and `step.py` know their meaning.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RunState:
 
 
 def save_state(folder: Path, state: RunState) -> None:
-    """Writes the state under `folder` and removes the older ones. OutputError where the disk is full; the older then stay."""
+    """Writes the state under `folder` and removes the older ones. OutputError if the disk is full; the older ones then stay."""
     from safetensors.torch import save_file
 
     home = folder / STATES
@@ -60,12 +60,12 @@ def latest_state(folder: Path) -> RunState | None:
             facts = json.loads((path / STATE_FACTS).read_text(encoding="utf-8"))
             return RunState(int(facts.pop("step")), load_file(path / STATE_TENSORS), facts)
         except (OSError, ValueError, KeyError, SafetensorError):
-            continue  # damaged by something other than us; an older one may be whole
+            continue  # something other than slimformer damaged it; an older one may be whole
     return None
 
 
 def forget_states(folder: Path) -> None:
-    """Removes the state of a finished run: call it when what the run made is saved elsewhere."""
+    """Removes the state of a finished run: call it once the run's result is saved elsewhere."""
     remove_folder(folder / STATES)
 
 
@@ -74,7 +74,7 @@ def _found(home: Path) -> list[Path]:
 
 
 def restore(into: Mapping[str, Tensor], state: RunState, prefix: str) -> None:
-    """Copies the saved tensors under `prefix` into these, in place; ValueError where names or shapes differ."""
+    """Copies the saved tensors under `prefix` into these, in place; ValueError if names or shapes differ."""
     saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
     if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in into.items()}:
         raise ValueError(f"the saved {prefix} holds other tensors than this run")
@@ -93,7 +93,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: RunState) -> None:
-    """Puts saved moments back, each on its parameter's device; a parameter without any gets none."""
+    """Puts saved moments back, each on its parameter's device; a parameter that had none gets none."""
     parameters = _parameters(optimizer)
     for name, tensor in state.tensors.items():
         if name.startswith("optimizer."):

@@ -1,7 +1,7 @@
-"""The stages of a recipe as data: `Train` changes weights by gradient steps, `Calibrate` looks at some batches and decides.
+"""The stages of a recipe as data: `Train` changes weights by gradient steps, `Calibrate` reads some batches and decides.
 
-A stage is a frozen value that a recipe holds and the training loop reads; `running/stages.py` carries it out. Questions about a
-stage (does it cut, does it fill zeros) are answered here, so that nobody else asks for its type.
+A stage is a frozen value that a recipe holds and the training loop reads; `running/stages.py` carries it out. A stage itself
+says whether it cuts or fills zeros, so that no other code asks for its type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slimformer.registry import name_of
 from slimformer.rules import Count, CountOrZero, Fraction, NotNegative, Positive, mistakes_in
 from slimformer.tasks.base import Features
 
-TASK_TEXT = "task"  # the value of `Train.text` that stands for the task's own training texts
+TASK_TEXT = "task"  # this value of `Train.text` stands for the task's own training texts
 Freeze = Literal["nothing", "embeddings", "encoder", "everything"]
 
 
@@ -60,7 +60,7 @@ class Stage(ABC):
 @final
 @dataclass(frozen=True)
 class Train(Stage):
-    """Trains with any methods; without one it is plain fine-tuning. What the methods decide is cut at the end.
+    """Trains with any methods; without one it is plain fine-tuning. At the end the model is cut as the methods decide.
 
     `epochs`: passes over the rows, copies counted apart (above 0); `steps`, if given, overrides it.
     `lr`: the peak learning rate of AdamW; it rises over the share `warmup` of the steps and then falls to 0 in a line.
@@ -100,7 +100,9 @@ class Train(Stage):
     clip: NotNegative = 1.0
 
     kind: ClassVar[str] = "train"
-    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # a method is a class of its own
+    __pydantic_config__: ClassVar[dict[str, bool]] = {
+        "arbitrary_types_allowed": True
+    }  # a method's class is unknown to pydantic
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
@@ -133,7 +135,14 @@ class Train(Stage):
 @final
 @dataclass(frozen=True)
 class Calibrate(Stage):
-    """A one-shot method: it looks at some batches and decides; there is no optimiser."""
+    """Runs one one-shot method, which reads some batches and decides, without an optimiser.
+
+    Raises RecipeError if the method needs training steps.
+
+    >>> from slimformer.methods.fisher import Fisher
+    >>> Calibrate(Fisher(keep=0.5)).kind
+    'calibrate'
+    """
 
     method: Method
 
@@ -167,11 +176,11 @@ class Training:
 
     @property
     def taught(self) -> bool:
-        """Whether some method learns from the teacher."""
+        """Whether any method learns from the teacher."""
         return any(method.effects().needs_teacher for method in self.methods)
 
     def check(self) -> None:
-        """RecipeError if these methods cannot train together: two that decide, one-shot ones, no teacher where one is needed."""
+        """RecipeError if these methods cannot train together: two that decide, one-shot ones, or no teacher if one is needed."""
         deciding = [name_of(method) for method in self.methods if method.effects().decides]
         wrong = []
         if len(deciding) > 1:

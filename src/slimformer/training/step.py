@@ -87,7 +87,7 @@ def rate(step: int, total: int, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class Attachments:
-    """What `attached` has put on the model, and where it came from."""
+    """Everything that `attached` has put on the model, and the device that the model was on."""
 
     accelerator: Accelerator
     precision: Precision
@@ -95,7 +95,7 @@ class Attachments:
     recorder: Recorder
     teacher: TeacherOutputs | None
     lookup: Lookup | None  # the kept gradient of the word embedding
-    home: torch.device  # of the model before the training
+    home: torch.device  # the model's device before the training
 
 
 class Stepper:
@@ -108,7 +108,7 @@ class Stepper:
         self.lengths = training.features.lengths()
         self.total = training.steps
         self.clock = DeviceClock(self.device)
-        self.sampling = False  # whether to watch resident memory, which takes a system call a step
+        self.sampling = False  # whether it watches resident memory, which takes a system call a step
         self.peak = 0
         self._recorder, self._teacher = attachments.recorder, attachments.teacher
         self._lookup, self._home = attachments.lookup, attachments.home
@@ -166,7 +166,7 @@ class Stepper:
             self.peak = max(self.peak, resident_bytes())
 
     def _clip(self) -> None:
-        """Scales the model's gradients down to the largest norm; states' own are left alone: a multiplier's may be large."""
+        """Scales the model's gradients down to the largest norm; those of states, such as multipliers, may be large and stay."""
         gradients = [parameter.grad for parameter in self._clipped if parameter.grad is not None]
         if not self.stage.clip or not gradients:
             return
@@ -178,7 +178,7 @@ class Stepper:
             norm = nn.utils.get_total_norm([*gradients, kept[rows]])
         else:
             norm = nn.utils.get_total_norm(gradients)
-        # on a CPU reading the norm is free and spares a pass over all gradients; a GPU would have to wait for it
+        # on a CPU, reading the norm is free and saves a pass over all gradients; a GPU would have to wait for it
         if self.device.type == "cpu" and float(norm) <= self.stage.clip:
             return
         factor = torch.clamp(self.stage.clip / (norm + 1e-6), max=1.0)
@@ -189,7 +189,7 @@ class Stepper:
             kept[rows] *= factor
 
     def teach(self, rows: Sequence[int]) -> float:
-        """Seconds the teacher takes for these rows where its outputs are made beforehand; else 0."""
+        """Seconds that the teacher takes for these rows if its outputs are made beforehand; otherwise 0."""
         if not isinstance(self._teacher, MemoizedTeacher):
             return 0.0
         batch = self.batch(rows)
@@ -199,7 +199,7 @@ class Stepper:
         return time.perf_counter() - begin
 
     def evaluate(self, how: Callable[[PreTrainedModel], float]) -> float:
-        """The metric as the main process computes it, unseen by the recorder."""
+        """The metric, computed by the main process and not recorded."""
         from accelerate.utils import broadcast_object_list
 
         metric = [math.nan]
@@ -217,7 +217,7 @@ class Stepper:
         return metric[0]
 
     def reports(self) -> dict[str, float]:
-        """What the methods want in the log, under their names."""
+        """The figures that methods report to the log, under their names."""
         return {
             f"{name_of(method)}.{name}": float(value)
             for method, state in zip(self.training.methods, self.states, strict=True)
@@ -245,7 +245,7 @@ class Stepper:
         return RunState(step, tensors, dict(facts) | {"scaler": self._scaler.state_dict()})
 
     def restore(self, saved: RunState) -> None:
-        """Puts a saved state back."""
+        """Restores a saved state."""
         own = self._own()
         for prefix in ("model.", *(f"states.{index}." for index in range(len(self.states)))):
             runstate.restore({name: tensor for name, tensor in own.items() if name.startswith(prefix)}, saved, prefix)
@@ -266,7 +266,7 @@ def attached(
 ) -> Iterator[Stepper]:
     """Everything attached to the model and ready; afterwards, errors included, all of it is off again.
 
-    Without a `cache_folder` the teacher's outputs are not made beforehand: the teacher then stands by to be timed.
+    Without a `cache_folder` the teacher's outputs are not made beforehand: the teacher is then run and timed beside the student.
     """
     context, methods = training.context, training.methods
     model, device = context.model, accelerator.device
@@ -297,7 +297,7 @@ def attached(
 def _teacher_reader(
     training: Training, precision: Precision, accelerator: Accelerator, log: Log, cache_folder: Path | None
 ) -> Iterator[TeacherOutputs | None]:
-    """How the student gets the teacher's outputs: from the cache, from memory for an estimate, or from the teacher itself."""
+    """The reader of the teacher's outputs: it reads the cache, or memory for an estimate, or runs the teacher itself."""
     if not training.taught:
         yield None
         return
@@ -332,7 +332,7 @@ def _teacher_reader(
 
 
 def _settle(model: PreTrainedModel, home: torch.device, trainable: Mapping[str, bool]) -> None:
-    """The model as it was around its weights: no gradients, the same parameters trainable, on its device, in eval mode."""
+    """Puts the model back as it was except for its weights: no gradients, the same parameters trainable, its device, eval mode."""
     model.to(home)  # type: ignore[arg-type]
     model.train(False)
     for name, parameter in model.named_parameters():

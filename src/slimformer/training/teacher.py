@@ -1,8 +1,8 @@
-"""What the teacher sees in each batch: read from disk where that is possible, computed where it must be.
+"""Gives the teacher's outputs for each batch: they are read from disk if possible, and computed otherwise.
 
 The one idea: a teacher does not change, so its outputs for a row are computed once, sorted by length, and kept on disk under a
-digest of weights, rows and precision. Outputs always fit; hidden states and attention scores are kept in half precision where both
-fit under a cap of bytes: scores of short texts do, those of 4,000 SQuAD questions would be tens of gigabytes. Else the teacher is live.
+digest of weights, rows and precision. Outputs always fit; hidden states and attention scores are kept in half precision if both
+fit under a limit: scores of short texts do, those of 4,000 SQuAD questions would be tens of gigabytes. Otherwise the teacher is live.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from slimformer.tasks.base import Features, Task
 from slimformer.training.runstate import features_digest
 
 TEACHER_FOLDER = "teacher"
-BATCH = 64  # rows per pass while the cache is filled; a quarter where scores are seen, which take more memory than all the rest
-LAYOUT = 2  # of the files below, part of their digest: a run that an earlier version began fills its cache anew
-LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # what may not fit
-PADDING = -1e4  # what stands at padding in outputs with a value per token; tasks leave padding out, and never see it
+BATCH = 64  # rows per pass while the cache is filled; a quarter of that if scores are read, which take most of the memory
+LAYOUT = 2  # a version number of the files below; it is part of their digest, so that another layout fills its cache anew
+LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # these outputs may not fit
+PADDING = -1e4  # outputs with a value per token have this at padding; tasks leave padding out
 CACHE_FACTS = "facts.json"
 
 
@@ -57,7 +57,7 @@ class Teacher:
 
 
 class TeacherOutputs(ABC):
-    """What the teacher sees in the rows of a batch; `seconds` went into computing it beforehand."""
+    """The teacher's outputs for the rows of a batch; computing them beforehand took `seconds`."""
 
     seconds: float = 0.0
 
@@ -76,7 +76,7 @@ class LiveTeacher(TeacherOutputs):
 
 
 class MemoizedTeacher(TeacherOutputs):
-    """A teacher that looks at each batch once and remembers: stands in for cached outputs while a training is estimated."""
+    """A teacher that computes each batch once and remembers it; it replaces cached outputs while a training is estimated."""
 
     def __init__(self, teacher: Teacher, recorder: Recorder) -> None:
         self._teacher, self._recorder = teacher, recorder
@@ -89,7 +89,7 @@ class MemoizedTeacher(TeacherOutputs):
         return self._seen[key]
 
     def compute(self, batch: Batch) -> Captured:
-        """A pass that is not remembered: what making the outputs costs."""
+        """A pass that is not remembered, to time how long making the outputs takes."""
         return self._teacher.forward(self._recorder, batch)
 
 
@@ -106,7 +106,7 @@ class CachedTeacher(TeacherOutputs):
         self._start: np.ndarray = np.load(folder / "start.npy", allow_pickle=False)  # row -> its first token
         self._first_pair: np.ndarray = np.load(folder / "pair.npy", allow_pickle=False)  # row -> its first pair of tokens
         self._outputs = {name: np.load(folder / f"output-{name}.npy", allow_pickle=False) for name in self._per_token}
-        self._heads: list[int] = facts["heads"]  # by layer, 0 where there is no attention; empty where scores are not kept
+        self._heads: list[int] = facts["heads"]  # by layer, 0 for a layer without attention; empty if scores are not kept
         self._hidden, self._scores = (
             np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
             for file in (folder / "hidden.npy", folder / "scores.npy")
@@ -144,12 +144,12 @@ class CachedTeacher(TeacherOutputs):
 
 
 def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
-    """Whether the teacher must run beside the student, because what is asked of it is too large to keep."""
+    """Whether the teacher must run beside the student, because its outputs are too large to keep."""
     return cached_bytes(teacher.subject.anatomy, features.lengths(), needs) > cap_bytes
 
 
 def cached_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]) -> int:
-    """What hidden states and attention scores of texts of these lengths (rows,) take on disk."""
+    """The bytes that hidden states and attention scores of texts of these lengths (rows,) take on disk."""
     tokens = lengths.astype(np.int64)
     hidden = int(tokens.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
     scores = int((tokens**2).sum()) * sum(_heads(anatomy))
@@ -168,7 +168,7 @@ def teacher_outputs(
     writes: bool = True,
     wait: Callable[[], None] = lambda: None,
 ) -> Iterator[TeacherOutputs]:
-    """What the teacher sees in these rows: from `folder`, which is filled first where it must be, or live.
+    """The teacher's outputs for these rows: from `folder`, which is filled first if it is empty, or live.
 
     Of several processes of one run one `writes` and all `wait` for it; runs that share `folder` fill it in turn.
     """
@@ -176,7 +176,7 @@ def teacher_outputs(
     home = folder / TEACHER_FOLDER / _key(teacher, features, large)
     subject = teacher.subject
     with subject.evaluating():
-        made = (home / CACHE_FACTS).exists()  # what is there is read, whatever room its making has left on the disk
+        made = (home / CACHE_FACTS).exists()  # an existing cache is read even if the disk is full by now
         if not made and is_live(teacher, features, needs, cap_bytes):
             with capturing(subject.model, subject.anatomy, needs) as recorder:
                 yield LiveTeacher(teacher, recorder)
@@ -184,7 +184,7 @@ def teacher_outputs(
         seconds = 0.0
         if writes and not made:
             with in_turn(home.parent, lambda: log.say("another run makes teacher outputs here: waiting for it.")):
-                if not (home / CACHE_FACTS).exists():  # nor made by another run meanwhile
+                if not (home / CACHE_FACTS).exists():  # another run may have made it meanwhile
                     begin = time.perf_counter()
                     _fill(teacher, features, large, home, log)
                     seconds = time.perf_counter() - begin
@@ -207,7 +207,7 @@ def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> st
 
 
 def _heads(anatomy: Anatomy) -> list[int]:
-    """By layer, 0 where there is no attention."""
+    """The number of heads by layer; 0 for a layer without attention."""
     sites = [anatomy.heads_of(layer) for layer in range(len(anatomy.layers))]
     return [0 if site is None else site.size for site in sites]
 
@@ -243,7 +243,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
             seen = teacher.forward(recorder, batch)
             for name, value in seen.output.items():
                 outputs[name].append(value.cpu().numpy())
-            # written in order with plain writes: a full disk then raises, where a memory map would kill the process
+            # plain writes in order raise if the disk is full; a memory map would kill the process
             if Capture.HIDDEN in files:
                 real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
                 files[Capture.HIDDEN].write(real.half().cpu().numpy().tobytes())
@@ -263,7 +263,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
 
 
 def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, bool]:
-    """Which outputs have one value per token: those that change shape when the batch is one token narrower."""
+    """The outputs with one value per token: their shape changes if the batch is one token narrower."""
     width = batch["input_ids"].shape[1]
     other = slice(0, width - 1) if width > 1 else [0, 0]
     changed = {name: value[:, other] if value.ndim > 1 else value for name, value in batch.items()}
