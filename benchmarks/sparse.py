@@ -207,8 +207,8 @@ def _graph(weights: Sequence[torch.Tensor]) -> bytes:
     nodes = [helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"y{i}"]) for i in range(len(weights))]
     inputs = [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, ["tokens", w.shape[1]]) for i, w in enumerate(weights)]
     outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["tokens", w.shape[0]]) for i, w in enumerate(weights)]
-    held = [numpy_helper.from_array(np.ascontiguousarray(w.numpy().T), f"w{i}") for i, w in enumerate(weights)]
-    graph = helper.make_graph(nodes, "layer", inputs, outputs, held)
+    constants = [numpy_helper.from_array(np.ascontiguousarray(w.numpy().T), f"w{i}") for i, w in enumerate(weights)]
+    graph = helper.make_graph(nodes, "layer", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     return bytes(model.SerializeToString())
 

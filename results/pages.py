@@ -1,4 +1,4 @@
-"""The lowest part of the drawn pages: a run as its ledger tells it, and the pieces of Markdown that all pages share."""
+"""The common part of the drawn pages: a run, as read from its ledger, and the pieces of Markdown that all pages share."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def jobs() -> tuple[Job, ...]:
         gated = methods(0.48, count, long, 1 / 3)  # about twice as fast
         alone = {"gates-no-teacher": ablations(0.48, count, long, 1 / 3)["gates-no-teacher"]}
         add(whole.recipe.task, name, whole, only(gated, "gates", "layers") | alone, 0.48)
-    # few questions: more passes over them
+    # these tasks have few questions, so each gets more passes
     add(nq, "nq", dense_models[1], {"gates-long": methods(0.48, 30.0, long, 1 / 3)["gates"]}, 0.48)
 
     # The main aim: three quarters of the weights gone. The hidden states for 20,000 questions or more are too many to keep.
@@ -523,7 +523,7 @@ def _panels(part: dict[str, Run]) -> list[tuple[str, list[tuple[str, int, int]]]
 
 
 def _where(part: dict[str, Run]) -> list[str]:
-    """The third of the layers that kept most, for each method; McCarley et al. saw that the middle did."""
+    """The third of the layers that kept most, for each method; McCarley et al. found that the middle third kept most."""
     lines = [
         "McCarley et al. saw the bottom and the top cut most and the middle least. The share of weights kept in "
         "each third here:",

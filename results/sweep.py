@@ -2,7 +2,7 @@
 resumes.
 
 The one idea: a table of the docs is a list of jobs, each a recipe and the folder that its rows belong to. Scratch lies
-under runs/, so a sweep that was stopped goes on where it was; a finished job leaves ledger.jsonl and recipe.yaml under
+under runs/, so a sweep that was stopped resumes; a finished job leaves ledger.jsonl and recipe.yaml under
 results/methods/, and is never run again. Small models use one core better than two: jobs can train side by side, and
 are then measured one after the other, alone. Nothing is drawn here.
 """
@@ -40,7 +40,7 @@ HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
 RATE = 5000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
 LETTERS = 4.5  # bytes of a text for each of its tokens
-LOOK = 0.4  # the teacher's pass over a row, as a share of a training step
+LOOK = 0.4  # the teacher's pass over a row takes this share of a training step
 TEACHERS = RUNS / "sweep" / "teachers"  # a cache that the runs of a task share: gigabytes
 AROUND = 2.5 / 60  # hours for exports, trials and the bench of one job
 

@@ -92,7 +92,7 @@ def readme_table(found: Sequence[Run]) -> str:
 
 
 def readme_lead(found: Sequence[Run]) -> str:
-    """README's first sentence: what one run lost and gained on one task."""
+    """README's first sentence: the loss and the speedup of one run on one task."""
     shown = _claims(found)[0] if found else None
     ours = shown.ours if shown else None
     if shown is None or ours is None or ours.loss is None or (faster := ours.times_faster(32)) is None:
@@ -227,7 +227,7 @@ def _minutes(minutes: float | None) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes both pages, or with --check only tells whether they are what the ledgers give."""
+    """Writes both pages, or with --check only checks whether they show what the ledgers hold."""
     root = HOME.parent
     found = runs(HOME)
     readme = root / "README.md"

@@ -65,7 +65,7 @@ def folder_of(job: Job) -> str:
 
 
 def dense(run: Run) -> Record:
-    """The teacher in fp32, that all ratios compare with."""
+    """The teacher in fp32, with which all ratios compare."""
     return next(record for record in run.records if record.role == Standing.TEACHER_FP32)
 
 
