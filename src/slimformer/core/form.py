@@ -33,8 +33,8 @@ class ProductShape(NamedTuple):
 class Form(ABC):
     """Questions about one matrix; none of them touches a model. `table` says that the matrix is an Embedding's, not a Linear's.
 
-    `reads`: the submodule of its module whose input an integer product reads, "" for the module itself; None if there
-    is no such product, and the matrix stays in float.
+    `reads`: the submodule whose input is quantized for int8; "" is the module itself, and with None the matrix stays in
+    float.
     """
 
     reads: ClassVar[str | None] = None

@@ -51,7 +51,7 @@ class Quantization(Method):
       weights of Linears but the last: int8 files execute it with the very ranges learned here. The other roles complete the
       paper and are simulated in training only, since files compute them in float.
     - `buckets`: a range per output row (per word in a table) or one per tensor.
-    - `activation_buckets`: one per tensor, or per feature if no integer product reads it.
+    - `activation_buckets`: one per tensor, or one per feature for a point that stays in float in int8 files.
     - `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own
       grid).
     - `exact_zero`: whether 0 lies on every affine grid. Without it, as in the paper, a file moves each range by up to half a
@@ -189,7 +189,7 @@ class _State(State):
 
 
 def _features(model: nn.Module, point: Point, method: Quantization) -> int | None:
-    """How many buckets a point has: one, or one per feature if no integer product reads it."""
+    """How many buckets a point has: one, or one per feature if it stays in float in int8 files."""
     if method.activation_buckets == "tensor" or point.role in (*READING, PointRole.SOFTMAX) or point.side == "denominator":
         return None
     module: Any = model.get_submodule(point.modules[0])
