@@ -61,6 +61,7 @@ def plugin(plugins: dict[str, str]) -> str:
     return next(name for name, kind in plugins.items() if kind == "methods")
 
 
+@pytest.mark.slow
 def test_a_plug_in_of_each_kind_is_shown_and_passes_all_checks(plugins: dict[str, str]) -> None:
     from slimformer.testing.checks import check_all, checks_of
 

@@ -186,6 +186,7 @@ def test_products_are_told_apart_where_biases_are_equal(variant: Variant, tmp_pa
     assert quantized_matrices(tmp_path / "model.onnx") == 19 - 3
 
 
+@pytest.mark.slow
 def test_padding_is_left_out_of_square_batches() -> None:
     """As many rows as tokens: both orders of the axes fit."""
     model = tiny("bert")
@@ -203,6 +204,7 @@ def test_padding_is_left_out_of_square_batches() -> None:
             assert len(mine[name].rows) in (1 + 2 + 3 + 4 + 5 + 6, 6)  # of all tokens, of first ones
 
 
+@pytest.mark.slow
 def test_calibration_batches_need_no_mask() -> None:
     model = tiny("bert")
     inputs = {name: value for name, value in arrays(model)[0].items() if name != "attention_mask"}
@@ -261,6 +263,7 @@ def test_learned_ranges_are_the_ones_in_the_file_and_the_rest_is_calibrated(draf
     assert largest == [31] * 19
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", ["min_max", "percentile", "entropy"])
 def test_a_calibration_picks_its_ranges(drafts: Any, calibration: Any, tmp_path: Path) -> None:
     draft = drafts(Onnx(calibration=calibration, percentile=99.0))

@@ -121,6 +121,7 @@ def test_files_of_models_whose_layers_differ_equal_the_model(model_type: str, tm
     check_all(uneven(model_type), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fused_file_equals_its_model_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = uneven("bert").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -40,6 +40,7 @@ def test_information_is_the_mean_square_of_each_examples_gradient(monkeypatch):
         np.testing.assert_allclose(value, expected[name] / rows, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_unused_unit_matters_nothing_and_goes_first():
     context = tiny_context()
     with torch.no_grad():

@@ -266,6 +266,7 @@ def test_a_site_whose_units_are_all_idle_keeps_one():
         torch.testing.assert_close(small(**inputs).logits, context.model(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "strength"), [("units", 4.0), ("blocks", 6.0)])
 def test_training_parts_the_groups(pattern, strength):
     context = tiny_context()

@@ -78,6 +78,7 @@ def test_gain_is_the_mean_absolute_finite_difference_of_each_example(monkeypatch
         assert found[name][unit] == pytest.approx(np.abs(slopes).mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_gain_is_worth_what_its_unit_costs():
     context = tiny_context()
     sites = sites_of(context, Kind.HEADS, Kind.NEURONS)
