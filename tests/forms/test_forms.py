@@ -69,6 +69,7 @@ def test_a_product_is_found_again() -> None:
     assert torch.equal(rearranged(torch.kron(a, b), (3, 2))[4], a[2, 0] * b.flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("a", [(2, 2), (1, 3), (4, 1), (2, 6), (4, 6), (1, 1)])
 @pytest.mark.parametrize("terms", [1, 2])
 def test_the_nearest_product_equals_alternating_least_squares(a: tuple[int, int], terms: int) -> None:

@@ -177,6 +177,7 @@ def test_kinds_apart_come_down_in_proportion(unit, target):
     assert left[0] == pytest.approx((target - state.fixed) / (1 - state.fixed), abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["macs", "parameters", "latency"])
 @pytest.mark.parametrize("size", ["lagrangian", "top_k"])
 def test_the_plan_of_a_bert_large_is_within_two_percent_of_its_target(large, unit, size):
@@ -418,6 +419,7 @@ def test_adam_leaves_gates_alone_that_are_not_at_work():
     state.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 8])
 @pytest.mark.parametrize("size", ["lagrangian", "top_k"])
 def test_a_stopped_run_ends_with_the_same_gates(tmp_path, monkeypatch, stop, size):

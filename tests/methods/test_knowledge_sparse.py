@@ -298,6 +298,7 @@ class Stop(Method):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"score": "fisher", "fisher_block": 8, "fisher_examples": 12, "refreshes": 2}])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options):
     monkeypatch.setattr(training, "STATE_SECONDS", 0.0)

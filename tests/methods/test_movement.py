@@ -311,6 +311,7 @@ class Stop(Method):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"keep": 0.6, "fill": True}, {"keep": None, "score_lr": 0.4, "threshold": 0.3}])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, options):
     monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
