@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_folder import write_data, write_model
 
 from slimformer import cli
-from slimformer.errors import OutputError
+from slimformer.errors import DataError, OutputError, shown
 from slimformer.files import claim
 
 MARKS = {".lock", ".slimformer"}
@@ -422,3 +422,28 @@ def test_an_interrupt_says_how_to_go_on(
     assert code == 130
     assert "goes on from here" in err
     assert "Traceback" not in err
+
+
+def test_what_a_file_holds_reaches_the_terminal_readable_and_short():
+    error = DataError(
+        f"no class '{'x' * 200_000}'\nin\x1b[31m line 3", facts=[f"fact {number}" for number in range(100)], help="a\ud800b"
+    )
+    assert len(error.what) <= 400
+    assert error.what.startswith("no class 'xxx")
+    assert error.what.endswith("in\\x1b[31m line 3")
+    assert error.facts[-1] == "and 60 more"
+    assert error.help == "a\\ud800b"
+    assert len(str(error).splitlines()) == 43
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("y" * 10_000_000, "'yyyy"), ({"a": [1, 2]}, "{'a': [1, 2]}"), ("a\tb", r"'a\tb'"), (None, "None"), (1.5, "1.5")],
+)
+def test_a_value_of_any_size_is_quoted_briefly(value, text):
+    assert shown(value).startswith(text)
+    assert len(shown(value)) <= 80
+    nested = [value] * 9
+    for _ in range(40):
+        nested = [nested] * 9  # 9^40 values, of which the message shows a few
+    assert len(shown(nested)) <= 80

@@ -18,18 +18,62 @@ from __future__ import annotations
 import difflib
 import errno
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_LINE = 400  # characters of a line that a person still reads
+_FACTS = 40
+_LINE_ENDS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
+
+def readable(text: str, limit: int = _LINE) -> str:
+    """`text` as one line that a terminal shows as it is: control characters are escaped, and a long middle is left out.
+
+    >>> readable("a \x1b[31mred\x1b[0m label\nof two lines")
+    'a \\\\x1b[31mred\\\\x1b[0m label of two lines'
+    >>> readable("x" * 1000, limit=20)
+    'xxxxxxxxxx ... xxxxx'
+    """
+    short = text if len(text) <= 4 * limit else f"{text[: 2 * limit]} ... {text[-limit:]}"
+    line = _LINE_ENDS.sub(" ", short.strip())
+    if not line.isprintable():
+        line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
+    if len(line) <= limit:
+        return line
+    head = limit // 2
+    return f"{line[:head]} ... {line[head + 5 - limit :]}"
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value of any size as a message quotes it: its `repr`, cut to about `limit` characters.
+
+    >>> shown(["a" * 500, {"b": 1}], limit=30)
+    "['aaaa...aaaa', {'b': 1}]"
+    """
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxtuple, brief.maxdict, brief.maxset = 3, 6, 6, 6, 6
+    brief.maxstring = brief.maxother = brief.maxlong = (
+        limit if isinstance(value, (str, int, bytes)) else max(10, limit // 2 - 2)
+    )
+    return readable(brief.repr(value), limit)
 
 
 class SlimformerError(Exception):
-    """`what` happened and where, `facts` that help to see why, and `help`: the next thing to do."""
+    """`what` happened and where, `facts` that help to see why, and `help`: the next thing to do.
+
+    Each is one line that a terminal shows as it is, whatever a file held: see `readable`. Of many facts the first are told.
+    """
 
     def __init__(self, what: str, *, facts: Iterable[str] = (), help: str = "") -> None:
-        self.what = what
-        self.facts = tuple(facts)
-        self.help = help
+        told = [*facts]
+        self.what = readable(what)
+        self.facts = tuple(readable(fact) for fact in told[:_FACTS])
+        if len(told) > _FACTS:
+            self.facts += (f"and {len(told) - _FACTS:,} more",)
+        self.help = readable(help)
         super().__init__(str(self))
 
     def __str__(self) -> str:
