@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from slimformer.errors import OutputError, output_errors
-from slimformer.files import claim, in_turn, remembered, remove_folder, whole, whole_folder, write_text
+from slimformer.files import claim, in_turn, remembered, remove_folder, whole, whole_folder, whole_group, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -34,6 +34,23 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path):
         write_text(part / "b", "new")
     assert [item.name for item in (tmp_path / "model").iterdir()] == ["b"]
     assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_and_those_beside_it_change_together(tmp_path):
+    file, beside = tmp_path / "model.onnx", ["model.onnx_data"]
+    with whole_group(file, beside) as part:
+        write_text(part, "old")
+        write_text(part.with_name("model.onnx_data"), "old weights")
+    with pytest.raises(RuntimeError), whole_group(file, beside) as part:
+        write_text(part, "new")
+        raise RuntimeError
+    assert {item.name: item.read_text(encoding="utf-8") for item in tmp_path.iterdir()} == {
+        "model.onnx": "old",
+        "model.onnx_data": "old weights",
+    }
+    with whole_group(file, beside) as part:
+        write_text(part, "new, with its weights inside")
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_a_full_disk_is_told_in_words(tmp_path):

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,33 @@ def whole(path: Path) -> Iterator[Path]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_group(path: Path, beside: Collection[str]) -> Iterator[Path]:
+    """Yields a path of the same name in a temporary folder; it becomes `path` when the block ends well.
+
+    `beside`: names of files that belong to it. Those that the block writes there move too, and older ones that it does not write are
+    removed. A kill while the files move leaves no `path`, rather than one beside files of another.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".part-", dir=path.parent))
+        part = folder / path.name
+        try:
+            yield part
+            written = [folder / name for name in beside if (folder / name).is_file()]
+            for file in (*written, part):
+                file.chmod(0o644)
+                _sync(file)
+            if any(path.with_name(name).exists() for name in beside):
+                path.unlink(missing_ok=True)
+            for name in beside:
+                path.with_name(name).unlink(missing_ok=True)
+            for file in (*written, part):
+                file.replace(path.with_name(file.name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from slimformer.exporters._onnx.graph import Unexpected
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, fused_attentions, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of, subject_of
+from slimformer.measuring.scoring import shipped_bytes
 from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.runtimes.openvino import OpenVINO
 
@@ -248,6 +249,24 @@ def test_a_model_without_any_layer_left_still_exports(tmp_path: Path) -> None:
     inputs = arrays(bare, ((3, 10),))[0]
     got = OnnxRuntime().load(made[Variant.FUSED].path, threads=1)(inputs)["logits"]
     np.testing.assert_allclose(got, answers(bare, inputs)["logits"], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", Variant)
+def test_weights_of_a_large_model_lie_beside_the_file(variant: Variant, traced: Any, tmp_path: Path) -> None:
+    options, batches = Onnx(weight_bits=WEIGHT_BITS, one_file_bytes=1000), arrays(traced)
+    large = options.export(traced, batches, tmp_path / "model.onnx", variant)
+    assert [file.name for file in large.files] == ["model.onnx", "model.onnx_data"]
+    assert large.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) == shipped_bytes(large.path)
+    assert any("model.onnx_data" in note for note in large.notes)
+    (tmp_path / "moved").mkdir()
+    for file in large.files:
+        file.replace(tmp_path / "moved" / file.name)
+    got = OnnxRuntime().load(tmp_path / "moved" / "model.onnx", threads=1)(batches[0])["logits"]
+    small = replace(options, one_file_bytes=10**9).export(traced, batches, tmp_path / "moved" / "model.onnx", variant)
+    assert small.files == (small.path,)
+    assert [file.name for file in (tmp_path / "moved").iterdir()] == ["model.onnx"]
+    np.testing.assert_array_equal(OnnxRuntime().load(small.path, threads=1)(batches[0])["logits"], got)
 
 
 @pytest.mark.slow

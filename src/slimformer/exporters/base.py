@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from slimformer.core.ranges import Ranges
 
 Arrays = Mapping[str, np.ndarray]  # model input -> (batch, seq) int64
+WEIGHTS_BESIDE = (
+    "_data",
+    ".data",
+)  # ends of the names of files with an ONNX file's weights: ours and optimum's, then PyTorch's
 SEARCH_SECONDS = 180.0  # a search for matrices that stay in float takes at most about this long
 
 
@@ -69,15 +73,31 @@ def variant_of(file: str) -> str | None:
     return next((variant for variant, kind in FILES.items() if kind.name == file), None)
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """A model file, and the files beside it that hold its weights: they must be copied with it.
+
+    Protobuf ends at 2 GB, so that larger ONNX models keep their weights beside the file, and OpenVINO's .xml always does.
+    """
+    beside = (
+        [path.with_suffix(".bin")] if path.suffix == ".xml" else [path.with_name(path.name + end) for end in WEIGHTS_BESIDE]
+    )
+    return (path, *(file for file in beside if file.is_file()))
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One exported file and what is known of it."""
 
     path: Path
     variant: str
-    size_bytes: int
+    size_bytes: int  # with the files of its weights
     max_difference: float  # largest |exported - model| over the outputs of the parity batches
     notes: tuple[str, ...] = ()  # "6 of 6 attentions fused", "int8: 34 of 34 matrices"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, and those beside it that hold its weights."""
+        return files_of(self.path)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from slimformer.exporters._onnx import calibrate, int8, mixed, parity, rewrite, 
 from slimformer.exporters._onnx.graph import BATCH_FIRST, SEQ_FIRST, Product, Unexpected, classifiers, products, strip
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding, quantized_matrices
 from slimformer.exporters._onnx.rewrite import fused_attentions
+from slimformer.exporters._onnx.storing import ONE_FILE_BYTES, open_graph, open_model, save_graph, weights_name
 from slimformer.exporters.base import (
     FILES,
     SEARCH_SECONDS,
@@ -33,9 +34,10 @@ from slimformer.exporters.base import (
     FileKind,
     MixedPrecision,
     Variant,
+    files_of,
 )
 from slimformer.families.base import subject_of
-from slimformer.files import whole
+from slimformer.files import whole_group
 from slimformer.hooks.points import quantized_inputs
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
 
@@ -65,6 +67,8 @@ class Onnx(Exporter):
             `percentile`, or the least divergence. Ranges that were learned in training go before it.
         percentile: Of the values that a range holds, for `calibration="percentile"`.
         floats: Points of the anatomy whose matrices stay in float in int8 files (mixed precision).
+        one_file_bytes: Bytes of weights up to which a model is one file. The weights of a larger one lie beside it, in
+            `<name>.onnx_data`; protobuf ends at 2 GB.
     """
 
     weight_bits: int = 8
@@ -73,6 +77,7 @@ class Onnx(Exporter):
     calibration: Calibration = "least_squares"
     percentile: float = 99.99
     floats: tuple[str, ...] = ()
+    one_file_bytes: int = ONE_FILE_BYTES
 
     files: ClassVar[Mapping[str, FileKind]] = FILES
 
@@ -151,10 +156,10 @@ class OnnxDraft(Draft):
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
         program, notes = self._graph(variant, floats, floats)
         reference = self._expected(variant, floats)
-        with whole(path) as part:
-            onnx_ir.save(program, part)
+        with whole_group(path, [weights_name(path.name)]) as part:
+            save_graph(program, part, self.options.one_file_bytes)
             difference, agreeing = parity.check_parity(
-                parity.open_graph(part.read_bytes()),
+                open_model(part),
                 variant,
                 self.batches,
                 self.subject.inputs,
@@ -173,7 +178,11 @@ class OnnxDraft(Draft):
             if self._has_learned_ranges(variant):
                 notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
         notes += _zeros(self.subject.model)
-        return Artifact(path, variant, path.stat().st_size, difference, tuple(notes))
+        if len(files_of(path)) > 1:
+            notes.append(
+                f"a protobuf file ends at 2 GB: the weights lie in {weights_name(path.name)}, which belongs beside the file"
+            )
+        return Artifact(path, variant, sum(file.stat().st_size for file in files_of(path)), difference, tuple(notes))
 
     def mix(
         self,
@@ -204,7 +213,7 @@ class OnnxDraft(Draft):
     def error(self, variant: str, floats: Sequence[str] = ()) -> float:
         """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
         program, _ = self._graph(variant, floats, ())
-        session = parity.open_graph(onnx_ir.to_proto(program).SerializeToString())
+        session = open_graph(program, self.options.one_file_bytes)
         return parity.squared_error(session, self.batches, self.subject.inputs, self.reference)
 
     def _has_learned_ranges(self, variant: str) -> bool:
@@ -273,7 +282,7 @@ class OnnxDraft(Draft):
             strip(program)
             samples: dict[str, Sample] = {}
             if self.ranges is None:
-                samples = calibrate.samples(program, self.batches, self.subject.inputs)
+                samples = self._samples(program)
                 left = self._weights_of(program.graph, rough)
                 smoothed = int8.smooth(program.graph, samples, self.options.weight_bits, left)
                 samples |= smoothed
@@ -283,6 +292,9 @@ class OnnxDraft(Draft):
                     notes.append(f"{still} inputs are constant on the calibration data, their ranges a guess")
             self._float_graphs[key] = _FloatGraph(program, samples, tuple(notes))
         return self._float_graphs[key]
+
+    def _samples(self, program: onnx_ir.Model) -> dict[str, Sample]:
+        return calibrate.samples(program, self.batches, self.subject.inputs, self.options.one_file_bytes)
 
     def _weights_of(self, graph: onnx_ir.Graph, points: Sequence[str]) -> list[str]:
         """Names of the weights that stay in float: of the products that read these points, and of forms without an integer product."""
@@ -334,7 +346,7 @@ class OnnxDraft(Draft):
                 codings[source] = Coding(*self.ranges.activations[point].grid(bits), 2**bits - 1)
             else:
                 missing.add(source)
-        samples = start.samples or (calibrate.samples(program, self.batches, self.subject.inputs) if missing else {})
+        samples = start.samples or (self._samples(program) if missing else {})
         how, percentile = self.options.calibration, self.options.percentile
         ranges = {name: calibrate.range_of(samples[name], how, percentile) for name in sorted(missing)}
         return codings | {name: Coding(*span.grid(8)) for name, span in ranges.items()}

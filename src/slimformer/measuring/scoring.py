@@ -16,6 +16,7 @@ import numpy as np
 
 from slimformer.data.batching import collate, sorted_by_length
 from slimformer.errors import RecipeError
+from slimformer.exporters.base import files_of
 from slimformer.measuring.machine import Load, environment, quiet
 from slimformer.measuring.records import Heading, Interval, Record, Standing, today
 from slimformer.measuring.sessions import Session
@@ -275,7 +276,4 @@ def shipped_bytes(path: Path) -> int:
     """Bytes of the file that ships, with the weight file beside it if the format splits them; of a folder, its weights."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    beside = [path.with_name(path.name + end) for end in (".data", "_data")]
-    if path.suffix == ".xml":
-        beside.append(path.with_suffix(".bin"))
-    return sum(file.stat().st_size for file in (path, *beside) if file.exists())
+    return sum(file.stat().st_size for file in files_of(path))

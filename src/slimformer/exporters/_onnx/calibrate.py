@@ -15,7 +15,8 @@ from slimformer.errors import ExportError
 from slimformer.exporters._onnx import int8
 from slimformer.exporters._onnx.graph import turned_values
 from slimformer.exporters._onnx.int8 import Sample
-from slimformer.exporters._onnx.parity import fill_inputs, open_graph, real_tokens
+from slimformer.exporters._onnx.parity import fill_inputs, real_tokens
+from slimformer.exporters._onnx.storing import ONE_FILE_BYTES, open_graph
 from slimformer.exporters.base import Arrays
 from slimformer.quantizing.calibration import Calibration, Histogram, find_range
 
@@ -24,7 +25,9 @@ SAMPLE_ROWS = 2048  # tokens that are kept of each activation
 ERROR_BINS = 1024  # of the histogram on which the squared error of a range is measured
 
 
-def samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[str]) -> dict[str, Sample]:
+def samples(
+    program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[str], one_file_bytes: int = ONE_FILE_BYTES
+) -> dict[str, Sample]:
     """Samples of the input of each quantizable product, by its name, on the first CALIBRATION_ROWS rows of the batches.
 
     ExportError if no batch holds a real token.
@@ -32,7 +35,7 @@ def samples(program: onnx_ir.Model, batches: Sequence[Arrays], names: Sequence[s
     copy = program.clone()
     watched = int8.quantizable_inputs(copy.graph)
     copy.graph.outputs.extend(value for value in watched.values() if not value.is_graph_output())
-    session = open_graph(onnx_ir.to_proto(copy).SerializeToString())
+    session = open_graph(copy, one_file_bytes)
     chosen: list[Arrays] = []
     for batch in (item for item in batches if real_tokens(item).any()):
         if sum(len(item["input_ids"]) for item in chosen) < CALIBRATION_ROWS:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
 from slimformer.errors import ExportError
@@ -31,13 +30,6 @@ def fill_inputs(names: Sequence[str], batch: Arrays) -> dict[str, np.ndarray]:
 def real_tokens(batch: Arrays) -> np.ndarray:
     """Which tokens of a batch are no padding: (batch, seq)."""
     return fill_inputs(("attention_mask",), batch)["attention_mask"] == 1
-
-
-def open_graph(model: bytes) -> Any:
-    """A graph in ONNX Runtime on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run_model(subject: Subject, batch: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
