@@ -682,3 +682,15 @@ def test_glue_from_the_hub_has_other_columns(monkeypatch: pytest.MonkeyPatch) ->
     task = Classification(data="glue/mnli").settled()
     assert (task.text, task.text_pair, task.metric) == ("premise", "hypothesis", "accuracy")
     assert task.split(Split.DEV)[2] == Example("dev/2", ("a", "b"), "contradiction")
+
+
+# ---- contents as keys
+
+
+def test_mended_data_has_another_name_and_moved_data_has_not(folder: Path, tmp_path: Path) -> None:
+    before = Classification(data=str(folder)).content_digest()
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    assert Classification(data=str(moved)).content_digest() == before
+    write_tsv(moved / "dev.tsv", [*rows(9), ("sentence number 9", "bad")])
+    assert Classification(data=str(moved)).content_digest() != before

@@ -7,6 +7,7 @@ without them; `loss` and `divergence` get torch tensors and import torch themsel
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_type_hints
 
+from slimformer.digests import digest_all
 from slimformer.errors import RecipeError, nearest
 from slimformer.registry import name_of
 from slimformer.tasks._snippet import batch_snippet, runtime_snippet
@@ -130,6 +132,13 @@ class Task(ABC):
 
     # ---- what a task may say
 
+    def content_digest(self) -> str:
+        """Names what the splits hold: ids, texts and answers of all examples. Data that is mended gets another name; a path has none.
+
+        It reads all splits, and raises DataError as `split` does.
+        """
+        return digest_all(part for split in Split for item in self.split(split) for part in (split, _content_of(item)))
+
     def title(self) -> str:
         """What reports call this task: "glue/sst2", "classification reviews"; by default its name."""
         return name_of(self)
@@ -216,6 +225,10 @@ def option(default: Any, help: str, *, flag: str = "", required: bool = False) -
     `required`: the command line insists on it, unless an alias of the task settles it.
     """
     return field(default=default, metadata={"help": help, "flag": flag, "required": required})
+
+
+def _content_of(item: Example) -> str:
+    return json.dumps([item.id, item.texts, repr(item.answer)])  # JSON, because texts could hold any separator
 
 
 def _parse(text: str, hint: Any, flag: str) -> Any:
