@@ -15,7 +15,7 @@ import pytest
 from tiny_export import data, export
 
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
-from slimformer.measuring.machine import FLAGS, Load, environment, quiet, saturates
+from slimformer.measuring.machine import FLAGS, Load, Quiet, environment, saturates
 from slimformer.measuring.scoring import Measurement, evaluate, shipped_bytes
 from slimformer.measuring.sessions import Engine, Session, open_session
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Rounds, Timing, Workload, compare, ratio, workloads
@@ -180,20 +180,38 @@ def test_evaluate_gives_rows_in_their_own_order_and_pads_token_axes() -> None:
     assert found["start"].tolist() == [[1, 1, 1], [2, 0, lowest], [3, 3, lowest], [4, 4, 4]]
 
 
-def test_quiet_waits_a_bounded_time_then_warns(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_waits_once_for_a_quiet_machine_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
 
     def sleep(seconds: float) -> None:
         clock.now += seconds
 
-    busy = iter([2.0, 1.0, 0.1])
-    load = quiet(60, 0.25, busy=lambda: next(busy), clock=clock, sleep=sleep)
-    assert (load.quiet, load.busy_cores, load.waited_seconds) == (True, 0.1, 10.0)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        load = quiet(12, 0.25, busy=lambda: 1.5, clock=clock, sleep=sleep)
-    assert (load.quiet, load.waited_seconds) == (False, 12.0)
-    assert "the machine is busy: other work takes 1.5" in caplog.text
+    def waiting(seconds: float, *busy: float) -> Quiet:
+        looks = iter(busy)
+        return Quiet(seconds, 0.25, busy=lambda: next(looks), clock=clock, sleep=sleep)
+
+    caplog.set_level(logging.INFO)
+    quiet = waiting(60, 2.0, 1.0, 0.1, 0.1, 1.5, 0.2)
+    load = quiet.load()
+    assert (load.quiet, load.busy_cores, load.waited_seconds, quiet.left) == (True, 0.1, 10.0, 50.0)
+    assert "Waiting at most 60 s" in caplog.text
+    assert "--wait 0" in caplog.text
+    assert quiet.load().waited_seconds == 0
+    assert (quiet.load().waited_seconds, quiet.waited) == (5.0, 15.0)
+    assert not [entry for entry in caplog.records if entry.levelno == logging.WARNING]
+
+    caplog.clear()
+    quiet = waiting(12, *[1.5] * 4, 2.0, 0.1)
+    load = quiet.load()
+    assert (load.quiet, load.waited_seconds, quiet.left) == (False, 12.0, 0.0)
+    assert (quiet.load().quiet, quiet.load().quiet) == (False, True)  # later looks do not wait, and say nothing more
+    assert [entry.levelno for entry in caplog.records] == [logging.INFO, logging.WARNING]
+    assert "the machine is busy still after 12 s: other work takes 1.5 of" in caplog.text
+
+    caplog.clear()
+    quiet = waiting(0, 1.5, 1.5)
+    assert [quiet.load().waited_seconds, quiet.load().waited_seconds] == [0.0, 0.0]
+    assert len(caplog.records) == 1
 
 
 def test_int8_sums_overflow_on_x86_without_vnni() -> None:

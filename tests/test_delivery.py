@@ -22,6 +22,7 @@ from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.files import remembered
 from slimformer.log import Log
+from slimformer.measuring.machine import Quiet
 from slimformer.measuring.sessions import open_session
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
@@ -126,7 +127,7 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
-    return Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1, wait_seconds=0)
+    return Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1, quiet=Quiet(0))
 
 
 @pytest.mark.slow
@@ -165,7 +166,7 @@ def test_losses_are_points_below_the_teacher_on_validation_examples(bundle: Bund
     assert 0 < chosen_on < 1
 
     def judge(reference: Reference) -> Judge:
-        return Judge(bundle.material, {Variant.FUSED: dense}, reference, run.threads, run.wait_seconds, run.log)
+        return Judge(bundle.material, {Variant.FUSED: dense}, reference, run.threads, run.quiet, run.log)
 
     tried = judge(Reference(1.0, 1.0, trusted=True)).try_out(files, seconds=0)
     assert [item.variant for item in tried] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
@@ -184,7 +185,7 @@ def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkey
     teacher = dict.fromkeys((Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC), file)
     monkeypatch.setattr(rivals, "facts_of", lambda *_: {"minutes": 1.0})
     made = Made(bundle, Effort(minutes=3.0))
-    judge = Judge(bundle.material, teacher, Reference(1.0, 1.0, True), run.threads, run.wait_seconds, run.log)
+    judge = Judge(bundle.material, teacher, Reference(1.0, 1.0, True), run.threads, run.quiet, run.log)
     alone = rivals_of(made, (), (), judge, run)
     assert [item.standing for item in alone] == ["teacher-fp32"]
     both = rivals_of(made, (), ("teacher-int8", "small-dense"), judge, run)

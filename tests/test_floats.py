@@ -24,6 +24,7 @@ from slimformer.exporters.onnx import Onnx, OnnxDraft, quantized_matrices
 from slimformer.families.base import subject_of
 from slimformer.forms.base import ProductShape
 from slimformer.log import Log
+from slimformer.measuring.machine import Quiet
 from slimformer.measuring.sessions import open_session
 from slimformer.running import rescue
 from slimformer.running.bundle import Bundle, Made, Run
@@ -154,7 +155,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Callable[[st
 
     def run(name: str) -> Run:
         (home / name).mkdir(exist_ok=True)
-        return Run(home / name, home / name, Log(home / name, quiet=True), threads=1, wait_seconds=0.0)
+        return Run(home / name, home / name, Log(home / name, quiet=True), threads=1, quiet=Quiet(0))
 
     return Bundle(subject_of(model), Plan(), prepare(task, source), subject_of(model)), run
 

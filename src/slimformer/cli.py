@@ -97,7 +97,9 @@ app = typer.Typer(
 Model = Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
-Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for a quiet machine before each timing.")]
+Wait = Annotated[
+    float, typer.Option("--wait", min=0, help="Seconds to wait in all for a quiet machine before timing; 0 does not wait.")
+]
 
 
 @app.command("compress", cls=_TaskCommand)

@@ -23,7 +23,7 @@ from slimformer.data.material import Material, subset
 from slimformer.exporters.base import Variant
 from slimformer.families.base import Subject
 from slimformer.log import Log
-from slimformer.measuring.machine import quiet
+from slimformer.measuring.machine import Quiet
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, workloads
 from slimformer.tasks.base import Split
@@ -60,7 +60,7 @@ class Latency:
         return Latency(latency(anatomy, levels.fixed_ms, table), levels.dense_fp32_ms, levels)
 
 
-def measure_levels(subject: Subject, material: Material, folder: Path, threads: int, log: Log, wait_seconds: float) -> Levels:
+def measure_levels(subject: Subject, material: Material, folder: Path, threads: int, log: Log, quiet: Quiet) -> Levels:
     """Times this model's sublayers in ONNX Runtime int8, batch 32 of validation examples; scratch files lie in `folder`."""
     anatomy, model = subject.anatomy, subject.model
     exporter = registry.find("exporters", "onnx")(agreement=0.0)  # the answers of a model cut like this are of no interest
@@ -81,7 +81,7 @@ def measure_levels(subject: Subject, material: Material, folder: Path, threads: 
         sessions = {level: open_session(file, threads) for level, file in files.items()}
         features, _ = subset(material, Split.VALIDATION, 640)
         workload = workloads(features, limit=12)[1]
-        timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet(wait_seconds))
+        timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet.load())
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
     ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}

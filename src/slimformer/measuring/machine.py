@@ -104,33 +104,64 @@ def _busy_cores() -> float:
     return float(psutil.cpu_percent(interval=1.0)) / 100 * (os.cpu_count() or 1)
 
 
-def quiet(
-    wait_seconds: float = 60.0,
-    threshold: float = 0.25,
-    *,
-    busy: Callable[[], float] = _busy_cores,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Load:
-    """Waits until others use less than `threshold` cores, and returns the load; warns if `wait_seconds` do not suffice.
+class Quiet:
+    """Waits for a quiet machine, at most `wait_seconds` in all: a run that shares one of these waits once, not before each timing.
 
-    This process sleeps while it looks, so that all it sees is other work. The load average would still count this process's own
-    training of a minute ago.
+    The machine is quiet while others use less than `threshold` cores. This process sleeps while it looks, so that it sees nothing
+    but other work; the load average would still count its own training of a minute ago.
+
+    Attributes:
+        waited: Seconds that it has waited so far.
+
+    Example:
+        >>> quiet = Quiet(wait_seconds=0)
+        >>> quiet.load().waited_seconds, quiet.left
+        (0.0, 0.0)
     """
-    start = clock()
-    while True:
-        seen = busy()
-        waited = clock() - start
-        if seen <= threshold or waited >= wait_seconds:
-            break
-        sleep(min(5.0, max(0.0, wait_seconds - waited)))
-    if seen > threshold:
-        _log.warning(
-            "the machine is busy: other work takes %.1f of %d cores after waiting %.0f s; "
-            "times are less sure, ratios are still taken in turn.",
-            seen,
-            os.cpu_count() or 1,
-            waited,
-        )
-    average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return Load(round(seen, 2), round(average, 2), round(waited, 1), seen <= threshold)
+
+    def __init__(
+        self,
+        wait_seconds: float = 60.0,
+        threshold: float = 0.25,
+        *,
+        busy: Callable[[], float] = _busy_cores,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.waited = 0.0
+        self._allowed, self._threshold, self._warned = wait_seconds, threshold, False
+        self._busy, self._clock, self._sleep = busy, clock, sleep
+
+    @property
+    def left(self) -> float:
+        """Seconds that it may still wait; 0 once it has given up."""
+        return max(0.0, self._allowed - self.waited)
+
+    def load(self) -> Load:
+        """The load just before timing, after a wait for a quiet machine if there is time left; tells the user of both."""
+        seen, start = self._busy(), self._clock()
+        waited = 0.0
+        if seen > self._threshold and self.left:
+            _log.info(
+                "the machine is busy: other work takes %.1f of %d cores. Waiting at most %.0f s for it to end, once in this run; "
+                "--wait 0 (in Python wait_seconds=0) does not wait.",
+                seen,
+                os.cpu_count() or 1,
+                self.left,
+            )
+            while seen > self._threshold and waited < self.left:
+                self._sleep(min(5.0, self.left - waited))
+                seen = self._busy()
+                waited = self._clock() - start
+            self.waited += waited
+        if seen > self._threshold and not self._warned:
+            self._warned, self._allowed = True, self.waited
+            _log.warning(
+                "the machine is busy%s: other work takes %.1f of %d cores. Models are still timed in turn, but the times are less "
+                "sure; the run goes on and does not wait again.",
+                f" still after {waited:.0f} s" if waited else "",
+                seen,
+                os.cpu_count() or 1,
+            )
+        average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+        return Load(round(seen, 2), round(average, 2), round(waited, 1), seen <= self._threshold)

@@ -17,7 +17,7 @@ import numpy as np
 from slimformer.data.batching import collate, sorted_by_length
 from slimformer.errors import RecipeError
 from slimformer.exporters.base import files_of
-from slimformer.measuring.machine import Load, environment, quiet
+from slimformer.measuring.machine import Load, Quiet, environment
 from slimformer.measuring.records import Heading, Interval, Record, Standing, today
 from slimformer.measuring.sessions import Session
 from slimformer.measuring.timing import Rounds, Timing, compare, model_inputs, ratio, workloads
@@ -215,11 +215,12 @@ def measure(
 ) -> Measurement:
     """Scores and times the entries side by side; loss and speed are against the first one, the baseline.
 
-    The budget of `rounds` is for each of the two workloads. `load` is what `quiet()` returned; without it, it is called here.
+    The budget of `rounds` is for each of the two workloads. `load` is that of the machine just before; without it, a new
+    `Quiet` waits here.
     RecipeError if the models cut the examples into different numbers of rows.
     """
     scored = {entry.name: Scored.of(entry, evaluate(entry.session.runner, entry.features), examples) for entry in entries}
-    timings = _time(entries, rounds, load or quiet())
+    timings = _time(entries, rounds, load or Quiet().load())
     rivals = [entry.name for entry in entries if Standing(entry.role).is_rival]
     against = {entry.name: rivals if entry.role == Standing.OURS else [] for entry in entries}
     baseline = entries[0].name

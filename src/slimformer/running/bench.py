@@ -22,7 +22,7 @@ from slimformer.data.batching import collate, in_order
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.exporters.base import FILES, OPENVINO, Variant, variant_of
-from slimformer.measuring.machine import Load, cores, quiet
+from slimformer.measuring.machine import Load, Quiet, cores
 from slimformer.measuring.records import Facts, FileFacts, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session
@@ -77,7 +77,8 @@ def bench(
         max_length: Tokens that an input may have; by default as many as the first folder was made with, or as every model can take.
         rounds: Each batch is timed at most so often.
         seconds: The time for each of the two workloads, batch 1 and batch 32.
-        wait_seconds: It waits at most so long, in seconds, until nothing else runs, unless a `load` that was measured before is given.
+        wait_seconds: It waits at most so long, in seconds, until nothing else runs; 0 does not wait.
+        load: The load of the machine, if it is known; then it does not wait.
         seed: The seed of the bootstrap.
 
     Raises:
@@ -114,7 +115,7 @@ def bench(
             examples,
             Heading(entries[0].name, registry.name_of(task)),
             rounds=Rounds(rounds, seconds=seconds),
-            load=load or quiet(wait_seconds),
+            load=load or Quiet(wait_seconds).load(),
             seed=seed,
         )
 

@@ -11,6 +11,7 @@ from slimformer.data.material import Material
 from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.log import Log
+from slimformer.measuring.machine import Quiet
 from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Split
 from slimformer.training.runstate import features_digest
@@ -69,7 +70,7 @@ class Run:
     seed: int = 17
     threads: int = 2
     levels: Levels | None = None  # a latency table that a recipe carries; without it one is measured when a budget needs it
-    wait_seconds: float = 60.0  # before each timing it waits at most so long until nothing else runs
+    quiet: Quiet = field(default_factory=Quiet)  # all timings of a run share it, so that the run waits once
     cache: Path | None = None  # a folder that runs with one teacher share; without it they use `root`
     memo: dict[str, Any] = field(default_factory=dict)  # methods keep here what they compute once a run: see Context.memo
 

@@ -13,7 +13,6 @@ from slimformer import registry
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Variant
 from slimformer.files import whole_folder, write_text
-from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Facts, FileFacts, Goal, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session, runtime_for
@@ -66,7 +65,7 @@ def finish(candidate: Candidate, order: Order, judge: Judge, run: Run, out: Path
         made.bundle.material.examples[Split.DEV],
         Heading(order.model_name, order.task_name),
         rounds=Rounds(30, seconds=bench.seconds),
-        load=quiet(run.wait_seconds),
+        load=run.quiet.load(),
         seed=run.seed,
     )
     measured = [

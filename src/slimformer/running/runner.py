@@ -15,7 +15,7 @@ from slimformer.errors import OutputError, RecipeError
 from slimformer.files import claim, remove_folder
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
-from slimformer.measuring.machine import cores
+from slimformer.measuring.machine import Quiet, cores
 from slimformer.measuring.scoring import Measurement
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
@@ -67,7 +67,7 @@ def run(
         log: By default the lines go to Python's logger `slimformer` and to `out`/log.jsonl; `show_log` prints them.
         command: The command line that the page shows.
         threads: How many threads each timing uses; all cores by default.
-        wait_seconds: Before each timing it waits at most so long, in seconds, until nothing else runs on the machine.
+        wait_seconds: It waits at most so long in all, in seconds, until nothing else runs on the machine; 0 does not wait.
         cache: A folder for the teacher's outputs, its exported files and their scores. Other runs with the same teacher and rows
             read them there. It may grow to gigabytes, and it is never removed.
 
@@ -140,7 +140,7 @@ def open_run(folder: Path, purpose: str, seed: int, conditions: Conditions, leve
             seed=seed,
             threads=conditions.threads or cores(),
             levels=levels,
-            wait_seconds=conditions.wait_seconds,
+            quiet=Quiet(conditions.wait_seconds),
             cache=None if cache is None else Path(cache),
         )
 

@@ -25,7 +25,6 @@ from slimformer.exporters.base import Variant
 from slimformer.families.base import family_of, subject_of
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
-from slimformer.measuring.machine import quiet
 from slimformer.measuring.records import Goal
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
@@ -378,7 +377,7 @@ class _Scale:
             }
             features, _ = subset(material, Split.VALIDATION, 640)
             workload = workloads(features, limit=20)[1]
-            timings = compare(sessions, workload, Rounds(40, seconds=8.0), quiet(run.wait_seconds))
+            timings = compare(sessions, workload, Rounds(40, seconds=8.0), run.quiet.load())
         speed = ratio(timings["dense"], timings["ours"]).median
         if speed < wanted / 1.1 and all(site.sublayer is None for site in small.anatomy.sites.values()):
             raise _out_of_reach(wanted, speed)

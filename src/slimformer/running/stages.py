@@ -271,7 +271,7 @@ def latency_of(subject: Subject, material: Material, run: Run) -> Latency:
 
     def measure() -> Levels:
         run.log.say("timing what heads and neurons cost on this machine.")
-        return measure_levels(subject, material, run.root, run.threads, run.log, run.wait_seconds)
+        return measure_levels(subject, material, run.root, run.threads, run.log, run.quiet)
 
     return Latency.of(subject.anatomy, remembered(file, measure, Levels))
 

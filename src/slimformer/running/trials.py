@@ -64,7 +64,7 @@ class Judge:
     teacher: Mapping[str, Path]
     reference: Reference
     threads: int
-    wait_seconds: float
+    quiet: machine.Quiet
     log: Log
 
     def loss_of(self, session: Session) -> tuple[float, float]:
@@ -83,7 +83,7 @@ class Judge:
         sessions = {variant: open_session(path, self.threads) for variant, path in files.items()}
         losses = {name: self.loss_of(session) for name, session in sessions.items()}
         sessions["teacher"] = open_session(self.teacher[Variant.FUSED], self.threads)
-        load = machine.quiet(self.wait_seconds)
+        load = self.quiet.load()
         speeds: dict[str, list[float]] = {name: [] for name in sessions}
         features, _ = subset(self.material, Split.VALIDATION, 640)
         for workload in workloads(features, limit=20)[::-1]:
@@ -119,7 +119,7 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
 
     with teacher_turn(fused.parent, run):
         validation, seen = remembered(kept, scores, list[float])
-    return Judge(material, files, Reference(validation, seen, bundle.tuned_here), run.threads, run.wait_seconds, run.log)
+    return Judge(material, files, Reference(validation, seen, bundle.tuned_here), run.threads, run.quiet, run.log)
 
 
 def _score(session: Session, material: Material, split: Split) -> float:
