@@ -201,7 +201,7 @@ def test_a_stage_trains_on_the_copies_too(tmp_path: Path):
 
 def test_options_that_make_no_sense_are_refused(tmp_path):
     for options, message in (
-        ({"augment": -1}, "augment must be 0 or above, got -1"),
+        ({"augment": -1}, "augment must be from 0 to a billion, got -1"),
         ({"augment_model": "x"}, "augment_model says how words are replaced: set augment too"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -82,7 +82,7 @@ stages:
         "seed: must be a whole number from 0",
         "stages[0].train.epoch: unknown option; did you mean 'epochs'?",
         "stages[1].calibrate.method: 'gates' has to train",
-        "stages[2].train.lr must be 0 or above, and finite, got -1.0",
+        "stages[2].train.lr must be from 0 to a billion, got -1.0",
         "stages[2].train.methods[0]: 'fisher' looks once",
         "stages[2].train.methods[1].use: there is no 'distilation'; did you mean 'distillation'?",
         "stages[2].train.methods[2].kep: unknown option; did you mean 'keep'?",
@@ -110,14 +110,59 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     assert recipe.task.data == str(tmp_path / "data.tsv")
 
 
+NINE_TO_THE_NINTH = b"a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (number, number, b",".join([b"*a%d" % (number - 1)] * 9)) for number in range(1, 9)
+)
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe", "cannot read"), (b"a: [", "is not YAML"), (b"- 1", "must be a mapping")]
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "cannot read"),
+        (b"a: [", "line 1 is not YAML"),
+        (b"- 1", "must be a mapping"),
+        (b"model: m\nseed: 2024-13-01", "is not YAML: month must be in 1..12"),
+        (b"seed: !!int x", "is not YAML"),
+        (b"seed: " + b"9" * 5000, "is not YAML"),
+        (b"[" * 2000 + b"]" * 2000, "nested too deeply"),
+        (b"model: a\nmodel: b", "line 1 is not YAML: the key 'model' stands twice"),
+        (b"a: &a [*a]", "expands to inf values"),
+        (NINE_TO_THE_NINTH, "by its aliases"),
+        (b"x: 1\n" + b"#" * (1 << 20), "it has 1,048,581 bytes"),
+        (b"model: !!python/object/apply:os.system [id]", "is not YAML"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, content, message):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         read_recipe(file)
+
+
+def test_an_anchor_that_two_stages_share_is_read(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: m\ntask: intents\nstages: [train: &t {epochs: 2, methods: [distillation]}, train: {<<: *t, lr: 1e-4}]\n"
+    )
+    first, second = read_recipe(file).stages
+    assert (first.epochs, second.epochs, second.lr, second.methods) == (2, 2, 1e-4, first.methods)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", ".", "missing.yaml", "a" * 5000, "nul\0.yaml"])
+def test_a_recipe_that_is_no_file_is_refused_before_it_is_read(name):
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        read_recipe(name)
+
+
+def test_a_method_written_like_a_stage_and_a_missing_model_are_told_with_the_other_mistakes(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: ../my-bertt\ntask: intents\nstages: [train: {methods: [gates: {keep: 0.5}]}]\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(file)
+    assert caught.value.facts == (
+        "stages[0].train.methods[0]: needs use, the name of one of the methods; write {use: gates, keep: 0.5}",
+        "model: '../my-bertt' does not exist",
+    )
 
 
 PLAIN = st.recursive(

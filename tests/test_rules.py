@@ -27,10 +27,10 @@ class Options:
 def test_all_mistakes_are_told_together_each_with_its_field():
     wrong = Options(keep=0, examples=1.5, rate=math.inf, block=(8, 0), bits=5, kind="row", parts=(), flag=1)  # type: ignore[arg-type]
     assert mistakes_in(wrong) == [
-        "keep must be above 0 and at most 1, or null, got 0",
-        "examples must be at least 1, got 1.5",
-        "rate must be above 0, and finite, got inf",
-        "block must be at least 1, or two such numbers, got 8, 0",
+        "keep must be above 0, a millionth or more, and at most 1, or null, got 0",
+        "examples must be from 1 to a billion, got 1.5",
+        "rate must be above 0 and at most a billion, got inf",
+        "block must be from 1 to a billion, or two such numbers, got 8, 0",
         "bits must be 8, 6 or 4 bits, got 5",
         "kind must be rows or columns, got 'row'",
         "parts must be some of a, b, got none",

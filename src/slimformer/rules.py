@@ -23,6 +23,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from slimformer.errors import readable, shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -49,36 +51,43 @@ def one_of(*values: Any, unit: str = "") -> Rule:
     return Rule(says, lambda value: any(isinstance(value, type(item)) and value == item for item in values), ("?", None))
 
 
-def some_of(*values: str) -> Rule:
-    """A rule for a tuple of one or more of these words."""
+def some_of(*values: str, none: bool = False) -> Rule:
+    """A rule for a tuple of one or more of these words; `none`: it may be empty too."""
 
     def holds(chosen: Any) -> bool:
-        return isinstance(chosen, tuple) and bool(chosen) and all(item in values for item in chosen)
+        return isinstance(chosen, tuple) and (none or bool(chosen)) and all(item in values for item in chosen)
 
-    return Rule(f"some of {', '.join(values)}", holds, ((), ("?",)))
+    return Rule(f"some of {', '.join(values)}{', or none' if none else ''}", holds, (("?",), "?") if none else ((), ("?",)))
 
 
 _RULES: dict[type[Any], Mapping[str, Rule]] = {}  # of each class that was asked for
 
 FLAG = Rule("true or false", lambda value: isinstance(value, bool), ("?", None, 2))
 
-Share = Annotated[float, real_number("above 0 and at most 1", lambda value: 0 < value <= 1, 0.0, 1.1)]
+# Numbers end at a billion, and shares of a model at a millionth: nothing sensible lies beyond, and float32 overflows there.
+MOST = 1e9
+Share = Annotated[
+    float, real_number("above 0, a millionth or more, and at most 1", lambda value: 1e-6 <= value <= 1, 0.0, 1e-300, 1.1)
+]
 Fraction = Annotated[float, real_number("from 0 to 1", lambda value: 0 <= value <= 1, -0.1, 1.1)]
 ProperFraction = Annotated[float, real_number("0 or above, and below 1", lambda value: 0 <= value < 1, -0.1, 1.0)]
 Probability = Annotated[float, real_number("between 0 and 1", lambda value: 0 < value < 1, 0.0, 1.0)]
-Positive = Annotated[float, real_number("above 0, and finite", lambda value: value > 0, 0.0, math.inf)]
-NotNegative = Annotated[float, real_number("0 or above, and finite", lambda value: value >= 0, -1.0, math.inf)]
-Finite = Annotated[float, real_number("a finite number", lambda _: True, math.inf)]
-Count = Annotated[int, whole_number("at least 1", lambda value: value >= 1, 0)]
+Positive = Annotated[float, real_number("above 0 and at most a billion", lambda value: 0 < value <= MOST, 0.0, 1e300, math.inf)]
+NotNegative = Annotated[float, real_number("from 0 to a billion", lambda value: 0 <= value <= MOST, -1.0, 1e300, math.inf)]
+Count = Annotated[int, whole_number("from 1 to a billion", lambda value: 1 <= value <= MOST, 0, 10**30)]
 CountOrPair = Annotated[
     int | tuple[int, int],
     Rule(
-        "at least 1, or two such numbers",
-        lambda value: all(_is(item, Integral) and item >= 1 for item in _pair(value)),
-        (0, (8, 0), (8,), 1.5, "?", None),
+        "from 1 to a billion, or two such numbers",
+        lambda value: all(_is(item, Integral) and 1 <= item <= MOST for item in _pair(value)),
+        (0, 10**30, (8, 0), (8,), 1.5, "?", None),
     ),
 ]
-CountOrZero = Annotated[int, whole_number("0 or above", lambda value: value >= 0, -1)]
+CountOrZero = Annotated[int, whole_number("from 0 to a billion", lambda value: 0 <= value <= MOST, -1, 10**30)]
+# numpy and torch take such seeds.
+Seed = Annotated[int, whole_number("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32, -1, 2**32)]
+Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value <= 100, -0.1, 100.1)]  # of a metric
+Seconds = Annotated[float, real_number("above 0 and at most 86400", lambda value: 0 < value <= 86400, 0.0, 86401.0)]  # a day
 
 
 def check_options(options: Any) -> None:
@@ -148,5 +157,5 @@ def _listed(values: tuple[Any, ...], word: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "none"
-    return repr(value)
+        return readable(", ".join(map(str, value[:9])) + (", ..." if len(value) > 9 else "") or "none", 80)
+    return shown(value)

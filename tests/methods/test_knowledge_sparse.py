@@ -343,7 +343,7 @@ def test_what_it_leaves_keeps_its_zeros_in_the_next_stage(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0}, "keep must be above 0 and at most 1, or null, got 0"),
+        ({"keep": 0}, "keep must be above 0, a millionth or more, and at most 1, or null, got 0"),
         ({"keep": 1.5}, "keep must be above 0"),
         ({"keep": float("nan")}, "keep must be above 0"),
         ({"keep": 0.05, "pattern": "2:4"}, r"keep must be 0\.5 with the pattern 2:4"),
@@ -352,7 +352,7 @@ def test_what_it_leaves_keeps_its_zeros_in_the_next_stage(tmp_path):
         ({"pattern": "1 x 4"}, "pattern must be"),
         ({"scope": "layer"}, "scope must be"),
         ({"score": "movement"}, "score must be"),
-        ({"updates": 0}, "updates must be at least 1"),
+        ({"updates": 0}, "updates must be from 1 to a billion"),
         ({"cooldown": 1}, "cooldown must be"),
         ({"dampening": 0}, "dampening must be above 0"),
         ({"score": "fisher", "pattern": "1x6"}, "fisher_block must be a multiple of the 6 columns"),

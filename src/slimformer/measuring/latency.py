@@ -26,6 +26,7 @@ from slimformer.log import Log
 from slimformer.measuring.machine import Quiet
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, workloads
+from slimformer.rules import NotNegative, Positive, check_options
 from slimformer.tasks.base import Split
 
 SHARES = (1.0, 0.5, 0.25, 0.08, 0.0)  # levels of each kind, as shares of its units
@@ -39,10 +40,16 @@ class Levels:
     `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32.
     """
 
-    fixed_ms: float
-    dense_fp32_ms: float
+    fixed_ms: NotNegative
+    dense_fp32_ms: Positive
     heads: Mapping[int, float]
     neurons: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name, times in (("heads", self.heads), ("neurons", self.neurons)):
+            if not times or not all(0 <= units <= 1e9 and 0 <= ms <= 1e9 for units, ms in times.items()):
+                raise ValueError(f"{name} must hold a time in milliseconds, from 0 on, for each number of units")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, cast, final
+from typing import Annotated, Any, Literal, cast, final
 
 import numpy as np
 import torch
@@ -41,11 +41,14 @@ from slimformer.errors import TargetError
 from slimformer.hooks.gating import gated
 from slimformer.methods._schedules import linear_ramp
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
-from slimformer.rules import Count, Finite, Fraction, NotNegative, Positive, Share
+from slimformer.rules import Count, Fraction, NotNegative, Positive, Share, real_number
 
 NEAR = 0.04  # share of the dense cost; a note warns if the expected cost ends further above `keep` than this
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # Louizos et al., section 2.2
 _SHIFT = BETA * math.log(-LOW / HIGH)
+
+
+LogAlpha = Annotated[float, real_number("from -20 to 20", lambda value: abs(value) <= 20, 20.1)]  # beyond, a gate never moves
 
 
 @final
@@ -76,7 +79,7 @@ class Gates(Method):
     lambda_neurons: NotNegative = 1.0
     lr: Positive = 0.1  # of log alpha: the best of three in the paper
     multiplier_lr: NotNegative = 0.05
-    start: Finite = 2.5  # log alpha
+    start: LogAlpha = 2.5
     ramp: Fraction = 0.5  # share of the training over which the goal comes down, or the penalties rise
     neuron_multiple: Count = 16
     sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them

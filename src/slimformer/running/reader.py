@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os.path
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from slimformer import registry
-from slimformer.errors import RecipeError, SlimformerError, nearest
+from slimformer.errors import RecipeError, SlimformerError, nearest, readable, shown
 from slimformer.measuring.latency import Levels
+from slimformer.rules import rules_of
 from slimformer.running.order import conflicts
 from slimformer.running.recipe import Bench, Export, Recipe
+from slimformer.saving.hub import HUB_MODEL
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
+
+SEED = rules_of(Recipe)["seed"]
+MOST_BYTES = 1 << 20  # of a recipe file
+MOST_VALUES = 100_000  # of a recipe, each alias counted as often as it is used
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -30,23 +38,69 @@ def read_recipe(path: str | Path) -> Recipe:
         >>> read_recipe("recipe.yaml").stages[0].epochs
         2.0
     """
+    file = Path(path)
+    data = _yaml(_text(file), file)
+    return parse_recipe(data, where=str(file), base=file.parent)
+
+
+def _text(file: Path) -> str:
+    try:
+        facts = os.stat(file)
+        if stat.S_ISREG(facts.st_mode) and facts.st_size <= MOST_BYTES:
+            return file.read_bytes().decode("utf-8-sig")
+        reason = "it is not a file" if not stat.S_ISREG(facts.st_mode) else f"it has {facts.st_size:,} bytes"
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8: {error.reason} at byte {error.start}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+    raise RecipeError(f"cannot read the recipe {file}: {reason}.", help="name a YAML file.") from None
+
+
+def _yaml(text: str, file: Path) -> Any:
+    """What a YAML text holds. A key that stands twice, and aliases that expand to more than memory holds, are refused."""
     import yaml
 
-    file = Path(path)
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+            if twice is not None:
+                raise yaml.MarkedYAMLError(None, None, f"the key '{twice}' stands twice", node.start_mark)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {file}: {error}.", help="name a YAML file.") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not YAML: {str(error).splitlines()[0]}", help="check its indentation.") from None
-    return parse_recipe(data, where=str(file), base=file.parent)
+        data = yaml.load(text, Loader)  # a SafeLoader
+        values = _count(data, {})
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{file}{where} is not YAML: {error.problem or error.context}.", help="correct that line.") from None
+    except RecursionError:
+        raise RecipeError(f"{file} is nested too deeply.", help="docs/concepts.md shows a recipe.") from None
+    except Exception as error:  # values such as 2024-13-01 and !!int x end in errors of Python's own types
+        raise RecipeError(
+            f"{file} is not YAML: {error}.", help="put text that looks like a date or a number in quotes."
+        ) from None
+    if values > MOST_VALUES:
+        raise RecipeError(f"{file} expands to {values:.3g} values by its aliases.", help="write the recipe without aliases.")
+    return data
+
+
+def _count(data: Any, known: dict[int, float]) -> float:
+    """How many values plain data holds, each time that it is reached; time is linear in what is stored. Circles are endless."""
+    if not isinstance(data, (dict, list, tuple, set)):
+        return 1
+    if id(data) not in known:
+        known[id(data)] = float("inf")
+        items = [*data.keys(), *data.values()] if isinstance(data, dict) else data
+        known[id(data)] = 1 + sum(_count(item, known) for item in items)
+    return known[id(data)]
 
 
 def parse_recipe(data: Any, *, where: str = "recipe", base: Path | None = None) -> Recipe:
     """A recipe from plain data, as YAML gives it; RecipeError lists all mistakes, each with its place under `where`."""
-    reader = _Reader(base or Path())
+    reader = _Reader(base or Path(), found=base is not None)
     recipe = reader.recipe(data)
     if reader.mistakes:
         count = len(reader.mistakes)
@@ -59,14 +113,30 @@ def parse_recipe(data: Any, *, where: str = "recipe", base: Path | None = None) 
     return recipe
 
 
+def _as_use(data: Any, kind: str) -> str:
+    """How to write {gates: {keep: 0.5}}, which looks like a stage."""
+    name, options = next(iter(data.items())) if isinstance(data, Mapping) and len(data) == 1 else (None, None)
+    if name not in registry.names(kind) or not isinstance(options, Mapping | None):
+        return ""
+    return "; write " + readable(
+        "{" + ", ".join(f"{key}: {value}" for key, value in {"use": name, **(options or {})}.items()) + "}"
+    )
+
+
+def _takes_bool(hint: Any) -> bool:
+    """Whether a field of this type may be true or false; pydantic would read true as 1."""
+    return hint in (bool, Any) or any(_takes_bool(inner) for inner in get_args(hint))
+
+
 EVERY_EXPORT = ("to", "choose_within", "values", "openvino")  # these options of `export` suit every exporter
 
 
 class _Reader:
     """Reads plain data, collecting mistakes with their places instead of stopping at the first."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, found: bool = False) -> None:
         self.base = base
+        self.found = found  # in a file, whose paths can be looked for
         self.mistakes: list[str] = []
 
     def recipe(self, data: Any) -> Recipe | None:
@@ -82,14 +152,17 @@ class _Reader:
                 self.mistakes.append(f"{key}: missing")
         for key in ("model", "teacher"):
             if key in data and not isinstance(data[key], str):
-                self.mistakes.append(f"{key}: must be a path, not {data[key]!r}")
+                self.mistakes.append(f"{key}: must be a path, not {shown(data[key])}")
         seed = data.get("seed", 17)
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            self.mistakes.append(f"seed: must be a whole number from 0, not {seed!r}")
+        if not SEED.holds(seed):
+            self.mistakes.append(f"seed: must be {SEED.says}, not {shown(seed)}")
         task = self.named(data["task"], "tasks", "task") if "task" in data else None
         latency = self.build(Levels, data["latency"], "latency") if "latency" in data else None
         stages, export, bench = self.stages(data.get("stages", []))
         if self.mistakes or task is None:
+            self.mistakes += [
+                f"{key}: {shown(data[key])} does not exist" for key in ("model", "teacher") if self.lacks(data.get(key))
+            ]
             return None
         teacher = self.path(data["teacher"]) if "teacher" in data else None
         return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench, latency)
@@ -97,7 +170,11 @@ class _Reader:
     def path(self, name: str) -> str:
         """A path as it is seen from the recipe's folder; a name that is no path there stays as it is."""
         beside = self.base / name
-        return str(beside) if not Path(name).is_absolute() and beside.exists() else name
+        return str(beside) if not Path(name).is_absolute() and os.path.exists(beside) else name
+
+    def lacks(self, name: Any) -> bool:
+        """Whether a model is named by a path that does not exist. It is asked only if there are other mistakes to tell it with."""
+        return self.found and isinstance(name, str) and not HUB_MODEL.fullmatch(name) and not os.path.exists(self.path(name))
 
     def stages(self, data: Any) -> tuple[list[Stage], Export, Bench]:
         found: list[Stage] = []
@@ -156,7 +233,9 @@ class _Reader:
         """The options of an exporter stand beside those of every export: each is checked by the class that it belongs to."""
         name = options.get("to", "onnx") if isinstance(options, Mapping) else "onnx"
         if name not in registry.names("exporters"):
-            self.mistakes.append(f"{place}.to: there is no '{name}'; {nearest(str(name), registry.names('exporters'))}")
+            self.mistakes.append(
+                f"{place}.to: there is no {shown(name)}; {nearest(readable(str(name)), registry.names('exporters'))}"
+            )
             return None
         if name == "onnx":
             export: Export | None = self.build(Export, options, place)
@@ -181,7 +260,7 @@ class _Reader:
         if isinstance(data, str):
             data = {"use": data}
         if not isinstance(data, Mapping) or not isinstance(data.get("use"), str):
-            self.mistakes.append(f"{place}: needs use, the name of one of the {kind}")
+            self.mistakes.append(f"{place}: needs use, the name of one of the {kind}{_as_use(data, kind)}")
             return None
         name = data["use"]
         if name not in registry.names(kind):
@@ -199,19 +278,26 @@ class _Reader:
 
         options = {} if options is None else options
         if not isinstance(options, Mapping):
-            self.mistakes.append(f"{place}: must be a mapping of options, not {options!r}")
+            self.mistakes.append(f"{place}: must be a mapping of options, not {shown(options)}")
             return None
         known = [entry.name for entry in dataclasses.fields(cls) if entry.name not in {"methods", "method", "options"}]
         unknown = [key for key in options if key not in known]
         self.mistakes += [f"{place}.{key}: unknown option; {nearest(str(key), known)}" for key in unknown]
-        if unknown:
+        hints = get_type_hints(cls)
+        truths = (
+            [key for key, value in options.items() if isinstance(value, bool) and not _takes_bool(hints[key])]
+            if not unknown
+            else []
+        )
+        self.mistakes += [f"{place}.{key}: must be a number or text, not {str(options[key]).lower()}" for key in truths]
+        if unknown or truths:
             return None
         try:
             return TypeAdapter(cls).validate_python(dict(options))
         except ValidationError as error:
             for item in error.errors():
                 path = "".join(f".{part}" for part in item["loc"])
-                given = f", not {item['input']!r}" if item["loc"] else ""
+                given = f", not {shown(item['input'])}" if item["loc"] else ""
                 self.mistakes.append(f"{place}{path}: {item['msg'].removeprefix('Value error, ')}{given}")
         except RecipeError as error:  # each of its facts begins with the name of an option
             self.mistakes += [f"{place}.{fact}" for fact in error.facts] or [f"{place}: {error.what}"]

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from slimformer import registry
-from slimformer.errors import nearest
+from slimformer.errors import RecipeError, nearest
 from slimformer.measuring.latency import Levels
 from slimformer.options import changed_options, named_options
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
+from slimformer.rules import Points, Seconds, Seed, check_options, mistakes_in, some_of
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task
 from slimformer.training.stage import Calibrate, Stage, Train
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 RivalName = Literal["teacher-int8", "small-dense", "openvino-int8"]
 RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8")
+Rivals = Annotated[tuple[RivalName, ...], some_of(*RIVALS, none=True)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Export:
     """
 
     to: str = "onnx"
-    choose_within: float = 1.0
+    choose_within: Points = 1.0
     calibration: Calibration = "least_squares"
     percentile: float = 99.99
     reduce_range: bool = False
@@ -79,6 +81,7 @@ class Export:
             raise ValueError("openvino: its file is made from the ONNX file; export to onnx")
         check_calibration(self.calibration)
         check_percentile(self.percentile)
+        check_options(self)
 
     def exporter(self) -> Exporter:
         """The exporter with these options. It refuses no int8 file: each is judged by what it loses on validation examples."""
@@ -114,10 +117,13 @@ class Bench:
         False
     """
 
-    rivals: tuple[RivalName, ...] = RIVALS
-    seconds: float = 60.0
+    rivals: Rivals = RIVALS
+    seconds: Seconds = 60.0
     openvino: bool = False
     fused: bool = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,15 @@ class Recipe:
     task: Task
     stages: tuple[Stage, ...]
     teacher: str | None = None
-    seed: int = 17
+    seed: Seed = 17
     export: Export = Export()
     bench: Bench = Bench()
     latency: Levels | None = None
+
+    def __post_init__(self) -> None:
+        wrong = mistakes_in(self)
+        if wrong:
+            raise RecipeError("this recipe cannot be used.", facts=wrong, help="correct these values.")
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as plain data; `parse_recipe` gives it back."""

@@ -28,14 +28,14 @@ from slimformer.log import Log
 from slimformer.measuring.records import Goal
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
-from slimformer.rules import Count, CountOrZero, Positive, mistakes_in, real_number
+from slimformer.rules import Count, Points, Positive, Seed, mistakes_in, real_number
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
 from slimformer.running.delivery import Order, finish
 from slimformer.running.exports import export_files
 from slimformer.running.preflight import check_kept, preflight
 from slimformer.running.prepare import prepare_bundle
-from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName
+from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
 from slimformer.running.runner import Conditions, Outcome, model_name, open_run
 from slimformer.running.stages import Clock, advance, context_of, latency_of, training_of
@@ -59,7 +59,6 @@ MOST_COPIES = 4
 
 
 Speedup = Annotated[float, real_number("above 1 and at most 100", lambda value: 1 < value <= 100, 1.0, 101.0)]
-Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value <= 100, -0.1, 101.0)]
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,15 @@ class Wanted:
     epochs: Positive | None = None
     lr: Positive | None = None
     batch_size: Count = 32
-    seed: CountOrZero = 17
+    seed: Seed = 17
     tries: Count = TRIES
-    rivals: tuple[RivalName, ...] = RIVALS
+    rivals: Rivals = RIVALS
 
     def __post_init__(self) -> None:
         for name in ("speedup", "max_loss", "epochs", "lr"):  # 2 and 2.0 are the same, also in the purpose of a folder
             if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, float(getattr(self, name)))
-        wrong = [mistake for mistake in mistakes_in(self) if not mistake.startswith("rivals")]
+        wrong = mistakes_in(self)
         if wrong:
             raise RecipeError("these options cannot be used.", facts=wrong, help="see `slimformer compress --help`.")
 
