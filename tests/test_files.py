@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -160,3 +163,36 @@ def test_a_folder_whose_removal_is_killed_is_gone_all_the_same(tmp_path, monkeyp
     remove_folder(tmp_path / "work")  # nothing to remove
     with claim(tmp_path, "x"):
         assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".part-")] == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_has_one_run_at_work_and_a_killed_one_is_forgotten(tmp_path, monkeypatch, code):
+    def without(*_):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with claim(tmp_path, "x"), pytest.raises(OutputError, match="another run is at work"), claim(tmp_path, "x"):
+        pass
+    with claim(tmp_path, "x"):
+        pass
+    command = "import fcntl, os, errno\ndef without(*_): raise OSError(errno.ENOLCK, '')\nfcntl.flock = without\n"
+    command += (
+        f"from slimformer.files import claim\nwith claim(__import__('pathlib').Path({str(tmp_path)!r}), 'x'): os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 9
+    with claim(tmp_path, "x"):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{" * 10, '{"a":' * 10_000, "", "\x00"])
+def test_a_mark_that_cannot_be_read_is_that_of_another_run(tmp_path, content):
+    (tmp_path / ".slimformer").write_text(content, encoding="utf-8")
+    with pytest.raises(OutputError, match="belongs to another run"), claim(tmp_path, "x"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"(cannot write|is a file)"), claim(tmp_path / name, "x"):
+        pass

@@ -130,6 +130,10 @@ _REASONS = {
     errno.EACCES: ("writing is not permitted", "choose another --out, or change the folder's permissions."),
     errno.EROFS: ("the disk is read-only", "choose another --out."),
     errno.ENOTDIR: ("a part of the path is a file", "choose another --out."),
+    errno.EEXIST: ("there is a file of that name", "choose another --out."),
+    errno.EISDIR: ("there is a folder of that name", "choose another --out."),
+    errno.ENAMETOOLONG: ("the name is too long", "choose another --out."),
+    errno.ENOENT: ("the folder is gone", "choose another --out, or start again."),
 }
 
 

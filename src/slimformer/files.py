@@ -6,19 +6,26 @@ OutputError; a killed run leaves at most a hidden temporary that the next run re
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slimformer.errors import OutputError, output_errors
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _OWNED = ".slimformer"  # every folder that slimformer makes has this file, which names the purpose
 
 
@@ -136,11 +143,12 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
 
     `purpose` names what the run does ("compress ./my-bert"); the same purpose may come back and resume, another one may not.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file.", help="choose another --out.")
     mark = folder / _OWNED
-    if folder.is_dir() and not mark.exists() and not all(_is_ours(item.name) for item in folder.iterdir()):
-        raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
+    with output_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file.", help="choose another --out.")
+        if folder.is_dir() and not mark.exists() and not all(_is_ours(item.name) for item in folder.iterdir()):
+            raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
     with in_turn(folder, lambda: _refuse(folder)):
         if mark.exists():
             _same_purpose(folder, mark, purpose)
@@ -152,13 +160,13 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
 
 def _is_ours(name: str) -> bool:
     """Whether a run that was killed before it left its mark could have made a file of that name."""
-    return name == ".lock" or name.startswith(".part-")
+    return name in {".lock", ".lock.soft"} or name.startswith(".part-")
 
 
 def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
     try:
         found = str(json.loads(mark.read_text(encoding="utf-8"))["purpose"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = "something unreadable"
     if found != purpose:
         raise OutputError(
@@ -172,22 +180,36 @@ def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
 def in_turn(folder: Path, taken: Callable[[], None]) -> Iterator[None]:
     """Owns a folder while the block lasts. If another process owns it, calls `taken`, which may raise, and waits for it.
 
-    The operating system drops the lock with the process, `kill -9` included.
+    The operating system drops the lock with the process, `kill -9` included. Some network file systems have no locks; there a
+    file that names host and process stands in, and a process of this host that is gone no longer counts.
     """
-    from filelock import FileLock, Timeout  # its import takes as long as everything else that --help needs
-
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = _acquired(folder / ".lock", taken)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _acquired(file: Path, taken: Callable[[], None]) -> BaseFileLock:
+    from filelock import FileLock, SoftFileLock, Timeout  # its import takes as long as everything else that --help needs
+
+    def acquire(lock: BaseFileLock) -> BaseFileLock:
         try:
             lock.acquire(blocking=False)
         except Timeout:
             taken()
             lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        return lock
+
+    try:
+        return acquire(FileLock(file, fallback_to_soft=False))
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+    _log.info("the file system of %s has no locks: %s.soft names who is at work there.", file.parent, file.name)
+    return acquire(SoftFileLock(f"{file}.soft"))
 
 
 def _refuse(folder: Path) -> None:
