@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from slimformer.data import tokenizer_files
 from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
-from slimformer.errors import ModelError
+from slimformer.data.tokenizer_files import write_tokenizer
+from slimformer.errors import ExtraError, ModelError, RecipeError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s"]
 
@@ -121,3 +123,199 @@ def test_cutting_gives_the_tokenizers_own_settings_back() -> None:
     with cutting(plain, 2):
         pass
     assert (plain.truncation, plain.padding) == (None, None)
+
+
+CASED = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film", "Good", "Film", "##s"]
+BERT = {"model_type": "bert", "vocab_size": len(CASED)}
+
+
+def pieces(
+    folder: Path, *, lower: bool = False, template: bool = True, vocabulary: list[str] = CASED, **changes: object
+) -> Path:
+    """A folder with a WordPiece tokenizer.json, some of its parts changed."""
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if template:
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    data = json.loads(tokenizer.to_str()) | changes
+    return write(folder, tokenizer=data, config=BERT)
+
+
+BOTH = {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}
+FILMS = {"content": "films", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
+
+
+@pytest.mark.parametrize(
+    ("parts", "config", "agree"),
+    [
+        ({}, BOTH, True),
+        ({"lower": True}, {"tokenizer_class": "BertTokenizerFast"}, True),
+        ({}, {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": True}, True),
+        ({"lower": True}, BOTH, False),
+        ({}, BOTH | {"do_lower_case": True}, False),
+        ({}, {}, False),  # transformers takes the class of the model type, and lower-cases
+        ({"template": False}, BOTH, False),
+        ({}, BOTH | {"tokenizer_class": "DistilBertTokenizer", "do_lower_case": True}, False),
+        ({}, BOTH | {"added_tokens_decoder": {"10": FILMS}}, False),
+    ],
+)
+def test_the_ids_are_those_of_auto_tokenizer_and_a_disagreement_is_told(
+    tmp_path: Path, parts: dict, config: dict, agree: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
+    write(pieces(tmp_path, **parts), tokenizer_config=config)
+    write(tmp_path, config=BERT | {"vocab_size": 11})
+    auto = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours = load_tokenizer(tmp_path)
+    for text in ("Good films", "good Film ☃"):
+        assert ours.encode(text).ids == auto(text)["input_ids"]
+        assert ours.encode(text, "Film").ids == auto(text, "Film")["input_ids"]
+    assert ("disagree" in caplog.text) is not agree
+    delivered = tmp_path / "delivered"
+    write_tokenizer(tmp_path, delivered)
+    write(delivered, config=BERT | {"vocab_size": 11})
+    again = AutoTokenizer.from_pretrained(delivered, local_files_only=True)
+    assert (
+        Tokenizer.from_file(str(delivered / "tokenizer.json")).encode("Good films", "Film").ids
+        == (again("Good films", "Film")["input_ids"])
+    )
+    assert again("Good films", "Film")["input_ids"] == auto("Good films", "Film")["input_ids"]
+    caplog.clear()
+    load_tokenizer(tmp_path)
+    load_tokenizer(delivered)
+    assert caplog.text == ""
+
+
+def test_ids_beyond_what_the_file_has_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(pieces(tmp_path), tokenizer_config={"tokenizer_class": "RobertaTokenizer"})
+    assert load_tokenizer(tmp_path).encode("Good films").ids == [2, 7, 6, 9, 3]
+    assert "tokenizer.json is taken" in caplog.text
+
+
+def test_without_transformers_the_file_is_taken_and_vocab_txt_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda _: None)
+    write(pieces(tmp_path), tokenizer_config=BOTH | {"do_lower_case": True})
+    assert load_tokenizer(tmp_path).encode("Good films").ids == [2, 7, 6, 9, 3]
+    assert "lowercase: False" in caplog.text
+    assert "do_lower_case: True" in caplog.text
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED), encoding="utf-8")
+    with pytest.raises(ExtraError, match=r"holds vocab\.txt and no tokenizer\.json[\s\S]*pip install transformers"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "slimformer_bert", "electra"])
+@pytest.mark.parametrize("config", [{}, {"do_lower_case": True}, {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}])
+def test_an_old_folder_with_vocab_txt_gets_a_tokenizer_json(tmp_path: Path, model_type: str, config: dict) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(word for word in CASED if word != "[MASK]") + "\n", encoding="utf-8")
+    write(tmp_path, config={"model_type": model_type, "vocab_size": 9}, special_tokens_map={"pad_token": "[PAD]"})
+    if config:
+        write(tmp_path, tokenizer_config=config)
+    write_tokenizer(tmp_path, tmp_path / "delivered")
+    written = Tokenizer.from_file(str(tmp_path / "delivered" / "tokenizer.json"))
+    assert written.encode("Good films").ids == [2, 6 if config.get("do_lower_case") is False else 4, 5, 8, 3]
+    assert written.encode("Good films").ids == load_tokenizer(tmp_path).encode("Good films").ids
+    assert max(written.get_vocab().values()) == 8  # transformers would add a [MASK] that the model has no row for
+
+
+def test_vocab_json_is_delivered_with_the_names_of_its_special_tokens(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "ab", "Ġ"]
+    config = {"model_type": "roberta", "vocab_size": 9}
+    write(tmp_path, vocab={word: index for index, word in enumerate(vocabulary)}, config=config)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
+    delivered = tmp_path / "delivered"
+    write_tokenizer(tmp_path, delivered)
+    write(delivered, config=config)
+    auto = AutoTokenizer.from_pretrained(delivered, local_files_only=True)
+    assert auto(["ab a", "ab"], padding=True)["input_ids"] == [[0, 7, 8, 5, 2], [0, 7, 2, 1, 1]]
+    assert set(auto("ab")) == {"input_ids", "attention_mask"}
+
+
+def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None if name == "sentencepiece" else True)
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"\x0a\x05")
+    write(tmp_path, config={"model_type": "xlm-roberta"})
+    with pytest.raises(
+        ExtraError, match=r"holds sentencepiece\.bpe\.model and no tokenizer\.json[\s\S]*pip install sentencepiece"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(9, True), (10, False), (64, False)])
+def test_ids_that_the_model_has_no_rows_for_are_refused_with_both_sizes(tmp_path: Path, rows: int, refused: bool) -> None:
+    write(pieces(tmp_path), config=BERT | {"vocab_size": rows}, tokenizer_config=BOTH)
+    if not refused:
+        assert load_tokenizer(tmp_path).encode("Good").ids == [2, 7, 3]
+        return
+    with pytest.raises(ModelError, match=r"ids up to 9, and the model has 9 rows[\s\S]*tokens: 10") as caught:
+        load_tokenizer(tmp_path)
+    assert "another model" in caught.value.help
+
+
+def test_a_special_token_that_no_text_needs_may_lack_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer.from_file(str(pieces(tmp_path) / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<extra>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, tokenizer_config=BOTH)
+    assert max(load_tokenizer(tmp_path).encode("Good <extra>").ids) < len(CASED)
+    assert "<extra>" in caplog.text
+    tokenizer.add_tokens(["plain"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="ids up to 11"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_id_of_a_billion_is_refused_and_walked_over_by_nobody(tmp_path: Path) -> None:
+    pieces(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    data["model"]["vocab"]["film"] = 10**9
+    write(tmp_path, tokenizer=data, config={}, tokenizer_config=BOTH)
+    with pytest.raises(ModelError, match="a token has the id 1,000,000,000, and the vocabulary holds 10 tokens"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["[UNK]", "[SEP]"])
+def test_a_vocabulary_without_a_token_that_it_needs_is_told_before_any_work(tmp_path: Path, missing: str) -> None:
+    pieces(tmp_path, vocabulary=["x" if word == missing else word for word in CASED])
+    write(tmp_path, tokenizer_config=BOTH)
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    if missing == "[SEP]":  # what a damaged template does is a panic of Rust
+        data["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "[SEP]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}},
+        }
+        write(tmp_path, tokenizer=data)
+    with pytest.raises(ModelError, match=r"cannot (encode a text|be read as a tokenizer)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("max_length", [-1, 0, 1, 2, True])
+def test_a_limit_without_room_for_a_text_is_refused(tmp_path: Path, max_length: int) -> None:
+    write(pieces(tmp_path), tokenizer_config=BOTH)
+    with (
+        pytest.raises(RecipeError, match=r"have no room for a text: 2 tokens") as caught,
+        cutting(load_tokenizer(tmp_path), max_length),
+    ):
+        pass
+    assert "3 or more" in caught.value.help
+
+
+def test_settings_that_are_stored_in_the_file_do_not_cut_or_pad(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    padding = {"strategy": {"Fixed": 32}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    padding |= {"pad_to_multiple_of": None}
+    cut = {"direction": "Left", "max_length": 3, "strategy": "OnlySecond", "stride": 0}
+    pieces(tmp_path, padding=padding, truncation=cut)
+    write(tmp_path, tokenizer_config=BOTH | {"padding_side": "left", "model_max_length": 1e30})
+    with cutting(load_tokenizer(tmp_path), 5) as tokenizer:
+        assert [tokenizer.encode(text).ids for text in ("Good", "Good film good film")] == [[2, 7, 3], [2, 7, 6, 5, 3]]
+    assert "on the left" in caplog.text
+    assert max_length_of(tmp_path) == 512

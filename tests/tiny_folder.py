@@ -56,7 +56,9 @@ def write_tokenizer(folder: Path) -> Any:
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": 64, "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8"
+    )
     return tokenizer
 
 

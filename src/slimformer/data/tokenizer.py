@@ -1,66 +1,35 @@
 """Loads a model folder's tokenizer and says how long its inputs may be.
 
 All other code works on a `tokenizers.Tokenizer`, so that an exported folder, which always holds tokenizer.json, is used without
-transformers. Older folders that only hold vocab.txt, vocab.json and merges.txt, or a sentencepiece file, are converted in memory by
-transformers. Nothing is downloaded, and no code of a model is run.
+transformers. `tokenizer_files` says which tokenizer the files of a folder stand for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slimformer.errors import ModelError
+from slimformer.data.tokenizer_files import encoding_errors, read_json, tokenizer_text
+from slimformer.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 LONGEST = 512  # what the encoders of all our families were trained on; longer is never what a user wants by default
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<PAD>")
-OTHER_FORMS = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; ModelError if there is none or it cannot be read."""
+    """The tokenizer of a model folder.
+
+    ModelError if there is none, if it cannot be read or used, or if it has ids that the model has no rows for; ExtraError if it must be
+    converted and transformers is not installed.
+    """
     from tokenizers import Tokenizer
 
-    folder = Path(folder)
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            return Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
-            raise ModelError(
-                f"{file} cannot be read as a tokenizer: {error}.",
-                help="copy tokenizer.json again from where the model came from.",
-            ) from None
-    found = [name for name in OTHER_FORMS if (folder / name).is_file()]
-    if not found:
-        raise ModelError(
-            f"{folder} holds no tokenizer.",
-            facts=[f"looked for: tokenizer.json, {', '.join(OTHER_FORMS)}"],
-            help="save it beside the model: AutoTokenizer.from_pretrained(<base model>).save_pretrained(<this folder>).",
-        )
-    return _convert(folder, found)
-
-
-def _convert(folder: Path, found: list[str]) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        slow = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
-        backend: Tokenizer = slow.backend_tokenizer
-    except Exception as error:  # conversion meets every kind of broken file
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be converted: {reason[0] if reason else type(error).__name__}",
-            facts=[f"found: {', '.join(found)}"],
-            help="save a tokenizer.json there: AutoTokenizer.from_pretrained(...).save_pretrained(<this folder>).",
-        ) from None
-    return backend
+    return Tokenizer.from_str(tokenizer_text(folder))
 
 
 def max_length_of(folder: Path) -> int:
@@ -69,10 +38,10 @@ def max_length_of(folder: Path) -> int:
 
     folder = Path(folder)
     limits = [LONGEST]
-    said = _read(folder / "tokenizer_config.json").get("model_max_length")
+    said = read_json(folder / "tokenizer_config.json").get("model_max_length")
     if (limit := _count(said)) is not None:
         limits.append(limit)
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     base = str(config.get("model_type", "")).removeprefix("slimformer_")
     family = find_family(base)
     positions = (
@@ -96,18 +65,29 @@ def pad_id_of(tokenizer: Tokenizer, folder: Path | None = None) -> int:
         found = tokenizer.token_to_id(token)
         if found is not None:
             return int(found)
-    said = _read(Path(folder) / "config.json").get("pad_token_id") if folder is not None else None
+    said = read_json(Path(folder) / "config.json").get("pad_token_id") if folder is not None else None
     return said if isinstance(said, int) else 0
 
 
 @contextmanager
 def cutting(tokenizer: Tokenizer, max_length: int) -> Iterator[Tokenizer]:
-    """The tokenizer cutting at `max_length` and padding nothing; its own settings are back afterwards."""
+    """The tokenizer cutting at `max_length` and padding nothing; its own settings are back afterwards.
+
+    RecipeError if so few tokens leave no room for a text; ModelError if a text cannot be encoded in the block.
+    """
+    special = int(tokenizer.num_special_tokens_to_add(False))
+    if isinstance(max_length, bool) or max_length <= special:  # with so few, the tokenizers package cuts nothing at all
+        raise RecipeError(
+            f"inputs of at most {max_length} tokens have no room for a text"
+            + (f": {special} tokens of each are special." if special else "."),
+            help=f"give a max_length of {special + 1} or more.",
+        )
     truncation, padding = tokenizer.truncation, tokenizer.padding
     try:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
-        yield tokenizer
+        with encoding_errors():
+            yield tokenizer
     finally:
         tokenizer.no_truncation()
         if truncation is not None:
@@ -121,15 +101,3 @@ def _count(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1_000_000:
         return None
     return int(value)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.", help="copy it again from where the model came from.") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no JSON object.", help="copy it again from where the model came from.")
-    return content

@@ -13,7 +13,8 @@ from typing import Any
 
 from slimformer.core import cost
 from slimformer.data.material import check_text, sampled_lengths
-from slimformer.data.tokenizer import OTHER_FORMS, load_tokenizer, max_length_of
+from slimformer.data.tokenizer import load_tokenizer, max_length_of
+from slimformer.data.tokenizer_files import OTHER_FORMS
 from slimformer.errors import ModelError, RecipeError
 from slimformer.families.base import family_of, subject_of
 from slimformer.registry import name_of
