@@ -63,12 +63,12 @@ def plugin(plugins: dict[str, str]) -> str:
 
 @pytest.mark.slow
 def test_a_plug_in_of_each_kind_is_shown_and_passes_all_checks(plugins: dict[str, str]) -> None:
-    from slimformer.testing.checks import check_all, checks_of
+    from slimformer.testing.checks import check, checks_of
 
     assert set(plugins.values()) == set(registry.KINDS)
     assert set(plugins) == set(shown_files("yourpackage"))
     for name, kind in plugins.items():
-        lines = list(check_all(name))
+        lines = list(check(name))
         assert len(lines) == len(checks_of(kind))
         assert [line for line, good in lines if not good] == []
         assert registry.summary(kind, name)

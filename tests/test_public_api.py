@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import types
@@ -9,6 +10,7 @@ import types
 import pytest
 
 import slimformer
+from slimformer import registry
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "datasets", "matplotlib", "sklearn", "pydantic", "jinja2", "rich")
 
@@ -19,7 +21,44 @@ def test_every_name_resolves_to_what_it_says():
         assert found.__name__ == name
         assert not isinstance(found, types.ModuleType)
     assert sorted(slimformer._PLACES) == slimformer.__all__ == sorted(slimformer.__all__)
-    assert set(dir(slimformer)) == {*slimformer.__all__, "__version__"}
+    assert set(dir(slimformer)) == {*slimformer.__all__, "errors", "methods", "tasks", "__version__"}
+
+
+@pytest.mark.parametrize("kind", ["methods", "tasks"])
+def test_each_plug_in_is_a_name_of_its_folder(kind):
+    module = getattr(slimformer, kind)
+    assert len(dir(module)) == len(registry.names(kind)) + 1
+    for name in dir(module):
+        assert getattr(module, name).__name__ == name
+    for name in registry.names(kind):
+        cls = registry.find(kind, name)
+        assert getattr(module, cls.__name__) is cls
+    with pytest.raises(AttributeError, match=f"slimformer.{kind}' has no attribute 'Fishr'"):
+        module.Fishr  # noqa: B018
+
+
+def test_each_error_is_a_name_of_errors():
+    raised = [name for name in dir(slimformer.errors) if name.endswith("Error")]
+    assert {"SlimformerError", "ModelError", "DataError", "RecipeError", "TargetError", "OutputError", "ExtraError"} <= set(
+        raised
+    )
+
+
+ROLES = ("Args:", "Returns:", "Raises:", "Example:")
+
+
+@pytest.mark.parametrize("name", slimformer.__all__)
+def test_a_public_function_says_what_it_takes_gives_and_raises(name):
+    item = getattr(slimformer, name)
+    if isinstance(item, type):
+        return
+    text = inspect.getdoc(item) or ""
+    takes = list(inspect.signature(item).parameters)
+    gives = inspect.signature(item).return_annotation not in ("None", None, inspect.Signature.empty)
+    wanted = [role for role in ROLES if (role != "Returns:" or gives) and (role != "Args:" or takes)]
+    assert [role for role in wanted if f"\n{role}" not in text] == []
+    args = text[text.index("Args:") :].split("\n\n")[0]
+    assert [n for n in takes if f"    {n}:" not in args and f"`{n}`" not in args] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

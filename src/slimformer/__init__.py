@@ -1,12 +1,13 @@
 """Makes a fine-tuned transformer several times smaller and faster, writes ONNX files, and measures what that costs.
 
     import slimformer
-    from slimformer.tasks.classification import Classification
+    from slimformer.tasks import Classification
 
     slimformer.compress("./my-bert", Classification(data="./reviews"), "./small")
     model = slimformer.load("./small")     # a plain transformers model with smaller layers
 
-Names are imported when they are used, so that `import slimformer` is quick.
+Tasks are in `slimformer.tasks`, methods in `slimformer.methods`, errors in `slimformer.errors`. Names are imported when they are
+used, so that `import slimformer` is quick.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from slimformer.families.base import anatomy_of
     from slimformer.hooks.gating import gated
     from slimformer.measuring.records import Record
+    from slimformer.reporting.inspection import inspect
     from slimformer.reporting.page import report
     from slimformer.running.bench import bench
     from slimformer.running.bundle import Bundle
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from slimformer.running.recipe import Bench, Export, Recipe
     from slimformer.running.runner import run
     from slimformer.running.search import compress
-    from slimformer.saving.checkpoint import load, save
+    from slimformer.saving.checkpoint import load, load_plan, save
+    from slimformer.testing.checks import check
+    from slimformer.training.callback import SlimCallback
     from slimformer.training.stage import Calibrate, Train
 
 __version__ = "0.1.0"
@@ -46,13 +50,17 @@ _PLACES = {
     "Plan": "core.plan",
     "Recipe": "running.recipe",
     "Record": "measuring.records",
+    "SlimCallback": "training.callback",
     "Train": "training.stage",
     "allocate": "core.budget",
     "anatomy_of": "families.base",
     "bench": "running.bench",
+    "check": "testing.checks",
     "compress": "running.search",
     "gated": "hooks.gating",
+    "inspect": "reporting.inspection",
     "load": "saving.checkpoint",
+    "load_plan": "saving.checkpoint",
     "read_recipe": "running.reader",
     "report": "reporting.page",
     "run": "running.runner",
@@ -70,13 +78,17 @@ __all__ = [
     "Plan",
     "Recipe",
     "Record",
+    "SlimCallback",
     "Train",
     "allocate",
     "anatomy_of",
     "bench",
+    "check",
     "compress",
     "gated",
+    "inspect",
     "load",
+    "load_plan",
     "read_recipe",
     "report",
     "run",
@@ -85,14 +97,19 @@ __all__ = [
 ]
 
 
+_ROOMS = ("errors", "methods", "tasks")  # modules that hold public names too
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"slimformer.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module 'slimformer' has no attribute '{name}'")
     return getattr(importlib.import_module(f"slimformer.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_ROOMS, "__version__"])
 
 
 _auto.watch()

@@ -94,7 +94,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
 Wait = Annotated[
@@ -220,7 +219,7 @@ def report_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[Path, typer.Argument(help="A folder with config.json, tokenizer and model.safetensors.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
     length: Annotated[int, typer.Option(min=1, help="Tokens per example, for the MACs.")] = 128,
 ) -> None:
     """Show what can be cut: sites, parameters and MACs per layer."""
@@ -250,10 +249,10 @@ def check_command(
     ] = None,
 ) -> None:
     """Check that plug-ins keep their contracts, on tiny models."""
-    from slimformer.testing.checks import check_all
+    from slimformer.testing.checks import check
 
     failed = False
-    for line, good in check_all(name):
+    for line, good in check(name):
         failed |= not good
         typer.echo(f"{'ok    ' if good else 'FAILED'} {line}")
     if failed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from functools import cache
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
@@ -55,6 +56,39 @@ def find(kind: str, name: str) -> type[Any]:
 
 
 @cache
+def classes(kind: str) -> dict[str, str]:
+    """Class names of one kind, each with its plug-in's name. Our files are read for it and not imported, so that it is quick."""
+    theirs = {point.name: point.attr for point in _plugins(kind) if point.attr}
+    return {theirs.get(name) or _class_in(kind, name): name for name in names(kind)}
+
+
+def _class_in(kind: str, name: str) -> str:
+    """The name of the class that a file of ours holds: the only public one with a base, or else the one that an import finds."""
+    file = Path(__file__).parent / kind / f"{name}.py"
+    derived = re.findall(r"^class ([A-Z]\w*)\(", file.read_text(encoding="utf-8"), re.MULTILINE) if file.is_file() else []
+    return str(derived[0]) if len(derived) == 1 else find(kind, name).__name__
+
+
+def exported(kind: str, name: str) -> type[Any]:
+    """The class `name` of a folder of plug-ins, for its module's `__getattr__`: one of the plug-ins, or the base class of the kind."""
+    if name in classes(kind):
+        return find(kind, classes(kind)[name])
+    if name == KINDS[kind]:
+        base: type[Any] = getattr(importlib.import_module(f"slimformer.{kind}.base"), name)
+        return base
+    raise AttributeError(f"module 'slimformer.{kind}' has no attribute '{name}'")
+
+
+@cache
+def source(kind: str, name: str) -> str:
+    """The package that a plug-in comes from: "slimformer", or the name and version of a third party's distribution."""
+    for point in _plugins(kind):
+        if point.name == name:
+            return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    return "slimformer"
+
+
+@cache
 def _plugins(kind: str) -> EntryPoints:
     """The entry points of one kind, read once: that takes longer than importing a task."""
     return entry_points(group=f"slimformer.{kind}")
@@ -62,7 +96,7 @@ def _plugins(kind: str) -> EntryPoints:
 
 def forget() -> None:
     """Forgets what was found, so that packages that were installed since are found too."""
-    for function in (names, find, _plugins):
+    for function in (names, find, classes, source, _plugins):
         function.cache_clear()
 
 

@@ -41,23 +41,34 @@ def allocate(
 ) -> Plan:
     """The plan that keeps the most importance at a `cost` of at most `budget`, which has the unit of the cost.
 
-    `importance`: site -> (size,), not negative; units of low importance go first. `values`: site -> (size + 1,), the
-    value of keeping 0, 1, ... units; by default the sum of their importance. `neuron_multiple` keeps FFN widths at
-    multiples that matrix kernels like. `sublayers`: whether whole sublayers may go. Raises TargetError, naming the
-    smallest possible cost, if even that exceeds the budget.
+    Args:
+        anatomy: The anatomy of the model.
+        importance: Site -> (size,), not negative; units of low importance go first. Sites that are not named stay whole.
+        cost: The cost of plans, such as `slimformer.core.cost.macs` counts it.
+        budget: What may be left, in the unit of the cost.
+        values: Site -> (size + 1,), the value of keeping 0, 1, ... units; by default the sum of their importance.
+        neuron_multiple: FFN widths stay multiples of it, which matrix kernels like; at least 1.
+        sublayers: Whether whole sublayers may go.
 
-    >>> import numpy as np
-    >>> from slimformer import allocate, anatomy_of
-    >>> from slimformer.core.cost import macs
-    >>> from slimformer.testing.tiny import tiny
-    >>> anatomy = anatomy_of(tiny("bert"))
-    >>> cost = macs(anatomy, np.array([16]))  # of sentences of 16 tokens
-    >>> importance = {name: np.arange(site.size) + 1.0 for name, site in anatomy.sites.items() if name.endswith("heads")}
-    >>> plan = allocate(anatomy, importance, cost, budget=0.7 * cost.dense)
-    >>> plan.keep["encoder.1.heads"]
-    (2, 3)
-    >>> bool(cost.of(plan, anatomy) <= 0.7 * cost.dense)
-    True
+    Returns:
+        The plan, with every site that loses units.
+
+    Raises:
+        TargetError: Even the smallest possible cost, which the message names, exceeds the budget.
+
+    Example:
+        >>> import numpy as np
+        >>> from slimformer import allocate, anatomy_of
+        >>> from slimformer.core.cost import macs
+        >>> from slimformer.testing.tiny import tiny
+        >>> anatomy = anatomy_of(tiny("bert"))
+        >>> cost = macs(anatomy, np.array([16]))  # of sentences of 16 tokens
+        >>> importance = {name: np.arange(site.size) + 1.0 for name, site in anatomy.sites.items() if name.endswith("heads")}
+        >>> plan = allocate(anatomy, importance, cost, budget=0.7 * cost.dense)
+        >>> plan.keep["encoder.1.heads"]
+        (2, 3)
+        >>> bool(cost.of(plan, anatomy) <= 0.7 * cost.dense)
+        True
     """
     names = list(importance)
     choices = {

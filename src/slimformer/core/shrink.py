@@ -43,17 +43,26 @@ class Skipped(nn.Module):
 def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) -> PreTrainedModel:
     """A copy of `model` that keeps only the units that `decision` keeps, in its forms, with its scales and weights folded in.
 
-    `anatomy` is that of `model` as it stands, and the decision speaks in its numbering. Works on the meta device too. Raises
-    PlanError if the decision does not fit.
+    Args:
+        model: The model to copy; it may be on the meta device.
+        anatomy: The anatomy of `model` as it stands.
+        decision: What is to become of it, in the numbering of `anatomy`.
 
-    >>> from slimformer import Plan, anatomy_of, shrink
-    >>> from slimformer.testing.tiny import tiny
-    >>> model = tiny("bert")  # three layers, each with four heads of eight dimensions
-    >>> small = shrink(model, anatomy_of(model), Plan({"encoder.0.heads": (1, 3), "encoder.2.ffn": ()}))
-    >>> small.bert.encoder.layer[0].attention.self.query
-    Linear(in_features=32, out_features=16, bias=True)
-    >>> "encoder.2.neurons" in anatomy_of(small).sites
-    False
+    Returns:
+        A transformers model of the same class with smaller layers.
+
+    Raises:
+        PlanError: The decision does not fit the model.
+
+    Example:
+        >>> from slimformer import Plan, anatomy_of, shrink
+        >>> from slimformer.testing.tiny import tiny
+        >>> model = tiny("bert")  # three layers, each with four heads of eight dimensions
+        >>> small = shrink(model, anatomy_of(model), Plan({"encoder.0.heads": (1, 3), "encoder.2.ffn": ()}))
+        >>> small.bert.encoder.layer[0].attention.self.query
+        Linear(in_features=32, out_features=16, bias=True)
+        >>> "encoder.2.neurons" in anatomy_of(small).sites
+        False
     """
     if isinstance(decision, Plan):
         decision = Decision(decision)

@@ -88,13 +88,23 @@ def family_of(model_type: str) -> Family:
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """The anatomy of any supported model, dense or already cut; ModelError that lists the supported types for another.
+    """The anatomy of a model: what can be cut in it.
 
-    >>> from slimformer import anatomy_of
-    >>> from slimformer.testing.tiny import tiny
-    >>> anatomy = anatomy_of(tiny("distilbert"))
-    >>> {site.id: site.size for site in anatomy.sites.values() if site.layer == 2}
-    {'encoder.2.attention': 1, 'encoder.2.heads': 4, 'encoder.2.ffn': 1, 'encoder.2.neurons': 24}
+    Args:
+        model: A transformers model of a supported type, dense or already cut.
+
+    Returns:
+        Its sites, matrices and points, by name.
+
+    Raises:
+        ModelError: Its type is not supported; the message lists those that are.
+
+    Example:
+        >>> from slimformer import anatomy_of
+        >>> from slimformer.testing.tiny import tiny
+        >>> anatomy = anatomy_of(tiny("distilbert"))
+        >>> {site.id: site.size for site in anatomy.sites.values() if site.layer == 2}
+        {'encoder.2.attention': 1, 'encoder.2.heads': 4, 'encoder.2.ffn': 1, 'encoder.2.neurons': 24}
     """
     return family_of(model.config.model_type).anatomy(model)
 

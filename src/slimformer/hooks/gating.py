@@ -20,20 +20,30 @@ from slimformer.errors import PlanError, nearest
 def gated(model: nn.Module, anatomy: Anatomy, gates: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
     """Multiplies each named site's units by its gate while the context lasts.
 
-    A gate has shape (units,) or (batch, units), or is a function that returns one: it is then asked in every forward pass.
-    Raises PlanError for a site that does not exist or a gate of another width.
+    Args:
+        model: The model to gate.
+        anatomy: The anatomy of `model` as it stands.
+        gates: Site -> gate. A gate has shape (units,) or (batch, units), or is a function that returns one: it is then asked in
+            every forward pass.
 
-    >>> import torch
-    >>> from slimformer import Plan, anatomy_of, gated, shrink
-    >>> from slimformer.testing.tiny import batch, tiny
-    >>> model = tiny("bert")
-    >>> anatomy, inputs = anatomy_of(model), batch(model)
-    >>> with torch.no_grad(), gated(model, anatomy, {"encoder.0.heads": torch.tensor([0.0, 1.0, 0.0, 1.0])}):
-    ...     masked = model(**inputs).logits
-    >>> with torch.no_grad():
-    ...     cut = shrink(model, anatomy, Plan({"encoder.0.heads": (1, 3)}))(**inputs).logits
-    >>> torch.allclose(masked, cut, atol=1e-5)
-    True
+    Returns:
+        A context manager; the hooks are gone when it ends.
+
+    Raises:
+        PlanError: A site does not exist, or a gate has another width.
+
+    Example:
+        >>> import torch
+        >>> from slimformer import Plan, anatomy_of, gated, shrink
+        >>> from slimformer.testing.tiny import batch, tiny
+        >>> model = tiny("bert")
+        >>> anatomy, inputs = anatomy_of(model), batch(model)
+        >>> with torch.no_grad(), gated(model, anatomy, {"encoder.0.heads": torch.tensor([0.0, 1.0, 0.0, 1.0])}):
+        ...     masked = model(**inputs).logits
+        >>> with torch.no_grad():
+        ...     cut = shrink(model, anatomy, Plan({"encoder.0.heads": (1, 3)}))(**inputs).logits
+        >>> torch.allclose(masked, cut, atol=1e-5)
+        True
     """
     handles: list[Any] = []
     try:

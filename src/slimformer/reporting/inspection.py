@@ -10,6 +10,7 @@ import numpy as np
 from slimformer.core import cost
 from slimformer.core.anatomy import Kind, Site
 from slimformer.saving import checkpoint
+from slimformer.saving.hub import local_folder
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,32 @@ class Inspection:
     matrices_factored: int
 
 
-def inspect(folder: Path, length: int = 128) -> Inspection:
-    """Counts what could be cut in the model of a folder. ModelError if it is no model of a known family."""
+def inspect(model: str | Path, length: int = 128) -> Inspection:
+    """Counts what could be cut in a model.
+
+    Args:
+        model: A folder with config.json and model.safetensors, or an id on the hub ("owner/name", "owner/name@revision").
+        length: The tokens of an example, for the multiply-accumulates; at least 1.
+
+    Returns:
+        Heads, neurons, parameters and multiply-accumulates of each layer, and their sums.
+
+    Raises:
+        ModelError: It is no model of a known family, or cannot be read.
+
+    Example:
+        >>> from slimformer import inspect
+        >>> from slimformer.testing.tiny import tiny
+        >>> tiny("bert").save_pretrained("plain")
+        >>> [(layer.heads, layer.neurons) for layer in inspect("plain").layers]
+        [(4, 24), (4, 24), (4, 24)]
+    """
     from slimformer.families.base import anatomy_of
 
-    model = checkpoint.load(folder)
-    anatomy, plan = anatomy_of(model), checkpoint.load_plan(folder)
-    parameters, macs = cost.parameters(model, anatomy), cost.macs(anatomy, np.array([length]))
+    folder = local_folder(model)
+    loaded = checkpoint.load(folder)
+    anatomy, plan = anatomy_of(loaded), checkpoint.load_plan(folder)
+    parameters, macs = cost.parameters(loaded, anatomy), cost.macs(anatomy, np.array([length]))
 
     def layer(number: int) -> InspectedLayer:
         sites = {site.kind: site for site in anatomy.sites.values() if site.layer == number and site.kind is not Kind.SUBLAYER}
@@ -61,14 +81,14 @@ def inspect(folder: Path, length: int = 128) -> Inspection:
         )
 
     return Inspection(
-        name=folder.resolve().name,
-        model_class=type(model).__name__,
+        name=folder.resolve().name if folder == Path(model) else str(model),
+        model_class=type(loaded).__name__,
         length=length,
         layers=tuple(map(layer, range(len(anatomy.layers)))),
         parameters=parameters.dense,
         other_parameters=parameters.fixed,
         macs=macs.dense,
-        model_parameters=model.num_parameters(),
+        model_parameters=loaded.num_parameters(),
         sites_cut=len(plan.keep),
         matrices_factored=len(plan.forms),
     )

@@ -34,12 +34,21 @@ class Details:
 def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
     """Writes report.html on all records of these runs into the folder `out`, and returns the records.
 
-    A run is a folder that `compress` or `run` left, a folder of such folders, or a ledger. DataError if there is no record.
+    Args:
+        runs: A run is a folder that `compress` or `run` left, a folder of such folders, or a ledger.
+        out: The folder for report.html.
 
-    >>> import slimformer
-    >>> records = slimformer.report(["small"], "page")
-    >>> [record.name for record in records]
-    ['int8']
+    Returns:
+        All records of the runs.
+
+    Raises:
+        DataError: There is no record.
+
+    Example:
+        >>> import slimformer
+        >>> records = slimformer.report(["small"], "page")
+        >>> [record.name for record in records]
+        ['int8']
     """
     ledgers: list[Path] = []
     for folder in map(Path, runs):

@@ -81,6 +81,9 @@ def bench(
         load: The load of the machine, if it is known; then it does not wait.
         seed: The seed of the bootstrap.
 
+    Returns:
+        A record of each file with its scores and raw times, and the answers that differ.
+
     Raises:
         ModelError: A path holds no model.
         DataError: The data cannot be read, or do not suit a model.

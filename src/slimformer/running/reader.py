@@ -27,6 +27,12 @@ MOST_VALUES = 100_000  # of a recipe, each alias counted as often as it is used
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file. Paths in it are relative to the file.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The recipe, checked but for what its data and models hold.
+
     Raises:
         RecipeError: The file cannot be read, or holds mistakes: the message lists all of them, each with its place.
 

@@ -71,6 +71,9 @@ def run(
         cache: A folder for the teacher's outputs, its exported files and their scores. Other runs with the same teacher and rows
             read them there. It may grow to gigabytes, and it is never removed.
 
+    Returns:
+        The folder, and everything that was measured.
+
     Raises:
         RecipeError: The recipe has mistakes, or `out` holds a finished run.
         ModelError: A model cannot be loaded, or does not suit the task.

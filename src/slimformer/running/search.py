@@ -125,6 +125,9 @@ def compress(
         rivals: The baselines to measure; "small-dense" trains as long as the result itself.
         log: As in `run`, like `command`, `threads` and `wait_seconds`.
 
+    Returns:
+        The folder, and everything that was measured.
+
     Raises:
         RecipeError: An option is out of range, or `out` holds a finished run.
         ModelError: The model cannot be loaded, or does not suit the task.

@@ -150,6 +150,9 @@ def load(path: str | Path) -> PreTrainedModel:
     Args:
         path: A folder that slimformer or `save_pretrained` wrote.
 
+    Returns:
+        The model, of the class that its config names.
+
     Raises:
         ModelError: The folder holds no model, or a name or shape of its weights does not match its config and plan.
 
@@ -168,7 +171,24 @@ def load(path: str | Path) -> PreTrainedModel:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """The plan of everything that was cut from the model at `path`; it is empty for a plain transformers folder."""
+    """The plan of everything that was cut from the model at `path`.
+
+    Args:
+        path: A model folder.
+
+    Returns:
+        What is left, in the numbering of the original model; an empty plan for a plain transformers folder.
+
+    Raises:
+        PlanError: plan.json is not one that slimformer wrote.
+
+    Example:
+        >>> from slimformer import Plan, load_plan
+        >>> from slimformer.testing.tiny import tiny
+        >>> tiny("bert").save_pretrained("plain")
+        >>> load_plan("plain") == Plan()  # nothing was cut
+        True
+    """
     file = Path(path) / "plan.json"
     return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else Plan()
 

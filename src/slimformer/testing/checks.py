@@ -42,17 +42,32 @@ from slimformer.testing.tiny import batch, tiny
 TOLERANCE = 2e-5  # sums of float32 in another order differ by less
 
 
-def check_all(name: str | None = None) -> Iterator[tuple[str, bool]]:
-    """Runs the checks of everything, or of every plug-in called `name`; yields a line for each check and whether it passed."""
+def check(name: str | None = None) -> Iterator[tuple[str, bool]]:
+    """Checks that plug-ins keep their contracts, on tiny models.
+
+    Args:
+        name: The name of a family, method, form, task, exporter or runtime, ours or a third party's; all of them without it.
+
+    Returns:
+        A line for each check, and whether it passed. A check runs when its line is asked for.
+
+    Raises:
+        SlimformerError: Nothing has this name.
+
+    Example:
+        >>> from slimformer import check
+        >>> all(passed for line, passed in check("intents"))
+        True
+    """
     found = [(kind, item) for kind in registry.KINDS for item in registry.names(kind) if name in (None, item)]
     if not found:
         raise SlimformerError(f"there is nothing called '{name}' to check.", help="`slimformer list` shows the names.")
     for kind, item in found:
         cls = registry.find(kind, item)
-        for check in checks_of(kind):
-            line = f"{kind} {item}: {(check.__doc__ or check.__name__).splitlines()[0]}"
+        for holds in checks_of(kind):
+            line = f"{kind} {item}: {(holds.__doc__ or holds.__name__).splitlines()[0]}"
             try:
-                check(cls)
+                holds(cls)
             except AssertionError as error:
                 yield f"{line} {error}", False
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -180,19 +181,22 @@ class Training:
         return any(method.effects().needs_teacher for method in self.methods)
 
     def check(self) -> None:
-        """RecipeError if these methods cannot train together: two that decide, one-shot ones, or no teacher if one is needed."""
-        deciding = [name_of(method) for method in self.methods if method.effects().decides]
-        wrong = []
-        if len(deciding) > 1:
-            wrong.append(f"{' and '.join(deciding)} both decide what is cut: put them into stages of their own")
-        wrong += [
-            f"{name_of(m)} looks once and does not train: use it in a calibrate stage"
-            for m in self.methods
-            if m.effects().one_shot
-        ]
-        if self.context.teacher is None:
-            wrong += [f"{name_of(m)} needs a teacher and there is none" for m in self.methods if m.effects().needs_teacher]
-        if wrong:
-            raise RecipeError("these methods cannot train together.", facts=wrong, help="change the stage's methods.")
+        """RecipeError if these methods cannot train together."""
+        together(self.methods, self.context.teacher is not None)
         if not len(self.features):
             raise ValueError("no rows to train on")
+
+
+def together(methods: Sequence[Method], taught: bool) -> None:
+    """RecipeError if methods cannot train together: two that decide, one-shot ones, or no teacher (`taught`) if one is needed."""
+    deciding = [name_of(method) for method in methods if method.effects().decides]
+    wrong = []
+    if len(deciding) > 1:
+        wrong.append(f"{' and '.join(deciding)} both decide what is cut: put them into stages of their own")
+    wrong += [
+        f"{name_of(m)} looks once and does not train: use it in a calibrate stage" for m in methods if m.effects().one_shot
+    ]
+    if not taught:
+        wrong += [f"{name_of(m)} needs a teacher and there is none" for m in methods if m.effects().needs_teacher]
+    if wrong:
+        raise RecipeError("these methods cannot train together.", facts=wrong, help="change the stage's methods.")
