@@ -13,6 +13,7 @@ from tiny import batch, tiny
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+import slimformer
 from slimformer import Plan, SlimCallback, load, load_plan
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
@@ -106,6 +107,16 @@ def test_gates_and_distillation_give_a_cut_model_equal_to_the_gated_one(tmp_path
     assert load_plan(tmp_path / "small") == slim.plan
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "small")(**inputs).logits, slim.model(**inputs).logits)
+
+
+def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    arguments = trainer(tiny("bert"), tmp_path / "own", num_train_epochs=1).args
+    names = {"model": tiny("bert"), "arguments": arguments, "tokenizer": tokenizer(), "rows": rows()}
+    exec(code, names)
+    assert slimformer.load("small").num_parameters() == names["small"].num_parameters()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from slimformer.training import runstate
 from slimformer.training.devices import step_seed
 from slimformer.training.runstate import RunState
 from slimformer.training.stage import together
+from slimformer.training.step import StateOptimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
@@ -259,9 +260,7 @@ class _Attached:
         self.teacher: Recorder | None = None
         if context.teacher is not None and any(method.effects().needs_teacher for method in self.methods):
             self.teacher = stack.enter_context(_watched(context.teacher, context.subject.device, needs))
-        groups = [dict(group) for state in self.states for group in state.groups()]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate) if groups else None
-        self.rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        self.parameters = StateOptimizer(self.states, args.learning_rate)
         stack.callback(model.register_forward_pre_hook(self._before).remove)
         stack.callback(model.register_forward_hook(self._after, with_kwargs=True).remove)
 
@@ -314,14 +313,8 @@ class _Attached:
                 "the terms that the methods add never reached the Trainer's loss, because it is not the loss that the model returns.",
                 help="leave compute_loss_func out, or let it add the callback's `penalty` to what it returns.",
             )
-        if self.optimizer is None:
-            return
         first = trainers.param_groups[0]
-        factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parameters.step(first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0)
 
     def advance(self, progress: Progress) -> None:
         self.progress = progress
@@ -359,8 +352,7 @@ class _Attached:
         return [f"{name_of(method)} {method!r}" for method in self.methods]
 
     def save(self, folder: Path, step: int) -> None:
-        tensors = self._own() | (runstate.optimizer_tensors(self.optimizer) if self.optimizer else {})
-        tensors["generator"] = self.context.generator.get_state()
+        tensors = self._own() | self.parameters.tensors() | {"generator": self.context.generator.get_state()}
         runstate.save_state(folder / STATE_FOLDER, RunState(step, tensors, {"methods": self._key()}))
 
     def restore(self, folder: Path) -> None:
@@ -377,8 +369,7 @@ class _Attached:
                 help="resume with the same ones.",
             )
         runstate.restore(self._own(), saved, "states.")
-        if self.optimizer:
-            runstate.restore_optimizer(self.optimizer, saved)
+        self.parameters.restore(saved)
         self.context.generator.set_state(saved.tensors["generator"])
 
 

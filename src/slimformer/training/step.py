@@ -368,3 +368,30 @@ def _optimizer(model: PreTrainedModel, states: Sequence[State], stage: Train) ->
     if not groups:
         raise RecipeError(f"nothing can train: freeze is '{stage.freeze}' and no method adds parameters.", help="freeze less.")
     return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
+
+
+class StateOptimizer:
+    """Trains the methods' own parameters beside an optimiser that trains the model: AdamW, with the rates that the states name."""
+
+    def __init__(self, states: Sequence[State], lr: float) -> None:
+        groups = [dict(group) for state in states for group in state.groups()]
+        self._optimizer = torch.optim.AdamW(groups, lr=lr) if groups else None
+        self._rates = [group["lr"] for group in self._optimizer.param_groups] if self._optimizer else []
+
+    def step(self, factor: float) -> None:
+        """One step on the gradients that are there, with `factor` on each rate; they are then cleared."""
+        if self._optimizer is None:
+            return
+        for group, base in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = base * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What changes while training."""
+        return runstate.optimizer_tensors(self._optimizer) if self._optimizer else {}
+
+    def restore(self, saved: RunState) -> None:
+        """Restores what `tensors` gave."""
+        if self._optimizer is not None:
+            runstate.restore_optimizer(self._optimizer, saved)
