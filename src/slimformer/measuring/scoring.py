@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slimformer.data.batching import collate, sorted_by_length
-from slimformer.errors import RecipeError
+from slimformer.errors import ModelError, RecipeError, shown
 from slimformer.exporters.base import files_of
 from slimformer.measuring.machine import Load, Quiet, environment
 from slimformer.measuring.records import Heading, Interval, Record, Standing, today
@@ -64,7 +64,11 @@ class Scored:
 
     @classmethod
     def of(cls, entry: Entry, outputs: Outputs, examples: Sequence[Example]) -> Scored:
-        """These outputs of an entry, judged by its task."""
+        """These outputs of an entry, judged by its task.
+
+        ModelError if the task cannot judge them: one is missing or has another size, or a number in one is not finite.
+        """
+        _check_outputs(entry, outputs, examples)
         task, features = entry.task, entry.features
         return cls(
             entry,
@@ -80,11 +84,48 @@ class Scored:
         return self.scores[self.entry.task.metric]
 
 
+def _check_outputs(entry: Entry, outputs: Outputs, examples: Sequence[Example]) -> None:
+    """ModelError unless there is a finite value for all that the task reads: a file of NaN would score like chance, and look like it."""
+    task, features = entry.task, entry.features
+    file = entry.session.path or entry.name
+    there = ", ".join(f"{name} {list(array.shape)}" for name, array in outputs.items()) or "none"
+    missing = [name for name in task.outputs if name not in outputs]
+    if missing:
+        raise ModelError(
+            f"{file} has no output '{missing[0]}' with a row for each input.",
+            facts=[f"its outputs: {there}"],
+            help=f"export the model with the output{'s' if len(task.outputs) > 1 else ''} {' and '.join(task.outputs)}.",
+        )
+    lengths = features.lengths()
+    for name in task.outputs:
+        array = outputs[name]
+        per_token = array.ndim == 2 and array.shape[1] == lengths.max(initial=0) and name != "logits"
+        classes = task.configure().get("num_labels")
+        if len(array) != len(features) or (name == "logits" and array.shape[1:] != (classes,)):
+            expected = [len(features), classes] if name == "logits" else f"{len(features)} rows"
+            raise ModelError(
+                f"{file} gives '{name}' of another shape than the task needs.",
+                facts=[f"its outputs: {there}", f"needed: {name} {expected}"],
+                help="name a model that was made for this task.",
+            )
+        finite = np.isfinite(array)
+        if per_token:  # what is given for padding counts for nothing
+            finite |= np.arange(array.shape[1]) >= lengths[:, None]
+        wrong = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))
+        if len(wrong):
+            text = " | ".join(examples[features.example[wrong[0]]].texts)
+            raise ModelError(
+                f"{file} gives no finite outputs: {len(wrong):,} of {len(array):,} rows of '{name}' hold NaN or infinity.",
+                facts=[f"the first: {shown(text)}", f"{name}: {array[wrong[0]].ravel()[:8].tolist()}"],
+                help="the file is damaged, or its numbers overflow (float16 often does): export the model again.",
+            )
+
+
 def evaluate(runner: Runner, features: Features, batch_size: int = 32) -> Outputs:
     """A runner's outputs on all features, in their own order: output name -> (features, ...).
 
     Batches are sorted by length. An output with an axis of tokens is filled up to the longest row with the smallest finite
-    value, so that a maximum or a softmax never lands on padding.
+    value, so that a maximum or a softmax never lands on padding. Outputs without a row for each input are left out.
     """
     names = model_inputs(features)
     parts: list[tuple[Sequence[int], dict[str, np.ndarray]]] = [
@@ -93,6 +134,8 @@ def evaluate(runner: Runner, features: Features, batch_size: int = 32) -> Output
     outputs: dict[str, np.ndarray] = {}
     for name in parts[0][1] if parts else ():
         arrays = [part[name] for _, part in parts]
+        if any(array.shape[:1] != (len(rows),) for (rows, _), array in zip(parts, arrays, strict=True)):
+            continue
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
         dtype = arrays[0].dtype
         lowest = np.finfo(dtype).min if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min

@@ -6,7 +6,8 @@ All files, ours and the baselines, get the same session options. Each option was
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
+from slimformer.runtimes._inputs import Port, fit
 from slimformer.runtimes.base import Runner, Runtime
 
 if TYPE_CHECKING:
     from slimformer.tasks.base import Task
+
+NUMBERS = re.compile(
+    r"tensor\((float|float16|double|u?int\d+)\)"
+)  # types of outputs that are read; a few files give texts or maps too
 
 
 @final
@@ -51,18 +57,47 @@ class OnnxRuntime(Runtime):
             raise ModelError(
                 f"ONNX Runtime {self.version()} cannot load {path}.",
                 facts=str(error).strip().splitlines()[:1],
-                help="export the model again, or update onnxruntime.",
+                help=_advice(str(error), path),
             ) from error
-        names = [item.name for item in session.get_inputs()]
-        outputs = [item.name for item in session.get_outputs()]
+        made = [item for item in session.get_outputs() if NUMBERS.fullmatch(item.type)]
+        outputs = [item.name for item in made]
 
-        def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return dict(zip(outputs, session.run(outputs, {name: inputs[name] for name in names}), strict=True))
+        def call(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            try:
+                return dict(zip(outputs, session.run(outputs, inputs), strict=True))
+            except Exception as error:
+                raise ModelError(
+                    f"ONNX Runtime {self.version()} cannot run {path}.",
+                    facts=[
+                        *str(error).strip().splitlines()[:1],
+                        *(f"{name}: {array.dtype} of shape {list(array.shape)}" for name, array in inputs.items()),
+                    ],
+                    help=_advice(str(error), path),
+                ) from error
 
-        return run
+        return fit(path, _ports(session.get_inputs()), _ports(made), call)
 
     def snippet(self, task: Task, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
         return task.snippet(folder, file, texts, max_length)
+
+
+def _ports(items: Iterable[Any]) -> list[Port]:
+    return [Port(item.name, item.type, item.shape) for item in items]
+
+
+def _advice(reason: str, path: Path) -> str:
+    """What to do about an error of ONNX Runtime."""
+    causes = {
+        r"external data|model_path must not be empty|_data|\.data\b": f"copy the files of its weights beside {path.name}; an .onnx file "
+        "above 2 GB does not hold them.",
+        r"IR version|opset|not a registered function/op": "update onnxruntime (pip install -U onnxruntime), or export the model for an "
+        "older version; operators of other domains need their own library and cannot be benched.",
+        r"indices element out of data bounds|out of bounds": "a token has no row in its table: the tokenizer beside the file, or "
+        "a length limit, is that of another model.",
+        r"Got invalid dimensions|Invalid rank": "the file takes other shapes than [batch, tokens]: export it again with dynamic axes.",
+    }
+    found = next((advice for cause, advice in causes.items() if re.search(cause, reason, re.IGNORECASE)), None)
+    return found or "export the model again, or update onnxruntime."
 
 
 def _options(threads: int) -> Any:
@@ -71,6 +106,6 @@ def _options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # encoders are one chain of operators: nothing runs side by side
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, and told once
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it slows down whoever runs next
     return options
