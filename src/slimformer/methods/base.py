@@ -130,6 +130,12 @@ class State(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
 
+    def pool(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Called before `advance` if several processes train: makes of the numbers that this process has seen those of all.
+
+        `gather` gives this tensor of each process, (processes, ...). Gradients are averaged without it.
+        """
+
     def close(self) -> None:
         """Removes every hook and parametrisation; always called, also after an error."""
         while self._closers:
