@@ -90,6 +90,7 @@ class Context:
     teacher: Subject | None
     batches: Callable[[int], Iterator[Batch]]  # batches(n): training examples, n at most, on the model's device
     generator: torch.Generator
+    teacher_plan: Plan = field(default_factory=Plan)  # cut of the teacher before, in original numbering
     memo: dict[str, Any] = field(default_factory=dict)  # found once in this run, under a key that names all it depends on
 
     @property

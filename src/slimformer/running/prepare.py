@@ -34,11 +34,11 @@ def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...
     task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
     material = prepare(task, source)
     _tell(material, run.log)
-    first = Bundle(student, plan, material, student, ranges=ranges)
+    first = Bundle(student, plan, material, student, teacher_plan=plan, ranges=ranges)
     if checked.teacher is not None:
         teacher = _teacher(checked.teacher, student, task)
         _check_model(teacher, material)
-        return replace(first, teacher=teacher), stages
+        return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
     lead = leading_stages(stages)
     config, marks = checkpoint.read_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
@@ -46,7 +46,8 @@ def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...
             _check_model(student, material)
         return first, stages
     made = advance(stages[:lead], first, run.under("teacher")).bundle
-    return Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned), stages[lead:]
+    start = Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned, teacher_plan=made.plan)
+    return start, stages[lead:]
 
 
 def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None]:
