@@ -179,6 +179,7 @@ def test_the_terms_of_a_sum_share_the_extremes_of_a_pass(kind, momentum):
     assert (found.low, found.high) == pytest.approx((float(low), float(high)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sum_computes_in_integers_almost_what_it_computes_in_float(tmp_path):
     """As its ranges are learned and in the file: a fifth was lost while each term moved the range towards its own extremes."""
     around, path = tiny_context(), "bert.encoder.layer.0.attention.self.query"
