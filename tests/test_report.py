@@ -465,13 +465,13 @@ TASK = Classification(kind="classes", labels=("bad", "good"))
 
 
 def make_card(folder: Path, **changes: Any) -> str:
-    ours = replace(rows()[2], name="small | model", file="model_int8_ort.onnx", precision="int8_dynamic")
+    ours = replace(rows()[2], name="small | model", file="model_quantized.onnx", precision="int8_dynamic")
     code = TASK.snippet(folder, ours.file, [("great film",), ('dull "dull" ```',)], 16)
     return write_card(folder, Card(ours, (BASE, ours), code, **changes))
 
 
 def test_the_snippet_of_the_card_runs_without_us(tmp_path: Path) -> None:
-    folder = export(tmp_path / "model", ("model.onnx", "model_int8_ort.onnx"))
+    folder = export(tmp_path / "model", ("model.onnx", "model_quantized.onnx"))
     make_card(folder)
     text = (folder / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
@@ -490,7 +490,7 @@ def test_the_snippet_of_the_card_runs_without_us(tmp_path: Path) -> None:
 def test_the_card_tells_the_hub(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
-    folder = export(tmp_path / "model", ("model_int8_ort.onnx",))
+    folder = export(tmp_path / "model", ("model_quantized.onnx",))
     text = make_card(folder, base_model="owner/bert")
     told = ModelCard(text).data
     assert (told.base_model, told.base_model_relation, told.pipeline_tag) == ("owner/bert", "quantized", "text-classification")
