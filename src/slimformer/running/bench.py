@@ -28,6 +28,7 @@ from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import read_facts
+from slimformer.running.places import read_in
 from slimformer.saving.checkpoint import TOKENIZER_FILES, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task
 
@@ -130,12 +131,22 @@ def bench(
 def _recorded_task(paths: Sequence[Path]) -> Task:
     """The task in the first slimformer.json beside these paths."""
     for path in paths:
-        facts = _facts_of(path) if path.is_file() else read_facts(path)
+        facts, folder = _facts_of(path) if path.is_file() else (read_facts(path), path)
         if facts is not None and "use" in facts.task:
-            options = {name: value for name, value in facts.task.items() if name != "use"}
-            task: Task = registry.find("tasks", str(facts.task["use"]))(**options)
-            return task
+            return _task_of(facts, folder)
     raise RecipeError("there is no data to bench on.", help="name it with --data ./folder, or --task glue/sst2 --data ...")
+
+
+def _task_of(facts: Facts, folder: Path) -> Task:
+    """The task that slimformer.json in `folder` names, its data where they are now; DataError if they are gone."""
+    name = str(facts.task["use"])
+    cls = registry.find("tasks", name)
+    options = {key: value for key, value in facts.task.items() if key != "use"}
+    for key in set(cls.paths) & set(options):
+        if isinstance(options[key], str):
+            options[key] = read_in(folder, options[key])
+    task: Task = cls(**options)
+    return task
 
 
 # -- From paths to model files -----------------------------------------------------------------------------------------------
@@ -197,7 +208,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _model(file: Path, name: str) -> _Model:
-    facts = _facts_of(file)
+    facts, _ = _facts_of(file)
     variant = variant_of(file.name) or Variant.FLOAT
     item = _named_in(facts, file) or FileFacts(file.name, variant, FILES[variant].int8)
     known = {} if facts is None else facts.of_record() | {"file": item.name}
@@ -218,12 +229,12 @@ def _home_of(file: Path) -> Path:
     )
 
 
-def _facts_of(file: Path) -> Facts | None:
-    """slimformer.json for a model file: beside it, or above it if it names this file."""
-    facts = read_facts(file.parent)
-    if facts is not None or (above := read_facts(file.parent.parent)) is None:
-        return facts
-    return above if _named_in(above, file) else None
+def _facts_of(file: Path) -> tuple[Facts | None, Path]:
+    """slimformer.json for a model file, and its folder: beside the file, or above it if it names this file."""
+    facts, above = read_facts(file.parent), file.parent.parent
+    if facts is None and _named_in(upper := read_facts(above), file):
+        return upper, above
+    return facts, file.parent
 
 
 def _named_in(facts: Facts | None, file: Path) -> FileFacts | None:

@@ -27,6 +27,7 @@ from slimformer.running.bundle import Run
 from slimformer.running.candidate import Candidate
 from slimformer.running.exports import export_files, openvino_int8, read_notes
 from slimformer.running.facts import facts_of
+from slimformer.running.places import options_seen_from
 from slimformer.running.recipe import Recipe
 from slimformer.running.rivals import Contestant, rivals_of
 from slimformer.running.trials import Judge, fitted_options, tuned_task
@@ -58,7 +59,7 @@ def finish(candidate: Candidate, order: Order, judge: Judge, run: Run, out: Path
     """
     made, bench = candidate.made, order.recipe.bench
     rivals = rivals_of(made, candidate.stages, bench.rivals, judge, run)
-    ours = _ours(candidate, order, run)
+    ours = _ours(candidate, order, run, out)
     run.log.say("measuring everything side by side on the dev examples.")
     entries = [_entry(item, candidate, run.threads) for item in (*rivals, *ours)]
     measurement = measure(
@@ -77,11 +78,12 @@ def finish(candidate: Candidate, order: Order, judge: Judge, run: Run, out: Path
     return measurement
 
 
-def _ours(candidate: Candidate, order: Order, run: Run) -> list[Contestant]:
+def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Contestant]:
     """Our files that are measured: those that ship, and those that the recipe's `export` and `bench` add."""
     bundle, recipe, kinds = candidate.made.bundle, order.recipe, candidate.kinds
     best = candidate.best(order.max_loss).variant
-    facts = facts_of(candidate.made, run, digest(recipe.to_yaml()), recipe.export.values) | {"target": order.goal}
+    text = recipe.seen_from(out).to_yaml()
+    facts = facts_of(candidate.made, run, digest(text), recipe.export.values) | {"target": order.goal}
 
     def ours(
         variant: str, path: Path, name: str, place: str, runtime: str = "onnxruntime", *, chosen: bool = False
@@ -140,10 +142,10 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
     delivered = [(variant, candidate.kinds[variant]) for variant in files]
     delivered += [(Variant.INT8_STATIC, OPENVINO)] if export.openvino else []
     fitted = {kind.place: fitted_options(material.task, tasks[kind.place]) for _, kind in delivered}
-    text = order.recipe.to_yaml()
+    text = order.recipe.seen_from(out).to_yaml()
     facts = Facts(
         best=candidate.kinds[variant].place,
-        task=named_options(material.task),
+        task=options_seen_from(out, named_options(material.task), type(material.task).paths),
         max_length=material.max_length,
         metric=material.task.metric,
         name=f"{order.model_name} (slimformer)",

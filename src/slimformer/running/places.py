@@ -6,12 +6,14 @@ A name that is no path here stays as it is: it may be that of a model or of data
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def seen_from(folder: Path, name: str) -> str:
     """A path as a file in `folder` names it: relative to the folder, and absolute if that is not possible."""
-    if not Path(name).exists():
+    if not os.path.exists(name):
         return name
     place = Path(name).resolve()
     try:
@@ -26,8 +28,18 @@ def read_in(folder: Path, name: str) -> str:
 
     A name with a leading dot means a path even if nothing is there, so that nothing else of that name is taken for it.
     """
-    anchored = name.startswith(("./", "../")) or name in {".", ".."}
-    if Path(name).is_absolute() or not (anchored or (folder / name).exists()):
+    anchored, here = name.startswith(("./", "../")) or name in {".", ".."}, Path.cwd()
+    there = os.path.exists(folder / name)
+    if folder.resolve() == here or Path(name).is_absolute() or not (anchored or there):
         return name
-    place, here = (folder / name).resolve(), Path.cwd()
+    if not there:
+        return os.path.abspath(folder / name)
+    place = (folder / name).resolve()
     return str(place.relative_to(here)) if place.is_relative_to(here) and place != here else str(place)
+
+
+def options_seen_from(folder: Path, options: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The options of a task as a file in `folder` holds them; `paths` names those that may be paths."""
+    return {
+        name: seen_from(folder, value) if name in paths and isinstance(value, str) else value for name, value in options.items()
+    }
