@@ -16,7 +16,7 @@ from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.circumstances import circumstances, cost_facts
-from slimformer.reporting.verdicts import against, judge
+from slimformer.reporting.verdicts import against, doubts, judge
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
 
@@ -115,7 +115,8 @@ def _body(folder: Path, card: Card) -> str:
     ends = {card.record.file: " (**the best here**)", _WEIGHTS.place: f"; {card.stored}" if card.stored else ""}
     return jinja.get_template("card.md").render(
         card=card,
-        verdict=judge(card.record),
+        verdict=judge(card.record, card.records),
+        doubts=doubts(card.records),
         rivals=against(card.record, card.records),
         metric=card.record.metric.replace("_", " "),
         files=[

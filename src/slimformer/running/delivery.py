@@ -121,6 +121,7 @@ def _openvino_home(run: Run) -> Path:
 def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
     material = candidate.made.bundle.material
     session = open_session(item.path, threads, item.runtime)
+    chosen_by = [trial.forecast for trial in candidate.trials if trial.variant == item.variant and item.facts.get("chosen")]
     return Entry(
         name=item.name,
         role=item.standing,
@@ -128,7 +129,7 @@ def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
         session=session,
         task=tuned_task(session, material),
         features=material.features[Split.DEV],
-        facts=item.facts,
+        facts={**item.facts, "forecast": next(iter(chosen_by), None)},
     )
 
 
