@@ -168,14 +168,14 @@ def test_losses_are_points_below_the_teacher_on_validation_examples(bundle: Bund
     def judge(reference: Reference) -> Judge:
         return Judge(bundle.material, {Variant.FUSED: dense}, reference, run.threads, run.quiet, run.log)
 
-    tried = judge(Reference(1.0, 1.0, trusted=True)).try_out(files, seconds=0)
+    tried = judge(Reference(1.0, None)).try_out(files, seconds=0)
     assert [item.variant for item in tried] == [Variant.FLOAT, Variant.INT8_DYNAMIC]
     assert tried[0].loss == 0
     assert tried[1].loss == pytest.approx(100 * (1 - chosen_on))
     assert tried[0].size_bytes == dense.stat().st_size
     assert all(item.speed_32 > 0 and item.speed_1 > 0 for item in tried)
     # a teacher that came tuned may know the validation examples: the mean with what both have seen
-    unsure = judge(Reference(1.0, 0.9, trusted=False)).try_out(files, seconds=0)
+    unsure = judge(Reference(1.0, 0.9)).try_out(files, seconds=0)
     assert unsure[0].loss == pytest.approx((0 - 10) / 2)
     assert unsure[1].loss == pytest.approx((100 * (1 - chosen_on) + 100 * (0.9 - seen)) / 2)
 
@@ -185,7 +185,7 @@ def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkey
     teacher = dict.fromkeys((Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC), file)
     monkeypatch.setattr(rivals, "facts_of", lambda *_: {"minutes": 1.0})
     made = Made(bundle, Effort(minutes=3.0))
-    judge = Judge(bundle.material, teacher, Reference(1.0, 1.0, True), run.threads, run.quiet, run.log)
+    judge = Judge(bundle.material, teacher, Reference(1.0, None), run.threads, run.quiet, run.log)
     alone = rivals_of(made, (), (), judge, run)
     assert [item.standing for item in alone] == ["teacher-fp32"]
     both = rivals_of(made, (), ("teacher-int8", "small-dense"), judge, run)
@@ -260,12 +260,12 @@ def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, mo
     made = run_recipe(recipe, out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
     (ours,) = (record for record in made.measurement.records if record.name == "slimformer OpenVINO int8")
     assert (ours.role, ours.precision, ours.chosen) == ("ours", "int8_static", False)
-    assert ours.size_bytes == sum((out / f"openvino/openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
+    assert ours.size_bytes == sum((out / f"openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
     assert ours.timings
     text = (out / "README.md").read_text()
-    assert f"| `openvino/openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
+    assert f"| `openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
     assert "slimformer OpenVINO int8 | " in text
-    OpenVINO().load(out / "openvino/openvino_model.xml", 1)
+    OpenVINO().load(out / "openvino_model.xml", 1)
 
 
 def test_without_the_extra_its_install_line_is_told_before_anything_is_made(

@@ -165,7 +165,7 @@ def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.M
     bundle, run = made
     monkeypatch.setattr(mixed, "int8_speedups", lambda every, *_: [0.5 if shapes[0].width == 24 else 2.0 for shapes in every])
     state = run("verdicts")
-    judge = Judge(bundle.material, {}, Reference(1.0, 1.0, trusted=True), 1, 0.0, state.log)
+    judge = Judge(bundle.material, {}, Reference(1.0, None), 1, 0.0, state.log)
     # more than all right is not to be had; the time is ample, so that a busy machine tries as much as an idle one
     draft = rescue.draft_of(bundle)
     assert isinstance(draft, OnnxDraft)
@@ -191,7 +191,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     said = [json.loads(line).get("text", "") for line in (state.root / "log.jsonl").read_text().splitlines()]
     assert sum("no VNNI" in line and "reduce_range: true" in line for line in said) == 1  # once a run
     whole = candidate_of(Made(bundle), (), state.root / "whole", judge, state)
-    assert read_notes(whole.folder)["model_quantized.onnx"]
+    assert read_notes(whole.folder)["model_int8_ort.onnx"]
     lost = [Trial(item.variant, item.score, 99.0, item.speed_32, item.speed_1, item.size_bytes) for item in whole.trials]
     lost[0] = Trial(Variant.FLOAT, 1.0, 0.0, 1e-9, 1e-9, 1)  # no test may fail by a speed: nothing is slower than this one
     bad = replace(whole, trials=tuple(lost))
@@ -199,7 +199,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     assert rescued is not None
     assert rescued.best_int8(20.0).loss <= 20.0
     assert {trial.variant for trial in rescued.trials} == set(SHIPPED)
-    notes = read_notes(rescued.folder)["model_quantized.onnx"]
+    notes = read_notes(rescued.folder)["model_int8_ort.onnx"]
     told = [note for note in notes if note.startswith("encoder.") and "; " in note]
     assert len(told) == 3 * 4
     assert sum(": float; " in note for note in notes) == len(rescued.floats)
@@ -241,7 +241,7 @@ def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.Mon
     left_out = any("not faster than the best file without" in line.get("text", "") for line in lines)
     told = "int8 is 0.50 times as fast on this machine" in (tmp_path / "out" / "README.md").read_text()
     best = json.loads((tmp_path / "out" / "slimformer.json").read_text())["best"]
-    assert told == (not left_out and best != "onnx/model.onnx")
+    assert told == (not left_out and best != "model.onnx")
 
 
 def test_nothing_else_is_a_choice_of_points() -> None:
@@ -267,7 +267,7 @@ def test_a_rescue_that_cannot_be_read_is_made_again(made: Any, tmp_path: Path, k
     candidate = Candidate(Made(bundle), (), FloatOnly.files, trials, tmp_path / "files")
     if kept is not None:
         (tmp_path / "floats-1.json").write_text(kept, encoding="utf-8")
-    judge = Judge(bundle.material, {}, Reference(1.0, 1.0, trusted=True), 1, 0.0, log)
+    judge = Judge(bundle.material, {}, Reference(1.0, None), 1, 0.0, log)
     run = Run(tmp_path, tmp_path, log)
     for _ in range(2):
         assert rescue.rescue(candidate, judge, run, 1.0, exporter=FloatOnly()) is None

@@ -125,6 +125,12 @@ def compress_command(
     rivals: Annotated[
         bool, typer.Option(help="Also train a smaller dense model to compare with, which takes as long as the result itself.")
     ] = True,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Minutes for everything, rivals and the final measurement included; it says what is left out or shortened for it."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
@@ -146,6 +152,7 @@ def compress_command(
         seed=seed,
         tries=tries,
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
+        minutes=minutes,
         command=_command(),
         threads=threads,
         wait_seconds=wait,
@@ -204,9 +211,7 @@ def bench_command(
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html; not one of the runs, whose own page stands there.")] = Path(
-        "report"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(),
 ) -> None:
     """Show quality against speed and size of all runs: a table and report.html."""
     from rich.console import Console
@@ -265,13 +270,14 @@ def check_command(
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Minutes for everything.")] = 5.0,
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
     from slimformer.demo import encoder
     from slimformer.running.search import compress
     from slimformer.tasks.intents import Intents
 
-    _show(compress(encoder(), Intents(), out, speedup=speedup, max_loss=4.0, epochs=6, command=_command()))
+    _show(compress(encoder(), Intents(), out, speedup=speedup, max_loss=2.0, minutes=minutes, command=_command()))
 
 
 def _tasks() -> dict[str, type[Task]]:
@@ -320,12 +326,13 @@ def _show(outcome: Any) -> None:
     from rich.console import Console
 
     from slimformer.reporting.terminal import draw_table
-    from slimformer.reporting.verdicts import findings
+    from slimformer.reporting.verdicts import choice, judge
 
     console = Console()
     console.print(draw_table(outcome.measurement.records))
-    for line in findings(outcome.measurement.records):
-        console.print(line, markup=False, highlight=False)
+    ours = choice(outcome.measurement.records)
+    if ours is not None:
+        console.print(judge(ours).text)
     console.print(f"model: {outcome.out}   page: {outcome.out / 'report.html'}", soft_wrap=True)
 
 

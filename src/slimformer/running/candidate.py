@@ -11,7 +11,7 @@ from slimformer.exporters.base import FILES, Exporter, FileKind, Variant
 from slimformer.files import remembered
 from slimformer.running.bundle import Made, Run
 from slimformer.running.exports import export_files, plain_exporter
-from slimformer.running.trials import Judge, Trial, choose_trial
+from slimformer.running.trials import TRIAL_SECONDS, Judge, Trial, choose_trial
 from slimformer.training.stage import Stage
 
 
@@ -47,7 +47,14 @@ class Candidate:
 
 
 def candidate_of(
-    made: Made, stages: Sequence[Stage], folder: Path, judge: Judge, run: Run, exporter: Exporter | None = None
+    made: Made,
+    stages: Sequence[Stage],
+    folder: Path,
+    judge: Judge,
+    run: Run,
+    exporter: Exporter | None = None,
+    *,
+    seconds: float = TRIAL_SECONDS,
 ) -> Candidate:
     """Exports all files that ship into a folder under `folder` and tries them; a resumed run reads what it tried."""
     exporter = exporter or plain_exporter()
@@ -59,14 +66,16 @@ def candidate_of(
     def trials() -> list[Trial]:
         shutil.rmtree(files, ignore_errors=True)  # a killed run may have left some files
         paths = export_files(bundle.subject, bundle.material, files, shipped, run.log, exporter=exporter, ranges=bundle.ranges)
-        return judge.try_out(paths, kinds)
+        return judge.try_out(paths, kinds, seconds=seconds)
 
     tried = remembered(home / "trials.json", trials, list[Trial])
     return Candidate(made, tuple(stages), kinds, tuple(tried), files)
 
 
-def teacher_candidate(made: Made, judge: Judge, run: Run) -> Candidate:
+def teacher_candidate(made: Made, judge: Judge, run: Run, *, seconds: float = TRIAL_SECONDS) -> Candidate:
     """The bundle whose student is still the teacher, in int8: a search may always fall back on it. Its files are not written."""
     files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
-    trials = remembered(run.root / "whole" / made.bundle.digest() / "int8.json", lambda: judge.try_out(files), list[Trial])
+    trials = remembered(
+        run.root / "whole" / made.bundle.digest() / "int8.json", lambda: judge.try_out(files, seconds=seconds), list[Trial]
+    )
     return Candidate(made, (), FILES, tuple(trials))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from slimformer import registry
 from slimformer.core.ranges import Ranges
 from slimformer.data.batching import collate
-from slimformer.data.material import Material, features_digest
+from slimformer.data.material import Material
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
@@ -25,8 +26,9 @@ from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
 from slimformer.runtimes.openvino import nncf_int8
-from slimformer.saving.tensors import fixed_digest
+from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Split
+from slimformer.training.runstate import features_digest
 
 TEACHER_FILES = "teacher-files"
 NOTES = "notes.json"  # it lies beside exported files and maps each file to its notes
@@ -76,9 +78,12 @@ def read_notes(folder: Path) -> dict[str, list[str]]:
 
 
 def teacher_files(bundle: Bundle, run: Run) -> dict[str, Path]:
-    """The teacher's own files: fp32 fused (the baseline), fp32 standard, int8. Exported once a run, or once a cache."""
+    """The teacher's own files: fp32 fused (the baseline), int8, and fp32 standard if OpenVINO can make its own int8 file of it.
+
+    Exported once a run, or once a cache.
+    """
     folder = _teacher_home(bundle, run)
-    variants = (Variant.FUSED, Variant.FLOAT, Variant.INT8_DYNAMIC)
+    variants = [Variant.FUSED, Variant.INT8_DYNAMIC, *([Variant.FLOAT] if has_nncf() else [])]
     with teacher_turn(folder, run):
         missing = [variant for variant in variants if not (folder / FILES[variant].name).is_file()]
         if missing:
@@ -90,7 +95,7 @@ def _teacher_home(bundle: Bundle, run: Run) -> Path:
     """The folder for the teacher's files, in the run's own or in its cache: for the same weights, rows and packages."""
     rows = [features_digest(bundle.material.features[split]) for split in (Split.VALIDATION, Split.TRAIN)]
     packages = [str(package) for package in machine.environment().packages.items()]
-    return (run.cache or run.root) / TEACHER_FILES / digest(fixed_digest(bundle.teacher.model), *rows, *packages)
+    return (run.cache or run.root) / TEACHER_FILES / digest(model_digest(bundle.teacher.model), *rows, *packages)
 
 
 @contextmanager
@@ -99,6 +104,11 @@ def teacher_turn(home: Path, run: Run) -> Iterator[None]:
     with in_turn(home, lambda: run.log.say("another run makes files of this teacher: waiting for it.")):
         remove_parts(home)
         yield
+
+
+def has_nncf() -> bool:
+    """Whether OpenVINO can be measured and can make int8 files of its own here."""
+    return find_spec("openvino") is not None and find_spec("nncf") is not None
 
 
 def openvino_int8(path: Path, subject: Subject, material: Material, folder: Path) -> Path:

@@ -23,31 +23,40 @@ LOOKED_AT = 100  # on so many validation examples the task checks a model that c
 
 
 def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
-    """The bundle with a teacher that is ready, and the stages still to run.
+    """The bundle with a teacher that is ready, and the stages still to run: `load_bundle`, then `teach_bundle`."""
+    return teach_bundle(load_bundle(checked, run), checked, run)
+
+
+def load_bundle(checked: Checked, run: Run) -> Bundle:
+    """The model as it came, or with a new head, and the data read and encoded; it stands in for its own teacher."""
+    tuned = checkpoint.is_tuned(checked.source, checked.recipe.task.auto_class)
+    task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
+    material = prepare(task, checked.source)
+    _tell(material, run.log)
+    return Bundle(student, plan, material, student, ranges=ranges)
+
+
+def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
+    """The loaded bundle with a teacher that is ready, and the stages still to run.
 
     A model that is not tuned, or whose config says that it was tuned on data of another kind, is first tuned by the recipe's
     leading plain `train` stages, and is then its own teacher. If the recipe names a teacher, such a model itself is the student.
     Raises ModelError or DataError for mistakes that only the loaded models show.
     """
     recipe, source, stages = checked.recipe, checked.source, checked.recipe.stages
-    tuned = checkpoint.is_tuned(source, recipe.task.auto_class)
-    task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
-    material = prepare(task, source)
-    _tell(material, run.log)
-    first = Bundle(student, plan, material, student, teacher_plan=plan, ranges=ranges)
+    student, material = first.subject, first.material
     if checked.teacher is not None:
-        teacher = _teacher(checked.teacher, student, task)
+        teacher = _teacher(checked.teacher, student, material.task)
         _check_model(teacher, material)
-        return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
-    lead = leading_stages(stages)
+        return replace(first, teacher=teacher), stages
+    lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
     config, marks = checkpoint.read_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
         if not lead:  # otherwise the first stage may teach the model what it lacks
             _check_model(student, material)
         return first, stages
     made = advance(stages[:lead], first, run.under("teacher")).bundle
-    start = Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned, teacher_plan=made.plan)
-    return start, stages[lead:]
+    return Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned), stages[lead:]
 
 
 def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None]:

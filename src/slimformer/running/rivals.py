@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from slimformer import registry
 from slimformer.core import cost
+from slimformer.core.plan import Plan
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
 from slimformer.running.bundle import Bundle, Made, Run
-from slimformer.running.exports import export_files, openvino_int8, teacher_turn
+from slimformer.running.exports import export_files, has_nncf, openvino_int8, teacher_turn
 from slimformer.running.facts import facts_of
 from slimformer.running.stages import advance
 from slimformer.running.trials import Judge
@@ -41,14 +41,15 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
     if "teacher-int8" in wanted:
         int8 = Variant.INT8_DYNAMIC
         rivals.append(Contestant("dense int8", Standing.TEACHER_INT8, teacher[int8], int8, facts=facts))
-    if "openvino-int8" in wanted and find_spec("openvino") is not None and find_spec("nncf") is not None:
+    if "openvino-int8" in wanted and has_nncf():
         home = teacher[Variant.FLOAT].parent
         with teacher_turn(home, run):
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
         name, variant = "dense OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
-    # with zeros alone our model is as large as the teacher
-    smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan
+    smaller = (
+        any(stage.cuts for stage in stages) and bundle.plan != Plan()
+    )  # with zeros alone our model is as large as the teacher
     if "small-dense" in wanted and smaller:
         rivals.append(_small_dense(made, stages, run))
     return rivals

@@ -24,6 +24,7 @@ from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Recipe
 from slimformer.running.rescue import rescue
+from slimformer.running.rivals import rivals_of
 from slimformer.running.stages import advance
 from slimformer.running.trials import judge_of
 
@@ -98,7 +99,8 @@ def run(
         candidate = candidate_of(made, stages, state.root / "export", judge, state, exporter)
         if recipe.export.floats == "auto":
             candidate = rescue(candidate, judge, state, order.max_loss, exporter=exporter) or candidate
-        measurement = finish(candidate, order, judge, state, Path(out))
+        rivals = rivals_of(made, stages, recipe.bench.rivals, judge, state)
+        measurement = finish(candidate, rivals, order, judge, state, Path(out))
         remove_folder(state.root)
     return Outcome(Path(out), measurement)
 
@@ -123,7 +125,7 @@ def train_stages(
 
 def open_recipe(recipe: Recipe, out: Path, conditions: Conditions) -> AbstractContextManager[Run]:
     """The output folder, claimed for this very recipe."""
-    return open_run(out, f"recipe {digest(recipe.seen_from(out).to_yaml())}", recipe.seed, conditions, recipe.latency)
+    return open_run(out, f"recipe {digest(recipe.to_yaml())}", recipe.seed, conditions, recipe.latency)
 
 
 @contextmanager

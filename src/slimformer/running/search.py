@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,46 +20,65 @@ from typing import Annotated, Any
 
 from slimformer import registry
 from slimformer.core.shrink import shrink
-from slimformer.data.material import sampled_lengths, subset
+from slimformer.data.material import spaced_rows, subset
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import family_of, subject_of
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
 from slimformer.measuring.records import Goal
+from slimformer.measuring.scoring import Measurement
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 from slimformer.rules import Count, Points, Positive, Seed, mistakes_in, real_number
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
 from slimformer.running.delivery import Order, finish
-from slimformer.running.exports import export_files
-from slimformer.running.preflight import check_kept, preflight
-from slimformer.running.prepare import prepare_bundle
+from slimformer.running.exports import plain_exporter
+from slimformer.running.preflight import Checked, check_kept, preflight
+from slimformer.running.prepare import load_bundle, teach_bundle
 from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
+from slimformer.running.rivals import Contestant, rivals_of
 from slimformer.running.runner import Conditions, Outcome, model_name, open_run
-from slimformer.running.stages import Clock, advance, context_of, latency_of, training_of
+from slimformer.running.schedule import (
+    FEWEST_STEPS,
+    FULL_BENCH,
+    PASSES,
+    SHORTEST_BENCH,
+    Diet,
+    Pace,
+    Part,
+    Schedule,
+    Sizes,
+    copies_of,
+    diet_for,
+    duration,
+    forecast,
+    passes_within,
+    savings,
+)
+from slimformer.running.stages import VALIDATION_ROWS, Clock, advance, context_of, latency_of, training_of
 from slimformer.running.trials import Judge, judge_of
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
-from slimformer.training.estimate import Estimate, estimate
-from slimformer.training.stage import Calibrate, Stage, Train
+from slimformer.training.estimate import estimate
+from slimformer.training.stage import Calibrate, Train
 from slimformer.training.teacher import cached_bytes
 
 MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
 CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one file differ by more
 TRIES = 3  # at most so many budgets are trained
 PROBES = 4  # so many untrained exports find the budget for a speed; each takes seconds
-DISTIL_TOKENS = 3_000_000  # distillation sees so many, unless epochs are given: minutes on two cores for a small model
+PROBE_SECONDS = 4.0  # of timing each
+DISTIL_TOKENS = 3_000_000  # the distillation sees so many by default: minutes on two cores for a small model
 TUNE_TOKENS = 1_000_000
+WAIT_SHARE = 0.05  # of a budget that may go into waiting for a quiet machine
 CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; above it, attention scores are not distilled
-MANY_EPOCHS = 6.0  # from here on, copies of the rows with other words teach more than the same rows again
-MOST_COPIES = 4
-
 
 Speedup = Annotated[float, real_number("above 1 and at most 100", lambda value: 1 < value <= 100, 1.0, 101.0)]
+Minutes = Annotated[float, real_number("above 0", lambda value: value > 0, 0.0, 1e5)]
 
 
 @dataclass(frozen=True)
@@ -73,9 +93,10 @@ class Wanted:
     seed: Seed = 17
     tries: Count = TRIES
     rivals: Rivals = RIVALS
+    minutes: Minutes | None = None
 
     def __post_init__(self) -> None:
-        for name in ("speedup", "max_loss", "epochs", "lr"):  # 2 and 2.0 are the same, also in the purpose of a folder
+        for name in ("speedup", "max_loss", "epochs", "lr", "minutes"):  # 2 and 2.0 are the same purpose
             if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, float(getattr(self, name)))
         wrong = mistakes_in(self)
@@ -102,6 +123,7 @@ def compress(
     seed: int = 17,
     tries: int = TRIES,
     rivals: Sequence[RivalName] = RIVALS,
+    minutes: float | None = None,
     log: Log | None = None,
     command: str = "",
     threads: int | None = None,
@@ -123,13 +145,15 @@ def compress(
         seed: The seed of all random numbers.
         tries: At most so many budgets are trained.
         rivals: The baselines to measure; "small-dense" trains as long as the result itself.
+        minutes: A budget for everything, rivals and the final measurement included. What is left out or shortened for it is said
+            before it starts. Without one everything is as thorough as the size of the data asks for.
         log: As in `run`, like `command`, `threads` and `wait_seconds`.
 
     Returns:
         The folder, and everything that was measured.
 
     Raises:
-        RecipeError: An option is out of range, or `out` holds a finished run.
+        RecipeError: An option is out of range, `minutes` are too few, or `out` holds a finished run.
         ModelError: The model cannot be loaded, or does not suit the task.
         DataError: The data cannot be read, or do not suit the model.
         TargetError: The speed is out of reach; the message names the highest possible.
@@ -142,32 +166,45 @@ def compress(
         >>> outcome.out  # doctest: +SKIP
         PosixPath('small')
     """
-    wanted = Wanted(speedup, max_loss, epochs, lr, batch_size, seed, tries, tuple(rivals))
+    began = time.monotonic()
+    wanted = Wanted(speedup, max_loss, epochs, lr, batch_size, seed, tries, tuple(rivals), minutes)
     source = local_folder(model)
-    tune = Train(lr=_tune_lr(source), epochs=1, batch_size=wanted.batch_size)
+    tune = Train(lr=_tune_lr(source), batch_size=wanted.batch_size)
     tuned = checkpoint.is_tuned(source, task.auto_class)
     recipe = Recipe(str(model), task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
     checked = preflight(recipe)
     check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
+    if wanted.minutes is not None:
+        wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
     conditions = Conditions(log, threads, wait_seconds)
     with open_run(Path(out), wanted.purpose(recipe), wanted.seed, conditions) as run:
-        if not tuned:
-            tune = replace(tune, epochs=_epochs(task, source, TUNE_TOKENS, 2.0, 5.0))
-            checked = replace(checked, recipe=replace(recipe, stages=(tune,)))
-        bundle, _ = prepare_bundle(checked, run)
-        with Clock(run.root) as clock:  # of the search and all budgets tried: what the user waits for, without the rivals
-            search = _Search(bundle, checked.recipe, wanted, run)
-            chosen = search.run().after(clock.minutes)
-        order = Order(
-            search.recipe_of(chosen),
-            model_name(recipe.model),
-            task.title(),
-            Goal(wanted.speedup, wanted.max_loss),
-            command,
-        )
-        measurement = finish(search.written(chosen), order, search.judge, run, Path(out))
+        with Schedule(run.root, wanted.minutes, run.log, began) as schedule:
+            measurement = _compress(checked, wanted, command, schedule, run, Path(out), tuned=tuned)
+            schedule.compare()
         remove_folder(run.root)
     return Outcome(Path(out), measurement)
+
+
+def _compress(
+    checked: Checked, wanted: Wanted, command: str, schedule: Schedule, run: Run, out: Path, *, tuned: bool
+) -> Measurement:
+    """Plans, tunes if need be, searches, trains the rivals, measures and delivers."""
+    first = load_bundle(checked, run)
+    outline = _outline(first, wanted, schedule, run, tuned=tuned)
+    if not tuned:
+        tune = _tuning(checked.source, outline.diet, outline.sizes, wanted)
+        checked = replace(checked, recipe=replace(checked.recipe, stages=(tune,)))
+    with schedule.part(Part.TUNING):
+        bundle, _ = teach_bundle(first, checked, run)
+    with Clock(run.root) as clock:  # of the search and all budgets tried: what the user waits for, without the rivals
+        search = _Search(bundle, checked.recipe, wanted, outline, schedule, run)
+        chosen = search.run().after(clock.minutes)
+    chosen = search.written(chosen)
+    rivals = search.rivals(chosen)
+    recipe, task = search.recipe_of(chosen), checked.recipe.task
+    order = Order(recipe, model_name(recipe.model), task.title(), Goal(wanted.speedup, wanted.max_loss), command)
+    with schedule.part(Part.MEASURING):
+        return finish(chosen, rivals, order, search.judge, run, out)
 
 
 # -- What the sizes of model and data decide -----------------------------------------------------------------------------------
@@ -188,37 +225,124 @@ def _fast_lr(source: Path) -> float:
     return float(f"{8e-4 * min(1.0, 384 / _hidden_size(source)) ** 2:.2g}")
 
 
-def _epochs(task: Task, source: Path, tokens: int, least: float, most: float) -> float:
-    """Epochs that see about this many tokens."""
-    total = float(sampled_lengths(task, source).mean()) * len(task.split(Split.TRAIN))
-    return float(min(most, max(least, round(tokens / total, 1))))
+def _tuning(source: Path, diet: Diet, sizes: Sizes, wanted: Wanted) -> Train:
+    """The tuning of a model that came without a head. The fewer tokens it sees, the higher the rate (decision 0013)."""
+    seen = diet.tune_passes * sizes.train_tokens
+    faster = min(4.0, max(1.0, (TUNE_TOKENS / 2 / seen) ** 0.75))
+    lr, passes = float(f"{_tune_lr(source) * faster:.2g}"), round(diet.tune_passes, 2)
+    return Train(lr=lr, epochs=passes, batch_size=wanted.batch_size)
 
 
-def _distillation(bundle: Bundle, recipe: Recipe, wanted: Wanted) -> Train:
-    """The distillation that every budget gets. Small data is augmented, for as many steps; its copies have no labels of their own.
+def _distillation(bundle: Bundle, wanted: Wanted, passes: float) -> Train:
+    """The distillation that a budget gets. Small data is augmented, for as many steps; its copies have no labels of their own.
 
     With attention scores the student may learn five times as fast, and loses less (decision 0009). They grow with the square of a
     text's length; if they do not fit on disk, the student learns outputs and hidden states alone.
     """
-    source = bundle.material.source
-    epochs = wanted.epochs or _epochs(bundle.material.task, source, DISTIL_TOKENS, 3.0, 12.0)
-    copies = min(MOST_COPIES, int(epochs // 3)) if epochs >= MANY_EPOCHS else 0
+    source, features = bundle.material.source, bundle.material.features[Split.TRAIN]
+    copies = copies_of(passes)
+    rows = None if passes >= PASSES else max(1, round(len(features) * passes / PASSES))
     distillation = registry.find("methods", "distillation")
     method, lr, weight = distillation(), 2 * _tune_lr(source), 0.0 if copies else 0.1
-    lengths = bundle.material.features[Split.TRAIN].lengths()
+    lengths = spaced_rows(features, rows).lengths() if rows else features.lengths()
     scored = distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)
     if (1 + copies) * cached_bytes(bundle.teacher.anatomy, lengths, scored.effects().needs) <= CACHED_BYTES:
         method, lr, weight = scored, max(lr, _fast_lr(source)), 0.0
     return Train(
         methods=(method,),
-        epochs=round(epochs / (1 + copies), 2),
+        epochs=round((PASSES if rows else passes) / (1 + copies), 2),
         lr=wanted.lr or lr,
         batch_size=wanted.batch_size,
         task_weight=weight,
         dropout=False,
         freeze="embeddings",
+        rows=rows,
         augment=copies,
     )
+
+
+# -- The plan ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What was measured and decided before anything started; a resumed run goes by the same."""
+
+    sizes: Sizes
+    pace: Pace
+    diet: Diet
+    disk_bytes: int
+
+
+def _outline(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tuned: bool) -> _Outline:
+    """Measures a few real steps, fits everything into the budget if there is one, and says what will be done and how long it takes."""
+    file = run.root / "outline.json"
+    new = not file.is_file()
+    outline = remembered(file, lambda: _planned(first, wanted, schedule, run, tuned=tuned), _Outline)
+    schedule.announced = forecast(outline.sizes, outline.pace, outline.diet, wanted.speedup)
+    if new:
+        _announce(outline, _full(first, wanted, outline.sizes), first, wanted, schedule, run)
+    return outline
+
+
+def _planned(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tuned: bool) -> _Outline:
+    material = first.material
+    features = {split: material.features[split] for split in Split}
+    chosen, _ = subset(material, Split.VALIDATION, VALIDATION_ROWS)
+    tokens = int(features[Split.TRAIN].lengths().sum())
+    sizes = Sizes(
+        layers=len(first.subject.anatomy.layers),
+        train_tokens=tokens,
+        train_rows=len(features[Split.TRAIN]),
+        validation_tokens=int(chosen.lengths().sum()) * (2 if tuned else 1),
+        dev_tokens=int(features[Split.DEV].lengths().sum()),
+        tuned=tuned,
+    )
+    full = _full(first, wanted, sizes)
+    distil = _distillation(first, wanted, full.passes)
+    cost = estimate(training_of(replace(distil, rows=None, augment=0), first, run), seconds=3.0)
+    pace = Pace(1 / cost.tokens_per_second, cost.teacher_seconds / tokens, cost.peak_rss_bytes)
+    diet = full if wanted.minutes is None else diet_for(sizes, pace, full, wanted.speedup, schedule.left, wanted.batch_size)
+    learnt = _distillation(first, wanted, diet.passes)
+    lengths = features[Split.TRAIN].lengths()[: learnt.rows]
+    needs = learnt.methods[0].effects().needs
+    return _Outline(sizes, pace, diet, (1 + learnt.augment) * cached_bytes(first.teacher.anatomy, lengths, needs))
+
+
+def _full(first: Bundle, wanted: Wanted, sizes: Sizes) -> Diet:
+    """Everything as thorough as the sizes ask for."""
+    tune = min(5.0, max(2.0, TUNE_TOKENS / sizes.train_tokens))
+    passes = wanted.epochs or min(12.0, max(3.0, DISTIL_TOKENS / sizes.train_tokens))
+    return Diet(
+        tune_passes=0.0 if sizes.tuned else round(tune, 1),
+        passes=round(passes, 1),
+        probes=PROBES,
+        tries=wanted.tries,
+        rival="small-dense" in wanted.rivals,
+    )
+
+
+def _announce(outline: _Outline, full: Diet, first: Bundle, wanted: Wanted, schedule: Schedule, run: Run) -> None:
+    """Says what is about to happen, how long it takes, what it needs, and what was left out for the budget."""
+    diet, sizes, pace, say = outline.diet, outline.sizes, outline.pace, run.log.say
+    distil = _distillation(first, wanted, diet.passes)
+    steps = distil.steps_of((distil.rows or sizes.train_rows) * (1 + distil.augment))
+    if not sizes.tuned:
+        say(
+            f"this model has no head for the task yet: it is tuned first, for {diet.tune_passes:.2g} epochs at lr "
+            f"{_tuning(first.material.source, diet, sizes, wanted).lr:g}, {duration(schedule.announced[Part.TUNING])}."
+        )
+    say(
+        f"plan: cut to {wanted.speedup:g} times the speed, distil for {diet.passes:.2g} epochs ({steps:,} steps; uncut "
+        f"{1 / pace.step:,.0f} tokens a second), int8, verify; up to {diet.tries} budget{'s' if diet.tries > 1 else ''}."
+    )
+    schedule.announce(schedule.announced)
+    say(
+        f"up to {run.quiet.left:.0f} seconds more if the machine is busy; about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, "
+        f"{outline.disk_bytes / 2**30:.1f} GiB of disk for the teacher's outputs."
+    )
+    if wanted.minutes is not None and diet != full:
+        say(f"to fit {wanted.minutes:g} minutes: {'; '.join(savings(full, diet, distil.rows, sizes))}.")
 
 
 # -- The search ----------------------------------------------------------------------------------------------------------------
@@ -227,18 +351,18 @@ def _distillation(bundle: Bundle, recipe: Recipe, wanted: Wanted) -> Train:
 class _Search:
     """Proposes budgets until one meets the loss, and picks the best candidate of all it has seen."""
 
-    def __init__(self, bundle: Bundle, recipe: Recipe, wanted: Wanted, run: Run) -> None:
+    def __init__(self, bundle: Bundle, recipe: Recipe, wanted: Wanted, outline: _Outline, schedule: Schedule, run: Run) -> None:
         self.bundle, self.recipe, self.wanted, self.state = bundle, recipe, wanted, run
-        self.distil = _distillation(bundle, recipe, wanted)
-        _announce(bundle, self.distil, wanted, run)
-        self.judge = judge_of(bundle, run)
-        self.whole = teacher_candidate(Made(bundle), self.judge, run)
+        self.outline, self.schedule, self.diet = outline, schedule, outline.diet
+        with schedule.part(Part.UNCUT):
+            self.judge = judge_of(bundle, run)
+            self.whole = teacher_candidate(Made(bundle), self.judge, run, seconds=min(5.0, self.diet.trial_seconds))
         self.uncut = wanted.speedup <= self.whole.trials[0].speed_32
 
     @cached_property
     def scale(self) -> _Scale:
         """The scale that gives budgets; it measures this machine when it is first used."""
-        return _Scale(self.bundle, self.judge, self.state)
+        return _Scale(self.bundle, self.judge, self.diet, self.state)
 
     def run(self) -> Candidate:
         """The best candidate."""
@@ -273,7 +397,7 @@ class _Search:
         wanted, log = self.wanted, self.state.log
         slow, aim = self.whole.trials[0].speed_32, wanted.speedup
         candidates: list[Candidate] = []
-        for left in range(wanted.tries - 1, -1, -1):
+        for left in range(self.diet.tries - 1, -1, -1):
             candidate = self._cut_to(self.scale.keep(aim))
             candidates.append(candidate)
             best = candidate.best_int8(wanted.max_loss)
@@ -284,6 +408,9 @@ class _Search:
             if best.loss <= wanted.max_loss:
                 break
             aim = math.sqrt(slow * aim)
+            if not self.diet.rescue:
+                log.say(f"more than {wanted.max_loss:g} points are lost, and the budget leaves no time for another try.")
+                break
             rescued = rescue(candidate, self.judge, self.state, wanted.max_loss)
             if rescued is not None:
                 candidates.append(rescued)
@@ -297,17 +424,65 @@ class _Search:
 
     def _cut_to(self, keep: float) -> Candidate:
         """Cuts to the budget, distils, exports and tries the files; all of it is kept for a resumed run."""
-        fisher = registry.find("methods", "fisher")
-        stages: tuple[Stage, ...] = (Calibrate(fisher(keep=round(keep, 4), cost="latency")), self.distil)
         name = f"keep-{keep:.4f}"
-        made = advance(stages, self.bundle, self.state.under(name))
-        return candidate_of(made, stages, self.state.root / name, self.judge, self.state)
+        home, below = self.state.root / name, self.state.under(name)
+        cut = Calibrate(replace(self.scale.fisher, keep=round(keep, 4)))
+        with self.schedule.part(Part.CUTTING):
+            before = advance([cut], self.bundle, below)
+        with self.schedule.part(Part.DISTILLING):
+            distil = self._lesson(before.bundle, home / "passes.json")
+            made = advance([distil], before.bundle, below.under("distilled"))
+        with self.schedule.part(Part.TRYING):
+            made = replace(made, effort=before.effort.then(made.effort))
+            return candidate_of(made, (cut, distil), home, self.judge, self.state, seconds=self.diet.trial_seconds)
+
+    def _lesson(self, small: Bundle, file: Path) -> Train:
+        """The distillation of a cut model: as announced, or as the budget allows by now, from a few real steps of this model."""
+        distil = _distillation(small, self.wanted, self.diet.passes)
+        if self.wanted.minutes is None:
+            return distil
+
+        def passes() -> float:
+            sizes, pace, slow = self.outline.sizes, self.outline.pace, self.schedule.slowness(Part.UNCUT, Part.CUTTING)
+            cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=2.0)
+            pace = replace(pace, read=cost.teacher_seconds / sizes.train_tokens)
+            later = forecast(sizes, pace, replace(self.diet, passes=0.0), self.wanted.speedup)
+            needed = sum(slow * later[part] for part in (Part.TRYING, Part.RIVAL, Part.MEASURING))
+            most = _full(small, self.wanted, sizes).passes
+            fit = passes_within(sizes, pace, self.schedule.left - needed, most, self.diet.rival, 1 / cost.tokens_per_second)
+            least = FEWEST_STEPS * self.wanted.batch_size / sizes.train_rows
+            return round(max(fit, least), 2)
+
+        fit = remembered(file, passes, float)
+        if abs(fit - self.diet.passes) > 0.1 * self.diet.passes:
+            self.state.log.say(
+                f"the time that is left allows {fit:.2g} epochs of distillation; {self.diet.passes:.2g} were planned."
+            )
+        return _distillation(small, self.wanted, fit)
+
+    def rivals(self, chosen: Candidate) -> list[Contestant]:
+        """The rivals of the chosen model, trained; the smaller dense one is left out if the budget no longer allows it."""
+        wanted = self.wanted.rivals if self.diet.rival else _without_small_dense(self.wanted.rivals)
+        with self.schedule.part(Part.RIVAL):
+            return rivals_of(chosen.made, chosen.stages, wanted, self.judge, self.state)
+
+    def bench_seconds(self) -> float:
+        """Seconds for each of the two workloads of the final measurement: as planned, but no more than is left."""
+        if self.wanted.minutes is None:
+            return self.diet.bench_seconds
+        idle = forecast(self.outline.sizes, self.outline.pace, replace(self.diet, bench_seconds=0.0), self.wanted.speedup)
+        free = (self.schedule.left - idle[Part.MEASURING]) / 2
+        planned = remembered(self.state.root / "bench.json", lambda: min(FULL_BENCH, max(SHORTEST_BENCH, free)), float)
+        return round(planned, 1)
 
     def written(self, candidate: Candidate) -> Candidate:
         """The candidate with all files that ship: those of the uncut model are written only if they are asked for."""
         if candidate.folder is not None:
             return candidate
-        return candidate_of(candidate.made, (), self.state.root / "whole", self.judge, self.state)
+        with self.schedule.part(Part.TRYING):
+            return candidate_of(
+                candidate.made, (), self.state.root / "whole", self.judge, self.state, seconds=self.diet.trial_seconds
+            )
 
     def recipe_of(self, chosen: Candidate) -> Recipe:
         """The recipe that leads to the chosen candidate again."""
@@ -315,7 +490,14 @@ class _Search:
         # without the levels, the same recipe would measure its own and cut a little otherwise
         levels = self.scale.levels if chosen.stages else None
         export = replace(self.recipe.export, floats=chosen.floats)
-        return replace(self.recipe, stages=(*lead, *chosen.stages), latency=levels, export=export)
+        bench = replace(self.recipe.bench, seconds=self.bench_seconds())
+        if not self.diet.rival:
+            bench = replace(bench, rivals=_without_small_dense(bench.rivals))
+        return replace(self.recipe, stages=(*lead, *chosen.stages), latency=levels, export=export, bench=bench)
+
+
+def _without_small_dense(names: Sequence[RivalName]) -> tuple[RivalName, ...]:
+    return tuple(name for name in names if name != "small-dense")
 
 
 def pick(candidates: Sequence[Candidate], max_loss: float) -> Candidate:
@@ -332,11 +514,13 @@ class _Scale:
     The speed of a file does not depend on its weights, so nothing has to be trained to know it.
     """
 
-    def __init__(self, bundle: Bundle, judge: Judge, run: Run) -> None:
-        self.bundle, self.judge, self.state = bundle, judge, run
-        self.fisher = registry.find("methods", "fisher")()
+    def __init__(self, bundle: Bundle, judge: Judge, diet: Diet, run: Run) -> None:
+        self.bundle, self.judge, self.probes, self.state = bundle, judge, diet.probes, run
+        self.fisher = registry.find("methods", "fisher")(
+            cost="latency", examples=diet.examples, damage_examples=max(64, diet.examples // 8), repair_tokens=6 * diet.examples
+        )
+        table = latency_of(bundle.subject, bundle.material, run, judge.teacher)
         self.context = context_of(bundle, run, bundle.subject, "latency")
-        table = latency_of(bundle.subject, bundle.material, run)
         self.cost, self.dense_fp32_ms, self.levels = table.cost, table.dense_fp32_ms, table.levels
 
     @cached_property
@@ -353,7 +537,7 @@ class _Scale:
         aim = speedup * MARGIN
         keep = min(1.0, self.dense_fp32_ms / aim / self.cost.dense)
         probes: list[tuple[float, float]] = []  # (budget, speed)
-        for _ in range(PROBES):
+        for _ in range(self.probes):
             speed = self.speed(keep, speedup)
             probes.append((keep, speed))
             self.state.log.event("probe", keep=round(keep, 4), speedup=round(speed, 3), wanted=aim)
@@ -372,14 +556,15 @@ class _Scale:
             raise _out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
         with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
             small = subject_of(shrink(self.bundle.subject.model, anatomy, plan))
-            files = export_files(small, material, Path(name), [Variant.INT8_DYNAMIC], run.log)
+            batches, file = material.batches(small.inputs)[:4], Path(name) / "probe.onnx"  # its answers are of no interest
+            plain_exporter().export(small.model, batches, file, Variant.INT8_FUSED, material.task.outputs)
             sessions = {
-                "ours": open_session(files[Variant.INT8_DYNAMIC], run.threads),
+                "ours": open_session(file, run.threads),
                 "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads),
             }
             features, _ = subset(material, Split.VALIDATION, 640)
             workload = workloads(features, limit=20)[1]
-            timings = compare(sessions, workload, Rounds(40, seconds=8.0), run.quiet.load())
+            timings = compare(sessions, workload, Rounds(40, seconds=PROBE_SECONDS), run.quiet.load())
         speed = ratio(timings["dense"], timings["ours"]).median
         if speed < wanted / 1.1 and all(site.sublayer is None for site in small.anatomy.sites.values()):
             raise _out_of_reach(wanted, speed)
@@ -403,25 +588,3 @@ def _out_of_reach(wanted: float, best: float) -> TargetError:
         f"{wanted:g} times as fast is out of reach: with every layer cut, {best:.1f} would be.",
         help=f"ask for less, at most about {max(1.0, 0.7 * best):.1f}.",
     )
-
-
-def _announce(bundle: Bundle, distil: Train, wanted: Wanted, run: Run) -> None:
-    """Says what is about to happen, how long it will take and how much memory it needs, from a few real steps."""
-    file = run.root / "estimate.json"
-    if file.is_file():
-        return
-    cost = remembered(file, lambda: estimate(training_of(distil, bundle, run), seconds=5.0), Estimate)
-    once, passes = cost.seconds / 60, round(distil.epochs * (1 + distil.augment), 1)
-    rival = once if "small-dense" in wanted.rivals else 0.0
-    run.log.say(
-        f"plan: cut to {wanted.speedup:g} times the speed, distil for {passes:g} epochs ({cost.steps:,} steps at "
-        f"{cost.tokens_per_second:,.0f} tokens a second uncut), int8, verify; up to {wanted.tries} budgets."
-    )
-    run.log.say(
-        f"at most {_minutes(once)} for a budget{f', {_minutes(rival)} for the rival' if rival else ''}, less as the model "
-        f"shrinks; about {cost.peak_rss_bytes / 2**30:.1f} GiB of memory."
-    )
-
-
-def _minutes(value: float) -> str:
-    return f"{value:.0f} minutes" if value >= 1.5 else f"{value * 60:.0f} seconds"

@@ -26,9 +26,9 @@ from slimformer.core.plan import Decision
 from slimformer.core.shrink import shrink
 from slimformer.data.augmentation import augment_rows
 from slimformer.data.batching import collate, epoch_order
-from slimformer.data.material import Material, encode_text, subset, unlabelled
+from slimformer.data.material import Material, encode_text, spaced_rows, subset, unlabelled
 from slimformer.data.tokenizer import load_tokenizer
-from slimformer.digests import digest, digest_files
+from slimformer.digests import digest
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import Subject, subject_of
 from slimformer.files import remembered, whole_folder, write_text
@@ -41,7 +41,7 @@ from slimformer.methods.base import Context, Method
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
-from slimformer.saving.tensors import fixed_digest
+from slimformer.saving.tensors import model_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.loop import train
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
@@ -56,22 +56,17 @@ VALIDATION_ROWS = 2000  # a choice uses so many rows of the validation split: on
 
 
 def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
-    """Runs stages in order; a stage that a former run finished with the same options, models and data is read back.
-
-    Models and data count by what they hold, not by their paths.
-    """
+    """Runs stages in order; a stage that a former run finished with the same options, model and data is read back."""
     names = [bundle.digest(), str(run.seed)]
     effort = Effort()
     for number, stage in enumerate(stages, 1):
-        names += [stage.digest(), _digest_files(stage.files, run)]
+        names.append(stage.digest())
         folder = run.folder / f"{number}-{stage.kind}-{digest(*names)[:10]}"
         done, facts = folder / "made", folder / "made" / "effort.json"
         if facts.is_file():
             bundle, effort = _restored(bundle, done), remembered(facts, Effort, Effort)
             run.log.say(f"stage {number} ({stage.kind}) is done already; going on from it.")
             continue
-        if any((other / "made").is_dir() for other in run.folder.glob(f"{number}-{stage.kind}-*")):
-            run.log.say(f"stage {number} ({stage.kind}) was made from another model, teacher or data: it is made again.")
         with Clock(folder) as clock:
             bundle = run_stage(stage, bundle, run.under(folder.name))
         peak = max(effort.peak_rss_bytes, peak_rss_bytes())
@@ -85,15 +80,6 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         run.log.event("stage", stage=stage.kind, number=number, minutes=round(clock.minutes, 2))
     return Made(bundle, effort)
-
-
-def _digest_files(files: Sequence[Path], run: Run) -> str:
-    """Names what these files hold; each is read once a run."""
-    for file in files:
-        key = f"content {file}"
-        if key not in run.memo:
-            run.memo[key] = digest_files([file])
-    return digest(*(run.memo[f"content {file}"] for file in files))
 
 
 def run_stage(stage: Stage, bundle: Bundle, run: Run) -> Bundle:
@@ -111,10 +97,11 @@ def _restored(bundle: Bundle, folder: Path) -> Bundle:
 class Clock:
     """Counts the minutes of the work in a folder, and notes them there, so that those of a killed run are not forgotten."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, began: float | None = None) -> None:
+        """`began`: the reading of `time.monotonic` when the work began, by default now."""
         self._file, self._end = folder / "seconds", threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
-        self._begin = time.monotonic() - remembered(self._file, lambda: 0.0, float)
+        self._begin = (time.monotonic() if began is None else began) - remembered(self._file, lambda: 0.0, float)
 
     def __enter__(self) -> Clock:
         self._thread.start()
@@ -173,7 +160,7 @@ def training_of(stage: Train, bundle: Bundle, run: Run) -> Training:
 
 
 def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
-    """The rows that a stage trains on: the task's or a text's, with copies of them if it asks for those."""
+    """The rows that a stage trains on: the task's or a text's, all or some, with copies of them if it asks for those."""
     material = bundle.material
     if stage.text is None:
         features = material.features[Split.TRAIN]
@@ -181,6 +168,8 @@ def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
         features = unlabelled(material.features[Split.TRAIN])
     else:
         features = encode_text(Path(stage.text), load_tokenizer(material.source), material.max_length)
+    if stage.rows is not None:
+        features = spaced_rows(features, stage.rows)
     if not stage.augment:
         return features
     masked = checkpoint.load_dense(Path(stage.augment_model)) if stage.augment_model else None
@@ -260,7 +249,6 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
         task=bundle.material.task,
         cost=cost_of(unit, student, bundle.material, run),
         teacher=bundle.teacher,
-        teacher_plan=bundle.teacher_plan,
         batches=batches,
         generator=torch.Generator().manual_seed(run.seed),
         memo=run.memo,
@@ -278,16 +266,18 @@ def cost_of(unit: str, subject: Subject, material: Material, run: Run) -> cost.C
     raise RecipeError(f"there is no cost '{unit}'.", help="use macs, parameters or latency.")
 
 
-def latency_of(subject: Subject, material: Material, run: Run) -> Latency:
-    """The time that heads and neurons take on this machine, measured once a run; a recipe may bring the levels of an earlier run."""
+def latency_of(subject: Subject, material: Material, run: Run, dense: Mapping[str, Path] | None = None) -> Latency:
+    """The time that heads and neurons take on this machine, measured once a run; a recipe may bring the levels of an earlier run.
+
+    `dense`: the model's own files, if there are some already.
+    """
     if run.levels is not None:
         return Latency.of(subject.anatomy, run.levels)
-    key = digest(fixed_digest(subject.model), material.features[Split.TRAIN].lengths().tobytes())
-    file = run.root / f"latency-{key}-{run.threads}.json"
+    file = run.root / f"latency-{model_digest(subject.model)[:10]}-{run.threads}.json"
 
     def measure() -> Levels:
         run.log.say("timing what heads and neurons cost on this machine.")
-        return measure_levels(subject, material, run.root, run.threads, run.log, run.quiet)
+        return measure_levels(subject, material, run.root, run.threads, run.log, run.quiet, dense)
 
     return Latency.of(subject.anatomy, remembered(file, measure, Levels))
 

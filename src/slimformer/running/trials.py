@@ -16,15 +16,15 @@ from slimformer.exporters.base import FILES, FileKind, Variant
 from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring import machine
-from slimformer.measuring.records import Forecast
 from slimformer.measuring.scoring import evaluate
 from slimformer.measuring.sessions import Session, open_session
-from slimformer.measuring.timing import Ratio, Rounds, compare, ratio, workloads
+from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.exports import teacher_files, teacher_turn
 from slimformer.running.stages import VALIDATION_ROWS
 from slimformer.tasks.base import Split, Task
 
+TRIAL_SECONDS = 10.0  # of timing, for each of the two workloads
 SATURATES = (
     "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
     "measured here; if int8 loses too much, set `reduce_range: true` under `export` in a recipe (7-bit weights)."
@@ -41,7 +41,6 @@ class Trial:
     speed_32: float
     speed_1: float
     size_bytes: int
-    forecast: Forecast | None = None  # the speed at batch 32 with its spread, and the loss, for the record of the file
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,11 @@ class Reference:
 
     A model that came tuned may have been tuned on the validation examples, and then scores too high there; on examples that
     teacher and student have both seen, the student scores too high. The truth lies between the two, so the mean is taken.
-    A teacher that was tuned here has not seen the validation examples, and they alone count (`trusted`).
+    A teacher that was tuned here has not seen the validation examples, and they alone count: `seen` is then None.
     """
 
     validation: float
-    seen: float
-    trusted: bool
+    seen: float | None
 
 
 @dataclass(frozen=True)
@@ -74,36 +72,26 @@ class Judge:
         sign = 100 if self.material.task.higher_is_better else -100
         score = _score(session, self.material, Split.VALIDATION)
         loss = sign * (self.reference.validation - score)
-        if not self.reference.trusted:
+        if self.reference.seen is not None:
             loss = (loss + sign * (self.reference.seen - _score(session, self.material, Split.TRAIN))) / 2
         return score, loss
 
     def try_out(
-        self, files: Mapping[str, Path], kinds: Mapping[str, FileKind] = FILES, *, seconds: float = 10.0
+        self, files: Mapping[str, Path], kinds: Mapping[str, FileKind] = FILES, *, seconds: float = TRIAL_SECONDS
     ) -> list[Trial]:
         """Each file on validation examples, timed in turn with the teacher's; a file slower than float is named in the log."""
         sessions = {variant: open_session(path, self.threads) for variant, path in files.items()}
         losses = {name: self.loss_of(session) for name, session in sessions.items()}
         sessions["teacher"] = open_session(self.teacher[Variant.FUSED], self.threads)
         load = self.quiet.load()
-        speeds: dict[str, list[Ratio]] = {name: [] for name in sessions}
-        rounds = 0
+        speeds: dict[str, list[float]] = {name: [] for name in sessions}
         features, _ = subset(self.material, Split.VALIDATION, 640)
         for workload in workloads(features, limit=20)[::-1]:
             timings = compare(sessions, workload, Rounds(30, seconds=seconds), load)
             for name, timing in timings.items():
-                speeds[name].append(ratio(timings["teacher"], timing))
-            rounds = rounds or timings["teacher"].rounds  # of the larger batch, which comes first
+                speeds[name].append(ratio(timings["teacher"], timing).median)
         trials = [
-            Trial(
-                name,
-                losses[name][0],
-                losses[name][1],
-                speeds[name][0].median,
-                speeds[name][1].median,
-                path.stat().st_size,
-                Forecast(speeds[name][0], rounds, losses[name][1]),
-            )
+            Trial(name, losses[name][0], losses[name][1], speeds[name][0], speeds[name][1], path.stat().st_size)
             for name, path in files.items()
         ]
         for trial in trials:
@@ -121,7 +109,7 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
     if machine.saturates(machine.environment().flags):
         run.log.say_once(SATURATES)
     files, material = teacher_files(bundle, run), bundle.material
-    splits = (Split.VALIDATION, Split.TRAIN)
+    splits = (Split.VALIDATION,) if bundle.tuned_here else (Split.VALIDATION, Split.TRAIN)
     fused = files[Variant.FUSED]
     kept = fused.with_name(f"scores-{digest(repr((material.task, [material.examples[split] for split in splits])))}.json")
 
@@ -130,8 +118,8 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
         return [_score(session, material, split) for split in splits]
 
     with teacher_turn(fused.parent, run):
-        validation, seen = remembered(kept, scores, list[float])
-    return Judge(material, files, Reference(validation, seen, bundle.tuned_here), run.threads, run.quiet, run.log)
+        validation, *seen = remembered(kept, scores, list[float])
+    return Judge(material, files, Reference(validation, seen[0] if seen else None), run.threads, run.quiet, run.log)
 
 
 def _score(session: Session, material: Material, split: Split) -> float:

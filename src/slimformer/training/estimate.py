@@ -21,7 +21,8 @@ from slimformer.training.step import attached
 class Estimate:
     """The time and memory that a training will take, measured on a few of its steps."""
 
-    seconds: float
+    seconds: float  # of the steps and of the teacher's outputs
+    teacher_seconds: float  # of these, what the teacher's outputs take if they are made beforehand
     steps: int
     tokens_per_second: float  # padding is not counted
     peak_rss_bytes: int  # the peak resident memory of this process
@@ -74,6 +75,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     teacher_seconds = float(np.interp(sizes, known, [float(np.median(times)) for times in taught[::-1]]).sum())
     return Estimate(
         seconds=student_seconds + teacher_seconds,
+        teacher_seconds=teacher_seconds,
         steps=training.steps,
         tokens_per_second=float(lengths.sum()) / float(per_batch.sum()),
         peak_rss_bytes=peak,

@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, final
 
 from slimformer.errors import RecipeError
@@ -54,11 +53,6 @@ class Stage(ABC):
         """Whether this is plain fine-tuning, which may come first to make a teacher."""
         return False
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Files and folders that the stage reads beside the bundle: what they hold is a part of what it makes."""
-        return ()
-
     def digest(self) -> str:
         """Names the stage and all its options."""
         return f"{type(self).__name__}:{self!r}"
@@ -82,6 +76,7 @@ class Train(Stage):
     `augment`: copies of each row in which words are replaced by similar ones, taken from the embedding table or from the masked
     language model in the folder `augment_model`. An epoch is then 1 + augment times as long. It is meant for distillation,
     because the labels of the copies may no longer fit.
+    `rows`: at most so many of the rows train, evenly spaced over all of them; an epoch is a pass over these.
 
     Raises RecipeError that lists every option with a value out of range.
 
@@ -104,6 +99,7 @@ class Train(Stage):
     augment: CountOrZero = 0
     augment_model: str | None = None
     steps: Count | None = None
+    rows: Count | None = None
     clip: NotNegative = 1.0
 
     kind: ClassVar[str] = "train"
@@ -128,11 +124,6 @@ class Train(Stage):
     @property
     def leading(self) -> bool:
         return not self.methods
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        text = None if self.text == TASK_TEXT else self.text
-        return tuple(Path(name) for name in (text, self.augment_model) if name is not None)
 
     @property
     def loss_weight(self) -> float:
