@@ -19,7 +19,7 @@ from pages import HOME, METHODS, Run, bullets, interval, row_times, runs_of, saf
 
 from slimformer.measuring.records import Record, Standing
 from slimformer.reporting.circumstances import circumstances
-from slimformer.reporting.verdicts import against, judge, tally
+from slimformer.reporting.verdicts import against, doubts, judge, tally
 from slimformer.reporting.words import count_text, interval_text, layers_text, mb_text, signed
 
 COMMAND = "python results/tables.py"
@@ -166,7 +166,13 @@ def _run(run: Run) -> list[str]:
     lines += ["", *table(HEAD, [_row(record, record is ours) for record in run.records]), ""]
     if ours is not None:
         verdicts = against(ours, run.records)
-        said = [judge(ours).text, *(verdict.text for verdict in verdicts), tally(verdicts), layers_text(ours)]
+        said = [
+            judge(ours, run.records).text,
+            *(verdict.text for verdict in verdicts),
+            tally(verdicts),
+            *doubts(run.records),
+            layers_text(ours),
+        ]
         lines += [*bullets(safe(text) for text in said if text), ""]
     lines += _theory(run)
     about = [f"{label}: {value}" for label, value in circumstances(run.records) if label not in {"Recipe", "Plan"}]

@@ -14,7 +14,7 @@ from sweep import Job
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record, Standing
 from slimformer.methods.distillation import Distillation
-from slimformer.reporting.verdicts import Conclusion, all_of, within
+from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
 from slimformer.reporting.words import count_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.tasks.classification import Classification
@@ -107,13 +107,13 @@ def _better(record: Record, than: Record) -> Conclusion:
 def met(record: Record, allowed: float, times: float = 0.0, small: bool = True) -> Conclusion:
     """Whether a file is `small`, which is counted exactly, loses at most `allowed` points and is `times` as fast.
 
-    The 95 % interval of its loss and the spread of its speed over rounds have to say so; else that is open.
+    The 95 % interval of its loss and its `likely` speed, judged from its rounds, have to say so; else that is open.
     """
-    faster, loss = record.times_faster(32), record.loss
+    speed, loss = likely_speed(record), record.loss
     answers = [Conclusion.YES if small else Conclusion.NO]
     answers.append(within(loss.low, loss.high, allowed) if loss else Conclusion.OPEN)
     if times:
-        answers.append(within(1 / faster.high, 1 / faster.low, 1 / times) if faster else Conclusion.OPEN)
+        answers.append(reached(speed, times) if speed else Conclusion.OPEN)
     return all_of(answers)
 
 

@@ -269,9 +269,9 @@ def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
 
 
 def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
-    folder = export(tmp_path / "model", ("model.onnx", "model_int8_ort.onnx"))
+    folder = export(tmp_path / "model", ("model.onnx", "model_quantized.onnx"))
     result = run_bench(folder, folder=tmp_path / "data")
-    assert [record.name for record in result.records] == ["model.onnx", "model_int8_ort.onnx"]
+    assert [record.name for record in result.records] == ["model.onnx", "model_quantized.onnx"]
     assert [record.precision for record in result.records] == ["float", "int8_fused"]
 
 
@@ -279,16 +279,16 @@ def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
     from slimformer.measuring.records import Facts
     from slimformer.reporting.ledger import write_facts
 
-    folder = export(tmp_path / "model", ("model.onnx", "model_int8_qdq.onnx"))
+    folder = export(tmp_path / "model", ("model.onnx", "model_int8.onnx"))
     options = {"use": "classification", "data": str(data(tmp_path / "data"))}
     with pytest.raises(RecipeError, match="no data to bench on"):
         bench([folder], load=LOAD)
-    write_facts(folder, Facts("model_int8_qdq.onnx", options, 16, "accuracy", params=12, seed=3))
+    write_facts(folder, Facts("model_int8.onnx", options, 16, "accuracy", params=12, seed=3))
     other = export(tmp_path / "other")
     ours, plain = bench([folder, other], rounds=3, load=LOAD, threads=1).records
-    assert (ours.file, ours.params, ours.seed, plain.params) == ("model_int8_qdq.onnx", 12, 3, None)
-    (folder / "model_int8_qdq.onnx").unlink()
-    with pytest.raises(ModelError, match=r"names 'model_int8_qdq\.onnx' as the best file, which is not there"):
+    assert (ours.file, ours.params, ours.seed, plain.params) == ("model_int8.onnx", 12, 3, None)
+    (folder / "model_int8.onnx").unlink()
+    with pytest.raises(ModelError, match=r"names 'model_int8\.onnx' as the best file, which is not there"):
         bench([folder, other], load=LOAD)
 
 

@@ -58,8 +58,10 @@ HURRY: dict[str, Any] = {
 }
 OPTIONS = ("--data", "data", "--speedup", "1.5", "--max-loss", "100", "--epochs", "2", "--tries", "1", "--threads", "1")
 DELIVERED = {
-    *("config.json", "plan.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "slimformer.json"),
-    *("model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"),
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "slimformer.json"),
+    *("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx"),
+    *("onnx/config.json", "onnx/tokenizer.json", "onnx/tokenizer_config.json"),
+    *("model/config.json", "model/plan.json", "model/model.safetensors", "model/tokenizer.json", "model/tokenizer_config.json"),
     *("README.md", "report.html", "ledger.jsonl", "recipe.yaml", "log.jsonl"),
 }
 REFUSE = """
@@ -117,6 +119,11 @@ def said(out: Path) -> list[str]:
     return [line["text"] for line in lines if line["kind"] == "say"]
 
 
+def delivered(out: Path) -> set[str]:
+    """The files in a folder, by their paths in it."""
+    return {str(item.relative_to(out)) for item in out.rglob("*") if item.is_file()}
+
+
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
     lines = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line["kind"] == kind]
@@ -167,7 +174,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Done) -> None:
 
 
 def test_the_folder_holds_all_that_was_promised(done: Done) -> None:
-    names = {item.name for item in done.out.iterdir()} - {"changed.jsonl"}  # is there if an answer changed
+    names = delivered(done.out) - {"changed.jsonl"}  # is there if an answer changed
     assert names == DELIVERED | {".lock", ".slimformer"}
     found = read_facts(done.out)
     assert found is not None
@@ -192,7 +199,7 @@ def test_the_float_file_answers_as_the_loaded_model(done: Done) -> None:
     model = slimformer.load(done.out)
     task = Classification(data=str(done.home / "data")).bind(model.config.to_dict())
     features = prepare(task, done.out).features[Split.DEV]
-    runner = open_session(done.out / FILES[Variant.FLOAT].name, 1)
+    runner = open_session(done.out / FILES[Variant.FLOAT].place, 1)
     right = 0
     for rows in (*in_order(len(features), 1)[:3], *in_order(len(features), 16)):
         batch = collate(features, rows, ("input_ids", "attention_mask", "token_type_ids"))
@@ -218,7 +225,7 @@ def test_the_snippet_of_the_card_runs_without_slimformer(done: Done) -> None:
 def test_the_ledger_holds_ours_and_the_rivals(done: Done) -> None:
     records = read_records([done.out / "ledger.jsonl"])
     ours = [record for record in records if record.role == Standing.OURS]
-    assert {record.file for record in ours} == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
+    assert {record.file for record in ours} == {"onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx"}
     assert [str(record.role) for record in records[:3]] == [Standing.TEACHER_FP32, Standing.TEACHER_INT8, Standing.SMALL_DENSE]
     assert {record.plan for record in ours} == {checkpoint.load_plan(done.out).digest()}
     assert sum(record.chosen for record in records) == 1
@@ -256,13 +263,13 @@ def test_the_page_is_well_formed_and_needs_nothing_else(done: Done) -> None:
 
 def test_a_finished_folder_is_not_started_again(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(done.home)
-    before = {item.name: item.stat().st_mtime_ns for item in done.out.iterdir() if item.name in DELIVERED}
+    before = {name: (done.out / name).stat().st_mtime_ns for name in DELIVERED}
     rivals = ("teacher-int8", "small-dense")
     with pytest.raises(RecipeError, match="small is finished already"):
         compress("model", Classification(data="data"), "small", epochs=2, rivals=rivals)
     with pytest.raises(OutputError, match="small belongs to another run"):
         compress("model", Classification(data="data"), "small", epochs=3)
-    assert {item.name: item.stat().st_mtime_ns for item in done.out.iterdir() if item.name in DELIVERED} == before
+    assert {name: (done.out / name).stat().st_mtime_ns for name in DELIVERED} == before
 
 
 def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,13 +279,13 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     assert [type(stage) for stage in recipe.stages] == [Calibrate, Train]
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     train_stages(recipe, "again", wait_seconds=0)
-    assert not Path("again/model.onnx").exists()
+    assert not Path("again/onnx").exists()
     outcome = run(recipe, "again", threads=1, wait_seconds=0)
     assert outcome.out == Path("again")
     assert sum("is done already" in line for line in said(Path("again"))) == len(recipe.stages)
     assert {record.threads for record in outcome.measurement.records if record.role == Standing.OURS} == {1}
     assert checkpoint.load_plan("again").digest() == checkpoint.load_plan(done.out).digest()
-    assert {item.name for item in Path("again").iterdir()} >= DELIVERED
+    assert delivered(Path("again")) >= DELIVERED
     assert read_recipe("again/recipe.yaml") == recipe
     assert not any("timing what" in line for line in said(Path("again")))
     with pytest.raises(RecipeError, match="again is finished already"):
@@ -296,7 +303,7 @@ def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:
         """)
     ran = python(code, done.home)
     assert ran.returncode == 0, ran.stderr
-    for name in ("model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"):
+    for name in ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx"):
         assert name in ran.stdout
 
 
@@ -324,7 +331,7 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     assert lines[1].startswith("this model has no head for the task yet: it is tuned first, for ")
     assert any(line.startswith("to fit 3 minutes: ") and "1 budget is tried, not up to 3" in line for line in lines)
     assert any(re.match(r"it took [\d.]+ (seconds|minutes), announced were", line) for line in lines)
-    assert {item.name for item in out.iterdir()} >= DELIVERED
+    assert delivered(out) >= DELIVERED
     stages = read_recipe(out / "recipe.yaml").stages
     assert stages[0] == Train(lr=stages[0].lr, epochs=stages[0].epochs)  # type: ignore[attr-defined]
     assert not (out / "work").exists()

@@ -260,12 +260,12 @@ def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, mo
     made = run_recipe(recipe, out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
     (ours,) = (record for record in made.measurement.records if record.name == "slimformer OpenVINO int8")
     assert (ours.role, ours.precision, ours.chosen) == ("ours", "int8_static", False)
-    assert ours.size_bytes == sum((out / f"openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
+    assert ours.size_bytes == sum((out / f"openvino/openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
     assert ours.timings
     text = (out / "README.md").read_text()
-    assert f"| `openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
+    assert f"| `openvino/openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
     assert "slimformer OpenVINO int8 | " in text
-    OpenVINO().load(out / "openvino_model.xml", 1)
+    OpenVINO().load(out / "openvino/openvino_model.xml", 1)
 
 
 def test_without_the_extra_its_install_line_is_told_before_anything_is_made(

@@ -191,7 +191,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     said = [json.loads(line).get("text", "") for line in (state.root / "log.jsonl").read_text().splitlines()]
     assert sum("no VNNI" in line and "reduce_range: true" in line for line in said) == 1  # once a run
     whole = candidate_of(Made(bundle), (), state.root / "whole", judge, state)
-    assert read_notes(whole.folder)["model_int8_ort.onnx"]
+    assert read_notes(whole.folder)["model_quantized.onnx"]
     lost = [Trial(item.variant, item.score, 99.0, item.speed_32, item.speed_1, item.size_bytes) for item in whole.trials]
     lost[0] = Trial(Variant.FLOAT, 1.0, 0.0, 1e-9, 1e-9, 1)  # no test may fail by a speed: nothing is slower than this one
     bad = replace(whole, trials=tuple(lost))
@@ -199,7 +199,7 @@ def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monke
     assert rescued is not None
     assert rescued.best_int8(20.0).loss <= 20.0
     assert {trial.variant for trial in rescued.trials} == set(SHIPPED)
-    notes = read_notes(rescued.folder)["model_int8_ort.onnx"]
+    notes = read_notes(rescued.folder)["model_quantized.onnx"]
     told = [note for note in notes if note.startswith("encoder.") and "; " in note]
     assert len(told) == 3 * 4
     assert sum(": float; " in note for note in notes) == len(rescued.floats)
@@ -241,7 +241,7 @@ def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.Mon
     left_out = any("not faster than the best file without" in line.get("text", "") for line in lines)
     told = "int8 is 0.50 times as fast on this machine" in (tmp_path / "out" / "README.md").read_text()
     best = json.loads((tmp_path / "out" / "slimformer.json").read_text())["best"]
-    assert told == (not left_out and best != "model.onnx")
+    assert told == (not left_out and best != "onnx/model.onnx")
 
 
 def test_nothing_else_is_a_choice_of_points() -> None:

@@ -95,28 +95,49 @@ def test_bits_that_no_grid_has_are_refused(bits):
 def test_running_ranges_begin_with_the_first_batch_and_leave_padding_out():
     running = RunningRange(momentum=0.9)
     running.observe(tensor([[[-1.0, 4.0], [100.0, -100.0]]]), tensor([[1, 0]]))
+    running.settle()
     assert (float(running.low), float(running.high)) == (-1.0, 4.0)
     running.observe(tensor([[[-2.0, 3.0]]]), tensor([[1]]))
+    running.settle()
     assert (float(running.low), float(running.high)) == pytest.approx((-1.1, 3.9))
     running.observe(tensor([[[9.0, 9.0]]]), tensor([[0]]))  # nothing but padding
+    running.settle()
     running.observe(torch.zeros(0, 2))
+    running.settle()
     found = running.range()
     assert (found.low, found.high) == pytest.approx((-1.1, 3.9))
+
+
+def test_what_passes_between_two_settlings_moves_a_range_once():
+    running = RunningRange(momentum=0.9)
+    for values in ([[-1.0, 0.5]], [[0.0, 4.0]]):
+        running.observe(tensor(values))
+    assert not bool(running.seen)
+    running.settle()
+    assert (float(running.low), float(running.high)) == (-1.0, 4.0)
+    for values in ([[-0.5, 2.0]], [[-2.0, 0.0]], [[0.0, 3.0]]):
+        running.observe(tensor(values))
+    running.settle()
+    running.settle()  # nothing passed
+    assert (float(running.low), float(running.high)) == pytest.approx((-1.1, 3.9))
 
 
 def test_running_ranges_of_attention_count_the_rows_of_real_tokens():
     running = RunningRange()
     scores = tensor([[[[0.5, 0.2], [9.0, 9.0]]]])  # (batch, heads, queries, keys): the second query is padding
     running.observe(scores, tensor([[1, 0]]))
+    running.settle()
     assert (float(running.low), float(running.high)) == pytest.approx((0.2, 0.5))
     running = RunningRange()
     running.observe(tensor([[1.0, 2.0]]), tensor([[1, 0]]))  # (batch, features): no tokens to leave out
+    running.settle()
     assert (float(running.low), float(running.high)) == (1.0, 2.0)
 
 
 def test_running_ranges_per_feature():
     running = RunningRange(features=2)
     running.observe(tensor([[[1.0, 5.0], [3.0, -5.0], [50.0, 50.0]]]), tensor([[1, 1, 0]]))
+    running.settle()
     assert running.low.tolist() == [1, -5]
     assert running.high.tolist() == [3, 5]
 
@@ -124,6 +145,7 @@ def test_running_ranges_per_feature():
 def test_a_constant_activation_gets_a_range_with_a_width():
     running = RunningRange()
     running.observe(torch.zeros(1, 3))
+    running.settle()
     found = running.range()
     assert found.low == 0.0 < found.high
     grid = affine(running.low, running.high, 8, exact_zero=True)

@@ -20,11 +20,13 @@ from slimformer.errors import DataError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.log import Log
-from slimformer.methods.distillation import Distillation
+from slimformer.methods.distillation import Distillation, Heads
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
+from slimformer.methods.layers import Layers
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.running.stages import advance, context_of, refuse_cuts, run_stage, training_rows
@@ -148,6 +150,101 @@ def test_text_in_a_recipe_lies_beside_it_and_needs_a_teacher(tmp_path: Path) -> 
         RecipeError, match=r"stages\[0\].train.text: text has no labels, so there is nothing to learn; add distil"
     ):
         parse_recipe(data | {"stages": [{"train": {"text": "task"}}]})
+
+
+# -- What comes cut ------------------------------------------------------------------------------------------------------------
+
+FIRST = Plan({"encoder.0.heads": (1, 2, 3), "encoder.2.attention": ()})
+
+
+def cut_folder(folder: Path, source: Path, plan: Plan = FIRST, seed: int | None = None) -> Path:
+    """A model folder as a run delivers one: the model of `source` cut by a plan, with the plan beside it."""
+    model = checkpoint.load(source)
+    if seed is not None:  # as if it had been trained again
+        with torch.no_grad():
+            model.get_submodule("classifier").weight.add_(torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)))
+    checkpoint.save(shrink(model, anatomy_of(model), plan), plan, folder, tokenizer_from=source)
+    return folder
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_comes_cut_teaches_the_heads_that_it_has(tmp_path: Path, named: bool) -> None:
+    """A delivered folder compressed once more is its own teacher, and a teacher that is named may be cut as well."""
+    source, data = write_model(tmp_path / "dense", trained=False), write_data(tmp_path / "data", train=24, dev=8)
+    small = cut_folder(tmp_path / "small", source)
+    model, teacher = (source, str(small)) if named else (small, None)
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
+    recipe = Recipe(str(model), Classification(data=str(data)), (), teacher=teacher)
+    start, _ = prepare_bundle(preflight(recipe), run)
+    assert start.teacher_plan == FIRST == start.uncut.plan
+    assert start.plan == (Plan() if named else FIRST)
+    again = Plan({"encoder.0.heads": (0, 1)})  # the first two of those that are left
+    student = subject_of(shrink(start.subject.model, start.subject.anatomy, again))
+    bundle = replace(start, subject=student, plan=start.plan.then(again))
+    state = Distillation(scores=1.0).attach(context_of(bundle, run, student, "macs"))
+    every = Heads(1, (0, 1, 2, 3), (0, 1, 2, 3))
+    assert state.heads == {0: Heads(0, (1,), (0,)) if named else Heads(0, (0, 1), (0, 1)), 1: every}  # type: ignore[attr-defined]
+
+
+# -- What was made before ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mended", ["nothing", "teacher", "label", "text", "masked model"])
+def test_a_stage_is_made_again_if_what_it_was_made_from_is_another(
+    tmp_path: Path, mended: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything lies at the same paths, and the recipe is the same."""
+    source, data = write_model(tmp_path / "dense", trained=False), write_data(tmp_path / "data", train=24, dev=8)
+    cut_folder(tmp_path / "teacher", source)
+    (tmp_path / "texts.txt").write_text("the film was great\nthe meal was dull\n", encoding="utf-8")
+    words = checkpoint.read_config(source)["vocab_size"]
+
+    def write_masked(seed: int) -> None:
+        model = tiny("bert", seed, "AutoModelForMaskedLM", vocab_size=words, pad_token_id=0)
+        model.save_pretrained(tmp_path / "masked")
+        write_tokenizer(tmp_path / "masked")
+
+    write_masked(0)
+    text = str(tmp_path / "texts.txt") if mended == "text" else None
+    stage = Train((Distillation(),), steps=1, precision="fp32", text=text)
+    calibrated = Calibrate(Layers(keep=0.7))
+    if mended == "masked model":
+        stage = replace(stage, augment=1, augment_model=str(tmp_path / "masked"))
+    recipe = Recipe(str(source), Classification(data=str(data)), (calibrated, stage), teacher=str(tmp_path / "teacher"))
+
+    def once() -> list[Path]:
+        run = Run(tmp_path / "work", tmp_path / "work", Log(None), threads=1)
+        start, stages = prepare_bundle(preflight(recipe), run)
+        advance(stages, start, run)
+        return sorted(file.parent.parent for file in (tmp_path / "work").glob("*/made/plan.json"))
+
+    before = once()
+    assert len(before) == 2
+    if mended == "teacher":
+        cut_folder(tmp_path / "teacher", source, seed=5)
+    elif mended == "label":
+        file = data / "train.tsv"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        lines[3] = lines[3].replace("bad", "good") if lines[3].endswith("bad") else lines[3].replace("good", "bad")
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif mended == "text":
+        (tmp_path / "texts.txt").write_text("the film was great\nthe meal was cold\n", encoding="utf-8")
+    elif mended == "masked model":
+        write_masked(1)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="slimformer"):
+        after = once()
+    said = [record.message for record in caplog.records if record.message.startswith("stage ")]
+    again = "was made from another model, teacher or data: it is made again."
+    reused = [
+        f"stage {number} ({kind}) is done already; going on from it." for number, kind in ((1, "calibrate"), (2, "train"))
+    ]
+    if mended == "nothing":
+        assert (said, after) == (reused, before)
+    elif mended in ("text", "masked model"):  # only the second stage reads it
+        assert said == [reused[0], f"stage 2 (train) {again}"]
+    else:
+        assert said == [f"stage 1 (calibrate) {again}", f"stage 2 (train) {again}"]
 
 
 # -- Cut first, factor after ---------------------------------------------------------------------------------------------------

@@ -211,7 +211,9 @@ def bench_command(
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder for report.html; not one of the runs, whose own page stands there.")] = Path(
+        "report"
+    ),
 ) -> None:
     """Show quality against speed and size of all runs: a table and report.html."""
     from rich.console import Console
@@ -326,13 +328,12 @@ def _show(outcome: Any) -> None:
     from rich.console import Console
 
     from slimformer.reporting.terminal import draw_table
-    from slimformer.reporting.verdicts import choice, judge
+    from slimformer.reporting.verdicts import findings
 
     console = Console()
     console.print(draw_table(outcome.measurement.records))
-    ours = choice(outcome.measurement.records)
-    if ours is not None:
-        console.print(judge(ours).text)
+    for line in findings(outcome.measurement.records):
+        console.print(line, markup=False, highlight=False)
     console.print(f"model: {outcome.out}   page: {outcome.out / 'report.html'}", soft_wrap=True)
 
 

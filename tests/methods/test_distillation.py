@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import batch, tiny
 from toy_task import with_model
 
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of, subject_of
-from slimformer.hooks.capture import Capture, Captured
+from slimformer.hooks.capture import Capture, Captured, capturing
 from slimformer.methods.base import Progress, Step
-from slimformer.methods.distillation import Distillation
+from slimformer.methods.distillation import Distillation, Heads, score_distance
 from slimformer.testing.checks import tiny_context
 
 
@@ -76,7 +77,73 @@ def test_a_student_head_learns_from_the_head_it_descends_from():
     plan = Plan({"encoder.0.heads": (1, 3), "encoder.1.attention": ()})
     small = shrink(context.model, context.anatomy, plan)
     state = Distillation(scores=1.0).attach(replace(with_model(context, small, anatomy_of(small)), plan=plan))
-    assert state.heads == {0: (0, [1, 3]), 2: (2, [0, 1, 2, 3])}
+    assert state.heads == {0: Heads(0, (0, 1), (1, 3)), 2: Heads(2, (0, 1, 2, 3), (0, 1, 2, 3))}
+
+
+SUBSETS = [heads for size in range(1, 5) for heads in combinations(range(4), size)]
+
+
+def test_a_student_of_a_cut_teacher_learns_from_the_same_original_heads():
+    """Every teacher with heads of four, and every student cut further from it: scores of the same heads are the same numbers."""
+    dense, inputs = tiny_context(), batch(tiny("bert"))
+    mask, method = inputs["attention_mask"], Distillation(logits=0, hidden=0, scores=1.0)
+
+    def seen(model):
+        with torch.no_grad(), capturing(model, anatomy_of(model), {Capture.SCORES}) as recorder:
+            return recorder.take({"logits": model(**inputs).logits})
+
+    for kept in SUBSETS:
+        first = Plan({"encoder.0.heads": kept, "encoder.1.attention": ()})
+        teacher = shrink(dense.model, dense.anatomy, first)
+        lesson = seen(teacher)
+        for again in (heads for heads in SUBSETS if max(heads) < len(kept)):
+            plan = first.then(Plan({"encoder.0.heads": again}))
+            student = shrink(teacher, anatomy_of(teacher), Plan({"encoder.0.heads": again}))
+            subjects = {"subject": subject_of(student), "teacher": subject_of(teacher)}
+            state = method.attach(replace(dense, plan=plan, teacher_plan=first, **subjects))
+            assert state.heads == {
+                0: Heads(0, tuple(range(len(again))), again),
+                2: Heads(2, (0, 1, 2, 3), (0, 1, 2, 3)),
+            }
+            only = replace(state.heads[0], layer=0)
+            assert float(score_distance(seen(student), lesson, mask, {0: only})) < 1e-10
+
+
+def test_a_head_whose_origin_the_teacher_lacks_learns_nothing_and_it_is_said(caplog):
+    """A named teacher may be cut otherwise than the student; the other heads of the layer still learn."""
+    dense = tiny_context()
+    cut = Plan({"encoder.0.heads": (1, 3), "encoder.2.attention": ()})
+    teacher = subject_of(shrink(dense.model, dense.anatomy, cut))
+    own = Plan({"encoder.0.heads": (0, 2, 3)})
+    student = subject_of(shrink(dense.model, dense.anatomy, own))
+    context = replace(dense, subject=student, plan=own, teacher=teacher, teacher_plan=cut)
+    with caplog.at_level("INFO", logger="slimformer"):
+        state = Distillation(scores=1.0).attach(context)
+    assert state.heads == {0: Heads(0, (2,), (1,)), 1: Heads(1, (0, 1, 2, 3), (0, 1, 2, 3))}
+    assert [record.message for record in caplog.records] == [
+        "distillation: 6 heads have no counterpart in the teacher; they learn no attention scores."
+    ]
+    random = torch.Generator().manual_seed(0)
+    scores = [torch.randn(1, heads, 2, 2, generator=random) for heads in (3, 4, 2, 4)]
+    gap = scores[0][:, [2]] - scores[2][:, [1]], scores[1] - scores[3]
+    expected = sum(float((one - one.mean(-1, keepdim=True)).square().mean()) for one in gap) / 2
+    found = score_distance(
+        Captured({}, scores=(*scores[:2], None)), Captured({}, scores=(*scores[2:], None)), torch.ones(1, 2), state.heads
+    )
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_that_the_teacher_lacks_too_is_no_lesson_of_its_own():
+    """What is cut of both: the hidden states that are compared are those of the same layers."""
+    dense = tiny_context()
+    gone = Plan({f"encoder.1.{part}": () for part in ("attention", "ffn")})
+    teacher = shrink(dense.model, dense.anatomy, gone)
+    plan = gone.then(Plan({"encoder.0.heads": (0, 2)}))
+    student = shrink(dense.model, dense.anatomy, plan)
+    subjects = {"subject": subject_of(student), "teacher": subject_of(teacher)}
+    state = Distillation(scores=1.0).attach(replace(dense, plan=plan, teacher_plan=gone, **subjects))
+    assert state.hidden == [(0, 0), (2, 2), (3, 3)]
+    assert state.heads == {0: Heads(0, (0, 1), (0, 2)), 2: Heads(2, (0, 1, 2, 3), (0, 1, 2, 3))}
 
 
 def test_a_narrower_student_gets_a_projection_and_a_shallower_one_even_partners():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from tiny import batch, factored_context, tiny
 from tiny_folder import write_data, write_model
 from toy_task import context, fit, rows
@@ -15,8 +18,11 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
+from slimformer.exporters.base import Variant
+from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
-from slimformer.hooks.points import quantized_inputs
+from slimformer.forms.kronecker import Kronecker
+from slimformer.hooks.points import quantized_inputs, touched
 from slimformer.log import Log
 from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
@@ -131,10 +137,76 @@ def test_of_a_factored_matrix_the_larger_factor_lies_on_a_grid():
     assert f"{path}.self.key.a" not in decision.weights
     assert f"{path}.self.key.weight" not in decision.weights
     assert f"{path}.self.value.weight" in decision.weights  # dense still
-    points = decision.ranges.activations
-    assert points["encoder.0.key.factor.input"] != points["encoder.0.attention.input"]  # it reads what the smaller factor gives
     anatomy = anatomy_of(around.model)
     assert anatomy.points["encoder.0.attention.input"].modules == (f"{path}.self.value",)
+
+
+SUMS = {  # steps and first factors of sums of three products of a (32, 32) matrix
+    "the larger factor first": Kronecker((16, 2), 3),
+    "the smaller factor first": Kronecker((2, 16), 3),
+    "turned": Kronecker((16, 16), 3),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+@pytest.mark.parametrize("kind", SUMS)
+def test_the_terms_of_a_sum_share_the_extremes_of_a_pass(kind, momentum):
+    """Each term of a sum may read a tensor of its own; all extremes of a pass, taken together, move the range once."""
+    form, name, passes = SUMS[kind], "encoder.0.query", 4
+    around = tiny_context()
+    model = shrink(around.model, around.anatomy, Plan(forms={name: form}))
+    around = replace(around, subject=subject_of(model))
+    point = f"{name}.factor.input"
+    inputs = [batch(model, rows=4, seed=seed) | {"attention_mask": torch.ones(4, 7).long()} for seed in range(passes)]
+    seen = []
+    with torch.no_grad(), touched(model, around.anatomy, {point: lambda values: seen.append(values) or values}):
+        for item in inputs:
+            model(**item)
+    terms = [torch.stack(seen[first : first + form.terms]) for first in range(0, len(seen), form.terms)]
+    assert len(terms) == passes
+    assert bool((terms[0][0] == terms[0][-1]).all()) == (kind == "the larger factor first")
+    low, high = terms[0].min(), terms[0].max()
+    for values in terms[1:]:
+        low, high = momentum * low + (1 - momentum) * values.min(), momentum * high + (1 - momentum) * values.max()
+    method = Quantization(start=0.9, momentum=momentum)
+    state = method.attach(around)
+    with torch.no_grad():
+        for item in inputs:
+            model(**item)
+            method.advance(state, Progress(1, 100))
+    found = method.decide(state, around).ranges.activations[point]
+    state.close()
+    assert (found.low, found.high) == pytest.approx((float(low), float(high)), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sum_computes_in_integers_almost_what_it_computes_in_float(tmp_path):
+    """As its ranges are learned and in the file: a fifth was lost while each term moved the range towards its own extremes."""
+    around, path = tiny_context(), "bert.encoder.layer.0.attention.self.query"
+    model = shrink(around.model, around.anatomy, Plan(forms={"encoder.0.query": Kronecker((2, 16), 3)}))
+    around, inputs, read = replace(around, subject=subject_of(model)), batch(model, rows=8), []
+    method = Quantization()
+    state = method.attach(around)
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs)
+            method.advance(state, Progress(0, 10))
+    handle.remove()
+    decision = method.decide(state, around)
+    state.close()
+    small = shrink(model, around.anatomy, decision)
+    with torch.no_grad(), quantized_inputs(small, anatomy_of(small), decision.ranges):
+        exact, rounded = (one.get_submodule(path)(read[0])[inputs["attention_mask"] == 1] for one in (model, small))
+    assert float((rounded - exact).norm() / exact.norm()) < 0.03
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    file = tmp_path / "model.onnx"
+    Onnx().export(small, [arrays], file, Variant.INT8_STATIC, ranges=decision.ranges)
+    step, _ = decision.ranges.activations["encoder.0.query.factor.input"].grid(8)
+    graph = onnx.load(file).graph
+    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    steps = [constants[node.input[1]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert steps.count(step) == 3  # one for each term
 
 
 def test_padding_does_not_reach_the_ranges_of_factors():

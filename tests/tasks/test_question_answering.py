@@ -975,12 +975,12 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     assert facts.task == {
         "use": "question_answering", "data": "data", "version": "v2", "max_length": 48, "stride": 8,
     }  # fmt: skip
-    assert set(facts.fitted) == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
+    assert set(facts.fitted) == {"onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx"}
     assert all(set(options) == {"threshold"} for options in facts.fitted.values())
     records = {item.file: item for item in read_records([Path("small/ledger.jsonl")]) if item.role == "ours"}
     assert records[facts.best].metric == "f1"
-    assert records["model.onnx"].score > 0.8  # 40 % of the dev questions have no answer
-    assert set(records["model.onnx"].scores) == {"f1", "exact", "f1_has_answer", "f1_no_answer"}
+    assert records["onnx/model.onnx"].score > 0.8  # 40 % of the dev questions have no answer
+    assert set(records["onnx/model.onnx"].scores) == {"f1", "exact", "f1_has_answer", "f1_no_answer"}
     assert read_config(Path("small"))["architectures"] == ["BertForQuestionAnswering"]
 
     card = Path("small/README.md").read_text(encoding="utf-8")
@@ -1015,13 +1015,13 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     write(Path("small/slimformer.json"), plain)
     code, _, err = call("bench", "small", "--wait", 0, "--seconds", 0, "--threads", 1)
     assert code == 2
-    assert "DataError: small was made for data of another kind" in err
+    assert "DataError: small/onnx/model.onnx was made for data of another kind" in err
 
 
 @pytest.mark.slow
 def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short command: what it delivers answers questions, always with a span, and its recipe names what was done."""
-    from test_compression import DELIVERED, hurry
+    from test_compression import DELIVERED, delivered, hurry
 
     from slimformer.measuring.records import Standing
     from slimformer.reporting.ledger import read_facts, read_records
@@ -1041,7 +1041,7 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
     finally:
         torch.set_num_threads(threads)
     assert code == 0, err
-    assert {item.name for item in Path("small").iterdir()} >= DELIVERED
+    assert delivered(Path("small")) >= DELIVERED
     assert not Path("small/work").exists()
     facts = read_facts(Path("small"))
     assert facts is not None
@@ -1052,10 +1052,10 @@ def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, m
     rows = read_records([Path("small/ledger.jsonl")])
     teacher = next(item for item in rows if item.role == Standing.TEACHER_FP32)
     ours = {item.file: item for item in rows if item.role == Standing.OURS}
-    assert set(ours) == {"model.onnx", "model_int8_ort.onnx", "model_int8_qdq.onnx"}
+    assert set(ours) == {"onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx"}
     assert {item.metric for item in rows} == {"f1"}
     assert teacher.score > 0.9
-    assert ours["model.onnx"].score > 0.9
+    assert ours["onnx/model.onnx"].score > 0.9
     assert set(teacher.scores) == {"f1", "exact"}
     stages = read_recipe("small/recipe.yaml").stages
     assert [stage.kind for stage in stages] == ["calibrate", "train"]

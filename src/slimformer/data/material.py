@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from slimformer.data.batching import collate
 from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
+from slimformer.digests import Content, digest, digest_all
 from slimformer.errors import DataError
 from slimformer.tasks.base import Example, Features, Split, Task
 
@@ -34,6 +36,13 @@ class Material:
     examples: Mapping[Split, Sequence[Example]]
     features: Mapping[Split, Features]
 
+    @cached_property
+    def digest(self) -> str:
+        """Names all that training and choosing look at: rows and examples of the training and the validation split, not of dev."""
+        splits = (Split.TRAIN, Split.VALIDATION)
+        examples = repr([list(self.examples[split]) for split in splits])
+        return digest(examples, *(features_digest(self.features[split]) for split in splits))
+
     def batches(self, model_inputs: Sequence[str], split: Split = Split.TRAIN) -> list[dict[str, np.ndarray]]:
         """Real inputs of several shapes for export: one example alone, then batches of eight of different lengths."""
         features = self.features[split]
@@ -41,6 +50,23 @@ class Material:
         picks = order[np.linspace(0, len(order) - 1, min(len(order), 300)).astype(int)]
         groups = [[int(picks[len(picks) // 2])], *([int(row) for row in picks[start::38]] for start in range(38))]
         return [collate(features, group, model_inputs) for group in groups if group]
+
+
+def features_digest(features: Features, names: Iterable[str] | None = None) -> str:
+    """Twelve hexadecimal digits that name these rows, or the columns `names` of them."""
+
+    def parts() -> Iterator[Content]:
+        for name in sorted(features.columns if names is None else set(names) & set(features.columns)):
+            values = features.columns[name]
+            yield name
+            if len(values) and isinstance(values[0], (list, tuple, np.ndarray)):
+                lengths = np.fromiter((len(value) for value in values), dtype=np.int64, count=len(values))
+                yield lengths.data
+                yield np.fromiter(chain.from_iterable(values), dtype=np.int64, count=int(lengths.sum())).data
+            else:
+                yield np.asarray(values).tobytes()
+
+    return digest_all(parts())
 
 
 def unlabelled(features: Features) -> Features:

@@ -48,21 +48,34 @@ class FileKind:
     about: str  # on the model card, after the name
     int8: bool = False
     shipped: bool = True  # whether a run delivers it; the others are written to be measured
+    folder: str = ""  # it lies in this folder of the delivered one, beside a config and a tokenizer; "" means at the top
+
+    @property
+    def place(self) -> str:
+        """The file's path in a delivered folder."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
 OPENVINO = FileKind(
-    "openvino_model.xml", "OpenVINO int8", "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only", int8=True
+    "openvino_model.xml",
+    "OpenVINO int8",
+    "int8 by NNCF, with its weights in openvino_model.bin: OpenVINO only",
+    int8=True,
+    folder="openvino",
 )
+# Files are named and placed as other tools look for them (optimum, transformers.js, sentence-transformers): onnx/model_quantized.onnx.
 # The int8 file for ONNX Runtime has fixed ranges, not dynamic ones: docs/decisions/0002-onnx-graphs.md
 FILES: Mapping[str, FileKind] = {
-    Variant.FLOAT: FileKind("model.onnx", "fp32", "fp32, standard operators: any ONNX runtime"),
+    Variant.FLOAT: FileKind("model.onnx", "fp32", "fp32, standard operators: any ONNX runtime", folder="onnx"),
     Variant.FUSED: FileKind("model_fused.onnx", "fp32 fused", "fp32 with fused attention: ONNX Runtime only", shipped=False),
     Variant.INT8_DYNAMIC: FileKind(
         "model_int8_dynamic.onnx", "int8 dynamic", "dynamic int8: ONNX Runtime only", int8=True, shipped=False
     ),
-    Variant.INT8_FUSED: FileKind("model_int8_ort.onnx", "int8", "int8 with fused attention: ONNX Runtime only", int8=True),
+    Variant.INT8_FUSED: FileKind(
+        "model_quantized.onnx", "int8", "int8 with fused attention: ONNX Runtime only", int8=True, folder="onnx"
+    ),
     Variant.INT8_STATIC: FileKind(
-        "model_int8_qdq.onnx", "int8 static", "static int8 (QDQ): ONNX Runtime and OpenVINO", int8=True
+        "model_int8.onnx", "int8 static", "static int8 (QDQ): ONNX Runtime and OpenVINO", int8=True, folder="onnx"
     ),
 }
 SHIPPED = tuple(variant for variant, kind in FILES.items() if kind.shipped)

@@ -72,6 +72,15 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a file was chosen by: its speed at batch 32 and the points that it lost, both on validation examples."""
+
+    speed: Ratio
+    rounds: int  # that the speed was taken from
+    loss: float
+
+
+@dataclass(frozen=True)
 class Heading:
     """What the rows of one comparison have in common: the teacher's name, the task's, and the split they are scored on."""
 
@@ -102,6 +111,9 @@ class Record:
         versus: Points of the metric below each rival, by the rival's name.
         chosen: Whether this file ships; it was picked on validation examples, never on `split`.
         target: The speed and the loss that were asked for.
+        forecast: What the file was chosen by, on validation examples.
+        chance: The score of the best answer that is the same for every example.
+        run: The folder of the run, if a report gathers several.
         seed: The seed of the run.
         train_examples: How many examples it was trained on.
         params: All parameters.
@@ -145,6 +157,9 @@ class Record:
     versus: Mapping[str, Interval] = field(default_factory=dict)
     chosen: bool = False
     target: Goal | None = None
+    forecast: Forecast | None = None
+    chance: float | None = None
+    run: str = ""
     seed: int | None = None
     train_examples: int | None = None
     params: int | None = None

@@ -26,6 +26,7 @@ from slimformer.tasks.base import Example, Features, Outputs, Task
 
 RESAMPLES = 10_000  # of a mean over examples
 METRIC_RESAMPLES = 500  # of any other metric: each calls the task's score, which takes some ms
+MOST_CLASSES = 200  # with more, chance is not worked out: each class is a call of the task's score
 A_MINUTE = Rounds(seconds=60.0)
 
 
@@ -145,6 +146,21 @@ def evaluate(runner: Runner, features: Features, batch_size: int = 32) -> Output
                 full[row][tuple(slice(size) for size in values.shape)] = values
         outputs[name] = full
     return outputs
+
+
+def chance_score(scored: Scored, examples: Sequence[Example]) -> float | None:
+    """The best score of an answer that is the same for every example; None if the model does not choose among classes."""
+    logits, task = scored.outputs.get("logits"), scored.entry.task
+    if logits is None or len(scored.outputs) != 1 or logits.ndim != 2 or not 2 <= logits.shape[1] <= MOST_CLASSES:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a correlation with a constant is undefined
+        same = 20 * np.eye(logits.shape[1], dtype=np.float32) - 10  # (classes, classes)
+        scores = [
+            task.score({"logits": np.tile(row, (len(logits), 1))}, scored.entry.features, examples)[task.metric] for row in same
+        ]
+    finite = [float(score) for score in scores if np.isfinite(score)]
+    return (max(finite) if task.higher_is_better else min(finite)) if finite else None
 
 
 # -- Two models: the paired interval -----------------------------------------------------------------------------------------
@@ -269,7 +285,7 @@ def measure(
     baseline = entries[0].name
     pairs = [(first, entry.name) for entry in entries for first in (baseline, *against[entry.name]) if first != entry.name]
     losses = metric_losses(scored, pairs, examples, seed)
-    machine = environment()
+    machine, chance = environment(), chance_score(scored[baseline], examples)
 
     def record(entry: Entry) -> Record:
         path, task = entry.session.path, entry.task
@@ -281,6 +297,7 @@ def measure(
             "higher_is_better": task.higher_is_better,
             "examples": len(examples),
             "scores": scored[entry.name].scores,
+            "chance": chance,
             "loss": losses.get((baseline, entry.name)),
             "versus": {rival: losses[rival, entry.name] for rival in against[entry.name]},
             "precision": str(entry.precision),

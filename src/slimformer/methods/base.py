@@ -90,6 +90,7 @@ class Context:
     teacher: Subject | None
     batches: Callable[[int], Iterator[Batch]]  # batches(n): training examples, n at most, on the model's device
     generator: torch.Generator
+    teacher_plan: Plan = field(default_factory=Plan)  # cut of the teacher before, in original numbering
     memo: dict[str, Any] = field(default_factory=dict)  # found once in this run, under a key that names all it depends on
 
     @property
@@ -129,6 +130,12 @@ class State(nn.Module):
         """Optimiser groups of the parameters here; AdamW's own decay is never right for gates, so it is 0 by default."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
+
+    def pool(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Called before `advance` if several processes train: makes of the numbers that this process has seen those of all.
+
+        `gather` gives this tensor of each process, (processes, ...). Gradients are averaged without it.
+        """
 
     def close(self) -> None:
         """Removes every hook and parametrisation; always called, also after an error."""

@@ -7,8 +7,9 @@ the embedding's output.
 Idea: Student and teacher see the same batch; the loss grows by how far the student's numbers are from the teacher's.
 
 Differs: The hidden terms are divided by the teacher's mean square, so that one weight fits all layers and models. Padding never
-counts. A student head learns from the teacher head that it descends from, which the plan tells. If layers are gone, the one
-before them learns what the last of them gave.
+counts. A student head learns from the teacher head of the same origin: the plans of both tell it, because a teacher may be cut
+too. A head whose origin the teacher lacks learns no scores, and the log says so. If layers are gone, the one before them learns
+what the last of them gave.
 
 Choose when: anything was cut: train on with it after any cut. With no cut it is plain task-specific distillation.
 
@@ -18,6 +19,7 @@ each layer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from slimformer.hooks.capture import Capture, Captured
 from slimformer.methods.base import Context, Effects, Method, State, Step
 from slimformer.rules import NotNegative, Positive
+
+_log = logging.getLogger(__name__)
 
 
 @final
@@ -64,14 +68,20 @@ class Distillation(Method):
         alive = {site.layer for site in mine.sites.values()}
         ends = [index for index in range(min(alive, default=0), count) if index + 1 == count or index + 1 in alive]
         hidden = [(0, 0)] + [(index + 1, partner[index] + 1) for index in ends]
-        heads: dict[int, tuple[int, list[int]]] = {}
+        heads, alone = {}, 0
         for index in range(count):
             site, source = mine.heads_of(index), theirs.heads_of(partner[index])
-            if site is None or source is None:
+            if site is None:
                 continue
-            origin = list(context.plan.keep.get(site.id, range(site.size)))
-            if max(origin) < source.size:
-                heads[index] = (partner[index], origin)
+            origins = context.plan.keep.get(site.id, range(site.size))
+            known = () if source is None else context.teacher_plan.keep.get(source.id, range(source.size))
+            place = {origin: head for head, origin in enumerate(known)}
+            pairs = [(head, place[origin]) for head, origin in enumerate(origins) if origin in place]
+            alone += site.size - len(pairs)
+            if pairs:
+                heads[index] = Heads(partner[index], *map(tuple, zip(*pairs, strict=True)))
+        if alone and self.scores:
+            _log.info("distillation: %d heads have no counterpart in the teacher; they learn no attention scores.", alone)
         return _State(hidden, heads, (mine.hidden_size, theirs.hidden_size))
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
@@ -94,10 +104,19 @@ class Distillation(Method):
 # -- State ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a student's layer that learn, each with the head of the teacher's `layer` that has the same origin."""
+
+    layer: int
+    students: tuple[int, ...]
+    teachers: tuple[int, ...]
+
+
 class _State(State):
     """Which teacher layer and heads each student layer learns from, and a projection if widths differ."""
 
-    def __init__(self, hidden: list[tuple[int, int]], heads: dict[int, tuple[int, list[int]]], widths: tuple[int, int]) -> None:
+    def __init__(self, hidden: list[tuple[int, int]], heads: dict[int, Heads], widths: tuple[int, int]) -> None:
         super().__init__()
         self.hidden = hidden
         self.heads = heads
@@ -128,21 +147,26 @@ def hidden_distance(
     return torch.stack(terms).mean()
 
 
-def score_distance(
-    student: Captured, teacher: Captured, mask: Tensor, pairing: Mapping[int, tuple[int, Sequence[int]]]
-) -> Tensor:
+def score_distance(student: Captured, teacher: Captured, mask: Tensor, pairing: Mapping[int, Heads]) -> Tensor:
     """Mean over layers of the squared difference of scores between real tokens, each row centred: softmax ignores a shift.
 
-    `pairing`: student layer -> teacher layer, and the teacher head of each student head.
+    `pairing`: the heads that learn, by the student's layer.
     """
     pairs = (mask[:, None, :, None] * mask[:, None, None, :]).float()  # (batch, 1, seq, seq)
     keys = mask[:, None, None, :].float()
     terms = []
-    for index, (layer, heads) in pairing.items():
-        mine, theirs = student.scores[index], teacher.scores[layer]
+    for index, heads in pairing.items():
+        mine, theirs = student.scores[index], teacher.scores[heads.layer]
         assert mine is not None
         assert theirs is not None
-        gap = (mine.float() - theirs[:, heads].float()) * pairs  # (batch, heads, seq, seq)
+        gap = (
+            _chosen(mine, heads.students).float() - _chosen(theirs, heads.teachers).float()
+        ) * pairs  # (batch, heads, seq, seq)
         gap = (gap - gap.sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)) * pairs
         terms.append(gap.square().sum() / (pairs.sum() * gap.shape[1]).clamp_min(1.0))
     return torch.stack(terms).mean()
+
+
+def _chosen(scores: Tensor, heads: Sequence[int]) -> Tensor:
+    """These heads of (batch, heads, seq, seq); without a copy if they are all."""
+    return scores if tuple(heads) == tuple(range(scores.shape[1])) else scores[:, list(heads)]

@@ -8,8 +8,10 @@ straight through, but not where a value was clamped. It is switched on after a s
 Differs: Our models are encoders; the paper's translate. Weight grids are symmetric and 0 lies on every grid by default
 (`quantizing/grids.py`: integer kernels want both). The start is a share of the steps, not a number. A denominator's grid begins
 at the smallest one seen, so that none becomes 0. Of a matrix in Kronecker factors the larger factor and what it reads are
-quantized, of a word table the factor with a row for each word; the smaller factors stay in float, in training as in files. What
-is read after a dropout is quantized after it: train with `dropout: false`.
+quantized, of a word table the factor with a row for each word; the smaller factors stay in float, in training as in files. The
+terms of a sum share one range, which spans what all of them read in a step (measured on tiny sums of three: products off by 0.7 %,
+with a range for each term by 0.6 %). A pass is quantized with the ranges of the steps before it. What is read after a dropout is
+quantized after it: train with `dropout: false`.
 
 Choose when: post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
 
@@ -18,7 +20,7 @@ Cost: a training run in which each weight and each input of a matrix is rounded 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast, final
@@ -85,8 +87,9 @@ class Quantization(Method):
 
     def advance(self, state: State, progress: Progress) -> None:
         state = cast(_State, state)
+        state.settle()
         if progress.fraction >= self.start:
-            seen = [cast(RunningRange, item).seen for item in state.ranges]
+            seen = [running.seen for running in state.each()]
             state.on.copy_(torch.stack(seen).any() if seen else torch.tensor(True))
 
     def report(self, state: State) -> Mapping[str, float]:
@@ -96,12 +99,12 @@ class Quantization(Method):
     def decide(self, state: State, context: Context) -> Decision:
         """The weights as they were computed with, on their grids, and the ranges of all points with one range each."""
         state = cast(_State, state)
+        state.settle()
         parameters = dict(context.model.named_parameters())
         changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
         changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
         ranges = {}
-        for point, item in zip(state.points, state.ranges, strict=True):
-            running = cast(RunningRange, item)
+        for point, running in zip(state.points, state.each(), strict=True):
             if bool(running.seen) and running.low.ndim == 0:
                 ranges[point.id] = running.range()
         # matrices that were not trained on a grid are stored as ever
@@ -148,12 +151,28 @@ class _State(State):
         for table in self.tables.values():
             stack.callback(table.register_forward_hook(self._look_up).remove)
 
+    def settle(self) -> None:
+        """Moves all ranges by what was gathered in the passes since the last call."""
+        for running in self.each():
+            running.settle()
+
+    def pool(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Widens the extremes that this process has gathered to those of all processes."""
+        ends = [end for running in self.each() for low, high in [running.gathered] for end in (low, -high)]
+        lowest = gather(torch.cat([end.flatten() for end in ends])).amin(0) if ends else torch.zeros(0)
+        pooled = [part.view_as(end) for part, end in zip(lowest.split([end.numel() for end in ends]), ends, strict=True)]
+        for running, low, high in zip(self.each(), pooled[::2], pooled[1::2], strict=True):
+            running.gathered = low, -high
+
+    def each(self) -> list[RunningRange]:
+        return [cast(RunningRange, item) for item in self.ranges]
+
     def _begin_pass(self, _: nn.Module, __: Any, given: Mapping[str, Any]) -> None:
         """Once per forward pass: asking a GPU at each point would stall it."""
         self._on, self._mask = bool(self.on), given.get("attention_mask")
 
     def _read(self, index: int) -> Change:
-        running, point = cast(RunningRange, self.ranges[index]), self.points[index]
+        running, point = self.each()[index], self.points[index]
 
         def change(values: Tensor) -> Tensor:
             if self.training:

@@ -91,7 +91,11 @@ def fake(values: Tensor, grid: Grid) -> Tensor:
 
 
 class RunningRange(nn.Module):
-    """Running extremes of an activation, of all its values or per feature; buffers, so that they are saved with a run."""
+    """Running extremes of an activation, of all its values or per feature; buffers, so that they are saved with a run.
+
+    `observe` gathers extremes, as often as values pass, and `settle` moves the running ones by them once. The products of a
+    sum, which each read a tensor of their own, and the processes of a training thus share one range that spans all of them.
+    """
 
     low: Tensor
     high: Tensor
@@ -104,10 +108,22 @@ class RunningRange(nn.Module):
         self.register_buffer("low", torch.zeros(shape))
         self.register_buffer("high", torch.zeros(shape))
         self.register_buffer("seen", torch.tensor(False))
+        self._gathered: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """The lowest and highest values since the last `settle`; infinite if there were none."""
+        if self._gathered is None:
+            return torch.full_like(self.low, torch.inf), torch.full_like(self.high, -torch.inf)
+        return self._gathered
+
+    @gathered.setter
+    def gathered(self, ends: tuple[Tensor, Tensor]) -> None:
+        self._gathered = ends
 
     @torch.no_grad()
     def observe(self, values: Tensor, mask: Tensor | None = None) -> None:
-        """Moves towards the extremes of `values` (batch, seq, features), (batch, heads, seq, keys) or (batch, features).
+        """Gathers the extremes of `values` (batch, seq, features), (batch, heads, seq, keys) or (batch, features).
 
         `mask` (batch, seq) is 1 at real tokens; values at padding are left out.
         """
@@ -122,11 +138,20 @@ class RunningRange(nn.Module):
         if real is not None:
             low, high = low.masked_fill(~real, torch.inf), high.masked_fill(~real, -torch.inf)
         low, high = low.reshape(-1, low.shape[-1]).amin(0), high.reshape(-1, high.shape[-1]).amax(0)
-        for mine, now in ((self.low, low), (self.high, high)):
-            now = now.reshape(mine.shape)
-            now = torch.where(torch.isfinite(now), now, mine)  # a batch of nothing but padding
+        lowest, highest = self.gathered
+        self.gathered = torch.minimum(lowest, low.reshape(lowest.shape)), torch.maximum(highest, high.reshape(highest.shape))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Moves the running extremes towards those gathered, and forgets these; nothing moves if there are none."""
+        if self._gathered is None:
+            return
+        real = torch.stack([torch.isfinite(end) for end in self._gathered]).any()  # a batch may be nothing but padding
+        for mine, now in zip((self.low, self.high), self._gathered, strict=True):
+            now = torch.where(torch.isfinite(now), now, mine)
             mine.copy_(torch.where(self.seen, self.momentum * mine + (1 - self.momentum) * now, now))
-        self.seen.fill_(True)
+        self.seen |= real
+        self._gathered = None
 
     def range(self) -> Range:
         """The running range as numbers; one of no width gets a step at its upper end."""

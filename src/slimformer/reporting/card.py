@@ -16,7 +16,7 @@ from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.circumstances import circumstances, cost_facts
-from slimformer.reporting.verdicts import against, judge
+from slimformer.reporting.verdicts import against, doubts, judge
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
 
@@ -34,7 +34,7 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`")
+_WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`", folder="model")
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,17 @@ def _body(folder: Path, card: Card) -> str:
         lstrip_blocks=True,
     )
     jinja.filters["md"] = _markdown
-    kinds = [kind for kind in (*card.kinds, _WEIGHTS) if (folder / kind.name).is_file()]
-    ends = {card.record.file: " (**the best here**)", "model.safetensors": f"; {card.stored}" if card.stored else ""}
+    kinds = [kind for kind in (*card.kinds, _WEIGHTS) if (folder / kind.place).is_file()]
+    ends = {card.record.file: " (**the best here**)", _WEIGHTS.place: f"; {card.stored}" if card.stored else ""}
     return jinja.get_template("card.md").render(
         card=card,
-        verdict=judge(card.record),
+        verdict=judge(card.record, card.records),
+        doubts=doubts(card.records),
         rivals=against(card.record, card.records),
         metric=card.record.metric.replace("_", " "),
-        files=[(kind.name, mb_text(shipped_bytes(folder / kind.name)), kind.about + ends.get(kind.name, "")) for kind in kinds],
+        files=[
+            (kind.place, mb_text(shipped_bytes(folder / kind.place)), kind.about + ends.get(kind.place, "")) for kind in kinds
+        ],
         several=sum(kind.int8 for kind in kinds) > 1,
         rows=[_cells(record) for record in card.records],
         layers=layers_text(card.record),

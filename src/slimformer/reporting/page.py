@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from slimformer.errors import DataError
+from slimformer.errors import DataError, OutputError
 from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.reporting.answers import ChangedAnswer, shortened_answer
-from slimformer.reporting.ledger import LEDGER, groups, read_records
+from slimformer.reporting.ledger import LEDGER, groups, read_ledgers
 from slimformer.reporting.sections import section_of
 
 _log = logging.getLogger(__name__)
 
+PAGE = "report.html"
 SHOWN = 40  # changed answers on the page; all of them are in changed.jsonl
 
 
@@ -36,13 +37,14 @@ def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
 
     Args:
         runs: A run is a folder that `compress` or `run` left, a folder of such folders, or a ledger.
-        out: The folder for report.html.
+        out: The folder for report.html; not the folder of a run, whose own page stands there.
 
     Returns:
-        All records of the runs.
+        All records of the runs, each with the name of its run; a row that stands in several ledgers counts once.
 
     Raises:
         DataError: There is no record.
+        OutputError: `out` is a file, or holds the page that a run wrote.
 
     Example:
         >>> import slimformer
@@ -50,20 +52,47 @@ def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
         >>> [record.name for record in records]
         ['int8']
     """
+    _refuse_runs(Path(out))
     ledgers: list[Path] = []
     for folder in map(Path, runs):
         inside = [folder] if folder.is_file() else sorted(folder.glob(LEDGER)) or sorted(folder.glob(f"*/{LEDGER}"))
         if not inside:
             _log.warning("%s holds no %s; skipped.", folder, LEDGER)
         ledgers.extend(inside)
-    records = read_records(dict.fromkeys(ledgers))
+    names = _run_names(list(dict.fromkeys(ledgers)))
+    records = [replace(record, run=names[ledger]) for ledger, rows in read_ledgers(names).items() for record in rows]
     if not records:
         raise DataError(
             f"no records in {', '.join(map(str, runs)) or 'nothing'}.",
             help="name run folders: they hold a ledger.jsonl after `slimformer compress` or `slimformer run`.",
         )
-    write_page(records, Path(out) / "report.html", Details(command="slimformer report " + " ".join(map(str, runs))))
+    write_page(records, Path(out) / PAGE, Details(command="slimformer report " + " ".join(map(str, runs))))
     return records
+
+
+def _refuse_runs(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file.", help="choose a folder as --out; it is made if there is none.")
+    if (out / LEDGER).is_file() and (out / PAGE).is_file():
+        raise OutputError(
+            f"{out / PAGE} is the page that a run wrote; it is not overwritten.", help="choose another folder as --out."
+        )
+
+
+def _run_names(ledgers: Sequence[Path]) -> dict[Path, str]:
+    """A name for each ledger: that of its folder, with so many of the folders above it that no two have the same."""
+    parts = {ledger: _parts(ledger) for ledger in ledgers}
+    names = dict[Path, str]()
+    for ledger, own in parts.items():
+        others = [other for path, other in parts.items() if path != ledger]
+        length = next((size for size in range(1, len(own)) if all(other[-size:] != own[-size:] for other in others)), len(own))
+        names[ledger] = "/".join(own[-length:])
+    return names
+
+
+def _parts(ledger: Path) -> tuple[str, ...]:
+    whole = ledger.resolve()
+    return whole.parent.parts if whole.name == LEDGER else whole.with_suffix("").parts
 
 
 def write_page(records: Sequence[Record], path: Path, details: Details = Details()) -> None:

@@ -5,7 +5,7 @@ What is true is decided in `verdicts`, and `templates/report.html` says where th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,19 @@ from slimformer.measuring.records import Record, Standing
 from slimformer.measuring.timing import Ratio
 from slimformer.reporting.circumstances import Fact, circumstances, cost_facts
 from slimformer.reporting.figures import Figure, layers_figure, size_figure, speed_figure
-from slimformer.reporting.verdicts import Verdict, against, choice, judge, tally
+from slimformer.reporting.ledger import by_run
+from slimformer.reporting.verdicts import (
+    Verdict,
+    against,
+    choice,
+    doubts,
+    frontier,
+    judge,
+    likely_speed,
+    slowness,
+    tally,
+    worthless,
+)
 from slimformer.reporting.words import (
     count_text,
     interval_text,
@@ -22,7 +34,9 @@ from slimformer.reporting.words import (
     lost_text,
     mb_text,
     points_text,
+    ratio_text,
     signed,
+    size_text,
     times_text,
 )
 
@@ -32,7 +46,10 @@ NONE = "–"  # stands for a number that is not known
 
 @dataclass(frozen=True)
 class Section:
-    """All that the template needs of one comparison. `tiles` are label, figure and remark; `rows` are style and cells."""
+    """All that the template needs of one comparison.
+
+    `tiles` are label, figure and remark; `rows` are style and cells; `runs` are name, verdict and tally of each, if there are several.
+    """
 
     title: str
     metric: str
@@ -50,92 +67,127 @@ class Section:
     rows: tuple[tuple[str, Cells], ...]
     counted: tuple[Cells, ...]
     seeds: tuple[Cells, ...]
+    runs: tuple[tuple[str, Verdict, str], ...]
+    doubts: tuple[str, ...]
     cost: tuple[Fact, ...]
     circumstances: tuple[Fact, ...]
 
 
 def section_of(records: Sequence[Record]) -> Section:
-    """The section of records that may stand in one table."""
-    first, ours = records[0], choice(records)
+    """The section of records that may stand in one table. Of several runs it judges each by its own rows."""
+    first, runs = records[0], by_run(records)
+    several = len(runs) > 1
+    ours = None if several else choice(records)
     metric = first.metric.replace("_", " ")
     rivals = tuple(against(ours, records)) if ours else ()
+    standings = tuple((run, *_standing(rows)) for run, rows in runs.items()) if several else ()
+    columns = ("model", "precision", metric, "points lost", "MB", "× batch 32", "× batch 1")
+    counted = [record for record in records if record.params or record.encoder_params or record.macs]
     return Section(
         title=" · ".join(part for part in (first.model, first.task, f"{first.split} split") if part),
         metric=metric,
-        headline=_headline(ours, metric) if ours else f"{len(records)} models side by side",
-        verdict=judge(ours) if ours else Verdict(None, "No model of ours is among these records."),
+        headline=_runs_headline(tuple(runs)) if several else _headline(ours, records),
+        verdict=_best_runs(runs, metric) if several else judge(ours, records) if ours else Verdict(None, _NO_OURS),
         tally=tally(rivals),
         tiles=_tiles(ours, records, metric) if ours else (),
         rivals=rivals,
         warnings=_warnings(records),
-        speed_figure=speed_figure(records, ours),
-        size_figure=size_figure(records, ours),
+        speed_figure=speed_figure(records),
+        size_figure=size_figure(records),
         layers_figure=layers_figure(ours),
         layers_words=layers_text(ours) if ours else "",
         columns=(
-            "model",
-            "precision",
-            metric,
-            "points lost",
-            "MB",
-            "× batch 32",
-            "× batch 1",
+            *(("run",) if several else ()),
+            *columns,
             "ms at 32: p50\u00a0/\u00a0p95",
             "ms at 1: p50\u00a0/\u00a0p95",
         ),
-        rows=tuple((_style(record, ours), _cells(record)) for record in records),
+        rows=tuple(
+            (_style(record, choice(rows)), (*((run,) if several else ()), *_cells(record)))
+            for run, rows in runs.items()
+            for record in rows
+        ),
         counted=tuple(
-            (record.name, *(count_text(count) or NONE for count in (record.params, record.encoder_params, record.macs)))
-            for record in records
-            if record.params or record.encoder_params or record.macs
+            (
+                f"{record.run}: {record.name}" if several else record.name,
+                *(count_text(count) or NONE for count in (record.params, record.encoder_params, record.macs)),
+            )
+            for record in counted
         ),
         seeds=_seeds(records),
         cost=cost_facts(ours) if ours else (),
         circumstances=circumstances(records),
+        runs=standings,
+        doubts=tuple(doubts(records)),
     )
 
 
-def _headline(ours: Record, metric: str) -> str:
-    fast, loss = ours.times_faster(32), ours.loss
-    pace = f"{times_text(fast.median)} as fast" if fast else "speed not measured"
+_NO_OURS = "No model of ours is among these records."
+
+
+def _standing(rows: Sequence[Record]) -> tuple[Verdict, str]:
+    """The verdict on one of several runs, and how it stands against its rivals."""
+    ours = choice(rows)
+    return (judge(ours, rows), tally(against(ours, rows))) if ours else (Verdict(None, _NO_OURS), "")
+
+
+def _runs_headline(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{len(names)} runs side by side: {shown}"
+
+
+def _best_runs(runs: Mapping[str, Sequence[Record]], metric: str) -> Verdict:
+    """Which runs no other beats, by the file that ships of each."""
+    ours = [record for rows in runs.values() if (record := choice(rows)) is not None]
+    front = [record.run for record in frontier(ours, slowness)]
+    if not front:
+        return Verdict(None, _NO_OURS)
+    names = front[0] if len(front) == 1 else f"{', '.join(front[:-1])} and {front[-1]}"
+    return Verdict(
+        None,
+        f"By the file that ships, no other run is both faster and better in {metric} than {names}. Speeds are those over each run's own "
+        "baseline; small differences may be noise.",
+    )
+
+
+def _headline(ours: Record | None, records: Sequence[Record]) -> str:
+    if ours is None:
+        return f"{len(records)} models side by side"
+    speed, loss, metric = likely_speed(ours), ours.loss, ours.metric.replace("_", " ")
     lost = f"{points_text(loss.value)} of {metric} {lost_text(loss.value)}" if loss else "loss not measured"
-    return f"{pace[0].upper()}{pace[1:]}, {lost}"
+    if speed is None:
+        return f"Speed not measured, {lost}"
+    sure = speed.high <= 1.1 * speed.median and speed.low >= speed.median / 1.1
+    spread = "" if sure else f" ({speed.low:.1f} to {speed.high:.1f})"
+    pace = f"{times_text(speed.median)} as fast{spread}"
+    return f"{'Worse than doing nothing: ' if worthless(ours, records) else ''}{pace}, {lost}"
 
 
 def _tiles(ours: Record, records: Sequence[Record], metric: str) -> tuple[tuple[str, str, str], ...]:
     base = next((record for record in records if record.role == Standing.TEACHER_FP32), None)
     tiles = []
     for label, batch in (("batch 32, sorted by length", 32), ("batch 1, in order", 1)):
-        if found := ours.times_faster(batch):
-            remark = f"80 % of rounds within {found.low:.2f}–{found.high:.2f}"
-            tiles.append((f"Speed, {label}", f"{found.median:.2f}×", remark))
+        if speed := ours.times_faster(batch):
+            remark = f"80 % of rounds within {speed.low:.2f}–{speed.high:.2f}"
+            tiles.append((f"Speed, {label}", f"{speed.median:.2f}×", remark))
     was = f"teacher {base.score:.4f}" if base else ""
     span = f"; lost {signed(ours.loss.value)} points, 95 % interval {interval_text(ours.loss)}" if ours.loss else ""
     tiles.append((metric[0].upper() + metric[1:], f"{ours.score:.4f}", was + span))
-    if ours.size_bytes:
-        times = (
-            f"teacher {mb_text(base.size_bytes)} MB, {base.size_bytes / ours.size_bytes:.1f} times the size"
-            if base and base.size_bytes
-            else ""
-        )
-        tiles.append(("File", f"{mb_text(ours.size_bytes)} MB", times))
+    if ours.size_bytes and base and base.size_bytes:
+        sizes = f"teacher {size_text(base.size_bytes)}; ours is {ratio_text(ours.size_bytes, base.size_bytes)}"
+        tiles.append(("File", size_text(ours.size_bytes), sizes))
     return tuple(tiles)
 
 
 def _warnings(records: Sequence[Record]) -> tuple[str, ...]:
-    found = []
-    busy = max(
-        (timing.load.busy_cores for record in records for timing in record.timings if not timing.load.quiet), default=0.0
-    )
-    if busy:
-        found.append(f"The machine was not quiet: other work took up to {busy:.1f} cores when timing began.")
+    warnings = []
     machines = {(record.environment.cpu, record.environment.cores) for record in records}
     if len(machines) > 1:
-        found.append("These rows come from different machines: speeds compare only within one of them.")
+        warnings.append("These rows come from different machines: speeds compare only within one of them.")
     seeds = {record.seed for record in records if record.role == Standing.OURS and record.seed is not None}
     if len(seeds) == 1:
-        found.append("One seed only: another seed can move the score by about one standard error.")
-    return tuple(found)
+        warnings.append("One seed only: another seed can move the score by about one standard error.")
+    return tuple(warnings)
 
 
 def _style(record: Record, ours: Record | None) -> str:
@@ -170,10 +222,10 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 def _seeds(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
     """Name, seeds, and mean (lowest to highest) of score, loss and speed, for rows that were run with several seeds."""
-    found: dict[tuple[str, str, str], list[Record]] = {}
+    repeated: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         if record.seed is not None:
-            found.setdefault((record.name, record.role, record.precision), []).append(record)
+            repeated.setdefault((record.name, record.role, record.precision), []).append(record)
 
     def spread(values: Sequence[float], digits: int) -> str:
         if not values:
@@ -188,6 +240,6 @@ def _seeds(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
             spread([record.loss.value for record in rows if record.loss], 1),
             spread([ratio.median for record in rows if (ratio := record.times_faster(32))], 2),
         )
-        for (name, _, _), rows in found.items()
-        if len({record.seed for record in rows}) > 1
+        for (name, _, _), rows in repeated.items()
+        if 1 < len({record.seed for record in rows}) == len(rows)  # two rows with one seed are not one model, but two
     )

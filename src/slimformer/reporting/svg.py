@@ -65,6 +65,7 @@ def draw_scatter(scatter: Scatter, width: int, height: int) -> str:
     """The scatter as SVG, `width` and `height` in pixels."""
     frame = _Frame.around(scatter, width, height)
     taken: list[_Box] = [(x - 9, y - 9, x + 9, y + 9) for x, y in (frame.place(mark.x, mark.y) for mark in scatter.marks)]
+    taken.append((frame.left, frame.top - 6 - LINE, frame.left + len(scatter.y_label) * CHAR, frame.top - 2))
     parts = [
         *_corner(frame, scatter),
         *_axes(frame, scatter.x_label),
@@ -192,8 +193,11 @@ def _spreads(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[st
 
 
 def _points(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str]:
-    """The points with their labels. The chosen one gets its label first, then the others from top to bottom."""
-    parts = []
+    """The points with their labels. The chosen ones get theirs first, then the others from top to bottom.
+
+    A label that would be printed over another one is left out.
+    """
+    parts, labels = [], list[_Box]()
     bounds = (float(frame.left), 4.0, float(frame.width - 2), float(frame.floor))
     for mark in sorted(marks, key=lambda mark: (mark.style != "chosen", -mark.y)):
         x, y = frame.place(mark.x, mark.y)
@@ -203,12 +207,14 @@ def _points(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str
             label = mark.label if len(mark.label) <= limit else mark.label[: limit - 1] + "…"
             bold = mark.style == "chosen"
             label_x, label_y, anchor, box = _beside(x, y, len(label) * (BOLD if bold else CHAR), taken, bounds)
-            taken.append(box)
-            style = "point strong" if bold else "point"
-            parts += _leader(x, y, label_x, label_y)
-            parts.append(
-                f'<text class="{style}" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
-            )
+            if not any(_overlap(box, other) for other in labels):  # else it can be read in the tooltip and in the table
+                taken.append(box)
+                labels.append(box)
+                style = "point strong" if bold else "point"
+                parts += _leader(x, y, label_x, label_y)
+                parts.append(
+                    f'<text class="{style}" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+                )
         parts.append("</g>")
     return parts
 

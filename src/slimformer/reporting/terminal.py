@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from slimformer.measuring.records import Record
 from slimformer.reporting.inspection import Inspection
-from slimformer.reporting.ledger import groups
-from slimformer.reporting.words import mb_text, shortened, signed
+from slimformer.reporting.ledger import by_run, groups
+from slimformer.reporting.words import mb_text, plain, shortened, signed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,9 +31,13 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     for (model, task, _, part_metric), part in parts.items():
         if len(parts) > 1:
-            table.add_row(Text(f"{model}, {task}: {part_metric}", style="underline"))
-        for record in part:
-            table.add_row(*_cells(record))
+            table.add_row(Text(plain(f"{model}, {task}: {part_metric}"), style="underline"))
+        runs = by_run(part)
+        for run, rows in runs.items():
+            if len(runs) > 1:
+                table.add_row(Text(f"{plain(run)}:", style="italic"))
+            for record in rows:
+                table.add_row(*_cells(record))
     timed = [record for record in records if record.timings]
     if timed:
         rounds = sorted({timing.rounds for record in timed for timing in record.timings})
@@ -53,7 +57,7 @@ def _cells(record: Record) -> tuple[str | Text, ...]:
     times = [timing.p50_ms for timing in record.timings if timing.batch_size > 1]
     loss = record.loss
     return (
-        Text(record.name, style="bold" if record.chosen else ""),
+        Text(plain(record.name), style="bold" if record.chosen else ""),
         f"{record.score:.4f}",
         f"{signed(loss.value)} {signed(loss.low)}..{signed(loss.high)}" if loss else "",
         mb_text(record.size_bytes),

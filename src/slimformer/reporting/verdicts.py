@@ -1,4 +1,4 @@
-"""Judges records: which ones nothing beats, whether the goal is met, and how ours stands against each rival.
+"""Judges records: which ones nothing beats, whether ours is of use, whether the goal is met, and how ours stands against each rival.
 
 A conclusion is yes or no only if its interval says so; otherwise it is open. Tables and pages only show what is decided here.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from slimformer.measuring.records import Interval, Record, Standing
+from slimformer.measuring.timing import Ratio, Timing, ratio
 from slimformer.reporting.words import MEGABYTE, interval_text, lost_text, points_text, times_text
 
 RIVAL_WORDS = {
@@ -19,6 +20,10 @@ RIVAL_WORDS = {
     Standing.SMALL_DENSE: "a smaller dense model distilled with the same budget",
 }
 
+_EXAMPLES_APART = (
+    1.1  # the speeds of one file may differ so much on validation and dev examples, whose texts have other lengths
+)
+
 
 class Conclusion(StrEnum):
     """What a measurement says to a question. It is open if the interval holds both a yes and a no."""
@@ -26,6 +31,7 @@ class Conclusion(StrEnum):
     YES = "yes"
     NO = "no"
     OPEN = "open"
+    TIE = "tie"  # of two models: neither speed nor quality tells them apart
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,65 @@ class Verdict:
 
     conclusion: Conclusion | None
     text: str
+
+
+# -- Speed with its uncertainty ----------------------------------------------------------------------------------------------
+
+# The 10th to 90th percentile of n rounds is narrower than what 80 % of further rounds will be within: by this factor, if logarithms
+# of speeds are normal. With two or three rounds it is the 95 % interval of the median, which is wider still.
+_WIDER = {2: 20.0, 3: 4.5, 4: 2.3, 5: 1.9}
+
+
+def likely(speed: Ratio, rounds: int) -> Ratio:
+    """A speed with the interval that a further round falls into with 80 %, judged from the rounds there were.
+
+    It is the spread of single rounds, not the error of their median, which shrinks with every round: a median of many rounds on a
+    busy machine is as far off tomorrow as the rounds are apart. Few rounds make it wider; one says nothing.
+
+    >>> likely(Ratio(3.0, 2.97, 3.03), 30), likely(Ratio(3.0, 2.97, 3.03), 3).high > 3.1
+    (Ratio(median=3.0, low=2.966, high=3.034), True)
+    """
+    if rounds < 2:
+        return Ratio(speed.median, 0.0, math.inf)
+    factor = _WIDER.get(rounds, 1 + 4 / rounds)
+    low, high = (speed.median * (end / speed.median) ** factor for end in (speed.low, speed.high))
+    return Ratio(speed.median, round(low, 4), round(high, 4))
+
+
+def likely_speed(record: Record) -> Ratio | None:
+    """A record's `likely` speed at batch 32; None if it was not timed."""
+    speed = record.times_faster(32)
+    return None if speed is None else likely(speed, rounds_of(record))
+
+
+def rounds_of(record: Record) -> int:
+    """How many rounds a record's speed at batch 32 was taken from."""
+    timing = _larger_batch(record)
+    return timing.rounds if timing else 0
+
+
+def doubts(records: Sequence[Record]) -> list[str]:
+    """What makes all figures of a comparison less sure, to stand beside its headline: other work, or a teacher near chance."""
+    base = next((record for record in records if record.role == Standing.TEACHER_FP32), None)
+    said = [_busy_text(records)]
+    noise = 1 / math.sqrt(max(1, base.examples)) if base else 0.0  # at most two standard errors of a share
+    if base is not None and base.chance is not None and base.higher_is_better and base.score - noise <= base.chance:
+        said.append(
+            f"Weak teacher: it scores {base.score:.4f}, and the best answer that is the same for every example {base.chance:.4f}; "
+            "what loses nothing to it may still be worth nothing."
+        )
+    return [text for text in said if text]
+
+
+def _busy_text(records: Iterable[Record]) -> str:
+    loads = [(timing.load.busy_cores, record) for record in records for timing in record.timings if not timing.load.quiet]
+    if not loads:
+        return ""
+    cores, record = max(loads, key=lambda load: load[0])
+    return (
+        f"Busy machine: other work took up to {cores:.1f} of {record.environment.cores} cores when these were timed, so the speeds are "
+        "less sure."
+    )
 
 
 # -- What nothing beats ------------------------------------------------------------------------------------------------------
@@ -73,42 +138,102 @@ def choice(records: Sequence[Record]) -> Record | None:
     return max(chosen, key=lambda record: record.date) if chosen else None
 
 
-# -- The goal ----------------------------------------------------------------------------------------------------------------
+# -- Ours -----------------------------------------------------------------------------------------------------------------------
 
 
-def judge(record: Record) -> Verdict:
-    """Whether a record meets its goal, and by how much.
+def worthless(record: Record, records: Iterable[Record]) -> str:
+    """Why a record is worse than doing nothing; it is empty if it is not.
 
-    Yes: the 95 % interval of the loss and the spread of the speed over rounds both lie within the goal. No: one of them lies
-    beyond it. Else the measurement cannot tell, and the goal is open.
+    So it is if it surely runs slower than the dense model in a file that is no smaller, without being better; or if it scores no
+    more than the best answer that is the same for every example, and the dense model does.
     """
-    metric, loss, speed = record.metric.replace("_", " "), record.loss, record.times_faster(32)
+    base = next((row for row in records if row.name == record.baseline and row.run == record.run), None)
+    speed, loss = likely_speed(record), record.loss
+    noise = (loss.high - loss.low) / 200 if loss and math.isfinite(loss.high - loss.low) else 0.0
+    at_chance = record.chance is not None and record.higher_is_better and record.score - noise <= record.chance
+    if at_chance and (base is None or base.score - noise > (record.chance or 0.0)):
+        return f"it scores {record.score:.4f}, and the best answer that is the same for every example {record.chance:.4f}"
+    if base is None or base is record or speed is None or loss is None or not base.size_bytes or not record.size_bytes:
+        return ""
+    if speed.high < 1 and record.size_bytes > 0.98 * base.size_bytes and not loss.high < 0:
+        return f"it is slower than the dense model in fp32 ({speed.median:.2f} times its speed), no smaller and no better"
+    return ""
+
+
+def judge(record: Record, records: Sequence[Record] = ()) -> Verdict:
+    """Whether a record meets its goal, and by how much; `records` are the rows of its comparison.
+
+    Yes: the 95 % interval of the loss and the `likely` speed both lie within the goal. No: one of them lies beyond it. Else the
+    measurement cannot tell, and the goal is open. It is open too if the trials that chose the file answer otherwise, and their speed
+    is further from this one than the spread of both. A record that is worse than doing nothing is a no, whatever the goal.
+    """
+    loss, speed = record.loss, likely_speed(record)
     if loss is None or speed is None:
         return Verdict(None, f"{record.name} was not measured against the dense teacher.")
-    lost = f"{points_text(loss.value)} of {metric} {lost_text(loss.value)}"
-    if record.target is None:
-        return Verdict(None, f"{times_text(speed.median)} as fast at batch 32, {lost}.")
-    asked, most = record.target.speedup, record.target.max_loss
-    fast, good = within(1 / speed.high, 1 / speed.low, 1 / asked), within(loss.low, loss.high, most)
+    reason = worthless(record, records)
+    answer = _goal(record, speed, loss) if record.target else _plain(record, speed, loss)
+    return Verdict(Conclusion.NO, f"Worse than doing nothing: {reason}. {answer.text}") if reason else answer
+
+
+def _plain(record: Record, speed: Ratio, loss: Interval) -> Verdict:
+    lost = f"{points_text(loss.value)} of {record.metric.replace('_', ' ')} {lost_text(loss.value)}"
+    remark = _forecast_remark(record, speed, None) if _differs(record, speed) else ""
+    return Verdict(None, f"{times_text(speed.median)} as fast at batch 32, {lost}.{remark}")
+
+
+def _goal(record: Record, speed: Ratio, loss: Interval) -> Verdict:
+    assert record.target is not None
+    asked, most, rounds = record.target.speedup, record.target.max_loss, rounds_of(record)
+    fast, good = reached(speed, asked), within(loss.low, loss.high, most)
+    forecast, remark = record.forecast, ""
+    if forecast is not None:
+        before = likely(forecast.speed, forecast.rounds)
+        contradicted = _differs(record, speed) and reached(before, asked) is not fast
+        fast = Conclusion.OPEN if contradicted else fast
+        if contradicted or _differs(record, speed) or (before.median < asked) != (speed.median < asked):
+            remark = _forecast_remark(record, speed, fast)
+        if good is Conclusion.YES and forecast.loss > max(most, loss.high):
+            remark += f" On validation examples {points_text(forecast.loss)} were lost."
     conclusion = all_of((fast, good))
-    opening = {Conclusion.YES: "Goal met", Conclusion.NO: "Goal not met", Conclusion.OPEN: "Goal open"}[conclusion]
-    speed_remark = {
-        Conclusion.YES: "",
-        Conclusion.NO: f", {100 * (1 - speed.median / asked):.0f} % short",
-        Conclusion.OPEN: ", too close to call",
-    }[fast]
+    opening = {Conclusion.YES: "Goal met", Conclusion.NO: "Goal not met"}.get(conclusion, "Goal open")
+    speed_remark = {Conclusion.NO: f", {100 * (1 - speed.median / asked):.0f} % short", Conclusion.OPEN: ", too close to call"}
     loss_remark = {
-        Conclusion.YES: "",
         Conclusion.NO: f", {points_text(loss.value - most)} too many",
         Conclusion.OPEN: f", too close to call on {record.examples:,} examples",
-    }[good]
-    rounds = f"80 % of rounds {speed.low:.2f} to {speed.high:.2f}"
-    interval = f"95 % interval {interval_text(loss)}"
+    }
+    spread = (
+        f"80 % interval of a round {speed.low:.2f} to {speed.high:.2f}, from {rounds} rounds" if rounds > 1 else "one round"
+    )
     return Verdict(
         conclusion,
-        f"{opening}: {speed.median:.2f} times as fast at batch 32 (asked: {asked:g}; {rounds}){speed_remark}; "
-        f"{lost} (asked: at most {most:g}; {interval}){loss_remark}.",
+        f"{opening}: {speed.median:.2f} times as fast at batch 32 (asked: {asked:g}; {spread}){speed_remark.get(fast, '')}; "
+        f"{points_text(loss.value)} of {record.metric.replace('_', ' ')} {lost_text(loss.value)} (asked: at most {most:g}; "
+        f"95 % interval {interval_text(loss)}){loss_remark.get(good, '')}.{remark}",
     )
+
+
+def _differs(record: Record, speed: Ratio) -> bool:
+    """Whether the trial's speed is further from this one than the spread of both, and by more than the examples may make it."""
+    if record.forecast is None:
+        return False
+    before = likely(record.forecast.speed, record.forecast.rounds)
+    apart = before.high < speed.low or speed.high < before.low
+    return apart and abs(math.log(before.median / speed.median)) > math.log(_EXAMPLES_APART)
+
+
+def _forecast_remark(record: Record, speed: Ratio, fast: Conclusion | None) -> str:
+    assert record.forecast is not None
+    before = likely(record.forecast.speed, record.forecast.rounds)
+    seen = f" The trial on validation examples measured {before.median:.2f} times"
+    if not _differs(record, speed):
+        return f"{seen}, within the spread of both."
+    end = ": they disagree by more than their spread"
+    return f"{seen}, the final bench {speed.median:.2f}{end}{', so the goal stays open' if fast is Conclusion.OPEN else ''}."
+
+
+def reached(speed: Ratio, asked: float) -> Conclusion:
+    """Whether a speed with its interval is at least the one asked for."""
+    return Conclusion.YES if speed.low >= asked else Conclusion.NO if speed.high < asked else Conclusion.OPEN
 
 
 def within(low: float, high: float, bound: float) -> Conclusion:
@@ -121,63 +246,128 @@ def all_of(conclusions: Sequence[Conclusion]) -> Conclusion:
     return next(word for word in (Conclusion.NO, Conclusion.OPEN, Conclusion.YES) if word in conclusions)
 
 
+def findings(records: Sequence[Record]) -> list[str]:
+    """How the file that ships stands, in a few sentences: its verdict, its rivals, and what makes the figures less sure."""
+    ours = choice(records)
+    if ours is None:
+        return doubts(records)
+    said = (judge(ours, records).text, tally(against(ours, records)), *doubts(records))
+    return [text for text in said if text]
+
+
 # -- The rivals --------------------------------------------------------------------------------------------------------------
 
 
 def against(ours: Record, records: Sequence[Record]) -> list[Verdict]:
-    """How ours stands against each kind of rival at equal quality; a rival that was not measured is named too.
+    """How ours stands against each rival of its run; a kind that was not measured is named too, and a rival counts once.
 
-    Qualities count as equal if the 95 % interval of their paired difference holds zero.
+    Qualities count as equal if the 95 % interval of their paired difference holds zero, speeds if the `likely` ratio of the two holds 1.
     """
     verdicts = []
     for standing, words in RIVAL_WORDS.items():
-        rivals = [record for record in records if record.role == standing]
+        rivals = {record.name: record for record in records if record.role == standing and record.run == ours.run}
         if not rivals:
             verdicts.append(Verdict(None, f"Not measured: {words}."))
-        verdicts.extend(_duel(ours, rival, f"{words} ({rival.name})") for rival in rivals)
+        verdicts.extend(_duel(ours, rival, f"{words} ({rival.name})", records) for rival in rivals.values())
     return verdicts
 
 
-def _duel(ours: Record, rival: Record, who: str) -> Verdict:
-    mine, other = ours.times_faster(32), rival.times_faster(32)
-    if mine is None or other is None or ours.baseline != rival.baseline:
+def _duel(ours: Record, rival: Record, who: str, records: Sequence[Record]) -> Verdict:
+    pace, quality = _speeds(ours, rival), _qualities(ours, rival)
+    if pace is None:
         return Verdict(None, f"Not timed in the same run: {who}.")
-    speed = mine.median / other.median
-    apart = mine.low > other.high or other.low > mine.high
-    versus = ours.versus.get(rival.name)
-    points = 100 * (rival.quality - ours.quality)  # above zero: ours is worse
-    equal = versus.low <= 0 <= versus.high if versus else points == 0
-    pace = f"{speed:.2f}x its speed" + ("" if apart else ", too close to call")
-    quality = _quality_words(points, versus, equal)
-    faster, better = speed > 1 and apart, points < 0 and not equal
-    if faster and (equal or points <= 0):
-        return Verdict(Conclusion.YES, f"Beats {who}: {pace}, {quality}.")
-    if better and (speed >= 1 or not apart):
-        return Verdict(Conclusion.YES, f"Beats {who}: {quality}, {pace}.")
-    if faster:
-        return Verdict(Conclusion.NO, f"Does not beat {who} at equal quality: {pace}, but {quality}.")
-    if better:
-        return Verdict(Conclusion.OPEN, f"Neither beats the other: against {who} ours is {quality}, at {pace}.")
-    return Verdict(Conclusion.NO, f"Does not beat {who}: {pace}, {quality}.")
+    if quality is None:
+        return Verdict(None, f"Not scored on the same examples in the same run: {who}.")
+    words = f"{pace.words} and {quality.words}"
+    if pace.sign >= 0 and quality.sign >= 0:
+        if pace.sign == quality.sign == 0:
+            return Verdict(Conclusion.TIE, f"Level with {who}: ours is {words}.")
+        return Verdict(Conclusion.YES, f"Beats {who}: ours is {words}.")
+    if pace.sign <= 0 and quality.sign <= 0:
+        return Verdict(Conclusion.NO, f"Loses to {who}: ours is {words}.")
+    trade = f"ours is {pace.words}, but {quality.words}"
+    return Verdict(Conclusion.OPEN, f"Neither beats the other: against {who} {trade}. {_at_equal_speed(ours, rival, records)}")
 
 
-def _quality_words(points: float, versus: Interval | None, equal: bool) -> str:
-    """Ours against a rival: how many points better or worse, with the interval."""
-    interval = f" (95 %: {_better_text(versus.low)} to {_better_text(versus.high)})" if versus else _UNPAIRED
-    if abs(points) < 0.05 and equal:
-        return f"as good{interval}"
-    words = f"{points_text(points)} {'worse' if points > 0 else 'better'}{interval}"
-    return f"{words}, equal within the noise" if equal else words
+@dataclass(frozen=True)
+class _Difference:
+    """Ours against a rival in one respect: 1 if ours is surely better, -1 if worse, 0 if that is within the noise."""
+
+    sign: int
+    words: str
 
 
-_UNPAIRED = " (no interval: not paired by example)"
+def _speeds(ours: Record, rival: Record) -> _Difference | None:
+    mine, other = _larger_batch(ours), _larger_batch(rival)
+    if mine is None or other is None or (ours.baseline, ours.run) != (rival.baseline, rival.run):
+        return None
+    try:
+        speed = likely(ratio(other, mine), mine.rounds)  # round by round, as both ran in turn
+    except ValueError:
+        return None  # two benches, of other examples
+    if speed.low > 1:
+        return _Difference(1, f"{speed.median:.2f} times as fast")
+    if speed.high < 1:
+        return _Difference(-1, f"slower ({speed.median:.2f} times its speed)")
+    return _Difference(0, f"equally fast within the spread of the rounds ({speed.median:.2f} times its speed)")
 
 
-def _better_text(points: float) -> str:
-    return f"{abs(points):.1f} {'worse' if points > 0 else 'better'}"
+def _larger_batch(record: Record) -> Timing | None:
+    return next((timing for timing in record.timings if timing.batch_size > 1), None)
+
+
+def _qualities(ours: Record, rival: Record) -> _Difference | None:
+    lost = ours.versus.get(rival.name)  # points that ours lies below the rival
+    if lost is None or not all(map(math.isfinite, (lost.value, lost.low, lost.high))):
+        return None
+    if lost.high < 0:
+        return _Difference(1, f"{points_text(lost.value)} better (95 % interval {-lost.high:.1f} to {-lost.low:.1f})")
+    if lost.low > 0:
+        return _Difference(-1, f"{points_text(lost.value)} worse (95 % interval {lost.low:.1f} to {lost.high:.1f})")
+    if max(-lost.low, lost.high) < 0.05:
+        return _Difference(0, "as good")
+    middle = (
+        "no difference" if abs(lost.value) < 0.05 else f"{points_text(lost.value)} {'worse' if lost.value > 0 else 'better'}"
+    )
+    ends = f"{abs(lost.high):.1f} worse to {abs(lost.low):.1f} better"
+    return _Difference(0, f"as good within the noise ({middle}; 95 % interval {ends})")
+
+
+def _at_equal_speed(ours: Record, rival: Record, records: Sequence[Record]) -> str:
+    """Who wins at the rival's speed, if a file of ours was measured that is at least as fast; else, who wins at ours."""
+    files = [
+        (quality.sign, record)
+        for record in records
+        if record.role == Standing.OURS
+        and record.run == rival.run
+        and (pace := _speeds(record, rival)) is not None
+        and pace.sign >= 0
+        and (quality := _qualities(record, rival)) is not None
+    ]
+    if not files:
+        return "At the speed of ours, ours wins; no file of ours was measured at the rival's speed."
+    sign, best = max(files, key=lambda file: (file[0], file[1].quality))
+    if sign < 0:
+        return "At the rival's speed the rival wins; no model of its kind was measured at the speed of ours."
+    return f"At the rival's speed {best.name} {'wins' if sign > 0 else 'is as good within the noise'}."
+
+
+_TALLIED = {
+    Conclusion.YES: "beats",
+    Conclusion.TIE: "is level with",
+    Conclusion.OPEN: "trades speed for quality with",
+    Conclusion.NO: "loses to",
+}
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
     """How many of the measured rivals ours beats, in a sentence; empty if none was measured."""
     known = [verdict.conclusion for verdict in verdicts if verdict.conclusion is not None]
-    return f"At equal quality it beats {known.count(Conclusion.YES)} of the {len(known)} rivals measured." if known else ""
+    if len(known) == 1:
+        return f"Ours {_TALLIED[known[0]]} the one rival that was measured."
+    counts = {word: known.count(conclusion) for conclusion, word in _TALLIED.items() if conclusion in known}
+    return (
+        f"Of {len(known)} rivals measured ours {', '.join(f'{word} {count}' for word, count in counts.items())}."
+        if known
+        else ""
+    )

@@ -12,8 +12,10 @@ def times_text(value: float) -> str:
 
     >>> times_text(3.27), times_text(12.8)
     ('3.3 times', '13 times')
+    >>> times_text(0.58)
+    '0.58 times'
     """
-    return f"{value:.1f} times" if value < 10 else f"{value:.0f} times"
+    return f"{value:.2f} times" if value < 1 else f"{value:.1f} times" if value < 10 else f"{value:.0f} times"
 
 
 def points_text(value: float) -> str:
@@ -50,8 +52,37 @@ def interval_text(interval: Interval) -> str:
 
 
 def mb_text(size: int | None) -> str:
-    """Bytes as MB, without the unit."""
-    return "" if size is None else f"{size / MEGABYTE:.1f}"
+    """Bytes as MB, without the unit: one decimal, or two figures of a small file.
+
+    >>> mb_text(22_713_216), mb_text(96_400), mb_text(None)
+    ('22.7', '0.096', '')
+    """
+    if size is None:
+        return ""
+    value = size / MEGABYTE
+    return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
+
+
+def size_text(size: int) -> str:
+    """Bytes with the unit that suits them.
+
+    >>> size_text(22_713_216), size_text(96_400), size_text(812)
+    ('22.7 MB', '96 kB', '812 bytes')
+    """
+    if size >= 0.95 * MEGABYTE:
+        return f"{size / MEGABYTE:.1f} MB"
+    return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size} bytes"
+
+
+def ratio_text(size: int, other: int) -> str:
+    """How much smaller or larger a file is than another one.
+
+    >>> ratio_text(15_000_000, 90_000_000), ratio_text(12, 10), ratio_text(10, 10)
+    ('6.0 times smaller', '1.2 times larger', 'the same size')
+    """
+    if f"{size / other:.2f}" == "1.00":
+        return "the same size"
+    return f"{other / size:.1f} times smaller" if size < other else f"{size / other:.1f} times larger"
 
 
 def count_text(value: int | None) -> str:
@@ -66,6 +97,15 @@ def count_text(value: int | None) -> str:
         if value >= size:
             return f"{value / size:.1f} {unit}"
     return str(value)
+
+
+def plain(text: str) -> str:
+    """A text on one line, with "?" for characters that are not to be printed: what a file names must not steer a terminal.
+
+    >>> plain("int8 \\x1b[31m,\\nred")
+    'int8 ?[31m, red'
+    """
+    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
 
 
 def shortened(text: str, limit: int) -> str:

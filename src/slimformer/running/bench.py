@@ -28,6 +28,7 @@ from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import read_facts
+from slimformer.running.places import read_in
 from slimformer.saving.checkpoint import TOKENIZER_FILES, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task
 
@@ -35,22 +36,25 @@ _log = logging.getLogger(__name__)
 
 # These are ordered from the fastest file to the plainest: the first one there is stands for a folder that names no best file.
 _FASTEST_FIRST = (Variant.INT8_FUSED, Variant.INT8_STATIC, Variant.FUSED, Variant.FLOAT)
+ONNX_FOLDER = FILES[Variant.FLOAT].folder
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model file on disk; its tokenizer and config lie beside it. `known` holds fields of its record."""
+    """A model file on disk, and the folder with its tokenizer and config. `known` holds fields of its record."""
 
     name: str
     file: Path
+    folder: Path
     precision: str
     int8: bool
     facts: Facts | None
     known: Mapping[str, Any]
 
     @property
-    def folder(self) -> Path:
-        return self.file.parent
+    def fitted(self) -> Mapping[str, Any]:
+        """The options of the task that were fitted for this file."""
+        return {} if self.facts is None else self.facts.fitted.get(str(self.known.get("file", self.file.name)), {})
 
 
 def bench(
@@ -69,8 +73,9 @@ def bench(
     """Scores and times models side by side on the task's dev split. The first path is the baseline of all ratios.
 
     Args:
-        paths: Each one is a folder with ONNX files (its best file is taken; of a single folder, all files), an .onnx or .xml
-            file in such a folder, or a plain transformers folder, which is exported first; that needs torch.
+        paths: Each one is a folder with ONNX files, at its top or in its folder `onnx` (the best file is taken; of a single
+            folder, all files), an .onnx or .xml file in such a folder, or a plain transformers folder, which is exported first; that
+            needs torch.
         task: Without a task, it is the one that the first folder with a slimformer.json was made for.
         runtimes: The runtimes that every file is run by, if they can run such a file.
         threads: How many threads a runtime may use; all cores by default.
@@ -126,12 +131,22 @@ def bench(
 def _recorded_task(paths: Sequence[Path]) -> Task:
     """The task in the first slimformer.json beside these paths."""
     for path in paths:
-        facts = read_facts(path if path.is_dir() else path.parent)
+        facts, folder = _facts_of(path) if path.is_file() else (read_facts(path), path)
         if facts is not None and "use" in facts.task:
-            options = {name: value for name, value in facts.task.items() if name != "use"}
-            task: Task = registry.find("tasks", str(facts.task["use"]))(**options)
-            return task
+            return _task_of(facts, folder)
     raise RecipeError("there is no data to bench on.", help="name it with --data ./folder, or --task glue/sst2 --data ...")
+
+
+def _task_of(facts: Facts, folder: Path) -> Task:
+    """The task that slimformer.json in `folder` names, its data where they are now; DataError if they are gone."""
+    name = str(facts.task["use"])
+    cls = registry.find("tasks", name)
+    options = {key: value for key, value in facts.task.items() if key != "use"}
+    for key in set(cls.paths) & set(options):
+        if isinstance(options[key], str):
+            options[key] = read_in(folder, options[key])
+    task: Task = cls(**options)
+    return task
 
 
 # -- From paths to model files -----------------------------------------------------------------------------------------------
@@ -153,7 +168,7 @@ def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | 
         if not files:
             models.append(_export(path, task, scratch / str(place), max_length))
         elif len(paths) == 1:
-            models += sorted((_model(file, file.name) for file in files), key=lambda model: model.int8)
+            models += sorted((_model(file, str(file.relative_to(path))) for file in files), key=lambda model: model.int8)
         else:
             models.append(_model(_best_file(path, files), path.resolve().name))
     return _named_apart(models)
@@ -171,20 +186,61 @@ def _named_apart(models: Sequence[_Model]) -> list[_Model]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """The model files of a folder, fastest kind first: ONNX files by their names, and those that its slimformer.json names."""
+    """The model files of a folder, fastest kind first: those that its slimformer.json names, or ONNX files by their names.
+
+    Other tools put them at the top or into a folder `onnx`. If none has a name that is known, the only ONNX file is taken.
+    """
     facts = read_facts(folder)
-    named = [item.name for item in facts.files if item.name != OPENVINO.name] if facts else []
-    files = [folder / name for name in dict.fromkeys([*(FILES[variant].name for variant in _FASTEST_FIRST), *named])]
-    return [file for file in files if file.is_file()]
+    known = [FILES[variant].name for variant in _FASTEST_FIRST]
+    places = [item.name for item in facts.files if item.name != OPENVINO.place] if facts else []
+    places += [*known, *(f"{ONNX_FOLDER}/{name}" for name in known)]
+    files = [folder / place for place in dict.fromkeys(places) if (folder / place).is_file()]
+    if files:
+        return sorted(files, key=lambda file: known.index(file.name) if file.name in known else len(known))
+    others = sorted([*folder.glob("*.onnx"), *folder.glob(f"{ONNX_FOLDER}/*.onnx")])
+    if len(others) > 1:
+        raise ModelError(
+            f"{folder} holds {len(others)} ONNX files, and no name says which one to take.",
+            facts=[f"there: {', '.join(str(file.relative_to(folder)) for file in others)}"],
+            help="name one of them.",
+        )
+    return others
 
 
 def _model(file: Path, name: str) -> _Model:
-    facts = read_facts(file.parent)
-    known = next((item for item in facts.files if item.name == file.name), None) if facts else None
-    if known is None:
-        variant = variant_of(file.name) or Variant.FLOAT
-        known = FileFacts(file.name, variant, FILES[variant].int8)
-    return _Model(name, file, known.precision, known.int8, facts, {} if facts is None else facts.of_record())
+    facts, _ = _facts_of(file)
+    variant = variant_of(file.name) or Variant.FLOAT
+    item = _named_in(facts, file) or FileFacts(file.name, variant, FILES[variant].int8)
+    known = {} if facts is None else facts.of_record() | {"file": item.name}
+    return _Model(name, file, _home_of(file), item.precision, item.int8, facts, known)
+
+
+def _home_of(file: Path) -> Path:
+    """The folder with the config and tokenizer of a model file: its own, or the one above, as other tools leave them.
+
+    ModelError if there is none.
+    """
+    for folder in (file.parent, file.parent.parent):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ModelError(
+        f"there is no config.json beside {file}.",
+        help="put the model's config.json and tokenizer.json into the folder of the .onnx file, or into the one above it.",
+    )
+
+
+def _facts_of(file: Path) -> tuple[Facts | None, Path]:
+    """slimformer.json for a model file, and its folder: beside the file, or above it if it names this file."""
+    facts, above = read_facts(file.parent), file.parent.parent
+    if facts is None and _named_in(upper := read_facts(above), file):
+        return upper, above
+    return facts, file.parent
+
+
+def _named_in(facts: Facts | None, file: Path) -> FileFacts | None:
+    """What slimformer.json says of a file: it names files from the top of the folder."""
+    names = (file.name, f"{file.parent.name}/{file.name}")
+    return next((item for item in facts.files if item.name in names), None) if facts else None
 
 
 def _best_file(folder: Path, files: Sequence[Path]) -> Path:
@@ -196,7 +252,7 @@ def _best_file(folder: Path, files: Sequence[Path]) -> Path:
     if best not in files:
         raise ModelError(
             f"{folder}/slimformer.json names '{facts.best}' as the best file, which is not there.",
-            facts=[f"there: {', '.join(file.name for file in files)}"],
+            facts=[f"there: {', '.join(str(file.relative_to(folder)) for file in files)}"],
             help="copy the whole folder again, or name one .onnx file.",
         )
     return best
@@ -223,7 +279,7 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
     params = sum(parameter.numel() for parameter in model.parameters())
-    return _Model(folder.resolve().name, file, Variant.FUSED, False, None, {"params": params})
+    return _Model(folder.resolve().name, file, scratch, Variant.FUSED, False, None, {"params": params})
 
 
 def _installed(*names: str) -> bool:
@@ -278,11 +334,11 @@ def _fitted(task: Task, model: _Model) -> Task:
         return task
     if not facts.fitted:
         raise DataError(
-            f"{model.folder} was made for data of another kind: {registry.name_of(task)} needs an option that was fitted for "
+            f"{model.file} was made for data of another kind: {registry.name_of(task)} needs an option that was fitted for "
             "the file, and it has none (a SQuAD v1.1 model has no threshold below which there is no answer).",
             help="bench it on data like those it was made for, or make it again with these.",
         )
-    return replace(task, **facts.fitted.get(model.file.name, {}))  # type: ignore[type-var]
+    return replace(task, **model.fitted)  # type: ignore[type-var]
 
 
 def _length_limit(models: Sequence[_Model]) -> int:

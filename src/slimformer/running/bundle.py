@@ -12,9 +12,7 @@ from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.log import Log
 from slimformer.measuring.machine import Quiet
-from slimformer.saving.tensors import model_digest
-from slimformer.tasks.base import Split
-from slimformer.training.runstate import features_digest
+from slimformer.saving.tensors import fixed_digest
 
 if TYPE_CHECKING:
     from slimformer.core.ranges import Ranges
@@ -30,17 +28,18 @@ class Bundle:
     material: Material
     teacher: Subject
     tuned_here: bool = False  # if it is true, the teacher has not seen the validation examples
+    teacher_plan: Plan = field(default_factory=Plan)  # it holds what is cut of the teacher, as `plan` does of the student
     ranges: Ranges | None = None  # these are the ranges of activations, if the last stage learned them
 
     def digest(self) -> str:
-        """Names the student, what was cut of it, the task, and the rows that it is trained and tried on."""
-        rows = [features_digest(self.material.features[split]) for split in (Split.TRAIN, Split.VALIDATION)]
-        return digest(model_digest(self.subject.model), self.plan.digest(), repr(self.material.task), *rows)
+        """Names student and teacher, what was cut of them, the task, and what its rows hold, dev left out."""
+        models = (fixed_digest(self.subject.model), fixed_digest(self.teacher.model))
+        return digest(*models, self.plan.digest(), self.teacher_plan.digest(), repr(self.material.task), self.material.digest)
 
     @property
     def uncut(self) -> Bundle:
         """The bundle with the teacher in the place of the student; every search and every rival starts from it."""
-        return replace(self, subject=self.teacher, plan=Plan(), ranges=None)
+        return replace(self, subject=self.teacher, plan=self.teacher_plan, ranges=None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Nothing is trained, cut or chosen here: the candidate was chosen on validation e
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from slimformer import registry
 from slimformer.digests import digest
-from slimformer.exporters.base import FILES, OPENVINO, Variant
+from slimformer.exporters.base import FILES, OPENVINO, Variant, files_of
 from slimformer.files import whole_folder, write_text
 from slimformer.measuring.records import Facts, FileFacts, Goal, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
@@ -27,6 +28,7 @@ from slimformer.running.bundle import Run
 from slimformer.running.candidate import Candidate
 from slimformer.running.exports import export_files, openvino_int8, read_notes
 from slimformer.running.facts import facts_of
+from slimformer.running.places import options_seen_from
 from slimformer.running.recipe import Recipe
 from slimformer.running.rivals import Contestant
 from slimformer.running.trials import Judge, fitted_options, tuned_task
@@ -57,7 +59,7 @@ def finish(candidate: Candidate, rivals: Sequence[Contestant], order: Order, jud
     The ledger rows and every file that another tool needs are there when this returns; a call that was killed can be made again.
     """
     made, bench = candidate.made, order.recipe.bench
-    ours = _ours(candidate, order, run)
+    ours = _ours(candidate, order, run, out)
     run.log.say("measuring everything side by side on the dev examples.")
     entries = [_entry(item, candidate, run.threads) for item in (*rivals, *ours)]
     measurement = measure(
@@ -71,35 +73,44 @@ def finish(candidate: Candidate, rivals: Sequence[Contestant], order: Order, jud
     measured = [
         *zip(ours, entries[len(rivals) :], strict=True)
     ]  # a file that OpenVINO runs too keeps what its own runtime fits
-    tasks = {item.path.name: entry.task for item, entry in reversed(measured)}
+    tasks = {str(item.facts["file"]): entry.task for item, entry in reversed(measured)}
     deliver(candidate, order, measurement, tasks, run, out)
     return measurement
 
 
-def _ours(candidate: Candidate, order: Order, run: Run) -> list[Contestant]:
+def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Contestant]:
     """Our files that are measured: those that ship, and those that the recipe's `export` and `bench` add."""
     bundle, recipe, kinds = candidate.made.bundle, order.recipe, candidate.kinds
     best = candidate.best(order.max_loss).variant
-    facts = facts_of(candidate.made, run, digest(recipe.to_yaml()), recipe.export.values) | {"target": order.goal}
+    text = recipe.seen_from(out).to_yaml()
+    facts = facts_of(candidate.made, run, digest(text), recipe.export.values) | {"target": order.goal}
 
-    def ours(variant: str, path: Path, name: str, runtime: str = "onnxruntime", *, chosen: bool = False) -> Contestant:
-        return Contestant(f"slimformer {name}", Standing.OURS, path, variant, runtime, facts | {"chosen": chosen})
+    def ours(
+        variant: str, path: Path, name: str, place: str, runtime: str = "onnxruntime", *, chosen: bool = False
+    ) -> Contestant:
+        own = {"chosen": chosen, "file": place}
+        return Contestant(f"slimformer {name}", Standing.OURS, path, variant, runtime, facts | own)
 
     files = [
-        ours(name, path, kinds[name].label, runtime_for(path), chosen=name == best) for name, path in candidate.files.items()
+        ours(name, path, kinds[name].label, kinds[name].place, runtime_for(path), chosen=name == best)
+        for name, path in candidate.files.items()
     ]
     if recipe.bench.openvino and find_spec("openvino") is not None:
         engine = registry.find("runtimes", "openvino")()
         standard = [item for item in files if engine.accepts(item.path)]
-        files += [ours(item.variant, item.path, f"{kinds[item.variant].label} in OpenVINO", "openvino") for item in standard]
+        files += [
+            ours(item.variant, item.path, f"{kinds[item.variant].label} in OpenVINO", kinds[item.variant].place, "openvino")
+            for item in standard
+        ]
     if recipe.bench.fused:
         assert candidate.folder is not None
         made = export_files(bundle.subject, bundle.material, candidate.folder, [Variant.FUSED], run.log)
-        files.append(ours(Variant.FUSED, made[Variant.FUSED], FILES[Variant.FUSED].label))
+        kind = FILES[Variant.FUSED]
+        files.append(ours(Variant.FUSED, made[Variant.FUSED], kind.label, kind.place))
     if recipe.export.openvino:
         run.log.say("making OpenVINO's int8 file by NNCF.")
         path = openvino_int8(candidate.files[Variant.FLOAT], bundle.subject, bundle.material, _openvino_home(run))
-        files.append(ours(Variant.INT8_STATIC, path, OPENVINO.label, "openvino"))
+        files.append(ours(Variant.INT8_STATIC, path, OPENVINO.label, OPENVINO.place, "openvino"))
     return files
 
 
@@ -110,6 +121,7 @@ def _openvino_home(run: Run) -> Path:
 def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
     material = candidate.made.bundle.material
     session = open_session(item.path, threads, item.runtime)
+    chosen_by = [trial.forecast for trial in candidate.trials if trial.variant == item.variant and item.facts.get("chosen")]
     return Entry(
         name=item.name,
         role=item.standing,
@@ -117,7 +129,7 @@ def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
         session=session,
         task=tuned_task(session, material),
         features=material.features[Split.DEV],
-        facts=item.facts,
+        facts={**item.facts, "forecast": next(iter(chosen_by), None)},
     )
 
 
@@ -125,21 +137,22 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
     """Fills `out`, all at once: the model, its files, card, page, ledger and recipe. `tasks`: as fitted to each file, by name."""
     bundle, export, files = candidate.made.bundle, order.recipe.export, candidate.files
     material, model = bundle.material, bundle.subject.model
-    best = files[candidate.best(order.max_loss).variant]
+    variant = candidate.best(order.max_loss).variant
+    best = files[variant]
     chosen = next(record for record in measurement.records if record.chosen)
     delivered = [(variant, candidate.kinds[variant]) for variant in files]
     delivered += [(Variant.INT8_STATIC, OPENVINO)] if export.openvino else []
-    fitted = {kind.name: fitted_options(material.task, tasks[kind.name]) for _, kind in delivered}
-    text = order.recipe.to_yaml()
+    fitted = {kind.place: fitted_options(material.task, tasks[kind.place]) for _, kind in delivered}
+    text = order.recipe.seen_from(out).to_yaml()
     facts = Facts(
-        best=best.name,
-        task=named_options(material.task),
+        best=candidate.kinds[variant].place,
+        task=options_seen_from(out, named_options(material.task), type(material.task).paths),
         max_length=material.max_length,
         metric=material.task.metric,
         name=f"{order.model_name} (slimformer)",
         model=order.model_name,
         fitted={name: options for name, options in fitted.items() if options},
-        files=tuple(FileFacts(kind.name, str(variant), kind.int8) for variant, kind in delivered),
+        files=tuple(FileFacts(kind.place, str(variant), kind.int8) for variant, kind in delivered),
         **facts_of(candidate.made, run, digest(text), export.values),
     )
     stored = _stored(bundle.subject.model, export.values)
@@ -147,11 +160,21 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         run.log.say(f"model.safetensors: {stored}.")
     with whole_folder(run.root / "delivery") as part:
         source, ranges = material.source, bundle.ranges
-        checkpoint.write(model, bundle.plan, part, tokenizer_from=source, values=export.values, ranges=ranges)
-        for path in files.values():
-            (part / path.name).write_bytes(path.read_bytes())
-        for file in _openvino_home(run).iterdir() if export.openvino else ():
-            (part / file.name).write_bytes(file.read_bytes())
+        (part / checkpoint.MODEL_FOLDER).mkdir()
+        checkpoint.write(
+            model,
+            bundle.plan,
+            part / checkpoint.MODEL_FOLDER,
+            tokenizer_from=source,
+            values=export.values,
+            ranges=ranges,
+        )
+        for folder in dict.fromkeys(["", *(kind.folder for _, kind in delivered)]):
+            checkpoint.write_surroundings(model, part / folder, tokenizer_from=source)
+        for name, path in files.items():
+            _copy(path, part / candidate.kinds[name].place)
+        if export.openvino:
+            _copy(_openvino_home(run) / OPENVINO.name, part / OPENVINO.place)
         write_facts(part, facts)
         write_text(part / "recipe.yaml", text)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
@@ -177,8 +200,21 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         write_page(measurement.records, part / "report.html", Details(changed=differences, command=order.command))
         for record in measurement.records:
             append_record(part / LEDGER, record)
-    for file in sorted((run.root / "delivery").iterdir()):
-        file.replace(out / file.name)
+    _move(run.root / "delivery", out)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copies a model file with the files that hold its weights."""
+    for path in files_of(file):
+        shutil.copyfile(path, to.with_name(path.name))
+
+
+def _move(delivery: Path, out: Path) -> None:
+    """Moves everything into the result's folder, file by file, so that a call that was killed here can be made again."""
+    for file in sorted(item for item in delivery.rglob("*") if item.is_file()):
+        place = out / file.relative_to(delivery)
+        place.parent.mkdir(exist_ok=True)
+        file.replace(place)
 
 
 def _stored(model: object, values: Values) -> str:

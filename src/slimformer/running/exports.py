@@ -17,7 +17,7 @@ import numpy as np
 from slimformer import registry
 from slimformer.core.ranges import Ranges
 from slimformer.data.batching import collate
-from slimformer.data.material import Material
+from slimformer.data.material import Material, features_digest
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
@@ -26,9 +26,8 @@ from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.running.bundle import Bundle, Run
 from slimformer.runtimes.openvino import nncf_int8
-from slimformer.saving.tensors import model_digest
+from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Split
-from slimformer.training.runstate import features_digest
 
 TEACHER_FILES = "teacher-files"
 NOTES = "notes.json"  # it lies beside exported files and maps each file to its notes
@@ -95,7 +94,7 @@ def _teacher_home(bundle: Bundle, run: Run) -> Path:
     """The folder for the teacher's files, in the run's own or in its cache: for the same weights, rows and packages."""
     rows = [features_digest(bundle.material.features[split]) for split in (Split.VALIDATION, Split.TRAIN)]
     packages = [str(package) for package in machine.environment().packages.items()]
-    return (run.cache or run.root) / TEACHER_FILES / digest(model_digest(bundle.teacher.model), *rows, *packages)
+    return (run.cache or run.root) / TEACHER_FILES / digest(fixed_digest(bundle.teacher.model), *rows, *packages)
 
 
 @contextmanager

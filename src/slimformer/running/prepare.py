@@ -33,7 +33,7 @@ def load_bundle(checked: Checked, run: Run) -> Bundle:
     task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
     material = prepare(task, checked.source)
     _tell(material, run.log)
-    return Bundle(student, plan, material, student, ranges=ranges)
+    return Bundle(student, plan, material, student, teacher_plan=plan, ranges=ranges)
 
 
 def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
@@ -48,7 +48,7 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
     if checked.teacher is not None:
         teacher = _teacher(checked.teacher, student, material.task)
         _check_model(teacher, material)
-        return replace(first, teacher=teacher), stages
+        return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
     lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
     config, marks = checkpoint.read_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
@@ -56,7 +56,8 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
             _check_model(student, material)
         return first, stages
     made = advance(stages[:lead], first, run.under("teacher")).bundle
-    return Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned), stages[lead:]
+    start = Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned, teacher_plan=made.plan)
+    return start, stages[lead:]
 
 
 def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None]:

@@ -15,6 +15,7 @@ from slimformer.errors import RecipeError, SlimformerError, nearest, readable, s
 from slimformer.measuring.latency import Levels
 from slimformer.rules import rules_of
 from slimformer.running.order import conflicts
+from slimformer.running.places import read_in
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.saving.hub import HUB_MODEL
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
@@ -174,9 +175,8 @@ class _Reader:
         return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench, latency)
 
     def path(self, name: str) -> str:
-        """A path as it is seen from the recipe's folder; a name that is no path there stays as it is."""
-        beside = self.base / name
-        return str(beside) if not Path(name).is_absolute() and os.path.exists(beside) else name
+        """A path in the recipe, which is relative to the recipe's folder; a name that is no path there stays as it is."""
+        return read_in(self.base, name)
 
     def lacks(self, name: Any) -> bool:
         """Whether a model is named by a path that does not exist. It is asked only if there are other mistakes to tell it with."""

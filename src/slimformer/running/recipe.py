@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from slimformer import registry
@@ -24,9 +25,10 @@ from slimformer.measuring.latency import Levels
 from slimformer.options import changed_options, named_options
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
 from slimformer.rules import Points, Seconds, Seed, check_options, mistakes_in, some_of
+from slimformer.running.places import options_seen_from, seen_from
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task
-from slimformer.training.stage import Calibrate, Stage, Train
+from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
 
 if TYPE_CHECKING:
     from slimformer.exporters.base import Exporter
@@ -185,6 +187,25 @@ class Recipe:
         if self.latency is not None:
             data["latency"] = asdict(self.latency)
         return data
+
+    def seen_from(self, folder: Path) -> Recipe:
+        """The recipe for a file in `folder`: its paths are relative to that folder, so that the file can be run from anywhere."""
+
+        def stage_from(stage: Stage) -> Stage:
+            if not isinstance(stage, Train):
+                return stage
+            text = seen_from(folder, stage.text) if stage.text not in (None, TASK_TEXT) else stage.text
+            words = stage.augment_model and seen_from(folder, stage.augment_model)
+            return replace(stage, text=text, augment_model=words)
+
+        places = {name: getattr(self.task, name) for name in type(self.task).paths}
+        return replace(
+            self,
+            model=seen_from(folder, self.model),
+            teacher=self.teacher and seen_from(folder, self.teacher),
+            task=replace(self.task, **options_seen_from(folder, places, places)),  # type: ignore[type-var]
+            stages=tuple(map(stage_from, self.stages)),
+        )
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from slimformer import registry
 from slimformer.core import cost
-from slimformer.core.plan import Plan
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
 from slimformer.running.bundle import Bundle, Made, Run
@@ -47,9 +46,8 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
         name, variant = "dense OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
-    smaller = (
-        any(stage.cuts for stage in stages) and bundle.plan != Plan()
-    )  # with zeros alone our model is as large as the teacher
+    # with zeros alone our model is as large as the teacher
+    smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan
     if "small-dense" in wanted and smaller:
         rivals.append(_small_dense(made, stages, run))
     return rivals

@@ -125,7 +125,7 @@ def train_stages(
 
 def open_recipe(recipe: Recipe, out: Path, conditions: Conditions) -> AbstractContextManager[Run]:
     """The output folder, claimed for this very recipe."""
-    return open_run(out, f"recipe {digest(recipe.to_yaml())}", recipe.seed, conditions, recipe.latency)
+    return open_run(out, f"recipe {digest(recipe.seen_from(out).to_yaml())}", recipe.seed, conditions, recipe.latency)
 
 
 @contextmanager

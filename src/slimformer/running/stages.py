@@ -28,7 +28,7 @@ from slimformer.data.augmentation import augment_rows
 from slimformer.data.batching import collate, epoch_order
 from slimformer.data.material import Material, encode_text, spaced_rows, subset, unlabelled
 from slimformer.data.tokenizer import load_tokenizer
-from slimformer.digests import digest
+from slimformer.digests import digest, digest_files
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import Subject, subject_of
 from slimformer.files import remembered, whole_folder, write_text
@@ -41,7 +41,7 @@ from slimformer.methods.base import Context, Method
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
-from slimformer.saving.tensors import model_digest
+from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.loop import train
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
@@ -56,17 +56,22 @@ VALIDATION_ROWS = 2000  # a choice uses so many rows of the validation split: on
 
 
 def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
-    """Runs stages in order; a stage that a former run finished with the same options, model and data is read back."""
+    """Runs stages in order; a stage that a former run finished with the same options, models and data is read back.
+
+    Models and data count by what they hold, not by their paths.
+    """
     names = [bundle.digest(), str(run.seed)]
     effort = Effort()
     for number, stage in enumerate(stages, 1):
-        names.append(stage.digest())
+        names += [stage.digest(), _digest_files(stage.files, run)]
         folder = run.folder / f"{number}-{stage.kind}-{digest(*names)[:10]}"
         done, facts = folder / "made", folder / "made" / "effort.json"
         if facts.is_file():
             bundle, effort = _restored(bundle, done), remembered(facts, Effort, Effort)
             run.log.say(f"stage {number} ({stage.kind}) is done already; going on from it.")
             continue
+        if any((other / "made").is_dir() for other in run.folder.glob(f"{number}-{stage.kind}-*")):
+            run.log.say(f"stage {number} ({stage.kind}) was made from another model, teacher or data: it is made again.")
         with Clock(folder) as clock:
             bundle = run_stage(stage, bundle, run.under(folder.name))
         peak = max(effort.peak_rss_bytes, peak_rss_bytes())
@@ -80,6 +85,15 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         run.log.event("stage", stage=stage.kind, number=number, minutes=round(clock.minutes, 2))
     return Made(bundle, effort)
+
+
+def _digest_files(files: Sequence[Path], run: Run) -> str:
+    """Names what these files hold; each is read once a run."""
+    for file in files:
+        key = f"content {file}"
+        if key not in run.memo:
+            run.memo[key] = digest_files([file])
+    return digest(*(run.memo[f"content {file}"] for file in files))
 
 
 def run_stage(stage: Stage, bundle: Bundle, run: Run) -> Bundle:
@@ -249,6 +263,7 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
         task=bundle.material.task,
         cost=cost_of(unit, student, bundle.material, run),
         teacher=bundle.teacher,
+        teacher_plan=bundle.teacher_plan,
         batches=batches,
         generator=torch.Generator().manual_seed(run.seed),
         memo=run.memo,
@@ -273,7 +288,8 @@ def latency_of(subject: Subject, material: Material, run: Run, dense: Mapping[st
     """
     if run.levels is not None:
         return Latency.of(subject.anatomy, run.levels)
-    file = run.root / f"latency-{model_digest(subject.model)[:10]}-{run.threads}.json"
+    key = digest(fixed_digest(subject.model), material.features[Split.TRAIN].lengths().tobytes())
+    file = run.root / f"latency-{key}-{run.threads}.json"
 
     def measure() -> Levels:
         run.log.say("timing what heads and neurons cost on this machine.")

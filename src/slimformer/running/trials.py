@@ -16,9 +16,10 @@ from slimformer.exporters.base import FILES, FileKind, Variant
 from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring import machine
+from slimformer.measuring.records import Forecast
 from slimformer.measuring.scoring import evaluate
 from slimformer.measuring.sessions import Session, open_session
-from slimformer.measuring.timing import Rounds, compare, ratio, workloads
+from slimformer.measuring.timing import Ratio, Rounds, compare, ratio, workloads
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.exports import teacher_files, teacher_turn
 from slimformer.running.stages import VALIDATION_ROWS
@@ -41,6 +42,7 @@ class Trial:
     speed_32: float
     speed_1: float
     size_bytes: int
+    forecast: Forecast | None = None  # the speed at batch 32 with its spread, and the loss, for the record of the file
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,24 @@ class Judge:
         losses = {name: self.loss_of(session) for name, session in sessions.items()}
         sessions["teacher"] = open_session(self.teacher[Variant.FUSED], self.threads)
         load = self.quiet.load()
-        speeds: dict[str, list[float]] = {name: [] for name in sessions}
+        speeds: dict[str, list[Ratio]] = {name: [] for name in sessions}
+        rounds = 0
         features, _ = subset(self.material, Split.VALIDATION, 640)
         for workload in workloads(features, limit=20)[::-1]:
             timings = compare(sessions, workload, Rounds(30, seconds=seconds), load)
             for name, timing in timings.items():
-                speeds[name].append(ratio(timings["teacher"], timing).median)
+                speeds[name].append(ratio(timings["teacher"], timing))
+            rounds = rounds or timings["teacher"].rounds  # of the larger batch, which comes first
         trials = [
-            Trial(name, losses[name][0], losses[name][1], speeds[name][0], speeds[name][1], path.stat().st_size)
+            Trial(
+                name,
+                losses[name][0],
+                losses[name][1],
+                speeds[name][0].median,
+                speeds[name][1].median,
+                path.stat().st_size,
+                Forecast(speeds[name][0], rounds, losses[name][1]),
+            )
             for name, path in files.items()
         ]
         for trial in trials:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PREFIX = "slimformer_"
 WEIGHTS = "model.safetensors"
+MODEL_FOLDER = "model"  # a delivered folder holds the PyTorch model in this one
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -94,32 +95,49 @@ def write(
     ranges: Ranges | None = None,
 ) -> None:
     """Writes the same files into a folder that is there already (one the caller makes whole)."""
-    import transformers
     from safetensors.torch import save_file
 
     base_type = model.config.model_type
-    config = model.config.to_dict()
-    for private in ("_name_or_path", "_attn_implementation_internal", "_attn_implementation", "transformers_version"):
-        config.pop(private, None)
-    config |= {
-        "model_type": PREFIX + base_type,
-        "architectures": [type(model).__name__],
-        "dtype": "float32",
-        "slimformer": {"base_model_type": base_type, "plan": plan.digest()},
-        "transformers_version": transformers.__version__,
-    }
+    ours = {"model_type": PREFIX + base_type, "slimformer": {"base_model_type": base_type, "plan": plan.digest()}}
     tensors, metadata = pack(unshared(model), values, exact=heads(model)) if sparse else (unshared(model), {})
     save_file(
         tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"}
     )  # a single entry, because safetensors writes several in random order
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner may read
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ranges is not None:
         (folder / RANGES_FILE).write_text(ranges.to_json() + "\n", encoding="utf-8")
+    _write_config(_base_config(model) | ours, folder)
+    copy_tokenizer(tokenizer_from, folder)
+
+
+def write_surroundings(model: PreTrainedModel, folder: Path, *, tokenizer_from: Path) -> None:
+    """Writes what other tools read beside an exported file: the config of the uncut model, and the tokenizer files."""
+    folder.mkdir(exist_ok=True)
+    _write_config(_base_config(model), folder)
+    copy_tokenizer(tokenizer_from, folder)
+
+
+def _base_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The config of the model as transformers knows it: the sizes are those before the cut."""
+    import transformers
+
+    config = model.config.to_dict()
+    for private in ("_name_or_path", "_attn_implementation_internal", "_attn_implementation"):
+        config.pop(private, None)
+    names = {"model_type": model.config.model_type, "architectures": [type(model).__name__]}
+    return config | names | {"dtype": "float32", "transformers_version": transformers.__version__}
+
+
+def _write_config(config: Mapping[str, Any], folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer files that `source` has."""
     for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def unshared(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -163,11 +181,18 @@ def load(path: str | Path) -> PreTrainedModel:
         >>> load("plain").training
         False
     """
-    folder = Path(path)
+    folder = model_folder(path)
     config = read_config(folder)
     if str(config["model_type"]).startswith(PREFIX):
         return _load_cut(folder, config)
     return load_dense(folder)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with the PyTorch model: `path` itself, or the folder `model` in it if slimformer delivered `path`."""
+    folder = Path(path)
+    inner = folder / MODEL_FOLDER
+    return inner if (inner / "plan.json").is_file() and not (folder / "plan.json").exists() else folder
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -189,13 +214,13 @@ def load_plan(path: str | Path) -> Plan:
         >>> load_plan("plain") == Plan()  # nothing was cut
         True
     """
-    file = Path(path) / "plan.json"
+    file = model_folder(path) / "plan.json"
     return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else Plan()
 
 
 def load_ranges(path: str | Path) -> Ranges | None:
     """The ranges of activations of the model at `path`, if training learned them."""
-    file = Path(path) / RANGES_FILE
+    file = model_folder(path) / RANGES_FILE
     return Ranges.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
@@ -259,7 +284,7 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     """Ids of the encoder's matrices that the model at `path` was saved without the zeros of; no weight is read."""
     from slimformer.families.base import anatomy_of
 
-    folder = Path(path)
+    folder = model_folder(path)
     raw = read_config(folder)
     if not str(raw["model_type"]).startswith(PREFIX):
         return ()
@@ -288,7 +313,7 @@ def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
     import transformers
     from accelerate import init_empty_weights
 
-    folder = Path(path)
+    folder = model_folder(path)
     raw = read_config(folder)
     if str(raw["model_type"]).startswith(PREFIX):
         return _cut_skeleton(folder, raw)

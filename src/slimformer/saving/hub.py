@@ -13,17 +13,21 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from slimformer.errors import ModelError
+from slimformer.saving.checkpoint import model_folder
 
 HUB_MODEL = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+?)(@(?P<revision>[\w./-]+))?", re.ASCII)  # ./my-bert and ../my-bert are paths
 DOWNLOADED = (
     "config.json", "model*.safetensors", "model.safetensors.index.json", "plan.json", "ranges.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
+    "model/*.json", "model/*.txt", "model/*.model",  # a folder that slimformer delivered; model*.safetensors means its weights too
 )  # fmt: skip
 
 
 def local_folder(name: str | Path) -> Path:
     """The folder of the model `name`: the path itself, or the hub's files of that id in the local cache, downloaded if need be.
+
+    Of a folder that slimformer delivered, it is the one inside with the PyTorch model.
 
     Raises:
         ModelError: `name` is no path here and the hub does not give it, for example offline.
@@ -33,7 +37,7 @@ def local_folder(name: str | Path) -> Path:
         'my-bert'
     """
     hub = HUB_MODEL.fullmatch(str(name)) if not Path(name).exists() else None
-    return _downloaded(hub["id"], hub["revision"]) if hub else Path(name)
+    return model_folder(_downloaded(hub["id"], hub["revision"]) if hub else name)
 
 
 @lru_cache  # one run reads one commit, whatever is pushed meanwhile

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from slimformer.digests import Content, digest_all
+
+_digests: WeakKeyDictionary[nn.Module, tuple[object, str]] = (
+    WeakKeyDictionary()
+)  # model -> which tensors it held, and their digest
 
 
 def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -23,6 +28,14 @@ def tensors_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
         seen.add(key)
         found[prefix + name] = tensor
     return found
+
+
+def fixed_digest(model: nn.Module) -> str:
+    """`model_digest` of a model that is not trained any more, such as a teacher: it is read once as long as its tensors are the same."""
+    tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in tensors_of(model, "").items())
+    if model not in _digests or _digests[model][0] != tensors:
+        _digests[model] = tensors, model_digest(model)
+    return _digests[model][1]
 
 
 def model_digest(model: nn.Module) -> str:

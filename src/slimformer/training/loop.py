@@ -20,12 +20,13 @@ from torch import nn
 
 from slimformer.core.plan import Decision
 from slimformer.data.batching import epoch_order
+from slimformer.data.material import features_digest
 from slimformer.digests import digest
 from slimformer.errors import RecipeError
 from slimformer.hooks.precision import Precision
 from slimformer.log import Log
 from slimformer.registry import name_of
-from slimformer.saving.tensors import model_digest
+from slimformer.saving.tensors import fixed_digest, model_digest
 from slimformer.training import runstate
 from slimformer.training.devices import accelerator_for, chosen_precision, step_seed, tracking
 from slimformer.training.stage import Training
@@ -237,8 +238,9 @@ def _key(training: Training) -> str:
         name_of(context.task),
         [module.p for module in context.model.modules() if isinstance(module, nn.Dropout)],
         model_digest(context.model),
-        model_digest(context.teacher.model) if training.taught and context.teacher is not None else "",
-        runstate.features_digest(training.features),
+        fixed_digest(context.teacher.model) if training.taught and context.teacher is not None else "",
+        context.teacher_plan.digest() if training.taught else "",
+        features_digest(training.features),
         context.plan.digest(),
     ]
     return digest(json.dumps(parts, sort_keys=True))

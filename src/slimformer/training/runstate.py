@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.digests import Content, digest_all
 from slimformer.files import remove_folder, remove_parts, whole_folder
-from slimformer.tasks.base import Features
 
 STATE_FACTS = "state.json"
 STATE_TENSORS = "state.safetensors"
@@ -104,20 +100,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: RunState) -> None
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def features_digest(features: Features, names: Iterable[str] | None = None) -> str:
-    """Twelve hexadecimal digits that name these rows, or the columns `names` of them."""
-
-    def parts() -> Iterator[Content]:
-        for name in sorted(features.columns if names is None else set(names) & set(features.columns)):
-            values = features.columns[name]
-            yield name
-            if len(values) and isinstance(values[0], (list, tuple, np.ndarray)):
-                lengths = np.fromiter((len(value) for value in values), dtype=np.int64, count=len(values))
-                yield lengths.data
-                yield np.fromiter(chain.from_iterable(values), dtype=np.int64, count=int(lengths.sum())).data
-            else:
-                yield np.asarray(values).tobytes()
-
-    return digest_all(parts())

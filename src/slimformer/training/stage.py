@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, final
 
 from slimformer.errors import RecipeError
@@ -52,6 +53,11 @@ class Stage(ABC):
     def leading(self) -> bool:
         """Whether this is plain fine-tuning, which may come first to make a teacher."""
         return False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files and folders that the stage reads beside the bundle: what they hold is a part of what it makes."""
+        return ()
 
     def digest(self) -> str:
         """Names the stage and all its options."""
@@ -124,6 +130,11 @@ class Train(Stage):
     @property
     def leading(self) -> bool:
         return not self.methods
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        text = None if self.text == TASK_TEXT else self.text
+        return tuple(Path(name) for name in (text, self.augment_model) if name is not None)
 
     @property
     def loss_weight(self) -> float:

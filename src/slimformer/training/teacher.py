@@ -22,15 +22,15 @@ from torch import Tensor
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.data.batching import collate, least_width, sorted_by_length
+from slimformer.data.material import features_digest
 from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, whole_folder
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.log import Log
 from slimformer.methods.base import Batch
-from slimformer.saving.tensors import model_digest
+from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Features, Task
-from slimformer.training.runstate import features_digest
 
 TEACHER_FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter of that if scores are read, which take most of the memory
@@ -201,7 +201,7 @@ def memoized_teacher(teacher: Teacher, needs: Collection[Capture]) -> Iterator[M
 
 
 def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> str:
-    parts = [model_digest(teacher.subject.model), features_digest(features, teacher.subject.inputs), str(features.pad_id)]
+    parts = [fixed_digest(teacher.subject.model), features_digest(features, teacher.subject.inputs), str(features.pad_id)]
     parts += [str(LAYOUT), teacher.precision, *teacher.task.outputs, *sorted(needs)]
     return digest(" ".join(parts))
 

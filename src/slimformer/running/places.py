@@ -1,0 +1,45 @@
+"""Paths in a file that is written into a result's folder: they are relative to that folder, so that the file works anywhere.
+
+A name that is no path here stays as it is: it may be that of a model or of data on the hub.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def seen_from(folder: Path, name: str) -> str:
+    """A path as a file in `folder` names it: relative to the folder, and absolute if that is not possible."""
+    if not os.path.exists(name):
+        return name
+    place = Path(name).resolve()
+    try:
+        relative = Path(os.path.relpath(place, folder.resolve())).as_posix()
+    except ValueError:  # it lies on another drive of Windows
+        return str(place)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def read_in(folder: Path, name: str) -> str:
+    """The path that a file in `folder` names, as seen from the working directory.
+
+    A name with a leading dot means a path even if nothing is there, so that nothing else of that name is taken for it.
+    """
+    anchored, here = name.startswith(("./", "../")) or name in {".", ".."}, Path.cwd()
+    there = os.path.exists(folder / name)
+    if folder.resolve() == here or Path(name).is_absolute() or not (anchored or there):
+        return name
+    if not there:
+        return os.path.abspath(folder / name)
+    place = (folder / name).resolve()
+    return str(place.relative_to(here)) if place.is_relative_to(here) and place != here else str(place)
+
+
+def options_seen_from(folder: Path, options: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The options of a task as a file in `folder` holds them; `paths` names those that may be paths."""
+    return {
+        name: seen_from(folder, value) if name in paths and isinstance(value, str) else value for name, value in options.items()
+    }
