@@ -30,7 +30,7 @@ from slimformer import cli
 from slimformer.core.plan import Plan
 from slimformer.data.batching import collate, in_order
 from slimformer.data.material import prepare
-from slimformer.errors import OutputError, RecipeError, TargetError
+from slimformer.errors import OutputError, TargetError
 from slimformer.exporters.base import FILES, Variant
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.measuring.latency import Levels
@@ -265,9 +265,13 @@ def test_a_finished_folder_is_not_started_again(done: Done, monkeypatch: pytest.
     monkeypatch.chdir(done.home)
     before = {name: (done.out / name).stat().st_mtime_ns for name in DELIVERED}
     rivals = ("teacher-int8", "small-dense")
-    with pytest.raises(RecipeError, match="small is finished already"):
-        compress("model", Classification(data="data"), "small", epochs=2, rivals=rivals)
-    with pytest.raises(OutputError, match="small belongs to another run"):
+    ours = next(record for record in done.outcome.measurement.records if record.chosen)
+    options: dict[str, Any] = {"epochs": 2, "tries": 1, "rivals": rivals, "max_loss": 100}
+    again = compress("model", Classification(data="data"), "small", speedup=1.5, **options)
+    assert next(record for record in again.measurement.records if record.chosen) == ours
+    with pytest.raises(OutputError, match=r"(?s)small holds a finished run of another wish.*--speedup 1.5, you ask 50"):
+        compress("model", Classification(data="data"), "small", speedup=50, **options)
+    with pytest.raises(OutputError, match=r"(?s)small belongs to another run.*epochs: 2.0 there, 3.0 now"):
         compress("model", Classification(data="data"), "small", epochs=3)
     assert {name: (done.out / name).stat().st_mtime_ns for name in DELIVERED} == before
 
@@ -288,8 +292,7 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     assert delivered(Path("again")) >= DELIVERED
     assert read_recipe("again/recipe.yaml") == recipe
     assert not any("timing what" in line for line in said(Path("again")))
-    with pytest.raises(RecipeError, match="again is finished already"):
-        run(recipe, "again")
+    assert len(run(recipe, "again").measurement.records) == len(outcome.measurement.records)
 
 
 def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:

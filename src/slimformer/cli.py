@@ -174,10 +174,9 @@ def run_command(
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
-    from slimformer.running.reader import read_recipe
     from slimformer.running.runner import run
 
-    _show(run(read_recipe(recipe), out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
+    _show(run(recipe, out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
 @app.command("bench", cls=_TaskCommand)

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -143,37 +143,90 @@ def claim(folder: Path, purpose: str) -> Iterator[None]:
 
     `purpose` names what the run does ("compress ./my-bert"); the same purpose may come back and resume, another one may not.
     """
-    mark = folder / _OWNED
-    with output_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder} is a file.", help="choose another --out.")
-        if folder.is_dir() and not mark.exists() and not all(_is_ours(item.name) for item in folder.iterdir()):
-            raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
+    refuse_foreign(folder)
     with in_turn(folder, lambda: _refuse(folder)):
-        if mark.exists():
-            _same_purpose(folder, mark, purpose)
-        else:
-            write_text(mark, json.dumps({"purpose": purpose}))
+        refuse_other_purpose(folder, purpose)
+        if owned_purpose(folder) is None:
+            write_text(folder / _OWNED, json.dumps({"purpose": purpose}))
         remove_parts(folder)
         yield
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a run that was killed before it left its mark could have made a file of that name."""
-    return name in {".lock", ".lock.soft"} or name.startswith(".part-")
+def refuse_foreign(folder: Path) -> None:
+    """OutputError if `folder` is a file, or holds something that no run of ours made."""
+    with output_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file.", help="choose another --out.")
+        if folder.is_dir() and owned_purpose(folder) is None and not all(map(_is_ours, folder.iterdir())):
+            raise OutputError(f"{folder} holds something else already.", help="choose another --out, or empty the folder.")
 
 
-def _same_purpose(folder: Path, mark: Path, purpose: str) -> None:
+def _is_ours(item: Path) -> bool:
+    """Whether a run that was killed before it left its mark could have made this."""
+    return item.name in {".lock", ".lock.soft"} or item.name.startswith(".part-") or (item / _OWNED).is_file()
+
+
+def owned_purpose(folder: Path) -> str | None:
+    """The purpose that the mark of a folder names; None if it has no mark."""
+    with output_errors(folder):
+        if not (folder / _OWNED).exists():
+            return None
+    return str(_mark_of(folder).get("purpose", "something unreadable"))
+
+
+def _mark_of(folder: Path) -> dict[str, Any]:
     try:
-        found = str(json.loads(mark.read_text(encoding="utf-8"))["purpose"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        found = "something unreadable"
-    if found != purpose:
+        facts = json.loads((folder / _OWNED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def refuse_other_purpose(folder: Path, purpose: str) -> None:
+    """OutputError that says what differs if `folder` was claimed for another purpose."""
+    there = owned_purpose(folder)
+    if there not in (None, purpose):
         raise OutputError(
             f"{folder} belongs to another run.",
-            facts=[f"there: {found}", f"now:   {purpose}"],
+            facts=_differences(str(there), purpose),
             help="choose another --out, or delete the folder to start over.",
         )
+
+
+def _differences(there: str, now: str) -> list[str]:
+    """What two purposes do not share: options, if both are one word and options in JSON; otherwise both whole."""
+    (first, _, before), (second, _, after) = there.partition(" "), now.partition(" ")
+    try:
+        if first != second:
+            return [f"there: {first if '{' in before else there}", f"now: {second if '{' in after else now}"]
+        old, new = json.loads(before), json.loads(after)
+        changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+        return [f"{name}: {_shown(old.get(name))} there, {_shown(new.get(name))} now" for name in changed]
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return [f"there: {there}", f"now: {now}"]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def mark_finished(folder: Path, wish: Mapping[str, Any]) -> None:
+    """Notes that the run in a claimed folder is finished, and what was wished for beside its purpose."""
+    write_text(folder / _OWNED, json.dumps(_mark_of(folder) | {"wish": dict(wish)}))
+
+
+def finished_wish(folder: Path) -> Mapping[str, Any] | None:
+    """What the finished run in `folder` was asked for; None if it is not finished, or was killed just before its last note."""
+    wish = _mark_of(folder).get("wish")
+    return wish if isinstance(wish, dict) else None
+
+
+@contextmanager
+def own_folder(folder: Path, purpose: str) -> Iterator[Path]:
+    """A new folder with our mark, to be filled: whole or not there."""
+    with whole_folder(folder) as part:
+        (part / _OWNED).write_text(json.dumps({"purpose": purpose}), encoding="utf-8")
+        yield part
 
 
 @contextmanager

@@ -135,6 +135,17 @@ def _takes_bool(hint: Any) -> bool:
     return hint in (bool, Any) or any(_takes_bool(inner) for inner in get_args(hint))
 
 
+def parse_task(data: Any) -> Any:
+    """A task from plain data, {use: name, option: value, ...}; RecipeError lists all mistakes."""
+    reader = _Reader(Path())
+    task = reader.named(data, "tasks", "task")
+    if reader.mistakes:
+        raise RecipeError(
+            "this task cannot be used.", facts=reader.mistakes, help="`slimformer list NAME` shows the options of a task."
+        )
+    return task
+
+
 EVERY_EXPORT = ("to", "choose_within", "values", "openvino")  # these options of `export` suit every exporter
 
 

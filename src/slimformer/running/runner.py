@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from slimformer.digests import digest
-from slimformer.errors import OutputError, RecipeError
-from slimformer.files import claim, remove_folder
+from slimformer.errors import DataError, OutputError
+from slimformer.files import claim, finished_wish, mark_finished, owned_purpose, refuse_other_purpose, remove_folder
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
 from slimformer.measuring.scoring import Measurement
+from slimformer.reporting.ledger import LEDGER, read_records
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
 from slimformer.running.delivery import Order, finish
+from slimformer.running.given import given_models, given_recipe
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Recipe
@@ -27,6 +31,9 @@ from slimformer.running.rescue import rescue
 from slimformer.running.rivals import rivals_of
 from slimformer.running.stages import advance
 from slimformer.running.trials import judge_of
+from slimformer.tasks.base import Task
+
+WORK = "work"  # the scratch folder in an output folder; it is gone when a run is finished
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,10 @@ class Conditions:
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | Mapping[str, Any],
     out: str | Path,
     *,
+    tokenizer: Any = None,
     log: Log | None = None,
     command: str = "",
     threads: int | None = None,
@@ -63,8 +71,11 @@ def run(
     """Runs a recipe into the folder `out`, going on after the last finished stage if a former run was cut off.
 
     Args:
-        recipe: What to do; `read_recipe` reads one from YAML.
-        out: The folder for the result. It must not hold other files, nor a finished run.
+        recipe: What to do: a `Recipe`, the path of a YAML file, or its content as a dict. The models of a `Recipe` may be in memory
+            (a PreTrainedModel); they are then written into `out`.
+        out: The folder for the result. It must not hold other files, nor a run of another recipe. If it holds the finished run of
+            this one, nothing is done, and its result is returned.
+        tokenizer: The tokenizer of models in memory.
         log: By default the lines go to Python's logger `slimformer` and to `out`/log.jsonl; `show_log` prints them.
         command: The command line that the page shows.
         threads: How many threads each timing uses; all cores by default.
@@ -76,11 +87,11 @@ def run(
         The folder, and everything that was measured.
 
     Raises:
-        RecipeError: The recipe has mistakes, or `out` holds a finished run.
+        RecipeError: The recipe has mistakes.
         ModelError: A model cannot be loaded, or does not suit the task.
         DataError: The data cannot be read, or do not suit the model.
         TargetError: A budget is out of reach.
-        OutputError: `out` or `cache` cannot be used.
+        OutputError: `out` or `cache` cannot be used, or `out` belongs to another run.
 
     Example:
         >>> from slimformer import read_recipe, run
@@ -88,8 +99,13 @@ def run(
         >>> outcome.measurement.records[0].score  # doctest: +SKIP
         0.9175
     """
-    checked = preflight(recipe)
-    with open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)) as state:
+    with ExitStack() as stack:
+        recipe = stack.enter_context(given_models(given_recipe(recipe), tokenizer, Path(out)))
+        outcome = finished_outcome(Path(out), recipe_purpose(recipe, Path(out)), {}, recipe.task, log)
+        if outcome is not None:
+            return outcome
+        checked = preflight(recipe)
+        state = stack.enter_context(open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)))
         bundle, stages = prepare_bundle(checked, state)
         made = advance(stages, bundle, state)
         judge = judge_of(made.bundle, state)
@@ -125,29 +141,101 @@ def train_stages(
 
 def open_recipe(recipe: Recipe, out: Path, conditions: Conditions) -> AbstractContextManager[Run]:
     """The output folder, claimed for this very recipe."""
-    return open_run(out, f"recipe {digest(recipe.seen_from(out).to_yaml())}", recipe.seed, conditions, recipe.latency)
+    wish = partial(wish_of, recipe.task, {})
+    return open_run(out, recipe_purpose(recipe, out), recipe.seed, conditions, recipe.latency, wish)
+
+
+def recipe_purpose(recipe: Recipe, out: Path) -> str:
+    """The purpose of a folder that a recipe runs in."""
+    return f"recipe {json.dumps(recipe.seen_from(out).to_data(), default=str)}"
+
+
+def wish_of(task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a finished run notes beside its purpose: options that may change while it resumes, and what its data held."""
+    return {**options, "data": _content_of(task)}
+
+
+def finished_outcome(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, log: Log | None) -> Outcome | None:
+    """The outcome of a finished run with the same purpose and options, read from its folder; None if there is no finished run.
+
+    OutputError if the folder belongs to another purpose, or holds a finished run with other options, or of data that has changed.
+    """
+    if owned_purpose(folder) is None or not _is_finished(folder):
+        return None
+    refuse_other_purpose(folder, purpose)
+    there = finished_wish(folder)
+    if there is not None:
+        now = wish_of(task, options)
+        changed = [name for name in options if there.get(name) != now[name]]
+        facts = [f"--{name.replace('_', '-')} {_shown(there.get(name))}, you ask {_shown(now[name])}" for name in changed]
+        if now["data"] is not None and there.get("data") not in (None, now["data"]):
+            facts.append("the data was changed since")
+        if facts:
+            raise OutputError(
+                f"{folder} holds a finished run of another wish.",
+                facts=facts,
+                help="choose another --out for this one, or delete the folder to start over.",
+            )
+    records = read_records([folder / LEDGER])
+    (log or Log(None)).say(f"{folder} is finished already, and this is its result; choose another --out to run it anew.")
+    return Outcome(folder, Measurement(tuple(records), {}))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "report.html").is_file() and not (folder / WORK).exists()
+
+
+def _content_of(task: Task) -> str | None:
+    """What names the data of a task; None if it can no longer be read."""
+    try:
+        return task.content_digest()
+    except DataError:
+        return None
 
 
 @contextmanager
-def open_run(folder: Path, purpose: str, seed: int, conditions: Conditions, levels: Levels | None = None) -> Iterator[Run]:
-    """The output folder, claimed for one purpose and one process; RecipeError if it is finished already."""
+def open_run(
+    folder: Path,
+    purpose: str,
+    seed: int,
+    conditions: Conditions,
+    levels: Levels | None = None,
+    wish: Callable[[], Mapping[str, Any]] = dict,
+) -> Iterator[Run]:
+    """The output folder, claimed for one purpose and one process. `wish` gives what is noted once the result is delivered.
+
+    A finished run is no error here: callers ask `finished_outcome` first.
+    """
     cache = conditions.cache
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise OutputError(f"{cache} is a file.", help="choose a folder as --cache; it is made if there is none.")
     with claim(folder, purpose):
-        if (folder / "report.html").is_file() and not (folder / "work").exists():
-            raise RecipeError(f"{folder} is finished already.", help="look at its report.html, or choose another --out.")
-        scratch = folder / "work"
+        scratch, log = folder / WORK, conditions.log or Log(folder)
+        if scratch.exists():
+            log.say(f"resuming the run in {folder}{_last_stage(scratch)}.")
         yield Run(
             root=scratch,
             folder=scratch,
-            log=conditions.log or Log(folder),
+            log=log,
             seed=seed,
             threads=conditions.threads or cores(),
             levels=levels,
             quiet=Quiet(conditions.wait_seconds),
             cache=None if cache is None else Path(cache),
         )
+        if _is_finished(folder):
+            mark_finished(folder, wish())
+
+
+def _last_stage(scratch: Path) -> str:
+    """ " after stage 2 (train)": the last one that a former run finished."""
+    done = sorted(scratch.rglob("made/effort.json"), key=lambda file: file.stat().st_mtime)
+    number, _, kind = done[-1].parent.parent.name.rpartition("-")[0].partition("-") if done else ("", "", "")
+    return f" after stage {number} ({kind})" if kind else ""
 
 
 def model_name(path: str) -> str:

@@ -12,11 +12,11 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from slimformer import registry
 from slimformer.core.shrink import shrink
@@ -35,12 +35,13 @@ from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
 from slimformer.running.delivery import Order, finish
 from slimformer.running.exports import plain_exporter
+from slimformer.running.given import given_model, given_task
 from slimformer.running.preflight import Checked, check_kept, preflight
 from slimformer.running.prepare import load_bundle, teach_bundle
 from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
 from slimformer.running.rivals import Contestant, rivals_of
-from slimformer.running.runner import Conditions, Outcome, model_name, open_run
+from slimformer.running.runner import Conditions, Outcome, finished_outcome, model_name, open_run, wish_of
 from slimformer.running.schedule import (
     FEWEST_STEPS,
     FULL_BENCH,
@@ -67,6 +68,9 @@ from slimformer.training.estimate import estimate
 from slimformer.training.stage import Calibrate, Train
 from slimformer.training.teacher import cached_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
 CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one file differ by more
 TRIES = 3  # at most so many budgets are trained
@@ -79,6 +83,7 @@ CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; a
 
 Speedup = Annotated[float, real_number("above 1 and at most 100", lambda value: 1 < value <= 100, 1.0, 101.0)]
 Minutes = Annotated[float, real_number("above 0", lambda value: value > 0, 0.0, 1e5)]
+CHANGEABLE = ("speedup", "max_loss", "tries")  # these may change when a run resumes: earlier results stay valid
 
 
 @dataclass(frozen=True)
@@ -104,17 +109,18 @@ class Wanted:
             raise RecipeError("these options cannot be used.", facts=wrong, help="see `slimformer compress --help`.")
 
     def purpose(self, recipe: Recipe) -> str:
-        """The purpose of a folder. Speed, loss and tries may change when a run resumes: earlier results stay valid."""
-        fixed = {name: value for name, value in asdict(self).items() if name not in {"speedup", "max_loss", "tries"}}
+        """The purpose of a folder."""
+        fixed = {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
         options = {"model": recipe.model, "task": repr(recipe.task), **fixed}
         return f"compress {json.dumps(options, sort_keys=True, default=str)}"
 
 
 def compress(
-    model: str | Path,
-    task: Task,
+    model: str | Path | PreTrainedModel,
+    task: Task | str | Mapping[str, Any],
     out: str | Path,
     *,
+    tokenizer: Any = None,
     speedup: float = 3.0,
     max_loss: float = 1.0,
     epochs: float | None = None,
@@ -132,10 +138,13 @@ def compress(
     """Makes `model` smaller and faster for `task`, leaves everything in the folder `out`, and resumes if it was cut off.
 
     Args:
-        model: A folder with config.json, tokenizer and model.safetensors, or an id on the hub. A model without a head for this kind
-            of task is tuned first.
-        task: Where the examples come from and how they are scored, such as `Classification(data="./reviews")`.
-        out: The folder for the result. It must not hold other files, nor a finished run.
+        model: A folder with config.json, tokenizer and model.safetensors, an id on the hub ("owner/name", "owner/name@revision"), or
+            a transformers model in memory, which is written into `out`. A model without a head for this kind of task is tuned first.
+        task: Where the examples come from and how they are scored, such as `Classification(data="./reviews")`, or the same as in a
+            recipe, `{"use": "classification", "data": "./reviews"}`.
+        out: The folder for the result. It must not hold other files, nor a run of another model or task. If it holds the finished
+            run of this very call, nothing is done, and its result is returned.
+        tokenizer: The tokenizer of a model in memory. A pipeline or a CrossEncoder brings its own.
         speedup: How many times as fast as the dense model in fp32 in ONNX Runtime, at batch 32; above 1, at most 100.
         max_loss: Points of the task's metric that may be lost (0.01 of accuracy is one point). If no model meets both limits, the
             best one is delivered, and a message says so.
@@ -153,11 +162,11 @@ def compress(
         The folder, and everything that was measured.
 
     Raises:
-        RecipeError: An option is out of range, `minutes` are too few, or `out` holds a finished run.
+        RecipeError: An option is out of range, `minutes` are too few, or the task is none.
         ModelError: The model cannot be loaded, or does not suit the task.
         DataError: The data cannot be read, or do not suit the model.
         TargetError: The speed is out of reach; the message names the highest possible.
-        OutputError: `out` cannot be used.
+        OutputError: `out` cannot be used, or belongs to another run.
 
     Example:
         >>> from slimformer import compress
@@ -168,21 +177,34 @@ def compress(
     """
     began = time.monotonic()
     wanted = Wanted(speedup, max_loss, epochs, lr, batch_size, seed, tries, tuple(rivals), minutes)
+    if wanted.minutes is not None:
+        wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
+    conditions, settled = Conditions(log, threads, wait_seconds), given_task(task)
+    with given_model(model, tokenizer, Path(out)) as name:
+        return _compress_named(name, settled, Path(out), wanted, conditions, command, began)
+
+
+def _compress_named(
+    model: str, task: Task, out: Path, wanted: Wanted, conditions: Conditions, command: str, began: float
+) -> Outcome:
+    """`compress` for a model that has a path or a name on the hub."""
+    options = {name: value for name, value in asdict(wanted).items() if name in CHANGEABLE}
+    outcome = finished_outcome(out, wanted.purpose(Recipe(model, task, ())), options, task, conditions.log)
+    if outcome is not None:
+        return outcome
     source = local_folder(model)
     tune = Train(lr=_tune_lr(source), batch_size=wanted.batch_size)
     tuned = checkpoint.is_tuned(source, task.auto_class)
-    recipe = Recipe(str(model), task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
+    recipe = Recipe(model, task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
     checked = preflight(recipe)
     check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
-    if wanted.minutes is not None:
-        wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
-    conditions = Conditions(log, threads, wait_seconds)
-    with open_run(Path(out), wanted.purpose(recipe), wanted.seed, conditions) as run:
+    wish = partial(wish_of, task, options)
+    with open_run(out, wanted.purpose(recipe), wanted.seed, conditions, wish=wish) as run:
         with Schedule(run.root, wanted.minutes, run.log, began) as schedule:
-            measurement = _compress(checked, wanted, command, schedule, run, Path(out), tuned=tuned)
+            measurement = _compress(checked, wanted, command, schedule, run, out, tuned=tuned)
             schedule.compare()
         remove_folder(run.root)
-    return Outcome(Path(out), measurement)
+    return Outcome(out, measurement)
 
 
 def _compress(
