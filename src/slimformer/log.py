@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from slimformer.errors import output_errors
+from slimformer.errors import output_errors, readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +30,30 @@ Advance = Callable[..., None]  # advance(done, **numbers): `done` of `total` are
 
 _logger = logging.getLogger("slimformer")
 _shown: list[_Printer] = []  # the innermost one last
+_remarked: set[str] = set()  # since `show_log` began
+_remarks: dict[str, None] = {}  # since the process began
+
+
+def remark(text: str) -> None:
+    """Logs one line on something that was guessed or left out, once while `show_log` lasts: what reads data has no `Log`.
+
+    The notes of a task repeat the lines on its data: the `Log` of a run then keeps them in its file, and does not log them again.
+
+    >>> with show_log():
+    ...     remark("taking text 'review'.")
+    ...     Log(None).say("taking text 'review'.")
+    taking text 'review'.
+    """
+    text = readable(text)
+    _remarks[text] = None
+    if text not in _remarked:
+        _remarked.add(text)
+        _logger.info("%s", text)
+
+
+def remarks_on(name: str) -> tuple[str, ...]:
+    """The lines that `remark` has logged in this process and that hold this name, such as the path of a file."""
+    return tuple(text for text in _remarks if readable(name) in text) if name else ()
 
 
 @contextmanager
@@ -45,6 +69,7 @@ def show_log(console: Console | None = None) -> Iterator[None]:
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO)
     _shown.append(handler)
+    _remarked.clear()  # nobody may have seen what was logged before
     try:
         yield
     finally:
@@ -96,7 +121,7 @@ class Log:
     def say(self, text: str) -> None:
         """Logs one line for a person to read, and keeps it in the log file."""
         self.event("say", text=text)
-        if not self.quiet:
+        if not self.quiet and readable(text) not in _remarked:
             _logger.info("%s", text)
 
     def say_once(self, text: str) -> None:

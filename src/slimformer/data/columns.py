@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
 from slimformer.data.files import Table
 from slimformer.data.glue import Glue
-from slimformer.errors import DataError
+from slimformer.errors import DataError, shown
+from slimformer.log import remark
 
-_log = logging.getLogger(__name__)
-
-# Lower-case names in the order in which they are looked for.
+# Names in the order in which they are looked for; case, spaces, hyphens and underscores do not count.
 _PAIRS = (
     ("sentence1", "sentence2"), ("#1 string", "#2 string"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("text", "text_pair"),
+    ("sentence_a", "sentence_b"), ("sent1", "sent2"),
 )  # fmt: skip
 _TEXTS = ("sentence", "text", "review", "sentences", "texts", "content", "utterance", "comment", "message", "tweet", "body",
-          "document", "question", "query", "title")  # fmt: skip
+          "document", "question", "query", "title", "review_text", "text_review", "comment_text", "tweet_text", "review_body",
+          "clean_text", "cleaned_text", "full_text", "description", "headline", "news", "article", "sms", "phrase", "input",
+          "prompt")  # fmt: skip
 _LABELS = ("label", "labels", "score", "target", "class", "category", "intent", "sentiment", "rating", "gold_label",
-           "quality", "is_duplicate", "stars", "y")  # fmt: skip
+           "quality", "is_duplicate", "stars", "y", "emotion", "polarity", "class_label", "label_id", "class_name", "topic", "output",
+           "airline_sentiment", "review_rating", "sentiment_label", "overall", "classification", "targets", "outcome")  # fmt: skip
+_NO_DATA = re.compile(
+    r"(unnamed:?_?\d*|column_\d+|index|level_\d+|id|_?idx|ids|guid|uuid|_id|row_?(id|number)?|\w+_id|split|fold)"
+)
 
 
 def find_columns(
@@ -30,30 +36,55 @@ def find_columns(
 
     Each guess is logged once. DataError if a named column is missing, or if there is none with a usual name.
     """
-    folded = {name.strip().lower(): name for name in reversed(list(table.columns))}
-    guesses = []
+    folded = {_fold(name): name for name in reversed(list(table.columns))}
+    told = label is not None and text is not None
     if label is None:
-        label = _guess_label(table, folded, glue)
-        guesses.append(f"label '{label}'")
+        label = _guess_label(table, folded, glue, text)
     table.column(label)
     if text is not None:
         texts: tuple[str, ...] = (text,) if text_pair is None else (text, text_pair)
     else:
         texts = _guess_texts(table, folded, label, glue)
-        guesses.append(f"text {' and '.join(map(repr, texts))}")
     for name in texts:
         table.column(name)
-    if guesses and glue is None:
-        _say_guesses(table.where, ", ".join(reversed(guesses)))
+    if not told and glue is None:
+        remark(f"{table.where}: taking text {' and '.join(map(repr, texts))}, label '{label}'")
     return texts, label
 
 
-def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None) -> str:
+def _fold(name: str) -> str:
+    return re.sub(r"[\s_-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())).lower()
+
+
+def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None, text: str | None) -> str:
     exact = [name for name in (*(glue.label if glue is not None else ()), *_LABELS) if name in table.columns]
     names = [*exact, *(folded[name] for name in _LABELS if name in folded)]
-    if not names:
-        raise _no_column(table, "a label column", "label", _LABELS)
-    return names[0]
+    if names:
+        return names[0]
+    if text is None and not any(_fold(name) in _TEXTS for name in table.columns):
+        pairs = [name for pair in _PAIRS for name in pair if name in folded]
+        texts = {folded[name] for name in pairs}
+    else:
+        texts = {name for name in table.columns if name == text or _fold(name) in _TEXTS}
+    indicators = _indicators(table)
+    if len(indicators) > 1:
+        raise DataError(
+            f"{table.where}: the columns {', '.join(shown(name, 30) for name in indicators[:6])} hold 0 and 1 each, a column a class: "
+            "a row may have several labels (multi-label), and the classes of this task exclude each other.",
+            facts=[table.named_columns()],
+            help="name one of them (--label <column>) for a classifier of yes and no, or write one column with one class a row.",
+        )
+    others = [name for name in table.columns if name not in texts and not _NO_DATA.fullmatch(_fold(name))]
+    if texts and len(others) == 1 and _is_repeated(table.columns[others[0]]):
+        return others[0]
+    endings = [name for name in others if _fold(name).rpartition("_")[2] in _LABELS[:13]]
+    if len(endings) == 1:
+        return endings[0]
+    if len(others) == 2 and not texts:  # two columns of unusual names: one repeats few values, the other does not
+        repeated = [name for name in others if _is_repeated(table.columns[name])]
+        if len(repeated) == 1 and _is_text(table.columns[next(name for name in others if name != repeated[0])]):
+            return repeated[0]
+    raise _no_column(table, "a label column", "label", _LABELS[:14])
 
 
 def _guess_texts(table: Table, folded: dict[str, str], label: str, glue: Glue | None) -> tuple[str, ...]:
@@ -68,18 +99,37 @@ def _guess_texts(table: Table, folded: dict[str, str], label: str, glue: Glue | 
     others = [name for name in table.columns if name != label]
     if len(others) == 1:
         return (others[0],)
-    raise _no_column(table, "a text column", "text", _TEXTS)
+    others = [name for name in others if not _NO_DATA.fullmatch(_fold(name)) and _is_text(table.columns[name])]
+    if len(others) == 1:
+        return (others[0],)
+    raise _no_column(table, "a text column", "text", _TEXTS[:15])
 
 
-@lru_cache(maxsize=64)
-def _say_guesses(where: str, columns: str) -> None:
-    """Logs a guess the first time it is made."""
-    _log.info("%s: taking %s", where, columns)
+def _indicators(table: Table) -> list[str]:
+    """Columns that hold nothing but 0 and 1, and both of them."""
+    flags = {"0", "1", "0.0", "1.0", "true", "false"}
+    return [
+        name
+        for name, column in table.columns.items()
+        if len(values := {str(value).strip().lower() for value in column[:2000]}) == 2 and values <= flags
+    ]
+
+
+def _is_repeated(column: Sequence[Any]) -> bool:
+    values = {str(value) for value in column}
+    return 1 < len(values) <= max(2, len(column) // 4)
+
+
+def _is_text(column: Sequence[Any]) -> bool:
+    """Whether values are text rather than numbers or classes: most of them differ, or hold several words."""
+    some = [value for value in column[:500] if value is not None]
+    words = sum(isinstance(value, str) and len(value.split()) > 1 for value in some)
+    return 2 * words > len(some)
 
 
 def _no_column(table: Table, what: str, option: str, tried: Sequence[str]) -> DataError:
     return DataError(
         f"{table.where}: cannot tell which is {what}.",
-        facts=[f"columns: {', '.join(map(repr, table.columns))}", f"looked for: {', '.join(tried)}"],
+        facts=[table.named_columns(), f"looked for: {', '.join(tried)}"],
         help=f"name it: --{option} <column>.",
     )

@@ -11,17 +11,33 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from slimformer.errors import DataError, ExtraError, nearest
+from slimformer.data.texts import PACKED, most_bytes, read_bytes, read_text, suffix_of, too_large
+from slimformer.errors import DataError, ExtraError, nearest, shown
+from slimformer.log import remark
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", re.ASCII)  # ./reviews and ../reviews are paths
+SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
+_HUB_NAME = re.compile(  # ./reviews and ../reviews are paths
+    r"(?P<name>\w[\w.-]*/[\w.-]+)(?P<parts>([:@][\w.-]+){0,2})", re.ASCII
+)
+_SEPARATORS = {".tsv": "\t,;|", ".txt": "\t,;|", ".csv": ",;\t|"}
+_SEPARATOR_NAMES = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+_LOOKED_AT = 200  # rows that tell the separator
+_FEW = 5  # lines; in so few, quotes that do not fit are a mistake rather than a habit
+_PLAIN = {
+    "Value",
+    "ClassLabel",
+    "Sequence",
+    "List",
+    "LargeList",
+}  # kinds of columns of `datasets` that are read: no images, no audio
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Table:
     places: Sequence[int]  # line in the file, or row counted from 1
     unit: Literal["line", "row"] = "line"
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> names of its ids, if the data has any
+    twice: frozenset[str] = frozenset()  # names that several columns have: none of them can be meant
 
     def __len__(self) -> int:
         return len(self.places)
@@ -42,15 +59,24 @@ class Table:
         return f"{self.where}, {self.unit} {self.places[row]}"
 
     def column(self, name: str) -> Sequence[Any]:
-        """The column of that name; DataError with the nearest name if there is none."""
+        """The column of that name; DataError with the nearest name if there is none, and if there are two."""
+        if name in self.twice:
+            raise DataError(
+                f"{self.where} has two columns {shown(name)}.", help="give each column a name of its own in the first line."
+            )
         if name not in self.columns:
             raise DataError(
                 f"{self.where} has no column '{name}'.",
-                facts=[f"columns: {', '.join(map(repr, self.columns))}"],
+                facts=[self.named_columns()],
                 help=f"{nearest(name, self.columns)}."
                 + (" The first line must name the columns." if self.unit == "line" else ""),
             )
         return self.columns[name]
+
+    def named_columns(self) -> str:
+        """The names of the columns, as a fact of an error."""
+        names = [shown(name, 40) for name in self.columns]
+        return f"columns: {', '.join(names[:20])}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool = False, extra: bool = False) -> Table:
@@ -59,21 +85,27 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
     `header` names the columns if the first line is data already; `literal` takes the quotes of a TSV as they stand; `extra` allows
     surplus fields at the end of a row.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path} is not a kind of table that can be read.", help=f"known: {', '.join(SUFFIXES)}.")
+        if path.suffix.lower() == ".zip":
+            read_bytes(path)  # it says what is wrong with the archive
+        if suffix in {".xlsx", ".xls", ".ods"}:
+            raise DataError(f"{path} is not a kind of table that can be read: a spreadsheet.", help="save it as 'CSV UTF-8'.")
+        raise DataError(
+            f"{path} is not a kind of table that can be read.",
+            help=f"known: {', '.join(SUFFIXES)}, packed as {', '.join(PACKED)}.",
+        )
     if suffix == ".parquet":
         return _parquet(path)
     text = read_text(path)
-    if suffix in {".json", ".jsonl"}:
-        return _json(path, text)
-    if suffix == ".csv":
-        first = text.partition("\n")[0]
-        separator = next((mark for mark in ",;\t" if mark in first), ",")
-        return _table(path, _quoted(path, text, separator), header, extra)
+    if suffix in {".json", ".jsonl", ".ndjson"}:
+        return _json(path, text, suffix)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        remark(f"{path}, line {line}: there are NUL characters in this file; perhaps it is damaged.")
     if literal:
-        return _table(path, _literal(text), header, extra)
-    return _tsv(path, text, header, extra)
+        return _table(path, _literal(text, "\t"), header, extra)
+    return _table(path, _rows(path, text, suffix, extra), header, extra)
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
@@ -85,22 +117,25 @@ def join_tables(tables: Sequence[Table]) -> Table:
         if list(table.columns) != list(first.columns):
             raise DataError(
                 f"{table.where} and {first.where} have different columns.",
-                facts=[f"{item.where}: {', '.join(item.columns)}" for item in (first, table)],
+                facts=[f"{item.where}: {item.named_columns()}" for item in (first, table)],
                 help="shards of one split must have the same columns.",
             )
     columns = {name: [value for table in tables for value in table.columns[name]] for name in first.columns}
     places = range(1, 1 + sum(len(table) for table in tables))
-    return Table(f"{first.where} and {len(tables) - 1} more", columns, places, "row", first.class_names)
+    return Table(f"{first.where} and {len(tables) - 1} more", columns, places, "row", first.class_names, first.twice)
+
+
+# -- The hub -------------------------------------------------------------------------------------------------------------------
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name that is no file or folder here may be one of the hub's."""
-    return _HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in SUFFIXES
+    """Whether a name that is no file or folder here may be one of the hub's: owner/name, with :config or @revision behind it."""
+    return _HUB_NAME.fullmatch(name) is not None and suffix_of(Path(name)) not in SUFFIXES
 
 
 def read_hub(name: str) -> dict[str, Table]:
-    """Splits of a hub data set, `owner/name` or `owner/name:config`, as tables of their plain columns."""
-    return {split: _hub_table(f"{name} [{split}]", data) for split, data in load_hub(name).items()}
+    """Splits of a hub data set, `owner/name`, `owner/name:config` or with `@revision`, as tables of their plain columns."""
+    return {split: hub_table(f"{name} [{split}]", data) for split, data in load_hub(name).items()}
 
 
 def load_hub(name: str) -> dict[str, Any]:
@@ -109,12 +144,15 @@ def load_hub(name: str) -> dict[str, Any]:
         import datasets
     except ImportError:
         raise ExtraError("hub data sets need the package datasets.", help="pip install datasets") from None
-    hub, _, config = name.partition(":")
+    match = _HUB_NAME.fullmatch(name)
+    hub, parts = (match["name"], match["parts"]) if match else (name, "")
+    config, revision = (re.search(rf"{mark}([\w.-]+)", parts) for mark in ":@")
     silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(hub, config or None)
-        return {str(split): found[split] for split in found}
+        options = {} if revision is None else {"revision": revision[1]}
+        splits = datasets.load_dataset(hub, config[1] if config else None, **options)
+        return {str(split): splits[split] for split in splits}
     except Exception as error:  # network, names and formats fail in as many ways as there are data sets
         reason = str(error).strip().splitlines()
         raise DataError(
@@ -127,61 +165,110 @@ def load_hub(name: str) -> dict[str, Any]:
             datasets.enable_progress_bars()
 
 
-def _hub_table(where: str, data: Any) -> Table:
-    # images and audio would be decoded when read: only plain values can be texts or labels
-    plain = [name for name, kind in data.features.items() if type(kind).__name__ in {"Value", "ClassLabel"}]
+def hub_table(where: str, data: Any) -> Table:
+    """A `datasets.Dataset` as a table of its plain columns."""
+    # images and audio would be decoded when read: only plain values can be texts, labels or answers
+    plain = [name for name, kind in data.features.items() if type(kind).__name__ in _PLAIN or isinstance(kind, (dict, list))]
     names = {name: tuple(data.features[name].names) for name in plain if type(data.features[name]).__name__ == "ClassLabel"}
-    return Table(where, dict(data.select_columns(plain)[:]), range(1, len(data) + 1), "row", names)
+    return Table(where, dict(data.with_format(None).select_columns(plain)[:]), range(1, len(data) + 1), "row", names)
 
 
-def read_text(path: Path, shape: str = "a table needs a line of column names and at least one row.") -> str:
-    """The text of a UTF-8 file; DataError if it is empty (`shape` says what it should hold) or not UTF-8, with the place."""
+# -- Rows of separated fields --------------------------------------------------------------------------------------------------
+
+Rows = list[tuple[int, list[str]]]  # the line that each row begins in, and its fields
+
+
+def _rows(path: Path, text: str, suffix: str, extra: bool) -> Rows:
+    """The rows of a table, its separator told by its rows; quotes enclose fields unless they cannot."""
+    first, _, rest = text.partition("\n")
+    excel = re.fullmatch(r'"?sep=(.)"?\r?', first)
+    if excel:
+        rows = _separated(path, rest, excel[1], extra)
+        return [(place + 1, fields) for place, fields in rows]
+    separator = _separator(text, suffix)
+    if separator != _SEPARATORS[suffix][0]:
+        remark(f"{path}: its fields are separated by {_SEPARATOR_NAMES[separator]}.")
+    return _separated(path, text, separator, extra)
+
+
+def _separator(text: str, suffix: str) -> str:
+    """The separator that gives the first rows the same number of fields, and more than one; the usual one of the suffix if none does."""
+    marks = _SEPARATORS[suffix]
+    end = 0
+    for _ in range(_LOOKED_AT):
+        end = text.find("\n", end) + 1
+        if not end:
+            break
+    part = text[:end] if end else text
+    ranks = []
+    for rank, mark in enumerate(marks):
+        if mark not in part.partition("\n")[0]:
+            continue
+        for literal, rows in enumerate((_fields(part, mark), _literal(part, mark))):
+            sizes = Counter(len(fields) for _, fields in rows or ())
+            if sizes and len(sizes) == 1 and next(iter(sizes)) > 1:
+                ranks.append((literal, rank, mark))
+                break
+    # several may be even, such as a comma in every text: that whose quotes fit comes first, then that of the suffix
+    return min(ranks)[2] if ranks else next((mark for mark in marks if mark in part.partition("\n")[0]), marks[0])
+
+
+def _separated(path: Path, text: str, separator: str, extra: bool) -> Rows:
+    """The rows of a text; if quotes do not close, or close lines later around whole rows, they stand for themselves."""
+    if '"' not in text:
+        return _literal(text, separator)
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.", help=_beside(path)) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.", help="check the path and its permissions.") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} is not UTF-8: byte {error.start} (0x{content[error.start]:02x}), in line {line}, is no character.",
-            help="save it as UTF-8, for instance: iconv -f latin1 -t utf-8 old > new.",
-        ) from None
-    if not text.strip():
-        raise DataError(f"{path} is empty.", help=shape)
-    return text
+        quoted, mistake = _quoted(path, text, separator), None
+    except DataError as error:
+        quoted, mistake = [], error
+    if quoted and _is_even(quoted, extra) and not any("\n" in field for _, fields in quoted for field in fields):
+        return quoted
+    literal = _literal(text, separator)
+    enough = separator == "\t" or len(literal) > _FEW
+    if _is_even(literal, extra) and enough and (not _is_even(quoted, extra) or _lines_are_rows(quoted, literal)):
+        remark(f"{path}: its quotes stand for themselves, because they do not enclose fields.")
+        return literal
+    if mistake is not None:
+        raise mistake
+    return quoted
 
 
-def repair_text(text: str) -> str:
-    """The text without halves of surrogate pairs, as cut-off JSON escapes leave them; tokenizers refuse those."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _is_even(rows: Rows, extra: bool) -> bool:
+    return bool(rows) and all(
+        len(fields) == len(rows[0][1]) or (extra and len(fields) > len(rows[0][1])) for _, fields in rows[1:]
+    )
 
 
-def _beside(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else None
-    if folder is None:
-        return "check the path."
-    return f"in {folder}: {nearest(path.name, (item.name for item in folder.iterdir()))}."
+def _lines_are_rows(quoted: Rows, literal: Rows) -> bool:
+    """Whether quoted fields swallowed rows: the lines inside them hold values that the same column has in rows of one line."""
+    single = {place: fields for place, fields in quoted[1:] if not any("\n" in field for field in fields)}
+    inside = [fields for place, fields in literal[1:] if place not in single]
+    for column in range(len(quoted[0][1])):
+        values = {fields[column] for fields in single.values()}
+        if 2 * len(values) <= len(single) and all(fields[column] in values for fields in inside):
+            return True
+    return False
 
 
-def _literal(text: str) -> list[tuple[int, list[str]]]:
+def _literal(text: str, separator: str) -> Rows:
     lines = text.split("\n")
     windows = lines[0].endswith("\r")
     rows = ((number, line[:-1] if windows and line.endswith("\r") else line) for number, line in enumerate(lines, 1))
-    return [(number, line.split("\t")) for number, line in rows if line]
+    return [(number, line.split(separator)) for number, line in rows if line]
 
 
-def _quoted(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+def _fields(text: str, separator: str) -> Rows | None:
+    """Rows with quoted fields, those of a text that may be cut off; None if quotes do not fit."""
+    try:
+        return _quoted(Path(), text, separator)
+    except DataError:
+        return None
+
+
+def _quoted(path: Path, text: str, separator: str) -> Rows:
     """Rows with the line that each one begins in; DataError if quotes do not close."""
     limit = csv.field_size_limit(FIELD_LIMIT)
-    rows: list[tuple[int, list[str]]] = []
+    rows: Rows = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     begin = 1
     try:
@@ -199,44 +286,84 @@ def _quoted(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]
     return rows
 
 
-def _tsv(path: Path, text: str, header: Sequence[str] | None, extra: bool) -> Table:
-    """A TSV whose quotes enclose fields, if every one closes and all rows have as many fields; otherwise quotes are literal."""
-    if re.search(r'(^|[\t\r\n])"', text):
-        try:
-            return _table(path, _quoted(path, text, "\t"), header, extra)
-        except DataError:
-            pass
-    return _table(path, _literal(text), header, extra)
-
-
-def _table(path: Path, rows: list[tuple[int, list[str]]], header: Sequence[str] | None, extra: bool) -> Table:
-    names = list(header) if header is not None else rows[0][1] if rows else []
+def _table(path: Path, rows: Rows, header: Sequence[str] | None, extra: bool) -> Table:
+    if header is None and rows and _lacks_names(rows):
+        header = _made_names(path, rows)
+    first = list(header) if header is not None else rows[0][1] if rows else []
+    names = [name.strip() or f"column {index}" for index, name in enumerate(first, 1)]
     body = rows if header is not None else rows[1:]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path} has two columns '{twice[0]}'.", help="give each column a name of its own in the first line.")
+    if header is None:
+        body = _without_headers(path, body, rows[0][1] if rows else [])
+    body = [row for row in body if any(field.strip() for field in row[1])]  # spreadsheets leave rows of separators alone
     if not body:
         raise DataError(
             f"{path} has a line of column names and no rows.",
-            facts=[f"columns: {', '.join(map(repr, names))}"],
+            facts=[f"columns: {', '.join(shown(name, 40) for name in names[:20])}"],
             help="the first line is read as column names.",
         )
     for place, fields in body:
         if len(fields) != len(names) and not (extra and len(fields) > len(names)):
             raise DataError(
                 f"{path}, line {place}: {len(fields)} fields, the first line has {len(names)}.",
-                facts=[f"the line begins: {' | '.join(fields)[:100]!r}", f"columns: {', '.join(map(repr, names))[:200]}"],
+                facts=[
+                    f"the line begins: {shown(' | '.join(fields)[:200], 100)}",
+                    f"columns: {', '.join(map(repr, names))[:200]}",
+                ],
                 help="a separator inside a text must stand in quotes, or a field is missing.",
             )
+    twice = frozenset(name for name, count in Counter(names).items() if count > 1)
     columns = {name: [fields[index] for _, fields in body] for index, name in enumerate(names)}
-    return Table(str(path), columns, [place for place, _ in body])
+    return Table(str(path), columns, [place for place, _ in body], twice=twice)
 
 
-def _json(path: Path, text: str) -> Table:
-    if text.lstrip().startswith("["):
-        rows = _parsed(path, text, None)
-        items = list(enumerate(rows, 1))
-        unit: Literal["line", "row"] = "row"
+def _lacks_names(rows: Rows) -> bool:
+    """Whether the first line is data already: one of its fields is a value that its column repeats, and none of them names a column."""
+    first, body = rows[0][1], rows[1:]
+    if len(first) < 2 or len(body) < 4 or not all(len(fields) == len(first) for _, fields in body):
+        return False
+    repeated = [column for column, name in enumerate(first) if _repeats(name, [fields[column] for _, fields in body])]
+    same = sum(fields == first for _, fields in body)  # a header that was joined in again
+    return bool(repeated) and not same
+
+
+def _repeats(value: str, column: Sequence[str]) -> bool:
+    counts = Counter(column)
+    return bool(value.strip()) and counts[value] > 0 and 2 * len(counts) <= len(column)
+
+
+def _made_names(path: Path, rows: Rows) -> list[str]:
+    """Names for a table of two columns without any; DataError for more, because which is which would be a guess."""
+    first, body = rows[0][1], rows[1:]
+    repeated = [column for column, name in enumerate(first) if _repeats(name, [fields[column] for _, fields in body])]
+    if len(first) != 2 or len(repeated) != 1:
+        raise DataError(
+            f"{path}: its first line is data, not the names of columns: {shown(first[repeated[0]], 40)} is a value of other rows too.",
+            facts=[f"the line begins: {shown(' | '.join(first)[:200], 100)}"],
+            help="put a line of column names before it, such as: " + " ".join(["text", "label", "..."]) + ".",
+        )
+    names = ["text", "text"]
+    names[repeated[0]] = "label"
+    remark(f"{path} has no line of column names: taking column {repeated[0] + 1} for the label, the other for the text.")
+    return names
+
+
+def _without_headers(path: Path, body: Rows, names: Sequence[str]) -> Rows:
+    kept = [row for row in body if row[1] != names]
+    if len(kept) < len(body):
+        remark(f"{path}: lines that repeat the column names are left out ({len(body) - len(kept):,}).")
+    return kept
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------------------
+
+
+def _json(path: Path, text: str, suffix: str) -> Table:
+    unit: Literal["line", "row"] = "row"
+    whole = _whole_object(text) if suffix == ".json" else None
+    if whole is not None:
+        items = list(enumerate(_rows_of_object(path, whole), 1))
+    elif text.lstrip().startswith("["):
+        items = list(enumerate(_parsed(path, text, None), 1))
     else:
         # only \n ends a line: JSON texts may hold other characters that Python's splitlines breaks at
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -258,6 +385,40 @@ def _json(path: Path, text: str) -> Table:
     return Table(str(path), columns, [place for place, _ in items], unit)
 
 
+def _whole_object(text: str) -> dict[str, Any] | None:
+    """The one object that a .json file consists of, unless it is a row: a list of rows under a name, or columns."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    nested = isinstance(content, dict) and any(isinstance(value, (list, dict)) for value in content.values())
+    return content if nested else None
+
+
+def _rows_of_object(path: Path, content: Mapping[str, Any]) -> list[Any]:
+    """The rows of {"data": [rows]}, {"text": {"0": ...}, "label": {"0": ...}} (pandas) or {"text": [...], "label": [...]}."""
+    lists = {name: value for name, value in content.items() if isinstance(value, list)}
+    tables = [name for name, value in lists.items() if value and all(isinstance(item, dict) for item in value)]
+    if len(tables) == 1:
+        return lists[tables[0]]
+    if tables:
+        raise DataError(
+            f"{path} holds several lists of rows: {', '.join(shown(name, 30) for name in tables[:6])}.",
+            help="write each split into a file of its own (train.json, dev.json), or give them in Python: data=json.load(...).",
+        )
+    columns = {name: list(value.values()) if isinstance(value, dict) else value for name, value in content.items()}
+    sizes = {len(value) if isinstance(value, list) else -1 for value in columns.values()}
+    if len(sizes) != 1 or -1 in sizes:
+        raise DataError(
+            f"{path} is one JSON object, and neither a list of rows nor columns of one length.",
+            facts=[f"it holds: {', '.join(shown(name, 40) for name in list(content)[:12])}"],
+            help='write one object a line: {"text": "fine", "label": 1}, and each split in a file of its own.',
+        )
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def _parsed(path: Path, text: str, line: int | None) -> Any:
     try:
         return json.loads(text)
@@ -269,26 +430,68 @@ def _parsed(path: Path, text: str, line: int | None) -> Any:
         ) from None
 
 
+# -- Parquet -------------------------------------------------------------------------------------------------------------------
+
+
 def _parquet(path: Path) -> Table:
     if not path.is_file():
-        raise DataError(f"{path} does not exist.", help=_beside(path))
+        raise DataError(f"{path} does not exist.", help="check the path.")
+    if path.suffix.lower() in PACKED:
+        raise DataError(f"{path} is a packed Parquet file.", help="unpack it; Parquet is packed already.")
     try:
         import pyarrow.parquet
     except ImportError:
         raise ExtraError("Parquet files need the package pyarrow.", help="pip install pyarrow") from None
     try:
         # one file by itself: the default would read a Hive partition out of the folder names
-        data = pyarrow.parquet.ParquetFile(path).read()
-        columns = {name: data.column(index).to_pylist() for index, name in enumerate(data.column_names)}
-        names = _arrow_names(data.schema.metadata)
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = _parquet_columns(path, file)
+        names = _arrow_names(file.schema_arrow.metadata)
+    except DataError:
+        raise
     except Exception as error:  # damaged files fail in many places, with Arrow's, the system's and Python's errors
         raise DataError(
-            f"{path} cannot be read as Parquet: {(str(error).splitlines() or [''])[0]}",
+            f"{path} cannot be read as Parquet: {(str(error).splitlines() or [type(error).__name__])[0]}",
             help="write it again; a file that was cut off while copying looks like this.",
         ) from None
-    if not data.num_rows:
+    rows = file.metadata.num_rows
+    if not rows:
         raise DataError(f"{path} has no rows.", help="a table needs at least one row.")
-    return Table(str(path), columns, range(1, data.num_rows + 1), "row", names)
+    return Table(str(path), columns, range(1, rows + 1), "row", names)
+
+
+def _parquet_columns(path: Path, file: Any) -> dict[str, list[Any]]:
+    """The columns as Python values; DataError as soon as they are more than the memory holds: packed text can be a thousandth."""
+    import pyarrow
+
+    meta, most = file.metadata, most_bytes()
+    columns: dict[str, list[Any]] = {name: [] for name in file.schema_arrow.names}
+    told = sum(meta.row_group(group).column(column).total_uncompressed_size
+               for group in range(meta.num_row_groups) for column in range(meta.num_columns))  # fmt: skip
+    total = meta.num_rows * len(columns) * 8
+    if max(told, total) > most:
+        raise too_large(path, max(told, total))
+    # equal values stay one value: a column that repeats a long text is small in the file, and stays small here
+    texts = [
+        item.name
+        for item in file.schema_arrow
+        if pyarrow.types.is_string(item.type) or pyarrow.types.is_large_string(item.type)
+    ]
+    file = type(file)(path, read_dictionary=texts)
+    for batch in file.iter_batches(batch_size=4096):
+        for name, values in zip(batch.schema.names, batch.columns, strict=True):
+            if pyarrow.types.is_dictionary(values.type):
+                words = values.dictionary.to_pylist()
+                sizes = [len(word or "") for word in words]
+                indices = values.indices.to_pylist()
+                total += sum(sizes[index] for index in indices if index is not None)
+                columns[name] += [None if index is None else words[index] for index in indices]
+            else:
+                total += values.nbytes
+                columns[name] += values.to_pylist() if total <= most else []
+            if total > most:
+                raise too_large(path, int(total / max(1, len(columns[name])) * meta.num_rows))
+    return columns
 
 
 def _arrow_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:

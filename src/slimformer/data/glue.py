@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimformer.data.files import Table, read_table
+from slimformer.data.texts import read_text, suffix_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ GLUE: Mapping[str, Glue] = {
 
 def read_glue(file: Path, form: Glue) -> Table:
     """A file of a GLUE task; the quotes of its TSV files stand for themselves."""
-    if file.suffix.lower() != ".tsv":
+    if suffix_of(file) != ".tsv":
         return read_table(file)
     return read_table(file, header=form.header if _lacks_header(file, form) else None, literal=True, extra=form.extra)
 
@@ -57,6 +58,5 @@ def _lacks_header(file: Path, form: Glue) -> bool:
     """Whether the first line is data: CoLA has no header in GLUE, but people add one."""
     if form.header is None:
         return False
-    with file.open("rb") as stream:
-        first = stream.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
+    first = read_text(file).partition("\n")[0].rstrip("\r").split("\t")
     return len(first) == len(form.header) and first[form.header.index("label")] in {"0", "1"}

@@ -4,35 +4,98 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimformer.errors import DataError
+from slimformer.errors import DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_PLACEHOLDER = re.compile(r"(label_?)?\d+", re.ASCII | re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"(label_?|class_?)?\d+", re.ASCII | re.IGNORECASE)
+_COMMA_NUMBER = re.compile(r"[+-]?\d+(,\d+)?", re.ASCII)
+_NO_LABEL = {"", "n/a", "#n/a", "na", "<na>", "nan", "null", "-", "--", "?", "\\n"}  # how tables spell that there is none
+_BOOLEANS = {"false": "0", "true": "1", "no": "0", "yes": "1"}
+_JOINTS = ("|", ";", ",", "/", "+", "&")
 
 
 # ---- as data sets spell them
 
 
 def spell_label(value: Any) -> str | None:
-    """A label as text, whole numbers without a decimal point; None if the value is no label."""
+    """A label as text, whole numbers without a decimal point, digits of any script as 0 to 9; None if the value is no label."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         value = repr(value) if math.isfinite(value) else None
     if isinstance(value, int):
         value = str(value) if abs(value) < 2**53 else None
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         return None
-    text = value.strip()
+    text = value.strip("\0 \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2003\u3000\ufeff").strip()
+    if not text or text.lower() in _NO_LABEL:
+        return None
+    if not text.isascii() and any(char.isdecimal() for char in text):
+        digits = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text).replace("\u066b", ".")
+        text = digits if _NUMBER.fullmatch(digits) else text
     if _NUMBER.fullmatch(text) and not text.lstrip("+-").isdigit() and float(text).is_integer() and abs(float(text)) < 2**53:
         return str(int(float(text)))
     return text
+
+
+def spell_labels(values: Sequence[Any]) -> list[str | None]:
+    """The labels of a column; numbers with a decimal comma ("3,5") are read as numbers if the whole column is written like that."""
+    spelled = [spell_label(value) for value in values]
+    distinct = {text for text in spelled if text is not None}
+    if any("," in text for text in distinct) and all(_COMMA_NUMBER.fullmatch(text) for text in distinct):
+        numbers = {text: spell_label(text.replace(",", ".")) for text in distinct}
+        return [None if text is None else numbers[text] for text in spelled]
+    if "-1" in distinct and _marks_none(distinct):
+        return [None if text == "-1" else text for text in spelled]
+    return spelled
+
+
+def _marks_none(distinct: set[str]) -> bool:
+    """Whether -1 stands for "no label", as in test sets of the hub: alone, or before ids from 0 that are more than two.
+
+    -1 and 1, or -1, 0 and 1, are classes: they are how people write for and against.
+    """
+    others = distinct - {"-1"}
+    return not others or (len(others) > 2 and all(text.isascii() and text.isdigit() for text in others))
+
+
+def several_labels(values: Sequence[Any]) -> str:
+    """Why a row of this column has several labels, as a clause for a message; "" if it has one."""
+    some = next((value for value in values if _is_collection(value)), None)
+    if some is not None:
+        return f"it holds lists, such as {shown(some, 40)}"
+    texts = {value.strip() for value in values if isinstance(value, str)}
+    if not texts:
+        return ""
+    lists = [text for text in texts if re.fullmatch(r"[\[({].*[\])}]", text, re.DOTALL)]
+    if 2 * len(lists) > len(texts):
+        return f"it holds lists, such as {shown(lists[0], 40)}"
+    if all(_COMMA_NUMBER.fullmatch(text) or _NUMBER.fullmatch(text) for text in texts):
+        return ""
+    for joint in _JOINTS:
+        joined = [text for text in texts if joint in text.strip(joint)]
+        if not joined:
+            continue
+        parts = Counter(part.strip() for text in texts for part in text.split(joint))
+        alone = texts - set(joined)
+        # "rock, pop" may be one name; its parts are classes if rows have them alone, or in several combinations
+        split = [[part.strip() for part in text.split(joint) if part.strip()] for text in joined]
+        sets = [names for names in split if all(name in alone or parts[name] > 1 for name in names)]
+        if 2 * len(sets) > len(joined) and (len(sets) > 1 or any(name in alone for name in sets[0])):
+            return f"it joins names by '{joint}', such as {shown(min(joined, key=len), 40)}"
+    return ""
+
+
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset, dict)) or type(value).__name__ == "ndarray"
 
 
 def is_number(label: str) -> bool:
@@ -47,16 +110,26 @@ def guess_kind(labels: Iterable[str]) -> Literal["classes", "score"]:
     return "score" if fractions else "classes"
 
 
-def sort_labels(labels: set[str]) -> tuple[str, ...]:
+def sort_labels(labels: Collection[str]) -> tuple[str, ...]:
     """Numbers by value, everything else by name."""
     if all(_NUMBER.fullmatch(label) for label in labels):
-        return tuple(sorted(labels, key=lambda label: (float(label), label)))
-    return tuple(sorted(labels))
+        return tuple(sorted(set(labels), key=lambda label: (float(label), label)))
+    return tuple(sorted(set(labels)))
+
+
+def one_spelling(labels: Sequence[str]) -> dict[str, str]:
+    """The most frequent spelling of the class that each label is: case, spaces, hyphens and underscores do not count."""
+    counts = Counter(labels)
+    spellings: dict[str, str] = {}
+    return {
+        label: spellings.setdefault(_fold(label), label) for label in sorted(counts, key=lambda label: (-counts[label], label))
+    }
 
 
 def enumerate_labels(labels: Sequence[str]) -> str:
     """The labels in one line for a message; after twelve, their number."""
-    return ", ".join(labels[:12]) + (f" and {len(labels) - 12} more" if len(labels) > 12 else "")
+    names = [label if len(label) <= 40 else shown(label, 40) for label in labels[:12]]
+    return ", ".join(names) + (f" and {len(labels) - 12} more" if len(labels) > 12 else "")
 
 
 # ---- as models name them
@@ -88,9 +161,10 @@ def are_placeholders(names: Sequence[str]) -> bool:
     return all(_PLACEHOLDER.fullmatch(name) and int(re.sub(r"\D", "", name)) == index for index, name in enumerate(names))
 
 
-def is_id(label: str, count: int) -> bool:
-    """Whether a label is the id of one of `count` classes."""
-    return label.isascii() and label.isdigit() and len(label) < 7 and int(label) < count
+def id_of(label: str) -> int | None:
+    """The class id that a label spells: 1, LABEL_1 and true are 1; None if it is a name."""
+    value = _id_of(label)
+    return None if value is None else int(value)
 
 
 # ---- matched
@@ -100,17 +174,37 @@ def match_labels(data: Iterable[str], names: Sequence[str], known: Sequence[str]
     """The class id of each label of the data; `names` are the model's classes in the order of their ids.
 
     Labels match by name, and case, spaces and hyphens do not count. If the data has ids and tells their names (`known`), those
-    names are matched. Otherwise ids match by value. Labels that match nothing are left out.
+    names are matched. Numbers match the numbers in the names ("4" is "4 stars"); otherwise ids match by value, and true and false are 1
+    and 0. Names may be abbreviated: "pos" is "positive". Labels that match nothing are left out.
 
     >>> match_labels(["Not entailment", "entailment"], ["entailment", "not_entailment"])
     {'Not entailment': 1, 'entailment': 0}
+    >>> match_labels(["1", "4"], ["1 star", "2 stars", "3 stars", "4 stars"])
+    {'1': 0, '4': 3}
     """
     labels = list(data)
-    if not match_by_name(labels, names, known) and all(is_id(label, len(names)) for label in labels):
-        return {label: int(label) for label in labels}
     ids = {_fold(name): index for index, name in enumerate(names)}
     matches = {label: [ids[form] for form in _forms(label, known) if form in ids] for label in labels}
-    return {label: places[0] for label, places in matches.items() if places}
+    by_name = {label: places[0] for label, places in matches.items() if places}
+    if len(by_name) == len(labels):
+        return by_name
+    for attempt in (_match_numbers, _match_ids, _match_beginnings):
+        found = attempt(labels, names)
+        if len(found) == len(labels):
+            return found
+    return by_name
+
+
+def ambiguous_ids(data: Iterable[str], names: Sequence[str], known: Sequence[str] = ()) -> bool:
+    """Whether the labels are numbers that could be ids from 0 or from 1, or ids of any of the classes: an end is missing."""
+    labels = set(data)
+    if match_by_name(labels, names, known) or len(_match_numbers(list(labels), names)) == len(labels):
+        return False
+    ids = {_id_of(label) for label in labels}
+    if None in ids:
+        return False
+    values = {int(value) for value in ids if value is not None}
+    return max(values) <= len(names) and not {0, len(names) - 1} <= values
 
 
 def match_by_name(labels: Iterable[str], names: Sequence[str], known: Sequence[str]) -> bool:
@@ -119,13 +213,50 @@ def match_by_name(labels: Iterable[str], names: Sequence[str], known: Sequence[s
     return all(any(form in folded for form in _forms(label, known)) for label in labels)
 
 
+def _match_numbers(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Labels by the number in each name: "1 star", "2 stars"; nothing if the names only repeat their ids or have none."""
+    numbers = [re.findall(r"(?<![\d.])-?\d+(?![\d.])", name) for name in names]
+    if are_placeholders(names) or any(len(parts) != 1 for parts in numbers):
+        return {}
+    ids = {str(int(parts[0])): index for index, parts in enumerate(numbers)}
+    if len(ids) < len(names):
+        return {}
+    found = {label: re.findall(r"(?<![\d.])-?\d+(?![\d.])", label) for label in labels}
+    plain = {label: str(int(parts[0])) for label, parts in found.items() if len(parts) == 1}
+    return {label: ids[number] for label, number in plain.items() if number in ids}
+
+
+def _match_ids(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Labels by their value: 0, LABEL_0 or false is the first class."""
+    ids = {label: _id_of(label) for label in labels}
+    return {label: int(value) for label, value in ids.items() if value is not None and int(value) < len(names)}
+
+
+def _id_of(label: str) -> str | None:
+    text = label.casefold()
+    text = _BOOLEANS.get(text, text)
+    if _PLACEHOLDER.fullmatch(text):
+        text = re.sub(r"\D", "", text)
+    return text if text.isascii() and text.isdigit() and len(text) < 7 else None
+
+
+def _match_beginnings(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Labels that are the beginning of one name each: neg, pos."""
+    found = {}
+    for label in labels:
+        fits = [index for index, name in enumerate(names) if len(label) > 2 and _fold(name).startswith(_fold(label))]
+        if len(fits) == 1:
+            found[label] = fits[0]
+    return found if len(set(found.values())) == len(found) else {}
+
+
 def _forms(label: str, known: Sequence[str]) -> list[str]:
     """The names a label may have: the one that the data tells for an id, then the label itself."""
     return [*(_fold(name) for index, name in enumerate(known) if label == str(index)), _fold(label)]
 
 
 def _fold(name: str) -> str:
-    return re.sub(r"[\s_-]+", "_", name.strip().casefold())
+    return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFKC", name).strip().casefold())
 
 
 def order_as_model(known: Sequence[str], config: PretrainedConfig | Mapping[str, Any]) -> tuple[str, ...]:

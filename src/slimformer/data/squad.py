@@ -12,19 +12,24 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from slimformer.data.files import SUFFIXES, load_hub, read_table, read_text, repair_text
-from slimformer.errors import DataError, nearest
+from slimformer.data.files import SUFFIXES, load_hub, read_table
+from slimformer.data.sources import Stamp, stamp
+from slimformer.data.texts import read_text, repair_text, stem_of, suffix_of
+from slimformer.errors import DataError, nearest, shown
+from slimformer.log import remark
 from slimformer.tasks.base import Example
 
 Version = Literal["v1", "v2"]  # v1: every question has an answer; v2: some have none
-QUESTION_SUFFIXES = (".json", ".jsonl", ".parquet")
+QUESTION_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 NOTHING = "(no answer)"  # how no answer is shown
+_NEAR = 3  # characters that a told start may be beside the answer: marks of byte order, spaces and line ends shift it
+_COLUMNS = ("id", "question", "context", "answers")
 VERSION_IN_NAME = re.compile(r"v?([12])\.\d")  # train-v2.0.json
 SHAPE = (
     'a SQuAD file looks like {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "1", "question": "...", '
@@ -68,7 +73,7 @@ class Questions:
 
 def match_files(files: Sequence[Path], name: str, version: Version | None) -> list[Path]:
     """The files of the split `name`: train.json, train-v1.1.json, shards; of several, those of the version if it is known."""
-    matches = [file for file in files if re.match(rf"{name}([-_.]|$)", file.stem, re.IGNORECASE)]
+    matches = [file for file in files if re.match(rf"{name}([-_.]|$)", stem_of(file), re.IGNORECASE)]
     if len(matches) > 1 and version is not None:
         matches = [file for file in matches if _version_in(file) in (None, version)]
     return matches
@@ -81,7 +86,7 @@ def _version_in(file: Path) -> Version | None:
 
 def read_questions(files: Sequence[Path]) -> Questions:
     """The questions in a SQuAD file, or in shards of one; DataError for whatever is wrong with them."""
-    parts = [_read(str(file), file.stat().st_mtime_ns if file.exists() else 0) for file in files]
+    parts = [_read(str(file), stamp(str(file))) for file in files]
     if len(parts) == 1:
         return parts[0]
     examples = tuple(example for part in parts for example in part.examples)
@@ -92,11 +97,11 @@ def read_questions(files: Sequence[Path]) -> Questions:
 
 
 @lru_cache(maxsize=6)
-def _read(name: str, _modified: int) -> Questions:
+def _read(name: str, _key: Stamp) -> Questions:
     file = Path(name)
-    if file.suffix.lower() in {".jsonl", ".parquet"}:
+    if suffix_of(file) in {".jsonl", ".ndjson", ".parquet"}:
         return _of_table(file)
-    if file.suffix.lower() != ".json":
+    if suffix_of(file) != ".json":
         raise DataError(
             f"{file} is not a kind of file that questions can be read from.",
             help=f"known: .json (SQuAD), .jsonl, .parquet; tables for classification are {', '.join(SUFFIXES)}.",
@@ -116,29 +121,37 @@ def read_hub_questions(name: str) -> dict[str, Questions]:
     found = {}
     for split, data in load_hub(name).items():
         where = f"{name} [{split}]"
-        missing = [column for column in ("id", "question", "context", "answers") if column not in data.column_names]
+        missing = _missing(data.column_names)
         if missing:
             raise DataError(
-                f"{where} has no column '{missing[0]}'.",
+                f"{where} has no column '{missing}'.",
                 facts=[f"columns: {', '.join(data.column_names)}"],
                 help=f"{ROW_SHAPE} Examples of such data sets: rajpurkar/squad, rajpurkar/squad_v2.",
             )
-        found[split] = _questions(where, ((f"{where}, row {row}", item) for row, item in enumerate(data, 1)))
+        found[split] = _questions(where, ((f"{where}, row {row}", {"id": row} | item) for row, item in enumerate(data, 1)))
     return found
 
 
 def _of_table(file: Path) -> Questions:
     table = read_table(file)
-    for name in ("id", "question", "context", "answers"):
-        if name not in table.columns:
-            raise DataError(
-                f"{file} has no column '{name}'.",
-                facts=[f"columns: {', '.join(map(repr, table.columns))}"],
-                help=f"{nearest(name, table.columns)}. {ROW_SHAPE} Or SQuAD's own form: {SHAPE}",
-            )
-    names = list(table.columns)
-    rows = ({name: table.columns[name][row] for name in names} for row in range(len(table)))
+    missing = _missing(table.columns)
+    if missing:
+        raise DataError(
+            f"{file} has no column '{missing}'.",
+            facts=[table.named_columns()],
+            help=f"{nearest(missing, table.columns)}. {ROW_SHAPE} Or SQuAD's own form: {SHAPE}",
+        )
+    if "id" not in table.columns:
+        remark(f"{file} has no ids: the numbers of the rows are taken.")
+    names = [name for name in table.columns if name in _COLUMNS]
+    rows = ({"id": row + 1} | {name: table.columns[name][row] for name in names} for row in range(len(table)))
     return _questions(str(file), ((table.place(row), item) for row, item in enumerate(rows)))
+
+
+def _missing(columns: Collection[str]) -> str:
+    """The first column that rows of questions need and that is not there; ids can be made up if the rest is there."""
+    missing = [name for name in _COLUMNS if name not in columns]
+    return "" if missing in ([], ["id"]) else missing[0]
 
 
 # ---- questions
@@ -170,6 +183,7 @@ def _questions(where: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Que
     examples: list[Example] = []
     places: list[tuple[str, str]] = []
     kinds: dict[str, list[str]] = {"absent": [], "guessed": [], "sure": [], "none": []}
+    moved = 0
     contexts: dict[str, str] = {}
     for place, row in rows:
         name = row.get("id")
@@ -178,13 +192,21 @@ def _questions(where: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Que
         question = _told(row.get("question"), "question", place, str(name))
         context = _told(row.get("context"), "context", place, str(name))
         context = contexts.setdefault(context, context)  # one copy for all its questions
-        answer, found = placed(context, list(_golds(row.get("answers"), place)))
+        golds = list(_golds(row.get("answers"), place))
+        answer, found = placed(context, golds)
+        starts = {start + len(text) - len(text.lstrip()) for text, start, _ in golds if start is not None}
+        moved += bool(starts) and answer.start is not None and answer.start not in starts
         kinds[found].append(str(name))
         examples.append(Example(str(name), (question, context), answer))
         places.append((place, str(name)))
     if not examples:
         raise DataError(f"{where} holds no questions.", help=SHAPE)
     _distinct(where, places)
+    if moved:
+        remark(
+            f"{where}: {moved:,} of {len(examples):,} answers do not begin where answer_start says: the only place "
+            f"of the text, or the one that is at most {_NEAR} characters away, is taken."
+        )
     return Questions(where, tuple(examples), frozenset(kinds["absent"]), frozenset(kinds["guessed"]))
 
 
@@ -217,8 +239,8 @@ def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
 def placed(context: str, golds: Sequence[tuple[str, int | None, int]]) -> tuple[Answer, str]:
     """The answer that golds (text, start, occurrences) make, and how certain its place is: "sure", "guessed", "absent" or "none".
 
-    A start that does not hold the text is replaced by the only place that does, if there is only one. More than one occurrence
-    (`n_occ`) says that the start was itself a guess.
+    A start that does not hold the text is moved to the only place that does, or to the only one a few characters beside it. More
+    than one occurrence (`n_occ`) says that the start was itself a guess.
     """
     golds = [gold for gold in golds if gold[0].strip()]
     if not golds:
@@ -234,10 +256,19 @@ def placed(context: str, golds: Sequence[tuple[str, int | None, int]]) -> tuple[
             return _answer(texts, index, bare, at), "sure"
         elif bare in context:
             first = context.find(bare)
-            if context.find(bare, first + 1) < 0:
-                return _answer(texts, index, bare, first), "sure"
-            found = "guessed"
+            if context.find(bare, first + 1) >= 0:
+                near = [] if at is None else _places_near(context, bare, at)
+                if len(near) != 1:
+                    found = "guessed"
+                    continue
+                first = near[0]
+            return _answer(texts, index, bare, first), "sure"
     return Answer(texts), found
+
+
+def _places_near(context: str, text: str, at: int) -> list[int]:
+    begin = max(0, at - _NEAR)
+    return [place for place in range(begin, at + _NEAR + 1) if context.startswith(text, place)]
 
 
 def _answer(texts: tuple[str, ...], index: int, bare: str, start: int) -> Answer:
@@ -250,7 +281,7 @@ def _distinct(where: str, places: Sequence[tuple[str, str]]) -> None:
         if name in first:
             count = len(places) - len({name for _, name in places})
             raise DataError(
-                f"{place}: the id '{name}' was there before.",
+                f"{place}: the id {shown(name)} was there before.",
                 facts=[f"first: {first[name]}", f"questions of {where} with an id that was there before: {count:,}"],
                 help="give each question an id of its own; a file that was joined to itself looks like this.",
             )

@@ -19,7 +19,8 @@ from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
 from slimformer.training.stage import Stage
 
-LOOKED_AT = 100  # on so many validation examples the task checks a model that came tuned
+LOOKED_AT = 100  # on so many validation examples the task checks a model that came tuned; of many classes, on more
+LOOKED_AT_OF_A_CLASS = 6
 
 
 def prepare_bundle(checked: Checked, run: Run) -> tuple[Bundle, tuple[Stage, ...]]:
@@ -47,13 +48,13 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
     student, material = first.subject, first.material
     if checked.teacher is not None:
         teacher = _teacher(checked.teacher, student, material.task)
-        _check_model(teacher, material)
+        _check_model(teacher, material, run.log)
         return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
     lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
     config, marks = checkpoint.read_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
         if not lead:  # otherwise the first stage may teach the model what it lacks
-            _check_model(student, material)
+            _check_model(student, material, run.log)
         return first, stages
     made = advance(stages[:lead], first, run.under("teacher")).bundle
     start = Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned, teacher_plan=made.plan)
@@ -91,9 +92,12 @@ def _teacher(folder: Path, student: Subject, task: Task) -> Subject:
     return subject_of(teacher)
 
 
-def _check_model(subject: Subject, material: Material) -> None:
+def _check_model(subject: Subject, material: Material, log: Log) -> None:
     """The task's own check of a model that came tuned."""
-    material.task.check_model(subject.model.config, lambda: torch_outputs(subject, material, Split.VALIDATION, LOOKED_AT))
+    count = max(LOOKED_AT, LOOKED_AT_OF_A_CLASS * int(getattr(subject.model.config, "num_labels", 0) or 0))
+    warning = material.task.check_model(subject.model.config, lambda: torch_outputs(subject, material, Split.VALIDATION, count))
+    if warning:
+        log.say(warning)
 
 
 def _tell(material: Material, log: Log) -> None:
@@ -102,6 +106,7 @@ def _tell(material: Material, log: Log) -> None:
     log.say(f"{len(train):,} examples to train on, {len(validation):,} set aside to choose on, {len(dev):,} to report on.")
     for note in material.task.notes():
         log.say(note)
+    log.say(f"the metric is {material.task.metric}; inputs have at most {material.max_length} tokens.")
     for split, features in material.features.items():
         if features.truncated:
             share = features.truncated / max(1, len(material.examples[split]))

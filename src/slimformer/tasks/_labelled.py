@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimformer.data.tokenizer import cutting, pad_id_of
+from slimformer.tasks._judging import check_classes, check_scores
 from slimformer.tasks._losses import kl_divergence
 from slimformer.tasks._metrics import class_metrics, score_metrics
 from slimformer.tasks._snippet import batch_snippet
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from tokenizers import Tokenizer
+    from transformers import PretrainedConfig
 
 _TEXTS_AT_ONCE = 4096  # encoded together: bounds the memory of the tokenizer's own objects
 
@@ -88,6 +90,16 @@ class Labelled(Task):
             return np.asarray(-((logits[:, 0] - labels) ** 2))  # (examples,)
         return np.asarray(logits.argmax(-1) == labels, dtype=np.float64)
 
+    def check_model(
+        self,
+        config: PretrainedConfig | Mapping[str, Any],
+        predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
+    ) -> str:
+        """A warning if the model is no better than chance; DataError if its classes have another order than those of the data."""
+        outputs, features, examples = predict()
+        logits, labels, names = _per_example(outputs["logits"], features), self._labels(examples), self.classes
+        return check_classes(logits.argmax(-1), labels, names) if names else check_scores(logits[:, 0], labels)
+
     def answers(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> list[str]:
         logits, names = _per_example(outputs["logits"], features), self.classes
         return [names[index] for index in logits.argmax(-1)] if names else [f"{value:.3f}" for value in logits[:, 0]]
@@ -111,8 +123,12 @@ class Labelled(Task):
         names = self.classes
         if not names:
             return np.asarray([item.answer for item in examples], dtype=np.float64)
-        ids = {name: index for index, name in enumerate(names)}
+        ids = self._ids_of_answers(item.answer for item in examples)
         return np.asarray([ids[item.answer] for item in examples], dtype=np.int64)
+
+    def _ids_of_answers(self, answers: Iterable[str]) -> Mapping[str, int]:
+        """The class id of each of these answers."""
+        return {name: index for index, name in enumerate(self.classes)}
 
 
 def _per_example(logits: np.ndarray, features: Features) -> np.ndarray:

@@ -155,11 +155,13 @@ class Task(ABC):
         self,
         config: PretrainedConfig | Mapping[str, Any],
         predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
-    ) -> None:
-        """DataError if a model that came trained was trained on data of another kind, which its labels and config do not tell.
+    ) -> str:
+        """A warning about a model that came trained, "" if there is none; DataError if its answers cannot be right.
 
-        `predict` gives the model's outputs on some validation examples, which takes seconds.
+        That is so if it was trained on data of another kind, which its labels and config do not tell, or on classes in another
+        order. `predict` gives the model's outputs on some validation examples, which takes seconds.
         """
+        return ""
 
     @property
     def tunes(self) -> bool:

@@ -16,21 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimformer.data.columns import find_columns
-from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, repair_text
+from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table
 from slimformer.data.glue import GLUE, Glue, read_glue
 from slimformer.data.labels import (
+    ambiguous_ids,
     are_placeholders,
     enumerate_labels,
     guess_kind,
-    is_id,
+    id_of,
     is_number,
-    match_by_name,
     match_labels,
     model_labels,
+    one_spelling,
+    several_labels,
     sort_labels,
-    spell_label,
+    spell_labels,
 )
-from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, read_sources, stamp
+from slimformer.data.memory import data_source, with_kept_names
+from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, read_sources, settle_dev, stamp
 from slimformer.data.splits import (
     FOR_DEV,
     FOR_VALIDATION,
@@ -40,7 +43,9 @@ from slimformer.data.splits import (
     read_json_option,
     validation_count,
 )
-from slimformer.errors import DataError, RecipeError, nearest
+from slimformer.data.texts import repair_text, stem_of
+from slimformer.errors import DataError, RecipeError, nearest, shown
+from slimformer.log import remark, remarks_on
 from slimformer.tasks._labelled import Labelled
 from slimformer.tasks._metrics import CLASS_METRICS, SCORE_METRICS
 from slimformer.tasks.base import Example, Split, option
@@ -53,11 +58,12 @@ if TYPE_CHECKING:
 class Classification(Labelled):
     """Text classification, or scoring.
 
-    `data` is a folder with train.* and dev.* (or validation.*), one file, `owner/name[:config]` on the hub, or `glue/sst2`. `glue`
-    names a GLUE task, which settles columns, class order and metric. `text`, `text_pair` and `label` name columns; without them the
-    usual names are looked for, and the log says what was taken. `kind` is "classes" or "score"; "auto" takes labels with fractions for
-    scores. `metric` "auto" is accuracy for classes, spearman for scores, or GLUE's own; `f1` takes the last of two classes as
-    positive and is the macro mean for more.
+    `data` is a folder with train.* and dev.* (or validation.*), one file, `owner/name[:config][@revision]` on the hub, or `glue/sst2`;
+    or data in memory: a list of dicts, a DataFrame, a Dataset, a DatasetDict, or a dict of such data by split. That is kept in the
+    user's cache (`data/memory.py`). `glue` names a GLUE task, which settles columns, class order and metric. `text`, `text_pair` and
+    `label` name columns; without them the usual names are looked for, and the log says what was taken. `kind` is "classes" or
+    "score"; "auto" takes labels with fractions for scores. `metric` "auto" is accuracy for classes, spearman for scores, or GLUE's
+    own; `f1` takes the last of two classes as positive and is the macro mean for more.
 
     `train_rows` is a JSON file with the row numbers (from 0) to train on, or how many rows to draw. `validation_share` of the training
     data, but between 200 and 2,000 examples and at most a fifth, is set aside as validation examples. `labels` are the class names in
@@ -65,12 +71,9 @@ class Classification(Labelled):
 
     RecipeError names every option that is wrong. What is wrong with the data becomes a DataError when it is read.
 
-    >>> from pathlib import Path
-    >>> from tempfile import mkdtemp
     >>> from slimformer.tasks.base import Split
-    >>> file = Path(mkdtemp()) / "reviews.csv"
-    >>> _ = file.write_text("review,stars\\n" + "I liked it.,good\\nI did not.,bad\\n" * 50)
-    >>> task = Classification(data=file).settled()
+    >>> reviews = [{"review": "I liked it.", "stars": "good"}, {"review": "I did not.", "stars": "bad"}] * 50
+    >>> task = Classification(data=reviews).settled()
     >>> task.text, task.label, task.labels, task.metric
     ('review', 'stars', ('bad', 'good'), 'accuracy')
     >>> [len(task.split(split)) for split in (Split.TRAIN, Split.VALIDATION, Split.DEV)]
@@ -82,7 +85,7 @@ class Classification(Labelled):
         f"glue/{name}": {"data": f"glue/{name}", "glue": name} for name in GLUE
     }
 
-    data: str = option("", "A folder with train and dev files, one file, or a hub name.", required=True)
+    data: Any = option("", "A folder with train and dev files, one file, or a hub name.", required=True)  # noqa: RUF009
     glue: str | None = None
     text: str | None = option(None, "Column of the text; guessed if it has a usual name.")
     text_pair: str | None = option(None, "Column of the second text, if pairs are classified.")
@@ -95,7 +98,7 @@ class Classification(Labelled):
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", str(self.data))
+        object.__setattr__(self, "data", data_source(self.data))
         object.__setattr__(self, "labels", tuple(map(str, self.labels)))
         if self.glue is None and re.fullmatch(r"glue/\w+", self.data) and not os.path.exists(self.data):
             object.__setattr__(self, "glue", self.data.removeprefix("glue/"))
@@ -154,10 +157,16 @@ class Classification(Labelled):
         kind = self.kind if self.kind != "auto" else guess_kind(raw)
         names: tuple[str, ...] = ()
         if kind == "classes":
-            names = self.labels or self._known_names(table, label) or sort_labels(set(raw))
+            names = self.labels or self._known_names(table, label)
+            if not names:
+                spellings = one_spelling(raw)
+                names = sort_labels(spellings.values())
+                merged = [f"{shown(text, 40)} is {shown(name, 40)}" for text, name in sorted(spellings.items()) if text != name]
+                if merged:
+                    remark(f"{table.where}: labels that differ in case or spaces alone are one class: {', '.join(merged[:8])}")
             if len(set(raw)) < 2 and "train" in self._sources():
                 raise DataError(
-                    f"{table.where}: every row has the label '{raw[0]}' in column '{label}'.",
+                    f"{table.where}: every row has the label {shown(raw[0], 60)} in column '{label}'.",
                     help="a classifier needs two classes; is it the right column, and the whole file?",
                 )
         metric = self.metric if self.metric != "auto" else "accuracy" if kind == "classes" else "spearman"
@@ -173,7 +182,16 @@ class Classification(Labelled):
         return replace(self, text=texts[0], text_pair=pair, label=label, kind=kind, metric=metric, labels=names)
 
     def _sources(self) -> Mapping[str, Table]:
-        return _read_tables(self.data, self.glue, stamp(self.data))
+        return _settled_tables(self, stamp(self.data))
+
+    def _lacking(self, train: Table, test: Table) -> str:
+        """What labels the test data lacks that stands in for dev, "" if none."""
+        label = self._columns(train)[1]
+        if label not in test.columns:
+            return f"no column '{label}'"
+        if not any(text is not None for text in spell_labels(test.columns[label])):
+            return f"column '{label}' says {shown(test.columns[label][0], 20)} in every row"
+        return ""
 
     def _table(self, name: Split, *, any_split: bool = False) -> Table:
         """The rows a split is drawn from; with `any_split`, the dev data if there is no training data."""
@@ -207,17 +225,34 @@ class Classification(Labelled):
         ids = match_labels(set(raw), self.labels, self._known_names(table, label))
         for row, text in enumerate(raw):
             if text not in ids:
+                quoted = f"'{text}'" if len(text) <= 60 else shown(text, 60)
                 raise DataError(
-                    f"{table.place(row)}: the label '{text}' in column '{label}' is not a known one.",
-                    facts=[f"known labels: {enumerate_labels(self.labels)}", f"rows with '{text}': {raw.count(text)}"],
-                    help=f"did you mean another column or another model? {nearest(text, self.labels)[:200]}",
+                    f"{table.place(row)}: the label {quoted} in column '{label}' is not a known one.",
+                    facts=[f"known labels: {enumerate_labels(self.labels)}", f"rows with {quoted}: {raw.count(text)}"],
+                    help=f"did you mean another column or another model? {nearest(text[:60], [name[:60] for name in self.labels])[:200]}",
                 )
         return [ids[text] for text in raw]
+
+    def _ids_of_answers(self, answers: Iterable[str]) -> Mapping[str, int]:
+        """The ids of answers by the model's names, or as the data spells them before the task is bound to a model."""
+        answers = set(answers)
+        ids = {name: index for index, name in enumerate(self.classes)}
+        if answers <= ids.keys():
+            return ids
+        table = self._table(Split.TRAIN, any_split=True)
+        return ids | match_labels(answers, self.classes, self._known_names(table, self._columns(table)[1]))
 
     # ---- what the model says
 
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Classification:
         names, problem = model_labels(config)
+        if problem == "multi_label_classification":
+            raise DataError(
+                "the model gives a row several labels (problem_type: multi_label_classification): its classes do not exclude each other, "
+                "and those of this task do.",
+                facts=[f"the model's labels: {enumerate_labels(names)}"],
+                help="start from a model that was trained to give one label, or from an encoder, with data of one label a row.",
+            )
         kind = self.kind
         if kind == "auto":
             kind = "score" if len(names) == 1 or problem == "regression" else "classes"
@@ -238,25 +273,54 @@ class Classification(Labelled):
         table = task._table(Split.TRAIN, any_split=True)
         label = task._columns(table)[1]
         raw = _raw_labels(table, label)
-        by_value = not match_by_name(set(raw), names, task._known_names(table, label))
-        if by_value and all(is_id(text, len(names) - 1) for text in set(raw)):
-            # 0 and 1 could be any two of three classes: taking ids by value would be a guess
-            raise DataError(
-                f"the data has no ids above {max(map(int, raw))}, the model has {len(names)} classes: {enumerate_labels(names)}.",
-                help="write the labels in the data by the model's names.",
-            )
+        counted = are_placeholders(names) and len(known) == len(names)  # any order of ids is as good as another
+        if ambiguous_ids(set(raw), names, task._known_names(table, label)) and not counted:
+            raise _ambiguous(raw, names)
         if not are_placeholders(names):
             bound = replace(task, labels=names)
         else:  # LABEL_0, LABEL_1, ...: the model only knows an order, so the data's own order is the best there is
-            if len(known) > len(names) or (len(known) < len(names) and not all(is_id(text, len(names)) for text in known)):
+            if len(known) > len(names) or (
+                len(known) < len(names) and not all(id_of(text) in range(len(names)) for text in known)
+            ):
                 raise DataError(
                     f"the model has {len(names)} classes without names, the data has {len(known)}: {enumerate_labels(known)}.",
                     help="the model was trained on other labels; name them in its config.json (id2label).",
                 )
             order = self.labels if len(self.labels) == len(names) else known  # a person who names them knows their order
             bound = replace(task, labels=order if len(order) == len(names) else names)
-        bound._ids(table, raw)
+        ids = bound._ids(table, raw)
+        said = {text: bound.labels[index] for text, index in zip(raw, ids, strict=True) if text != bound.labels[index]}
+        if said and not are_placeholders(bound.labels):
+            pairs = [f"{shown(text, 40)} is '{said[text]}'" for text in sort_labels(said)]
+            remark(
+                f"{table.where}: column '{label}' is read by the model's names: {', '.join(pairs[:8])}{', ...' if pairs[8:] else ''}"
+            )
         return bound
+
+    def notes(self) -> tuple[str, ...]:
+        """What was found or guessed in the data: columns, classes, and what is odd about the rows."""
+        task = self if self.kind == "score" or self.labels else self.settled()
+        sources = task._sources()
+        texts: dict[Split, list[tuple[str, ...]]] = {}
+        for name in Split:
+            if name is Split.DEV or "train" in sources:
+                texts[name] = [item.texts for item in task.split(name)]
+        table = task._table(Split.TRAIN, any_split=True)
+        if task.kind == "score":
+            remark(f"{table.where}: the labels are scores, numbers with a fraction.")
+        else:
+            remark(f"{table.where}: {len(task.labels)} classes, in the order of their ids: {enumerate_labels(task.labels)}")
+        blank = sum(not text.strip() for rows in texts.values() for row in rows for text in row)
+        if blank:
+            remark(f"{table.where}: {blank:,} texts are empty.")
+        seen = {_folded(row) for name in (Split.TRAIN, Split.VALIDATION) for row in texts.get(name, ())}
+        leaked = sum(_folded(row) in seen for row in texts[Split.DEV])
+        if leaked:
+            remark(
+                f"{task._table(Split.DEV).where}: {leaked:,} of {len(texts[Split.DEV]):,} inputs of dev are in the training data too, "
+                "so scores on dev are too good."
+            )
+        return remarks_on(self.data)
 
 
 # ---- reading
@@ -264,15 +328,16 @@ class Classification(Labelled):
 
 @lru_cache(maxsize=4)
 def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table]:
-    """The tables "train" and "dev", one or both of them."""
+    """The tables "train", "dev" and, without dev, "test", as far as they are there."""
 
     def read(files: Sequence[Path]) -> Table:
-        return join_tables([read_table(file) if glue is None else read_glue(file, GLUE[glue]) for file in files])
+        tables = [read_table(file) if glue is None else read_glue(file, GLUE[glue]) for file in files]
+        return with_kept_names(join_tables(tables), files[0])
 
     form = Format(
         task="classification",
         suffixes=SUFFIXES,
-        match=lambda files, name: [file for file in files if SHARD.sub("", file.stem).lower() == name],
+        match=lambda files, name: [file for file in files if SHARD.sub("", stem_of(file)).lower() == name],
         read=read,
         read_hub=read_hub,
         example="./reviews",
@@ -281,24 +346,57 @@ def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table
     return read_sources(data, form, hub=f"nyu-mll/glue:{glue}" if data == f"glue/{glue}" else None)
 
 
+@lru_cache(maxsize=8)
+def _settled_tables(task: Classification, key: Stamp) -> Mapping[str, Table]:
+    """The tables "train" and "dev", one or both of them; test data stands in for dev if it has labels."""
+    tables = _read_tables(task.data, task.glue, key)
+    return settle_dev(tables, lambda table: table.where, lambda test: task._lacking(tables.get("train", test), test))
+
+
 def _raw_labels(table: Table, column: str) -> list[str]:
-    """The label of each row as the data spells it; DataError with the row if one is missing."""
-    labels = []
-    for row, value in enumerate(table.column(column)):
-        text = spell_label(value)
-        if text is None:
-            raise DataError(
-                f"{table.place(row)}: no label in column '{column}' ({value!r}).",
-                help="give the row a label or leave it out.",
-            )
-        labels.append(text)
-    return labels
+    """The label of each row as the data spells it; DataError with the row if one is missing, or if a row has several."""
+    values = table.column(column)
+    several = several_labels(values)
+    if several:
+        row = next((row for row, value in enumerate(values) if not isinstance(value, (str, int, float, type(None)))), None)
+        at = table.where if row is None else f"{table.place(row)}: no label but a list in column '{column}'"
+        raise DataError(
+            f"{at}: rows of column '{column}' may have several labels (multi-label): {several}. The classes of this task exclude each "
+            "other.",
+            help="give each row one label; for one class against all others, write a column of 0 and 1.",
+        )
+    labels = spell_labels(values)
+    if None in labels:
+        row = labels.index(None)
+        raise DataError(
+            f"{table.place(row)}: no label in column '{column}' ({shown(values[row], 40)}).",
+            facts=[f"rows without a label: {labels.count(None):,} of {len(labels):,}"],
+            help="give the row a label or leave it out.",
+        )
+    return [text for text in labels if text is not None]
+
+
+def _ambiguous(raw: Sequence[str], names: Sequence[str]) -> DataError:
+    """The error for numbers that could be ids of the model's classes in more than one way."""
+    values = [value for value in map(id_of, raw) if value is not None]
+    low, high = min(values), max(values)
+    what = f"no ids above {high}" if low == 0 else f"numbers from {low} to {high}"
+    ids = f"the ids of the model run from 0 to {len(names) - 1}" if low else f"the last of its ids is {len(names) - 1}"
+    return DataError(
+        f"the data has {what}, the model has {len(names)} classes: {enumerate_labels(names)}.",
+        facts=[f"{ids}: which number means which class would be a guess, perhaps wrong by one"],
+        help="write the labels in the data by the model's names.",
+    )
+
+
+def _folded(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(" ".join(text.casefold().split()) for text in texts)
 
 
 def _scores(table: Table, raw: Sequence[str]) -> list[float]:
     for row, text in enumerate(raw):
         if not is_number(text):
-            raise DataError(f"{table.place(row)}: '{text}' is no number.", help="for classes, say kind: classes.")
+            raise DataError(f"{table.place(row)}: {shown(text, 60)} is no number.", help="for classes, say kind: classes.")
     return [float(text) for text in raw]
 
 
@@ -361,6 +459,6 @@ def _chosen(wanted: str | int | None, rows: Sequence[int], total: int) -> list[i
 def _text(table: Table, row: int, value: Any, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
         raise DataError(
-            f"{table.place(row)}: no text in column '{column}' ({str(value)[:40]}).", help="fill the row or leave it out."
+            f"{table.place(row)}: no text in column '{column}' ({shown(value, 40)}).", help="fill the row or leave it out."
         )
     return repair_text(str(value))

@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimformer.data.sources import Format, read_sources
+from slimformer.data.memory import data_source
+from slimformer.data.sources import Format, read_sources, settle_dev
 from slimformer.data.splits import (
     FOR_DEV,
     FOR_VALIDATION,
@@ -41,6 +42,8 @@ from slimformer.data.squad import (
 )
 from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.errors import DataError, RecipeError, nearest
+from slimformer.log import remarks_on
+from slimformer.tasks._judging import check_spans
 from slimformer.tasks._losses import kl_divergence
 from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, python_literal
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task, option
@@ -65,8 +68,9 @@ class QuestionAnswering(Task):
     """Extractive question answering.
 
     `data` is a folder with `train*.json` and `dev*.json`, one SQuAD file (a tenth of its contexts becomes dev), or a hub name such as
-    rajpurkar/squad_v2, for short squad_v2; .jsonl and .parquet files with the hub's columns are read too. `dev` names the dev file if
-    it lies elsewhere. `version` is v1 if every question has an answer and v2 if some have none; "auto" looks at the data.
+    rajpurkar/squad_v2, for short squad_v2; .jsonl and .parquet files with the hub's columns are read too. So are rows in memory: a list
+    of dicts, a DataFrame, a Dataset, a DatasetDict, or a dict of such data by split. `dev` names the dev file if it lies elsewhere.
+    `version` is v1 if every question has an answer and v2 if some have none; "auto" looks at the data.
 
     `stride` is the number of tokens that neighbouring windows share, `max_answer` the most tokens an answer may have. `threshold` is
     how much better "no answer" must be than the best span (a difference of logit sums) to be given; None fits it on validation examples.
@@ -77,19 +81,16 @@ class QuestionAnswering(Task):
     their logits, and a window that was never taught to hold back scores as high as the right one. RecipeError names every option that
     is wrong; what is wrong with the data becomes a DataError when it is read.
 
-    >>> import json
-    >>> from pathlib import Path
-    >>> from tempfile import mkdtemp
     >>> from slimformer.tasks.base import Split
-    >>> rooms = [
-    ...     {"context": f"Room {n} is red.", "qas": [{"id": str(n), "question": "Which colour?", "answers": [{"text": "red"}]}]}
+    >>> rows = [
+    ...     {"question": "Which colour?", "context": f"Room {n} is red.", "answers": {"text": ["red"], "answer_start": [None]}}
     ...     for n in range(30)
     ... ]
-    >>> file = Path(mkdtemp()) / "rooms.json"
-    >>> _ = file.write_text(json.dumps({"data": [{"paragraphs": rooms}]}))
-    >>> task = QuestionAnswering(data=file).settled()
+    >>> task = QuestionAnswering(data=rows).settled()
     >>> task.version, [len(task.split(split)) for split in (Split.TRAIN, Split.VALIDATION, Split.DEV)]
     ('v1', [22, 5, 3])
+    >>> task.split(Split.DEV)[0].answer
+    Answer(texts=('red',), start=10)
     """
 
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
@@ -100,7 +101,7 @@ class QuestionAnswering(Task):
         "squad_v2": {"data": "rajpurkar/squad_v2", "version": "v2"},
     }
 
-    data: str = option("", "A folder with train and dev files, one file, or a hub name.", required=True)
+    data: Any = option("", "A folder with train and dev files, one file, or a hub name.", required=True)  # noqa: RUF009
     dev: str | None = None
     version: Literal["auto", "v1", "v2"] = "auto"
     metric: str = option("f1", "The metric that counts: f1 or exact.")
@@ -112,7 +113,8 @@ class QuestionAnswering(Task):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", str(self.data))
+        object.__setattr__(self, "data", data_source(self.data, paths=False))
+        object.__setattr__(self, "dev", None if self.dev is None else data_source(self.dev, paths=False))
         if self.data in self.aliases and not os.path.exists(self.data):
             alias = self.aliases[self.data]
             object.__setattr__(self, "data", alias["data"])
@@ -156,16 +158,27 @@ class QuestionAnswering(Task):
         return examples
 
     def notes(self) -> tuple[str, ...]:
+        """What was found or guessed in the data, and how many questions are not trained on."""
         sources = self._sources()
-        source = sources.get("train")
+        told = remarks_on(self.data)
+        source, dev = sources.get("train"), sources.get("dev")
         if source is None:
-            return ()
+            return told
+        contexts = {item.texts[1] for item in source.examples}
+        shared = [item for item in dev.examples if item.texts[1] in contexts] if dev is not None else []
+        if dev is not None and shared:
+            told += (
+                f"{dev.where}: {len(shared):,} of {len(dev.examples):,} questions of dev have a context of the training data.",
+            )
+        if dev is not None and dev.absent:
+            told += (f"{dev.where}: {len(dev.absent):,} of {len(dev.examples):,} questions have an answer that does not occur in their "
+                     "context: no model can find it.",)  # fmt: skip
         ids = _read_ids(self.train_ids)["train"] if isinstance(self.train_ids, str) else {item.id for item in source.examples}
         parts = (
             (source.absent, "have an answer that does not occur in their context"),
             (source.guessed, "have an answer that occurs in several places, and which is meant is not known"),
         )
-        return tuple(
+        return told + tuple(
             f"{source.where}: {len(found & ids):,} of {len(ids):,} questions {what}: not trained on."
             for found, what in parts
             if found & ids
@@ -330,22 +343,34 @@ class QuestionAnswering(Task):
         self,
         config: PretrainedConfig | Mapping[str, Any],
         predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
-    ) -> None:
-        """DataError if the model never prefers "no answer" to a span, as models of SQuAD v1.1 do."""
+    ) -> str:
+        """A warning if the model finds hardly any answer; one whose config names the version was tuned by us, and is not judged.
+
+        DataError if it never prefers "no answer" to a span, as models of SQuAD v1.1 do, or if it has start and end swapped.
+        """
         from slimformer.tasks._spans import span_texts
 
-        if self.version != "v2" or _version_of(config) == "v2":
-            return
+        if _version_of(config) == self.version:
+            return ""
         outputs, features, examples = predict()
-        _, margins = span_texts(outputs, features, examples, self.max_answer)
-        unanswerable = [not item.answer.texts for item in examples]
-        if sum(unanswerable) >= _FEWEST and not (margins[unanswerable] > 0).any():
+        texts, margins = span_texts(outputs, features, examples, self.max_answer)
+        answerable = [bool(item.answer.texts) for item in examples]
+        unanswerable = [not known for known in answerable]
+        if self.version == "v2" and sum(unanswerable) >= _FEWEST and not (margins[unanswerable] > 0).any():
             raise DataError(
                 f"{self.data} has questions without an answer (SQuAD v2.0), and the model gave each of {sum(unanswerable)} such "
                 "questions one: it seems to be tuned on v1.1, in which every question has an answer.",
                 help="start from an encoder, which is tuned first, or from a model tuned on such questions; if this one was, write "
                 f'"{_VERSION_KEY}": "v2" into its config.json.',
             )
+        start, end = self.outputs
+        turned, _ = span_texts({start: outputs[end], end: outputs[start]}, features, examples, self.max_answer)
+        told = [
+            [f1(text, item.answer, "v1") for text, item, known in zip(found, examples, answerable, strict=True) if known]
+            for found in (texts, turned)
+        ]
+        score, swapped = (sum(values) / max(1, len(values)) for values in told)
+        return check_spans(score, swapped, len(told[0]))
 
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
         predictions = self.predict(outputs, features, examples)
@@ -454,7 +479,16 @@ def _read_sources(data: str, dev: str | None, version: Version | None) -> Mappin
         forms="a folder with train.json and dev.json, a SQuAD file",
         advice="say the version (--task squad or --task squad_v2), ",
     )
-    return read_sources(data, form) | apart
+    sources = read_sources(data, form)
+    if apart:
+        sources.pop("test", None)
+    return settle_dev(sources | apart, lambda source: source.where, lambda test: _lacking(sources.get("train", test), test))
+
+
+def _lacking(train: Questions, test: Questions) -> str:
+    """What answers the test data lacks that stands in for dev, "" if none."""
+    none = test.unanswerable == len(test.examples) and train.unanswerable < len(train.examples)
+    return "no question has an answer" if none else ""
 
 
 def _read_ids(name: str) -> dict[str, frozenset[str]]:

@@ -1,0 +1,522 @@
+"""What people bring: files of every make and data in memory are read right, or refused by their real cause; guesses are said."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import random
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimformer import log
+from slimformer.data.files import read_table
+from slimformer.data.labels import match_labels, several_labels, spell_labels
+from slimformer.errors import DataError, SlimformerError
+from slimformer.tasks._judging import check_classes, check_scores, check_spans
+from slimformer.tasks.base import Example, Features, Split
+from slimformer.tasks.classification import Classification
+from slimformer.tasks.question_answering import QuestionAnswering
+
+draw = random.Random(0)
+LABELS = [draw.choice(["good", "bad"]) for _ in range(60)]
+TEXTS = [f"the soup number {row} was {draw.choice(['hot', 'cold'])}, really" for row in range(60)]
+ROWS = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def table(separator: str = ",", header: Sequence[str] = ("text", "label"), rows: Sequence[Sequence[Any]] | None = None) -> str:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=separator, lineterminator="\n")
+    writer.writerows([header] if header else [])
+    writer.writerows(rows if rows is not None else zip(TEXTS, LABELS, strict=True))
+    return stream.getvalue()
+
+
+def labelled(values: Sequence[Any], name: str = "label") -> str:
+    return table(header=("text", name), rows=[(text, values[row % len(values)]) for row, text in enumerate(TEXTS)])
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def zipped(**files: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("_", "."), content)
+    return stream.getvalue()
+
+
+def said(caplog: pytest.LogCaptureFixture, task: Any) -> str:
+    caplog.set_level("INFO")
+    log._remarked.clear()
+    notes = task.notes()
+    return "\n".join([caplog.text, *notes])
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", table()),
+        ("a.csv.gz", gzip.compress(table().encode())),
+        ("a.csv.bz2", bz2.compress(table().encode())),
+        ("a.csv", gzip.compress(table().encode())),  # packed, though its name does not say so
+        ("a.zip", zipped(reviews_csv=table())),
+        ("a.csv", b"\xef\xbb\xbf" + table().encode()),
+        ("a.csv", table().encode("utf-16")),
+        ("a.csv", table().encode("utf-16-le")),
+        ("a.csv", table(";")),
+        ("a.csv", table("|")),
+        ("a.csv", "sep=;\n" + table(";")),
+        ("a.tsv", table()),
+        ("a.txt", table("\t")),
+        ("a.tsv", table("\t").replace("\n", "\r\n")),
+        ("a.tsv", table("\t").replace("\n", "\r")),
+        ("a.csv", table() + ",\n,\n"),
+        ("a.tsv", table("\t", ())),
+        ("a.csv", table(header=("", "text", "label"), rows=[(row, *pair) for row, pair in enumerate(zip(TEXTS, LABELS, strict=True))])),
+        ("a.csv", table(header=("id", "id", "text", "label"), rows=[(1, 2, *pair) for pair in zip(TEXTS, LABELS, strict=True)])),
+        ("a.csv", table(header=("Unnamed: 0", "Phrase X", "Verdict"), rows=[(1, *pair) for pair in zip(TEXTS, LABELS, strict=True)])),
+        ("a.csv", table(header=("v1", "v2", "", ""), rows=[(b, a, "", "") for a, b in zip(TEXTS, LABELS, strict=True)])),
+        ("a.csv", table(header=("tweetText", "airline_sentiment"))),
+        ("a.json", json.dumps({name: {str(row): item[name] for row, item in enumerate(ROWS)} for name in ("text", "label")})),
+        ("a.json", json.dumps({"text": TEXTS, "label": LABELS}, indent=1)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    ],
+)  # fmt: skip
+def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, content: str | bytes) -> None:
+    task = Classification(data=write(tmp_path / name, content))
+    found = {item.id: item for split in Split for item in task.split(split)}
+    assert [found[key].answer for key in sorted(found, key=lambda key: int(key.split("/")[1]))] != []
+    assert {(item.texts[0], item.answer) for item in found.values()} == set(zip(TEXTS, LABELS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "pointer of Git LFS"),
+        ("a.csv", "<!DOCTYPE html><html></html>", "web page"),
+        ("a.csv", b"\x80\x04pickled", "pickles are never read"),
+        ("a.csv", zipped(xl_workbook_xml="").replace(b"xl.workbook.xml", b"xl/workbook.xml"), "spreadsheet of Excel"),
+        ("a.zip", zipped(a_csv=table(), b_csv=table()), "holds 2 files, not one"),
+        ("a.csv.gz", gzip.compress(table().encode())[:90], "cannot be unpacked"),
+        ("a.csv", table().replace("soup", "caf\xe9").encode("latin-1"), "not UTF-8: byte 19 .*in line 2"),
+        ("a.csv", table(header=(), rows=[(1, *pair) for pair in zip(TEXTS, LABELS, strict=True)]), "its first line is data"),
+        ("a.csv", table(header=("text", "label", "label"), rows=[(*pair, 1) for pair in zip(TEXTS, LABELS, strict=True)]),
+         "two columns 'label'"),
+        ("a.json", json.dumps({"train": ROWS, "test": ROWS}), "several lists of rows: 'train', 'test'"),
+        ("a.json", json.dumps({"text": TEXTS, "label": LABELS[:5]}), "neither a list of rows nor columns"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_refused_by_its_cause(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        Classification(data=write(tmp_path / name, content)).split(Split.TRAIN)
+    assert caught.value.help
+
+
+def sentences(separator: str, quotes: Mapping[int, str]) -> str:
+    """Rows that begin or end with a quote, as a splitter of sentences leaves them."""
+    lines = [f"text{separator}label"]
+    for row in range(60):
+        mark = quotes.get(row, "")
+        text = f'"soup {row}' if mark == "open" else f'soup {row} ."' if mark == "close" else f"soup {row} ."
+        lines.append(f"{text}{separator}{LABELS[row]}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("separator", ["\t", ",", ";"])
+@pytest.mark.parametrize(
+    "quotes",
+    [
+        {10: "open", 12: "close"},
+        {3: "open", 4: "close", 30: "open", 50: "close"},
+        {5: "open"},
+        {1: "open", 2: "open", 4: "close"},
+    ],
+)
+def test_quotes_never_swallow_rows(tmp_path: Path, separator: str, quotes: Mapping[int, str]) -> None:
+    read = read_table(write(tmp_path / ("a.tsv" if separator == "\t" else "a.csv"), sentences(separator, quotes)))
+    assert read.column("label") == LABELS
+    assert not any("\n" in text for text in read.column("text"))
+
+
+def test_texts_of_several_lines_stay_whole(tmp_path: Path) -> None:
+    rows = [(f"Hello,\nfriend {row}, bye", label) for row, label in enumerate(LABELS)]
+    assert list(read_table(write(tmp_path / "a.csv", table(rows=rows))).column("text")) == [text for text, _ in rows]
+
+
+def test_a_parquet_file_that_would_fill_the_memory_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["x" * 10_000] * 2000, "label": [0, 1] * 1000}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    monkeypatch.setattr("slimformer.data.files.most_bytes", lambda: 15_000_000)
+    with pytest.raises(DataError, match=r"more than the memory does: 0\.0 GB"):
+        read_table(tmp_path / "a.parquet")
+    monkeypatch.setattr("slimformer.data.texts.most_bytes", lambda: 1_000_000)
+    with pytest.raises(DataError, match="more than the memory does"):
+        read_table(write(tmp_path / "a.csv.gz", gzip.compress(b"text,label\n" * 100_000)))
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        table(header=("text",), rows=[(text,) for text in TEXTS]),
+        table(rows=[(text, -1) for text in TEXTS]),
+        table(rows=[(text, "") for text in TEXTS]),
+    ],
+)
+def test_a_test_file_without_labels_is_left_out_with_a_word(
+    tmp_path: Path, test: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "train.csv", table())
+    write(tmp_path / "test.csv", test)
+    task = Classification(data=tmp_path)
+    assert [len(task.split(split)) for split in Split] == [43, 11, 6]
+    assert "test.csv has no labels" in said(caplog, task)
+
+
+def test_a_test_file_with_labels_stands_in_and_rows_in_both_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "reviews_train.csv", table())
+    write(tmp_path / "reviews_test.csv", table(rows=[(TEXTS[0].upper(), "good"), ("new", "bad")]))
+    task = Classification(data=tmp_path)
+    assert [len(task.split(split)) for split in Split] == [48, 12, 2]
+    text = said(caplog, task)
+    assert "reviews_test.csv stands in" in text
+    assert "1 of 2 inputs of dev are in the training data too" in text
+
+
+def test_a_data_set_of_the_hub_as_it_is_downloaded(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train-00000-of-00001.jsonl", "\n".join(map(json.dumps, ROWS)))
+    assert len(Classification(data=tmp_path).split(Split.DEV)) == 6
+    (tmp_path / "disk").mkdir()
+    write(tmp_path / "disk" / "dataset_dict.json", "{}")
+    with pytest.raises(DataError, match="save_to_disk"):
+        Classification(data=tmp_path / "disk").split(Split.DEV)
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize(
+    ("values", "clause"),
+    [
+        (["a", "b", "a|b"], "joins names by '|'"),
+        (["joy", "anger", "joy, anger"], "joins names by ','"),
+        (["a;b", "b;c", "a;c"], "joins names by ';'"),
+        ([[1], [0, 1]], "lists"),
+        (["['a']", "['a', 'b']"], "lists"),
+        (["[1 0]", "[0 1]"], "lists"),
+        ([{"a", "b"}, {"a"}], "lists"),
+        (["Sci/Tech", "World", "Sports"], ""),
+        (["rock, pop", "jazz"], ""),
+        (["3,5", "4", "2,5"], ""),
+        (["sports/football", "sports/tennis", "news/local"], ""),
+        ([0, 1, None], ""),
+    ],
+)
+def test_several_labels_a_row_are_told_from_names_with_commas(values: list[Any], clause: str) -> None:
+    found = several_labels(values * 5)
+    assert clause in found
+    assert bool(found) == bool(clause)
+
+
+def test_several_labels_are_refused_by_name(tmp_path: Path) -> None:
+    names = {0: "toxic", 1: "insult"}
+    file = write(tmp_path / "a.csv", labelled(["toxic", "insult"]))
+    with pytest.raises(DataError, match="do not exclude each other"):
+        Classification(data=file).bind({"id2label": names, "problem_type": "multi_label_classification"})
+    with pytest.raises(DataError, match="several labels"):
+        Classification(data=write(tmp_path / "b.csv", labelled(["toxic", "insult", "toxic|insult"]))).settled()
+    columns = table(
+        header=("id", "comment_text", "toxic", "insult"), rows=[(1, t, row % 2, row % 3 % 2) for row, t in enumerate(TEXTS)]
+    )
+    with pytest.raises(DataError, match="'toxic', 'insult' hold 0 and 1 each"):
+        Classification(data=write(tmp_path / "c.csv", columns)).settled()
+
+
+@pytest.mark.parametrize(
+    ("values", "spelled"),
+    [
+        (["3,5", "4", "2,0"], ["3.5", "4", "2"]),
+        (["1.0", 1, 1.0, True], ["1", "1", "1", "true"]),
+        (["٣", "１", "2"], ["3", "1", "2"]),
+        (["a", "N/A", "-", "", None, float("nan"), "?"], ["a", *[None] * 6]),
+        ([0, 1, 2, -1], ["0", "1", "2", None]),
+        ([-1, -1], [None, None]),
+        ([-1, 0, 1], ["-1", "0", "1"]),
+        ([-1, 1], ["-1", "1"]),
+        (["none", "good"], ["none", "good"]),
+        ([" good\0 ", "\u00a0bad"], ["good", "bad"]),
+    ],
+)
+def test_labels_are_spelt_one_way(values: list[Any], spelled: list[str | None]) -> None:
+    assert spell_labels(values) == spelled
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "expected"),
+    [
+        (["1", "4"], ("1 star", "2 stars", "3 stars", "4 stars", "5 stars"), [0, 3]),
+        (["5", "1"], ("Rating: 1", "Rating: 3", "Rating: 5"), [2, 0]),
+        (["-1", "1"], ("-1", "0", "1"), [0, 2]),
+        (["false", "True"], ("NEGATIVE", "POSITIVE"), [0, 1]),
+        (["0", "1"], ("False", "True"), [0, 1]),
+        (["LABEL_1", "LABEL_0"], ("negative", "positive"), [1, 0]),
+        (["neg", "POS"], ("positive", "negative"), [1, 0]),
+        (["ＧＯＯＤ", "bad"], ("bad", "good"), [1, 0]),
+    ],
+)
+def test_labels_spelt_otherwise_find_their_class(data: list[str], names: tuple[str, ...], expected: list[int]) -> None:
+    assert list(match_labels(data, names).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "message"),
+    [([1, 2, 3], 3, "numbers from 1 to 3"), ([1, 2], 3, "numbers from 1 to 2"), ([0, 1], 3, "no ids above 1")],
+)
+def test_numbers_that_could_be_wrong_by_one_are_refused(tmp_path: Path, values: list[int], count: int, message: str) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", labelled(values)))
+    with pytest.raises(DataError, match=message):
+        task.bind({"id2label": {index: "abc"[index] for index in range(count)}})
+
+
+def test_spellings_of_one_class_are_one_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", labelled(["good", "Good", "good ", "bad", "good"])))
+    assert task.settled().labels == ("bad", "good")
+    assert {item.answer for item in task.split(Split.TRAIN)} == {"bad", "good"}
+    assert "'Good' is 'good'" in said(caplog, task)
+
+
+@pytest.mark.parametrize("values", [[0, 1], ["Negative", "Positive"], ["LABEL_0", "LABEL_1"], [False, True], ["neg", "pos"]])
+def test_examples_drawn_before_binding_are_scored_after_it(tmp_path: Path, values: list[Any]) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", labelled(values)))
+    examples = task.split(Split.DEV)
+    bound = task.bind({"id2label": {0: "NEGATIVE", 1: "POSITIVE"}})
+    right = np.asarray([bound._ids_of_answers([item.answer])[item.answer] for item in examples])
+    features = Features({"input_ids": [[1]] * len(examples)}, range(len(examples)), 0, 0)
+    assert bound.score({"logits": np.eye(2)[right]}, features, examples)["accuracy"] == 1.0
+    assert right.tolist() == [("NEGATIVE", "POSITIVE").index(item.answer) for item in bound.split(Split.DEV)]
+
+
+def test_what_the_model_calls_a_label_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", labelled([0, 1]))).bind({"id2label": {0: "NEGATIVE", 1: "POSITIVE"}})
+    text = said(caplog, task)
+    assert "'0' is 'NEGATIVE', '1' is 'POSITIVE'" in text
+    assert "2 classes, in the order of their ids: NEGATIVE, POSITIVE" in text
+
+
+def test_a_message_about_a_huge_label_stays_short(tmp_path: Path) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", labelled(["a" * 200_000, "b\x1b[31m"])))
+    with pytest.raises(DataError) as caught:
+        task.bind({"id2label": {0: "x", 1: "y"}})
+    assert len(str(caught.value)) < 1000
+    assert "\x1b" not in str(caught.value)
+
+
+# ---- models that came trained
+
+
+def logits(right: np.ndarray, order: Sequence[int], share: float) -> np.ndarray:
+    """Answers of a model that is right on a share of the examples, and whose class i is class order[i] of the data."""
+    generator = np.random.default_rng(0)
+    answers = np.where(generator.random(len(right)) < share, right, generator.integers(0, len(order), len(right)))
+    return np.argsort(order)[answers]
+
+
+NAMES = ("contradiction", "entailment", "neutral", "other", "odd")
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0), (0, 2, 1), (1, 0, 2, 3), (4, 3, 2, 1, 0)])
+def test_classes_in_another_order_are_refused_with_the_right_one(order: tuple[int, ...]) -> None:
+    wanted = np.random.default_rng(1).integers(0, len(order), 120)
+    with pytest.raises(DataError, match="stand in another order") as caught:
+        check_classes(logits(wanted, order, 0.8), wanted, NAMES[: len(order)])
+    assert json.dumps({str(index): NAMES[place] for index, place in enumerate(order)}) in caught.value.help
+
+
+def test_a_good_model_is_not_spoken_of_and_chance_is() -> None:
+    wanted = np.random.default_rng(1).integers(0, 3, 120)
+    assert check_classes(logits(wanted, (0, 1, 2), 0.6), wanted, NAMES[:3]) == ""
+    assert "proves nothing" in check_classes(logits(wanted, (0, 1, 2), 0.0), wanted, NAMES[:3])
+    assert check_classes(wanted[:9], wanted[:9], NAMES[:3]) == ""
+    assert "proves nothing" in check_classes(np.zeros_like(wanted), wanted, NAMES[:3])
+
+
+def test_scores_and_spans_are_judged_too() -> None:
+    wanted = np.linspace(0, 5, 50)
+    assert check_scores(wanted + 0.1, wanted) == ""
+    assert "another scale" in check_scores(wanted / 5, wanted)
+    assert "proves nothing" in check_scores(np.sin(40 * wanted), wanted)
+    with pytest.raises(DataError, match="run the other way"):
+        check_scores(-wanted, wanted)
+    assert check_spans(0.8, 0.1, 100) == ""
+    assert "proves nothing" in check_spans(0.05, 0.05, 100)
+    with pytest.raises(DataError, match="swapped"):
+        check_spans(0.1, 0.8, 100)
+
+
+def test_the_task_judges_with_its_own_labels(tmp_path: Path) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", table())).settled()
+    examples = [Example(str(row), (text,), label) for row, (text, label) in enumerate(zip(TEXTS, LABELS, strict=True))]
+    features = Features({"input_ids": [[1]] * 60}, range(60), 0, 0)
+    right = np.asarray([("bad", "good").index(label) for label in LABELS])
+    assert task.check_model({}, lambda: ({"logits": np.eye(2)[right]}, features, examples)) == ""
+    with pytest.raises(DataError, match="another order"):
+        task.check_model({}, lambda: ({"logits": np.eye(2)[1 - right]}, features, examples))
+
+
+# ---- data in memory
+
+
+def frames(kind: str) -> Any:
+    if kind == "rows":
+        return ROWS
+    if kind == "columns":
+        return {"text": TEXTS, "label": LABELS}
+    if kind == "splits":
+        return {"training": ROWS, "validation": ROWS[:10], "unsupervised": ROWS}
+    pandas = pytest.importorskip("pandas")
+    if kind == "frame":
+        return pandas.DataFrame(ROWS)
+    return {"train": pandas.DataFrame(ROWS), "test": ROWS[:7]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("rows", [43, 11, 6]), ("columns", [43, 11, 6]), ("frame", [43, 11, 6]), ("splits", [48, 12, 10]), ("mixed", [48, 12, 7])],
+)
+def test_data_in_memory_is_kept_by_its_content(kind: str, sizes: list[int], tmp_path: Path) -> None:
+    task = Classification(data=frames(kind))
+    assert [len(task.split(split)) for split in Split] == sizes
+    assert Path(task.data).parent == tmp_path / "cache" / "slimformer" / "data"
+    assert Classification(data=frames(kind)) == task
+    assert Classification(data=task.data) == task  # as a recipe names it
+    mended = [dict(row) for row in ROWS]
+    mended[3]["label"] = "bad" if mended[3]["label"] == "good" else "good"
+    assert Classification(data=mended).data != Classification(data=ROWS).data
+
+
+def test_paths_stand_for_splits_too(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.csv", table())
+    task = Classification(data={"train": file, "dev": str(file)})
+    assert [len(task.split(split)) for split in Split] == [48, 12, 60]
+
+
+def test_categories_keep_their_order() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    frame["label"] = pandas.Categorical(frame["label"], categories=["good", "so-so", "bad"], ordered=True)
+    task = Classification(data=frame).settled()
+    assert task.labels == ("good", "so-so", "bad")
+    assert {item.texts[0]: item.answer for item in task.split(Split.TRAIN)}.items() <= dict(
+        zip(TEXTS, LABELS, strict=True)
+    ).items()
+
+
+@pytest.mark.slow
+def test_data_sets_keep_their_class_names() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+    data = datasets.Dataset.from_dict({"text": TEXTS, "label": [row % 2 for row in range(60)]}, features=features)
+    assert Classification(data=data.with_format("numpy")).settled().labels == ("pos", "neg")
+    several = datasets.DatasetDict(train=data, validation=data.select(range(10)), test=data)
+    bound = Classification(data=several).bind({"id2label": {0: "NEG", 1: "POS"}})
+    assert [item.answer for item in bound.split(Split.DEV)] == ["POS", "NEG"] * 5
+    with pytest.raises(DataError, match="IterableDataset, which is streamed"):
+        Classification(data=data.to_iterable_dataset())
+    questions = datasets.Dataset.from_list(QUESTIONS)
+    assert len(QuestionAnswering(data=questions).split(Split.DEV)) == 4
+
+
+class Loader:
+    """A type of PyTorch by its name."""
+
+
+Loader.__module__ = "torch.utils.data.dataset"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((3, 2)), "numpy array"),
+        ((row for row in ROWS), "generator, which can be read only once"),
+        (list(zip(TEXTS, LABELS, strict=True)), r"data\[0\] is a tuple, and a row must be a dict"),
+        ([], "no rows"),
+        ({"text": TEXTS, "label": LABELS[:3]}, "columns of different lengths"),
+        ({"train": ROWS, "dev": (row for row in ROWS)}, r"data\['dev'\] is a generator"),
+        ({"some": ROWS, "other": 5}, "neither the name of a split nor a column"),
+        (Loader(), "Dataset of PyTorch"),
+        (7, "no kind of data"),
+    ],
+)
+@pytest.mark.parametrize("task", [Classification, QuestionAnswering])
+def test_what_cannot_be_read_is_refused_by_name(task: Any, data: Any, message: str) -> None:
+    with pytest.raises(SlimformerError, match=message) as caught:
+        task(data=data).split(Split.TRAIN)
+    assert caught.value.help
+
+
+def test_a_series_is_refused_and_missing_values_are_placed() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    with pytest.raises(DataError, match="a Series, which is one column"):
+        Classification(data=frame["text"])
+    with pytest.raises(DataError, match=r"line 1: no label in column 'label'[\s\S]*rows without a label: 1 of 60"):
+        Classification(data=frame.assign(label=[None, *LABELS[1:]])).settled()
+
+
+# ---- questions
+
+
+QUESTIONS = [
+    {
+        "question": "Which?",
+        "context": f"Room {row} is red. Room {row} is not red.",
+        "answers": {"text": ["red"], "answer_start": [8 + len(str(row))]},
+    }
+    for row in range(40)
+]
+
+
+def test_questions_in_memory_and_starts_off_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    task = QuestionAnswering(data={"train": QUESTIONS, "test": [row | {"answers": None} for row in QUESTIONS[:5]]})
+    assert [len(task.split(split)) for split in Split] == [29, 7, 4]
+    for split in Split:
+        for item in task.split(split):
+            assert item.texts[1][item.answer.start :].startswith("red. Room")  # the nearer of two
+    text = said(caplog, task)
+    assert "has no ids" in text
+    assert "40 of 40 answers do not begin where answer_start says" in text
+    assert "has no labels (no question has an answer)" in text
+
+
+def test_answers_that_no_model_can_find_are_counted_in_dev_too() -> None:
+    wrong = [row | {"answers": {"text": ["blue"], "answer_start": [3]}} for row in QUESTIONS[:3]]
+    notes = "\n".join(QuestionAnswering(data={"train": QUESTIONS, "dev": [*wrong, *QUESTIONS[3:9]]}).notes())
+    assert "3 of 9 questions have an answer that does not occur in their context: no model can find it" in notes
+    assert "9 of 9 questions of dev have a context of the training data" in notes
