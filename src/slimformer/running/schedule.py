@@ -28,7 +28,7 @@ MOST_COPIES = 4
 RESERVE = 0.03  # share of a budget that no part is given
 TUNED_SHARE = 0.4  # of the time that training gets goes at most into tuning a model that came without a head
 PASSES = 2.0  # over fewer rows, rather than one over more
-CUT_STEP = 0.15  # what a step costs beside the layers, as a share of an uncut one: the teacher's numbers, the losses, the head
+CUT_STEP = 0.1  # what a step costs beside the layers, as a share of an uncut one: the teacher's numbers, the losses, the head
 
 
 class Part(StrEnum):
@@ -91,21 +91,22 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
     write = 0.8 + rows * pace.read
     student = cut_step(pace, speedup)
     distil = teaching(sizes, pace, diet.passes, False, student)
-    weigh = diet.examples * sizes.row_tokens * (pace.step + 5 * pace.read) + 6000 * 2 * pace.step
+    weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
+    short = 6 * (trace / 2 + 0.7) + 8.0  # models of a few sublayers, traced, written and timed
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
         Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + 2 * min(5.0, diet.trial_seconds),
-        Part.CUTTING: 7 * (trace / 1.5 + write) + 12.0 + weigh + (diet.probes + 1) / 2 * (trace + write + 4.0),
+        Part.CUTTING: short + weigh + (diet.probes + 1) / 2 * (trace + 5.0),
         Part.DISTILLING: distil,
         Part.TRYING: trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + 2 * diet.trial_seconds,
         Part.RIVAL: teaching(sizes, pace, diet.passes, True, student) - distil + trace + write if diet.rival else 0.0,
-        Part.MEASURING: 6 * sizes.dev_tokens * pace.read / 2 + 2 * diet.bench_seconds + 10.0,
+        Part.MEASURING: 6 * sizes.dev_tokens * pace.read / 2 + 2 * diet.bench_seconds + 6.0,
     }
 
 
 def cut_step(pace: Pace, speedup: float) -> float:
     """Seconds a token that a training step of a model takes that is cut to this speed: int8 alone gives about half of it."""
-    return pace.step * min(1.0, CUT_STEP + 1.7 / speedup)
+    return pace.step * min(1.0, CUT_STEP + 1.55 / speedup)
 
 
 def teaching(sizes: Sizes, pace: Pace, passes: float, rival: bool, step: float) -> float:
@@ -145,12 +146,12 @@ def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: floa
         tries=1,
         rescue=False,
         trial_seconds=min(full.trial_seconds, max(2.0, 0.01 * seconds)),
-        bench_seconds=min(full.bench_seconds, max(SHORTEST_BENCH, 0.05 * seconds)),
+        bench_seconds=min(full.bench_seconds, max(SHORTEST_BENCH, 0.03 * seconds)),
     )
     fewest = FEWEST_STEPS * batch_size * sizes.row_tokens / sizes.train_tokens  # passes
     for rival in sorted({full.rival, False}, reverse=True):
         tried = _trained(sizes, pace, replace(lean, rival=rival), speedup, seconds)
-        enough = tried.passes >= min(full.passes, fewest * (3 if rival else 1))
+        enough = tried.passes >= min(full.passes, fewest * (2 if rival else 1))
         if enough and (sizes.tuned or tried.tune_passes >= min(full.tune_passes, fewest)):
             return tried
     least = replace(lean, rival=False, tune_passes=min(full.tune_passes, fewest), passes=min(full.passes, fewest))
