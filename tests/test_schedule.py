@@ -79,7 +79,7 @@ def test_few_passes_go_over_fewer_rows_so_that_the_teacher_reads_less() -> None:
 
 def test_what_is_left_out_is_said() -> None:
     assert savings(FULL, FULL, None, INTENTS) == []
-    lean = Diet(tune_passes=1.0, passes=1.0, examples=300, tries=1, rival=False, rescue=False, bench_seconds=10.0)
+    lean = Diet(tune_passes=1.0, passes=1.0, examples=300, tries=1, rival=False, bench_seconds=10.0)
     assert savings(FULL, lean, 2_700, INTENTS) == [
         "the model is tuned for 1 epochs, not 5",
         "distillation makes 2 passes over 2,700 of 5,400 rows, not 12",

@@ -81,7 +81,6 @@ class Diet:
     rival: bool = True
     trial_seconds: float = 10.0  # of timing, for each of two workloads
     bench_seconds: float = FULL_BENCH  # likewise, at the end
-    rescue: bool = True
 
 
 def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part, float]:
@@ -144,7 +143,6 @@ def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: floa
         examples=max(FEWEST_EXAMPLES, min(full.examples, round(full.examples * seconds / 1800))),
         probes=min(full.probes, 2 if seconds < 900 else 3),
         tries=1,
-        rescue=False,
         trial_seconds=min(full.trial_seconds, max(2.0, 0.01 * seconds)),
         bench_seconds=min(full.bench_seconds, max(SHORTEST_BENCH, 0.03 * seconds)),
     )

@@ -22,7 +22,7 @@ from slimformer import registry
 from slimformer.core.shrink import shrink
 from slimformer.data.material import spaced_rows, subset
 from slimformer.errors import RecipeError, TargetError
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import SEARCH_SECONDS, Variant
 from slimformer.families.base import family_of, subject_of
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
@@ -359,6 +359,9 @@ def _announce(outline: _Outline, full: Diet, first: Bundle, wanted: Wanted, sche
         f"{1 / pace.step:,.0f} tokens a second), int8, verify; up to {diet.tries} budget{'s' if diet.tries > 1 else ''}."
     )
     schedule.announce(schedule.announced)
+    if diet.tries > 1:
+        again = sum(schedule.announced[part] for part in (Part.CUTTING, Part.DISTILLING, Part.TRYING))
+        say(f"if too much is lost, each further budget takes {duration(again)}.")
     say(
         f"up to {run.quiet.left:.0f} seconds more if the machine is busy; about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, "
         f"{outline.disk_bytes / 2**30:.1f} GiB of disk for the teacher's outputs."
@@ -420,7 +423,9 @@ class _Search:
         slow, aim = self.whole.trials[0].speed_32, wanted.speedup
         candidates: list[Candidate] = []
         for left in range(self.diet.tries - 1, -1, -1):
-            candidate = self._cut_to(self.scale.keep(aim))
+            with self.schedule.part(Part.CUTTING):
+                keep = self.scale.keep(aim)
+            candidate = self._cut_to(keep)
             candidates.append(candidate)
             best = candidate.best_int8(wanted.max_loss)
             log.say(
@@ -430,19 +435,28 @@ class _Search:
             if best.loss <= wanted.max_loss:
                 break
             aim = math.sqrt(slow * aim)
-            if not self.diet.rescue:
-                log.say(f"more than {wanted.max_loss:g} points are lost, and the budget leaves no time for another try.")
+            if not self._has_time(Part.TRYING, more=SEARCH_SECONDS):
+                log.say(f"more than {wanted.max_loss:g} points are lost, and the time that is left allows no other try.")
                 break
-            rescued = rescue(candidate, self.judge, self.state, wanted.max_loss)
+            with self.schedule.part(Part.TRYING):
+                rescued = rescue(candidate, self.judge, self.state, wanted.max_loss)
             if rescued is not None:
                 candidates.append(rescued)
                 if rescued.best_int8(wanted.max_loss).speed_32 >= aim:
                     break  # a gentler cut would not be faster
             if aim / slow < 1.05:
                 break
+            if left and not self._has_time(Part.CUTTING, Part.DISTILLING, Part.TRYING):
+                log.say(f"more than {wanted.max_loss:g} points are lost, and the time that is left allows no other budget.")
+                break
             if left:
                 log.say(f"more than {wanted.max_loss:g} points are lost: trying a model {aim:.2f} times as fast.")
         return candidates
+
+    def _has_time(self, *parts: Part, more: float = 0.0) -> bool:
+        """Whether the time that is left allows these parts and `more` seconds, beside the rivals and the final measurement."""
+        needed = sum(self.schedule.announced[part] for part in (*parts, Part.RIVAL, Part.MEASURING))
+        return self.schedule.left >= needed + more
 
     def _cut_to(self, keep: float) -> Candidate:
         """Cuts to the budget, distils, exports and tries the files; all of it is kept for a resumed run."""
