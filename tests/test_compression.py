@@ -265,10 +265,10 @@ def test_a_finished_folder_is_not_started_again(done: Done, monkeypatch: pytest.
     monkeypatch.chdir(done.home)
     before = {name: (done.out / name).stat().st_mtime_ns for name in DELIVERED}
     rivals = ("teacher-int8", "small-dense")
-    ours = next(record for record in done.outcome.measurement.records if record.chosen)
+    ours = next(record for record in read_records([done.out / "ledger.jsonl"]) if record.chosen)
     options: dict[str, Any] = {"epochs": 2, "tries": 1, "rivals": rivals, "max_loss": 100}
     again = compress("model", Classification(data="data"), "small", speedup=1.5, **options)
-    assert next(record for record in again.measurement.records if record.chosen) == ours
+    assert next(record for record in again.records if record.chosen) == ours
     with pytest.raises(OutputError, match=r"(?s)small holds a finished run of another wish.*--speedup 1.5, you ask 50"):
         compress("model", Classification(data="data"), "small", speedup=50, **options)
     with pytest.raises(OutputError, match=r"(?s)small belongs to another run.*epochs: 2.0 there, 3.0 now"):
@@ -284,15 +284,15 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     train_stages(recipe, "again", wait_seconds=0)
     assert not Path("again/onnx").exists()
-    outcome = run(recipe, "again", threads=1, wait_seconds=0)
-    assert outcome.out == Path("again")
+    result = run(recipe, "again", threads=1, wait_seconds=0)
+    assert result.out == Path("again")
     assert sum("is done already" in line for line in said(Path("again"))) == len(recipe.stages)
-    assert {record.threads for record in outcome.measurement.records if record.role == Standing.OURS} == {1}
+    assert {record.threads for record in result.records if record.role == Standing.OURS} == {1}
     assert checkpoint.load_plan("again").digest() == checkpoint.load_plan(done.out).digest()
     assert delivered(Path("again")) >= DELIVERED
     assert read_recipe("again/recipe.yaml") == recipe
     assert not any("timing what" in line for line in said(Path("again")))
-    assert len(run(recipe, "again").measurement.records) == len(outcome.measurement.records)
+    assert len(run(recipe, "again").records) == len(result.records)
 
 
 def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:

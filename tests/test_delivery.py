@@ -227,8 +227,8 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
     }
     out = tmp_path / "out"
     made = run_recipe(parse_recipe(data), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
-    ours = next(record for record in made.measurement.records if record.chosen)
-    dense = next(record for record in made.measurement.records if record.role == "teacher-fp32")
+    ours = next(record for record in made.records if record.chosen)
+    dense = next(record for record in made.records if record.role == "teacher-fp32")
     assert ours.weights_bytes is not None
     assert dense.weights_bytes is not None
     assert ours.weights_bytes == size_bytes(checkpoint.unshared(model), values, checkpoint.heads(model))  # type: ignore[arg-type]
@@ -237,7 +237,7 @@ def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
     loaded = checkpoint.load(out).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=float(tensor.abs().max()) / 250)
-    (fused,) = (record for record in made.measurement.records if record.name == "slimformer fp32 fused")
+    (fused,) = (record for record in made.records if record.name == "slimformer fp32 fused")
     assert (fused.role, fused.precision, fused.chosen) == ("ours", "fused", False)
     assert not (out / fused.file).exists()
 
@@ -258,7 +258,7 @@ def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, mo
     monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     recipe, out = recipe_for_openvino(tmp_path), tmp_path / "out"
     made = run_recipe(recipe, out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
-    (ours,) = (record for record in made.measurement.records if record.name == "slimformer OpenVINO int8")
+    (ours,) = (record for record in made.records if record.name == "slimformer OpenVINO int8")
     assert (ours.role, ours.precision, ours.chosen) == ("ours", "int8_static", False)
     assert ours.size_bytes == sum((out / f"openvino/openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
     assert ours.timings

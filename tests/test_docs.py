@@ -292,7 +292,7 @@ def test_every_delivered_file_is_told() -> None:
     from slimformer.reporting.ledger import FACTS_FILE, LEDGER
 
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
-    for name in (*(FILES[variant].name for variant in SHIPPED), FACTS_FILE, LEDGER, "plan.json", "recipe.yaml", "report.html"):
+    for name in (*(FILES[variant].place for variant in SHIPPED), FACTS_FILE, LEDGER, "plan.json", "recipe.yaml", "report.html"):
         assert f"`{name}`" in text
 
 

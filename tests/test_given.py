@@ -19,7 +19,7 @@ from slimformer.files import claim, mark_finished
 from slimformer.measuring.machine import environment
 from slimformer.reporting.ledger import append_record
 from slimformer.running.given import given_model, given_recipe, given_task
-from slimformer.running.runner import finished_outcome, wish_of
+from slimformer.running.runner import finished_result, wish_of
 from slimformer.saving import checkpoint
 from slimformer.tasks import Classification, Intents, QuestionAnswering
 
@@ -218,16 +218,16 @@ def finished(tmp_path: Path) -> Path:
 
 def asked(out: Path, speedup: float = 3.0, model: str = "a", epochs: float = 3.0) -> Any:
     purpose = f'compress {{"model": "{model}", "epochs": {epochs}}}'
-    return finished_outcome(
+    return finished_result(
         out, purpose, {"speedup": speedup, "max_loss": 1.0}, Classification(data=out.parent / "data"), slimformer.log.Log(None)
     )
 
 
 def test_the_same_wish_gives_the_result_again(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "slimformer")
-    outcome = asked(finished)
-    assert outcome.out == finished
-    assert [record.name for record in outcome.measurement.records] == ["int8"]
+    result = asked(finished)
+    assert result.out == finished
+    assert [record.name for record in result.records] == ["int8"]
     assert "small is finished already" in caplog.text
     assert asked(finished.parent / "fresh") is None
 
@@ -250,9 +250,9 @@ def test_a_recipe_with_a_model_in_memory_runs_and_is_finished(tmp_path: Path, mo
     model, reader = AutoModelForSequenceClassification.from_pretrained("my-bert"), AutoTokenizer.from_pretrained("my-bert")
     bench = slimformer.Bench(rivals=(), seconds=0.5)
     recipe = Recipe(model, Classification(data="data"), (), bench=bench)  # type: ignore[arg-type]
-    outcome = slimformer.run(recipe, "small", tokenizer=reader, threads=1, wait_seconds=0)
+    result = slimformer.run(recipe, "small", tokenizer=reader, threads=1, wait_seconds=0)
     assert Path(slimformer.read_recipe("small/recipe.yaml").model).resolve() == Path("small/given/my-bert").resolve()
     again = slimformer.run(recipe, "small", tokenizer=reader)
-    assert [record.name for record in again.measurement.records] == [record.name for record in outcome.measurement.records]
+    assert [record.name for record in again.records] == [record.name for record in result.records]
     with pytest.raises(OutputError, match="given in memory"):
         slimformer.run(Recipe(tiny("bert", vocab_size=99), Classification(data="data"), ()), "small", tokenizer=reader)  # type: ignore[arg-type]

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from slimformer.running.bundle import Bundle
     from slimformer.running.reader import read_recipe
     from slimformer.running.recipe import Bench, Export, Recipe
+    from slimformer.running.result import Result
     from slimformer.running.runner import run
     from slimformer.running.search import compress
-    from slimformer.saving.checkpoint import load, load_plan, save
+    from slimformer.saving.checkpoint import load, load_plan, save, save_dense
     from slimformer.testing.checks import check
     from slimformer.training.callback import SlimCallback
     from slimformer.training.stage import Calibrate, Train
@@ -50,6 +51,7 @@ _PLACES = {
     "Plan": "core.plan",
     "Recipe": "running.recipe",
     "Record": "measuring.records",
+    "Result": "running.result",
     "SlimCallback": "training.callback",
     "Train": "training.stage",
     "allocate": "core.budget",
@@ -65,6 +67,7 @@ _PLACES = {
     "report": "reporting.page",
     "run": "running.runner",
     "save": "saving.checkpoint",
+    "save_dense": "saving.checkpoint",
     "shrink": "core.shrink",
 }
 
@@ -78,6 +81,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Record",
+    "Result",
     "SlimCallback",
     "Train",
     "allocate",
@@ -93,6 +97,7 @@ __all__ = [
     "report",
     "run",
     "save",
+    "save_dense",
     "shrink",
 ]
 

@@ -24,6 +24,7 @@ from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
 from slimformer.log import show_log
 
 if TYPE_CHECKING:
+    from slimformer.running.result import Result
     from slimformer.tasks.base import Task
 
 DEFAULT_TASK = "classification"  # if no task is named and the model does not say what it is for
@@ -140,7 +141,7 @@ def compress_command(
     from slimformer.running.search import compress
 
     task = _task(context.obj, model)
-    outcome = compress(
+    result = compress(
         model,
         task,
         out,
@@ -157,7 +158,7 @@ def compress_command(
         threads=threads,
         wait_seconds=wait,
     )
-    _show(outcome)
+    _show(result)
 
 
 @app.command("run")
@@ -323,17 +324,17 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
     return fitting[0] if fitting and DEFAULT_TASK not in fitting else DEFAULT_TASK
 
 
-def _show(outcome: Any) -> None:
+def _show(result: Result) -> None:
+    """The table, where everything lies, and last the verdict."""
     from rich.console import Console
 
     from slimformer.reporting.terminal import draw_table
-    from slimformer.reporting.verdicts import findings
 
     console = Console()
-    console.print(draw_table(outcome.measurement.records))
-    for line in findings(outcome.measurement.records):
+    console.print(draw_table(result.records))
+    console.print(f"model: {result.out}   page: {result.out / 'report.html'}", soft_wrap=True)
+    for line in result.findings:
         console.print(line, markup=False, highlight=False)
-    console.print(f"model: {outcome.out}   page: {outcome.out / 'report.html'}", soft_wrap=True)
 
 
 def _command() -> str:

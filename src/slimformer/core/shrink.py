@@ -1,4 +1,4 @@
-"""The only code that changes shapes and forms: a model and a plan go in, a smaller copy comes out.
+"""The only code that changes shapes and forms: a model and a plan go in, a smaller copy comes out; `unshrink` goes back.
 
 Cuts come first, then forms. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
 then the weights are loaded strictly.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Matrix, Site, Skip
+from slimformer.core.anatomy import Anatomy, Matrix, PointRole, Site, Skip
 from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_LOUD = 1024.0  # a norm of a cut sublayer reads its input times this, so that the norm's epsilon counts for nothing
 
 
 class Skipped(nn.Module):
@@ -166,3 +170,87 @@ def _cut(model: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
             module.out_features, module.in_features = module.weight.shape
     for counter in site.counters:
         setattr(model.get_submodule(counter.module), counter.attribute, len(keep) * counter.per_unit)
+
+
+# -- Back to dense shapes ------------------------------------------------------------------------------------------------------
+
+
+def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> PreTrainedModel:
+    """`dense` with the weights of `small`: the same outputs from plain matrices of the shapes before the cut.
+
+    Units that were cut become zeros, and forms are multiplied out. A sublayer that was cut adds nothing, and its norm undoes the
+    norm in front of it: that one stops scaling, and hands its weights on.
+
+    `dense` is a model of the same class, on any device or the meta device; its weights are replaced. `anatomy` is that of `dense`,
+    and `plan` what was cut of it. Raises PlanError if they do not fit together, or if a norm in front has another width.
+
+    >>> import torch
+    >>> from slimformer import Plan, anatomy_of, shrink
+    >>> from slimformer.testing.tiny import batch, tiny
+    >>> model, plan = tiny("bert"), Plan({"encoder.0.heads": (1, 3), "encoder.2.ffn": ()})
+    >>> small = shrink(model, anatomy_of(model), plan)
+    >>> wide = unshrink(small, tiny("bert"), anatomy_of(model), plan)
+    >>> wide.num_parameters() == model.num_parameters()
+    True
+    >>> inputs = batch(model)
+    >>> torch.allclose(wide(**inputs).logits, small(**inputs).logits, atol=1e-5)
+    True
+    """
+    plan.check(anatomy)
+    have, gone = small.state_dict(), anatomy.gone(plan)
+    for name in plan.forms:
+        matrix = anatomy.matrices[name]
+        if matrix.sublayer not in gone:
+            have[f"{matrix.module}.weight"] = cast(Any, small.get_submodule(matrix.module)).matrix().detach()
+    cut = _cut_parameters(anatomy, gone)
+    state: dict[str, Tensor] = {}
+    for name, slot in dense.state_dict().items():
+        if name in have:
+            state[name] = _spread(have[name], name, tuple(slot.shape), anatomy, plan)
+        elif name.rpartition(".")[0].startswith(cut):
+            state[name] = torch.zeros(slot.shape, dtype=torch.float32)
+        else:
+            raise PlanError(f"the plan does not fit: the cut model has no '{name}'.")
+    _undo_norms(state, anatomy, gone)
+    dense.load_state_dict(state, strict=True, assign=True)
+    dense.tie_weights()
+    return dense.eval()
+
+
+def _cut_parameters(anatomy: Anatomy, gone: set[str]) -> tuple[str, ...]:
+    """The modules whose parameters go with the sublayers `gone`."""
+    return tuple(skip.module for name in anatomy.sites if name in gone for skip in anatomy.sites[name].skips)
+
+
+def _spread(values: Tensor, name: str, shape: tuple[int, ...], anatomy: Anatomy, plan: Plan) -> Tensor:
+    """The values of a cut parameter at the places where they were before the cut, and zeros around them."""
+    for site in anatomy.sites.values():
+        keep = plan.keep.get(site.id)
+        for piece in site.slices if keep is not None and len(keep) < site.size else ():
+            if piece.param == name:
+                rows = torch.tensor(piece.rows(site.size, keep or ()), dtype=torch.long, device=values.device)
+                wide = list(values.shape)
+                wide[piece.dim] = shape[piece.dim]
+                values = values.new_zeros(wide).index_copy(piece.dim, rows, values)
+    if tuple(values.shape) != shape:
+        raise PlanError(f"the plan does not fit: '{name}' has shape {tuple(values.shape)}, expected {shape}.")
+    return values
+
+
+def _undo_norms(state: dict[str, Tensor], anatomy: Anatomy, gone: set[str]) -> None:
+    """Hands the weights of each norm in front of a cut sublayer on to the sublayer's own norm, which stayed without a purpose."""
+    norms = [point for point in anatomy.points.values() if point.role is PointRole.NORM and point.side == "output"]
+    for before, point in pairwise(norms):
+        if point.sublayer not in gone:
+            continue
+        (giver,), (taker,) = before.modules, point.modules
+        for part, rest in (("weight", _LOUD), ("bias", 0.0)):
+            values, slot = state[f"{giver}.{part}"], state[f"{taker}.{part}"]
+            if values.shape != slot.shape:
+                raise PlanError(
+                    f"no plain weights give the same answers without '{point.sublayer}': the norm in front of it, '{giver}', is "
+                    f"{len(values)} wide and not {len(slot)}.",
+                    help="use the ONNX files, or keep that sublayer.",
+                )
+            state[f"{taker}.{part}"] = values
+            state[f"{giver}.{part}"] = torch.full_like(values, rest)

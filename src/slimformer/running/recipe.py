@@ -53,6 +53,8 @@ class Export:
             again that `quantization` trained on 8 bits; 6 bits never overflow, and keep the file equal to the model.
         floats: Points of the anatomy whose matrices stay in float in int8 files, or "auto": they are searched, so that int8 loses at
             most `choose_within`, and kept if that makes the best file faster.
+        dense: Also delivers the weights in the shapes before the cut, with zeros for what is gone, at the top of the folder: plain
+            transformers then loads it, with the same answers, and no faster than the original.
         openvino: Also delivers OpenVINO's own int8 file, made by NNCF, which the extra slimformer[openvino] brings.
         options: The options of any exporter but "onnx", by name.
 
@@ -72,6 +74,7 @@ class Export:
     floats: tuple[str, ...] | Literal["auto"] = ()
     values: Values = "float32"
     openvino: bool = False
+    dense: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

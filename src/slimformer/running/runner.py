@@ -18,7 +18,6 @@ from slimformer.files import claim, finished_wish, mark_finished, owned_purpose,
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
-from slimformer.measuring.scoring import Measurement
 from slimformer.reporting.ledger import LEDGER, read_records
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
@@ -28,20 +27,13 @@ from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Recipe
 from slimformer.running.rescue import rescue
+from slimformer.running.result import Result
 from slimformer.running.rivals import rivals_of
 from slimformer.running.stages import advance
 from slimformer.running.trials import judge_of
 from slimformer.tasks.base import Task
 
 WORK = "work"  # the scratch folder in an output folder; it is gone when a run is finished
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a run: its folder, and everything that was measured."""
-
-    out: Path
-    measurement: Measurement
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ def run(
     threads: int | None = None,
     wait_seconds: float = 60.0,
     cache: str | Path | None = None,
-) -> Outcome:
+) -> Result:
     """Runs a recipe into the folder `out`, going on after the last finished stage if a former run was cut off.
 
     Args:
@@ -95,15 +87,15 @@ def run(
 
     Example:
         >>> from slimformer import read_recipe, run
-        >>> outcome = run(read_recipe("recipe.yaml"), "small")  # doctest: +SKIP
-        >>> outcome.measurement.records[0].score  # doctest: +SKIP
-        0.9175
+        >>> result = run(read_recipe("recipe.yaml"), "small")  # doctest: +SKIP
+        >>> result.speedup, result.points_lost  # doctest: +SKIP
+        (4.19, -0.3)
     """
     with ExitStack() as stack:
         recipe = stack.enter_context(given_models(given_recipe(recipe), tokenizer, Path(out)))
-        outcome = finished_outcome(Path(out), recipe_purpose(recipe, Path(out)), {}, recipe.task, log)
-        if outcome is not None:
-            return outcome
+        result = finished_result(Path(out), recipe_purpose(recipe, Path(out)), {}, recipe.task, log)
+        if result is not None:
+            return result
         checked = preflight(recipe)
         state = stack.enter_context(open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)))
         bundle, stages = prepare_bundle(checked, state)
@@ -118,7 +110,7 @@ def run(
         rivals = rivals_of(made, stages, recipe.bench.rivals, judge, state)
         measurement = finish(candidate, rivals, order, judge, state, Path(out))
         remove_folder(state.root)
-    return Outcome(Path(out), measurement)
+    return Result(Path(out), measurement.records)
 
 
 def train_stages(
@@ -155,8 +147,8 @@ def wish_of(task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "data": _content_of(task)}
 
 
-def finished_outcome(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, log: Log | None) -> Outcome | None:
-    """The outcome of a finished run with the same purpose and options, read from its folder; None if there is no finished run.
+def finished_result(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, log: Log | None) -> Result | None:
+    """The result of a finished run with the same purpose and options, read from its folder; None if there is no finished run.
 
     OutputError if the folder belongs to another purpose, or holds a finished run with other options, or of data that has changed.
     """
@@ -178,7 +170,7 @@ def finished_outcome(folder: Path, purpose: str, options: Mapping[str, Any], tas
             )
     records = read_records([folder / LEDGER])
     (log or Log(None)).say(f"{folder} is finished already, and this is its result; choose another --out to run it anew.")
-    return Outcome(folder, Measurement(tuple(records), {}))
+    return Result(folder, tuple(records))
 
 
 def _shown(value: Any) -> str:
@@ -208,7 +200,7 @@ def open_run(
 ) -> Iterator[Run]:
     """The output folder, claimed for one purpose and one process. `wish` gives what is noted once the result is delivered.
 
-    A finished run is no error here: callers ask `finished_outcome` first.
+    A finished run is no error here: callers ask `finished_result` first.
     """
     cache = conditions.cache
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():

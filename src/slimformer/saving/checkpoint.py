@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PREFIX = "slimformer_"
 WEIGHTS = "model.safetensors"
 MODEL_FOLDER = "model"  # a delivered folder holds the PyTorch model in this one
+OWN_FILES = ("plan.json", RANGES_FILE)  # these stand beside config and weights of a model that we saved
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -116,6 +117,50 @@ def write_surroundings(model: PreTrainedModel, folder: Path, *, tokenizer_from: 
     folder.mkdir(exist_ok=True)
     _write_config(_base_config(model), folder)
     copy_tokenizer(tokenizer_from, folder)
+
+
+def save_dense(path: str | Path, folder: str | Path) -> None:
+    """Writes the model at `path` as a plain transformers folder, which Auto classes and pipelines read without slimformer.
+
+    The matrices have the shapes before the cut, with zeros for what is gone: the answers are the same, and the model is as large and
+    as slow as the original. The ONNX files are what is small and fast.
+
+    Args:
+        path: A folder that slimformer delivered or saved.
+        folder: The folder to write; one that exists is replaced.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+        PlanError: No plain weights give the same answers: an ELECTRA of narrow embeddings lacks its first attention.
+        OutputError: The disk is full or read-only.
+
+    Example:
+        >>> from slimformer import load, save_dense
+        >>> from slimformer.testing.tiny import tiny
+        >>> tiny("bert").save_pretrained("plain")
+        >>> save_dense("plain", "dense")
+        >>> load("dense").num_parameters() == load("plain").num_parameters()
+        True
+    """
+    source = model_folder(path)
+    with whole_folder(Path(folder)) as part:
+        write_dense(load(source), load_plan(source), part, tokenizer_from=source)
+
+
+def write_dense(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_from: Path) -> None:
+    """Writes the model in the shapes before the cut into a folder that is there already: a plain transformers folder."""
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
+
+    from slimformer.core.shrink import unshrink
+    from slimformer.families.base import anatomy_of
+
+    with init_empty_weights(include_buffers=False):
+        empty = type(model)(model.config)
+    dense = unshrink(model, empty, anatomy_of(empty), plan)
+    save_file(unshared(dense), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
+    write_surroundings(model, folder, tokenizer_from=tokenizer_from)
 
 
 def _base_config(model: PreTrainedModel) -> dict[str, Any]:

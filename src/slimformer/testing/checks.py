@@ -7,6 +7,7 @@ that raises AssertionError with a sentence; `checks_of` lists those that belong 
 from __future__ import annotations
 
 import atexit
+import copy
 import dataclasses
 import inspect
 import shutil
@@ -24,7 +25,7 @@ from slimformer import registry
 from slimformer.core import cost
 from slimformer.core.anatomy import Anatomy, Kind, Matrix, PointRole
 from slimformer.core.plan import Decision, Plan
-from slimformer.core.shrink import shrink
+from slimformer.core.shrink import shrink, unshrink
 from slimformer.errors import SlimformerError
 from slimformer.exporters.base import Exporter, FileKind, Variant
 from slimformer.families.base import Family, Subject, anatomy_of, subject_of
@@ -83,6 +84,7 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             plans_compose,
             anatomy_follows,
             saved_is_loaded,
+            unshrunk_is_the_same,
             predicted_is_counted,
             slices_fit,
             points_are_reached,
@@ -197,6 +199,23 @@ def saved_is_loaded(family: type[Family]) -> None:
             inputs = batch(small)
             with torch.no_grad():
                 assert torch.equal(small(**inputs).logits, loaded(**inputs).logits), "the loaded model answers otherwise"
+
+
+def unshrunk_is_the_same(family: type[Family]) -> None:
+    """a cut model in the shapes before the cut, with zeros for what is gone, gives the same output."""
+    for model, anatomy, plans in _each(family, forms=True):
+        for plan in plans:
+            small = shrink(model, anatomy, plan)
+            if "encoder.0.attention" in anatomy.gone(plan) and anatomy.embedding.endswith("project"):
+                continue  # a projection lies between the norms, and none can undo the other
+            wide = unshrink(small, copy.deepcopy(model), anatomy, plan)
+            assert {name: tensor.shape for name, tensor in wide.state_dict().items()} == {
+                name: tensor.shape for name, tensor in model.state_dict().items()
+            }, "has other shapes than before the cut"
+            inputs = batch(model)
+            with torch.no_grad():
+                gap = float((wide(**inputs).logits - small(**inputs).logits).abs().max())
+            assert gap <= TOLERANCE, f"is off by {gap:.1e}"
 
 
 def predicted_is_counted(family: type[Family]) -> None:
