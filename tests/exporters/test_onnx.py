@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
 import pytest
 import torch
@@ -17,12 +18,12 @@ from slimformer.core.anatomy import Kind
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import int8, parity, rewrite
+from slimformer.exporters._onnx import int8, parity, rewrite, storing
 from slimformer.exporters._onnx import trace as tracing
 from slimformer.exporters._onnx.calibrate import best_range
-from slimformer.exporters._onnx.graph import Unexpected
+from slimformer.exporters._onnx.graph import Unexpected, lower_versions
 from slimformer.exporters.base import Variant
-from slimformer.exporters.onnx import Onnx, fused_attentions, quantized_matrices
+from slimformer.exporters.onnx import Onnx, fused_attentions, needed_runtime, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of, subject_of
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.runtimes.onnxruntime import OnnxRuntime
@@ -267,6 +268,39 @@ def test_weights_of_a_large_model_lie_beside_the_file(variant: Variant, traced: 
     assert small.files == (small.path,)
     assert [file.name for file in (tmp_path / "moved").iterdir()] == ["model.onnx"]
     np.testing.assert_array_equal(OnnxRuntime().load(small.path, threads=1)(batches[0])["logits"], got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", Variant)
+def test_runtimes_of_2022_read_the_files(variant: Variant, traced: Any, tmp_path: Path) -> None:
+    artifact = Onnx(weight_bits=WEIGHT_BITS).export(traced, arrays(traced), tmp_path / "model.onnx", variant)
+    model = onnx.load(artifact.path)
+    assert {item.domain: item.version for item in model.opset_import if not item.domain} == {"": 17}
+    assert model.ir_version == 8
+    assert not any(node.op_type == "Gelu" and not node.domain for node in model.graph.node)
+    assert "opset 17, IR version 8: needs ONNX Runtime 1.12 or newer" in artifact.notes
+    assert needed_runtime(artifact.path) in artifact.notes
+    if variant in (Variant.FLOAT, Variant.INT8_STATIC):
+        onnx.checker.check_model(artifact.path, full_check=True)
+
+
+@pytest.mark.parametrize(("approximate", "opset"), [("none", 17), ("tanh", 20)])
+def test_the_lowest_version_that_the_operators_need_is_written(approximate: str, opset: int) -> None:
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", 4]) for name in ("x", "y")]
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["z"], to=onnx.TensorProto.FLOAT, saturate=1),
+        onnx.helper.make_node("Gelu", ["z"], ["y"], approximate=approximate),
+    ]
+    graph = onnx.helper.make_graph(nodes, "gelu", ends[:1], ends[1:])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    values = np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)
+    expected = storing.open_model(made.SerializeToString()).run(None, {"x": values})[0]
+    program = onnx_ir.from_proto(made)
+    assert rewrite.lower_gelus(program.graph, fused=False) == (approximate == "none")
+    program.graph.sort()
+    lower_versions(program)
+    assert (program.graph.opset_imports[""], program.ir_version) == (opset, 8 if opset == 17 else 9)
+    np.testing.assert_allclose(storing.open_graph(program, 10**9).run(None, {"x": values})[0], expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -20,7 +20,16 @@ from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError, nearest
 from slimformer.exporters._onnx import calibrate, int8, mixed, parity, rewrite, trace
-from slimformer.exporters._onnx.graph import BATCH_FIRST, SEQ_FIRST, Product, Unexpected, classifiers, products, strip
+from slimformer.exporters._onnx.graph import (
+    BATCH_FIRST,
+    SEQ_FIRST,
+    Product,
+    Unexpected,
+    classifiers,
+    lower_versions,
+    products,
+    strip,
+)
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding, quantized_matrices
 from slimformer.exporters._onnx.rewrite import fused_attentions
 from slimformer.exporters._onnx.storing import ONE_FILE_BYTES, open_graph, open_model, save_graph, weights_name
@@ -50,6 +59,7 @@ __all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
 
 FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
 INT8 = {variant for variant, kind in FILES.items() if kind.int8}
+RUNTIMES = {17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17"}  # the first ONNX Runtime that reads an opset
 MANY_ZEROS = 0.3  # share of the weights; `saving/sparse.py` stores a matrix with as many without them
 
 
@@ -178,6 +188,7 @@ class OnnxDraft(Draft):
             if self._has_learned_ranges(variant):
                 notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
         notes += _zeros(self.subject.model)
+        notes.append(needed_runtime(program))
         if len(files_of(path)) > 1:
             notes.append(
                 f"a protobuf file ends at 2 GB: the weights lie in {weights_name(path.name)}, which belongs beside the file"
@@ -246,9 +257,11 @@ class OnnxDraft(Draft):
             if variant in FUSED:
                 rewrite.lower_norms(program.graph)
                 rewrite.separate_gelus(program.graph)
+            rewrite.lower_gelus(program.graph, fused=variant in FUSED)
         except Unexpected as reason:
             raise ExportError(f"the traced graph is not as expected: {reason}.", help=parity.REPORT) from None
         strip(program)
+        lower_versions(program)
         program.producer_name = "slimformer"
         return program, notes
 
@@ -363,6 +376,13 @@ def _zeros(model: nn.Module) -> Iterator[str]:
     share = sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
     if share > MANY_ZEROS:
         yield f"{share:.0%} of the matrices' weights are 0: zeros are stored and give no speed here"
+
+
+def needed_runtime(path: Path | onnx_ir.Model) -> str:
+    """Which ONNX Runtime reads an exported file: "opset 17, IR version 8: ONNX Runtime 1.12 or newer"."""
+    program = onnx_ir.load(path) if isinstance(path, Path) else path
+    opset = program.graph.opset_imports[""]
+    return f"opset {opset}, IR version {program.ir_version}: needs ONNX Runtime {RUNTIMES[opset]} or newer"
 
 
 def _check_count(what: str, count: int, expected: int) -> None:

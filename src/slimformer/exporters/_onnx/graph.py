@@ -10,10 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+OLDEST_OPSET = 17  # of 2022, the first with LayerNormalization
+IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9}  # that came with an opset
+_MORE_TYPES = {
+    "Cast",
+    "CastLike",
+    "DequantizeLinear",
+    "Identity",
+    "QuantizeLinear",
+    "Reshape",
+    "Shape",
+}  # what opset 19 gave these
 SHARED = 8  # values of a constant, at most, that equal constants share
 
 
@@ -181,6 +193,25 @@ def turned_values(graph: ir.Graph) -> set[ir.Value]:
         if inside != turns(node):
             turned.update(node.outputs)
     return turned
+
+
+def lower_versions(model: ir.Model) -> None:
+    """Gives the model the lowest opset and IR version that its operators need, so that older runtimes read it.
+
+    The tracer writes what is newest to it. Some operators only learned number types since that no graph of ours has.
+    """
+    needed = OLDEST_OPSET
+    for node in model.graph:
+        if node.domain:
+            continue
+        newest = model.graph.opset_imports[""]
+        version = onnx.defs.get_schema(node.op_type, newest).since_version
+        if version == 19 and node.op_type in _MORE_TYPES:
+            version = onnx.defs.get_schema(node.op_type, 18).since_version
+            node.attributes.pop("saturate", None)
+        needed = max(needed, version)
+    model.graph.opset_imports[""] = needed
+    model.ir_version = IR_VERSIONS.get(needed, model.ir_version)
 
 
 def strip(model: ir.Model) -> None:

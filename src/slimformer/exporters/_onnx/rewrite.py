@@ -316,6 +316,31 @@ def separate_gelus(graph: ir.Graph) -> int:
     return count
 
 
+def lower_gelus(graph: ir.Graph, fused: bool) -> int:
+    """Writes each exact Gelu as older runtimes know it, and gives the number.
+
+    Gelu became a standard operator in opset 20. Before that, ONNX Runtime had its own, and files of standard operators spell it out
+    with Erf; runtimes fuse the five nodes again when they load the file.
+    """
+    editor = Editor(graph)
+    gelus = [node for node in graph if (node.domain, node.op_type) == ("", "Gelu") and _is_exact(node)]
+    for node in gelus:
+        value = required(node.inputs[0])
+        if fused:
+            result = editor.one(node, "Gelu", [value], domain=MICROSOFT)
+        else:
+            root, one, half = (editor.constant(number, np.float32) for number in (np.sqrt(2.0), 1.0, 0.5))
+            share = editor.one(node, "Add", [editor.one(node, "Erf", [editor.one(node, "Div", [value, root])]), one])
+            result = editor.one(node, "Mul", [editor.one(node, "Mul", [value, share]), half])
+        editor.replace(node.outputs[0], result)
+        editor.remove(node)
+    return len(gelus)
+
+
+def _is_exact(node: ir.Node) -> bool:
+    return "approximate" not in node.attributes or node.attributes["approximate"].as_string() == "none"
+
+
 def plain_gemms(graph: ir.Graph) -> int:
     """Stores the weights of Gemms as (in, out), like all others, and gives their number.
 
