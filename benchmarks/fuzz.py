@@ -449,8 +449,7 @@ def _models() -> None:
     slimformer.save(cut, plan, seeds / "ranges", tokenizer_from=dense, ranges=Ranges({point: Range(-1.0, 1.0)}))
     with torch.no_grad():
         for matrix in anatomy_of(cut).encoder_matrices():
-            weight = cut.get_submodule(matrix.module).weight
-            weight[:, ::2] = 0
+            cut.get_parameter(f"{matrix.module}.weight")[:, ::2] = 0
     for values in ("float32", "float16", "int8"):
         slimformer.save(cut, plan, seeds / f"sparse-{values}", tokenizer_from=dense, values=values)
     export(seeds / "export")
@@ -615,7 +614,7 @@ class Watch:
         """Begins to watch; there is no end to it."""
         import slimformer
 
-        allowed = (
+        allowed: tuple[str, ...] = (
             str(HOME),
             sys.prefix,
             sys.base_prefix,
@@ -689,7 +688,7 @@ def child(kind: str, numbers: Iterable[int], seed: int) -> None:
     warnings.simplefilter("ignore")
     watch = Watch()
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end of the process)
     import onnxruntime
     import torch
     import transformers
@@ -884,9 +883,7 @@ def main() -> None:
     counts = {kind: math.ceil(given.inputs * KINDS[kind].share / shares) for kind in kinds}
     print(f"| kind | inputs | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}", flush=True)
     results = campaign(counts, given.seed, given.workers)
-    everything = {
-        number: text for number, text in enumerate(text for outcomes in results.values() for text in outcomes.values())
-    }
+    everything = dict(enumerate(text for outcomes in results.values() for text in outcomes.values()))
     print(line_of("total", everything))
     faults = [
         (kind, number, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.core.ranges import Range, Ranges
 from slimformer.core.shrink import shrink
-from slimformer.errors import ModelError, OutputError, PlanError, RecipeError, TargetError
+from slimformer.errors import ExtraError, ModelError, OutputError, PlanError, RecipeError, TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.running.bundle import Run
@@ -482,3 +482,22 @@ def test_a_refusal_without_facts_is_a_mistake_in_its_place() -> None:
     reader = _Reader(Path())
     assert reader.build(Refusing, {}, "task") is None
     assert reader.mistakes == ["task: no such thing."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"stages": (Train(trackers=("comet_ml",)),)}, ExtraError, "not installed: comet_ml"),
+        ({"export": Export(floats=("encoder.0.nope",))}, RecipeError, r"no point 'encoder.0.nope'.\n  help: did you mean"),
+    ],
+)
+def test_what_only_the_end_of_a_run_would_meet_is_told_before_it_begins(tmp_path, changes, kind, message):
+    task = Classification(data=str(write_data(tmp_path / "data", 60, 20)))
+    recipe = replace(Recipe(str(write_model(tmp_path / "model", trained=False)), task, ()), **changes)
+    with pytest.raises(kind, match=message):
+        preflight(recipe)
+
+
+def test_a_tracker_that_accelerate_does_not_know_is_a_mistake():
+    with pytest.raises(RecipeError, match="trackers must be some of aim"):
+        Train(trackers=("nope",))

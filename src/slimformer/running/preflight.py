@@ -15,7 +15,7 @@ from slimformer.core import cost
 from slimformer.data.material import check_text, sampled_lengths
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.tokenizer_files import OTHER_FORMS
-from slimformer.errors import ModelError, RecipeError
+from slimformer.errors import ModelError, RecipeError, nearest, shown
 from slimformer.families.base import family_of, subject_of
 from slimformer.registry import name_of
 from slimformer.running.order import conflicts, leading_stages
@@ -25,6 +25,7 @@ from slimformer.runtimes.openvino import require_nncf
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
+from slimformer.training.devices import check_trackers
 from slimformer.training.stage import TASK_TEXT, Stage, Train
 
 
@@ -60,6 +61,7 @@ def preflight(recipe: Recipe) -> Checked:
         _check_teacher(teacher, source, recipe.task)
     training = [stage for stage in recipe.stages if isinstance(stage, Train)]
     for stage in training:
+        check_trackers(stage.trackers)
         if stage.augment_model:
             check_masked_model(Path(stage.augment_model), source)
     for split in Split:
@@ -70,6 +72,7 @@ def preflight(recipe: Recipe) -> Checked:
     load_tokenizer(source)
     max_length_of(source)
     _check_first_cut(recipe, source, task)
+    _check_points(recipe, source, task)
     return Checked(recipe, source, teacher)
 
 
@@ -165,6 +168,15 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     elif first.cost == "macs":
         counted = cost.macs(subject.anatomy, sampled_lengths(task, source))
     first.check(subject.anatomy, counted)
+
+
+def _check_points(recipe: Recipe, source: Path, task: Task) -> None:
+    """RecipeError if the export names a point that the model does not have."""
+    named = () if recipe.export.floats == "auto" else recipe.export.floats
+    points = subject_of(checkpoint.skeleton(source, task.auto_class)).anatomy.points if named else {}
+    unknown = next((name for name in named if name not in points), None)
+    if unknown is not None:
+        raise RecipeError(f"export.floats: the model has no point {shown(unknown)}.", help=nearest(unknown, points))
 
 
 def trained_marks(recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimformer.errors import ExtraError
 from slimformer.hooks.precision import BF16_SPEEDUP, Precision, PrecisionChoice, bf16_speedup
 
 if TYPE_CHECKING:
@@ -34,6 +35,16 @@ def accelerator_for(trackers: Sequence[str], folder: Path | None) -> Accelerator
         project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # an unused pooler is no mistake
     )
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """ExtraError if the package of a tracker is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    missing = sorted(set(trackers) - {str(name) for name in get_available_trackers()}) if trackers else []
+    if missing:
+        names = ", ".join(missing)
+        raise ExtraError(f"trackers: these packages are not installed: {names}.", help="pip install them, or leave them out.")
 
 
 @contextmanager

@@ -11,17 +11,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, final, get_args
 
 from slimformer.errors import RecipeError
 from slimformer.hooks.precision import PrecisionChoice
 from slimformer.methods.base import Context, Method, Zeros
 from slimformer.registry import name_of
-from slimformer.rules import Count, CountOrZero, Fraction, NotNegative, Positive, mistakes_in
+from slimformer.rules import Count, CountOrZero, Fraction, NotNegative, Positive, mistakes_in, some_of
 from slimformer.tasks.base import Features
 
 TASK_TEXT = "task"  # this value of `Train.text` stands for the task's own training texts
 Freeze = Literal["nothing", "embeddings", "encoder", "everything"]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 
 class Stage(ABC):
@@ -100,7 +101,7 @@ class Train(Stage):
     freeze: Freeze = "nothing"
     dropout: bool = True
     precision: PrecisionChoice = "auto"
-    trackers: tuple[str, ...] = ()
+    trackers: Annotated[tuple[Tracker, ...], some_of(*get_args(Tracker), none=True)] = ()
     text: str | None = None
     augment: CountOrZero = 0
     augment_model: str | None = None
