@@ -8,14 +8,14 @@ from itertools import pairwise
 from math import hypot
 from pathlib import Path
 
-from pages import Run, bullets, runs_of, table
+from pages import Run, bullets, runs_of, table, wrapped
 from sweep import Job
 
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record, Standing
 from slimformer.methods.distillation import Distillation
 from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
-from slimformer.reporting.words import count_text, mb_text, signed
+from slimformer.reporting.words import count_text, interval_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
@@ -195,8 +195,9 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
     """Sentences with figures from the rows: '{mrpc/fisher-35:lost}'. A sentence is left out if its row does not exist
     yet.
 
-    lost, gained: points of the fp32 file, refused if the sign is the other; faster: that file's times at batch 32;
-    int8: points that the int8 file lost, signed; mb: that file's megabytes; left: per cent of the encoder's weights.
+    lost, gained: points of the fp32 file, refused if the sign is the other; int8: points that the int8 file lost, signed; each
+    has its 95 % interval behind it. faster: the fp32 file's times at batch 32; mb: the int8 file's megabytes; left: per cent of
+    the encoder's weights.
     """
 
     def figure(asked: re.Match[str]) -> str:
@@ -209,9 +210,9 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
             value = plain.loss.value if what == "lost" else -plain.loss.value
             if value < 0:
                 raise ValueError(f"a sentence says {what} of {name}: it is {value:.1f}")
-            return f"{abs(value):.1f}"
+            return f"{abs(value):.1f} ({interval_text(plain.loss.scaled(1 if what == 'lost' else -1))})"
         if what == "int8" and integers is not None and integers.loss is not None:
-            return signed(integers.loss.value)
+            return f"{signed(integers.loss.value)} ({interval_text(integers.loss)})"
         if what == "mb" and integers is not None:
             return mb_text(integers.size_bytes)
         if what == "faster" and (times := plain.times_faster(32)):
@@ -224,8 +225,11 @@ def notes(sentences: Sequence[str], found: Mapping[str, Run]) -> list[str]:
     there = [sentence for sentence in sentences if all(name in found for name, _ in pattern.findall(sentence))]
     if not there:
         return []
-    intro = "Losses and gains in these sentences are those of the fp32 files, unless int8 is named."
-    return ["## What the rows say", "", intro, "", *bullets(pattern.sub(figure, sentence) for sentence in there), ""]
+    intro = (
+        "Losses and gains in these sentences are those of the fp32 files, unless int8 is named; their 95 % intervals over the dense "
+        "model stand in brackets. Two runs whose intervals overlap may differ by chance."
+    )
+    return ["## What the rows say", "", *wrapped(intro), "", *bullets(pattern.sub(figure, sentence) for sentence in there), ""]
 
 
 def claims(papers: Sequence[tuple[str, str]]) -> list[str]:

@@ -378,7 +378,7 @@ def test_the_figures_of_sentences_are_the_rows(monkeypatch: pytest.MonkeyPatch) 
         "lost {mrpc/fisher-35:lost}, {mrpc/fisher-35:int8} in int8, {mrpc/fisher-35:faster} times, {mrpc/fisher-35:left} %"
     )
     said = work.notes([figures, "no figure", "{mrpc/fisher-50:lost} of a run that is not there"], found)
-    assert said[4:] == ["- lost 1.3, −0.3 in int8, 2.4 times, 24 %", "- no figure", ""]
+    assert said[5:] == ["- lost 1.3 (+0.4 to +2.1), −0.3 (−1.0 to +0.4) in int8, 2.4 times, 24 %", "- no figure", ""]
     with pytest.raises(ValueError, match=r"says gained of mrpc/fisher-35: it is -1\.3"):
         work.notes(["{mrpc/fisher-35:gained}"], found)
     with pytest.raises(ValueError, match="has no colour"):
