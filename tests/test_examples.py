@@ -25,6 +25,7 @@ INNER = (
     "log",
     "digests",
     "data.labels",
+    "data.memory",
     "tasks.classification",
     "tasks.intents",
     "tasks.question_answering",

@@ -35,7 +35,7 @@ def data_source(data: Any, *, paths: bool = True) -> str:
 
     >>> folder = data_source([{"text": "I liked it.", "label": "good"}, {"text": "I did not.", "label": "bad"}])
     >>> Path(folder).name, Path(folder, "train.jsonl").read_text().splitlines()[0]
-    ('rows-4e1e5adb9f91', '{"text": "I liked it.", "label": "good"}')
+    ('rows-a478659dd085', '{"text": "I liked it.", "label": "good"}')
     """
     if data is None:
         return ""
