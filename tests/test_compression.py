@@ -325,14 +325,13 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
 
     monkeypatch.setattr(search, "judge_of", hard)
     task = Classification(data=str(done.home / "data"))
-    options = {"speedup": 1.5, "max_loss": 0, "epochs": 1, "minutes": 3, "rivals": ()}
+    options = {"speedup": 1.5, "max_loss": 0, "epochs": 1, "tries": 1, "minutes": 60, "rivals": ()}
     out = tmp_path / "small"
     compress(tmp_path / "encoder", task, out, **options, threads=1, wait_seconds=0)
     assert [event["stage"] for event in events(out, "stage")] == ["train", "calibrate", "train"]
     lines = said(out)
     assert any(line.startswith("not all that was asked for was found; this is the best: ") for line in lines)
-    assert lines[1].startswith("this model has no head for the task yet: it is tuned first, for ")
-    assert any(line.startswith("to fit 3 minutes: ") and "1 budget is tried, not up to 3" in line for line in lines)
+    assert any(line.startswith("this model has no head for the task yet: it is tuned first, for ") for line in lines)
     assert any(re.match(r"it took [\d.]+ (seconds|minutes), announced were", line) for line in lines)
     assert delivered(out) >= DELIVERED
     stages = read_recipe(out / "recipe.yaml").stages

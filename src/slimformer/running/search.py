@@ -579,8 +579,10 @@ class _Scale:
             probes.append((keep, speed))
             self.state.log.event("probe", keep=round(keep, 4), speedup=round(speed, 3), wanted=aim)
             if speedup * 1.01 <= speed <= speedup * 1.1:
-                break
+                return keep
             keep = nearer(probes, aim)
+        if min(probe[1] for probe in probes) < aim <= max(probe[1] for probe in probes):
+            return keep  # between two that were timed
         enough = [probe for probe in probes if probe[1] >= speedup]
         return max(enough)[0] if enough else min(probes, key=lambda probe: abs(probe[1] - aim))[0]
 
