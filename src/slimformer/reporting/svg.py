@@ -251,7 +251,7 @@ def _beside(x: float, y: float, width: float, taken: Sequence[_Box], bounds: _Bo
         if not (anchor == "middle" and abs(dy - 4) < 10)
     ):
         left = x + dx - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
-        box = (left, y + dy - LINE + 4, left + width, y + dy + 4)
+        box = (left - 3, y + dy - LINE + 4, left + width + 3, y + dy + 4)
         outside = max(0.0, bounds[0] - box[0]) + max(0.0, box[2] - bounds[2])
         outside += max(0.0, bounds[1] - box[1]) + max(0.0, box[3] - bounds[3])
         cost = 2 * sum(_overlap(box, other) for other in taken) + 40 * outside + 4 * turn

@@ -43,9 +43,10 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
         rounds = sorted({timing.rounds for record in timed for timing in record.timings})
         count = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
         table.caption_justify = "left"
+        threads = timed[0].timings[0].threads
         table.caption = escape(
             f"speed: times faster than {timed[0].baseline}, median of {count} rounds taken in turn; ms: p50 per example at the "
-            f"larger batch; {timed[0].timings[0].threads} threads; points lost: with 95 % interval."
+            f"larger batch; {threads} thread{'s' * (threads != 1)}; points lost: with 95 % interval."
         )
     return table
 
