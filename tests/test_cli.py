@@ -10,7 +10,9 @@ import pytest
 from tiny_export import data, export
 from tiny_folder import write_model
 
+import slimformer
 from slimformer import cli, registry
+from slimformer.describing import STAGES, describe
 
 COMMANDS = ("compress", "run", "bench", "report", "inspect", "list", "check", "demo")
 Call = Callable[..., tuple[int, str, str]]
@@ -40,6 +42,37 @@ def test_list_names_everything_with_what_it_is(call: Call) -> None:
         for name in registry.names(kind):
             line = next(line for line in lines if line.split()[:1] == [name])
             assert len(line.split()) > 3
+
+
+def test_list_shows_every_option_of_one(call: Call) -> None:
+    code, shown, _ = call("list", "gates")
+    assert code == 0
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.startswith("gates (methods)\n")
+    assert "  keep: 0.5  (above 0" in shown
+    assert "  size: lagrangian  (lagrangian, top_k or threshold)" in shown
+    code, shown, _ = call("list", "kronecker")
+    assert "kronecker (methods)" in shown
+    assert "kronecker (forms)" in shown
+    code, _, said = call("list", "fishr")
+    assert code == 2
+    assert "did you mean 'fisher'?" in said
+
+
+@pytest.mark.parametrize("name", [*STAGES, *sorted({name for kind in registry.KINDS for name in registry.names(kind)})])
+def test_each_option_says_what_it_means(name: str) -> None:
+    for item in describe(name):
+        assert [option.name for option in item.options if not option.meaning or not option.range] == []
+
+
+def test_the_version(call: Call) -> None:
+    assert call("--version") == (0, f"slimformer {slimformer.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", ["compress", "run", "bench", "list"])
+def test_help_ends_with_an_example(call: Call, name: str) -> None:
+    _, shown, _ = call(name, "--help")
+    assert f"Example: slimformer {name} " in " ".join(shown.split())
 
 
 def test_inspect_shows_each_layer_within_80_columns(call: Call, tmp_path: Path) -> None:
@@ -177,6 +210,8 @@ def test_a_task_of_a_third_party_brings_its_options(call: Call, name: str) -> No
 def test_a_task_of_a_third_party_keeps_the_contract(call: Call) -> None:
     code, shown, _ = call("check", "films")
     assert code == 0, shown
+    assert call("list", "films")[1].startswith("films (tasks, from the package films 1.0)")
+    assert "(from the package films 1.0)" in call("list")[1]
 
 
 @pytest.mark.parametrize(

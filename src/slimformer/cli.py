@@ -92,8 +92,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog="Start with: slimformer compress ./my-bert --data ./reviews --speedup 3 --out ./small",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from slimformer import __version__
+
+        typer.echo(f"slimformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
@@ -102,7 +121,11 @@ Wait = Annotated[
 ]
 
 
-@app.command("compress", cls=_TaskCommand)
+@app.command(
+    "compress",
+    cls=_TaskCommand,
+    epilog="Example: slimformer compress ./my-bert --data ./reviews --speedup 3 --max-loss 1 --out ./small",
+)
 def compress_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
@@ -161,7 +184,7 @@ def compress_command(
     _show(result)
 
 
-@app.command("run")
+@app.command("run", epilog="Example: slimformer run recipes/fisher.yaml --out runs/fisher")
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Out,
@@ -180,7 +203,7 @@ def run_command(
     _show(run(recipe, out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
-@app.command("bench", cls=_TaskCommand)
+@app.command("bench", cls=_TaskCommand, epilog="Example: slimformer bench ./my-bert ./small --data ./reviews")
 def bench_command(
     context: typer.Context,
     models: Annotated[list[Path], typer.Argument(help="Model folders or ONNX files to compare, the baseline first.")],
@@ -240,15 +263,27 @@ def inspect_command(
     Console().print(draw_inspection(inspect(model, length)))
 
 
-@app.command("list")
-def list_command() -> None:
-    """List the families, methods, forms, tasks, exporters and runtimes there are."""
+@app.command("list", epilog="Example: slimformer list gates")
+def list_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show every option of this method, task, exporter, form or stage (train, export, bench)."),
+    ] = None,
+) -> None:
+    """List the families, methods, forms, tasks, exporters and runtimes there are, or the options of one."""
     from slimformer import registry
+    from slimformer.describing import STAGES, describe, lines_of
 
+    if name is not None:
+        typer.echo("\n\n".join("\n".join(lines_of(item)) for item in describe(name)))
+        return
     for kind in registry.KINDS:
         typer.echo(f"{kind}:")
-        for name in registry.names(kind):
-            typer.echo(f"  {name:<16} {registry.summary(kind, name)}")
+        for item in registry.names(kind):
+            source = registry.source(kind, item)
+            from_ = "" if source == "slimformer" else f" (from the package {source})"
+            typer.echo(f"  {item:<18} {registry.summary(kind, item)}{from_}")
+    typer.echo(f"stages: {', '.join(STAGES)}\n`slimformer list NAME` shows the options of one.")
 
 
 @app.command("check")

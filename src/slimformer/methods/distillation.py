@@ -44,8 +44,8 @@ class Distillation(Method):
     for these set the weight to the number of layers, with `relative: false`.
     """
 
-    temperature: Positive = 2.0
-    logits: NotNegative = 1.0
+    temperature: Positive = 2.0  # of both models' outputs: the higher, the more the small ones count
+    logits: NotNegative = 1.0  # weight of the task's outputs
     hidden: NotNegative = 1.0
     scores: NotNegative = 0.0
     embedding: NotNegative = 0.0  # the hidden state before the first layer

@@ -65,7 +65,7 @@ class GroupLasso(Method):
     block: Count = 32
     strength: Positive = 30.0
     reweight_every: Share = 0.2
-    epsilon: Positive = 1e-3
+    epsilon: Positive = 1e-3  # added to a group's root mean square when beta is renewed
     over: Literal["matrix", "model"] = "matrix"
     neuron_multiple: Count = 16
     sublayers: bool = False  # the size of weights tells little about what a whole sublayer does

@@ -78,10 +78,10 @@ class KnowledgeSparse(Method):
     keep: Share | None = None
     pattern: PatternText = "unstructured"
     scope: Literal["matrix", "model"] = "matrix"
-    updates: Count = 100
+    updates: Count = 100  # how often a run chooses the weights anew
     cooldown: ProperFraction = 0.0  # share of the steps after the last update; 0 is the paper's, whose ramp is flat at its end
     score: Literal["magnitude", "fisher"] = "magnitude"
-    fisher_examples: Count = 256
+    fisher_examples: Count = 256  # training examples whose gradients are looked at
     fisher_block: Count = 32
     dampening: Positive = 0.01
     refreshes: Count = 10

@@ -78,9 +78,9 @@ class Movement(Method):
     cost: Literal["macs", "parameters", "latency"] = "macs"
     lambda_final: NotNegative = 10.0  # the paper's 5 to 30: more closes more blocks
     lambda_attention: NotNegative = 1.0  # the paper's Struct has 1/32
-    lambda_ffn: NotNegative = 1.0
+    lambda_ffn: NotNegative = 1.0  # the same for the FFN
     threshold: Probability = 0.1  # of sigmoid(score), at the end; not used with `keep`
-    score_lr: Positive = 0.01
+    score_lr: Positive = 0.01  # learning rate of the scores
     warmup: Fraction = 0.08  # share of the steps before the ramp: MNLI's; SQuAD has 0.05
     cooldown: Fraction = 0.4  # share of the steps after it: between MNLI's 0.33 and SQuAD's 0.49
     neuron_multiple: Count = 16  # FFN widths that matrix kernels like; 1: the paper's; the "block" variant has its block's
