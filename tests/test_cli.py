@@ -65,6 +65,19 @@ def test_each_option_says_what_it_means(name: str) -> None:
         assert [option.name for option in item.options if not option.meaning or not option.range] == []
 
 
+@pytest.mark.parametrize("command", [("compress", "m", "--data", "d", "--out", "o"), ("run", "r.yaml", "--out", "o"), ("inspect", "m"), ("list",), ("check",)], ids=lambda value: value[0])  # fmt: skip
+def test_the_light_installation_says_what_is_missing(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "transformers" else name)
+    code, _, said = call(*command)
+    assert code == 2
+    assert said.startswith("ExtraError: this needs transformers, which is not installed")
+    assert "pip install 'slimformer[train]'" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_version(call: Call) -> None:
     assert call("--version") == (0, f"slimformer {slimformer.__version__}\n", "")
 

@@ -110,7 +110,14 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"slimformer.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module 'slimformer' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"slimformer.{_PLACES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"slimformer.{_PLACES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from slimformer.errors import TRAIN_PACKAGES, train_is_missing
+
+        if error.name not in TRAIN_PACKAGES:
+            raise
+        raise train_is_missing(str(error.name)) from None
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from slimformer.errors import ModelError, RecipeError, SlimformerError, nearest
+from slimformer.errors import TRAIN_PACKAGES, ModelError, RecipeError, SlimformerError, nearest, train_is_missing
 from slimformer.log import show_log
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def compress_command(
     wait: Wait = 60.0,
 ) -> None:
     """Make a model smaller and faster, export it and report what that costs."""
+    _need_train()
     from slimformer.running.recipe import RIVALS
     from slimformer.running.search import compress
 
@@ -198,6 +200,7 @@ def run_command(
     ] = None,
 ) -> None:
     """Run a recipe, stage by stage; run it again and it resumes."""
+    _need_train()
     from slimformer.running.runner import run
 
     _show(run(recipe, out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
@@ -255,6 +258,7 @@ def inspect_command(
     length: Annotated[int, typer.Option(min=1, help="Tokens per example, for the MACs.")] = 128,
 ) -> None:
     """Show what can be cut: sites, parameters and MACs per layer."""
+    _need_train()
     from rich.console import Console
 
     from slimformer.reporting.inspection import inspect
@@ -271,6 +275,7 @@ def list_command(
     ] = None,
 ) -> None:
     """List the families, methods, forms, tasks, exporters and runtimes there are, or the options of one."""
+    _need_train()
     from slimformer import registry
     from slimformer.describing import STAGES, describe, lines_of
 
@@ -293,6 +298,7 @@ def check_command(
     ] = None,
 ) -> None:
     """Check that plug-ins keep their contracts, on tiny models."""
+    _need_train()
     from slimformer.testing.checks import check
 
     failed = False
@@ -370,6 +376,13 @@ def _show(result: Result) -> None:
     console.print(f"model: {result.out}   page: {result.out / 'report.html'}", soft_wrap=True)
     for line in result.findings:
         console.print(line, markup=False, highlight=False)
+
+
+def _need_train() -> None:
+    """ExtraError, before anything starts, if this is the light installation."""
+    for package in TRAIN_PACKAGES:
+        if find_spec(package) is None:
+            raise train_is_missing(package)
 
 
 def _command() -> str:

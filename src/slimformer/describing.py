@@ -19,7 +19,7 @@ from slimformer.errors import RecipeError, nearest
 from slimformer.rules import rules_of
 
 STAGES = {"train": "training.stage.Train", "export": "running.recipe.Export", "bench": "running.recipe.Bench"}
-SHARED = {  # options that mean the same wherever they are
+COMMON_MEANINGS = {  # options that mean the same wherever they are
     "keep": "The share that may stay.",
     "cost": "What `keep` is a share of.",
     "units": "Which units may go.",
@@ -87,7 +87,7 @@ def options_of(cls: type[Any]) -> tuple[OptionFacts, ...]:
             entry.metadata.get("help")
             or _meaning(cls, entry.name)
             or comments.get(entry.name)
-            or SHARED.get(entry.name)
+            or COMMON_MEANINGS.get(entry.name)
             or _mention(cls, entry.name),
         )
         for entry in dataclasses.fields(cls)

@@ -115,6 +115,17 @@ class ExtraError(SlimformerError):
     """An optional dependency is missing; `help` holds the install line."""
 
 
+TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir", "onnxscript", "datasets")
+
+
+def train_is_missing(package: str) -> ExtraError:
+    """The error for a package that only the extra `train` brings."""
+    return ExtraError(
+        f"this needs {package}, which is not installed: the light installation only benches exported folders and reports.",
+        help="pip install 'slimformer[train]'",
+    )
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that names the nearest known name and all the others: "did you mean 'x'? known: x, y"."""
     names = sorted(known)
