@@ -65,7 +65,11 @@ def test_each_option_says_what_it_means(name: str) -> None:
         assert [option.name for option in item.options if not option.meaning or not option.range] == []
 
 
-@pytest.mark.parametrize("command", [("compress", "m", "--data", "d", "--out", "o"), ("run", "r.yaml", "--out", "o"), ("inspect", "m"), ("list",), ("check",)], ids=lambda value: value[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [("compress", "m", "--data", "d", "--out", "o"), ("run", "r.yaml", "--out", "o"), ("inspect", "m"), ("list",), ("check",)],
+    ids=lambda value: value[0],
+)
 def test_the_light_installation_says_what_is_missing(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
