@@ -28,7 +28,7 @@ from slimformer.measuring.records import Facts, Forecast, Goal, Interval, Layer,
 from slimformer.measuring.scoring import bootstrap
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
 from slimformer.reporting.answers import ChangedAnswer
-from slimformer.reporting.card import Card, write_card
+from slimformer.reporting.card import Card, told_of, write_card
 from slimformer.reporting.ledger import append_record, read_facts, read_records, write_facts
 from slimformer.reporting.page import Details, report, write_page
 from slimformer.reporting.svg import Mark, Scatter, draw_bars, draw_scatter, ticks
@@ -776,7 +776,9 @@ def test_the_snippet_of_the_card_runs_without_us(tmp_path: Path) -> None:
     text = (folder / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert len(blocks) == 1
-    assert len([line for line in blocks[0].splitlines() if line.strip()]) == 10
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) == 13
+    for part in ("intra_op_num_threads", 'allow_spinning", "0"', "np.int64"):
+        assert part in blocks[0]
     assert "slimformer" not in blocks[0]
     refuse = "import sys\nsys.modules.update(slimformer=None, torch=None, transformers=None)\n"
     done = subprocess.run(
@@ -800,9 +802,45 @@ def test_the_card_tells_the_hub(tmp_path: Path) -> None:
     assert told.eval_results[0].dataset_split == "dev"
     assert r"# small \| model" in text
     assert r"| small \| model | 0.8930 | +0.7 (−0.4 to +1.8) | 15.0 | 3.40 | 3.40" in text
+    assert "datasets" not in told.to_dict()
+    known = ModelCard(make_card(folder, data="owner/reviews", license="mit", language=("en",))).data
+    assert (known.datasets, known.license, known.language) == (["owner/reviews"], "mit", ["en"])
+    assert known.eval_results[0].dataset_type == "owner/reviews"
     plain = ModelCard(make_card(folder, base_model="./my-bert")).data
     assert plain.base_model is None
     assert "base_model_relation" not in plain.to_dict()
+
+
+def test_the_card_names_the_runtime_that_reads_the_file_and_escapes_no_more_than_it_must(tmp_path: Path) -> None:
+    folder = export(tmp_path / "model", ("model_quantized.onnx",))
+    text = make_card(folder, notes=("opset 20, IR version 9: needs ONNX Runtime 1.17 or newer", "a (b) c_d *e* 1. f"))
+    assert "`pip install 'onnxruntime>=1.17' tokenizers numpy`" in text
+    assert "- a (b) c_d \\*e\\* 1. f" in text
+    shown = make_card(export(tmp_path / "two"), notes=("# a", "1. b", "- c", "2026-01-02", "-0.3 points", "x_"))
+    for line in ("- \\# a", "- 1\\. b", "- \\- c", "- 2026-01-02", "- -0.3 points", "- x\\_"):
+        assert f"\n{line}\n" in shown
+
+
+def test_a_card_of_no_use_is_not_found_by_its_task(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    folder = export(tmp_path / "model", ("model_quantized.onnx",))
+    ours = replace(rows()[2], file="model_quantized.onnx", scores={"accuracy": 0.5}, chance=0.6)
+    text = write_card(folder, Card(ours, (BASE, ours), "print()"))
+    assert ModelCard(text).data.pipeline_tag is None
+    assert "\nWorse than doing nothing: it scores 0.5000" in text
+
+
+def test_license_and_language_are_those_of_the_base_model(tmp_path: Path) -> None:
+    assert told_of(tmp_path) == {}
+    for text, wanted in (
+        ("---\nlicense: mit\nlanguage: en\n---\nhello", {"license": "mit", "language": ("en",)}),
+        ("---\nlicense: [a]\nlanguage: [en, de]\n---\n", {"license": "", "language": ("en", "de")}),
+        ("no metadata", {"license": "", "language": ()}),
+        ("---\n: [\n---\n", {}),
+    ):
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        assert told_of(tmp_path) == wanted
 
 
 def test_a_score_is_printed_as_a_number(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.circumstances import circumstances, cost_facts
-from slimformer.reporting.verdicts import against, doubts, judge
+from slimformer.reporting.verdicts import against, doubts, judge, worthless
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
 
@@ -33,6 +33,7 @@ _PIPELINES = {
     "ForTokenClassification": "token-classification",
     "ForConditionalGeneration": "text2text-generation",
 }
+_NEEDED = re.compile(r"needs ONNX Runtime ([\d.]+\d)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`", folder="model")
 
@@ -42,7 +43,8 @@ class Card:
     """What a model card tells: `record` is of the file that ships, `records` are all rows of its comparison.
 
     `code` are the lines that run the file, from the `snippet` of `runtime`, and `packages` are what they need. `base_model` goes
-    into the hub's metadata if it is a hub name ("owner/name"). `notes` is what the exporter says of the file, `stored` how
+    into the hub's metadata if it is a hub name ("owner/name"), `data` if it is the name of a data set there; `license` and `language`
+    are those of the base model. `notes` is what the exporter says of the file, `stored` how
     model.safetensors holds its values. `kinds` says what each file of the folder is.
     """
 
@@ -50,6 +52,9 @@ class Card:
     records: tuple[Record, ...]
     code: str
     base_model: str = ""
+    data: str = ""
+    license: str = ""
+    language: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stored: str = ""
     kinds: tuple[FileKind, ...] = (*FILES.values(), OPENVINO)
@@ -72,6 +77,7 @@ def _metadata(folder: Path, card: Card) -> Any:
 
     record = card.record
     model_class = str((read_config(folder).get("architectures") or [""])[0])
+    useless = worthless(record, card.records)
     pipeline = next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     int8 = "int8" in record.precision
@@ -79,17 +85,20 @@ def _metadata(folder: Path, card: Card) -> Any:
     metric = _HUB_METRICS.get(record.metric, record.metric)
     made_for = Path(record.file).suffix.removeprefix(".") or "onnx"
     return ModelCardData(
+        license=card.license or None,
+        language=list(card.language) or None,
+        datasets=[card.data] if _HUB_NAME.fullmatch(card.data) and not Path(card.data).exists() else None,
         base_model=card.base_model if on_hub else None,
         base_model_relation=("quantized" if int8 else "finetune") if on_hub else None,
         library_name=made_for,
-        pipeline_tag=pipeline,
+        pipeline_tag=None if useless else pipeline,  # nobody should find it by what it is no use for
         tags=[made_for, card.runtime, "slimformer", *(["pruned"] if pruned else []), *(["int8"] if int8 else [])],
         metrics=[metric],
         model_name=record.name.replace("\n", " "),
         eval_results=[
             EvalResult(
                 task_type=pipeline or "other",
-                dataset_type=record.task or "custom",
+                dataset_type=card.data if _HUB_NAME.fullmatch(card.data) else "custom",
                 dataset_name=record.task or "custom",
                 dataset_split=record.split,
                 metric_type=metric,
@@ -123,6 +132,7 @@ def _body(folder: Path, card: Card) -> str:
             (kind.place, mb_text(shipped_bytes(folder / kind.place)), kind.about + ends.get(kind.place, "")) for kind in kinds
         ],
         several=sum(kind.int8 for kind in kinds) > 1,
+        packages=" ".join(_needed(card)),
         rows=[_cells(record) for record in card.records],
         layers=layers_text(card.record),
         about=(*cost_facts(card.record), *circumstances([card.record])),
@@ -135,6 +145,34 @@ def _cells(record: Record) -> tuple[str, ...]:
     return (_markdown(record.name), f"{record.score:.4f}", loss, mb_text(record.size_bytes), *speeds)
 
 
+def _needed(card: Card) -> list[str]:
+    """The packages that the lines need; of ONNX Runtime the version that reads the file, which the exporter notes."""
+    version = next((match[1] for note in card.notes if (match := _NEEDED.search(note))), None)
+    return [f"'{name}>={version}'" if name == "onnxruntime" and version else name for name in card.packages]
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    """The license and the languages that the card of a model in `folder` names, as fields of `Card`."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    if not (folder / "README.md").is_file():
+        return {}
+    try:
+        data = ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError, TypeError, YAMLError):
+        return {}
+    told = data.get("language")
+    languages = [told] if isinstance(told, str) else told if isinstance(told, list) else []
+    license_ = data.get("license")
+    return {
+        "license": license_ if isinstance(license_, str) else "",
+        "language": tuple(item for item in languages if isinstance(item, str)),
+    }
+
+
 def _markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+\-!|~$&])", r"\\\1", " ".join(text.split()))
+    """Text that Markdown shows as it is, on one line: signs that would mean something are escaped, and only those."""
+    line = re.sub(r"[\\`*\[\]<>|~$]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+    starts = r"^(?:(?=[-+#]+(?:\s|$))|(\d+)(?=[.)](?:\s|$)))"  # what begins a list or a heading
+    return re.sub(starts, lambda match: (match[1] or "") + "\\", line)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from slimformer import registry
+from slimformer.data.tokenizer_files import write_tokenizer
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, OPENVINO, Variant, files_of
 from slimformer.files import whole_folder, write_text
@@ -21,7 +22,7 @@ from slimformer.measuring.sessions import installed_runtime, open_session, runti
 from slimformer.measuring.timing import Rounds
 from slimformer.options import named_options
 from slimformer.reporting.answers import changed_answers
-from slimformer.reporting.card import Card, write_card
+from slimformer.reporting.card import Card, told_of, write_card
 from slimformer.reporting.ledger import LEDGER, append_record, write_facts
 from slimformer.reporting.page import Details, write_page
 from slimformer.running.bundle import Run
@@ -171,6 +172,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         )
         for folder in dict.fromkeys(["", *(kind.folder for _, kind in delivered)]):
             checkpoint.write_surroundings(model, part / folder, tokenizer_from=source)
+        for folder in dict.fromkeys(["", checkpoint.MODEL_FOLDER, *(kind.folder for _, kind in delivered)]):
+            write_tokenizer(source, part / folder)
         if export.dense:
             checkpoint.write_dense(model, bundle.plan, part, tokenizer_from=source)
         for name, path in files.items():
@@ -183,13 +186,15 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         task, name = tasks.get(chosen.file, material.task), runtime_for(best)
         runtime = installed_runtime(name)
         notes = tuple(read_notes(best.parent).get(best.name, []))
-        given = order.recipe.model
+        given, data = order.recipe.model, getattr(material.task, "data", "")
         base = "" if Path(given).exists() else given.partition("@")[0]  # a hub id may name a revision
         card = Card(
             chosen,
             measurement.records,
             runtime.snippet(task, part, chosen.file, texts, material.max_length),
             base_model=base,
+            data=data if isinstance(data, str) else "",
+            **told_of(source),
             notes=notes,
             stored=stored,
             kinds=tuple(kind for _, kind in delivered),

@@ -17,13 +17,23 @@ def python_literal(text: str) -> str:
     return json.dumps(text).replace("`", "\\u0060")
 
 
+def open_file(file: str) -> tuple[str, ...]:
+    """Lines that open a file in ONNX Runtime as `session`. Idle threads that spin would slow down whatever else runs."""
+    return (
+        "options = onnxruntime.SessionOptions()",
+        "options.intra_op_num_threads = 2  # cores that it may use",
+        'options.add_session_config_entry("session.intra_op.allow_spinning", "0")',
+        f'session = onnxruntime.InferenceSession({python_literal(file)}, options, providers=["CPUExecutionProvider"])',
+    )
+
+
 def batch_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int, *last: str) -> str:
     """Lines that run all texts as one batch; `last` are the lines that read the answer from `session` and `feeds`."""
     return "\n".join(
         [
             "import json, pathlib, numpy as np, onnxruntime, tokenizers",
-            *_rows(folder, texts, max_length, f"session = onnxruntime.InferenceSession({python_literal(file)})"),
-            "feeds = {i.name: np.array([getattr(row, names[i.name]) for row in rows]) for i in session.get_inputs()}",
+            *_rows(folder, texts, max_length, *open_file(file)),
+            "feeds = {i.name: np.array([getattr(row, names[i.name]) for row in rows], np.int64) for i in session.get_inputs()}",
             *last,
         ]
     )
@@ -37,13 +47,13 @@ def runtime_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], m
             "import pathlib, numpy as np, tokenizers",
             "from slimformer.measuring.sessions import open_session",
             *_rows(folder, texts, max_length, opening),
-            "feeds = {name: np.array([getattr(row, part) for row in rows]) for name, part in names.items()}",
+            "feeds = {name: np.array([getattr(row, part) for row in rows], np.int64) for name, part in names.items()}",
             "print({name: array.shape for name, array in run(feeds).items()})",
         ]
     )
 
 
-def _rows(folder: Path, texts: Sequence[tuple[str, ...]], max_length: int, opening: str) -> list[str]:
+def _rows(folder: Path, texts: Sequence[tuple[str, ...]], max_length: int, *opening: str) -> list[str]:
     """Lines that open the tokenizer and the file, and encode the texts as `rows`."""
     tokenizer = load_tokenizer(folder)
     pad = pad_id_of(tokenizer, folder)
@@ -54,7 +64,7 @@ def _rows(folder: Path, texts: Sequence[tuple[str, ...]], max_length: int, openi
         OPEN_TOKENIZER,
         f"tokenizer.enable_truncation({max_length})",
         f"tokenizer.enable_padding(pad_id={pad}, pad_token={python_literal(tokenizer.id_to_token(pad) or '[PAD]')})",
-        opening,
+        *opening,
         f"rows = tokenizer.encode_batch([{inputs}])",
         INPUT_NAMES,
     ]

@@ -45,7 +45,7 @@ from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.log import remarks_on
 from slimformer.tasks._judging import check_spans
 from slimformer.tasks._losses import kl_divergence
-from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, python_literal
+from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, open_file, python_literal
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
@@ -397,14 +397,14 @@ class QuestionAnswering(Task):
             "import numpy as np, onnxruntime, tokenizers",
             OPEN_TOKENIZER,
             f'tokenizer.enable_truncation({max_length}, stride={self.stride}, strategy="only_second")',
-            f"session = onnxruntime.InferenceSession({python_literal(file)})",
+            *open_file(file),
             f"question = {python_literal(question)}",
             f"context = {python_literal(context)}",
             INPUT_NAMES,
             'none, best, answer = np.inf, -np.inf, ""' if declines else 'best, answer = -np.inf, ""',
             "row = tokenizer.encode(question, context)",
             "for window in (row, *row.overflowing):",
-            "    feeds = {i.name: np.array([getattr(window, names[i.name])]) for i in session.get_inputs()}",
+            "    feeds = {i.name: np.array([getattr(window, names[i.name])], np.int64) for i in session.get_inputs()}",
             '    start, end = (logits[0] for logits in session.run(["start_logits", "end_logits"], feeds))',
             *(["    none = min(none, start[0] + end[0])"] if declines else []),
             "    inside = np.array([part == 1 for part in window.sequence_ids])  # tokens of the context",
