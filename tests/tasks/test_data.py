@@ -123,6 +123,8 @@ def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, cont
         ("a.csv", table(header=(), rows=[(1, *pair) for pair in zip(TEXTS, LABELS, strict=True)]), "its first line is data"),
         ("a.csv", table(header=("text", "label", "label"), rows=[(*pair, 1) for pair in zip(TEXTS, LABELS, strict=True)]),
          "two columns 'label'"),
+        ("a.txt", "".join(f"__label__{label} {text}\n" for text, label in zip(TEXTS, LABELS, strict=True)), "fastText's form"),
+        ("a.csv", table(rows=[(text, f"user {row}") for row, text in enumerate(TEXTS)]), "60 different values in 60 rows"),
         ("a.json", json.dumps({"train": ROWS, "test": ROWS}), "several lists of rows: 'train', 'test'"),
         ("a.json", json.dumps({"text": TEXTS, "label": LABELS[:5]}), "neither a list of rows nor columns"),
     ],
@@ -208,6 +210,18 @@ def test_a_test_file_with_labels_stands_in_and_rows_in_both_are_counted(
     text = said(caplog, task)
     assert "reviews_test.csv stands in" in text
     assert "1 of 2 inputs of dev are in the training data too" in text
+
+
+def test_columns_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(text, f"{text} again", label) for text, label in zip(TEXTS, LABELS, strict=True)]
+    task = Classification(
+        data=write(tmp_path / "folder" / "only.csv", table(header=("title", "body", "label"), rows=rows)).parent
+    )
+    text = said(caplog, task)
+    assert "taking its only file, only.csv" in text
+    assert "text stands in 'title' too, which is not used" in text
+    pair = Classification(data=write(tmp_path / "pair.csv", table(header=("question", "answer", "label"), rows=rows))).settled()
+    assert (pair.text, pair.text_pair) == ("question", "answer")
 
 
 def test_a_data_set_of_the_hub_as_it_is_downloaded(tmp_path: Path) -> None:
@@ -513,6 +527,22 @@ def test_questions_in_memory_and_starts_off_by_one(caplog: pytest.LogCaptureFixt
     assert "has no ids" in text
     assert "40 of 40 answers do not begin where answer_start says" in text
     assert "has no labels (no question has an answer)" in text
+
+
+def test_questions_that_are_marked_impossible_have_no_answer(tmp_path: Path) -> None:
+    articles = [
+        {
+            "context": row["context"],
+            "qas": [
+                {"id": str(n), "question": "?", "is_impossible": n % 2 == 0, "answers": [{"text": "red", "answer_start": 10}]}
+            ],
+        }
+        for n, row in enumerate(QUESTIONS)
+    ]
+    file = write(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": articles}]}))
+    task = QuestionAnswering(data=file)
+    assert task.settled().version == "v2"
+    assert "20 questions are marked is_impossible and have answers" in "\n".join(task.notes())
 
 
 def test_answers_that_no_model_can_find_are_counted_in_dev_too() -> None:

@@ -15,7 +15,8 @@ from slimformer.log import remark
 _PAIRS = (
     ("sentence1", "sentence2"), ("#1 string", "#2 string"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("text", "text_pair"),
-    ("sentence_a", "sentence_b"), ("sent1", "sent2"),
+    ("sentence_a", "sentence_b"), ("sent1", "sent2"), ("question", "answer"), ("question", "passage"), ("question", "context"),
+    ("query", "document"), ("claim", "evidence"), ("context", "response"),
 )  # fmt: skip
 _TEXTS = ("sentence", "text", "review", "sentences", "texts", "content", "utterance", "comment", "message", "tweet", "body",
           "document", "question", "query", "title", "review_text", "text_review", "comment_text", "tweet_text", "review_body",
@@ -95,6 +96,10 @@ def _guess_texts(table: Table, folded: dict[str, str], label: str, glue: Glue | 
         return pairs[0]
     singles = [folded[name] for name in _TEXTS if name in folded and folded[name] != label]
     if singles:
+        unused = [name for name in table.columns if name not in {label, singles[0]} and _is_text(table.columns[name])]
+        if unused:
+            names = ", ".join(shown(name, 30) for name in unused[:6])
+            remark(f"{table.where}: text stands in {names} too, which is not used; --text and --text-pair name columns.")
         return (singles[0],)
     others = [name for name in table.columns if name != label]
     if len(others) == 1:

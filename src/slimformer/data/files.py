@@ -180,6 +180,11 @@ Rows = list[tuple[int, list[str]]]  # the line that each row begins in, and its 
 
 def _rows(path: Path, text: str, suffix: str, extra: bool) -> Rows:
     """The rows of a table, its separator told by its rows; quotes enclose fields unless they cannot."""
+    if text.startswith("__label__"):
+        raise DataError(
+            f"{path} is in fastText's form: a label begins each line.",
+            help="write a table: a line 'text<tab>label', then a text and its label on each line.",
+        )
     first, _, rest = text.partition("\n")
     excel = re.fullmatch(r'"?sep=(.)"?\r?', first)
     if excel:

@@ -134,6 +134,9 @@ def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
     found = {"train": first_of(TRAIN_NAMES), "dev": first_of(DEV_NAMES)}
     if not found["dev"]:
         found["test"] = first_of(TEST_NAMES)
+    if not any(found.values()) and len(files) == 1:
+        remark(f"{folder}: taking its only file, {files[0].name}.")
+        found["train"] = files
     return {kind: parts for kind, parts in found.items() if parts}
 
 

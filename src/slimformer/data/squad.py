@@ -183,7 +183,7 @@ def _questions(where: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Que
     examples: list[Example] = []
     places: list[tuple[str, str]] = []
     kinds: dict[str, list[str]] = {"absent": [], "guessed": [], "sure": [], "none": []}
-    moved = 0
+    moved = impossible = 0
     contexts: dict[str, str] = {}
     for place, row in rows:
         name = row.get("id")
@@ -193,6 +193,9 @@ def _questions(where: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Que
         context = _told(row.get("context"), "context", place, str(name))
         context = contexts.setdefault(context, context)  # one copy for all its questions
         golds = list(_golds(row.get("answers"), place))
+        if row.get("is_impossible") is True:
+            impossible += bool(golds)
+            golds = []
         answer, found = placed(context, golds)
         starts = {start + len(text) - len(text.lstrip()) for text, start, _ in golds if start is not None}
         moved += bool(starts) and answer.start is not None and answer.start not in starts
@@ -202,6 +205,8 @@ def _questions(where: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Que
     if not examples:
         raise DataError(f"{where} holds no questions.", help=SHAPE)
     _distinct(where, places)
+    if impossible:
+        remark(f"{where}: {impossible:,} questions are marked is_impossible and have answers: they are taken to have none.")
     if moved:
         remark(
             f"{where}: {moved:,} of {len(examples):,} answers do not begin where answer_start says: the only place "

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+_FEWEST = 20  # rows from which a column of classes repeats them
+
+
 @dataclass(frozen=True)
 class Classification(Labelled):
     """Text classification, or scoring.
@@ -168,6 +171,13 @@ class Classification(Labelled):
                 raise DataError(
                     f"{table.where}: every row has the label {shown(raw[0], 60)} in column '{label}'.",
                     help="a classifier needs two classes; is it the right column, and the whole file?",
+                )
+            if len(raw) >= _FEWEST and 2 * len(set(raw)) > len(raw) and "train" in self._sources():
+                raise DataError(
+                    f"{table.where}: column '{label}' has {len(set(raw)):,} different values in {len(raw):,} rows, so it does "
+                    "not hold classes.",
+                    facts=[f"for instance: {enumerate_labels(raw[:3])}"],
+                    help="name the column of the labels: --label <column>.",
                 )
         metric = self.metric if self.metric != "auto" else "accuracy" if kind == "classes" else "spearman"
         if metric in (CLASS_METRICS if kind == "score" else SCORE_METRICS):
