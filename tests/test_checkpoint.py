@@ -81,6 +81,9 @@ def test_a_plain_folder_loads_too(dense):
 def test_no_folder_no_config_no_type(tmp_path):
     with pytest.raises(ModelError, match="is not a folder with a model"):
         slimformer.load(tmp_path / "nothing")
+    with pytest.raises(ModelError, match="is empty"):
+        slimformer.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         slimformer.load(tmp_path)
     (tmp_path / "config.json").write_text("[1", encoding="utf-8")

@@ -290,7 +290,7 @@ def test_a_recipe_may_be_mended_and_run_in_the_same_folder(fail: Fail, home: Pat
 
 
 def test_an_untuned_model_needs_a_stage_that_tunes_it(fail: Fail, home: Path) -> None:
-    rewrite(home / "model" / "config.json", architectures=["BertModel"])
+    write_model(home / "model", trained=False, bare=True)
     text = "model: model\ntask: {use: classification, data: data}\nstages: [{calibrate: {method: fisher}}]\n"
     (home / "recipe.yaml").write_text(text, encoding="utf-8")
     said = fail("run", "recipe.yaml", "--out", "out", kind="RecipeError")

@@ -28,7 +28,8 @@ def test_a_name_that_is_a_path_is_that_path(tmp_path: Path, monkeypatch: pytest.
     cached(cache, "own/bert", tmp_path / "own" / "bert")
     assert hub.local_folder("own/bert") == Path("own/bert")
     for name in ("./missing", "../missing/bert", "/missing/bert", "missing", "a/b/c"):
-        assert hub.local_folder(name) == Path(name)
+        with pytest.raises(ModelError, match=f"{name} is not a folder with a model" if name[0] != "." else "is not a folder"):
+            hub.local_folder(name)
 
 
 def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, cache: Path) -> None:
@@ -36,7 +37,9 @@ def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, cache: Path) 
     snapshot = cached(cache, "someone/tiny-bert", folder)
     for name in ("someone/tiny-bert", "someone/tiny-bert@main", f"someone/tiny-bert@{COMMIT}"):
         assert hub.local_folder(name) == snapshot
-    assert load(snapshot).config.model_type == "bert"
+    assert hub.local_folder("someone/tiny-bert", revision=COMMIT) == snapshot
+    for name, options in ((snapshot, {}), ("someone/tiny-bert@main", {}), ("someone/tiny-bert", {"revision": COMMIT})):
+        assert load(name, **options).config.model_type == "bert"
 
 
 def test_a_model_that_the_hub_does_not_give_is_told(cache: Path) -> None:
@@ -50,6 +53,7 @@ def test_only_files_of_a_model_folder_are_asked_for() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "plan.json"]
+    files += ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]
     others = ["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "1_Pooling/config.json", "README.md"]
     assert list(filter_repo_objects([*files, *others], allow_patterns=list(hub.DOWNLOADED))) == files
 

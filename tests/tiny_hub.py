@@ -14,6 +14,10 @@ def cached(cache: Path, model: str, folder: Path) -> Path:
     snapshot.mkdir(parents=True)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(COMMIT, encoding="utf-8")
-    for file in folder.iterdir():
-        (snapshot / file.name).symlink_to(file)
+    (home / "blobs").mkdir()
+    for number, file in enumerate(sorted(item for item in folder.rglob("*") if item.is_file())):
+        blob, link = home / "blobs" / f"{number:040}", snapshot / file.relative_to(folder)
+        blob.write_bytes(file.read_bytes())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
     return snapshot

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimformer.core.anatomy import Anatomy, Matrix, PointRole, Site, Skip
 from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
+from slimformer.core.ranges import Ranges
 from slimformer.errors import PlanError
 
 if TYPE_CHECKING:
@@ -89,7 +90,23 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
         if name in gone:
             for skip in anatomy.sites[name].skips:
                 small.set_submodule(skip.module, Skipped(skip))
+    before = cuts_of(model)
+    if before is not None:
+        remember_cuts(small, before.plan.then(decision.plan), decision.ranges)
     return small
+
+
+def remember_cuts(model: PreTrainedModel, plan: Plan, ranges: Ranges | None) -> None:
+    """Notes on a model what was cut of it since it was dense, as text; copies and further cuts keep the note up to date."""
+    model.slimformer_cuts = (plan.to_json(), ranges and ranges.to_json())  # type: ignore[assignment]
+
+
+def cuts_of(model: PreTrainedModel) -> Decision | None:
+    """What was cut of a model since it was dense, and its ranges, if that was noted."""
+    match getattr(model, "slimformer_cuts", None):
+        case (str() as plan, ranges):
+            return Decision(Plan.from_json(plan), ranges=Ranges.from_json(ranges) if isinstance(ranges, str) else None)
+    return None
 
 
 def _site(anatomy: Anatomy, name: str) -> Site:

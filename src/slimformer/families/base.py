@@ -36,15 +36,27 @@ __all__ = [
 ]
 
 
+SETTLED: Mapping[str, tuple[Any, ...]] = {  # of any encoder
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "position_embedding_type": ("absolute",),  # transformers 5 computes no other, and says nothing
+    "pruned_heads": ({},),  # transformers 5 does not read it: the shapes would differ
+    "feed_forward_type": ("original",),  # of encoders with code of their own
+}
+
+
 class Family(ABC):
     """Final classes without state; `model_types` are transformers' `config.model_type` values.
 
     A family whose parts do not fit into a `Skeleton` gives its own `anatomy` and `width` instead. `config` is the
-    content of config.json.
+    content of config.json. `settled`: fields of config.json with the values for which the anatomy describes what a model computes,
+    the usual one first; a model with another is refused.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     skeleton: ClassVar[Skeleton]
+    settled: ClassVar[Mapping[str, tuple[Any, ...]]] = SETTLED
 
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         """The anatomy of a model of this family, dense or already cut."""

@@ -34,6 +34,7 @@ from slimformer.running.recipe import Recipe
 from slimformer.running.rivals import Contestant
 from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
+from slimformer.saving.folders import MODEL_FOLDER
 from slimformer.saving.sparse import Values, rounding
 from slimformer.tasks.base import Split, Task
 
@@ -161,11 +162,11 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         run.log.say(f"model.safetensors: {stored}.")
     with whole_folder(run.root / "delivery") as part:
         source, ranges = material.source, bundle.ranges
-        (part / checkpoint.MODEL_FOLDER).mkdir()
+        (part / MODEL_FOLDER).mkdir()
         checkpoint.write(
             model,
             bundle.plan,
-            part / checkpoint.MODEL_FOLDER,
+            part / MODEL_FOLDER,
             tokenizer_from=source,
             values=export.values,
             ranges=ranges,

@@ -46,12 +46,12 @@ def preflight(recipe: Recipe) -> Checked:
     source, teacher = local_folder(recipe.model), local_folder(recipe.teacher) if recipe.teacher else None
     for folder in filter(None, (source, teacher)):
         family_of(checkpoint.base_type(checkpoint.read_config(folder)))
-        checkpoint.weights_file(folder)
+        checkpoint.check_weights(folder)
     check_kept(source, recipe.stages)
     task = recipe.task
     task.split(Split.DEV)
     if checkpoint.is_tuned(source, task.auto_class):
-        task = task.bind(checkpoint.read_config(source) | trained_marks(recipe))
+        task = task.bind(checkpoint.model_config(source) | trained_marks(recipe))
     elif teacher is None and not leading_stages(recipe.stages):
         raise RecipeError(
             f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
@@ -113,7 +113,7 @@ def check_kept(source: Path, stages: Sequence[Stage]) -> None:
 
 def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
     """ModelError or DataError if a teacher is no model for this task, or reads other token ids than the model."""
-    config = checkpoint.read_config(teacher)
+    config = checkpoint.model_config(teacher)
     if not checkpoint.is_tuned(teacher, task.auto_class):
         kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
         raise ModelError(
@@ -138,7 +138,7 @@ def check_masked_model(folder: Path, source: Path) -> None:
     """ModelError unless `folder` holds a masked language model that reads the tokens of the model in `source`."""
     config = checkpoint.read_config(folder)
     family_of(checkpoint.base_type(config))
-    checkpoint.weights_file(folder)
+    checkpoint.check_weights(folder)
     if not checkpoint.is_tuned(folder, "AutoModelForMaskedLM"):
         kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
         raise ModelError(

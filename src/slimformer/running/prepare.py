@@ -51,7 +51,7 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
         _check_model(teacher, material, run.log)
         return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
     lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
-    config, marks = checkpoint.read_config(source), trained_marks(recipe)
+    config, marks = checkpoint.model_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
         if not lead:  # otherwise the first stage may teach the model what it lacks
             _check_model(student, material, run.log)
@@ -64,7 +64,7 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
 def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None]:
     """The task bound to a tuned model's labels, and the model as it was saved."""
     source, marks = checked.source, trained_marks(checked.recipe)
-    task = checked.recipe.task.bind(checkpoint.read_config(source) | marks)
+    task = checked.recipe.task.bind(checkpoint.model_config(source) | marks)
     model = checkpoint.load(source)
     for name, value in marks.items():
         setattr(model.config, name, value)  # it is saved only with weights that a stage has trained
@@ -75,13 +75,13 @@ def _fresh_student(checked: Checked, seed: int) -> tuple[Task, Subject, Plan, No
     """The task, and the model with a new head for it. A named teacher knows the order of the classes, which the head shares."""
     task = checked.recipe.task
     if checked.teacher is not None:
-        task = task.bind(checkpoint.read_config(checked.teacher))
+        task = task.bind(checkpoint.model_config(checked.teacher))
     model = checkpoint.load_dense(checked.source, task.auto_class, task.configure(), seed)
     return task.bind(model.config.to_dict()), subject_of(model), Plan(), None
 
 
 def _teacher(folder: Path, student: Subject, task: Task) -> Subject:
-    task.bind(checkpoint.read_config(folder))
+    task.bind(checkpoint.model_config(folder))
     teacher = checkpoint.load(folder)
     mine, theirs = student.model.config.vocab_size, teacher.config.vocab_size
     if mine != theirs:

@@ -15,11 +15,13 @@ from slimformer.reporting.ledger import FACTS_FILE, LEDGER, read_facts, read_rec
 from slimformer.reporting.verdicts import Conclusion, choice, findings, judge
 from slimformer.reporting.words import lost_text, points_text
 from slimformer.saving import checkpoint
+from slimformer.saving.folders import MODEL_FOLDER
+from slimformer.saving.headers import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ALONGSIDE = ("README.md", "config.json", checkpoint.WEIGHTS, FACTS_FILE, "recipe.yaml")
+_ALONGSIDE = ("README.md", "config.json", WEIGHTS, FACTS_FILE, "recipe.yaml")
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,9 +131,9 @@ class Result:
         """
         facts = read_facts(self.out)
         named = [self.out / item.name for item in facts.files] if facts else []
-        folders = {self.out, self.out / checkpoint.MODEL_FOLDER, *(file.parent for file in named)}
+        folders = {self.out, self.out / MODEL_FOLDER, *(file.parent for file in named)}
         beside = [folder / name for folder in folders for name in (*_ALONGSIDE, *checkpoint.TOKENIZER_FILES)]
-        inner = [self.out / checkpoint.MODEL_FOLDER / name for name in checkpoint.OWN_FILES]
+        inner = [self.out / MODEL_FOLDER / name for name in checkpoint.OWN_FILES]
         models = [part for file in named for part in files_of(file)]
         return tuple(sorted({file for file in (*beside, *inner, *models) if file.is_file()}))
 

@@ -8,30 +8,31 @@ Matrices with many zeros are stored without them, and all large ones in smaller 
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import struct
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer.core.plan import Plan
 from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError
+from slimformer.families.base import anatomy_of, family_of
 from slimformer.files import whole_folder
+from slimformer.saving.building import blueprint, empty_model, reading, refuse_labels, silence
+from slimformer.saving.folders import CONFIG, model_folder, refuse_adapter, stranger
+from slimformer.saving.headers import WEIGHTS, StoredWeights, has_weights, inner_file, read_object, stored_weights
+from slimformer.saving.heads import LABEL_FIELDS, Source, class_named, encoder_of, find_source, parts_for
+from slimformer.saving.hub import local_folder
+from slimformer.saving.resaving import PLAN_FILE, PREFIX, keep_saving, write_base_config, write_own_facts
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-PREFIX = "slimformer_"
-WEIGHTS = "model.safetensors"
-MODEL_FOLDER = "model"  # a delivered folder holds the PyTorch model in this one
-OWN_FILES = ("plan.json", RANGES_FILE)  # these stand beside config and weights of a model that we saved
+OWN_FILES = (PLAN_FILE, RANGES_FILE)  # these stand beside config and weights of a model that we saved
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,15 +44,15 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "spiece.model",
 )
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
+_logger = logging.getLogger("slimformer")
 
 
 def save(
     model: PreTrainedModel,
     plan: Plan,
-    folder: Path,
+    folder: str | Path,
     *,
-    tokenizer_from: Path,
+    tokenizer_from: str | Path,
     sparse: bool = True,
     values: Values = "float32",
     ranges: Ranges | None = None,
@@ -73,16 +74,15 @@ def save(
         ModelError: Values do not fit into float16 or int8.
 
     Example:
-        >>> from pathlib import Path
         >>> from slimformer import Plan, anatomy_of, load, save, shrink
         >>> from slimformer.testing.tiny import tiny
         >>> model, plan = tiny("bert"), Plan({"encoder.0.heads": (1, 3)})
-        >>> save(shrink(model, anatomy_of(model), plan), plan, Path("cut"), tokenizer_from=Path("dense"))
+        >>> save(shrink(model, anatomy_of(model), plan), plan, "cut", tokenizer_from="dense")
         >>> load("cut").bert.encoder.layer[0].attention.self.query.out_features
         16
     """
-    with whole_folder(folder) as part:
-        write(model, plan, part, tokenizer_from=tokenizer_from, sparse=sparse, values=values, ranges=ranges)
+    with whole_folder(Path(folder)) as part:
+        write(model, plan, part, tokenizer_from=Path(tokenizer_from), sparse=sparse, values=values, ranges=ranges)
 
 
 def write(
@@ -98,24 +98,19 @@ def write(
     """Writes the same files into a folder that is there already (one the caller makes whole)."""
     from safetensors.torch import save_file
 
-    base_type = model.config.model_type
-    ours = {"model_type": PREFIX + base_type, "slimformer": {"base_model_type": base_type, "plan": plan.digest()}}
     tensors, metadata = pack(unshared(model), values, exact=heads(model)) if sparse else (unshared(model), {})
     save_file(
         tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"}
     )  # a single entry, because safetensors writes several in random order
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner may read
-    (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-    if ranges is not None:
-        (folder / RANGES_FILE).write_text(ranges.to_json() + "\n", encoding="utf-8")
-    _write_config(_base_config(model) | ours, folder)
+    write_own_facts(model, plan, folder, ranges)
     copy_tokenizer(tokenizer_from, folder)
 
 
 def write_surroundings(model: PreTrainedModel, folder: Path, *, tokenizer_from: Path) -> None:
     """Writes what other tools read beside an exported file: the config of the uncut model, and the tokenizer files."""
     folder.mkdir(exist_ok=True)
-    _write_config(_base_config(model), folder)
+    write_base_config(model, folder)
     copy_tokenizer(tokenizer_from, folder)
 
 
@@ -142,7 +137,7 @@ def save_dense(path: str | Path, folder: str | Path) -> None:
         >>> load("dense").num_parameters() == load("plain").num_parameters()
         True
     """
-    source = model_folder(path)
+    source = local_folder(path)
     with whole_folder(Path(folder)) as part:
         write_dense(load(source), load_plan(source), part, tokenizer_from=source)
 
@@ -153,7 +148,6 @@ def write_dense(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_f
     from safetensors.torch import save_file
 
     from slimformer.core.shrink import unshrink
-    from slimformer.families.base import anatomy_of
 
     with init_empty_weights(include_buffers=False):
         empty = type(model)(model.config)
@@ -161,21 +155,6 @@ def write_dense(model: PreTrainedModel, plan: Plan, folder: Path, *, tokenizer_f
     save_file(unshared(dense), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
     write_surroundings(model, folder, tokenizer_from=tokenizer_from)
-
-
-def _base_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The config of the model as transformers knows it: the sizes are those before the cut."""
-    import transformers
-
-    config = model.config.to_dict()
-    for private in ("_name_or_path", "_attn_implementation_internal", "_attn_implementation"):
-        config.pop(private, None)
-    names = {"model_type": model.config.model_type, "architectures": [type(model).__name__]}
-    return config | names | {"dtype": "float32", "transformers_version": transformers.__version__}
-
-
-def _write_config(config: Mapping[str, Any], folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -201,20 +180,22 @@ def unshared(model: PreTrainedModel) -> dict[str, Tensor]:
 def heads(model: PreTrainedModel) -> frozenset[str]:
     """Names of the matrices that give a model's outputs; they keep float32, as they do in int8 files."""
     from slimformer.core.anatomy import PointRole
-    from slimformer.families.base import anatomy_of
 
     points = anatomy_of(model).points.values()
     return frozenset(f"{module}.weight" for point in points if point.role is PointRole.HEAD for module in point.modules)
 
 
-def load(path: str | Path) -> PreTrainedModel:
+def load(path: str | Path, *, revision: str | None = None) -> PreTrainedModel:
     """The model saved at `path`, in float32 and eval mode: a plain transformers model, with smaller layers if it was cut.
 
+    The `save_pretrained` of a model that was cut, and so a Trainer's checkpoints, write a folder that loads again.
+
     Args:
-        path: A folder that slimformer or `save_pretrained` wrote.
+        path: A folder that slimformer or `save_pretrained` wrote, a delivered folder, or the hub id of one, `owner/name[@revision]`.
+        revision: The commit, tag or branch of a hub id.
 
     Returns:
-        The model, of the class that its config names.
+        The model, of the class that its weights are for.
 
     Raises:
         ModelError: The folder holds no model, or a name or shape of its weights does not match its config and plan.
@@ -226,18 +207,13 @@ def load(path: str | Path) -> PreTrainedModel:
         >>> load("plain").training
         False
     """
-    folder = model_folder(path)
-    config = read_config(folder)
-    if str(config["model_type"]).startswith(PREFIX):
-        return _load_cut(folder, config)
-    return load_dense(folder)
+    return load_folder(local_folder(path, revision))
 
 
-def model_folder(path: str | Path) -> Path:
-    """The folder with the PyTorch model: `path` itself, or the folder `model` in it if slimformer delivered `path`."""
-    folder = Path(path)
-    inner = folder / MODEL_FOLDER
-    return inner if (inner / "plan.json").is_file() and not (folder / "plan.json").exists() else folder
+def load_folder(folder: Path, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """As `load`, of the very folder; `changes` are fields of the config that replace those of config.json."""
+    raw = read_config(folder)
+    return _load_cut(folder, raw | dict(changes or {})) if _is_cut(raw) else load_dense(folder, config_changes=changes)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -259,32 +235,62 @@ def load_plan(path: str | Path) -> Plan:
         >>> load_plan("plain") == Plan()  # nothing was cut
         True
     """
-    file = model_folder(path) / "plan.json"
-    return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else Plan()
+    text = _read_text(local_folder(path), PLAN_FILE)
+    return Plan() if text is None else Plan.from_json(text)
 
 
 def load_ranges(path: str | Path) -> Ranges | None:
     """The ranges of activations of the model at `path`, if training learned them."""
-    file = model_folder(path) / RANGES_FILE
-    return Ranges.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    text = _read_text(local_folder(path), RANGES_FILE)
+    return None if text is None else Ranges.from_json(text)
+
+
+def _read_text(folder: Path, name: str) -> str | None:
+    """The text of a file of a folder; None if it has none of that name."""
+    file = inner_file(folder, name)
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", help="copy the whole folder again.") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; ModelError if it is missing or no config."""
+    """config.json of a model folder; ModelError if it is missing or no config, with what the folder is instead if that can be told."""
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is not a folder with a model.", help="name a folder with config.json, tokenizer and model.safetensors."
         )
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{folder} holds no config.json.", help="name a folder that save_pretrained() wrote.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.", help="save the model again.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{file} names no model_type.", help="name a folder that save_pretrained() wrote.")
+    file = inner_file(folder, CONFIG)
+    if file is None:
+        raise stranger(folder) or ModelError(
+            f"{folder} holds no config.json.", help="name a folder that save_pretrained() wrote."
+        )
+    config = read_object(file)
+    if "model_type" not in config:
+        config |= _type_of_class(config.get("architectures"))
+    if not isinstance(config.get("model_type"), str):
+        raise stranger(folder) or ModelError(
+            f"{file} names no model_type.",
+            help='name a folder that save_pretrained() wrote, or add the type of the model, such as "model_type": "bert".',
+        )
+    refuse_labels(folder, config)
     return config
+
+
+def _type_of_class(names: object) -> dict[str, str]:
+    """The model_type of the class that an old config.json names; nothing if it names none of transformers."""
+    import transformers
+
+    name = names[0] if isinstance(names, list) and names else None
+    config = getattr(getattr(transformers, name, None), "config_class", None) if isinstance(name, str) else None
+    kind = getattr(config, "model_type", None)
+    return {"model_type": kind} if isinstance(kind, str) else {}
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder with weights; its labels are those of the trained head, also if config.json does not name them."""
+    raw = read_config(folder)
+    return raw if _is_cut(raw) else dict(_source(folder, raw).raw)
 
 
 def base_type(config: Mapping[str, Any]) -> str:
@@ -292,49 +298,45 @@ def base_type(config: Mapping[str, Any]) -> str:
     return str(config["model_type"]).removeprefix(PREFIX)
 
 
-def weights_file(folder: Path) -> Path:
-    """The one safetensors file of a model folder, its header checked; ModelError for pickles, gaps and cut-off files."""
-    file = folder / WEIGHTS
-    if not file.is_file():
-        sharded = folder / f"{WEIGHTS}.index.json"
-        if sharded.is_file():
-            return sharded
-        pickles = [name for name in _PICKLES if (folder / name).exists()]
-        if pickles:
-            raise ModelError(
-                f"{folder} has its weights only as pickle ({pickles[0]}), which can run code and is not read.",
-                help="load it where you trust it and call model.save_pretrained(folder): that writes model.safetensors.",
-            )
-        raise ModelError(f"{folder} holds no model.safetensors.", help="name a folder that save_pretrained() wrote.")
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise ModelError(f"{file} is cut off or no safetensors file ({size} bytes).", help="copy or save it again.")
-        try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            raise ModelError(f"{file} has no readable safetensors header.", help="copy or save it again.") from None
-    if 8 + length + end != size:
+def weights_of(folder: Path) -> StoredWeights:
+    """What the headers of a model folder's weights say; ModelError for pickles, gaps, torn files, and for what is no model at all."""
+    if not has_weights(folder):
+        error = stranger(folder)
+        if error is not None:
+            raise error
+    refuse_adapter(folder)
+    return stored_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """ModelError if a folder's weights are not there, torn, or hold values that are not finite; each tensor is read for that."""
+    from safetensors import safe_open
+
+    strange = []
+    for file in weights_of(folder).files:
+        with reading(folder, file.name), safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - a file of safetensors is no mapping
+                tensor = stream.get_tensor(name)
+                if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+                    strange.append(name)
+    if strange:
         raise ModelError(
-            f"{file} is truncated: its header promises {8 + length + end} bytes, it has {size}.",
-            help="copy or save it again.",
+            f"{folder}: {len(strange)} tensors hold values that are not finite (nan or inf), and so will its outputs.",
+            facts=sorted(strange)[:3],
+            help="train it again with a lower learning rate if its training diverged, or copy it again if the file is damaged.",
         )
-    return file
 
 
 def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     """Ids of the encoder's matrices that the model at `path` was saved without the zeros of; no weight is read."""
-    from slimformer.families.base import anatomy_of
-
-    folder = model_folder(path)
+    folder = model_folder(Path(path))
     raw = read_config(folder)
-    if not str(raw["model_type"]).startswith(PREFIX):
+    if not _is_cut(raw):
         return ()
-    model = _cut_skeleton(folder, raw)
-    shares = zero_shares(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
+    stored = weights_of(folder)
+    model = _design_of(folder, raw, stored).empty()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shares = {name: share for file in stored.files for name, share in zero_shares(file, shapes).items()}
     return tuple(
         matrix.id
         for matrix in anatomy_of(model).encoder_matrices()
@@ -342,59 +344,77 @@ def sparse_matrices(path: str | Path) -> tuple[str, ...]:
     )
 
 
-def _load_cut(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
-    model = _cut_skeleton(folder, raw)
-    state = read_tensors(weights_file(folder), {name: tensor.shape for name, tensor in model.state_dict().items()})
-    _check_names(folder, model, state)
-    for name, source in _tied(model).items():
+def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
+    """The names and shapes of the model at `path`, without its weights; as `auto_class` if it has no head yet."""
+    folder = model_folder(Path(path))
+    raw = read_config(folder)
+    if _is_cut(raw):
+        return _design_of(folder, raw, weights_of(folder)).empty()
+    source = _source(folder, raw)
+    tuned = source.tuned == auto_class.removeprefix("AutoModelFor")
+    return _dense_skeleton(source, None if tuned else auto_class, {}).model
+
+
+# -- Folders that we wrote -----------------------------------------------------------------------------------------------------
+
+
+def _is_cut(raw: Mapping[str, Any]) -> bool:
+    return str(raw["model_type"]).startswith(PREFIX)
+
+
+def _load_cut(folder: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
+    stored = weights_of(folder)
+    design = _design_of(folder, raw, stored)
+    skeleton = design.empty()
+    state = _read_state(stored, {name: tensor.shape for name, tensor in skeleton.state_dict().items()}, {})
+    _check_names(folder, skeleton, state)
+    for name, source in _tied(skeleton).items():
         state.setdefault(name, state[source])
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
+    model = design.empty(buffers=True)
+    with reading(folder, WEIGHTS):
+        model.load_state_dict(state, strict=True, assign=True)
+        model.tie_weights()
+    _say(design.remarks)
+    keep_saving(model, design.plan, load_ranges(folder))
     return model.eval()
 
 
-def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
-    """The names and shapes of the model at `path`, without its weights; as `auto_class` if it has no head yet."""
-    import transformers
-    from accelerate import init_empty_weights
+@dataclass(frozen=True)
+class _Design:
+    """Everything that the shapes of a folder that we wrote follow from."""
 
-    folder = model_folder(path)
-    raw = read_config(folder)
-    if str(raw["model_type"]).startswith(PREFIX):
-        return _cut_skeleton(folder, raw)
-    fields = {key: value for key, value in raw.items() if key != "model_type"}
-    try:
-        config = transformers.AutoConfig.for_model(raw["model_type"], **fields)
-        with _quiet(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _does_not_load(folder, error) from error
-    return model
+    folder: Path
+    cls: type[PreTrainedModel]
+    config: PretrainedConfig
+    plan: Plan
+    remarks: tuple[str, ...]
 
+    def empty(self, *, buffers: bool = False) -> PreTrainedModel:
+        """The cut model without its weights."""
+        from slimformer.core.shrink import shrink  # needs torch
 
-def _does_not_load(folder: Path, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(f"{folder} does not load: {first}", help="does config.json belong to these weights?")
+        whole = empty_model(self.cls, self.config, self.folder, buffers=buffers)
+        try:
+            with reading(self.folder, PLAN_FILE):
+                return shrink(whole, anatomy_of(whole), self.plan)
+        except PlanError as error:
+            raise ModelError(f"{self.folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
 
 
-def _cut_skeleton(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
-    """Names and shapes of a model that we saved: an empty model, cut by its plan."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    from slimformer.core.shrink import shrink
-    from slimformer.families.base import anatomy_of, family_of
-
+def _design_of(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> _Design:
     kind = base_type(raw)
     family_of(kind)
     facts = raw.get("slimformer")
     names = raw.get("architectures")
     if not isinstance(facts, dict) or not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelError(f"{folder}/config.json is not one that slimformer wrote.", help="make the model again.")
-    cls = getattr(transformers, names[0], None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ModelError(f"{folder}/config.json names the class '{names[0]}', which transformers does not have.")
-    if not (folder / "plan.json").is_file():
+    cls = class_named(names[0], kind)
+    if cls is None:
+        raise ModelError(
+            f"{folder}/config.json names the class '{names[0]}', which transformers does not have for the type {kind}.",
+            help="copy the whole folder again.",
+        )
+    if inner_file(folder, PLAN_FILE) is None:
         raise ModelError(
             f"{folder} holds no plan.json.", help="copy the whole folder: without the plan its shapes are unknown."
         )
@@ -404,30 +424,32 @@ def _cut_skeleton(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
             f"{folder}: plan.json ({plan.digest()}) is not the plan of this model ({facts.get('plan')}).",
             help="copy the whole folder again.",
         )
-    fields = {key: value for key, value in raw.items() if key not in {"slimformer", "model_type"}}
-    config = transformers.AutoConfig.for_model(kind, **fields)
-    with init_empty_weights(include_buffers=False):
-        empty = cls(config)
-    try:
-        return shrink(empty, anatomy_of(empty), plan)
-    except PlanError as error:
-        raise ModelError(f"{folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
+    fields = blueprint(folder, raw, stored, planned=len(plan.keep) + len(plan.forms))
+    return _Design(folder, cls, fields.config(kind), plan, fields.remarks)
 
 
 def _check_names(folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """ModelError unless `state` holds every name of the model in its shape, tied ones once, and nothing else."""
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(state) - {name for name, source in _tied(model).items() if source in state})
-    unknown = sorted(set(state) - set(wanted))
-    wrong = sorted(name for name in set(state) & set(wanted) if state[name].shape != wanted[name].shape)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {name for name, source in _tied(model).items() if source in state}
+    _compare(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, tied, "config.json and plan.json")
+
+
+def _compare(
+    folder: Path, have: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], may_lack: Set[str], source: str
+) -> None:
+    """ModelError unless the tensors that are there have the wanted names and shapes."""
+    missing = sorted(set(wanted) - set(have) - may_lack)
+    unknown = sorted(set(have) - set(wanted))
+    wrong = sorted(name for name in set(have) & set(wanted) if tuple(have[name]) != tuple(wanted[name]))
     facts = [f"missing: {name}" for name in missing[:3]] + [f"unknown: {name}" for name in unknown[:3]]
-    facts += [f"shape: {name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}" for name in wrong[:3]]
+    facts += [f"shape: {name} is {tuple(have[name])}, expected {tuple(wanted[name])}" for name in wrong[:3]]
     if facts:
         raise ModelError(
-            f"{folder}: the weights do not match config.json and plan.json "
+            f"{folder}: the weights do not match {source} "
             f"({len(missing)} missing, {len(unknown)} unknown, {len(wrong)} of another shape).",
             facts=facts,
-            help="copy the whole folder again, or make the model again.",
+            help="copy the whole folder again, or make the model again; a model that was cut is saved with slimformer.save and its plan.",
         )
 
 
@@ -436,76 +458,138 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys or {})
 
 
+# -- Plain transformers folders ------------------------------------------------------------------------------------------------
+
+
 def load_dense(
     folder: Path, auto_class: str | None = None, config_changes: Mapping[str, Any] | None = None, seed: int = 17
 ) -> PreTrainedModel:
-    """A plain transformers folder as its own class, or as `auto_class` with a fresh head if the folder has none.
+    """A plain transformers folder as the class that its weights are for, or as `auto_class` with a fresh head if they have none for it.
 
     Only a head may be fresh, and the same `seed` gives the same one: encoder weights that are missing, unknown or of another shape
-    raise ModelError.
+    raise ModelError. A remark says what was found against the word of config.json.
     """
     import torch
-    import transformers
 
-    raw = read_config(folder)
-    weights_file(folder)
-    names = raw.get("architectures") or ["AutoModel"]
-    cls: Any = getattr(transformers, auto_class or names[0], None)
-    if cls is None:
-        raise ModelError(f"{folder}/config.json names the class '{names[0]}', which transformers does not have.")
-    changes = config_changes or {}
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    source = _source(folder, read_config(folder))
+    dense = _dense_skeleton(source, auto_class, config_changes or {})
+    wanted = {name: tensor.shape for name, tensor in dense.model.state_dict().items()}
+    state = _read_state(source.stored, wanted, dense.names)
+    with silence(), torch.random.fork_rng(devices=[]), reading(folder, WEIGHTS):
         torch.manual_seed(seed)
-        try:
-            known = transformers.AutoConfig.for_model(raw["model_type"]) if changes else None
-            model, info = cls.from_pretrained(
-                folder,
-                **{name: value for name, value in changes.items() if hasattr(known, name)},
-                dtype="float32",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # the error below names them
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise _does_not_load(folder, error) from error
-    base = f"{model.base_model_prefix}."
-    extra = [name for name in info["missing_keys"] if name.startswith(base) and ".pooler." not in name]
-    wrong = [str(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]]
-    fresh = [name for name in info["missing_keys"] if name not in extra]
-    if extra or wrong or (fresh and auto_class is None):
-        facts = [f"missing: {name}" for name in (extra or fresh)[:3]] + [f"shape: {name}" for name in wrong[:3]]
-        raise ModelError(f"{folder}: the weights do not match config.json.", facts=facts, help="copy or save the model again.")
-    for name in changes:
-        if not hasattr(known, name):
-            setattr(model.config, name, changes[name])  # fields that transformers does not know are saved too
-    return model.eval()  # type: ignore[no-any-return]
+        model: PreTrainedModel = type(dense.model).from_pretrained(
+            None, config=dense.model.config, state_dict=state, dtype="float32", **dense.options
+        )
+    _say((*source.remarks, *dense.remarks))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A plain model without its weights, and the name in the file of each tensor that is taken from there."""
+
+    model: PreTrainedModel
+    names: Mapping[str, str]
+    remarks: tuple[str, ...]
+    options: Mapping[str, Any]  # of its class
+
+
+def _source(folder: Path, raw: Mapping[str, Any]) -> Source:
+    family_of(base_type(raw))
+    return find_source(folder, raw, weights_of(folder))
+
+
+def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str, Any]) -> _Dense:
+    """The model of a plain folder, whose names and shapes agree with the headers of its weights; nothing is read or allocated."""
+    folder, kind = source.folder, base_type(source.raw)
+    parts = source.parts if auto_class is None else parts_for(auto_class, kind)
+    if parts is None:
+        raise ModelError(f"transformers has no {auto_class} for the type {kind}.", help="name a model of another type.")
+    if auto_class is None and source.problem:
+        raise ModelError(
+            f"{folder} does not load: {source.problem}.",
+            help="mend architectures in config.json; without it, the class is found from the weights.",
+        )
+    fresh = parts.cls is not source.parts.cls or bool(source.problem)
+    raw = {name: value for name, value in source.raw.items() if not (fresh and name in LABEL_FIELDS)}
+    fields = blueprint(folder, raw, source.stored)
+    remarks = list(fields.remarks)
+    if fresh and (source.problem or source.parts.head):
+        had = source.problem or f"it is a {source.parts.cls.__name__}"
+        remarks.append(f"{folder}: {had}; its encoder is taken, and the head of the {parts.cls.__name__} is new.")
+    known = {name: value for name, value in changes.items() if name not in LABEL_FIELDS} | {
+        name: changes[name] for name in LABEL_FIELDS if name in changes
+    }
+    if known.keys() & set(LABEL_FIELDS):
+        fields = replace(fields, fields={name: value for name, value in fields.fields.items() if name not in LABEL_FIELDS})
+    pooled = any(name.startswith("pooler.") for name in source.body)
+    options = {} if pooled or not encoder_of(kind).pooled or parts.head else {"add_pooling_layer": False}
+    model = empty_model(parts.cls, fields.config(kind, known), folder, **options)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = {f"{parts.prefix}{name}": own for name, own in source.body.items()}
+    names = {name: own for name, own in names.items() if name in wanted or ".pooler." not in f".{name}"}
+    if not fresh:
+        names |= {name: own for name, own in source.tops.items() if name in wanted}
+    new = {name for name in wanted if fresh and (not name.startswith(parts.prefix) or ".pooler." in name)}
+    have = {name: source.stored.tensors[own].shape for name, own in names.items()}
+    _compare(folder, have, wanted, new | set(_tied(model)), CONFIG)
+    return _Dense(model, names, tuple(remarks), options)
 
 
 def is_tuned(folder: Path, auto_class: str) -> bool:
     """Whether the folder holds a model with a trained head for this kind of task; whether its labels fit, `Task.bind` says."""
-    suffix = auto_class.removeprefix("AutoModel")
-    return any(str(name).endswith(suffix) for name in read_config(folder).get("architectures") or [])
+    raw, purpose = read_config(folder), auto_class.removeprefix("AutoModelFor")
+    if not _is_cut(raw) and has_weights(folder):
+        return _source(folder, raw).tuned == purpose
+    names = raw.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(f"For{purpose}") for name in names)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' warnings about fresh heads off the screen: the checks here raise an error if one matters."""
-    import transformers
+# -- Weights -------------------------------------------------------------------------------------------------------------------
 
-    before = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.ERROR + 5)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+
+def _read_state(stored: StoredWeights, shapes: Mapping[str, Sequence[int]], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a folder as float32. `names`: the model's name of each -> the file's; without any, all under the file's names.
+
+    ModelError if one has another type than a float: no rounding makes weights of it.
+    """
+    state: dict[str, Tensor] = {}
+    for file in stored.files:
+        state |= read_tensors(file, shapes)
+    if names:
+        state = {name: state[own] for name, own in names.items()}
+    whole = [name for name in sorted(state) if not state[name].is_floating_point() or state[name].element_size() < 2]
+    if whole:
+        kind = str(state[whole[0]].dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{stored.folder}: '{whole[0]}' is stored as {kind}, and weights are float32, float16 or bfloat16.",
+            help="save the model again in float32; one that another tool quantized must be named as it was before.",
+        )
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} - {"float32"})
+    if kinds:
+        _say([f"{stored.folder}: the weights are stored as {', '.join(kinds)}; they are computed with as float32."])
+    state = {name: tensor.float() for name, tensor in state.items()}
+    strange = _not_finite(state)
+    if strange:
+        _say(
+            [
+                f"{stored.folder}: {len(strange)} tensors hold values that are not finite (nan or inf), the first is {strange[0]}."
+            ]
+        )
+    return state
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold nan or inf."""
+    return sorted(name for name, tensor in state.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all()))
+
+
+def _say(remarks: Iterable[str]) -> None:
+    for remark in remarks:
+        _logger.warning("%s", remark)
+
+
+# -- The Auto classes ----------------------------------------------------------------------------------------------------------
 
 
 def register_auto_classes() -> None:
@@ -516,13 +600,8 @@ def register_auto_classes() -> None:
     from slimformer import registry
 
     def loader(config_class: Any, suffix: str) -> Any:
-        def from_pretrained(_: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
-            model = load(path)
-            if suffix == "":
-                return model.base_model
-            if not type(model).__name__.endswith(suffix):
-                raise ModelError(f"{path} holds a {type(model).__name__}, not one that ends in {suffix}.")
-            return model
+        def from_pretrained(_: Any, path: str | Path, *args: Any, **options: Any) -> Any:
+            return _load_as(suffix, path, options)
 
         return type(
             f"Slim{suffix or 'Model'}", (), {"config_class": config_class, "from_pretrained": classmethod(from_pretrained)}
@@ -536,3 +615,51 @@ def register_auto_classes() -> None:
             transformers.AutoConfig.register(PREFIX + kind, own)
             for suffix in suffixes:
                 getattr(modeling_auto, f"AutoModel{suffix}").register(own, loader(own, suffix))
+
+
+def _load_as(suffix: str, path: str | Path, options: Mapping[str, Any]) -> Any:
+    """What an Auto class gives for a folder of ours: the options of `from_pretrained` that make sense for it count."""
+    import torch
+    import transformers
+
+    from slimformer.core.shrink import cuts_of
+
+    inner = options.get("subfolder") or ""
+    folder = local_folder(Path(path) / inner if Path(path).is_dir() else path, options.get("revision"))
+    folder = folder / inner if not Path(path).is_dir() and (folder / inner).is_dir() else folder
+    raw, config = read_config(folder), options.get("config")
+    changes = {}
+    if config is not None:  # the caller's own config, or that of the folder with the caller's changes
+        with reading(folder, CONFIG):
+            told = transformers.AutoConfig.for_model(**{**raw, "model_type": config.model_type}).to_dict()
+        changes = {
+            name: value for name, value in config.to_dict().items() if value != told.get(name) and name not in _OF_THE_CALL
+        }
+    model: Any = load_folder(folder, changes)
+    if suffix and not type(model).__name__.endswith(suffix):
+        raise ModelError(f"{path} holds a {type(model).__name__}, not one that ends in {suffix}.")
+    cuts = cuts_of(model)
+    if suffix == "" and cuts is not None:
+        model = model.base_model
+        keep_saving(model, cuts.plan, cuts.ranges)
+    for name in ("output_hidden_states", "output_attentions"):
+        if changes.get(name):
+            setattr(model.config, name, changes[name])
+    attention = options.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+    if attention == "eager" or options.get("attn_implementation"):
+        model.set_attn_implementation(attention)
+    kind = options.get("dtype", options.get("torch_dtype"))
+    if kind not in (None, "auto"):
+        model = model.to(dtype=getattr(torch, kind) if isinstance(kind, str) else kind)
+    place = options.get("device_map")
+    if isinstance(place, (int, torch.device)) or (isinstance(place, str) and place not in ("auto", "balanced", "sequential")):
+        model = model.to(device=place)
+    return (model, _NOTHING_MISSING) if options.get("output_loading_info") else model
+
+
+_OF_THE_CALL = frozenset(
+    ("model_type", "slimformer", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
+)
+_NOTHING_MISSING: Mapping[str, Sequence[str]] = dict.fromkeys(
+    ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ()
+)

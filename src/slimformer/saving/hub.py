@@ -10,38 +10,42 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from slimformer.errors import ModelError
-from slimformer.saving.checkpoint import model_folder
+from slimformer.saving.folders import model_folder
 
 HUB_MODEL = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+?)(@(?P<revision>[\w./-]+))?", re.ASCII)  # ./my-bert and ../my-bert are paths
-DOWNLOADED = (
+MODEL_FILES = (
     "config.json", "model*.safetensors", "model.safetensors.index.json", "plan.json", "ranges.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
-    "model/*.json", "model/*.txt", "model/*.model",  # a folder that slimformer delivered; model*.safetensors means its weights too
 )  # fmt: skip
+DOWNLOADED = (*MODEL_FILES, *(f"model/{name}" for name in MODEL_FILES), "adapter_config.json", "modules.json")
 
 
-def local_folder(name: str | Path) -> Path:
-    """The folder of the model `name`: the path itself, or the hub's files of that id in the local cache, downloaded if need be.
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of the model `name`: a folder here, or the hub's files of that id in the local cache, downloaded if need be.
 
-    Of a folder that slimformer delivered, it is the one inside with the PyTorch model.
+    In a delivered folder it is `model/`. `revision` is that of a hub id, like an `@revision` in its name.
 
     Raises:
-        ModelError: `name` is no path here and the hub does not give it, for example offline.
+        ModelError: `name` is no folder here and the hub does not give it, for example offline.
 
     Examples:
+        >>> from slimformer.testing.tiny import tiny
+        >>> tiny("bert").save_pretrained("my-bert")
         >>> local_folder("./my-bert").name
         'my-bert'
     """
     hub = HUB_MODEL.fullmatch(str(name)) if not Path(name).exists() else None
-    return model_folder(_downloaded(hub["id"], hub["revision"]) if hub else name)
+    if hub:
+        return model_folder(_downloaded(hub["id"], revision or hub["revision"]))
+    return model_folder(Path(name))
 
 
 @lru_cache  # one run reads one commit, whatever is pushed meanwhile
 def _downloaded(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # its import takes as long as everything else here
+
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # network, names and permissions fail in as many ways as there are repositories

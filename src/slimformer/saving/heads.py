@@ -1,0 +1,291 @@
+"""Finds out which class of transformers a plain model folder's weights are for, from the names in their headers.
+
+config.json names a class, and may be wrong or silent. The names of the tensors outside the encoder tell which head was trained: a class
+fits if all tensors of its head are there. What was found against the word of config.json is a remark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimformer.errors import ModelError, shown
+from slimformer.families.base import family_of
+from slimformer.saving.building import MOST_LABELS, silence
+from slimformer.saving.folders import CONFIG
+from slimformer.saving.headers import StoredTensor, StoredWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PURPOSES = (  # of the heads that are looked for; of two that fit alike the first is taken
+    "SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "PreTraining", "NextSentencePrediction",
+    "MultipleChoice",
+)  # fmt: skip
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before each name
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))  # of checkpoints from TensorFlow
+_NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")  # buffers that older versions saved
+_QUANTIZED = re.compile(
+    r"\.(SCB|absmax|quant_map|qweight|qzeros|g_idx|weight_packed|weight_scale|_packed_params\w*|quant_state\..*)$"
+)
+_LABELS = 7  # a number of labels that is no other size of a tiny model
+LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
+_TAG = re.compile(r"[BILUES]-\w+")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The names of a class's tensors: those of the encoder, without its prefix, and those of the head.
+
+    `per_label` names one that has a row for each label.
+    """
+
+    cls: type[PreTrainedModel]
+    prefix: str
+    body: frozenset[str]
+    head: frozenset[str]
+    per_label: str | None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the class has a pooler."""
+        return any(name.startswith("pooler.") for name in self.body)
+
+    @property
+    def purpose(self) -> str:
+        """ "SequenceClassification" and the like; "" for an encoder."""
+        return self.cls.__name__.partition("For")[2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the weights of a plain transformers folder are: the class they are for, and each tensor by its name in that class.
+
+    `parts.head` is empty if they have no trained head. `problem` says why they cannot be loaded as they are, if so.
+    """
+
+    folder: Path
+    raw: Mapping[str, Any]  # config.json, with the labels that the head has
+    stored: StoredWeights
+    parts: Parts
+    body: Mapping[str, str]  # name in the encoder -> name in the file
+    tops: Mapping[str, str]  # name outside it -> name in the file
+    remarks: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def tuned(self) -> str:
+        """What the trained head is for: "SequenceClassification" and the like; "" if there is none."""
+        return "" if self.problem else self.parts.purpose
+
+    def tensor(self, name: str) -> StoredTensor:
+        """What the headers say of a tensor by its name in the file."""
+        return self.stored.tensors[name]
+
+
+def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> Source:
+    """The class that a plain transformers folder's weights are for. `raw`: the content of its config.json.
+
+    ModelError if the weights are quantized by another tool, or config.json contradicts the trained head.
+    """
+    kind, stated = str(raw["model_type"]), _stated(folder, raw)
+    encoder = encoder_of(kind)
+    renamed, remarks = _plain_names(folder, stored)
+    body, tops = _divide(renamed, encoder)
+    cls = class_named(stated, kind)
+    parts = _parts_of(cls, kind) if cls is not None else None
+    problem = ""
+    if parts is None or not (parts.head <= set(tops) if parts.head else not tops):
+        fitting = [other for other in _candidates(kind) if _fits(other, body, tops)]
+        if fitting:
+            own, better = parts, max(fitting, key=lambda other: _rank(other, raw))
+            parts = better
+            if own is None or own.head or better.cls is not own.cls:
+                said = f"names {stated}" if stated else "names no class"
+                head = f"the head of {better.cls.__name__} ({min(better.head)})"
+                remarks.append(f"{folder}: config.json {said}, and the weights hold {head}: that is used.")
+        elif parts is None or (parts.head and not parts.head & set(tops)):
+            if parts is not None:
+                problem = f"config.json names {stated}, and the weights hold no such head ({min(parts.head)})"
+            elif stated and tops:
+                problem = f"config.json names {stated}, which transformers does not have, and no other class reads {min(tops)}"
+            elif stated:
+                remarks.append(f"{folder}: config.json names {stated}, which transformers does not have; the encoder is read.")
+            parts = encoder
+    if cls is None and stated and raw.get("auto_map"):
+        problem = f"config.json names {stated}, whose code came with the model (auto_map); such code is never run"
+    unread = (
+        sorted(name for name in tops if not any(name in other.head for other in (parts, *_candidates(kind)))) if tops else []
+    )
+    if unread and not problem:
+        remarks.append(
+            f"{folder}: {len(unread)} tensors belong to no head of transformers and are not read, the first is {unread[0]}."
+        )
+    settled = _with_labels(folder, raw, parts, tops, stored, remarks)
+    return Source(folder, settled, stored, parts, body, tops, tuple(remarks), problem)
+
+
+def _stated(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    names = raw.get("architectures") or None
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{folder / CONFIG}: architectures is {shown(names)}, not a list of names.", help="mend it there.")
+    return str(names[0])
+
+
+def class_named(name: str | None, kind: str) -> type[PreTrainedModel] | None:
+    """The class of transformers of that name, if it is one for models of this kind."""
+    import transformers
+
+    cls = getattr(transformers, name, None) if name and name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        return None
+    return cls if getattr(cls.config_class, "model_type", None) == kind else None
+
+
+# -- The classes of a model type -----------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def encoder_of(kind: str) -> Parts:
+    """The parts of the class without a head."""
+    import transformers
+
+    with silence():
+        cls = type(_tiny(transformers.AutoModel.from_config, kind))
+    return _parts_of(cls, kind)
+
+
+@lru_cache
+def _candidates(kind: str) -> tuple[Parts, ...]:
+    """The parts of all classes with a head for a purpose that we know."""
+    found = []
+    for purpose in _PURPOSES:
+        parts = parts_for(f"AutoModelFor{purpose}", kind)
+        if parts is not None:
+            found.append(parts)
+    return tuple(found)
+
+
+@lru_cache
+def parts_for(auto_class: str, kind: str) -> Parts | None:
+    """The parts of the class that an Auto class of transformers takes for a model type; None if it has none."""
+    import transformers
+
+    try:
+        with silence():
+            cls = type(_tiny(getattr(transformers, auto_class).from_config, kind))
+    except (ValueError, KeyError):
+        return None
+    return _parts_of(cls, kind)
+
+
+def _parts_of(cls: type[PreTrainedModel], kind: str) -> Parts:
+    """The names of a class's tensors, from a tiny model on the meta device."""
+    if cls not in _known:
+        _known[cls] = _read_parts(cls, kind)
+    return _known[cls]
+
+
+_known: dict[type[PreTrainedModel], Parts] = {}
+
+
+def _read_parts(cls: type[PreTrainedModel], kind: str) -> Parts:
+    with silence():
+        model = _tiny(cls, kind)
+    state, tied = model.state_dict(), dict(model.all_tied_weights_keys or {})
+    base = model.base_model is model
+    prefix = "" if base else f"{model.base_model_prefix}."
+    body = frozenset(name.removeprefix(prefix) for name in state if name.startswith(prefix))
+    head = frozenset(name for name in state if not name.startswith(prefix) and name not in tied)
+    per_label = min((name for name in head if state[name].shape[0] == _LABELS and name.endswith("weight")), default=None)
+    return Parts(cls, prefix, body, head, per_label)
+
+
+def _tiny(make: Any, kind: str) -> PreTrainedModel:
+    """A tiny model without weights; `make` takes a config."""
+    import torch
+    import transformers
+
+    sizes = family_of(kind).tiny(kind) | {"vocab_size": 99, "max_position_embeddings": 64}
+    with torch.device("meta"):
+        try:
+            return make(transformers.AutoConfig.for_model(kind, **sizes, num_labels=_LABELS))  # type: ignore[no-any-return]
+        except ValueError:  # some classes have two outputs and no other number
+            return make(transformers.AutoConfig.for_model(kind, **sizes))  # type: ignore[no-any-return]
+
+
+# -- What the weights hold -----------------------------------------------------------------------------------------------------
+
+
+def _plain_names(folder: Path, stored: StoredWeights) -> tuple[dict[str, str], list[str]]:
+    """Today's name of each tensor -> its name in the file; ModelError if they are quantized by another tool."""
+    quantized = next((name for name in stored.tensors if _QUANTIZED.search(name)), None)
+    if quantized is not None:
+        raise ModelError(
+            f"the weights of {folder} are quantized by another tool ({quantized}), and slimformer cuts float weights.",
+            help="name the folder of the model before it was quantized.",
+        )
+    names = {name: name for name in stored.tensors if not _NO_WEIGHTS.search(name)}
+    remarks = []
+    for wrapper in _WRAPPERS:
+        if names and all(name.startswith(wrapper) for name in names):
+            names = {name.removeprefix(wrapper): own for name, own in names.items()}
+            remarks.append(f"{folder}: the names of all tensors begin with '{wrapper}', which is left out.")
+    for old, new in _OLD_NAMES:
+        names = {name.replace(old, new) if name.endswith(old) else name: own for name, own in names.items()}
+    return names, remarks
+
+
+def _divide(names: Mapping[str, str], encoder: Parts) -> tuple[dict[str, str], dict[str, str]]:
+    """The tensors of the encoder, without its prefix, and those outside it."""
+    prefix = f"{encoder.cls.base_model_prefix}."
+    if any(name.startswith(prefix) for name in names):
+        inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    else:
+        firsts = {name.partition(".")[0] for name in encoder.body}
+        inside = {name: name for name in names if name.partition(".")[0] in firsts}
+    return {inside[name]: own for name, own in names.items() if name in inside}, {
+        name: own for name, own in names.items() if name not in inside
+    }
+
+
+def _fits(parts: Parts, body: Mapping[str, str], tops: Mapping[str, str]) -> bool:
+    """Whether all tensors of the head are there, and a pooler if the class has one."""
+    pooled = not parts.pooled or any(name.startswith("pooler.") for name in body)
+    return parts.head <= set(tops) and (pooled if parts.head else not tops)
+
+
+def _rank(parts: Parts, raw: Mapping[str, Any]) -> tuple[bool, int, bool]:
+    """The better of two classes that fit: tags say what they are for, then the one that reads more."""
+    names = raw.get("id2label")
+    tags = isinstance(names, Mapping) and any(isinstance(name, str) and _TAG.match(name) for name in names.values())
+    return tags and parts.purpose == "TokenClassification", len(parts.head), parts.pooled
+
+
+def _with_labels(
+    folder: Path, raw: Mapping[str, Any], parts: Parts, tops: Mapping[str, str], stored: StoredWeights, remarks: list[str]
+) -> dict[str, Any]:
+    """config.json with as many labels as the head has rows; ModelError if it names another number."""
+    if parts.per_label is None or parts.per_label not in tops:
+        return dict(raw)
+    own = tops[parts.per_label]
+    shape = stored.tensors[own].shape
+    rows = shape[0] if len(shape) == 2 else 0
+    names, count = raw.get("id2label"), raw.get("num_labels")
+    told = len(names) if names else count
+    if parts.purpose == "QuestionAnswering":  # its two outputs have no names
+        return {key: value for key, value in raw.items() if key not in ("id2label", "label2id")} | {"num_labels": rows}
+    if told is not None and told != rows:
+        raise ModelError(
+            f"{folder / CONFIG} names {told:,} labels, and the head has {rows:,} ({own}).",
+            help="mend id2label in config.json, or copy the whole folder again.",
+        )
+    if told is None and rows != 2 and 0 < rows <= MOST_LABELS:
+        remarks.append(f"{folder}: config.json names no labels, and the head has {rows} of them: LABEL_0 to LABEL_{rows - 1}.")
+    return dict(raw) | ({} if names else {"num_labels": rows})

@@ -1,0 +1,189 @@
+"""Lets a loaded model that was cut save itself as transformers saves its own: `save_pretrained`, and so Trainer and push_to_hub.
+
+The note of what was cut lies on the model (core/shrink.py), so that copies and further cuts have it too. Weights are written as
+transformers writes them, shards and all; config.json and plan.json say what `load` needs.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from slimformer.core.plan import Plan
+from slimformer.core.ranges import RANGES_FILE, Ranges
+from slimformer.errors import ModelError, PlanError, output_errors
+from slimformer.families.base import anatomy_of, family_of
+from slimformer.saving.building import empty_model, reading
+from slimformer.saving.folders import CONFIG
+from slimformer.saving.headers import INDEX
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = "slimformer_"
+PLAN_FILE = "plan.json"
+_PUSHED = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+_SETTLED = ("_name_or_path", "_attn_implementation_internal", "_attn_implementation", "transformers_version")
+
+
+def write_own_facts(model: PreTrainedModel, plan: Plan, folder: Path, ranges: Ranges | None) -> None:
+    """Writes config.json, plan.json and ranges.json of a model that was cut by `plan`."""
+    base_type = model.config.model_type
+    ours = {"model_type": PREFIX + base_type, "slimformer": {"base_model_type": base_type, "plan": plan.digest()}}
+    (folder / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
+    if ranges is not None:
+        (folder / RANGES_FILE).write_text(ranges.to_json() + "\n", encoding="utf-8")
+    _write_config(_base_config(model) | ours, folder)
+
+
+def write_base_config(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the config.json of the model as transformers knows it: the sizes are those before the cut."""
+    _write_config(_base_config(model), folder)
+
+
+def _base_config(model: PreTrainedModel) -> dict[str, Any]:
+    import transformers
+
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _SETTLED}
+    names = {"model_type": model.config.model_type, "architectures": [type(model).__name__]}
+    return config | names | {"dtype": str(model.dtype).removeprefix("torch."), "transformers_version": transformers.__version__}
+
+
+def _write_config(config: Mapping[str, Any], folder: Path) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -- save_pretrained -----------------------------------------------------------------------------------------------------------
+
+
+class SavesItself:
+    """What the class of a loaded model that was cut has before transformers' own: its `save_pretrained`, and how it is copied."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """Writes the model as `save_pretrained` of transformers does, with its options, so that `load` and the Auto classes read it.
+
+        Files of other names in the folder stay, as a Trainer expects it. Raises ModelError before anything is written if the model's
+        shapes are no longer those that its config and plan say.
+        """
+        _save_again(cast("PreTrainedModel", self), Path(save_directory), is_main_process, push_to_hub, options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _new, (type(self).__mro__[2],), *rest
+
+
+@cache
+def _saving_class(cls: type) -> type:
+    """The class of transformers with `SavesItself` before it, under the same name."""
+    return type(
+        cls.__name__,
+        (SavesItself, cls),
+        {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__},
+    )
+
+
+def _new(cls: type) -> Any:
+    own = _saving_class(cls)
+    return own.__new__(own)
+
+
+def keep_saving(model: PreTrainedModel, plan: Plan, ranges: Ranges | None) -> None:
+    """Makes the model's own `save_pretrained` write a folder that `load` reads; its copies do the same."""
+    from slimformer.core.shrink import remember_cuts  # needs torch
+
+    remember_cuts(model, plan, ranges)
+    if not isinstance(model, SavesItself):
+        model.__class__ = _saving_class(type(model))
+
+
+def _save_again(
+    model: PreTrainedModel, folder: Path, is_main_process: bool, push_to_hub: bool, options: dict[str, Any]
+) -> None:
+    from transformers import PreTrainedModel
+
+    from slimformer.core.shrink import cuts_of  # needs torch
+
+    cuts = cuts_of(model)
+    if cuts is None or not is_main_process:
+        return
+    _check_shapes(model, cuts.plan)
+    pushed = {name: options.pop(name) for name in _PUSHED if name in options}
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as name:
+            part = Path(name)
+            PreTrainedModel.save_pretrained(model, part, **options)
+            if (part / CONFIG).is_file():  # an adapter is saved without one
+                write_own_facts(model, cuts.plan, part, cuts.ranges)
+                for old in (*folder.glob("model*.safetensors"), folder / INDEX, folder / RANGES_FILE):
+                    if not (part / old.name).exists():
+                        old.unlink(missing_ok=True)
+            for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):  # config.json last
+                file.chmod(0o644)
+                file.replace(folder / file.name)
+    if push_to_hub:
+        model.push_to_hub(**{"repo_id": folder.name} | pushed)
+
+
+def _check_shapes(model: PreTrainedModel, plan: Plan) -> None:
+    """ModelError unless config and plan lead to the shapes that the model has."""
+    from slimformer.core.shrink import shrink  # needs torch
+
+    empty = empty_model(type(model), model.config, Path(CONFIG))
+    try:
+        with reading(Path(), CONFIG):
+            wanted = shrink(empty, anatomy_of(empty), plan).state_dict()
+    except PlanError as error:
+        wanted, why = {}, error.what
+    else:
+        have = model.state_dict()
+        differing = [name for name in wanted.keys() | have.keys() if name not in have or name not in wanted]
+        differing = differing or [name for name in wanted if have[name].shape != wanted[name].shape]
+        why = f"'{min(differing)}' differs" if differing else ""
+    if why:
+        raise ModelError(
+            f"the shapes of this model no longer follow from its config and its plan: {why}.",
+            help="change the config too, or save it with slimformer.save and its whole plan.",
+        )
+
+
+def write_given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Tokenizer | None, folder: Path) -> None:
+    """Writes a model in memory, cut by slimformer or plain, and its tokenizer as a folder that preflight and `load` accept.
+
+    Args:
+        model: The model; one that torch.compile or DataParallel wraps is unwrapped.
+        tokenizer: One of transformers or tokenizers.
+        folder: The folder to write into; it is made if it is not there.
+
+    Raises:
+        ModelError: It is no model of a known family, or has an adapter that is not merged.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+    plain: Any = model
+    while (
+        not isinstance(plain, PreTrainedModel)
+        and (inner := getattr(plain, "_orig_mod", getattr(plain, "module", None))) is not None
+    ):
+        plain = inner
+    if hasattr(plain, "merge_and_unload") or getattr(plain, "_hf_peft_config_loaded", False):
+        raise ModelError("the model has an adapter beside its weights.", help="merge the two first: model.merge_and_unload().")
+    if not isinstance(plain, PreTrainedModel):
+        raise ModelError(
+            f"a {type(model).__name__} is no model of transformers.", help="give a PreTrainedModel, or name a folder."
+        )
+    family_of(plain.config.model_type)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain.save_pretrained(folder)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(str(folder / "tokenizer.json"))
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,185 @@
+"""The head that the weights hold is used, whatever class config.json names; of a model for something else the encoder is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import batch, tiny
+
+import slimformer
+from slimformer.errors import ModelError
+from slimformer.saving import checkpoint
+
+WEIGHTS = "model.safetensors"
+CLASSIFY, TAG, ANSWER, FILL = (
+    f"AutoModelFor{name}" for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+)
+KINDS = ("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert")
+
+
+def change(folder: Path, **entries: object) -> None:
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | entries
+    file.write_text(json.dumps({name: value for name, value in content.items() if value != "gone"}), encoding="utf-8")
+
+
+def rename(folder: Path, new) -> None:
+    """Gives each tensor the name that `new` makes of it; None leaves it out."""
+    state = {new(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file({name: tensor for name, tensor in state.items() if name}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def saved(folder: Path, kind: str = "bert", head: str = CLASSIFY, **changes: object):
+    """A tiny model of that type with that head, saved in `folder`."""
+    if head == ANSWER:
+        changes["num_labels"] = 2
+    model = tiny(kind, auto_class=head, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", [CLASSIFY, TAG, ANSWER, FILL])
+def test_the_head_is_found_without_a_word_of_config(tmp_path, kind, head, caplog):
+    model = saved(tmp_path, kind, head)
+    change(tmp_path, architectures="gone")
+    again = slimformer.load(tmp_path)
+    if not (kind == "bert" and head == TAG):
+        assert f"the head of {type(again).__name__}" in caplog.text
+    assert type(again) is type(model)
+    assert checkpoint.is_tuned(tmp_path, head)
+    assert not checkpoint.is_tuned(tmp_path, TAG if head == CLASSIFY else CLASSIFY)
+    assert torch.equal(again(**batch(model))[0], model(**batch(model))[0])
+
+
+@pytest.mark.parametrize("stated", [["BertForMaskedLM"], ["BertModel"], ["RobertaForSequenceClassification"], ["MyBert"], []])
+def test_a_wrong_class_in_config_is_told(tmp_path, stated, caplog):
+    model = saved(tmp_path)
+    change(tmp_path, architectures=stated)
+    assert checkpoint.is_tuned(tmp_path, CLASSIFY)
+    assert torch.equal(slimformer.load(tmp_path).classifier.weight, model.classifier.weight)
+    assert "the weights hold the head of BertForSequenceClassification" in caplog.text
+    assert checkpoint.model_config(tmp_path)["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+
+
+@pytest.mark.parametrize("head", [TAG, ANSWER, FILL])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_a_head_for_something_else_leaves_its_encoder(tmp_path, kind, head, caplog):
+    """Also if its classifier has the very shape that the new one needs."""
+    model = saved(tmp_path, kind, head, num_labels=2)
+    changes = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    fresh = checkpoint.load_dense(tmp_path, CLASSIFY, changes)
+    assert (
+        f"it is a {type(model).__name__}; its encoder is taken, and the head of the {type(fresh).__name__} is new"
+        in caplog.text
+    )
+    assert fresh.config.id2label == {0: "bad", 1: "good"}
+    own, taken = model.base_model.state_dict(), fresh.base_model.state_dict()
+    assert all(torch.equal(tensor, taken[name]) for name, tensor in own.items())
+    if head == TAG:
+        assert not torch.equal(model.classifier.weight, getattr(fresh.classifier, "out_proj", fresh.classifier).weight)
+
+
+def test_tags_tell_a_tagger_from_a_classifier(tmp_path):
+    saved(tmp_path, id2label={0: "O", 1: "B-PER", 2: "I-PER"}, label2id={"O": 0, "B-PER": 1, "I-PER": 2})
+    change(tmp_path, architectures="gone")
+    assert checkpoint.is_tuned(tmp_path, TAG)
+
+
+def test_labels_come_from_the_head_if_config_names_none(tmp_path, caplog):
+    saved(tmp_path)
+    change(tmp_path, id2label="gone", label2id="gone")
+    assert slimformer.load(tmp_path).config.num_labels == 3
+    assert checkpoint.model_config(tmp_path)["num_labels"] == 3
+    assert "config.json names no labels, and the head has 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "names 2 labels, and the head has 3"),
+        ({"id2label": "gone", "label2id": "gone", "num_labels": 5}, "names 5 labels, and the head has 3"),
+        ({"id2label": "gone", "num_labels": 10**9}, "num_labels is 1000000000"),
+        ({"id2label": 5}, "id2label is 5"),
+        ({"id2label": {"0": "a", "2": "b", "3": "c"}}, "must run from 0"),
+        ({"architectures": 5}, "architectures is 5"),
+        ({"architectures": {"a": 1}}, "not a list of names"),
+    ],
+)
+def test_what_contradicts_the_head_is_refused(tmp_path, entries, said):
+    saved(tmp_path)
+    change(tmp_path, **entries)
+    with pytest.raises(ModelError, match=said):
+        slimformer.load(tmp_path)
+
+
+def test_a_head_that_is_named_and_not_there(tmp_path, caplog):
+    saved(tmp_path)
+    rename(tmp_path, lambda name: None if name.startswith("classifier") else name)
+    assert not checkpoint.is_tuned(tmp_path, CLASSIFY)
+    with pytest.raises(
+        ModelError, match=r"BertForSequenceClassification, and the weights hold no such head \(classifier.bias\)"
+    ):
+        slimformer.load(tmp_path)
+    assert checkpoint.load_dense(tmp_path, CLASSIFY, {"num_labels": 2}).config.num_labels == 2
+    assert "the head of the BertForSequenceClassification is new" in caplog.text
+
+
+def test_half_a_head_is_a_damaged_file(tmp_path):
+    saved(tmp_path, "distilbert")
+    rename(tmp_path, lambda name: None if name == "classifier.bias" else name)
+    with pytest.raises(ModelError, match=r"1 missing[\s\S]*classifier.bias"):
+        slimformer.load(tmp_path)
+
+
+def test_a_class_that_nobody_knows_with_a_head_that_nobody_reads(tmp_path):
+    saved(tmp_path)
+    change(tmp_path, architectures=["JointBert"])
+    rename(tmp_path, lambda name: name.replace("classifier", "slot_head"))
+    with pytest.raises(
+        ModelError, match=r"JointBert, which transformers does not have, and no other class reads slot_head.bias"
+    ):
+        slimformer.load(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model."])
+def test_names_from_inside_a_wrapper(tmp_path, wrapper, caplog):
+    model = saved(tmp_path)
+    rename(tmp_path, lambda name: wrapper + name)
+    assert torch.equal(slimformer.load(tmp_path).classifier.weight, model.classifier.weight)
+    assert f"begin with '{wrapper}'" in caplog.text
+
+
+def test_names_of_old_checkpoints(tmp_path):
+    model = saved(tmp_path)
+    rename(
+        tmp_path, lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    )
+    state = load_file(tmp_path / WEIGHTS) | {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    change(tmp_path, model_type="gone")
+    again = slimformer.load(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tensors_that_nobody_reads(tmp_path, caplog):
+    saved(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file(state | {"crf.transitions": torch.zeros(3, 3)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    slimformer.load(tmp_path)
+    assert "1 tensors belong to no head of transformers and are not read, the first is crf.transitions" in caplog.text
+    save_file(
+        state | {"bert.encoder.layer.3.output.dense.weight": torch.zeros(3, 3)}, tmp_path / WEIGHTS, metadata={"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=r"1 unknown[\s\S]*encoder.layer.3"):
+        slimformer.load(tmp_path)
+
+
+def test_an_encoder_without_a_pooler_gets_no_random_one(tmp_path):
+    tiny("bert").base_model.save_pretrained(tmp_path)
+    rename(tmp_path, lambda name: None if name.startswith("pooler") else name)
+    assert slimformer.load(tmp_path).pooler is None
