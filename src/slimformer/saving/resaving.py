@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,14 +78,15 @@ class SavesItself:
         return _new, (type(self).__mro__[2],), *rest
 
 
-@cache
+_classes: dict[type, type] = {}
+
+
 def _saving_class(cls: type) -> type:
     """The class of transformers with `SavesItself` before it, under the same name."""
-    return type(
-        cls.__name__,
-        (SavesItself, cls),
-        {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__},
-    )
+    if cls not in _classes:
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _classes[cls] = type(cls.__name__, (SavesItself, cls), names)
+    return _classes[cls]
 
 
 def _new(cls: type) -> Any:
