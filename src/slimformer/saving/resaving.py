@@ -74,8 +74,8 @@ class SavesItself:
         _save_again(cast("PreTrainedModel", self), Path(save_directory), is_main_process, push_to_hub, options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return _new, (type(self).__mro__[2],), *rest
+        reduced = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        return (_new, (type(self).__mro__[2],), *reduced[2:])
 
 
 _classes: dict[type, type] = {}
@@ -90,7 +90,7 @@ def _saving_class(cls: type) -> type:
 
 
 def _new(cls: type) -> Any:
-    own = _saving_class(cls)
+    own: Any = _saving_class(cls)
     return own.__new__(own)
 
 
