@@ -47,6 +47,7 @@ def preflight(recipe: Recipe) -> Checked:
     for folder in filter(None, (source, teacher)):
         family_of(checkpoint.base_type(checkpoint.read_config(folder)))
         checkpoint.check_weights(folder)
+        checkpoint.skeleton(folder, recipe.task.auto_class)  # its weights have the names and shapes that its config says
     check_kept(source, recipe.stages)
     task = recipe.task
     task.split(Split.DEV)
