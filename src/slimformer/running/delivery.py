@@ -173,7 +173,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         )
         for folder in dict.fromkeys(["", *(kind.folder for _, kind in delivered)]):
             checkpoint.write_surroundings(model, part / folder, tokenizer_from=source)
-        for folder in dict.fromkeys(["", checkpoint.MODEL_FOLDER, *(kind.folder for _, kind in delivered)]):
+        for folder in dict.fromkeys(["", MODEL_FOLDER, *(kind.folder for _, kind in delivered)]):
             write_tokenizer(source, part / folder)
         if export.dense:
             checkpoint.write_dense(model, bundle.plan, part, tokenizer_from=source)
