@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from tiny_export import data, export
 
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.measuring.machine import FLAGS, Load, Quiet, environment, saturates
+from slimformer.measuring.records import Facts, FileFacts
 from slimformer.measuring.scoring import Measurement, evaluate, shipped_bytes
 from slimformer.measuring.sessions import Engine, Session, open_session
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Rounds, Timing, Workload, compare, ratio, workloads
+from slimformer.reporting.ledger import write_facts
 from slimformer.running.bench import bench
 from slimformer.tasks.base import Features
 
@@ -276,9 +280,6 @@ def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
 
 
 def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
-    from slimformer.measuring.records import Facts
-    from slimformer.reporting.ledger import write_facts
-
     folder = export(tmp_path / "model", ("model.onnx", "model_int8.onnx"))
     options = {"use": "classification", "data": str(data(tmp_path / "data"))}
     with pytest.raises(RecipeError, match="no data to bench on"):
@@ -290,6 +291,108 @@ def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
     (folder / "model_int8.onnx").unlink()
     with pytest.raises(ModelError, match=r"names 'model_int8\.onnx' as the best file, which is not there"):
         bench([folder, other], load=LOAD)
+
+
+def plain_folder(folder: Path, *files: str, home: str = "") -> Path:
+    """ONNX files as other tools leave them: config and tokenizer in `home`, files anywhere."""
+    made = export(folder / "made", ("model.onnx",))
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made / "model.onnx", folder / name)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / home).mkdir(exist_ok=True)
+        shutil.copyfile(made / name, folder / home / name)
+    shutil.rmtree(made)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "home", "taken"),
+    [
+        (["model_quantized.onnx"], "", "model_quantized.onnx"),  # as optimum's quantizer leaves it
+        (["onnx/model.onnx"], "", "model.onnx"),  # as on the hub
+        (["onnx/model.onnx", "onnx/model_quantized.onnx"], "onnx", "model_quantized.onnx"),
+        (["onnx/model_qint8_avx512.onnx"], "", "model_qint8_avx512.onnx"),  # as sentence-transformers names one
+        (["own.onnx"], "", "own.onnx"),
+        (["model.onnx", "model_optimized.onnx"], "", "model.onnx"),
+    ],
+)
+def test_files_of_other_tools_are_found(tmp_path: Path, files: list[str], home: str, taken: str) -> None:
+    other = plain_folder(tmp_path / "other", *files, home=home)
+    records = run_bench(export(tmp_path / "base"), other, folder=tmp_path / "data").records
+    assert [(record.name, record.file) for record in records] == [("base", "model.onnx"), ("other", taken)]
+    assert records[1].score == 0.8
+
+
+def test_of_several_unknown_files_one_must_be_named(tmp_path: Path) -> None:
+    folder = plain_folder(tmp_path / "other", "a.onnx", "onnx/b.onnx")
+    with pytest.raises(ModelError, match=r"holds 2 ONNX files[\s\S]*there: a\.onnx, onnx/b\.onnx[\s\S]*name one of them"):
+        run_bench(folder, folder=tmp_path / "data")
+    assert run_bench(folder / "onnx" / "b.onnx", folder=tmp_path / "data").records[0].score == 0.8
+
+
+def test_a_bare_file_wants_its_config_and_tokenizer(tmp_path: Path) -> None:
+    folder = plain_folder(tmp_path / "other", "a.onnx")
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config\.json beside .*a\.onnx[\s\S]*put the model's config\.json and tokenizer"):
+        run_bench(folder / "a.onnx", folder=tmp_path / "data")
+
+
+def delivered(home: Path, **changes: Any) -> Path:
+    """A folder as a run leaves it, with files in onnx/, made for data that lie beside it."""
+    folder = export(home / "small")
+    shutil.copytree(export(home / "made", ("model.onnx", "model_int8.onnx")), folder / "onnx")
+    (folder / "model.onnx").unlink()
+    data(home / "data")
+    files = (FileFacts("onnx/model.onnx", "float"), FileFacts("onnx/model_int8.onnx", "int8_static", int8=True))
+    task = {"use": "classification", "data": "../data"}
+    write_facts(folder, replace(Facts("onnx/model_int8.onnx", task, 16, "accuracy", params=12, files=files), **changes))
+    return folder
+
+
+def test_a_delivered_folder_is_benched_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = delivered(tmp_path / "home")
+    for where, name in ((folder, "."), (folder.parent, "small"), (tmp_path, "home/small"), (folder / "onnx", "..")):
+        monkeypatch.chdir(where)
+        records = bench([name], rounds=1, load=LOAD, threads=1).records
+        assert [record.file for record in records] == ["onnx/model.onnx", "onnx/model_int8.onnx"]
+    (one,) = bench([folder / "onnx" / "model_int8.onnx"], rounds=1, load=LOAD, threads=1).records
+    assert (one.file, one.params, one.precision) == ("onnx/model_int8.onnx", 12, "int8_static")
+
+
+def test_a_moved_folder_asks_for_its_data_and_takes_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = delivered(tmp_path / "home")
+    away = tmp_path / "away" / "small"
+    shutil.copytree(folder, away)
+    data(tmp_path / "other" / "here" / "data")
+    (tmp_path / "other" / "here" / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "other" / "here" / "inner")  # there is a ../data
+    with pytest.raises(DataError, match=r"the data that .*small was made with are gone: .*away/data[\s\S]*--data"):
+        bench([away], load=LOAD)
+    assert run_bench(away, folder=tmp_path / "data").records[0].score == 0.8
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"use": "classification", "data": "../data", "colour": "red"}, "the task classification has no option colour"),
+        ({"use": "tagging", "data": "../data"}, "names the task 'tagging', which is not installed"),
+        ({"use": "classification", "data": "../data", "max_length": "many"}, "max_length: .*, not 'many'"),
+        ({"use": "classification", "data": "../data", "labels": 5}, "labels: .*, not 5"),
+        ({"use": "classification", "data": "../data", "kind": "none"}, "kind"),
+    ],
+)
+def test_facts_of_another_version_are_told(tmp_path: Path, task: dict[str, Any], message: str) -> None:
+    folder = delivered(tmp_path, task=task)
+    with pytest.raises(ModelError, match=rf"slimformer\.json.*{message}[\s\S]*another version"):
+        bench([folder], load=LOAD)
+
+
+@pytest.mark.parametrize("length", [-1, 0])
+def test_a_length_that_leaves_no_tokens_is_told(tmp_path: Path, length: int) -> None:
+    folder = delivered(tmp_path, max_length=length)
+    with pytest.raises(ModelError, match=f"at most {length} tokens"):
+        bench([folder], load=LOAD)
 
 
 def test_a_folder_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def write_tokenizer(source: Path, folder: Path) -> None:
         settings["model_input_names"] = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
         for name, token in _special_tokens(source, data).items():
             settings.setdefault(name, token)
+    elif pad := _special_tokens(source, data).get("pad_token"):
+        settings.setdefault("pad_token", pad)  # without it no tool fills up a batch
     write_text(folder / _CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from typing import Any
 from slimformer import registry
 from slimformer.data.batching import collate, in_order
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
-from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
+from slimformer.errors import DataError, ExtraError, ModelError, RecipeError, readable, shown
 from slimformer.exporters.base import FILES, OPENVINO, Variant, variant_of
 from slimformer.measuring.machine import Load, Quiet, cores
 from slimformer.measuring.records import Facts, FileFacts, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
-from slimformer.reporting.ledger import read_facts
+from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
 from slimformer.saving.checkpoint import TOKENIZER_FILES, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task
@@ -138,14 +139,38 @@ def _recorded_task(paths: Sequence[Path]) -> Task:
 
 
 def _task_of(facts: Facts, folder: Path) -> Task:
-    """The task that slimformer.json in `folder` names, its data where they are now; DataError if they are gone."""
-    name = str(facts.task["use"])
+    """The task that slimformer.json in `folder` names, with its data where they are now.
+
+    ModelError if another version wrote options that are unknown here or cannot be; DataError if the data are gone.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    name, file = str(facts.task["use"]), folder / FACTS_FILE
+    other = "another version of slimformer may have written it: name the task and its data, --task ... --data ./folder."
+    if name not in registry.names("tasks"):
+        raise ModelError(f"{file} names the task {shown(name)}, which is not installed.", help=other)
     cls = registry.find("tasks", name)
     options = {key: value for key, value in facts.task.items() if key != "use"}
+    unknown = sorted(set(options) - {entry.name for entry in fields(cls)})
+    if unknown:
+        raise ModelError(f"{file}: the task {name} has no option {readable(unknown[0])}.", help=other)
     for key in set(cls.paths) & set(options):
         if isinstance(options[key], str):
             options[key] = read_in(folder, options[key])
-    task: Task = cls(**options)
+    try:
+        task: Task = TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        item = error.errors()[0]
+        place = ".".join(map(str, item["loc"]))
+        raise ModelError(f"{file}: {readable(place)}: {item['msg']}, not {shown(item['input'])}.", help=other) from None
+    except RecipeError as error:
+        raise ModelError(f"{file}: {error.what}", facts=error.facts, help=other) from None
+    for key in cls.paths:
+        path = getattr(task, key)
+        if isinstance(path, str) and os.path.isabs(path) and not os.path.exists(path):
+            raise DataError(
+                f"the data that {folder} was made with are gone: {path}.", help="say where they are now: --data ./folder."
+            )
     return task
 
 
@@ -338,10 +363,21 @@ def _fitted(task: Task, model: _Model) -> Task:
             "the file, and it has none (a SQuAD v1.1 model has no threshold below which there is no answer).",
             help="bench it on data like those it was made for, or make it again with these.",
         )
-    return replace(task, **model.fitted)  # type: ignore[type-var]
+    try:
+        return replace(task, **model.fitted)  # type: ignore[type-var]
+    except (TypeError, RecipeError) as error:
+        raise ModelError(
+            f"slimformer.json holds options for {model.file} that the task {registry.name_of(task)} does not take: {error}",
+            help="copy the whole folder again, or bench it with the version of slimformer that made it.",
+        ) from None
 
 
 def _length_limit(models: Sequence[_Model]) -> int:
     """One length limit for all: what the first delivered folder was made with, but no more than any model can take."""
     recorded = [model.facts.max_length for model in models if model.facts is not None]
+    if recorded and recorded[0] < 1:
+        raise ModelError(
+            f"slimformer.json says that texts have at most {recorded[0]} tokens.",
+            help="copy the whole folder again, or say --max-length.",
+        )
     return min([*recorded[:1], *(max_length_of(model.folder) for model in models)])
