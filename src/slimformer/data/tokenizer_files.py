@@ -62,22 +62,23 @@ def tokenizer_text(folder: Path) -> str:
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """Writes the tokenizer of `source` into `folder`: as tokenizer.json, with settings under which transformers gives the same ids."""
+    """Writes the tokenizer of `source` into `folder`: as tokenizer.json, with settings under which transformers gives the same ids.
+
+    Files of other forms that were copied there are removed: transformers would add their tokens once more.
+    """
     text = tokenizer_text(source)
     write_text(folder / _JSON, text)
     settings, data = read_json(source / _CONFIG), json.loads(text)
     for name in _OF_THE_SOURCE:
         settings.pop(name, None)
     if _may_differ(source, data) or not settings.get("tokenizer_class"):
-        settings["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # old and new versions read tokenizer.json as it is for this one
-        )
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # for this, old and new versions read tokenizer.json as it is
         segments = (read_json(source / "config.json").get("type_vocab_size") or 1) > 1
         settings["model_input_names"] = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
-        for name, token in _special_tokens(source, data).items():
-            settings.setdefault(name, token)
-    elif pad := _special_tokens(source, data).get("pad_token"):
-        settings.setdefault("pad_token", pad)  # without it no tool fills up a batch
+    for name, token in _special_tokens(source, data).items():
+        settings.setdefault(name, token)
+    for name in ("special_tokens_map.json", "added_tokens.json", "merges.txt", *OTHER_FORMS):
+        (folder / name).unlink(missing_ok=True)
     write_text(folder / _CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 

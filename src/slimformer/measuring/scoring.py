@@ -65,11 +65,7 @@ class Scored:
 
     @classmethod
     def of(cls, entry: Entry, outputs: Outputs, examples: Sequence[Example]) -> Scored:
-        """These outputs of an entry, judged by its task.
-
-        ModelError if the task cannot judge them: one is missing or has another size, or a number in one is not finite.
-        """
-        _check_outputs(entry, outputs, examples)
+        """These outputs of an entry, judged by its task."""
         task, features = entry.task, entry.features
         return cls(
             entry,
@@ -276,9 +272,14 @@ def measure(
 
     The budget of `rounds` is for each of the two workloads. `load` is that of the machine just before; without it, a new
     `Quiet` waits here.
-    RecipeError if the models cut the examples into different numbers of rows.
+    RecipeError if the models cut the examples into different numbers of rows. ModelError if the task cannot judge the outputs of one: an
+    output is missing or has another size, or a number in it is not finite.
     """
-    scored = {entry.name: Scored.of(entry, evaluate(entry.session.runner, entry.features), examples) for entry in entries}
+    scored = {}
+    for entry in entries:
+        outputs = evaluate(entry.session.runner, entry.features)
+        _check_outputs(entry, outputs, examples)
+        scored[entry.name] = Scored.of(entry, outputs, examples)
     timings = _time(entries, rounds, load or Quiet().load())
     rivals = [entry.name for entry in entries if Standing(entry.role).is_rival]
     against = {entry.name: rivals if entry.role == Standing.OURS else [] for entry in entries}

@@ -173,10 +173,10 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         )
         for folder in dict.fromkeys(["", *(kind.folder for _, kind in delivered)]):
             checkpoint.write_surroundings(model, part / folder, tokenizer_from=source)
-        for folder in dict.fromkeys(["", MODEL_FOLDER, *(kind.folder for _, kind in delivered)]):
-            write_tokenizer(source, part / folder)
         if export.dense:
             checkpoint.write_dense(model, bundle.plan, part, tokenizer_from=source)
+        for folder in dict.fromkeys(["", MODEL_FOLDER, *(kind.folder for _, kind in delivered)]):
+            write_tokenizer(source, part / folder)
         for name, path in files.items():
             _copy(path, part / candidate.kinds[name].place)
         if export.openvino:
