@@ -320,7 +320,7 @@ def demo_command(
     from slimformer.running.search import compress
     from slimformer.tasks.intents import Intents
 
-    _show(compress(encoder(), Intents(), out, speedup=speedup, max_loss=6.0, minutes=minutes, command=_command()))
+    _show(compress(encoder(), Intents(dev=800), out, speedup=speedup, max_loss=6.0, minutes=minutes, command=_command()))
 
 
 def _tasks() -> dict[str, type[Task]]:

@@ -26,7 +26,7 @@ SHORTEST_BENCH, FULL_BENCH = 8.0, 60.0  # seconds for each of the two workloads 
 MANY_PASSES = 6.0  # from here on, copies of the rows with other words teach more than the same rows again
 MOST_COPIES = 4
 RESERVE = 0.03  # share of a budget that no part is given
-TUNED_SHARE = 0.4  # of the time that training gets goes at most into tuning a model that came without a head
+TUNED_SHARE = 0.33  # of the time that training gets goes at most into tuning a model that came without a head
 PASSES = 2.0  # over fewer rows, rather than one over more
 CUT_STEP = 0.1  # what a step costs beside the layers, as a share of an uncut one: the teacher's numbers, the losses, the head
 
@@ -130,8 +130,8 @@ def copies_of(passes: float) -> int:
     return min(MOST_COPIES, int(passes // 3)) if passes >= MANY_PASSES else 0
 
 
-def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: float, batch_size: int) -> Diet:
-    """The most thorough diet that fits into these seconds; RecipeError if nothing does.
+def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: float, batch_size: int, spent: float = 0.0) -> Diet:
+    """The most thorough diet that fits into these seconds; RecipeError if nothing does. `spent`: seconds that are gone already.
 
     Timing, importance and tries shrink with the budget. Then training gets what is left: first the smaller dense rival is left
     out if it would leave too few steps, then nothing works.
@@ -153,9 +153,9 @@ def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: floa
         if enough and (sizes.tuned or tried.tune_passes >= min(full.tune_passes, fewest)):
             return tried
     least = replace(lean, rival=False, tune_passes=min(full.tune_passes, fewest), passes=min(full.passes, fewest))
-    needed = sum(forecast(sizes, pace, least, speedup).values()) / (1 - RESERVE) / 60
+    needed = (sum(forecast(sizes, pace, least, speedup).values()) + spent) / (1 - RESERVE) / 60
     raise RecipeError(
-        f"{seconds / 60:.1f} minutes are too few on this machine.",
+        f"the minutes are too few on this machine: {spent:.0f} seconds went into measuring it, and {duration(seconds)} are left.",
         help=f"the least that works here is about --minutes {math.ceil(1.1 * needed)}.",
     )
 

@@ -323,9 +323,13 @@ def _planned(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tun
     )
     full = _full(first, wanted, sizes)
     distil = _distillation(first, wanted, full.passes)
-    cost = estimate(training_of(replace(distil, rows=None, augment=0), first, run), seconds=3.0)
+    cost = estimate(training_of(replace(distil, rows=None, augment=0), first, run), seconds=1.5)
     pace = Pace(1 / cost.tokens_per_second, cost.teacher_seconds / tokens, cost.peak_rss_bytes)
-    diet = full if wanted.minutes is None else diet_for(sizes, pace, full, wanted.speedup, schedule.left, wanted.batch_size)
+    diet = (
+        full
+        if wanted.minutes is None
+        else diet_for(sizes, pace, full, wanted.speedup, schedule.left, wanted.batch_size, schedule.spent)
+    )
     learnt = _distillation(first, wanted, diet.passes)
     lengths = features[Split.TRAIN].lengths()[: learnt.rows]
     needs = learnt.methods[0].effects().needs
@@ -481,9 +485,10 @@ class _Search:
 
         def passes() -> float:
             sizes, pace, slow = self.outline.sizes, self.outline.pace, self.schedule.slowness(Part.UNCUT, Part.CUTTING)
-            cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=2.0)
+            cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=1.0)
             pace = replace(pace, read=cost.teacher_seconds / sizes.train_tokens)
-            later = forecast(sizes, pace, replace(self.diet, passes=0.0), self.wanted.speedup)
+            rest = replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
+            later = forecast(sizes, pace, rest, self.wanted.speedup)
             needed = sum(slow * later[part] for part in (Part.TRYING, Part.RIVAL, Part.MEASURING))
             most = _full(small, self.wanted, sizes).passes
             fit = passes_within(sizes, pace, self.schedule.left - needed, most, self.diet.rival, 1 / cost.tokens_per_second)
