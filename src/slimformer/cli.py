@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -398,9 +399,16 @@ def prefer_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+LAUNCHED = ("compress", "run", "demo")  # commands that several processes may share
+
+
 def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
     prefer_environment()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launcher ends all processes if one of them died
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(_help_out() if sys.argv[1:2] and sys.argv[1] in LAUNCHED and not {"--help", "-h"} & set(sys.argv) else 0)
     try:
         with show_log():
             app(prog_name="slimformer")
@@ -411,3 +419,14 @@ def main() -> None:
         if end.code == 130:  # typer makes this of Ctrl-C and says nothing
             typer.echo("stopped; the same `compress`, `run` or `demo` goes on from here.", err=True)
         raise
+
+
+def _help_out() -> int:
+    """What a process does that a launcher started beside the first: it helps to train, and speaks only if it is left alone."""
+    from slimformer.training.processes import join
+
+    try:
+        join()
+    except (SlimformerError, KeyboardInterrupt):
+        return 2  # the first process says why
+    return 0

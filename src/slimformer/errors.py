@@ -7,6 +7,7 @@
     |-- RecipeError       one or more mistakes in a recipe or in the options, all shown together
     |-- TargetError       a target that cannot be reached; says the best possible
     |-- OutputError       an output folder that is taken, locked or full
+    |-- ProcessError      one of several processes of a run is gone
     |-- ExportError       an exported file that does not agree with the model it came from
     `-- ExtraError        an optional package that is not installed
 
@@ -105,6 +106,10 @@ class TargetError(SlimformerError):
 
 class OutputError(SlimformerError):
     """A place that cannot be written: taken by something else, locked by another run, or full."""
+
+
+class ProcessError(SlimformerError):
+    """One of the processes that `accelerate launch` started is gone."""
 
 
 class ExportError(SlimformerError):

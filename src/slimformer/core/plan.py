@@ -49,6 +49,9 @@ class Plan:
         forms = {matrix: form for matrix, form in sorted(self.forms.items()) if form != DENSE}
         object.__setattr__(self, "forms", MappingProxyType(forms))
 
+    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, tuple[int, ...]], dict[str, Form]]]:
+        return Plan, (dict(self.keep), dict(self.forms))  # a MappingProxyType cannot be pickled
+
     def __hash__(self) -> int:
         return hash((tuple(self.keep.items()), tuple(self.forms.items())))
 

@@ -200,17 +200,22 @@ class _State(State):
         self.turn: Tensor  # index of the turn; a buffer for the same reason
         self.register_buffer("turn", torch.tensor(0))
         self._now = self.turns[0]
+        self._noise: list[Tensor] = []
         model = context.model
         hooks = ExitStack()
-        hooks.callback(model.register_forward_pre_hook(lambda *_: self._read_turn()).remove)
+        hooks.callback(model.register_forward_pre_hook(lambda *_: self._begin_pass(context)).remove)
         readers = {site.id: self._reader(index, model) for index, site in enumerate(self.sites)}
         hooks.enter_context(gated(model, context.anatomy, readers))
         self.on_close(hooks.close)
 
-    def _read_turn(self) -> None:
-        """Reads the turn once per forward pass: asking for it at each gate would stall a GPU."""
+    def _begin_pass(self, context: Context) -> None:
+        """Reads the turn, because asking for it at each gate would stall a GPU, and draws noise that all processes have alike."""
         if len(self.turns) > 1:
             self._now = self.turns[int(self.turn)]
+        if context.model.training:
+            sizes = [site.size for site in self.sites]
+            drawn = torch.rand(sum(sizes), generator=context.generator).to(self.log_alpha[0].device)
+            self._noise = list(drawn.split(sizes))
 
     def _reader(self, index: int, model: nn.Module) -> Any:
         kind = self.sites[index].kind
@@ -221,7 +226,7 @@ class _State(State):
                 return settled(log_alpha)
             if kind not in self._now:
                 return torch.ones_like(log_alpha)  # no gradient at all, so the optimiser leaves the gate alone
-            return sampled(log_alpha, torch.rand_like(log_alpha))
+            return sampled(log_alpha, self._noise[index])
 
         return read
 

@@ -32,6 +32,7 @@ from slimformer.running.rivals import rivals_of
 from slimformer.running.stages import advance
 from slimformer.running.trials import judge_of
 from slimformer.tasks.base import Task
+from slimformer.training.processes import shared
 
 WORK = "work"  # the scratch folder in an output folder; it is gone when a run is finished
 
@@ -49,6 +50,7 @@ class Conditions:
     cache: str | Path | None = None
 
 
+@shared
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     out: str | Path,
@@ -113,6 +115,7 @@ def run(
     return Result(Path(out), measurement.records)
 
 
+@shared
 def train_stages(
     recipe: Recipe,
     out: str | Path,

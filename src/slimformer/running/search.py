@@ -66,6 +66,7 @@ from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
 from slimformer.training.estimate import estimate
+from slimformer.training.processes import shared
 from slimformer.training.stage import Calibrate, Train
 from slimformer.training.teacher import cached_bytes
 
@@ -116,6 +117,7 @@ class Wanted:
         return f"compress {json.dumps(options, sort_keys=True, default=str)}"
 
 
+@shared
 def compress(
     model: str | Path | PreTrainedModel,
     task: Task | str | Mapping[str, Any],

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -43,7 +43,7 @@ from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
 from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Example, Features, Split
-from slimformer.training.loop import train
+from slimformer.training.processes import train_together
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _train(stage: Train, bundle: Bundle, run: Run) -> Bundle:
     job = training_of(stage, bundle, run)
     if stage.text is not None:
         run.log.say(f"learning from the teacher on {len(job.features):,} texts without labels.")
-    trained = train(
+    trained = train_together(
         job,
         run.folder,
         run.log,
@@ -245,18 +245,6 @@ def refuse_cuts(methods: Sequence[Method], anatomy: Anatomy) -> None:
 
 def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context:
     """The context of a stage's methods, whose budgets count `unit`; `student` is the model that they may change."""
-    names = (*student.inputs, "labels")
-    features = bundle.material.features[Split.TRAIN]
-
-    def batches(count: int) -> Iterator[dict[str, Tensor]]:
-        taken, device = 0, student.device  # training moves the model to another device after this context is made
-        for rows in epoch_order(features.lengths(), 32, run.seed, 0):
-            if taken >= count:
-                return
-            rows = rows[: count - taken]
-            taken += len(rows)
-            yield {name: torch.from_numpy(array).to(device) for name, array in collate(features, rows, names).items()}
-
     return Context(
         subject=student,
         plan=bundle.plan,
@@ -264,10 +252,30 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
         cost=cost_of(unit, student, bundle.material, run),
         teacher=bundle.teacher,
         teacher_plan=bundle.teacher_plan,
-        batches=batches,
+        batches=_Samples(bundle.material.features[Split.TRAIN], student, run.seed),
         generator=torch.Generator().manual_seed(run.seed),
         memo=run.memo,
     )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Training examples for methods that look at some, on the device of the model that looks."""
+
+    features: Features
+    student: Subject
+    seed: int
+
+    def __call__(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """At most `count` of them in batches, always the same ones."""
+        names, taken = (*self.student.inputs, "labels"), 0
+        device = self.student.device  # training moves the model to another device after this context is made
+        for rows in epoch_order(self.features.lengths(), 32, self.seed, 0):
+            if taken >= count:
+                return
+            rows = rows[: count - taken]
+            taken += len(rows)
+            yield {name: torch.from_numpy(array).to(device) for name, array in collate(self.features, rows, names).items()}
 
 
 def cost_of(unit: str, subject: Subject, material: Material, run: Run) -> cost.Cost:

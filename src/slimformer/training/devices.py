@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from slimformer.errors import ExtraError
 from slimformer.hooks.precision import BF16_SPEEDUP, Precision, PrecisionChoice, bf16_speedup
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
 
+PATIENCE = timedelta(days=7)  # processes wait so long for one that exports or measures; one that dies is noticed at once
 CACHE_BYTES = 16 << 30  # hidden states and scores of a teacher beyond this are computed again, not kept on disk
 
 
@@ -25,15 +28,20 @@ def accelerator_for(trackers: Sequence[str], folder: Path | None) -> Accelerator
     """Accelerate without mixed precision: `autocast` wraps only the models, so that losses are computed in float32."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != "no":
         AcceleratorState._reset_state()  # a Trainer with mixed precision in this process may have left it; it starts the same way
+    parallel = DistributedDataParallelKwargs(
+        find_unused_parameters=True,  # an unused pooler is no mistake
+        broadcast_buffers=False,  # all processes compute the same ones, or pool them: see `State.pool`
+        gradient_as_bucket_view=True,
+    )
     return Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # an unused pooler is no mistake
+        kwargs_handlers=[parallel, InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
@@ -59,8 +67,8 @@ def tracking(accelerator: Accelerator, options: Mapping[str, Any], trackers: Seq
             tracker.finish()
 
 
-def chosen_precision(choice: PrecisionChoice, accelerator: Accelerator) -> Precision:
-    """The precision to use, the same on all processes."""
+def chosen_precision(choice: PrecisionChoice, accelerator: Accelerator, *, alone: bool = False) -> Precision:
+    """The precision to use, the same on all processes; `alone`: the others do not ask now."""
     from accelerate.utils import broadcast_object_list
 
     if choice != "auto":
@@ -71,7 +79,7 @@ def chosen_precision(choice: PrecisionChoice, accelerator: Accelerator) -> Preci
         chosen = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
     elif device.type == "cpu" and accelerator.is_main_process and bf16_speedup() >= BF16_SPEEDUP:
         chosen = ["bf16"]
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not alone:
         broadcast_object_list(chosen)
     return chosen[0]
 
@@ -109,12 +117,18 @@ class DeviceClock:
         return seconds
 
 
-def share_of(rows: Sequence[int], rank: int, world: int) -> list[int]:
-    """One process's rows of a batch, as many as any other's: if the batch does not divide evenly, the first rows are used twice."""
+def share_of(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, rank: int, world: int) -> tuple[list[int], float]:
+    """One process's rows of a batch, and the weight of their mean loss: the mean over all processes is the mean over all rows.
+
+    Rows are dealt by length, so that each process has about as many tokens. A process that would get none takes the first row, with
+    weight 0.
+    """
     if world == 1:
-        return list(rows)
-    padded = [*rows, *(rows[index % len(rows)] for index in range(-len(rows) % world))]
-    return padded[rank::world]
+        return list(rows), 1.0
+    ordered = sorted(rows, key=lambda row: (int(lengths[row]), row))
+    turns = [place % world if place // world % 2 == 0 else world - 1 - place % world for place in range(len(rows))]
+    mine = [row for row, turn in zip(ordered, turns, strict=True) if turn == rank]
+    return mine or ordered[:1], len(mine) * world / len(rows)
 
 
 def resident_bytes() -> int:

@@ -38,7 +38,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     training.check()
     context, stage = training.context, training.stage
     accelerator = accelerator_for((), None)
-    precision = chosen_precision(stage.precision, accelerator)
+    precision = chosen_precision(stage.precision, accelerator, alone=True)
     lengths = training.features.lengths()
     order = epoch_order(lengths, stage.batch_size, training.seed, 0)
     sizes = np.asarray([len(rows) * int(lengths[rows].max()) for rows in order])  # padded tokens of each batch
@@ -50,7 +50,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     taught: list[list[float]] = [[], [], []]
     peak = resident_bytes()
     try:
-        with attached(training, precision, accelerator, Log(None, quiet=True), None) as stepper:
+        with attached(training, precision, accelerator, Log(None, quiet=True), None, alone=True) as stepper:
             stepper.sampling = True
             for rows in probes:  # these first steps build kernels and the optimiser's moments
                 stepper.step(rows, 0)

@@ -96,6 +96,7 @@ class Attachments:
     teacher: TeacherOutputs | None
     lookup: Lookup | None  # the kept gradient of the word embedding
     home: torch.device  # the model's device before the training
+    alone: bool  # whether no other process takes these steps
 
 
 class Stepper:
@@ -117,7 +118,8 @@ class Stepper:
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._clipped = [parameter for parameter in self.context.model.parameters() if parameter.requires_grad]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self._whole: nn.Module = self.accelerator.prepare_model(whole)
+        self._alone = attachments.alone or self.accelerator.num_processes == 1
+        self._whole: nn.Module = whole.to(self.device) if attachments.alone else self.accelerator.prepare_model(whole)
         self._whole.train()
 
     @property
@@ -125,8 +127,8 @@ class Stepper:
         return self._teacher.seconds if self._teacher else 0.0
 
     def step(self, rows: Sequence[int], number: int) -> Tensor:
-        """One optimiser step on these rows, of which each process takes its share; the loss, detached."""
-        mine = share_of(rows, self.accelerator.process_index, self.accelerator.num_processes)
+        """One optimiser step on these rows, of which each process takes its share; the loss over all of them, detached."""
+        mine, weight = share_of(rows, self.lengths, self.accelerator.process_index, self.accelerator.num_processes)
         torch.manual_seed(step_seed(self.training.seed, self.accelerator.process_index, number))
         factor = rate(number, self.total, self.stage.warmup)
         for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -136,6 +138,7 @@ class Stepper:
         with self.clock.running():
             seen = self._teacher.see(mine, batch) if self._teacher else None
             loss: Tensor = self._whole(batch, seen, progress)
+            loss = loss if weight == 1 else loss * weight
         self._sample()
         with self.clock.running():
             torch.autograd.backward(self._scaler.scale(loss))
@@ -153,8 +156,17 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         after = Progress(number + 1, self.total)
         for method, state in zip(self.training.methods, self.states, strict=True):
+            if not self._alone:
+                state.pool(self._gather)
             method.advance(state, after)
-        return loss.detach()
+        return loss.detach() if self._alone else self._gather(loss.detach()).mean()
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """This tensor of each process: (processes, ...)."""
+        from accelerate.utils import gather
+
+        every: Tensor = gather(tensor[None])
+        return every
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The rows as tensors on the device."""
@@ -262,11 +274,18 @@ class Stepper:
 
 @contextmanager
 def attached(
-    training: Training, precision: Precision, accelerator: Accelerator, log: Log, cache_folder: Path | None
+    training: Training,
+    precision: Precision,
+    accelerator: Accelerator,
+    log: Log,
+    cache_folder: Path | None,
+    *,
+    alone: bool = False,
 ) -> Iterator[Stepper]:
     """Everything attached to the model and ready; afterwards, errors included, all of it is off again.
 
     Without a `cache_folder` the teacher's outputs are not made beforehand: the teacher is then run and timed beside the student.
+    `alone`: this process takes its share of each step, and no other does now.
     """
     context, methods = training.context, training.methods
     model, device = context.model, accelerator.device
@@ -288,9 +307,9 @@ def attached(
         needs = frozenset[Capture]().union(*(method.effects().needs for method in methods))
         stack.enter_context(quick_attention(model))
         recorder = stack.enter_context(capturing(model, context.anatomy, needs))
-        alone = accelerator.num_processes == 1  # several processes average their gradients through autograd
-        lookup = stack.enter_context(kept_gradient(model.get_input_embeddings() if alone else None))
-        yield Stepper(training, Attachments(accelerator, precision, tuple(states), recorder, reader, lookup, home))
+        single = accelerator.num_processes == 1  # several processes average their gradients through autograd
+        lookup = stack.enter_context(kept_gradient(model.get_input_embeddings() if single else None))
+        yield Stepper(training, Attachments(accelerator, precision, tuple(states), recorder, reader, lookup, home, alone))
 
 
 @contextmanager
@@ -298,6 +317,8 @@ def _teacher_reader(
     training: Training, precision: Precision, accelerator: Accelerator, log: Log, cache_folder: Path | None
 ) -> Iterator[TeacherOutputs | None]:
     """The reader of the teacher's outputs: it reads the cache, or memory for an estimate, or runs the teacher itself."""
+    from accelerate.utils import broadcast_object_list
+
     if not training.taught:
         yield None
         return
@@ -309,7 +330,10 @@ def _teacher_reader(
     needs = frozenset[Capture]().union(
         *(method.effects().needs for method in training.methods if method.effects().needs_teacher)
     )
-    cap = cache_room(cache_folder)
+    rooms = [cache_room(cache_folder)]
+    if cache_folder is not None and accelerator.num_processes > 1:
+        broadcast_object_list(rooms)  # the disk may have filled between two looks, and all processes must decide alike
+    cap = rooms[0]
     try:
         model.to(device)
         if cache_folder is None and not is_live(teacher, training.features, needs, cap):
