@@ -549,13 +549,6 @@ def test_estimate_changes_nothing() -> None:
     assert told.peak_rss_bytes > 50 * 2**20  # torch alone is more
 
 
-def test_shares_of_a_batch_cover_it_and_are_equal() -> None:
-    assert devices.share_of([4, 5, 6], 0, 1) == [4, 5, 6]
-    shares = [devices.share_of([4, 5, 6, 7, 8], rank, 2) for rank in range(2)]
-    assert shares == [[4, 6, 8], [5, 7, 4]]
-    assert [devices.share_of([4], rank, 3) for rank in range(3)] == [[4], [4], [4]]
-
-
 PROCESSES = """
 import sys
 from pathlib import Path

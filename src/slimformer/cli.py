@@ -24,6 +24,7 @@ from typer.main import get_command
 
 from slimformer.errors import TRAIN_PACKAGES, ModelError, RecipeError, SlimformerError, nearest, train_is_missing
 from slimformer.log import show_log
+from slimformer.training.launching import helps, launched, start_all
 
 if TYPE_CHECKING:
     from slimformer.running.result import Result
@@ -405,9 +406,12 @@ LAUNCHED = ("compress", "run", "demo")  # commands that several processes may sh
 def main() -> None:
     """Entry point: errors a person can act on become one message and exit status 2."""
     prefer_environment()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if sys.argv[1:2] and sys.argv[1] in LAUNCHED:
+        start_all()
+    if launched():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would warn of parameters that a loss may use or not
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launcher ends all processes if one of them died
-        if os.environ.get("RANK", "0") != "0":
+        if helps():
             sys.exit(_help_out() if sys.argv[1:2] and sys.argv[1] in LAUNCHED and not {"--help", "-h"} & set(sys.argv) else 0)
     try:
         with show_log():

@@ -1,14 +1,12 @@
 """Several processes at one run: the first carries it out, the others help it to train and do nothing else.
 
-`accelerate launch` starts one program several times. The first process alone claims the folder, reads, writes, measures, exports and
-speaks. At each training it sends the others all that a training is made of; from there `loop.train` runs in all of them alike.
-Between trainings they wait. If one process dies, the others notice at their next exchange and end.
+A launcher (torchrun, accelerate) starts one program several times. The first process alone claims the folder, reads, writes,
+measures, exports and speaks. At each training it sends the others all that a training is made of; from there `loop.train` runs in
+all of them alike. Between trainings they wait. If one process dies, the others notice at their next exchange and end.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ import torch
 from slimformer.errors import ProcessError, SlimformerError
 from slimformer.log import Log
 from slimformer.training.devices import accelerator_for
+from slimformer.training.launching import launched
 from slimformer.training.loop import Evaluate, Trained, train
 from slimformer.training.stage import Training
 
@@ -48,11 +47,6 @@ class _End:
     result: Any
 
 
-def launched() -> bool:
-    """Whether a launcher has started several processes of this program."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def shared(work: Callable[P, R]) -> Callable[P, R]:
     """Lets several processes call a function alike: the first does its work, the others help to train and return what it returns.
 
@@ -68,7 +62,7 @@ def shared(work: Callable[P, R]) -> Callable[P, R]:
         _leading.append(True)
         try:
             result = work(*args, **options)
-            _send(_End(_sendable(result)))
+            _send_result(result)
         except BaseException as error:
             _hang_up()
             if _is_lost(error):
@@ -124,21 +118,19 @@ def _send(message: object) -> None:
     broadcast_object_list([message])
 
 
+def _send_result(result: object) -> None:
+    try:
+        _send(_End(result))
+    except (TypeError, AttributeError, ValueError):  # it cannot be sent
+        _send(_End(None))
+
+
 def _receive() -> Any:
     from accelerate.utils import broadcast_object_list
 
     messages: list[Any] = [None]
     broadcast_object_list(messages)
     return messages[0]
-
-
-def _sendable(result: object) -> object:
-    """The result if other processes can have it, else None."""
-    try:
-        pickle.dumps(result)
-    except Exception:
-        return None
-    return result
 
 
 def _hang_up() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -119,7 +120,9 @@ class Stepper:
         self._clipped = [parameter for parameter in self.context.model.parameters() if parameter.requires_grad]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._alone = attachments.alone or self.accelerator.num_processes == 1
-        self._whole: nn.Module = whole.to(self.device) if attachments.alone else self.accelerator.prepare_model(whole)
+        with warnings.catch_warnings():  # torch is about to rename an option that accelerate still passes by its old name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._whole: nn.Module = whole.to(self.device) if attachments.alone else self.accelerator.prepare_model(whole)
         self._whole.train()
 
     @property
