@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from tiny import batch, tiny
+from tiny_folder import write_data
 from toy_task import with_model
 
 from slimformer.core.plan import Plan
@@ -16,6 +18,7 @@ from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture, Captured, capturing
 from slimformer.methods.base import Progress, Step
 from slimformer.methods.distillation import Distillation, Heads, score_distance
+from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import tiny_context
 
 
@@ -173,3 +176,34 @@ def test_a_layer_learns_what_the_layers_that_are_gone_after_it_gave():
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match="must"):
         Distillation(**options)
+
+
+def test_the_logit_term_by_hand(tmp_path):
+    """KL(teacher || student) of softened outputs, times the square of the temperature, the mean over rows, times the weight."""
+    context = tiny_context()
+    given = {"student": [[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]], "teacher": [[0.5, 1.5, -2.0], [3.0, 0.0, 0.0]]}
+    student, teacher = (Captured({"logits": torch.tensor(rows)}) for rows in given.values())
+    mask = torch.ones(2, 2, dtype=torch.long)
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    task = Classification(data=str(write_data(tmp_path, train=4, dev=2))).bind(labels)
+
+    def found(ours, theirs, **options):
+        method = Distillation(hidden=0, **options)
+        at = replace(step(context, ours, theirs, mask), task=task)
+        return method.penalty(method.attach(context), at).item()
+
+    def expected(ours, theirs, temperature):
+        total = 0.0
+        for mine, goal in zip(ours, theirs, strict=True):
+            q, p = (np.exp(np.array(row) / temperature) for row in (mine, goal))
+            q, p = q / q.sum(), p / p.sum()
+            total += float((p * np.log(p / q)).sum())
+        return temperature**2 * total / len(ours)
+
+    ours, theirs = given.values()
+    for temperature, weight in ((1.0, 1.0), (4.0, 1.0), (2.0, 3.0)):
+        right = weight * expected(ours, theirs, temperature)
+        assert found(student, teacher, temperature=temperature, logits=weight) == pytest.approx(right, rel=1e-5)
+        assert right != pytest.approx(weight * expected(theirs, ours, temperature), rel=0.01)  # the direction matters
+    assert found(student, teacher) == pytest.approx(expected(ours, theirs, Distillation().temperature), rel=1e-5)
+    assert found(teacher, teacher) == pytest.approx(0.0, abs=1e-6)

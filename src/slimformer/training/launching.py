@@ -29,7 +29,7 @@ def wanted_processes(command: Sequence[str]) -> int:
     >>> wanted_processes(["accelerate", "launch", "--num_processes", "2", "--cpu", "-m", "slimformer"])
     2
     """
-    for flag, value in zip(command, [*command[1:], ""], strict=True):
+    for flag, value in zip(command, [*command[1:], ""], strict=False):
         name, _, inside = flag.partition("=")
         if name in FLAGS and (inside or value).isdigit():
             return int(inside or value)
