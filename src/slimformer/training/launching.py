@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-FLAGS = ("--num_processes", "--num-processes")
+COUNT_FLAGS = ("--num_processes", "--num-processes")
 
 
 def launched() -> bool:
@@ -31,7 +31,7 @@ def wanted_processes(command: Sequence[str]) -> int:
     """
     for flag, value in zip(command, [*command[1:], ""], strict=False):
         name, _, inside = flag.partition("=")
-        if name in FLAGS and (inside or value).isdigit():
+        if name in COUNT_FLAGS and (inside or value).isdigit():
             return int(inside or value)
     return 1
 
