@@ -200,22 +200,20 @@ class _State(State):
         self.turn: Tensor  # index of the turn; a buffer for the same reason
         self.register_buffer("turn", torch.tensor(0))
         self._now = self.turns[0]
-        self._noise: list[Tensor] = []
+        self._noise: dict[int, Tensor] = {}
         model = context.model
         hooks = ExitStack()
-        hooks.callback(model.register_forward_pre_hook(lambda *_: self._begin_pass(context)).remove)
+        hooks.callback(model.register_forward_pre_hook(lambda *_: self._begin_pass()).remove)
         readers = {site.id: self._reader(index, model) for index, site in enumerate(self.sites)}
         hooks.enter_context(gated(model, context.anatomy, readers))
         self.on_close(hooks.close)
 
-    def _begin_pass(self, context: Context) -> None:
-        """Reads the turn, because asking for it at each gate would stall a GPU, and draws noise that all processes have alike."""
+    def _begin_pass(self) -> None:
+        """Reads the turn, because asking for it at each gate would stall a GPU, and draws the noise, which all processes have alike."""
         if len(self.turns) > 1:
             self._now = self.turns[int(self.turn)]
-        if context.model.training:
-            sizes = [site.size for site in self.sites]
-            drawn = torch.rand(sum(sizes), generator=context.generator).to(self.log_alpha[0].device)
-            self._noise = list(drawn.split(sizes))
+        turn = [index for index, site in enumerate(self.sites) if site.kind in self._now]
+        self._noise = {index: torch.rand_like(self.log_alpha[index]) for index in turn}
 
     def _reader(self, index: int, model: nn.Module) -> Any:
         kind = self.sites[index].kind

@@ -112,6 +112,7 @@ class Stepper:
         self.clock = DeviceClock(self.device)
         self.sampling = False  # whether it watches resident memory, which takes a system call a step
         self.peak = 0
+        self._number = 0
         self._recorder, self._teacher = attachments.recorder, attachments.teacher
         self._lookup, self._home = attachments.lookup, attachments.home
         whole = WholeLoss(training, self.states, self._recorder, partial(autocast, self.device, self.precision))
@@ -132,7 +133,8 @@ class Stepper:
     def step(self, rows: Sequence[int], number: int) -> Tensor:
         """One optimiser step on these rows, of which each process takes its share; the loss over all of them, detached."""
         mine, weight = share_of(rows, self.lengths, self.accelerator.process_index, self.accelerator.num_processes)
-        torch.manual_seed(step_seed(self.training.seed, self.accelerator.process_index, number))
+        self._number = number
+        torch.manual_seed(step_seed(self.training.seed, 0, number))
         factor = rate(number, self.total, self.stage.warmup)
         for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = base * factor
@@ -163,6 +165,10 @@ class Stepper:
                 state.pool(self._gather)
             method.advance(state, after)
         return loss.detach() if self._alone else self._gather(loss.detach()).mean()
+
+    def reseed(self, *_: object) -> None:
+        """Gives this process a dropout of its own; what methods draw before a pass is the same in all processes."""
+        torch.manual_seed(step_seed(self.training.seed, self.accelerator.process_index, self._number))
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """This tensor of each process: (processes, ...)."""
@@ -312,7 +318,10 @@ def attached(
         recorder = stack.enter_context(capturing(model, context.anatomy, needs))
         single = accelerator.num_processes == 1  # several processes average their gradients through autograd
         lookup = stack.enter_context(kept_gradient(model.get_input_embeddings() if single else None))
-        yield Stepper(training, Attachments(accelerator, precision, tuple(states), recorder, reader, lookup, home, alone))
+        stepper = Stepper(training, Attachments(accelerator, precision, tuple(states), recorder, reader, lookup, home, alone))
+        if accelerator.process_index > 0:
+            stack.callback(model.register_forward_pre_hook(stepper.reseed).remove)
+        yield stepper
 
 
 @contextmanager
