@@ -222,7 +222,7 @@ def test_the_best_model_is_cut_by_its_own_gates(tmp_path: Path) -> None:
     slim = SlimCallback(GATES)
     job = trainer(
         model, tmp_path, slim, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        learning_rate=0.1, metric_for_best_model="loss",
+        metric_for_best_model="loss", greater_is_better=True,  # the first: the loss falls
     )  # fmt: skip
     job.train()
     assert job.state.best_global_step < 6

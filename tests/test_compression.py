@@ -306,7 +306,7 @@ def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:
         """)
     ran = python(code, done.home)
     assert ran.returncode == 0, ran.stderr
-    for name in ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx"):
+    for name in ("model in onnx/", "model.onnx", "model_quantized.onnx", "model_int8.onnx"):
         assert name in ran.stdout
 
 

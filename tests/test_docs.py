@@ -14,7 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_hub import cached
 
 from slimformer import registry
@@ -195,8 +197,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     names = {"id2label": {"0": "not_equivalent", "1": "equivalent"}, "label2id": {"not_equivalent": 0, "equivalent": 1}}
     config |= {"architectures": ["BertForSequenceClassification"], **names}
     (teacher / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for name in ("tokenizer.json", "model.safetensors"):
-        (teacher / name).symlink_to(snapshot / name)
+    (teacher / "tokenizer.json").symlink_to(snapshot / "tokenizer.json")
+    head = {"classifier.weight": torch.zeros(2, config["hidden_size"]), "classifier.bias": torch.zeros(2)}
+    weights = {f"bert.{name}": value for name, value in load_file(snapshot / "model.safetensors").items()}
+    save_file(weights | head, teacher / "model.safetensors", metadata={"format": "pt"})
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
         yield home

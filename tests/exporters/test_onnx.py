@@ -408,4 +408,4 @@ def test_many_zeros_are_told_to_give_no_speed(tmp_path):
                 module.weight[drawn < share] = 0
         notes.append(Onnx().export(model, arrays(model), tmp_path / f"{name}.onnx", Variant.FLOAT).notes)
     assert not any("zeros" in note for note in notes[0])
-    assert notes[1][-1] == "90% of the matrices' weights are 0: zeros are stored and give no speed here"
+    assert "90% of the matrices' weights are 0: zeros are stored and give no speed here" in notes[1]

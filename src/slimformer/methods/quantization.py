@@ -7,10 +7,8 @@ straight through, but not where a value was clamped. It is switched on after a s
 
 Differs: Our models are encoders; the paper's translate. Weight grids are symmetric and 0 lies on every grid by default
 (`quantizing/grids.py`: integer kernels want both). The start is a share of the steps, not a number. A denominator's grid begins
-at the smallest one seen, so that none becomes 0. Of a matrix in Kronecker factors the larger factor and what it reads are
-quantized, of a word table the factor with a row for each word; the smaller factors stay in float, in training as in files. The
-terms of a sum share one range, which spans what all of them read in a step (measured on tiny sums of three: products off by 0.7 %,
-with a range for each term by 0.6 %). A pass is quantized with the ranges of the steps before it. What is read after a dropout is
+at the smallest one seen, so that none becomes 0. Of Kronecker factors the larger is quantized, and the terms of a sum share one
+range (`Quantization` tells why). A pass is quantized with the ranges of the steps before it. What is read after a dropout is
 quantized after it: train with `dropout: false`.
 
 Choose when: post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.

@@ -12,7 +12,6 @@ from slimformer.reporting.words import mb_text, plain, shortened, signed
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
 
 def draw_table(records: Sequence[Record], title: str = "") -> Table:
@@ -26,7 +25,10 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
     table = Table(
         title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
     )
-    table.add_column("model", overflow="fold")  # the one column that may wrap, so that no figure is cut off
+    folders = {record.name.rpartition("/")[0] for record in records}
+    folder = f"{folders.pop()}/" if len(folders) == 1 and folders != {""} else ""  # said once: a long name wraps at 80 columns
+    # No other column may wrap: no figure is cut off.
+    table.add_column(f"model in {plain(folder)}" if folder else "model", overflow="fold")
     for head in (shortened(metric.replace("_", " "), 9), "points lost", "MB", "speed\nbatch 32", "speed\nbatch 1", "ms"):
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     for (model, task, _, part_metric), part in parts.items():
@@ -37,28 +39,27 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
             if len(runs) > 1:
                 table.add_row(Text(f"{plain(run)}:", style="italic"))
             for record in rows:
-                table.add_row(*_cells(record))
+                name = Text(plain(record.name.removeprefix(folder)), style="bold" if record.chosen else "")
+                table.add_row(name, *_cells(record))
     timed = [record for record in records if record.timings]
     if timed:
         rounds = sorted({timing.rounds for record in timed for timing in record.timings})
         count = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
         table.caption_justify = "left"
-        threads = timed[0].timings[0].threads
+        threads, baseline = timed[0].timings[0].threads, timed[0].baseline.removeprefix(folder)
         table.caption = escape(
-            f"speed: times faster than {timed[0].baseline}, median of {count} rounds taken in turn; ms: p50 per example at the "
+            f"speed: times faster than {baseline}, median of {count} rounds taken in turn; ms: p50 per example at the "
             f"larger batch; {threads} thread{'s' * (threads != 1)}; points lost: with 95 % interval."
         )
     return table
 
 
-def _cells(record: Record) -> tuple[str | Text, ...]:
-    from rich.text import Text
-
+def _cells(record: Record) -> tuple[str, ...]:
+    """All but the name."""
     large, single = record.times_faster(32), record.times_faster(1)
     times = [timing.p50_ms for timing in record.timings if timing.batch_size > 1]
     loss = record.loss
     return (
-        Text(plain(record.name), style="bold" if record.chosen else ""),
         f"{record.score:.4f}",
         f"{signed(loss.value)} {signed(loss.low)}..{signed(loss.high)}" if loss else "",
         mb_text(record.size_bytes),

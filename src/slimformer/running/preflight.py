@@ -120,6 +120,7 @@ def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
         raise ModelError(
             f"the teacher {teacher} is a {kind}, and the task {name_of(task)} needs one that ends in "
             f"{task.auto_class.removeprefix('AutoModel')}.",
+            facts=checkpoint.head_problems(teacher),
             help="name a teacher that was tuned for this task.",
         )
     task.bind(config)

@@ -545,6 +545,13 @@ def is_tuned(folder: Path, auto_class: str) -> bool:
     return isinstance(names, list) and any(str(name).endswith(f"For{purpose}") for name in names)
 
 
+def head_problems(folder: Path) -> list[str]:
+    """Why the weights of a plain folder have not the head that its config.json names; empty if they have it, or if it was cut."""
+    raw = read_config(folder)
+    problem = "" if _is_cut(raw) or not has_weights(folder) else _source(folder, raw).problem
+    return [problem] if problem else []
+
+
 # -- Weights -------------------------------------------------------------------------------------------------------------------
 
 

@@ -30,10 +30,12 @@ def samples(
 ) -> dict[str, Sample]:
     """Samples of the input of each quantizable product, by its name, on the first CALIBRATION_ROWS rows of the batches.
 
-    ExportError if no batch holds a real token.
+    A graph without products, all layers of which are cut, has none. ExportError if no batch holds a real token.
     """
     copy = program.clone()
     watched = int8.quantizable_inputs(copy.graph)
+    if not watched:
+        return {}  # to run a session for no outputs is to run it for all
     copy.graph.outputs.extend(value for value in watched.values() if not value.is_graph_output())
     session = open_graph(copy, one_file_bytes)
     chosen: list[Arrays] = []
