@@ -83,7 +83,7 @@ def test_integers_equal_the_model_with_fake_quantization(model_type: str, bits: 
         assert (rows < CLOSE * top).mean() > 0.9, variant
         assert rows.max() < WORST * top, variant
         assert plain > 2 * WORST * top  # the ranges do matter
-        assert artifact.max_difference < WORST * top
+        assert artifact.max_difference < 1.5 * WORST * top  # of other rows
         assert any("differs from the model with fake quantization by" in note for note in artifact.notes)
 
 
