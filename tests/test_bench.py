@@ -109,16 +109,16 @@ def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
         timing(budget, count, clock)
         return clock()
 
-    # Forty batches at two seconds a round of both: three rounds would take 240 seconds.
-    assert timing(240.0, 40).sizes == (32,) * 40
-    half = timing(120.0, 40)
-    assert (half.sizes, half.rounds, half.examples) == ((32,) * 20, 3, 640)
+    # Forty batches at two seconds a round of both: ten rounds would take 800 seconds.
+    assert timing(800.0, 40).sizes == (32,) * 40
+    half = timing(400.0, 40)
+    assert (half.sizes, half.rounds, half.examples) == ((32,) * 20, 10, 640)
     assert (half.lengths.max, half.lengths.p50) == (40, pytest.approx(20.5, abs=1.0))  # the lengths of the whole
     assert half.tokens == pytest.approx(640 * 20.5, rel=0.05)
-    assert timing(1.0, 40).sizes == (32,) * 8  # never fewer, however short the budget
-    assert spent(1.0, 40) == 2 * 8 * (1 + 1 + 3)  # a look, the warm-up and three rounds: never all of the batches
-    assert spent(240.0, 40) == 2 * (8 + 40 * (1 + 3))
-    assert timing(1.0, 4).sizes == (32,) * 4
+    assert timing(1.0, 40).sizes == (32,) * 4  # never fewer, however short the budget
+    assert spent(1.0, 40) == 2 * 4 * (1 + 1 + 3)  # a look, the warm-up and three rounds: never all of the batches
+    assert spent(800.0, 40) == 2 * (4 + 40 * (1 + 10))
+    assert timing(1.0, 3).sizes == (32,) * 3
 
 
 def test_the_ratio_is_the_median_over_rounds_with_its_spread() -> None:

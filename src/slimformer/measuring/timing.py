@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 SINGLE = "batch 1, in order"
 SORTED = "batch 32, sorted by length"
-LEAST_BATCHES = 8  # are timed however short the budget is
+LEAST_BATCHES = 4  # are timed however short the budget is
 
 
 # -- What is timed -----------------------------------------------------------------------------------------------------------
@@ -193,13 +193,15 @@ def ratio(baseline: Timing, candidate: Timing) -> Ratio:
 class Rounds:
     """How often each batch is timed: `count` rounds after `warmup` rounds that are thrown away.
 
-    With a budget of `seconds` the rounds end early, but never before `least` of them. If even those would take longer, as a
-    few batches show beforehand, fewer batches are timed: at least LEAST_BATCHES.
+    With a budget of `seconds` the rounds end early, but never before `least` of them. If `enough` rounds would take longer, as a
+    few batches show beforehand, fewer batches are timed, at least LEAST_BATCHES: many short rounds tell more of the spread than
+    few long ones.
     """
 
     count: int = 10
     warmup: int = 1
     least: int = 3
+    enough: int = 10
     seconds: float | None = None
 
 
@@ -241,12 +243,12 @@ class _Race:
         return replace(self, works={name: work.sample(limit) for name, work in self.works.items()})
 
     def within(self, rounds: Rounds) -> _Race:
-        """The race with so few batches that the least rounds take about the budget. A round of some batches shows how long."""
+        """The race with so few batches that enough rounds take about the budget. A round of some batches shows how long."""
         if rounds.seconds is None or not rounds.warmup or self.batches <= LEAST_BATCHES:
             return self
         start = self.clock()
         self.sample(LEAST_BATCHES).round(0)
-        needed = rounds.least * (self.clock() - start) * self.batches / LEAST_BATCHES
+        needed = min(rounds.count, rounds.enough) * (self.clock() - start) * self.batches / LEAST_BATCHES
         if needed <= rounds.seconds:
             return self
         return self.sample(max(LEAST_BATCHES, int(self.batches * rounds.seconds / needed)))
