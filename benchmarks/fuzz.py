@@ -5,9 +5,9 @@
     python benchmarks/fuzz.py --replay onnx:117     # one input again, with its traceback
 
 Each input is a valid folder with one or two files changed: bits flipped, pieces cut, doubled or replaced, values of JSON, YAML, Parquet,
-safetensors headers and ONNX graphs replaced by hostile ones. Children with limits (20 s, 3 GiB over what they take empty) read them. An
-input must end in a result or in a SlimformerError that a terminal shows as it is. A traceback, a hang, an abort, an opened pickle, a file
-read outside the folder and a call of the network are faults. The inputs depend on --seed alone.
+safetensors headers and ONNX graphs replaced by hostile ones. Children with limits (20 s of CPU time, 3 GiB over what they take empty)
+read them. An input must end in a result or in a SlimformerError that a terminal shows as it is. A traceback, a hang, an abort, an opened
+pickle, a file read outside the folder and a call of the network are faults. The inputs depend on --seed alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-SECONDS = 20.0  # of wall time for one input; the machine may be shared
+SECONDS = 20.0  # of CPU time for one input, so that a busy machine or a pause makes no hang
+IDLE_SECONDS = 120.0  # that a child may wait for something, as far as this process was awake to see it
 BYTES = 3 << 30
 MARK = "opened-a-pickle"  # a pickle that is loaded makes a folder of this name
 BAITS = ("elsewhere.safetensors", "elsewhere.txt")  # beside the folder of an input: nobody may read them
@@ -662,7 +663,7 @@ def outcome_of(kind: str, number: int, seed: int, watch: Watch, show: bool = Fal
     except SlimformerError as error:
         text = str(error)
         plain = text.replace("\n", "")
-        bad = "long" if len(text) > 1500 else "" if plain.isprintable() else "unprintable"
+        bad = "long" if len(text) > 4000 else "" if plain.isprintable() else "unprintable"
         outcome = f"refused{f' badly: {bad}' if bad else ''}: {error.what}"
     except MemoryError:
         outcome = "memory"
@@ -724,6 +725,15 @@ def _data_bytes() -> int:
 # -- The campaign --------------------------------------------------------------------------------------------------------------
 
 
+def cpu_seconds(pid: int) -> float:
+    """The CPU time of a process until now."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:  # it just ended
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Runner:
     """One child at a time works through the inputs of one kind; if it hangs or dies, another goes on after that input."""
 
@@ -751,11 +761,12 @@ class Runner:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(self.left).encode())
         self.process.stdin.close()
-        self.since, self.current, self.rest = time.monotonic() + 120, None, b""  # imports take a while
+        self.current, self.rest, self.idle, self.seen = None, b"", 0.0, time.monotonic()
+        self.spent = 100.0  # of CPU time until now, and that of the imports, which take a while
 
     def take_bytes(self, data: bytes) -> None:
         """Takes what the child wrote, whole lines at a time."""
-        self.since = time.monotonic()
+        self.spent, self.idle = cpu_seconds(self.process.pid), 0.0
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
             self.line(line.decode())
@@ -769,14 +780,22 @@ class Runner:
             self.take(number, outcome)
 
     def take(self, number: int, outcome: str) -> None:
-        """Keeps the outcome of an input."""
+        """Keeps the outcome of an input; a fault is shown at once."""
+        if not outcome.startswith(("accepted", "refused:")):
+            print(f"{self.kind}:{number} {outcome}", file=sys.stderr, flush=True)
         self.outcomes[number] = outcome
         self.left.remove(number)
         self.current = None
 
+    def hangs(self) -> bool:
+        """Whether the child took too much CPU time for one input, or waits for what does not come."""
+        now = time.monotonic()
+        self.idle, self.seen = self.idle + min(2.0, now - self.seen), now  # at most 2 s: this process may have been stopped too
+        return cpu_seconds(self.process.pid) - self.spent > SECONDS or self.idle > IDLE_SECONDS
+
     def look(self) -> bool:
         """Whether there is more to come; a child that hangs or died is replaced."""
-        if self.process.poll() is None and time.monotonic() - self.since > SECONDS:
+        if self.process.poll() is None and self.hangs():
             self.process.kill()
             self.process.wait()
             if self.current is not None:

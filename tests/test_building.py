@@ -151,3 +151,17 @@ def test_an_unlike_number_of_labels_waits_for_no_list_of_names(tmp_path):
     change(tmp_path, num_labels=10**9)
     with pytest.raises(ModelError, match="num_labels is 1000000000"):
         checkpoint.load_dense(tmp_path, "AutoModelForSequenceClassification", {"num_labels": 2})
+
+
+@pytest.mark.parametrize(
+    "entry", [{"shape": [float("inf"), 3]}, {"data_offsets": [0, float("inf")]}, {"shape": None}, {"dtype": 5}]
+)
+def test_a_header_that_says_anything_is_one_message(folder, entry):
+    data = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["classifier.bias"] |= entry
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(ModelError, match="model.safetensors (has no readable|cannot be read)"):
+        slimformer.load(folder)

@@ -8,15 +8,20 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_folder import write_data, write_model
 
-from slimformer import cli
-from slimformer.errors import DataError, OutputError, shown
+from slimformer import Recipe, Train, bench, cli, read_recipe, report
+from slimformer.errors import DataError, OutputError, SlimformerError, shown
 from slimformer.files import claim
+from slimformer.running.preflight import preflight
+from slimformer.saving.hub import local_folder
+from slimformer.tasks.classification import Classification
+from slimformer.tasks.question_answering import QuestionAnswering
 
 MARKS = {".lock", ".slimformer"}
 Fail = Callable[..., str]
@@ -218,6 +223,29 @@ def test_rows_to_train_on_that_are_not_there(compress: Fail, home: Path) -> None
     assert "names row 99999" in compress("--train-rows", "rows.json", kind="DataError")
     assert "at least 10" in compress("--train-rows", 3, kind="RecipeError")
     assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "~" + "b" * 300, "n\0", "s\ud800"])
+def test_a_name_that_no_system_takes_is_one_that_is_not_there(home: Path, name: str) -> None:
+    task = Classification(data=str(home / "data"))
+    recipe = Recipe(str(home / "model"), task, ())
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: local_folder(name),
+        lambda: preflight(replace(recipe, model=name)),
+        lambda: preflight(replace(recipe, teacher=name)),
+        lambda: preflight(replace(recipe, stages=(Train(text=Path(name), task_weight=0.0),))),
+        lambda: preflight(replace(recipe, task=replace(task, data=name))),
+        lambda: preflight(replace(recipe, task=replace(task, train_rows=name))),
+        lambda: QuestionAnswering(data=name).notes(),
+        lambda: read_recipe(name),
+        lambda: bench([name], task, wait_seconds=0),
+        lambda: bench([name], wait_seconds=0),
+        lambda: report([name], home / "out"),
+    )
+    for attempt in calls:
+        with pytest.raises(SlimformerError) as caught:
+            attempt()
+        assert len(str(caught.value)) < 1500
 
 
 def test_a_report_on_nothing(fail: Fail, home: Path) -> None:
@@ -434,6 +462,8 @@ def test_what_a_file_holds_reaches_the_terminal_readable_and_short():
     assert error.facts[-1] == "and 60 more"
     assert error.help == "a\\ud800b"
     assert len(str(error).splitlines()) == 43
+    assert len(str(DataError("long", facts=["y" * 1000] * 30))) < 3500
+    assert DataError("long", facts=["y" * 1000] * 30).facts[-1] == "and 23 more"
 
 
 @pytest.mark.parametrize(

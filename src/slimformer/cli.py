@@ -355,7 +355,7 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
     from slimformer.saving.hub import local_folder
 
     try:
-        folder = local_folder(Path(model).parent if Path(model).is_file() else model)
+        folder = local_folder(Path(model).parent if os.path.isfile(model) else model)
         fitting = [
             name for name, cls in tasks.items() if "--data" in cls.flags() and checkpoint.is_tuned(folder, cls.auto_class)
         ]

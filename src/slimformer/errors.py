@@ -27,6 +27,7 @@ from typing import Any
 
 _LINE = 400  # characters of a line that a person still reads
 _FACTS = 40
+_ALL_FACTS = 3000  # characters of all facts together
 _LINE_ENDS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
@@ -71,9 +72,12 @@ class SlimformerError(Exception):
     def __init__(self, what: str, *, facts: Iterable[str] = (), help: str = "") -> None:
         told = [*facts]
         self.what = readable(what)
-        self.facts = tuple(readable(fact) for fact in told[:_FACTS])
-        if len(told) > _FACTS:
-            self.facts += (f"and {len(told) - _FACTS:,} more",)
+        lines = [readable(fact) for fact in told[:_FACTS]]
+        while len(lines) > 1 and sum(map(len, lines)) > _ALL_FACTS:
+            lines.pop()
+        self.facts = tuple(lines)
+        if len(told) > len(lines):
+            self.facts += (f"and {len(told) - len(lines):,} more",)
         self.help = readable(help)
         super().__init__(str(self))
 

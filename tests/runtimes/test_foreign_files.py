@@ -125,6 +125,8 @@ def test_positions_are_counted(model_type: str, expected: list, tmp_path: Path) 
         ),
         ({"names": ("input_ids",), "shape": (1, 16)}, r"fixed shape, \[1, 16\], and no attention mask", ""),
         ({"shape": (1, 2)}, r"has the fixed shape \[1, 2\], and an input has 3 tokens", ""),
+        ({"shape": (16, 10**9)}, "fixed shape .16, 1000000000., which no batch can be filled up to", ""),
+        ({"shape": (10**9, "seq")}, "which no batch can be filled up to", ""),
         ({"table": np.ones((4, 2), dtype=np.float32)}, r"cannot run .*model\.onnx", "indices element out of data bounds"),
         ({"version": (17, 99)}, r"cannot load .*model\.onnx", "IR version"),
         ({"version": (99, 8)}, r"cannot load .*model\.onnx", "opset"),

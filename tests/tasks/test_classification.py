@@ -245,6 +245,12 @@ def test_bind_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
         task.bind({"id2label": {index: f"LABEL_{index}" for index in range(5)}})
     with pytest.raises(DataError, match="gives one score, the data has 2 classes"):
         Classification(data=str(folder), kind="classes").bind({"id2label": {0: "LABEL_0"}})
+    with pytest.raises(DataError, match="gives one score .* but column 'label' of .*train.tsv holds classes: bad, good"):
+        task.bind({"id2label": {0: "bad"}})
+    with pytest.raises(DataError, match="label 'bad' in column 'label' is not a known one"):
+        task.bind({"id2label": {0: "9" * 5000, 1: "LABEL_" + "9" * 5000}})
+    with pytest.raises(DataError, match="id2label is not a mapping"):
+        task.bind({"num_labels": float("inf")})
     with pytest.raises(DataError, match="id2label has the ids 1, 2"):
         task.bind({"id2label": {1: "good", 2: "bad"}})
     ids = write_tsv(tmp_path / "ids.tsv", [("a", "0"), ("b", "1")] * 20)

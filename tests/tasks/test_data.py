@@ -179,6 +179,14 @@ def test_a_parquet_file_that_would_fill_the_memory_is_refused_before(tmp_path: P
         read_table(write(tmp_path / "a.csv.gz", gzip.compress(b"text,label\n" * 100_000)))
 
 
+def test_a_parquet_file_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = [TEXTS, LABELS, list(range(len(LABELS)))]
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns, names=["text", "label", "label"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns 'label'"):
+        Classification(data=tmp_path / "a.parquet").settled()
+
+
 # ---- folders
 
 

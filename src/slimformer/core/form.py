@@ -123,7 +123,7 @@ def form_from_data(data: Any, where: str) -> Form:
         raise PlanError(f"matrix '{where}': the form '{name}' does not have exactly the options {sorted(options)}.")
     try:
         form: Form = kind(**options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise PlanError(f"matrix '{where}': {error}.") from None
     return form
 

@@ -316,9 +316,8 @@ def _table(path: Path, rows: Rows, header: Sequence[str] | None, extra: bool) ->
                 ],
                 help="a separator inside a text must stand in quotes, or a field is missing.",
             )
-    twice = frozenset(name for name, count in Counter(names).items() if count > 1)
     columns = {name: [fields[index] for _, fields in body] for index, name in enumerate(names)}
-    return Table(str(path), columns, [place for place, _ in body], twice=twice)
+    return Table(str(path), columns, [place for place, _ in body], twice=_names_of_several(names))
 
 
 def _lacks_names(rows: Rows) -> bool:
@@ -450,8 +449,9 @@ def _parquet(path: Path) -> Table:
     try:
         # one file by itself: the default would read a Hive partition out of the folder names
         file = pyarrow.parquet.ParquetFile(path)
+        names = list(map(str, file.schema_arrow.names))
         columns = _parquet_columns(path, file)
-        names = _arrow_names(file.schema_arrow.metadata)
+        class_names = _arrow_names(file.schema_arrow.metadata)
     except DataError:
         raise
     except Exception as error:  # damaged files fail in many places, with Arrow's, the system's and Python's errors
@@ -462,17 +462,29 @@ def _parquet(path: Path) -> Table:
     rows = file.metadata.num_rows
     if not rows:
         raise DataError(f"{path} has no rows.", help="a table needs at least one row.")
-    return Table(str(path), columns, range(1, rows + 1), "row", names)
+    short = next((name for name, values in zip(names, columns, strict=True) if len(values) != rows), None)
+    if short is not None:
+        raise DataError(
+            f"{path} is damaged: its column {shown(short)} has another number of values than the {rows:,} rows it tells of.",
+            help="write it again.",
+        )
+    return Table(
+        str(path), dict(zip(names, columns, strict=True)), range(1, rows + 1), "row", class_names, _names_of_several(names)
+    )
 
 
-def _parquet_columns(path: Path, file: Any) -> dict[str, list[Any]]:
+def _names_of_several(names: Sequence[str]) -> frozenset[str]:
+    return frozenset(name for name, count in Counter(names).items() if count > 1)
+
+
+def _parquet_columns(path: Path, file: Any) -> list[list[Any]]:
     """The columns as Python values; DataError as soon as they are more than the memory holds: packed text can be a thousandth."""
     import pyarrow
 
     meta, most = file.metadata, most_bytes()
-    columns: dict[str, list[Any]] = {name: [] for name in file.schema_arrow.names}
-    told = sum(meta.row_group(group).column(column).total_uncompressed_size
-               for group in range(meta.num_row_groups) for column in range(meta.num_columns))  # fmt: skip
+    columns: list[list[Any]] = [[] for _ in file.schema_arrow.names]
+    told = sum(meta.row_group(group).column(place).total_uncompressed_size
+               for group in range(meta.num_row_groups) for place in range(meta.num_columns))  # fmt: skip
     total = meta.num_rows * len(columns) * 8
     if max(told, total) > most:
         raise too_large(path, max(told, total))
@@ -484,18 +496,18 @@ def _parquet_columns(path: Path, file: Any) -> dict[str, list[Any]]:
     ]
     file = type(file)(path, read_dictionary=texts)
     for batch in file.iter_batches(batch_size=4096):
-        for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        for column, values in zip(columns, batch.columns, strict=True):
             if pyarrow.types.is_dictionary(values.type):
                 words = values.dictionary.to_pylist()
                 sizes = [len(word or "") for word in words]
                 indices = values.indices.to_pylist()
                 total += sum(sizes[index] for index in indices if index is not None)
-                columns[name] += [None if index is None else words[index] for index in indices]
+                column += [None if index is None else words[index] for index in indices]
             else:
                 total += values.nbytes
-                columns[name] += values.to_pylist() if total <= most else []
+                column += values.to_pylist() if total <= most else []
             if total > most:
-                raise too_large(path, int(total / max(1, len(columns[name])) * meta.num_rows))
+                raise too_large(path, int(total / max(1, len(column)) * meta.num_rows))
     return columns
 
 

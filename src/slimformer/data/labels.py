@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_PLACEHOLDER = re.compile(r"(label_?|class_?)?\d+", re.ASCII | re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"(label_?|class_?)?\d{1,18}", re.ASCII | re.IGNORECASE)
 _COMMA_NUMBER = re.compile(r"[+-]?\d+(,\d+)?", re.ASCII)
 _NO_LABEL = {"", "n/a", "#n/a", "na", "<na>", "nan", "null", "-", "--", "?", "\\n"}  # how tables spell that there is none
 _BOOLEANS = {"false": "0", "true": "1", "no": "0", "yes": "1"}
@@ -145,7 +145,7 @@ def model_labels(config: PretrainedConfig | Mapping[str, Any]) -> tuple[tuple[st
     try:
         names = {int(key): str(name) for key, name in dict(mapping).items()} if mapping else {}
         count = int(get("num_labels") or len(names) or 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError("the model's id2label is not a mapping of ids to names.", help="mend it in config.json.") from None
     names = names or {index: f"LABEL_{index}" for index in range(count)}
     if sorted(names) != list(range(len(names))):
@@ -215,13 +215,13 @@ def match_by_name(labels: Iterable[str], names: Sequence[str], known: Sequence[s
 
 def _match_numbers(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     """Labels by the number in each name: "1 star", "2 stars"; nothing if the names only repeat their ids or have none."""
-    numbers = [re.findall(r"(?<![\d.])-?\d+(?![\d.])", name) for name in names]
+    numbers = [re.findall(r"(?<![\d.])-?\d{1,18}(?![\d.])", name) for name in names]
     if are_placeholders(names) or any(len(parts) != 1 for parts in numbers):
         return {}
     ids = {str(int(parts[0])): index for index, parts in enumerate(numbers)}
     if len(ids) < len(names):
         return {}
-    found = {label: re.findall(r"(?<![\d.])-?\d+(?![\d.])", label) for label in labels}
+    found = {label: re.findall(r"(?<![\d.])-?\d{1,18}(?![\d.])", label) for label in labels}
     plain = {label: str(int(parts[0])) for label, parts in found.items() if len(parts) == 1}
     return {label: ids[number] for label, number in plain.items() if number in ids}
 

@@ -99,7 +99,7 @@ def _lines(file: Path) -> Iterator[str]:
             for line in stream:
                 if line.strip():
                     yield line.strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"cannot read the text {file}: {error}.", help="name a UTF-8 file with one text on each line."
         ) from None

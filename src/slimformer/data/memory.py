@@ -111,7 +111,7 @@ def _tables(data: Any, paths: bool) -> tuple[str, dict[str, Table]]:
 
 def _table(data: Any, where: str) -> Table:
     if isinstance(data, (str, os.PathLike)):
-        file = Path(os.fsdecode(data)).expanduser()
+        file = Path(os.path.expanduser(os.fsdecode(data)))
         return read_table(file)
     refusal = _refusal(data)
     if refusal:

@@ -48,7 +48,7 @@ def read_sources(data: str, form: Format[Data], hub: str | None = None) -> dict[
     """
     if not data:
         raise DataError(f"the task {form.task} has no data.", help=f"name {form.forms}: data: {form.example}.")
-    path, hub = Path(data).expanduser(), hub or data
+    path, hub = Path(os.path.expanduser(data)), hub or data
     if os.path.isdir(path):  # os.path takes any text, pathlib raises if a name is too long
         return _read_folder(path, form)
     if os.path.isfile(path):
@@ -170,9 +170,9 @@ def stamp(source: str | int | None) -> Stamp:
 
     The time of the last change of any kind is in it, because copying tools set the time of writing back.
     """
-    if not isinstance(source, str) or not source or not os.path.exists(Path(source).expanduser()):
+    if not isinstance(source, str) or not source or not os.path.exists(os.path.expanduser(source)):
         return ()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     folders = [path, path / "data"] if path.is_dir() else []
     files = sorted(item for folder in folders if folder.is_dir() for item in folder.iterdir() if item.is_file()) or [path]
     stats = [(str(file), file.stat()) for file in files]

@@ -7,6 +7,7 @@ compared.
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,7 +91,7 @@ def _generator(purpose: str) -> np.random.Generator:
 
 def read_json_option(name: str, option: str, count_of: str, shape: str) -> Any:
     """The JSON file that an option names; DataError that says what the option may be, or what `shape` the file should have."""
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -66,7 +66,7 @@ def pad_id_of(tokenizer: Tokenizer, folder: Path | None = None) -> int:
         if found is not None:
             return int(found)
     said = read_json(Path(folder) / "config.json").get("pad_token_id") if folder is not None else None
-    return said if isinstance(said, int) else 0
+    return said if isinstance(said, int) and 0 <= said < 1 << 31 else 0
 
 
 @contextmanager

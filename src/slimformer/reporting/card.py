@@ -6,6 +6,7 @@ stands in `templates/card.md`; what users named is escaped.
 
 from __future__ import annotations
 
+import os.path
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,13 @@ def _metadata(folder: Path, card: Card) -> Any:
     pipeline = next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     int8 = "int8" in record.precision
-    on_hub = _HUB_NAME.fullmatch(card.base_model) is not None and not Path(card.base_model).exists()
+    on_hub = _HUB_NAME.fullmatch(card.base_model) is not None and not os.path.exists(card.base_model)
     metric = _HUB_METRICS.get(record.metric, record.metric)
     made_for = Path(record.file).suffix.removeprefix(".") or "onnx"
     return ModelCardData(
         license=card.license or None,
         language=list(card.language) or None,
-        datasets=[card.data] if _HUB_NAME.fullmatch(card.data) and not Path(card.data).exists() else None,
+        datasets=[card.data] if _HUB_NAME.fullmatch(card.data) and not os.path.exists(card.data) else None,
         base_model=card.base_model if on_hub else None,
         base_model_relation=("quantized" if int8 else "finetune") if on_hub else None,
         library_name=made_for,

@@ -38,7 +38,7 @@ def write_facts(folder: Path, facts: Facts) -> None:
 def read_facts(folder: Path) -> Facts | None:
     """slimformer.json of a folder, None if there is none; ModelError if it cannot be read."""
     file = folder / FACTS_FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         return None
     try:
         return cast(Facts, _reader(Facts).validate_python(json.loads(file.read_text(encoding="utf-8"))))

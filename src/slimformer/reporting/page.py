@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os.path
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,7 +56,9 @@ def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
     _refuse_runs(Path(out))
     ledgers: list[Path] = []
     for folder in map(Path, runs):
-        inside = [folder] if folder.is_file() else sorted(folder.glob(LEDGER)) or sorted(folder.glob(f"*/{LEDGER}"))
+        inside = [folder] if os.path.isfile(folder) else []
+        if os.path.isdir(folder):
+            inside = sorted(folder.glob(LEDGER)) or sorted(folder.glob(f"*/{LEDGER}"))
         if not inside:
             _log.warning("%s holds no %s; skipped.", folder, LEDGER)
         ledgers.extend(inside)
@@ -71,7 +74,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
 
 
 def _refuse_runs(out: Path) -> None:
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out} is a file.", help="choose a folder as --out; it is made if there is none.")
     if (out / LEDGER).is_file() and (out / PAGE).is_file():
         raise OutputError(

@@ -132,7 +132,7 @@ def bench(
 def _recorded_task(paths: Sequence[Path]) -> Task:
     """The task in the first slimformer.json beside these paths."""
     for path in paths:
-        facts, folder = _facts_of(path) if path.is_file() else (read_facts(path), path)
+        facts, folder = _facts_of(path) if os.path.isfile(path) else (read_facts(path), path)
         if facts is not None and "use" in facts.task:
             return _task_of(facts, folder)
     raise RecipeError("there is no data to bench on.", help="name it with --data ./folder, or --task glue/sst2 --data ...")
@@ -182,10 +182,10 @@ def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | 
     accepting = [registry.find("runtimes", name)().accepts for name in registry.names("runtimes")]
     models: list[_Model] = []
     for place, path in enumerate(paths):
-        if path.is_file() and any(accepts(path) for accepts in accepting):
+        if os.path.isfile(path) and any(accepts(path) for accepts in accepting):
             models.append(_model(path, f"{path.parent.name}/{path.name}"))
             continue
-        if not path.is_dir():
+        if not os.path.isdir(path):  # os.path takes any text, pathlib raises if a name is too long
             raise ModelError(
                 f"{path} is no model: there is no such folder.", help="name a folder with config.json and a model."
             )

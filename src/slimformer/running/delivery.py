@@ -5,6 +5,7 @@ Nothing is trained, cut or chosen here: the candidate was chosen on validation e
 
 from __future__ import annotations
 
+import os.path
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         runtime = installed_runtime(name)
         notes = tuple(read_notes(best.parent).get(best.name, []))
         given, data = order.recipe.model, getattr(material.task, "data", "")
-        base = "" if Path(given).exists() else given.partition("@")[0]  # a hub id may name a revision
+        base = "" if os.path.exists(given) else given.partition("@")[0]  # a hub id may name a revision
         card = Card(
             chosen,
             measurement.records,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def open_run(
     A finished run is no error here: callers ask `finished_result` first.
     """
     cache = conditions.cache
-    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+    if cache is not None and os.path.exists(cache) and not os.path.isdir(cache):
         raise OutputError(f"{cache} is a file.", help="choose a folder as --cache; it is made if there is none.")
     with claim(folder, purpose):
         scratch, log = folder / WORK, conditions.log or Log(folder)

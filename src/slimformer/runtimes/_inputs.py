@@ -38,6 +38,7 @@ _TYPES = {
     "tensor(bool)": np.bool_,
 }
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)")
+_MOST_PLACES = 1 << 22  # of one call of a file with a fixed shape: more would fill the memory with padding
 _ANSWERS = ("logits", "start_logits")  # a file with an output of one of these names says itself what its answer is
 
 
@@ -133,6 +134,12 @@ class _Fitted:
             _log.warning(
                 "%s has the fixed batch size %d: larger batches are run in parts, smaller ones filled.", self.path, self.rows
             )
+        places = (self.rows or 1) * (self.width or 1)
+        if not 0 < places <= _MOST_PLACES:
+            raise ModelError(
+                f"{self.path} has the fixed shape {_shape(self.inputs[0])}, which no batch can be filled up to.",
+                help="export it again with dynamic axes, for batch and tokens.",
+            )
         if self.width is None:
             return
         assert self.sources is not None
@@ -156,7 +163,7 @@ class _Fitted:
                 help=f"bench with --max-length {self.width} (all models then read no more), or export it again with dynamic axes.",
             )
         right, below = max(0, (self.width or 0) - seq), -count % self.rows if self.rows else 0
-        pad = int(self.config.get("pad_token_id") or 0)
+        pad = self._pad()
         if right:
             fills = {"input_ids": pad}
             whole = {
@@ -167,6 +174,10 @@ class _Fitted:
         if "position_ids" not in whole:
             whole["position_ids"] = self._positions(whole["attention_mask"], pad)
         return whole
+
+    def _pad(self) -> int:
+        pad = self.config.get("pad_token_id")
+        return pad if isinstance(pad, int) and 0 <= pad < 1 << 31 else 0
 
     def _positions(self, mask: np.ndarray, pad: int) -> np.ndarray:
         if self.config.get("model_type") in OFFSET:  # these count from pad + 1, and padding stays at pad
@@ -209,8 +220,8 @@ def _outputs(path: Path, outputs: Sequence[Port]) -> dict[str, str]:
         taken = {ports[0].name: name for name, ports in ends.items()}
     else:
         if len(rows) > 1:
-            labels = len(_config(path).get("id2label") or {})
-            rows = [port for port in rows if port.shape[1] == labels]
+            labels = _config(path).get("id2label")
+            rows = [port for port in rows if isinstance(labels, dict) and port.shape[1] == len(labels)]
         taken = {rows[0].name: "logits"} if len(rows) == 1 else {}
     for port in rows:
         if port.name in taken:

@@ -27,9 +27,9 @@ def model_folder(path: Path) -> Path:
     Raises:
         ModelError: `path` is a file, or not there.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # os.path takes any text, pathlib raises if a name is too long
         raise ModelError(f"{path} is a file.", help=_file_help(path))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ModelError(
             f"{path} is not a folder with a model.", help="name a folder with config.json, tokenizer and model.safetensors."
         )

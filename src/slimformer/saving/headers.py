@@ -186,7 +186,7 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, tuple[i
         shapes = _sparse_shapes(metadata[KEY]) if KEY in metadata else {}
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.", help=_AGAIN) from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+    except (ValueError, ArithmeticError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise ModelError(f"{file} has no readable safetensors header.", help="copy or save it again.") from None
     if 8 + length + end != size:
         raise ModelError(
@@ -201,5 +201,5 @@ def _sparse_shapes(text: str) -> dict[str, tuple[int, ...]]:
     try:
         matrices = json.loads(text)["matrices"]
         return {str(name): tuple(map(int, facts["shape"])) for name, facts in matrices.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

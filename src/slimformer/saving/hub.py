@@ -6,6 +6,7 @@ weights and code stay where they are. A name that exists as a path here is that 
 
 from __future__ import annotations
 
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         >>> local_folder("./my-bert").name
         'my-bert'
     """
-    hub = HUB_MODEL.fullmatch(str(name)) if not Path(name).exists() else None
+    hub = HUB_MODEL.fullmatch(str(name)) if not os.path.exists(name) else None  # os.path takes any text
     if hub:
         return model_folder(_downloaded(hub["id"], revision or hub["revision"]))
     return model_folder(Path(name))

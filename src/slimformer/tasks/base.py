@@ -236,7 +236,7 @@ def _content_of(item: Example) -> str:
 def _parse(text: str, hint: Any, flag: str) -> Any:
     """The value that a text of the command line stands for, by the type of its field."""
     kinds = get_args(hint) or (hint,)
-    if int in kinds and re.fullmatch(r"[+-]?\d+", text):
+    if int in kinds and re.fullmatch(r"[+-]?\d{1,18}", text):
         return int(text)
     if float in kinds and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
         return float(text)

@@ -267,11 +267,20 @@ class Classification(Labelled):
         if kind == "auto":
             kind = "score" if len(names) == 1 or problem == "regression" else "classes"
         task = replace(self, kind=kind, labels=()).settled()
+        table = task._table(Split.TRAIN, any_split=True)
+        label = task._columns(table)[1]
+        raw = _raw_labels(table, label)
         if task.kind == "score":
             if len(names) != 1:
                 raise DataError(
                     f"the data has scores, the model has {len(names)} classes: {enumerate_labels(names)}.",
                     help="train a model with one output for scores, or say kind: classes.",
+                )
+            if not all(map(is_number, raw)):
+                raise DataError(
+                    f"the model gives one score (its config.json names one label), but column '{label}' of {table.where} holds "
+                    f"classes: {enumerate_labels(sort_labels(set(raw)))}.",
+                    help="take a model that was trained for these classes, or name them in its config.json (id2label).",
                 )
             return task
         known = task.labels
@@ -280,9 +289,6 @@ class Classification(Labelled):
                 f"the model gives one score, the data has {len(known)} classes: {enumerate_labels(known)}.",
                 help="train a model for these classes, or say kind: score.",
             )
-        table = task._table(Split.TRAIN, any_split=True)
-        label = task._columns(table)[1]
-        raw = _raw_labels(table, label)
         counted = are_placeholders(names) and len(known) == len(names)  # any order of ids is as good as another
         if ambiguous_ids(set(raw), names, task._known_names(table, label)) and not counted:
             raise _ambiguous(raw, names)

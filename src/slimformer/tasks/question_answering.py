@@ -468,7 +468,7 @@ def _read_hub(name: str) -> Mapping[str, Questions]:
 
 def _read_sources(data: str, dev: str | None, version: Version | None) -> Mapping[str, Questions]:
     """The questions "train" and "dev", one or both of them."""
-    apart = {} if dev is None else {"dev": read_questions([Path(dev).expanduser()])}
+    apart = {} if dev is None else {"dev": read_questions([Path(os.path.expanduser(dev))])}
     form = Format(
         task="question_answering",
         suffixes=QUESTION_SUFFIXES,
