@@ -67,6 +67,30 @@ STRANGERS = {
     "bert_config": ({"bert_config_dot_json": {}, "bert_model_dot_ckpt_dot_index": b"x"}, "bert_config.json.*copy"),
     "data": ({"train_dot_tsv": b"x", "dev_dot_tsv": b"x"}, r"holds no config.json, but data \(dev.tsv\)"),
     "download": ({"model_dot_safetensors_dot_incomplete": b"x"}, "download that was cut off"),
+    "deepspeed": ({"config_dot_json": CONFIG, "zero_to_fp32_dot_py": b"#", "global_step500__mp_rank_00_model_states_dot_pt": b"\x80"},
+                  r"as DeepSpeed saves it.*zero_to_fp32\.py"),
+    "fsdp": ({"config_dot_json": CONFIG, "pytorch_model_fsdp_0__0_0_dot_distcp": b"x"}, "as FSDP of PyTorch saves it.*merge-weights"),
+    "ctranslate2": ({"config_dot_json": {"unk_token": "[UNK]"}, "model_dot_bin": b"\6\0\0\0\x0c\0BertEncoderSpec"}, "CTranslate2"),
+    "ctranslate2_old": ({"config_dot_json": CONFIG, "model_dot_bin": b"\6\0\0\0\4\0Bert", "vocabulary_dot_txt": b"a"}, "CTranslate2"),
+    "flair": ({"best-model_dot_pt": b"PK\3\4", "loss_dot_tsv": b"EPOCH"}, r"model of Flair \(best-model\.pt\)"),
+    "flair_of_the_hub": ({"pytorch_model_dot_bin": b"PK\3\4data.pkl flair.models.text_classification"}, "model of Flair"),
+    "lightning": ({"epoch=2_dot_ckpt": b"PK\3\4data.pkl pytorch-lightning_version"}, "checkpoint of Lightning.*not read"),
+    "spacy_trained": ({"model-best__config_dot_cfg": b"", "model-best__meta_dot_json": {}}, "holds spaCy pipelines"),
+    "core_ml": ({"model_dot_mlpackage__Manifest_dot_json": {}}, r"another runtime \(model\.mlpackage/\)"),
+    "core_ml_inside": ({"Manifest_dot_json": {}, "Data__com_dot_apple_dot_CoreML__model_dot_mlmodel": b"x"}, "another runtime .*CoreML"),
+    "tflite": ({"config_dot_json": CONFIG, "model_dot_tflite": b"x"}, r"another runtime \(model\.tflite\)"),
+    "onnx_runtime": ({"config_dot_json": CONFIG, "model_dot_ort": b"x"}, r"another runtime \(model\.ort\)"),
+    "rust": ({"config_dot_json": CONFIG, "rust_model_dot_ot": b"x"}, "another runtime"),
+    "mlx": ({"config_dot_json": CONFIG, "weights_dot_npz": b"x"}, "another runtime"),
+    "keras_hub": ({"config_dot_json": {"module": "keras_hub.src.models.bert"}, "model_dot_weights_dot_h5": b"x"}, "preset of KerasHub"),
+    "gptq": ({"config_dot_json": CONFIG, "gptq_model-4bit-128g_dot_safetensors": b"x"}, "another tool quantized"),
+    "awq": ({"config_dot_json": CONFIG, "quant_config_dot_json": {}, "model-w4_dot_safetensors": b"x"}, "another tool quantized"),
+    "setfit": ({"config_dot_json": CONFIG, "modules_dot_json": [], "model_head_dot_pkl": b"\x80"}, "sentence-transformers model"),
+    "mlflow": ({"MLmodel": b"flavors:", "data__model_dot_pth": b"x"}, "model of MLflow"),
+    "hub_cache": ({"refs__main": b"abc", "snapshots__abc__config_dot_json": CONFIG}, "hub cache's folder.*one revision: .*snapshots/abc"),
+    "pickles_inside": ({"best_model__config_dot_json": CONFIG, "best_model__pytorch_model_dot_bin": b"x"}, "folders of it: best_model"),
+    "archive": ({"model_dot_tar_dot_gz": b"\x1f\x8b"}, r"but an archive \(model\.tar\.gz\).*unpack"),
+    "anything": ({"README_dot_md": b"x", "notes__a_dot_md": b"x"}, r"holds no config\.json; it holds README\.md, notes/"),
     "config_only": ({"config_dot_json": CONFIG}, "holds no model.safetensors"),
 }  # fmt: skip
 
@@ -109,10 +133,14 @@ def test_a_delivered_folder_holds_its_model_inside(tmp_path, plain):
     assert checkpoint.load_plan(tmp_path / "small") == Plan()
 
 
-def test_a_transformer_with_steps_behind_it_loads_alone(tmp_path):
+def test_a_transformer_with_steps_behind_it_loads_alone(tmp_path, caplog):
     tiny("bert").base_model.save_pretrained(tmp_path)
-    files(tmp_path, modules_dot_json=[], **{"1_Pooling__config_dot_json": {}})
+    files(tmp_path, modules_dot_json=[], config_setfit_dot_json={}, **{"1_Pooling__config_dot_json": {}})
     assert type(slimformer.load(tmp_path)).__name__ == "BertModel"
+    assert (
+        "sentence-transformers model: its transformer is read, not the steps behind it. Its classifier is SetFit's"
+        in caplog.text
+    )
 
 
 def test_a_trainers_checkpoint_loads_and_its_pickles_stay_closed(tmp_path, plain):

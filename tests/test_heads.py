@@ -146,12 +146,92 @@ def test_a_class_that_nobody_knows_with_a_head_that_nobody_reads(tmp_path):
         slimformer.load(tmp_path)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model."])
-def test_names_from_inside_a_wrapper(tmp_path, wrapper, caplog):
+@pytest.mark.parametrize(
+    ("wrapper", "said"),
+    [("module.", "module."), ("_orig_mod.", "_orig_mod."), ("model.", "model."), ("_orig_mod.module.", "_orig_mod."),
+     ("module.model.", "model."), ("_fsdp_wrapped_module.", "_fsdp_wrapped_module."), ("base_model.model.", "base_model.model."),
+     ("backbone.", "backbone.")],
+)  # fmt: skip
+def test_names_from_inside_a_wrapper(tmp_path, wrapper, said, caplog):
     model = saved(tmp_path)
     rename(tmp_path, lambda name: wrapper + name)
+    state = load_file(tmp_path / WEIGHTS) | {"loss_fn.weight": torch.ones(3)}
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
     assert torch.equal(slimformer.load(tmp_path).classifier.weight, model.classifier.weight)
-    assert f"begin with '{wrapper}'" in caplog.text
+    assert f"with '{said}'" in caplog.text or f"hold '{said}'" in caplog.text
+    assert "1 tensors belong to no head of transformers and are not read, the first is loss_fn.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("bert.", "bert._orig_mod."),
+        ("layer.1.", "layer.1._checkpoint_wrapped_module."),
+        ("bert.", "encoder."),  # a person's own module around a BertModel
+        ("classifier.", "classifier.modules_to_save.default."),  # a head that PEFT trained beside its merged adapter
+    ],
+)
+def test_names_with_a_wrapper_inside(tmp_path, old, new, caplog):
+    model = saved(tmp_path)
+    rename(tmp_path, lambda name: name.replace(old, new, 1))
+    again = slimformer.load(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert "which is left out" in caplog.text or "modules_to_save" in new
+
+
+def _without(name):
+    return None
+
+
+def _with_adapter(name):
+    return name.replace("query.weight", "query.base_layer.weight")
+
+
+@pytest.mark.parametrize(
+    ("new", "extra", "said"),
+    [
+        (_with_adapter, {"bert.encoder.layer.0.attention.self.query.lora_A.default.weight": (2, 32)}, "hold an adapter.*base_layer"),
+        (None, {"bert.encoder.layer.0.output.adapters.sst.adapter_down.0.weight": (4, 32)}, "hold an adapter"),
+        (lambda name: "base_model.model." + _with_adapter(name), {}, "hold an adapter"),
+        (lambda name: name if name.startswith("classifier") else None, {}, "nothing of the encoder of a bert model.*classifier.bias"),
+        (_without, {"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "nothing of the encoder of a bert"),
+        (_without, {}, "hold no tensor"),
+        (_without, {"bert.embeddings.word_embeddings.weight": (0,), "classifier.weight": (0,)}, "all 2 tensors .*empty.*ZeRO"),
+        (lambda name: name.replace("classifier", "fc"), {}, r"no such head \(classifier.bias\), but fc.bias, which no class"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_no_whole_model_are_named_for_what_they_are(tmp_path, new, extra, said):
+    saved(tmp_path)
+    rename(tmp_path, new or (lambda name: name))
+    state = load_file(tmp_path / WEIGHTS) | {name: torch.zeros(shape) for name, shape in extra.items()}
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"(?s){said}"):
+        slimformer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "names", "said"),
+    [
+        ({"label2id": {"x": 0, "y": 1, "z": 2}}, "xyz", "names its labels in label2id alone"),
+        ({"id2label": "gone", "label2id": {"x": "0", "y": "1", "z": "2"}}, "xyz", "names its labels in label2id alone"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 2, "b": 1, "c": 0}}, "abc", "id 2 is 'c' in id2label, and 'a'"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 2}, "abc", ""),  # the names count
+    ],
+)  # fmt: skip
+def test_label2id_helps_and_its_contradictions_are_told(tmp_path, entries, names, said, caplog):
+    saved(tmp_path)
+    change(tmp_path, **entries)
+    assert list(slimformer.load(tmp_path).config.id2label.values()) == list(names)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_named(tmp_path, encoding):
+    saved(tmp_path)
+    text = (tmp_path / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(text, encoding=encoding)
+    with pytest.raises(ModelError, match="byte order mark"):
+        slimformer.load(tmp_path)
 
 
 def test_names_of_old_checkpoints(tmp_path):

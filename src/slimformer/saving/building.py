@@ -151,7 +151,7 @@ def refuse_labels(folder: Path, raw: Mapping[str, Any]) -> None:
 
 def _refuse_weights(folder: Path, raw: Mapping[str, Any]) -> None:
     """ModelError if the weights are quantized by another tool, or are said to be in another file."""
-    quantized = raw.get("quantization_config")
+    quantized = raw.get("quantization_config") or raw.get("quantization")  # the second is of MLX
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise ModelError(

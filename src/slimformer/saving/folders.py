@@ -7,6 +7,7 @@ the files that those tools write.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,110 @@ def _adapter(folder: Path, names: frozenset[str]) -> _Found:
     )
 
 
+def _distributed(folder: Path, names: frozenset[str]) -> _Found:
+    """Parts of a model that several processes hold."""
+    name = _ending(names, "_model_states.pt", "_optim_states.pt", "zero_to_fp32.py", ".distcp")
+    if name is None:
+        return None
+    if name.endswith(".distcp"):
+        return (
+            f"holds a model in the parts of its processes ({name}), as FSDP of PyTorch saves it.",
+            "join them with `accelerate merge-weights <the folder of the .distcp files> <another folder>`, and name that one.",
+        )
+    return (
+        f"holds a model in the parts of its processes ({name}), as DeepSpeed saves it.",
+        "gather them: python zero_to_fp32.py . <another folder> --safe_serialization, with config.json and tokenizer beside them.",
+    )
+
+
+def _ctranslate2(folder: Path, names: frozenset[str]) -> _Found:
+    """CTranslate2: model.bin begins with a version and the name of a specification."""
+    if "model.bin" not in names:
+        return None
+    with open(folder / "model.bin", "rb") as stream:
+        head = stream.read(64)
+    if not (
+        head[1:4] == b"\0\0\0" and (b"Spec" in head or any(name.startswith(("vocabulary.", "shared_vocab")) for name in names))
+    ):
+        return None
+    return (
+        "is a model of CTranslate2 (model.bin), which is finished.",
+        "name the transformers folder that it was converted from: config.json, tokenizer and model.safetensors.",
+    )
+
+
+def _flair(folder: Path, names: frozenset[str]) -> _Found:
+    name = _with_word(folder, names, b"flair.", ("pytorch_model.bin", "final-model.pt", "best-model.pt"))
+    name = name or next((name for name in ("best-model.pt", "final-model.pt") if name in names), None)
+    return (
+        None
+        if name is None
+        else (
+            f"is a model of Flair ({name}).",
+            "save its transformer with Flair: classifier.embeddings.model.save_pretrained(<a folder>), its tokenizer too, "
+            "and tune that; the head of Flair is its own.",
+        )
+    )
+
+
+def _lightning(folder: Path, names: frozenset[str]) -> _Found:
+    name = _with_word(folder, names, b"pytorch-lightning_version", (_ending(names, ".ckpt") or "",))
+    return (
+        None
+        if name is None
+        else (
+            f"is a checkpoint of Lightning ({name}), a pickle, which can run code and is not read.",
+            "load it where you trust it, and save the transformers model inside: module.model.save_pretrained(<a folder>).",
+        )
+    )
+
+
+def _with_word(folder: Path, names: frozenset[str], word: bytes, files: Iterable[str]) -> str | None:
+    """The first of these files that holds a word near its beginning; nothing is unpickled."""
+    for name in files:
+        if name in names:
+            with open(folder / name, "rb") as stream:
+                if word in stream.read(1 << 20):
+                    return name
+    return None
+
+
+def _quantized(folder: Path, names: frozenset[str]) -> _Found:
+    """Other tools' quantized weights, under names of their own."""
+    name = next(
+        (name for name in sorted(names) if name in ("quantize_config.json", "quant_config.json", "quant_log.csv")), None
+    )
+    name = name or _ending((name for name in names if re.search(r"gptq|awq|[48]bit", name.lower())), ".safetensors")
+    return (
+        None
+        if name is None
+        else (
+            f"holds weights that another tool quantized ({name}).",
+            "name the folder of the model before it was quantized; slimformer makes an int8 file itself.",
+        )
+    )
+
+
+def _hub_cache(folder: Path, names: frozenset[str]) -> _Found:
+    """The cache's folder of a hub model, with a folder for each revision."""
+    found = sorted(name for name in names if name.startswith("snapshots/") and name.endswith("/") and name.count("/") == 2)
+    if not found or not names & {"refs/", "blobs/"}:
+        return None
+    return (
+        f"is the hub cache's folder of a model, with {len(found)} of its revisions.",
+        f"name the model by its hub id, or one revision: {folder / found[-1].rstrip('/')}",
+    )
+
+
+def _mlflow(folder: Path, names: frozenset[str]) -> _Found:
+    if "MLmodel" not in names:
+        return None
+    return (
+        "is a model of MLflow.",
+        "if it holds a transformers model, name the folder in it with config.json and model.safetensors.",
+    )
+
+
 def _sentence_transformers(folder: Path, names: frozenset[str]) -> _Found:
     """A tree with the transformer in a folder of its own, and pooling and projections beside it."""
     inner = min((name for name in names if name.endswith(("_Transformer/config.json", "0_BERT/config.json"))), default=None)
@@ -159,10 +264,9 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def _models_inside(folder: Path, names: frozenset[str]) -> _Found:
-    found = sorted(
-        name.partition("/")[0] for name in names if name.endswith(f"/{CONFIG}") and has_weights(folder / Path(name).parent)
-    )
-    if not found:
+    inner = sorted(name.partition("/")[0] for name in names if name.endswith(f"/{CONFIG}"))
+    found = [name for name in inner if has_weights(folder / name)] or inner
+    if not found or CONFIG in names:
         return None
     return f"holds no {CONFIG}; there are models in folders of it: {', '.join(found[:5])}.", f"name one: {folder / found[0]}"
 
@@ -201,10 +305,11 @@ def _fasttext(folder: Path, names: frozenset[str]) -> _Found:
 
 
 def _spacy(folder: Path, names: frozenset[str]) -> _Found:
-    if "config.cfg" not in names or "meta.json" not in names:
+    found = next((name for name in ("config.cfg", "model-best/config.cfg", "model-last/config.cfg") if name in names), None)
+    if found is None or found.replace("config.cfg", "meta.json") not in names:
         return None
     return (
-        "is a spaCy pipeline.",
+        "is a spaCy pipeline." if found == "config.cfg" else f"holds spaCy pipelines ({found}).",
         "name a transformers folder: if the pipeline has a transformer, config.cfg says which ([components.transformer.model]).",
     )
 
@@ -224,6 +329,8 @@ _EXPORTED = "name the folder of the PyTorch model that it was exported from: con
 
 def _frameworks(folder: Path, names: frozenset[str]) -> _Found:
     """Weights of TensorFlow, Flax and others."""
+    if str(_content(folder, CONFIG).get("module", "")).startswith(("keras_hub", "keras_nlp")):
+        return "is a preset of KerasHub.", "name a transformers folder with PyTorch weights."
     tensorflow = _ending(names, ".h5", "saved_model.pb", ".ckpt.index", ".keras", ".ckpt.meta") or (
         "variables/" in names and "variables/"
     )
@@ -238,7 +345,25 @@ def _frameworks(folder: Path, names: frozenset[str]) -> _Found:
                 f"make PyTorch weights of them with transformers 4: AutoModel....from_pretrained(<this folder>, {option})"
                 ".save_pretrained(<another folder>).",
             )
-    name = _ending(names, ".tflite", ".mlmodel", ".mlpackage/", ".engine", ".trt", ".nemo", ".pte")
+    name = _ending(
+        names,
+        *(
+            ".tflite",
+            ".mlmodel",
+            ".mlpackage/",
+            ".mlmodelc/",
+            ".engine",
+            ".plan",
+            ".trt",
+            ".nemo",
+            ".pte",
+            ".ort",
+            ".ot",
+            ".pt2",
+            ".npz",
+        ),
+        "com.apple.coreml/",
+    )
     return None if name is None else (f"is an export for another runtime ({name}).", _EXPORTED)
 
 
@@ -274,6 +399,11 @@ def _data(folder: Path, names: frozenset[str]) -> _Found:
     return f"holds no config.json, but data ({name}).", "name a model folder here, and this one as the data."
 
 
+def _archive(folder: Path, names: frozenset[str]) -> _Found:
+    name = _ending(names, ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".7z", ".rar", ".mar")
+    return None if name is None else (f"holds no {WEIGHTS}, but an archive ({name}).", "unpack it, and name the folder in it.")
+
+
 def _half_downloaded(folder: Path, names: frozenset[str]) -> _Found:
     name = _ending(names, ".incomplete", ".part", ".crdownload", ".tmp", ".aria2")
     return (
@@ -287,17 +417,35 @@ def _old_config(folder: Path, names: frozenset[str]) -> _Found:
     return f"holds {OLD_CONFIG}, and no {CONFIG}.", f'copy {OLD_CONFIG} to {CONFIG} and add "model_type": "bert" to it.'
 
 
+def _anything(folder: Path, names: frozenset[str]) -> _Found:
+    """What a folder without a config holds, for want of anything better."""
+    if CONFIG in names:
+        return None
+    there = sorted(names, key=lambda name: (name.count("/"), name))
+    return (
+        f"holds no {CONFIG}; it holds {', '.join(there[:5])}{', ...' if there[5:] else ''}.",
+        "name a folder that save_pretrained() wrote.",
+    )
+
+
 _LOOKS: tuple[_Look, ...] = (
     _empty,
     _pointers,
     _adapter,
     _sentence_transformers,
     _checkpoints,
+    _distributed,
     _spacy,
     _old_config,
+    _quantized,
     _other_safetensors,
     _fasttext,
     _gguf,
+    _ctranslate2,
+    _flair,
+    _lightning,
+    _hub_cache,
+    _mlflow,
     _pickles,
     _openvino,
     _onnx,
@@ -305,4 +453,6 @@ _LOOKS: tuple[_Look, ...] = (
     _models_inside,
     _data,
     _half_downloaded,
+    _archive,
+    _anything,
 )

@@ -115,7 +115,10 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > LONGEST_JSON:
             raise ValueError(f"it has {file.stat().st_size:,} bytes")
-        text = file.read_text(encoding="utf-8")
+        raw = file.read_bytes()
+        if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("it begins with a byte order mark, as some editors write it, and must be UTF-8 without one")
+        text = raw.decode("utf-8")
         if text.startswith(POINTER.decode()):
             raise ValueError(f"it is {_POINTS}, not the file; `git lfs pull` fetches that")
         content = json.loads(text)

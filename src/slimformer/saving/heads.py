@@ -7,7 +7,8 @@ fits if all tensors of its head are there. What was found against the word of co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +27,9 @@ _PURPOSES = (  # of the heads that are looked for; of two that fit alike the fir
     "SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "PreTraining", "NextSentencePrediction",
     "MultipleChoice",
 )  # fmt: skip
-_WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before each name
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|ia3_l|adapters?|adapter_\w+|hada_w\w*|oft_\w+)\.")
+_KEPT_HEAD = re.compile(r"\.modules_to_save\.[^.]+\.")  # the trained copy of a module, in PEFT's words
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))  # of checkpoints from TensorFlow
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")  # buffers that older versions saved
 _QUANTIZED = re.compile(
@@ -94,8 +97,15 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
     """
     kind, stated = str(raw["model_type"]), _stated(folder, raw)
     encoder = encoder_of(kind)
-    renamed, remarks = _plain_names(folder, stored)
+    _refuse_empty(folder, stored)
+    renamed, remarks = _plain_names(folder, stored, encoder)
     body, tops = _divide(renamed, encoder)
+    if not encoder.body & set(body):
+        raise ModelError(
+            f"{folder}: its weights hold nothing of the encoder of a {kind} model; they begin with {min(stored.tensors)}.",
+            facts=[f"looked for: {min(encoder.body)} and {len(encoder.body) - 1} more"],
+            help="does config.json belong to these weights? A head alone, or another model's weights, cannot be loaded.",
+        )
     cls = class_named(stated, kind)
     parts = _parts_of(cls, kind) if cls is not None else None
     problem = ""
@@ -111,6 +121,7 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
         elif parts is None or (parts.head and not parts.head & set(tops)):
             if parts is not None:
                 problem = f"config.json names {stated}, and the weights hold no such head ({min(parts.head)})"
+                problem += f", but {min(tops)}, which no class of transformers reads" if tops else ""
             elif stated and tops:
                 problem = f"config.json names {stated}, which transformers does not have, and no other class reads {min(tops)}"
             elif stated:
@@ -125,8 +136,22 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
         remarks.append(
             f"{folder}: {len(unread)} tensors belong to no head of transformers and are not read, the first is {unread[0]}."
         )
+    if (folder / "modules.json").is_file() and not parts.head:
+        head = " Its classifier is SetFit's own, and is not read." if (folder / "config_setfit.json").is_file() else ""
+        remarks.append(f"{folder} is a sentence-transformers model: its transformer is read, not the steps behind it.{head}")
     settled = _with_labels(folder, raw, parts, tops, stored, remarks)
     return Source(folder, settled, stored, parts, body, tops, tuple(remarks), problem)
+
+
+def _refuse_empty(folder: Path, stored: StoredWeights) -> None:
+    """ModelError for weights without a number in them."""
+    if not stored.tensors:
+        raise ModelError(f"{folder}: its weights hold no tensor.", help="save the model again.")
+    if all(0 in tensor.shape for tensor in stored.tensors.values()):
+        raise ModelError(
+            f"{folder}: all {len(stored.tensors)} tensors of its weights are empty.",
+            help="DeepSpeed (ZeRO stage 3) leaves that: gather the weights with its zero_to_fp32.py, then save the model again.",
+        )
 
 
 def _stated(folder: Path, raw: Mapping[str, Any]) -> str | None:
@@ -223,23 +248,54 @@ def _tiny(make: Any, kind: str) -> PreTrainedModel:
 # -- What the weights hold -----------------------------------------------------------------------------------------------------
 
 
-def _plain_names(folder: Path, stored: StoredWeights) -> tuple[dict[str, str], list[str]]:
-    """Today's name of each tensor -> its name in the file; ModelError if they are quantized by another tool."""
+def _plain_names(folder: Path, stored: StoredWeights, encoder: Parts) -> tuple[dict[str, str], list[str]]:
+    """Today's name of each tensor -> its name in the file, and remarks; ModelError if they are quantized, or with an adapter."""
     quantized = next((name for name in stored.tensors if _QUANTIZED.search(name)), None)
     if quantized is not None:
         raise ModelError(
             f"the weights of {folder} are quantized by another tool ({quantized}), and slimformer cuts float weights.",
             help="name the folder of the model before it was quantized.",
         )
-    names = {name: name for name in stored.tensors if not _NO_WEIGHTS.search(name)}
+    adapter = next((name for name in stored.tensors if _ADAPTER.search(name)), None)
+    if adapter is not None:
+        raise ModelError(
+            f"the weights of {folder} hold an adapter beside the matrices that it adds to ({adapter}).",
+            help="merge it where it was trained: model.merge_and_unload().save_pretrained(folder), and name that folder.",
+        )
+    own = {name: name for name in stored.tensors if not _NO_WEIGHTS.search(name) and ".original_module." not in name}
+    names = {_KEPT_HEAD.sub(".", _WRAPPERS.sub("", name)): name for name in own}
     remarks = []
-    for wrapper in _WRAPPERS:
-        if names and all(name.startswith(wrapper) for name in names):
-            names = {name.removeprefix(wrapper): own for name, own in names.items()}
-            remarks.append(f"{folder}: the names of all tensors begin with '{wrapper}', which is left out.")
+    wrapper = next((_WRAPPERS.search(name) for name in own if _WRAPPERS.search(name)), None)
+    if wrapper is not None:
+        where = "begin with" if all(name.startswith(wrapper[0]) for name in own) else "hold"
+        remarks.append(f"{folder}: the names of its tensors {where} '{wrapper[0]}', which is left out.")
+    names, prefix = _under_one_prefix(names, encoder)
+    if prefix:
+        remarks.append(f"{folder}: the names of its tensors begin with '{prefix}', which is left out.")
     for old, new in _OLD_NAMES:
         names = {name.replace(old, new) if name.endswith(old) else name: own for name, own in names.items()}
     return names, remarks
+
+
+def _under_one_prefix(names: Mapping[str, str], encoder: Parts) -> tuple[dict[str, str], str]:
+    """The names with the encoder's under the usual prefix, and what stood before it: the name of a person's own module."""
+    counts = Counter(
+        name[: len(name) - len(rest)] for name in names for rest in _endings(name) if rest in encoder.body
+    ).most_common(2)
+    usual = f"{encoder.cls.base_model_prefix}."
+    if not counts or counts[0][0] in ("", usual) or len({count for _, count in counts}) < len(counts):
+        return dict(names), ""  # two encoders of one size are none that we know
+    prefix = counts[0][0]
+    inner = usual if prefix.endswith(f".{usual}") else ""
+    outer = prefix.removesuffix(inner)
+    new = "" if inner else usual
+    return {new + name.removeprefix(outer) if name.startswith(outer) else name: own for name, own in names.items()}, outer
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The name, and what is left of it after each of its points."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _divide(names: Mapping[str, str], encoder: Parts) -> tuple[dict[str, str], dict[str, str]]:
@@ -277,6 +333,7 @@ def _with_labels(
     own = tops[parts.per_label]
     shape = stored.tensors[own].shape
     rows = shape[0] if len(shape) == 2 else 0
+    raw = _named_labels(folder, raw, remarks)
     names, count = raw.get("id2label"), raw.get("num_labels")
     told = len(names) if names else count
     if parts.purpose == "QuestionAnswering":  # its two outputs have no names
@@ -288,4 +345,28 @@ def _with_labels(
         )
     if told is None and rows != 2 and 0 < rows <= MOST_LABELS:
         remarks.append(f"{folder}: config.json names no labels, and the head has {rows} of them: LABEL_0 to LABEL_{rows - 1}.")
-    return dict(raw) | ({} if names else {"num_labels": rows})
+    return {key: value for key, value in raw.items() if key != "num_labels"} | ({} if names else {"num_labels": rows})
+
+
+def _named_labels(folder: Path, raw: Mapping[str, Any], remarks: list[str]) -> Mapping[str, Any]:
+    """config.json with the names of label2id if id2label has none; a remark if the two contradict each other."""
+    names, ids = raw.get("id2label"), raw.get("label2id")
+    if not isinstance(ids, Mapping) or not ids:
+        return raw
+    turned = {str(index): name for name, index in ids.items()}
+    if sorted(turned) != sorted(map(str, range(len(ids)))):
+        return raw
+    if not names or (len(names) == len(ids) and _are_unnamed(names) and not _are_unnamed(turned)):
+        remarks.append(f"{folder}: config.json names its labels in label2id alone: {shown(dict(sorted(turned.items())), 80)}.")
+        return {**raw, "id2label": turned}
+    wrong = None if _are_unnamed(turned) else next((index for index in turned if str(names.get(index)) != turned[index]), None)
+    if wrong is not None:
+        remarks.append(
+            f"{folder}: config.json contradicts itself: id {wrong} is {shown(names.get(wrong), 40)} in id2label, and "
+            f"{shown(turned[wrong], 40)} in label2id. id2label is taken."
+        )
+    return raw
+
+
+def _are_unnamed(names: Mapping[str, Any]) -> bool:
+    return all(re.fullmatch(r"(LABEL_)?\d+", str(name)) for name in names.values())
