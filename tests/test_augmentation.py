@@ -166,6 +166,7 @@ def test_only_a_masked_model_with_the_same_tokens_will_do(tmp_path):
 # -- The stage -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stage_trains_on_the_copies_too(tmp_path: Path):
     """Through a recipe, with a masked model that lies beside it."""
     write_model(tmp_path / "encoder", trained=False, bare=True)

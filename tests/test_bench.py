@@ -350,6 +350,7 @@ def delivered(home: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_delivered_folder_is_benched_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = delivered(tmp_path / "home")
     for where, name in ((folder, "."), (folder.parent, "small"), (tmp_path, "home/small"), (folder / "onnx", "..")):

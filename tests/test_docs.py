@@ -366,6 +366,7 @@ def write_run(folder: Path, *, score: float, seed: int) -> None:
         append_record(folder / "ledger.jsonl", record)
 
 
+@pytest.mark.slow
 def test_the_pages_are_what_the_ledgers_give() -> None:
     assert tables().main(["--check"]) == 0, "run python results/tables.py"
 

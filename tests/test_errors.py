@@ -225,7 +225,9 @@ def test_rows_to_train_on_that_are_not_there(compress: Fail, home: Path) -> None
     assert not (home / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "~" + "b" * 300, "n\0", "s\ud800"])
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "a/" * 3000, "~" + "b" * 300, "n\0", "s\ud800"], ids=["long", "deep", "home", "null", "surrogate"]
+)
 def test_a_name_that_no_system_takes_is_one_that_is_not_there(home: Path, name: str) -> None:
     task = Classification(data=str(home / "data"))
     recipe = Recipe(str(home / "model"), task, ())

@@ -32,6 +32,7 @@ def test_a_name_that_is_a_path_is_that_path(tmp_path: Path, monkeypatch: pytest.
             hub.local_folder(name)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, cache: Path) -> None:
     folder = write_model(tmp_path / "bert")
     snapshot = cached(cache, "someone/tiny-bert", folder)

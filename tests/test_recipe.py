@@ -211,6 +211,7 @@ def test_an_untuned_student_takes_its_classes_in_the_order_of_its_teacher(tmp_pa
     assert not torch.equal(before[words], bundle.teacher.model.state_dict()[words])
 
 
+@pytest.mark.slow
 def test_runs_share_what_their_teacher_gives(tmp_path: Path) -> None:
     source = write_model(tmp_path / "dense")
     task = Classification(data=str(write_data(tmp_path / "data", train=80, dev=20)))

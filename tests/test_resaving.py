@@ -167,6 +167,7 @@ class Rows(torch.utils.data.Dataset):
         return {name: values[row] for name, values in self.rows.items()} | {"labels": torch.tensor(row % 3)}
 
 
+@pytest.mark.slow
 def test_a_trainer_saves_resumes_and_finds_its_best_again(tmp_path):
     model = slimformer.load(cut(tmp_path / "small"))
     first = copy.deepcopy(model).state_dict()

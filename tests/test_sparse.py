@@ -76,6 +76,7 @@ def matrices(draw: st.DrawFn, finite: bool = False) -> np.ndarray:
 # -- Round trips ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(matrices())
 def test_float32_comes_back_bit_for_bit(matrix: np.ndarray) -> None:
@@ -90,6 +91,7 @@ def told(layout: Layout, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {part: (names[dtype], shape) for part, (dtype, shape) in layout.parts(count).items()}
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(matrices(finite=True), st.sampled_from(["int8", "float16"]))
 def test_rounded_values_come_back_as_they_were_rounded(matrix: np.ndarray, values: Any) -> None:
@@ -493,6 +495,7 @@ def test_a_model_folder_with_a_false_index_is_refused(model: Any, tmp_path: Path
         slimformer.load(tmp_path / "model")
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.sampled_from(LAYOUTS), st.sampled_from([(1, 1), (1, 4), None]), st.data())
 def test_any_bytes_give_a_matrix_or_a_sentence(values: Any, block: tuple[int, int] | None, data: st.DataObject) -> None:

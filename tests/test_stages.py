@@ -73,6 +73,7 @@ def bundle(folder: Path) -> Bundle:
     return Bundle(subject_of(shrink(model, teacher.anatomy, plan)), plan, prepare(task, source), teacher)
 
 
+@pytest.mark.slow
 def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
     start = bundle(tmp_path)
     stage = Train((Distillation(hidden=0),), epochs=1, lr=1e-3, dropout=False, precision="fp32", text="task")
@@ -102,6 +103,7 @@ def test_batches_come_where_the_model_is_by_now(tmp_path: Path) -> None:
     assert {value.device.type for value in next(iter(context.batches(4))).values()} == {"meta"}
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
     start = bundle(tmp_path)
     words = start.subject.model.get_input_embeddings().weight.shape[0]
@@ -119,6 +121,7 @@ def test_frozen_embeddings_are_frozen_in_any_form(tmp_path: Path) -> None:
         assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_like_words_are_those_of_the_teacher(tmp_path: Path) -> None:
     """Whatever became of the student's table, and however the teacher's is stored, the rows are augmented as before."""
     start = bundle(tmp_path)
@@ -189,6 +192,7 @@ def test_what_comes_cut_teaches_the_heads_that_it_has(tmp_path: Path, named: boo
 # -- What was made before ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mended", ["nothing", "teacher", "label", "text", "masked model"])
 def test_a_stage_is_made_again_if_what_it_was_made_from_is_another(
     tmp_path: Path, mended: str, caplog: pytest.LogCaptureFixture
@@ -276,6 +280,7 @@ def test_a_method_that_cuts_refuses_a_factored_model_before_it_looks(tmp_path: P
     assert np.array_equal(sorted(anatomy.sites), sorted(anatomy_of(factored).sites))
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_ends_its_clock_and_keeps_the_minutes(tmp_path: Path) -> None:
     """A clock that went on would write into a folder that belongs to nobody any more."""
     start = bundle(tmp_path)

@@ -123,6 +123,7 @@ def test_learns_a_separable_set(tmp_path: Path) -> None:
     assert len(result.metrics) == 6
 
 
+@pytest.mark.slow
 def test_learns_in_bfloat16_with_float32_weights(tmp_path: Path) -> None:
     features = rows(200)
     around = context(features=features)
@@ -187,6 +188,7 @@ def test_one_step_is_adamw_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.detach(), decayed - 0.01 * clipped / (clipped.abs() + 1e-8), atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "STATE_SECONDS", 0.0)
@@ -426,6 +428,7 @@ def test_cached_teacher_is_the_teacher(tmp_path: Path, wants: set[Capture]) -> N
     fit(around, features, (Watch(frozenset(wants)),), settings, tmp_path, QUIET)
 
 
+@pytest.mark.slow
 def test_a_cache_hit_does_not_run_the_teacher(tmp_path: Path) -> None:
     features, cache = rows(150), tmp_path / "cache"
     teacher = tiny("bert", seed=5)

@@ -286,6 +286,7 @@ def test_a_calibration_picks_its_ranges(drafts: Any, calibration: Any, tmp_path:
             assert scale <= widest * 1.00001
 
 
+@pytest.mark.slow
 def test_matrices_stay_in_float_where_asked(drafts: Any, tmp_path: Path) -> None:
     draft = drafts(Onnx())
     floats = ("encoder.0.attention.input", "encoder.2.ffn_out.input")

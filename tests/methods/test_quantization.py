@@ -336,6 +336,7 @@ def test_ranges_are_saved_beside_the_plan(tmp_path):
     assert checkpoint.load_ranges(tmp_path / "plain") is None
 
 
+@pytest.mark.slow
 def test_ranges_go_with_the_bundle_and_the_next_stage_drops_them(tmp_path):
     source = write_model(tmp_path / "model")
     task = Classification(data=str(write_data(tmp_path / "data", train=64, dev=8))).bind(checkpoint.read_config(source))

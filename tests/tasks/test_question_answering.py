@@ -793,6 +793,7 @@ def test_a_v2_file_is_refused_for_a_v1_model(call: Call, tmp_path: Path) -> None
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_tuned_model_that_never_says_none_is_refused_for_v2(call: Call, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", train=320, without=0.5)
     model = write_folder(tmp_path / "model", trained=30)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from slimformer.errors import DataError, OutputError
+from slimformer.errors import DataError, OutputError, readable
 from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.reporting.answers import ChangedAnswer, shortened_answer
@@ -60,7 +60,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
         if os.path.isdir(folder):
             inside = sorted(folder.glob(LEDGER)) or sorted(folder.glob(f"*/{LEDGER}"))
         if not inside:
-            _log.warning("%s holds no %s; skipped.", folder, LEDGER)
+            _log.warning("%s holds no %s; skipped.", readable(str(folder)), LEDGER)
         ledgers.extend(inside)
     names = _run_names(list(dict.fromkeys(ledgers)))
     records = [replace(record, run=names[ledger]) for ledger, rows in read_ledgers(names).items() for record in rows]
