@@ -11,13 +11,15 @@ from tiny import tiny
 from tiny_export import data
 from tiny_folder import write_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, pipeline
+from transformers.utils.logging import is_progress_bar_enabled
 
 import slimformer
 from slimformer import Recipe, Record
 from slimformer.errors import DataError, ModelError, OutputError, RecipeError, SlimformerError
 from slimformer.files import claim, mark_finished
 from slimformer.measuring.machine import environment
-from slimformer.reporting.ledger import append_record
+from slimformer.measuring.records import Facts
+from slimformer.reporting.ledger import append_record, write_facts
 from slimformer.running.given import given_model, given_recipe, given_task
 from slimformer.running.runner import finished_result, wish_of
 from slimformer.saving import checkpoint
@@ -188,6 +190,17 @@ def test_what_is_no_task_is_refused(task: Any, said: str) -> None:
         given_task(task)
 
 
+def test_a_model_in_memory_is_written_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_model(tmp_path / "my-bert", trained=False)
+    model, reader = AutoModelForSequenceClassification.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    bars = is_progress_bar_enabled()
+    capfd.readouterr()
+    with given_model(model, reader, tmp_path / "out") as folder:
+        assert (Path(folder) / "model.safetensors").is_file()
+    assert capfd.readouterr() == ("", "")
+    assert is_progress_bar_enabled() == bars
+
+
 def test_a_recipe_may_be_a_path_or_plain_data(tmp_path: Path) -> None:
     text = f"{{model: {tmp_path}/my-bert, task: {{use: intents}}, stages: [train: {{epochs: 2}}]}}"
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -212,6 +225,7 @@ def finished(tmp_path: Path) -> Path:
         (out / "report.html").write_text("page")
         row = Record("int8", "ours", "a", "t", "dev", "accuracy", {"accuracy": 0.5}, "2026-01-02", environment())
         append_record(out / "ledger.jsonl", row)
+        write_facts(out, Facts("onnx/model.onnx", {"use": "classification", "data": "../data"}, 64, "accuracy"))
         mark_finished(out, wish_of(task, {"speedup": 3.0, "max_loss": 1.0}))
     return out
 
@@ -226,7 +240,7 @@ def asked(out: Path, speedup: float = 3.0, model: str = "a", epochs: float = 3.0
 def test_the_same_wish_gives_the_result_again(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "slimformer")
     result = asked(finished)
-    assert result.out == finished
+    assert result == slimformer.Result.read(finished)
     assert [record.name for record in result.records] == ["int8"]
     assert "small is finished already" in caplog.text
     assert asked(finished.parent / "fresh") is None

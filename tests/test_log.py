@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +84,29 @@ def test_from_python_lines_are_logged_and_not_printed(
     with caplog.at_level("INFO"):
         Log(None).say("hello")
     assert [(record.name, record.message) for record in caplog.records] == [("slimformer", "hello")]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_other_code_of_the_library_says_is_kept_too_and_shown_to_nobody_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, stream, inner = logging.getLogger(), io.StringIO(), logging.getLogger("slimformer.measuring.machine")
+    handler = logging.StreamHandler(stream)
+    root.addHandler(handler)
+    try:
+        log = Log(tmp_path)
+        with log.keeping():
+            log.say("its own line")
+            inner.info("waiting for %d cores", 2)
+            inner.warning("the machine is busy")
+            inner.debug("of no interest")
+            logging.getLogger("other").warning("not ours")
+        inner.warning("later")
+    finally:
+        root.removeHandler(handler)
+    assert [line["text"] for line in lines(tmp_path)] == ["its own line", "waiting for 2 cores", "the machine is busy"]
+    assert stream.getvalue().splitlines() == ["the machine is busy", "not ours", "later"]
+    assert not inner.isEnabledFor(logging.INFO)
     assert capsys.readouterr() == ("", "")
 
 

@@ -20,7 +20,6 @@ from slimformer.errors import ModelError
 from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.saving import checkpoint
-from slimformer.saving.resaving import write_given
 
 PLAN = Plan({"encoder.0.heads": (1, 3), "encoder.1.attention": (), "encoder.2.neurons": (0, 5, 6)})
 FACTORED = Plan({"encoder.0.heads": (1, 3)}, {"encoder.1.ffn_in": Kronecker((4, 4))})
@@ -194,24 +193,3 @@ def test_a_trainer_saves_resumes_and_finds_its_best_again(tmp_path):
     )
     later.train(resume_from_checkpoint=str(checkpoints[-1]))
     assert_same(checkpoints[-1].with_name("checkpoint-6"), slimformer.load(checkpoints[-1].with_name("checkpoint-6")))
-
-
-def test_a_model_in_memory_becomes_a_folder(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = tiny_tokenizer()
-    plain, small = tiny("bert"), slimformer.load(cut(tmp_path / "small"))
-    for number, (model, words) in enumerate(
-        ((plain, tokenizer), (small, PreTrainedTokenizerFast(tokenizer_object=tokenizer)), (torch.nn.DataParallel(plain), None))
-    ):
-        write_given(model, words, tmp_path / str(number))
-        assert_same(tmp_path / str(number), getattr(model, "module", model))
-        assert (tmp_path / str(number) / "tokenizer.json").is_file() == (words is not None)
-    with pytest.raises(ModelError, match="a Linear is no model of transformers"):
-        write_given(torch.nn.Linear(2, 2), None, tmp_path / "linear")
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, models
-
-    return Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

@@ -131,6 +131,27 @@ class Log:
             self.say(text)
 
     @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keeps in the log file what code without a `Log` logs while the block runs, from INFO on; nobody sees more than before."""
+        if self.folder is None:
+            yield
+            return
+        keeper, level, before = _Keeper(self), _logger.level, _logger.getEffectiveLevel()
+        others = [*_logger.handlers, *logging.getLogger().handlers]
+        as_before = _AsBefore(before)
+        for handler in others:
+            handler.addFilter(as_before)
+        _logger.addHandler(keeper)
+        _logger.setLevel(min(before, logging.INFO))
+        try:
+            yield
+        finally:
+            _logger.setLevel(level)
+            _logger.removeHandler(keeper)
+            for handler in others:
+                handler.removeFilter(as_before)
+
+    @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:
         """Shows progress while the block runs; yields `advance(done, **numbers)`, cheap enough to call at every step."""
         console = _shown[-1].console if _shown else None
@@ -187,6 +208,29 @@ class Log:
             self.say("  ".join(part for part in parts if part))
 
         return advance
+
+
+class _Keeper(logging.Handler):
+    """Writes what other loggers of the library say into the file of a `Log`, which keeps its own lines itself."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != _logger.name:
+            self._log.event("say", text=record.getMessage())
+
+
+class _AsBefore(logging.Filter):
+    """Lets through what a handler was given before the library's level was lowered."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self._level or record.name.partition(".")[0] != _logger.name
 
 
 def _silent(done: int, **numbers: float) -> None:

@@ -22,6 +22,7 @@ from slimformer.errors import ModelError, OutputError, RecipeError, SlimformerEr
 from slimformer.files import own_folder, owned_purpose, refuse_foreign, remove_folder
 from slimformer.running.reader import parse_recipe, parse_task, read_recipe
 from slimformer.running.recipe import Recipe
+from slimformer.saving.building import without_bars
 from slimformer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ def _write(model: PreTrainedModel, tokenizer: Any, home: Path, name: str, purpos
 
     with own_folder(home, purpose) as part:
         try:
-            model.save_pretrained(part / name)
+            with without_bars():
+                model.save_pretrained(part / name)
             tokenizer.save_pretrained(part / name)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ModelError(

@@ -19,7 +19,6 @@ from slimformer.files import claim, finished_wish, mark_finished, owned_purpose,
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
-from slimformer.reporting.ledger import LEDGER, read_records
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
 from slimformer.running.delivery import Order, finish
@@ -172,9 +171,8 @@ def finished_result(folder: Path, purpose: str, options: Mapping[str, Any], task
                 facts=facts,
                 help="choose another --out for this one, or delete the folder to start over.",
             )
-    records = read_records([folder / LEDGER])
     (log or Log(None)).say(f"{folder} is finished already, and this is its result; choose another --out to run it anew.")
-    return Result(folder, tuple(records))
+    return Result.read(folder)
 
 
 def _shown(value: Any) -> str:
@@ -213,16 +211,17 @@ def open_run(
         scratch, log = folder / WORK, conditions.log or Log(folder)
         if scratch.exists():
             log.say(f"resuming the run in {folder}{_last_stage(scratch)}.")
-        yield Run(
-            root=scratch,
-            folder=scratch,
-            log=log,
-            seed=seed,
-            threads=conditions.threads or cores(),
-            levels=levels,
-            quiet=Quiet(conditions.wait_seconds),
-            cache=None if cache is None else Path(cache),
-        )
+        with log.keeping():
+            yield Run(
+                root=scratch,
+                folder=scratch,
+                log=log,
+                seed=seed,
+                threads=conditions.threads or cores(),
+                levels=levels,
+                quiet=Quiet(conditions.wait_seconds),
+                cache=None if cache is None else Path(cache),
+            )
         if _is_finished(folder):
             mark_finished(folder, wish())
 

@@ -122,17 +122,27 @@ def silence() -> Iterator[None]:
     import transformers
 
     before = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR + 5)
-    transformers.utils.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with without_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers.logging.set_verbosity(before)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps transformers' progress bars off the screen, as when it reads and writes weights; afterwards they are as they were."""
+    from transformers.utils import logging as bars
+
+    before = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            bars.enable_progress_bar()
 
 
 def refuse_labels(folder: Path, raw: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "spiece.model",
 )
-_logger = logging.getLogger("slimformer")
+_log = logging.getLogger(__name__)
 
 
 def save(
@@ -593,7 +593,7 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 def _say(remarks: Iterable[str]) -> None:
     for remark in remarks:
-        _logger.warning("%s", remark)
+        _log.warning("%s", remark)
 
 
 # -- The Auto classes ----------------------------------------------------------------------------------------------------------

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 from slimformer.core.plan import Plan
 from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError, output_errors
-from slimformer.families.base import anatomy_of, family_of
+from slimformer.families.base import anatomy_of
 from slimformer.saving.building import empty_model, reading
 from slimformer.saving.folders import CONFIG
 from slimformer.saving.headers import INDEX
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PREFIX = "slimformer_"
 PLAN_FILE = "plan.json"
@@ -152,38 +151,3 @@ def _check_shapes(model: PreTrainedModel, plan: Plan) -> None:
             f"the shapes of this model no longer follow from its config and its plan: {why}.",
             help="change the config too, or save it with slimformer.save and its whole plan.",
         )
-
-
-def write_given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Tokenizer | None, folder: Path) -> None:
-    """Writes a model in memory, cut by slimformer or plain, and its tokenizer as a folder that preflight and `load` accept.
-
-    Args:
-        model: The model; one that torch.compile or DataParallel wraps is unwrapped.
-        tokenizer: One of transformers or tokenizers.
-        folder: The folder to write into; it is made if it is not there.
-
-    Raises:
-        ModelError: It is no model of a known family, or has an adapter that is not merged.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedModel
-
-    plain: Any = model
-    while (
-        not isinstance(plain, PreTrainedModel)
-        and (inner := getattr(plain, "_orig_mod", getattr(plain, "module", None))) is not None
-    ):
-        plain = inner
-    if hasattr(plain, "merge_and_unload") or getattr(plain, "_hf_peft_config_loaded", False):
-        raise ModelError("the model has an adapter beside its weights.", help="merge the two first: model.merge_and_unload().")
-    if not isinstance(plain, PreTrainedModel):
-        raise ModelError(
-            f"a {type(model).__name__} is no model of transformers.", help="give a PreTrainedModel, or name a folder."
-        )
-    family_of(plain.config.model_type)
-    folder.mkdir(parents=True, exist_ok=True)
-    plain.save_pretrained(folder)
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.save(str(folder / "tokenizer.json"))
-    elif tokenizer is not None:
-        tokenizer.save_pretrained(folder)
