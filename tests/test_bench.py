@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Rounds, Timing,
 from slimformer.reporting.ledger import write_facts
 from slimformer.running.bench import bench
 from slimformer.tasks.base import Features
+from slimformer.tasks.classification import Classification
 
 ENGINE = Engine("fake", "1.0", 2)
 LOAD = Load(0.0, 0.0, 0.0, True)
@@ -248,8 +250,6 @@ def test_size_counts_what_ships(tmp_path: Path) -> None:
 
 
 def run_bench(*paths: Path, folder: Path) -> Measurement:
-    from slimformer.tasks.classification import Classification
-
     return bench(paths, Classification(data=str(data(folder))), rounds=3, load=LOAD, threads=1)
 
 
@@ -270,6 +270,24 @@ def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
     assert two.size_bytes == (tmp_path / "second" / "model.onnx").stat().st_size
     assert two.timings[0].runtime == "onnxruntime"
     assert result.scored["first"].answers == ("good", "bad", "bad", "good", "bad")
+
+
+@pytest.mark.parametrize("spelt", [("0", "1"), ("BAD", "Good"), ("LABEL_0", "label_1")])
+def test_data_may_spell_the_labels_otherwise_than_the_model(tmp_path: Path, spelt: tuple[str, str]) -> None:
+    for file in data(tmp_path / "data").iterdir():
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace("\tbad", f"\t{spelt[0]}").replace("\tgood", f"\t{spelt[1]}"), encoding="utf-8")
+    task = Classification(data=str(tmp_path / "data"))
+    (record,) = bench([export(tmp_path / "model")], task, rounds=3, load=LOAD, threads=1).records
+    assert record.score == 0.8
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = export(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"vocab_size": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match="ids up to 5, and the model has 4 rows"):
+        run_bench(folder, folder=tmp_path / "data")
 
 
 def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
@@ -405,8 +423,6 @@ def test_a_folder_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_metric_that_is_no_mean_is_resampled_itself(tmp_path: Path) -> None:
-    from slimformer.tasks.classification import Classification
-
     task = Classification(data=str(data(tmp_path / "data")), metric="f1")
     first, second = export(tmp_path / "a"), export(tmp_path / "b", weights={"dull": (0.0, 1.0)})
     one, two = bench([first, second], task, rounds=3, load=LOAD, threads=1).records

@@ -94,6 +94,35 @@ stages:
         assert expected in facts
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    [
+        *(({"train": {"methods": [{"use": "distillation", name: value}]}}, name)
+          for name in ("hidden", "logits", "scores", "embedding", "temperature") for value in (NAN, INF, -1)),
+        *(({"train": {name: value}}, name) for name, value in (
+            ("epochs", INF), ("lr", 1e300), ("weight_decay", INF), ("steps", 10**30), ("clip", NAN), ("trackers", ["nope"]))),
+        *(({"train": {"methods": [{"use": "gates", name: value}]}}, name) for name, value in (("start", 1e300), ("keep", 1e-300))),
+        *(({"calibrate": {"method": {"use": "fisher", name: value}}}, name) for name, value in (
+            ("ridge", NAN), ("examples", -1), ("repair_tokens", 0), ("neuron_multiple", 0), ("keep", 1e-300))),
+        ({"export": {"choose_within": NAN}}, "choose_within"),
+        *(({"bench": {"seconds": value}}, "seconds") for value in (NAN, INF, -1)),
+    ],
+)  # fmt: skip
+def test_a_value_that_breaks_a_run_late_is_a_mistake_when_it_is_read(stage, place):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"model": "x", "task": "intents", "stages": [stage]})
+    assert any(place in fact for fact in caught.value.facts)
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30, NAN, True, "7"])
+def test_a_seed_that_is_none_is_a_mistake(seed):
+    with pytest.raises(RecipeError, match="seed: must be a whole number from 0 to 4294967295"):
+        parse_recipe({"model": "x", "task": "intents", "stages": [], "seed": seed})
+
+
 def test_two_methods_that_decide_are_refused():
     stage = {"train": {"methods": [{"use": "gates"}, {"use": "gates"}]}}
     with pytest.raises(RecipeError, match="gates and gates both decide what to cut"):
