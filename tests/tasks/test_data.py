@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import random
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,19 @@ def said(caplog: pytest.LogCaptureFixture, task: Any) -> str:
         ("a.json", json.dumps({"text": TEXTS, "label": LABELS}, indent=1)),
         ("a.json", json.dumps({"version": 1, "data": ROWS})),
         ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ("a.json", json.dumps({"columns": ["text", "label"], "index": [*range(60)], "data": [*zip(TEXTS, LABELS, strict=True)]})),
+        ("a.json", json.dumps({str(row): item for row, item in enumerate(ROWS)})),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.json", "".join(json.dumps(row, indent=1) for row in ROWS)),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS)),
+        ("a.jsonl", "\n".join(json.dumps({"data": row}) for row in ROWS)),
+        ("a.jsonl", "\n".join(json.dumps({"text": {"body": row["text"]}, "label": row["label"]}) for row in ROWS)),
+        ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "label": [row["label"]]}) for row in ROWS)),
+        ("a.json", json.dumps({"rows": [{"row_idx": place, "row": row} for place, row in enumerate(ROWS)]})),
+        ("a.csv", table(header=("reviews.text", "reviews.rating"))),
+        ("a.csv", "text,label\n" + "".join(f'"{text}",{label},\n' for text, label in zip(TEXTS, LABELS, strict=True))),
+        ("a.csv", table().encode("utf-32")),
     ],
 )  # fmt: skip
 def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, content: str | bytes) -> None:
@@ -127,12 +141,47 @@ def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, cont
         ("a.csv", table(rows=[(text, f"user {row}") for row, text in enumerate(TEXTS)]), "60 different values in 60 rows"),
         ("a.json", json.dumps({"train": ROWS, "test": ROWS}), "several lists of rows: 'train', 'test'"),
         ("a.json", json.dumps({"text": TEXTS, "label": LABELS[:5]}), "neither a list of rows nor columns"),
+        ("a.jsonl", "\n".join(map(str, ROWS)), "as Python prints it, with single quotes"),
+        ("a.jsonl", "\n".join(json.dumps([row["text"], row["label"]]) for row in ROWS), "line 1: .* is not an object"),
+        ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "label": {"name": row["label"], "id": 1}}) for row in ROWS),
+         "cannot tell which is a label column"),
+        ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "cats": {"good": row["label"] == "good", "bad": row["label"] == "bad"}})
+                              for row in ROWS), "hold 0 and 1 each, a column a class"),
+        ("a.csv.gz", gzip.compress(b"a.csv".ljust(257, b"\0") + b"ustar" + b"\0" * 250), "is an archive"),
+        ("a.csv.tar.gz", b"\x1f\x8b", "is an archive"),
+        ("a.csv", b"\x28\xb5\x2f\xfd1234", "packed by zstd"),
+        ("a.csv", b"SQLite format 3\0", "a database of SQLite"),
+        ("a.arrow", b"ARROW1", "cannot be read as Arrow"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_table_is_refused_by_its_cause(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         Classification(data=write(tmp_path / name, content)).split(Split.TRAIN)
     assert caught.value.help
+
+
+def test_quotes_behind_a_backslash_and_lines_of_dashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "".join(f'"he said \\"{text}\\", no",{label}\n' for text, label in zip(TEXTS, LABELS, strict=True))
+    read = read_table(write(tmp_path / "a.csv", "text,label\n" + rows))
+    assert list(read.column("text")) == [f'he said "{text}", no' for text in TEXTS]
+    rows = "".join(f"| {text} | {label} |\n" for text, label in zip(TEXTS, LABELS, strict=True))
+    task = Classification(data=write(tmp_path / "b.csv", "| text | label |\n|---|:---:|\n" + rows))
+    assert task.classes == ("bad", "good")
+    assert "the line of dashes under the column names is left out" in said(caplog, task)
+
+
+@pytest.mark.slow
+def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])})
+    whole = datasets.Dataset.from_list(ROWS, features=names)
+    whole.save_to_disk(tmp_path / "one", num_shards=3)
+    datasets.DatasetDict(train=whole, test=whole.shuffle(seed=1)).save_to_disk(tmp_path / "splits")
+    for folder, sizes in (("one", [43, 11, 6]), ("splits", [48, 12, 60])):
+        task = Classification(data=tmp_path / folder)
+        assert [len(task.split(split)) for split in Split] == sizes
+        assert task.classes == ("good", "bad")  # as the data numbers them
+        assert {(item.texts[0], item.answer) for item in task.split(Split.TRAIN)} <= set(zip(TEXTS, LABELS, strict=True))
 
 
 def sentences(separator: str, quotes: Mapping[int, str]) -> str:
@@ -171,7 +220,7 @@ def test_a_parquet_file_that_would_fill_the_memory_is_refused_before(tmp_path: P
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["x" * 10_000] * 2000, "label": [0, 1] * 1000}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 100_000
-    monkeypatch.setattr("slimformer.data.files.most_bytes", lambda: 15_000_000)
+    monkeypatch.setattr("slimformer.data.columnar.most_bytes", lambda: 15_000_000)
     with pytest.raises(DataError, match=r"more than the memory does: 0\.0 GB"):
         read_table(tmp_path / "a.parquet")
     monkeypatch.setattr("slimformer.data.texts.most_bytes", lambda: 1_000_000)
@@ -235,10 +284,55 @@ def test_columns_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogCa
 def test_a_data_set_of_the_hub_as_it_is_downloaded(tmp_path: Path) -> None:
     write(tmp_path / "data" / "train-00000-of-00001.jsonl", "\n".join(map(json.dumps, ROWS)))
     assert len(Classification(data=tmp_path).split(Split.DEV)) == 6
-    (tmp_path / "disk").mkdir()
-    write(tmp_path / "disk" / "dataset_dict.json", "{}")
-    with pytest.raises(DataError, match="save_to_disk"):
-        Classification(data=tmp_path / "disk").split(Split.DEV)
+
+
+@pytest.mark.parametrize(
+    ("files", "sizes", "told"),
+    [
+        (["train/data.csv", "test/data.csv"], [48, 12, 60], "taking the file data.csv in train/ for the train data"),
+        (
+            ["train/part-0.csv", "train/part-1.csv", "Validation/a.csv"],
+            [96, 24, 60],
+            r"taking the 2 files \(part-0.csv, ...\) in train/",
+        ),
+        (["default/train/0000.csv"], [43, 11, 6], "default: taking the file 0000.csv in train/"),
+        (["data/train/a.csv", "data/dev/b.csv"], [48, 12, 60], "taking the file b.csv in dev/ for the dev data"),
+        (["reviews_train.csv", "._reviews_train.csv", ".ipynb_checkpoints/train.csv"], [43, 11, 6], "taking reviews_train.csv"),
+        (["set-00000-of-00002.csv", "set-00001-of-00002.csv"], [86, 22, 12], "taking its 2 files"),
+    ],
+)
+def test_files_in_folders_of_splits(
+    tmp_path: Path, files: list[str], sizes: list[int], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in files:
+        write(tmp_path / name, b"\0\5\x16\7" if name.startswith("._") else table())
+    task = Classification(data=tmp_path)
+    assert [len(task.split(split)) for split in Split] == sizes
+    assert re.search(told, said(caplog, task))
+    changed = next(name for name in files if "train" in name or "set" in name)
+    write(tmp_path / changed, table() + "one more,good\n")
+    assert sum(len(Classification(data=tmp_path).split(split)) for split in Split) == sum(sizes) + 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train/neg/0.txt", "train/pos/0.txt"], r"a file for each text, in folders such as train/neg/"),
+        (["neg/0.txt", "pos/0.txt"], r"a file for each text, in folders such as neg/"),
+        (["x_train.csv", "y_train.csv"], r"it holds: x_train\.csv, y_train\.csv[\s\S]*name one of them"),
+        (["train.xlsx"], "'CSV UTF-8'"),
+        (["train.pkl"], "pickles are never read"),
+        (["train.tar.gz"], "unpack it"),
+        (["train.feather"], "call it .arrow"),
+        (["README.md", "images/a.png"], r"it holds: README\.md, images/"),
+        ([], "it is empty"),
+    ],
+)
+def test_a_folder_without_tables_is_refused_by_what_it_holds(tmp_path: Path, files: list[str], message: str) -> None:
+    for name in files:
+        write(tmp_path / name, "x")
+    with pytest.raises(DataError, match=message):
+        Classification(data=tmp_path).split(Split.DEV)
 
 
 # ---- labels
@@ -294,6 +388,12 @@ def test_several_labels_are_refused_by_name(tmp_path: Path) -> None:
         ([-1, 1], ["-1", "1"]),
         (["none", "good"], ["none", "good"]),
         ([" good\0 ", "\u00a0bad"], ["good", "bad"]),
+        (["1.234,5", "2"], ["1234.5", "2"]),
+        (["1,234.5", "3.5"], ["1234.5", "3.5"]),
+        (["1\u202f000,5", "3,5"], ["1000.5", "3.5"]),
+        (["3,5", "3.5", "2"], ["3.5", "3.5", "2"]),
+        (["\u22121,5", "0,5"], ["-1.5", "0.5"]),
+        (["1,5", "rock"], ["1,5", "rock"]),
     ],
 )
 def test_labels_are_spelt_one_way(values: list[Any], spelled: list[str | None]) -> None:
@@ -343,6 +443,68 @@ def test_examples_drawn_before_binding_are_scored_after_it(tmp_path: Path, value
     features = Features({"input_ids": [[1]] * len(examples)}, range(len(examples)), 0, 0)
     assert bound.score({"logits": np.eye(2)[right]}, features, examples)["accuracy"] == 1.0
     assert right.tolist() == [("NEGATIVE", "POSITIVE").index(item.answer) for item in bound.split(Split.DEV)]
+
+
+def test_labels_of_dev_in_another_writing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train.csv", table())
+    write(tmp_path / "dev.csv", labelled([0, 1]))
+    assert "dev.csv: column 'label' is read by the names of the classes: '0' is 'bad', '1' is 'good'" in said(
+        caplog, Classification(data=tmp_path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (["None", "a", "b"], "None counts as a class"),
+        (["unknown", "a", "b"], "unknown counts as a class"),
+        ([0, 1, 99], "99 counts as a class"),
+        ([1, 2, 3, 999], "999 counts as a class"),
+        (["3,5", "2", "1,25"], "read as written locally: 3,5 is 3.5"),
+        ([["good"], ["bad"]], "each list in column 'label' holds one label"),
+        (["a"] * 29 + ["b"] * 30 + ["class"], "fewer than 3 rows to train on have the label class"),
+    ],
+)
+def test_what_is_odd_about_labels_is_said(
+    tmp_path: Path, values: list[Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": text, "label": values[row % len(values)]} for row, text in enumerate(TEXTS)]
+    assert told in said(caplog, Classification(data=write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))))
+
+
+@pytest.mark.parametrize(
+    "values", [["unlabeled", "a", "b"], [-100, 0, 1], ["(null)", "a", "b"], [-100, -1, 0, 1, 2], ["#REF!", "a", "b"]]
+)
+def test_marks_of_rows_without_a_label_are_no_classes(tmp_path: Path, values: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"no label in column 'label'[\s\S]*rows without a label: [12]\d of 60"):
+        Classification(data=write(tmp_path / "a.csv", labelled(values))).split(Split.TRAIN)
+
+
+def test_a_text_that_was_decoded_wrongly_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = table().replace("soup", "caf\u00e9", 7).encode().decode("latin-1")
+    assert "7 texts look like UTF-8 that was read as Latin-1" in said(
+        caplog, Classification(data=write(tmp_path / "a.csv", text))
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "message"),
+    [
+        (["a", "b"], ["a", "a"], "gives the name 'a' to 2 classes"),
+        ([1, 4.5, 3], ["1 star", "2 stars", "3 stars", "4 stars", "5 stars"], "the label '4.5' .* is not a known one"),
+        (["1.0 out of 5 stars", "5.0 out of 5 stars"], ["1 star", "2 stars", "3 stars", "4 stars", "5 stars"], "is not a known one"),
+        ([0, 4], ["negative", "positive"], "the label '4' .* is not a known one"),
+        ([-1, 1], ["negative", "positive"], "the label '-1' .* is not a known one"),
+    ],
+)  # fmt: skip
+def test_labels_that_no_class_is_meant_by(tmp_path: Path, values: list[Any], names: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Classification(data=write(tmp_path / "a.csv", labelled(values))).bind({"id2label": dict(enumerate(names))})
+
+
+def test_names_that_differ_in_case_alone_are_two_classes_of_a_model(tmp_path: Path) -> None:
+    task = Classification(data=write(tmp_path / "a.csv", labelled(["us", "US"]))).bind({"id2label": {0: "us", 1: "US"}})
+    assert {item.answer for item in task.split(Split.TRAIN)} == {"us", "US"}
 
 
 def test_what_the_model_calls_a_label_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

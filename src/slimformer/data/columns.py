@@ -37,7 +37,9 @@ def find_columns(
 
     Each guess is logged once. DataError if a named column is missing, or if there is none with a usual name.
     """
-    folded = {_fold(name): name for name in reversed(list(table.columns))}
+    last = [name for name in table.columns if "." in name]  # "reviews.text", or a field of a nested row
+    folded = {ending: name for name in last if _is_only(ending := _fold(name.rpartition(".")[2]), last)}
+    folded |= {_fold(name): name for name in reversed(list(table.columns))}
     told = label is not None and text is not None
     if label is None:
         label = _guess_label(table, folded, glue, text)
@@ -55,6 +57,10 @@ def find_columns(
 
 def _fold(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())).lower()
+
+
+def _is_only(ending: str, names: Sequence[str]) -> bool:
+    return sum(_fold(name.rpartition(".")[2]) == ending for name in names) == 1
 
 
 def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None, text: str | None) -> str:

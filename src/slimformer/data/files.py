@@ -1,4 +1,4 @@
-"""Reads tables of examples (TSV, CSV, JSON lines, JSON, Parquet, hub data sets) and says exactly what is wrong with a bad one.
+"""Reads tables of examples (TSV, CSV, JSON lines, JSON, Parquet, Arrow, hub data sets) and says exactly what is wrong with a bad one.
 
 Text files are read with the standard library, because only then can an error name the line, and GLUE's literal quotes survive.
 Parquet files go through pyarrow and hub names through `datasets`; each is imported only if it is needed. What the columns mean is the
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from slimformer.data.texts import PACKED, most_bytes, read_bytes, read_text, suffix_of, too_large
+from slimformer.data.columnar import read_arrow, read_parquet
+from slimformer.data.json_rows import json_rows
+from slimformer.data.texts import PACKED, read_bytes, read_text, suffix_of
 from slimformer.errors import DataError, ExtraError, nearest, shown
 from slimformer.log import remark
 
-SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
 _HUB_NAME = re.compile(  # ./reviews and ../reviews are paths
@@ -30,6 +31,8 @@ _HUB_NAME = re.compile(  # ./reviews and ../reviews are paths
 _SEPARATORS = {".tsv": "\t,;|", ".txt": "\t,;|", ".csv": ",;\t|"}
 _SEPARATOR_NAMES = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 _LOOKED_AT = 200  # rows that tell the separator
+_RULE = re.compile(r"\s*:?-{3,}:?\s*")  # under the head of a table in Markdown
+_MOST_FIELDS = 50  # of nested objects that become columns
 _FEW = 5  # lines; in so few, quotes that do not fit are a mistake rather than a habit
 _PLAIN = {
     "Value",
@@ -91,12 +94,16 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
             read_bytes(path)  # it says what is wrong with the archive
         if suffix in {".xlsx", ".xls", ".ods"}:
             raise DataError(f"{path} is not a kind of table that can be read: a spreadsheet.", help="save it as 'CSV UTF-8'.")
+        if ".tar" in path.suffixes:
+            raise DataError(f"{path} is an archive (tar).", help="unpack it, and name the folder or one of its files.")
         raise DataError(
             f"{path} is not a kind of table that can be read.",
             help=f"known: {', '.join(SUFFIXES)}, packed as {', '.join(PACKED)}.",
         )
-    if suffix == ".parquet":
-        return _parquet(path)
+    if suffix in {".parquet", ".arrow"}:
+        found = read_parquet(path) if suffix == ".parquet" else read_arrow(path)
+        columns = dict(zip(found.names, found.values, strict=True))
+        return Table(str(path), columns, range(1, found.rows + 1), "row", found.class_names, _names_of_several(found.names))
     text = read_text(path)
     if suffix in {".json", ".jsonl", ".ndjson"}:
         return _json(path, text, suffix)
@@ -228,6 +235,11 @@ def _separated(path: Path, text: str, separator: str, extra: bool) -> Rows:
         quoted, mistake = [], error
     if quoted and _is_even(quoted, extra) and not any("\n" in field for _, fields in quoted for field in fields):
         return quoted
+    if not quoted and '\\"' in text:
+        escaped = _fields(text, separator, escape="\\")
+        if escaped and _is_even(escaped, extra):
+            remark(f"{path}: a backslash stands before its quotes, and is left out.")
+            return escaped
     literal = _literal(text, separator)
     enough = separator == "\t" or len(literal) > _FEW
     if _is_even(literal, extra) and enough and (not _is_even(quoted, extra) or _lines_are_rows(quoted, literal)):
@@ -262,19 +274,21 @@ def _literal(text: str, separator: str) -> Rows:
     return [(number, line.split(separator)) for number, line in rows if line]
 
 
-def _fields(text: str, separator: str) -> Rows | None:
+def _fields(text: str, separator: str, escape: str | None = None) -> Rows | None:
     """Rows with quoted fields, those of a text that may be cut off; None if quotes do not fit."""
     try:
-        return _quoted(Path(), text, separator)
+        return _quoted(Path(), text, separator, escape)
     except DataError:
         return None
 
 
-def _quoted(path: Path, text: str, separator: str) -> Rows:
+def _quoted(path: Path, text: str, separator: str, escape: str | None = None) -> Rows:
     """Rows with the line that each one begins in; DataError if quotes do not close."""
     limit = csv.field_size_limit(FIELD_LIMIT)
     rows: Rows = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, strict=True, escapechar=escape, doublequote=escape is None
+    )
     begin = 1
     try:
         for fields in reader:
@@ -300,6 +314,11 @@ def _table(path: Path, rows: Rows, header: Sequence[str] | None, extra: bool) ->
     if header is None:
         body = _without_headers(path, body, rows[0][1] if rows else [])
     body = [row for row in body if any(field.strip() for field in row[1])]  # spreadsheets leave rows of separators alone
+    if body and len(names) > 1 and all(_RULE.fullmatch(field) or not field.strip() for field in body[0][1]):
+        remark(f"{path}: the line of dashes under the column names is left out.")
+        body = body[1:]
+    if body and all(len(fields) > len(names) and not any(map(str.strip, fields[len(names) :])) for _, fields in body):
+        body = [(place, fields[: len(names)]) for place, fields in body]
     if not body:
         raise DataError(
             f"{path} has a line of column names and no rows.",
@@ -318,6 +337,10 @@ def _table(path: Path, rows: Rows, header: Sequence[str] | None, extra: bool) ->
             )
     columns = {name: [fields[index] for _, fields in body] for index, name in enumerate(names)}
     return Table(str(path), columns, [place for place, _ in body], twice=_names_of_several(names))
+
+
+def _names_of_several(names: Sequence[str]) -> frozenset[str]:
+    return frozenset(name for name, count in Counter(names).items() if count > 1)
 
 
 def _lacks_names(rows: Rows) -> bool:
@@ -358,30 +381,10 @@ def _without_headers(path: Path, body: Rows, names: Sequence[str]) -> Rows:
     return kept
 
 
-# -- JSON ----------------------------------------------------------------------------------------------------------------------
-
-
 def _json(path: Path, text: str, suffix: str) -> Table:
-    unit: Literal["line", "row"] = "row"
-    whole = _whole_object(text) if suffix == ".json" else None
-    if whole is not None:
-        items = list(enumerate(_rows_of_object(path, whole), 1))
-    elif text.lstrip().startswith("["):
-        items = list(enumerate(_parsed(path, text, None), 1))
-    else:
-        # only \n ends a line: JSON texts may hold other characters that Python's splitlines breaks at
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        items = [(number, _parsed(path, line, number)) for number, line in lines]
-        unit = "line"
-    names: dict[str, None] = {}
-    for place, item in items:
-        if not isinstance(item, dict):
-            raise DataError(
-                f"{path}, {unit} {place}: {json.dumps(item)[:60]} is not an object.",
-                help='each line must be one object, such as {"text": "fine", "label": 1}.',
-            )
-        names.update(dict.fromkeys(item))
-    if not items or not names:
+    items, unit = json_rows(path, text, suffix)
+    names = dict.fromkeys(name for _, item in items for name in item)
+    if not names:
         raise DataError(
             f"{path} holds no rows with columns.", help='each line must be an object: {"text": "fine", "label": 1}.'
         )
@@ -389,136 +392,16 @@ def _json(path: Path, text: str, suffix: str) -> Table:
     return Table(str(path), columns, [place for place, _ in items], unit)
 
 
-def _whole_object(text: str) -> dict[str, Any] | None:
-    """The one object that a .json file consists of, unless it is a row: a list of rows under a name, or columns."""
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    nested = isinstance(content, dict) and any(isinstance(value, (list, dict)) for value in content.values())
-    return content if nested else None
-
-
-def _rows_of_object(path: Path, content: Mapping[str, Any]) -> list[Any]:
-    """The rows of {"data": [rows]}, {"text": {"0": ...}, "label": {"0": ...}} (pandas) or {"text": [...], "label": [...]}."""
-    lists = {name: value for name, value in content.items() if isinstance(value, list)}
-    tables = [name for name, value in lists.items() if value and all(isinstance(item, dict) for item in value)]
-    if len(tables) == 1:
-        return lists[tables[0]]
-    if tables:
-        raise DataError(
-            f"{path} holds several lists of rows: {', '.join(shown(name, 30) for name in tables[:6])}.",
-            help="write each split into a file of its own (train.json, dev.json), or give them in Python: data=json.load(...).",
-        )
-    columns = {name: list(value.values()) if isinstance(value, dict) else value for name, value in content.items()}
-    sizes = {len(value) if isinstance(value, list) else -1 for value in columns.values()}
-    if len(sizes) != 1 or -1 in sizes:
-        raise DataError(
-            f"{path} is one JSON object, and neither a list of rows nor columns of one length.",
-            facts=[f"it holds: {', '.join(shown(name, 40) for name in list(content)[:12])}"],
-            help='write one object a line: {"text": "fine", "label": 1}, and each split in a file of its own.',
-        )
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _parsed(path: Path, text: str, line: int | None) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = f", line {line}" if line is not None else ""
-        raise DataError(
-            f"{path}{at}: not JSON: {error}.",
-            help='a .jsonl file has one object per line, a .json file may also be one list of objects: [{"text": ...}, ...].',
-        ) from None
-
-
-# -- Parquet -------------------------------------------------------------------------------------------------------------------
-
-
-def _parquet(path: Path) -> Table:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist.", help="check the path.")
-    if path.suffix.lower() in PACKED:
-        raise DataError(f"{path} is a packed Parquet file.", help="unpack it; Parquet is packed already.")
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ExtraError("Parquet files need the package pyarrow.", help="pip install pyarrow") from None
-    try:
-        # one file by itself: the default would read a Hive partition out of the folder names
-        file = pyarrow.parquet.ParquetFile(path)
-        names = list(map(str, file.schema_arrow.names))
-        columns = _parquet_columns(path, file)
-        class_names = _arrow_names(file.schema_arrow.metadata)
-    except DataError:
-        raise
-    except Exception as error:  # damaged files fail in many places, with Arrow's, the system's and Python's errors
-        raise DataError(
-            f"{path} cannot be read as Parquet: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            help="write it again; a file that was cut off while copying looks like this.",
-        ) from None
-    rows = file.metadata.num_rows
-    if not rows:
-        raise DataError(f"{path} has no rows.", help="a table needs at least one row.")
-    short = next((name for name, values in zip(names, columns, strict=True) if len(values) != rows), None)
-    if short is not None:
-        raise DataError(
-            f"{path} is damaged: its column {shown(short)} has another number of values than the {rows:,} rows it tells of.",
-            help="write it again.",
-        )
-    return Table(
-        str(path), dict(zip(names, columns, strict=True)), range(1, rows + 1), "row", class_names, _names_of_several(names)
-    )
-
-
-def _names_of_several(names: Sequence[str]) -> frozenset[str]:
-    return frozenset(name for name, count in Counter(names).items() if count > 1)
-
-
-def _parquet_columns(path: Path, file: Any) -> list[list[Any]]:
-    """The columns as Python values; DataError as soon as they are more than the memory holds: packed text can be a thousandth."""
-    import pyarrow
-
-    meta, most = file.metadata, most_bytes()
-    columns: list[list[Any]] = [[] for _ in file.schema_arrow.names]
-    told = sum(meta.row_group(group).column(place).total_uncompressed_size
-               for group in range(meta.num_row_groups) for place in range(meta.num_columns))  # fmt: skip
-    total = meta.num_rows * len(columns) * 8
-    if max(told, total) > most:
-        raise too_large(path, max(told, total))
-    # equal values stay one value: a column that repeats a long text is small in the file, and stays small here
-    texts = [
-        item.name
-        for item in file.schema_arrow
-        if pyarrow.types.is_string(item.type) or pyarrow.types.is_large_string(item.type)
-    ]
-    file = type(file)(path, read_dictionary=texts)
-    for batch in file.iter_batches(batch_size=4096):
-        for column, values in zip(columns, batch.columns, strict=True):
-            if pyarrow.types.is_dictionary(values.type):
-                words = values.dictionary.to_pylist()
-                sizes = [len(word or "") for word in words]
-                indices = values.indices.to_pylist()
-                total += sum(sizes[index] for index in indices if index is not None)
-                column += [None if index is None else words[index] for index in indices]
-            else:
-                total += values.nbytes
-                column += values.to_pylist() if total <= most else []
-            if total > most:
-                raise too_large(path, int(total / max(1, len(column)) * meta.num_rows))
-    return columns
-
-
-def _arrow_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Class names that `datasets` writes into the schema of its Parquet files."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            name: tuple(map(str, kind["names"]))
-            for name, kind in features.items()
-            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return {}
+def spread(table: Table) -> Table:
+    """The table with columns of objects as a column for each of their fields: {"data": {"text": ...}} becomes "data.text"."""
+    columns: dict[str, Sequence[Any]] = {}
+    nested = False
+    for name, column in table.columns.items():
+        fields = dict.fromkeys(str(key) for value in column if isinstance(value, dict) for key in value)
+        if not 0 < len(fields) <= _MOST_FIELDS or not all(value is None or isinstance(value, dict) for value in column):
+            columns[name] = column
+            continue
+        nested = True
+        for field_name in fields:
+            columns[f"{name}.{field_name}"] = [None if value is None else value.get(field_name) for value in column]
+    return spread(replace(table, columns=columns)) if nested else table

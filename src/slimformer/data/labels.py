@@ -17,7 +17,34 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _PLACEHOLDER = re.compile(r"(label_?|class_?)?\d{1,18}", re.ASCII | re.IGNORECASE)
 _COMMA_NUMBER = re.compile(r"[+-]?\d+(,\d+)?", re.ASCII)
-_NO_LABEL = {"", "n/a", "#n/a", "na", "<na>", "nan", "null", "-", "--", "?", "\\n"}  # how tables spell that there is none
+_NO_LABEL = {  # how tables spell that there is none
+    *(
+        "",
+        "n/a",
+        "#n/a",
+        "na",
+        "<na>",
+        "nan",
+        "null",
+        "-",
+        "--",
+        "?",
+        "\\n",
+        "n.a.",
+        "(null)",
+        "<null>",
+        "<none>",
+        "#value!",
+        "#ref!",
+    ),
+    *("unlabeled", "unlabelled", "not labeled", "not labelled", "no label", "no_label"),
+}
+_MAYBE_NONE = {"none", "unknown", "unk", "undefined", "undef", "missing", "nil", "not available", "not applicable"}
+_OUTSIDE = {-999, -99, -9, 9, 99, 255, 999, 9999}  # ids that often stand for "no answer" beside those from 0 on
+_THOUSANDS = r"[+-]?(\d{1,3}(%s\d{3})+|\d+)(%s\d+)?"
+_COMMA_STYLE = re.compile(_THOUSANDS % ("[. \xa0\u202f'\u2019]", ","), re.ASCII)  # 1.234,5
+_POINT_STYLE = re.compile(_THOUSANDS % ("[, \xa0\u202f'\u2019]", r"\."), re.ASCII)  # 1,234.5
+_EITHER_MARK = re.compile(r"[+-]?\d+([.,]\d+)?", re.ASCII)
 _BOOLEANS = {"false": "0", "true": "1", "no": "0", "yes": "1"}
 _JOINTS = ("|", ";", ",", "/", "+", "&")
 
@@ -40,6 +67,7 @@ def spell_label(value: Any) -> str | None:
         return None
     if not text.isascii() and any(char.isdecimal() for char in text):
         digits = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text).replace("\u066b", ".")
+        digits = digits.replace("\u2212", "-")
         text = digits if _NUMBER.fullmatch(digits) else text
     if _NUMBER.fullmatch(text) and not text.lstrip("+-").isdigit() and float(text).is_integer() and abs(float(text)) < 2**53:
         return str(int(float(text)))
@@ -47,24 +75,59 @@ def spell_label(value: Any) -> str | None:
 
 
 def spell_labels(values: Sequence[Any]) -> list[str | None]:
-    """The labels of a column; numbers with a decimal comma ("3,5") are read as numbers if the whole column is written like that."""
+    """The labels of a column; numbers in local writing ("3,5", "1.234,5") are numbers if the whole column is written like that."""
     spelled = [spell_label(value) for value in values]
     distinct = {text for text in spelled if text is not None}
-    if any("," in text for text in distinct) and all(_COMMA_NUMBER.fullmatch(text) for text in distinct):
-        numbers = {text: spell_label(text.replace(",", ".")) for text in distinct}
-        return [None if text is None else numbers[text] for text in spelled]
-    if "-1" in distinct and _marks_none(distinct):
-        return [None if text == "-1" else text for text in spelled]
-    return spelled
+    if any(not _NUMBER.fullmatch(text) for text in distinct):
+        numbers = _local_numbers(distinct)
+        if numbers:
+            return [None if text is None else numbers[text] for text in spelled]
+    markers = {text for text in ("-1", "-100") if text in distinct and _marks_none(text, distinct)}
+    return [None if text in markers else text for text in spelled]
 
 
-def _marks_none(distinct: set[str]) -> bool:
-    """Whether -1 stands for "no label", as in test sets of the hub: alone, or before ids from 0 that are more than two.
+def _local_numbers(texts: set[str]) -> Mapping[str, str | None]:
+    """Numbers with a decimal comma, or with marks between thousands, as Python writes them; nothing if one is no such number."""
+    plain = {text: text.replace("\u2212", "-") for text in texts}
+    if all(_COMMA_NUMBER.fullmatch(text) for text in plain.values()):
+        return {text: spell_label(number.replace(",", ".")) for text, number in plain.items()}
+    for style, mark in ((_POINT_STYLE, "."), (_COMMA_STYLE, ",")):
+        if all(style.fullmatch(text) for text in plain.values()):
+            digits = {text: re.sub(rf"[^\d+\-{mark}]", "", number, flags=re.ASCII) for text, number in plain.items()}
+            return {text: spell_label(number.replace(",", ".")) for text, number in digits.items()}
+    if all(_EITHER_MARK.fullmatch(text) for text in plain.values()):
+        return {text: spell_label(number.replace(",", ".")) for text, number in plain.items()}
+    return {}
+
+
+def _marks_none(marker: str, distinct: set[str]) -> bool:
+    """Whether -1 or -100 stands for "no label", as in test sets of the hub and in PyTorch: alone, or before ids from 0.
 
     -1 and 1, or -1, 0 and 1, are classes: they are how people write for and against.
     """
-    others = distinct - {"-1"}
-    return not others or (len(others) > 2 and all(text.isascii() and text.isdigit() for text in others))
+    others = distinct - {"-1", "-100"}
+    return not others or (
+        len(others) > (2 if marker == "-1" else 0) and all(text.isascii() and text.isdigit() for text in others)
+    )
+
+
+def maybe_none(labels: Collection[str]) -> list[str]:
+    """Classes that may rather mark rows without a label: "None", or 99 beside 0 and 1."""
+    named = [label for label in labels if label.casefold() in _MAYBE_NONE]
+    numbers = {int(label): label for label in labels if re.fullmatch(r"-?\d{1,6}", label, re.ASCII)}
+    inner = {number for number in numbers if number not in _OUTSIDE}
+    if len(numbers) == len(labels) and len(inner) > 1 and inner in ({*range(len(inner))}, {*range(1, len(inner) + 1)}):
+        named += [numbers[number] for number in sorted(numbers.keys() & _OUTSIDE) if number not in (max(inner) + 1,)]
+    return sorted(named)
+
+
+def single_labels(values: Sequence[Any]) -> list[Any] | None:
+    """The labels out of lists if each row's list holds just one; None if the rows are no such lists."""
+    some = [value for value in values if value is not None]
+    if not some or not all(isinstance(value, (list, tuple)) and len(value) == 1 for value in some):
+        return None
+    inner = [None if value is None else value[0] for value in values]
+    return inner if all(isinstance(value, (str, int, float, type(None))) for value in inner) else None
 
 
 def several_labels(values: Sequence[Any]) -> str:
@@ -153,6 +216,12 @@ def model_labels(config: PretrainedConfig | Mapping[str, Any]) -> tuple[tuple[st
             f"the model's id2label has the ids {', '.join(map(str, sorted(names)))[:80]}.",
             help="ids must run from 0 without a gap; mend it in config.json.",
         )
+    twice = next((name for name, count in Counter(names.values()).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"the model's id2label gives the name {shown(twice, 40)} to {list(names.values()).count(twice)} classes.",
+            help="give each class a name of its own in config.json.",
+        )
     return tuple(names[index] for index in range(len(names))), get("problem_type")
 
 
@@ -183,8 +252,11 @@ def match_labels(data: Iterable[str], names: Sequence[str], known: Sequence[str]
     {'1': 0, '4': 3}
     """
     labels = list(data)
-    ids = {_fold(name): index for index, name in enumerate(names)}
+    exact = {name: index for index, name in enumerate(names)}
+    counts = Counter(map(_fold, names))  # of "us" and "US" only the very names match
+    ids = {_fold(name): index for index, name in enumerate(names) if counts[_fold(name)] == 1}
     matches = {label: [ids[form] for form in _forms(label, known) if form in ids] for label in labels}
+    matches |= {label: [exact[label]] for label, places in matches.items() if not places and label in exact}
     by_name = {label: places[0] for label, places in matches.items() if places}
     if len(by_name) == len(labels):
         return by_name
@@ -215,15 +287,25 @@ def match_by_name(labels: Iterable[str], names: Sequence[str], known: Sequence[s
 
 def _match_numbers(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     """Labels by the number in each name: "1 star", "2 stars"; nothing if the names only repeat their ids or have none."""
-    numbers = [re.findall(r"(?<![\d.])-?\d{1,18}(?![\d.])", name) for name in names]
+    numbers = [_numbers_in(name) for name in names]
     if are_placeholders(names) or any(len(parts) != 1 for parts in numbers):
         return {}
     ids = {str(int(parts[0])): index for index, parts in enumerate(numbers)}
     if len(ids) < len(names):
         return {}
-    found = {label: re.findall(r"(?<![\d.])-?\d{1,18}(?![\d.])", label) for label in labels}
+    found = {label: _numbers_in(label) for label in labels}
     plain = {label: str(int(parts[0])) for label, parts in found.items() if len(parts) == 1}
     return {label: ids[number] for label, number in plain.items() if number in ids}
+
+
+def _numbers_in(text: str) -> list[str]:
+    """The numbers in a name; none at all if one has a fraction or is written in local style."""
+    found: list[str] = re.findall(r"-?\d+(?:[.,/]\d+)*", text)
+    return (
+        [re.sub(r"\.0+$", "", number) for number in found]
+        if all(re.fullmatch(r"-?\d{1,18}(\.0+)?", number) for number in found)
+        else []
+    )
 
 
 def _match_ids(labels: Sequence[str], names: Sequence[str]) -> dict[str, int]:

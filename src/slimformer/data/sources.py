@@ -19,6 +19,16 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 
 TRAIN_NAMES = ("train", "training")
 DEV_NAMES = ("dev", "validation", "valid", "val", "eval", "dev_matched", "validation_matched")
+_OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dataset.json")
+_OTHER_KINDS = {
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip", ".7z", ".rar", ".zst"), "unpack it."),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as 'CSV UTF-8'."),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".joblib", ".pt", ".npy", ".npz"), "pickles are never read; save it as .csv, .jsonl or .parquet."
+    ),
+    **dict.fromkeys((".feather", ".arrows", ".ipc"), "call it .arrow."),
+    **dict.fromkeys((".xml", ".yaml", ".yml", ".db", ".sqlite", ".html"), "write a table of it: .csv, .jsonl or .parquet."),
+}
 TEST_NAMES = ("test",)  # stands in if there is no dev data, and only if it has labels
 
 
@@ -81,21 +91,11 @@ def of_splits(splits: Mapping[str, Data], where: str) -> dict[str, Data]:
 
 
 def _read_folder(folder: Path, form: Format[Data]) -> dict[str, Data]:
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise DataError(
-            f"{folder} was written by save_to_disk of the package datasets.",
-            help=f'in Python, give the data set itself: data=datasets.load_from_disk("{folder.name}"); or save it as Parquet.',
-        )
-    files = find_files(folder, form)
-    inner = folder / "data"
-    if not files and inner.is_dir():  # a data set of the hub as it is downloaded
-        files = find_files(inner, form)
+    files: dict[str, list[Path]] = {}
+    for home in _homes(folder):
+        files = files or find_files(home, form)
     if not files:
-        raise DataError(
-            f"{folder} holds no train file.",
-            facts=[f"looked for: {', '.join(TRAIN_NAMES)} and {', '.join(DEV_NAMES)} with {', '.join(form.suffixes)}"],
-            help=f"name the files train{form.suffixes[0]} and dev{form.suffixes[0]}, or give the file itself.",
-        )
+        raise _no_data(folder, form)
     sources = {}
     for kind, parts in files.items():
         try:
@@ -107,12 +107,32 @@ def _read_folder(folder: Path, form: Format[Data]) -> dict[str, Data]:
     return sources
 
 
-def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
-    """Files of the "train", "dev" and "test" data in a folder (shards in order); "test" only if there is no dev."""
+def _homes(folder: Path) -> list[Path]:
+    """The folders in which the files of a data folder may lie: itself, `data` as on the hub, or the only folder in it."""
+    inner = _folders(folder)
+    named = [item for item in inner if item.name == "data"]
+    return [folder, *(named or (inner if len(inner) == 1 else []))]
+
+
+def _folders(folder: Path) -> list[Path]:
     try:
-        files = sorted(file for file in folder.iterdir() if file.is_file() and suffix_of(file) in form.suffixes)
+        return sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    try:
+        items = sorted(item for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}.", help="check its permissions.") from None
+    return [item for item in items if suffix_of(item) in suffixes and item.name not in _OF_DATASETS]
+
+
+def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
+    """Files of the "train", "dev" and "test" data in a folder (shards in order); "test" only if there is no dev."""
+    files = _files_in(folder, form.suffixes)
+    inner = {item.name.lower(): item for item in _folders(folder)}
 
     def first_of(names: Sequence[str]) -> list[Path]:
         for name in names:
@@ -129,15 +149,51 @@ def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
         if len(parts) == 1:  # reviews_train.csv
             remark(f"{folder}: taking {parts[0].name} for the {names[0]} data.")
             return parts
+        for name in names:  # train/part-0.csv, part-1.csv
+            parts = _files_in(inner[name], form.suffixes) if name in inner else []
+            if parts and len({suffix_of(part) for part in parts}) == 1:
+                remark(f"{folder}: taking the {_count(parts)} in {inner[name].name}/ for the {names[0]} data.")
+                return parts
         return []
 
     found = {"train": first_of(TRAIN_NAMES), "dev": first_of(DEV_NAMES)}
     if not found["dev"]:
         found["test"] = first_of(TEST_NAMES)
-    if not any(found.values()) and len(files) == 1:
-        remark(f"{folder}: taking its only file, {files[0].name}.")
+    if not any(found.values()) and files and len({SHARD.sub("", stem_of(file)) for file in files}) == 1:
+        remark(
+            f"{folder}: taking its only file, {files[0].name}." if len(files) == 1 else f"{folder}: taking its {_count(files)}."
+        )
         found["train"] = files
     return {kind: parts for kind, parts in found.items() if parts}
+
+
+def _count(files: Sequence[Path]) -> str:
+    return f"file {files[0].name}" if len(files) == 1 else f"{len(files)} files ({files[0].name}, ...)"
+
+
+def _no_data(folder: Path, form: Format[Data]) -> DataError:
+    """The error for a folder without data files, by what it holds instead."""
+    inner, there = _folders(folder), sorted(item for item in folder.iterdir() if not item.name.startswith("."))
+    names = [f"{item.name}/" if item.is_dir() else item.name for item in there]
+    facts = [f"it holds: {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "it is empty"]
+    tables = [item.name for item in there if item.is_file() and suffix_of(item) in form.suffixes]
+    texts = next((item for item in (*inner, *(below for item in inner for below in _folders(item)))
+                  if any(file.suffix == ".txt" for file in item.iterdir())), None)  # fmt: skip
+    other = next((item.name for item in there if item.name.lower().endswith(tuple(_OTHER_KINDS))), None)
+    if tables:
+        help = f"name one of them as the data, or call them train{form.suffixes[0]} and dev{form.suffixes[0]}: {', '.join(tables[:4])}"
+    elif texts is not None:
+        what = f"{folder} holds a file for each text, in folders such as {texts.relative_to(folder)}/."
+        return DataError(
+            what, facts=facts, help='write one table: a line {"text": ..., "label": ...} for each of them, as .jsonl.'
+        )
+    elif other is not None:
+        help = next(advice for end, advice in _OTHER_KINDS.items() if other.lower().endswith(end))
+        return DataError(f"{folder} holds no train file that can be read.", facts=facts, help=f"{other}: {help}")
+    else:
+        help = f"name the files train{form.suffixes[0]} and dev{form.suffixes[0]}, or give the file itself."
+    looked = f"looked for: {', '.join(TRAIN_NAMES)} and {', '.join(DEV_NAMES)} with {', '.join(form.suffixes)}"
+    return DataError(f"{folder} holds no train file.", facts=[*facts, looked], help=help)
 
 
 def settle_dev(sources: Mapping[str, Data], where: Callable[[Data], str], lacks: Callable[[Data], str]) -> dict[str, Data]:
@@ -173,7 +229,9 @@ def stamp(source: str | int | None) -> Stamp:
     if not isinstance(source, str) or not source or not os.path.exists(os.path.expanduser(source)):
         return ()
     path = Path(os.path.expanduser(source))
-    folders = [path, path / "data"] if path.is_dir() else []
-    files = sorted(item for folder in folders if folder.is_dir() for item in folder.iterdir() if item.is_file()) or [path]
+    homes = _homes(path) if path.is_dir() else []
+    splits = {*TRAIN_NAMES, *DEV_NAMES, *TEST_NAMES}
+    folders = [*homes, *(inner for home in homes for inner in _folders(home) if inner.name.lower() in splits)]
+    files = sorted(item for folder in folders for item in folder.iterdir() if item.is_file()) or [path]
     stats = [(str(file), file.stat()) for file in files]
     return tuple((name, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for name, stat in stats)

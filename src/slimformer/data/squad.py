@@ -26,7 +26,7 @@ from slimformer.log import remark
 from slimformer.tasks.base import Example
 
 Version = Literal["v1", "v2"]  # v1: every question has an answer; v2: some have none
-QUESTION_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+QUESTION_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 NOTHING = "(no answer)"  # how no answer is shown
 _NEAR = 3  # characters that a told start may be beside the answer: marks of byte order, spaces and line ends shift it
 _COLUMNS = ("id", "question", "context", "answers")
@@ -99,12 +99,12 @@ def read_questions(files: Sequence[Path]) -> Questions:
 @lru_cache(maxsize=6)
 def _read(name: str, _key: Stamp) -> Questions:
     file = Path(name)
-    if suffix_of(file) in {".jsonl", ".ndjson", ".parquet"}:
+    if suffix_of(file) in {".jsonl", ".ndjson", ".parquet", ".arrow"}:
         return _of_table(file)
     if suffix_of(file) != ".json":
         raise DataError(
             f"{file} is not a kind of file that questions can be read from.",
-            help=f"known: .json (SQuAD), .jsonl, .parquet; tables for classification are {', '.join(SUFFIXES)}.",
+            help=f"known: .json (SQuAD), .jsonl, .parquet, .arrow; tables for classification are {', '.join(SUFFIXES)}.",
         )
     text = read_text(file, SHAPE)
     try:

@@ -27,7 +27,10 @@ _STRANGERS = (
     (b"PAR1", "is a Parquet file", "call it .parquet."),
     (b"\x89HDF", "is an HDF5 file", "save it as .csv or .jsonl."),
     (b"\xd0\xcf\x11\xe0", "is a spreadsheet of Excel", "save it as 'CSV UTF-8'."),
-    (b"ARROW1", "is an Arrow file", "save it as .parquet, or give the data set itself in Python: data=load_from_disk(...)."),
+    (b"ARROW1", "is an Arrow file", "call it .arrow."),
+    (b"\x28\xb5\x2f\xfd", "is packed by zstd", "unpack it."),
+    (b"7z\xbc\xaf\x27\x1c", "is an archive", "unpack it, and name the folder or one of its files."),
+    (b"SQLite format 3", "is a database of SQLite", "export its table as .csv."),
     (b"\x80\x04", "is a pickle, and pickles are never read", "save it as .csv, .jsonl or .parquet."),
     (b"\x80\x05", "is a pickle, and pickles are never read", "save it as .csv, .jsonl or .parquet."),
     (b"%PDF", "is a PDF", "save its table as .csv."),
@@ -113,6 +116,8 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}.", help="check the path and its permissions."
         ) from None
+    if content[257:262] == b"ustar":
+        raise DataError(f"{path} is an archive (tar).", help="unpack it, and name the folder or one of its files.")
     for magic, what, help in _STRANGERS:
         if content.startswith(magic) and suffix_of(path) != ".parquet":
             raise DataError(f"{path} {what}.", help=help)
@@ -184,7 +189,9 @@ def _unzipped(path: Path) -> bytes:
 
 def _decoded(path: Path, content: bytes) -> str:
     """The text; UTF-16 is known by its mark, or by a zero in every other byte."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        kind = "utf-32"
+    elif content.startswith((b"\xff\xfe", b"\xfe\xff")):
         kind = "utf-16"
     else:
         head = content[:2000]
@@ -198,7 +205,7 @@ def _decoded(path: Path, content: bytes) -> str:
     except UnicodeDecodeError as error:
         if kind != "utf-8-sig":
             raise DataError(
-                f"{path} looks like UTF-16, and byte {error.start} is no character of it.", help="save it as UTF-8."
+                f"{path} looks like {kind.upper()[:6]}, and byte {error.start} is no character of it.", help="save it as UTF-8."
             ) from None
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
@@ -206,7 +213,7 @@ def _decoded(path: Path, content: bytes) -> str:
             help="save it as UTF-8, for instance: iconv -f latin1 -t utf-8 old > new (cp1252 for files of Windows).",
         ) from None
     if kind != "utf-8-sig":
-        remark(f"{path} is read as UTF-16.")
+        remark(f"{path} is read as {kind.upper()[:6]}.")
     return text
 
 

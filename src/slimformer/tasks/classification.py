@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os.path
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimformer.data.columns import find_columns
-from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table
+from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, spread
 from slimformer.data.glue import GLUE, Glue, read_glue
 from slimformer.data.labels import (
     ambiguous_ids,
@@ -26,10 +27,13 @@ from slimformer.data.labels import (
     id_of,
     is_number,
     match_labels,
+    maybe_none,
     model_labels,
     one_spelling,
     several_labels,
+    single_labels,
     sort_labels,
+    spell_label,
     spell_labels,
 )
 from slimformer.data.memory import data_source, with_kept_names
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+_RARE = 3  # rows; a class with fewer is perhaps none
+_MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u2122]")  # two letters that one became
 _FEWEST = 20  # rows from which a column of classes repeats them
 
 
@@ -162,11 +168,7 @@ class Classification(Labelled):
         if kind == "classes":
             names = self.labels or self._known_names(table, label)
             if not names:
-                spellings = one_spelling(raw)
-                names = sort_labels(spellings.values())
-                merged = [f"{shown(text, 40)} is {shown(name, 40)}" for text, name in sorted(spellings.items()) if text != name]
-                if merged:
-                    remark(f"{table.where}: labels that differ in case or spaces alone are one class: {', '.join(merged[:8])}")
+                names = sort_labels(one_spelling(raw).values())
             if len(set(raw)) < 2 and "train" in self._sources():
                 raise DataError(
                     f"{table.where}: every row has the label {shown(raw[0], 60)} in column '{label}'.",
@@ -233,14 +235,20 @@ class Classification(Labelled):
         """The class id of each row's label; DataError with the first row whose label is unknown."""
         label = self._columns(table)[1]
         ids = match_labels(set(raw), self.labels, self._known_names(table, label))
-        for row, text in enumerate(raw):
-            if text not in ids:
-                quoted = f"'{text}'" if len(text) <= 60 else shown(text, 60)
-                raise DataError(
-                    f"{table.place(row)}: the label {quoted} in column '{label}' is not a known one.",
-                    facts=[f"known labels: {enumerate_labels(self.labels)}", f"rows with {quoted}: {raw.count(text)}"],
-                    help=f"did you mean another column or another model? {nearest(text[:60], [name[:60] for name in self.labels])[:200]}",
-                )
+        unknown = [text for text in dict.fromkeys(raw) if text not in ids]
+        if unknown:  # 1 and 3 may be ids, and are none beside 4.5: that is named
+            known = self._known_names(table, label)
+            text = next((text for text in unknown if not match_labels([text], self.labels, known)), unknown[0])
+            quoted = f"'{text}'" if len(text) <= 60 else shown(text, 60)
+            raise DataError(
+                f"{table.place(raw.index(text))}: the label {quoted} in column '{label}' is not a known one.",
+                facts=[f"known labels: {enumerate_labels(self.labels)}", f"rows with {quoted}: {raw.count(text)}"],
+                help=f"did you mean another column or another model? {nearest(text[:60], [name[:60] for name in self.labels])[:200]}",
+            )
+        read = {text: self.labels[ids[text]] for text in sort_labels(set(raw)) if text != self.labels[ids[text]]}
+        if read and not are_placeholders(self.labels):
+            pairs = [f"{shown(text, 40)} is '{name}'" for text, name in read.items()]
+            remark(f"{table.where}: column '{label}' is read by the names of the classes: {_some(pairs)}")
         return [ids[text] for text in raw]
 
     def _ids_of_answers(self, answers: Iterable[str]) -> Mapping[str, int]:
@@ -304,13 +312,7 @@ class Classification(Labelled):
                 )
             order = self.labels if len(self.labels) == len(names) else known  # a person who names them knows their order
             bound = replace(task, labels=order if len(order) == len(names) else names)
-        ids = bound._ids(table, raw)
-        said = {text: bound.labels[index] for text, index in zip(raw, ids, strict=True) if text != bound.labels[index]}
-        if said and not are_placeholders(bound.labels):
-            pairs = [f"{shown(text, 40)} is '{said[text]}'" for text in sort_labels(said)]
-            remark(
-                f"{table.where}: column '{label}' is read by the model's names: {', '.join(pairs[:8])}{', ...' if pairs[8:] else ''}"
-            )
+        bound._ids(table, raw)
         return bound
 
     def notes(self) -> tuple[str, ...]:
@@ -326,6 +328,15 @@ class Classification(Labelled):
             remark(f"{table.where}: the labels are scores, numbers with a fraction.")
         else:
             remark(f"{table.where}: {len(task.labels)} classes, in the order of their ids: {enumerate_labels(task.labels)}")
+            for said in _odd_labels(_raw_labels(table, str(task.label)), task.labels):
+                remark(f"{table.where}: {said}")
+            counts = Counter(item.answer for item in task.split(Split.TRAIN)) if "train" in sources else {}
+            rare = [name for name in task.labels if 0 < counts.get(name, 0) < _RARE]
+            if rare:
+                remark(f"{table.where}: fewer than {_RARE} rows to train on have the label {enumerate_labels(rare)}.")
+        broken = sum(bool(_MOJIBAKE.search(text)) for rows in texts.values() for row in rows for text in row)
+        if broken:
+            remark(f"{table.where}: {broken:,} texts look like UTF-8 that was read as Latin-1 before they were saved.")
         blank = sum(not text.strip() for rows in texts.values() for row in rows for text in row)
         if blank:
             remark(f"{table.where}: {blank:,} texts are empty.")
@@ -348,14 +359,14 @@ def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table
 
     def read(files: Sequence[Path]) -> Table:
         tables = [read_table(file) if glue is None else read_glue(file, GLUE[glue]) for file in files]
-        return with_kept_names(join_tables(tables), files[0])
+        return spread(with_kept_names(join_tables(tables), files[0]))
 
     form = Format(
         task="classification",
         suffixes=SUFFIXES,
         match=lambda files, name: [file for file in files if SHARD.sub("", stem_of(file)).lower() == name],
         read=read,
-        read_hub=read_hub,
+        read_hub=lambda name: {split: spread(table) for split, table in read_hub(name).items()},
         example="./reviews",
         forms="a folder or a file",
     )
@@ -372,6 +383,10 @@ def _settled_tables(task: Classification, key: Stamp) -> Mapping[str, Table]:
 def _raw_labels(table: Table, column: str) -> list[str]:
     """The label of each row as the data spells it; DataError with the row if one is missing, or if a row has several."""
     values = table.column(column)
+    alone = single_labels(values)
+    if alone is not None:
+        remark(f"{table.where}: each list in column '{column}' holds one label, which is taken.")
+        values = alone
     several = several_labels(values)
     if several:
         row = next((row for row, value in enumerate(values) if not isinstance(value, (str, int, float, type(None)))), None)
@@ -389,7 +404,30 @@ def _raw_labels(table: Table, column: str) -> list[str]:
             facts=[f"rows without a label: {labels.count(None):,} of {len(labels):,}"],
             help="give the row a label or leave it out.",
         )
+    local = next(
+        (row for row, text in enumerate(labels) if is_number(text or "") and not is_number(spell_label(values[row]) or "")),
+        None,
+    )
+    if local is not None:
+        remark(
+            f"{table.where}: the numbers in column '{column}' are read as written locally: {values[local]} is {labels[local]}"
+        )
     return [text for text in labels if text is not None]
+
+
+def _odd_labels(raw: Sequence[str], names: Sequence[str]) -> Iterable[str]:
+    """What a person should know of how labels became classes."""
+    merged = [f"{shown(text, 40)} is {shown(name, 40)}" for text, name in sorted(one_spelling(raw).items())
+              if text != name and text not in names]  # fmt: skip
+    if merged and set(one_spelling(raw).values()) <= {*names}:
+        yield f"labels that differ in case or spaces alone are one class: {_some(merged)}"
+    strange = maybe_none(set(raw))
+    if strange:
+        yield f"{enumerate_labels(strange)} counts as a class; rows that have no label must be left out."
+
+
+def _some(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:8]) + (", ..." if parts[8:] else "")
 
 
 def _ambiguous(raw: Sequence[str], names: Sequence[str]) -> DataError:
