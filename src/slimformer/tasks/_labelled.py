@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.tasks._judging import check_classes, check_scores
 from slimformer.tasks._losses import kl_divergence
 from slimformer.tasks._metrics import class_metrics, score_metrics
@@ -34,6 +33,8 @@ class Labelled(Task):
         """Class names in the order of the model's ids; empty if the answer is a score."""
 
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Features:
+        from slimformer.data.tokenizer import cutting, pad_id_of
+
         columns: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": []}
         truncated = 0
         with cutting(tokenizer, max_length):

@@ -6,8 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimformer.data.tokenizer import load_tokenizer, pad_id_of
-
 OPEN_TOKENIZER = 'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")'
 INPUT_NAMES = 'names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}'
 
@@ -55,6 +53,8 @@ def runtime_snippet(folder: Path, file: str, texts: Sequence[tuple[str, ...]], m
 
 def _rows(folder: Path, texts: Sequence[tuple[str, ...]], max_length: int, *opening: str) -> list[str]:
     """Lines that open the tokenizer and the file, and encode the texts as `rows`."""
+    from slimformer.data.tokenizer import load_tokenizer, pad_id_of
+
     tokenizer = load_tokenizer(folder)
     pad = pad_id_of(tokenizer, folder)
     inputs = ", ".join(

@@ -40,7 +40,6 @@ from slimformer.data.squad import (
     read_hub_questions,
     read_questions,
 )
-from slimformer.data.tokenizer import cutting, pad_id_of
 from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.log import remarks_on
 from slimformer.tasks._judging import check_spans
@@ -250,6 +249,7 @@ class QuestionAnswering(Task):
     # ---- model
 
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Features:
+        from slimformer.data.tokenizer import cutting, pad_id_of
         from slimformer.tasks._spans import add_window
 
         special = tokenizer.num_special_tokens_to_add(True)
