@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+import textwrap
 import types
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
 
 import pytest
 
 import slimformer
 from slimformer import registry
+from slimformer.describing import options_of
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "datasets", "matplotlib", "sklearn", "pydantic", "jinja2", "rich")
 
@@ -44,21 +50,58 @@ def test_each_error_is_a_name_of_errors():
     )
 
 
-ROLES = ("Args:", "Returns:", "Raises:", "Example:")
+def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Functions of `slimformer`, and the methods that its classes have for users; a Trainer alone calls those of a callback."""
+    for name in slimformer.__all__:
+        item = getattr(slimformer, name)
+        if not isinstance(item, type):
+            yield name, item
+            continue
+        for part, value in vars(item).items():
+            function = getattr(value, "__func__", value)
+            if inspect.isfunction(function) and not part.startswith(("_", "on_")):
+                yield f"{name}.{part}", function
 
 
-@pytest.mark.parametrize("name", slimformer.__all__)
-def test_a_public_function_says_what_it_takes_gives_and_raises(name):
-    item = getattr(slimformer, name)
-    if isinstance(item, type):
-        return
-    text = inspect.getdoc(item) or ""
-    takes = list(inspect.signature(item).parameters)
-    gives = inspect.signature(item).return_annotation not in ("None", None, inspect.Signature.empty)
-    wanted = [role for role in ROLES if (role != "Returns:" or gives) and (role != "Args:" or takes)]
-    assert [role for role in wanted if f"\n{role}" not in text] == []
-    args = text[text.index("Args:") :].split("\n\n")[0]
-    assert [n for n in takes if f"    {n}:" not in args and f"`{n}`" not in args] == []
+def raised(function: Callable[..., Any]) -> set[str]:
+    """Names of the errors that stand in a function's own lines."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    found = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None]
+    names = {ast.unparse(error.func if isinstance(error, ast.Call) else error) for error in found}
+    return {name for name in names if name.endswith("Error")}
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), list(public_functions()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_public_function_says_what_it_takes_gives_and_raises(name: str, function: Callable[..., Any]) -> None:
+    text = inspect.getdoc(function) or ""
+    signature = inspect.signature(function)
+    takes = [item for item in signature.parameters if item not in ("self", "cls")]
+    gives = signature.return_annotation not in ("None", None, inspect.Signature.empty)
+    errors = raised(function)
+    wanted = {"Args:": takes, "Returns:": gives, "Raises:": errors or "." not in name, "Example:": True}
+    assert [part for part, there in wanted.items() if there and f"\n{part}" not in text] == []
+    args = text.partition("Args:")[2].split("\n\n")[0]
+    assert [item for item in takes if f"    {item}:" not in args and f"`{item}`" not in args] == []
+    assert [error for error in errors if f"{error}:" not in text] == []
+
+
+def public_classes() -> Iterator[type]:
+    yield from (item for name in slimformer.__all__ if isinstance(item := getattr(slimformer, name), type))
+    for kind in ("methods", "tasks"):
+        yield from (registry.find(kind, name) for name in registry.names(kind))
+
+
+@pytest.mark.parametrize("cls", list(public_classes()), ids=lambda cls: cls.__name__)
+def test_a_public_class_says_what_its_options_mean_and_shows_one(cls: type) -> None:
+    text = inspect.getdoc(cls) or ""
+    assert ">>> " in text
+    if cls in (slimformer.Bundle, slimformer.Decision):  # their types are known to type checkers alone
+        said = {item.name for item in fields(cls) if f"    {item.name}:" in text or f"`{item.name}`:" in text}  # type: ignore[arg-type]
+        assert said == {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    else:
+        assert [item.name for item in options_of(cls) if not item.meaning] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

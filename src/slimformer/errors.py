@@ -32,10 +32,10 @@ _LINE_ENDS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 def readable(text: str, limit: int = _LINE) -> str:
-    """`text` as one line that a terminal shows as it is: control characters are escaped, and a long middle is left out.
+    r"""`text` as one line that a terminal shows as it is: control characters are escaped, and a long middle is left out.
 
     >>> readable("a \x1b[31mred\x1b[0m label\nof two lines")
-    'a \\\\x1b[31mred\\\\x1b[0m label of two lines'
+    'a \\x1b[31mred\\x1b[0m label of two lines'
     >>> readable("x" * 1000, limit=20)
     'xxxxxxxxxx ... xxxxx'
     """
@@ -67,6 +67,17 @@ class SlimformerError(Exception):
     """`what` happened and where, `facts` that help to see why, and `help`: the next thing to do.
 
     Each is one line that a terminal shows as it is, whatever a file held: see `readable`. Of many facts the first are told.
+
+    Args:
+        what: What happened, and where.
+        facts: What helps to see why; they are told one on each line.
+        help: The next thing to do.
+
+    Example:
+        >>> print(SlimformerError("nothing is left.", facts=["kept: 0 of 12 heads"], help="keep more."))
+        nothing is left.
+          kept: 0 of 12 heads
+          help: keep more.
     """
 
     def __init__(self, what: str, *, facts: Iterable[str] = (), help: str = "") -> None:

@@ -208,38 +208,102 @@ class Anatomy:
 
     `anatomy_of(model)` makes it.
 
-    >>> from slimformer import Plan, anatomy_of
-    >>> from slimformer.testing.tiny import tiny
-    >>> anatomy = anatomy_of(tiny("bert"))  # three layers, each with four heads and 24 neurons
-    >>> [site.id for site in anatomy.sites.values() if site.layer == 0]
-    ['encoder.0.attention', 'encoder.0.heads', 'encoder.0.ffn', 'encoder.0.neurons']
-    >>> anatomy.after(Plan({"encoder.0.heads": (1, 3)})).matrices["encoder.0.query"].shape  # of (32, 32)
-    (16, 32)
+    Attributes:
+        sites: What can be cut, by id.
+        matrices: The weights that may change their form, by id.
+        layers: The module whose output is the hidden state after layer i; a skipped layer keeps its name.
+        embedding: The module whose output is the hidden state before layer 0.
+        attentions: The module that computes the attention of layer i; None if it was cut.
+        hidden_size: The width of the hidden state.
+        head_dim: The width of a head.
+        points: The places where an activation passes, by id.
+
+    Example:
+        >>> from slimformer import Plan, anatomy_of
+        >>> from slimformer.testing.tiny import tiny
+        >>> anatomy = anatomy_of(tiny("bert"))  # three layers, each with four heads and 24 neurons
+        >>> [site.id for site in anatomy.sites.values() if site.layer == 0]
+        ['encoder.0.attention', 'encoder.0.heads', 'encoder.0.ffn', 'encoder.0.neurons']
+        >>> anatomy.after(Plan({"encoder.0.heads": (1, 3)})).matrices["encoder.0.query"].shape  # of (32, 32)
+        (16, 32)
     """
 
     sites: Mapping[str, Site]
     matrices: Mapping[str, Matrix]
-    layers: tuple[str, ...]  # module whose output is the hidden state after layer i; a skipped layer keeps its name
-    embedding: str  # module whose output is the hidden state before layer 0
-    attentions: tuple[str | None, ...]  # module that computes the attention of layer i, None if it was cut
+    layers: tuple[str, ...]
+    embedding: str
+    attentions: tuple[str | None, ...]
     hidden_size: int
     head_dim: int
     points: Mapping[str, Point] = field(default_factory=dict)
 
     def of_kind(self, kind: Kind) -> tuple[Site, ...]:
-        """Sites of one kind, in order of their layers."""
+        """Sites of one kind, in order of their layers.
+
+        Args:
+            kind: HEADS, NEURONS or SUBLAYER.
+
+        Returns:
+            The sites; none if the model has none of that kind.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> from slimformer.core.anatomy import Kind
+            >>> [site.size for site in anatomy_of(tiny("bert")).of_kind(Kind.HEADS)]
+            [4, 4, 4]
+        """
         return tuple(site for site in self.sites.values() if site.kind is kind)
 
     def heads_of(self, layer: int) -> Site | None:
-        """The heads of a layer's attention; None if it was cut."""
+        """The heads of a layer's attention; None if it was cut.
+
+        Args:
+            layer: The layer, from 0.
+
+        Returns:
+            Their site, or None.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy_of(tiny("bert")).heads_of(2).id
+            'encoder.2.heads'
+        """
         return next((site for site in self.of_kind(Kind.HEADS) if site.layer == layer), None)
 
     def encoder_matrices(self) -> tuple[Matrix, ...]:
-        """The matrices inside the layers: all but embedding tables and classifiers."""
+        """The matrices inside the layers: all but embedding tables and classifiers.
+
+        Returns:
+            Six for each layer of a BERT.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> len(anatomy_of(tiny("bert")).encoder_matrices())
+            18
+        """
         return tuple(item for item in self.matrices.values() if item.role not in (Role.EMBEDDING, Role.CLASSIFIER))
 
     def after(self, plan: PlanLike) -> Anatomy:
-        """The anatomy of the model that `shrink` makes with `plan`, without making it (law 3)."""
+        """The anatomy of the model that `shrink` makes with `plan`, without making it (law 3).
+
+        Args:
+            plan: What is kept, in the numbering of this anatomy.
+
+        Returns:
+            The smaller anatomy.
+
+        Raises:
+            PlanError: The plan does not fit.
+
+        Example:
+            >>> from slimformer import Plan, anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy_of(tiny("bert")).after(Plan({"encoder.0.heads": (1, 3)})).heads_of(0).size
+            2
+        """
         plan.check(self)
         gone = self.gone(plan)
         sites = {}
@@ -259,16 +323,58 @@ class Anatomy:
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 
     def gone(self, plan: PlanLike) -> set[str]:
-        """SUBLAYER sites that `plan` takes out whole."""
+        """SUBLAYER sites that `plan` takes out whole.
+
+        Args:
+            plan: What is kept.
+
+        Returns:
+            Their ids.
+
+        Example:
+            >>> from slimformer import Plan, anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy_of(tiny("bert")).gone(Plan({"encoder.1.ffn": ()}))
+            {'encoder.1.ffn'}
+        """
         return {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
 
     def factored(self, site: Site) -> tuple[Matrix, ...]:
-        """Matrices of a site that are no longer dense: no row or column can be taken out of them."""
+        """Matrices of a site that are no longer dense: no row or column can be taken out of them.
+
+        Args:
+            site: One of the sites here.
+
+        Returns:
+            None of a model whose matrices are all dense.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy = anatomy_of(tiny("bert"))
+            >>> anatomy.factored(anatomy.sites["encoder.0.heads"])
+            ()
+        """
         params = {piece.param for piece in site.slices}
         return tuple(m for m in self.matrices.values() if not m.dense and f"{m.module}.weight" in params)
 
     def cut(self, matrix: Matrix, plan: PlanLike) -> Matrix:
-        """The matrix with the shape that the units kept by `plan` leave it."""
+        """The matrix with the shape that the units kept by `plan` leave it.
+
+        Args:
+            matrix: One of the matrices here.
+            plan: What is kept.
+
+        Returns:
+            The matrix with another shape; its form stays.
+
+        Example:
+            >>> from slimformer import Plan, anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy = anatomy_of(tiny("bert"))
+            >>> anatomy.cut(anatomy.matrices["encoder.0.query"], Plan({"encoder.0.heads": (0,)})).shape
+            (8, 32)
+        """
         shape = list(matrix.shape)
         for site in self.sites.values():
             keep = plan.keep.get(site.id)

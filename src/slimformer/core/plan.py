@@ -28,16 +28,20 @@ VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and a plan without forms is
 
 @dataclass(frozen=True)
 class Plan:
-    """Units kept per site, in the numbering of the original model; an absent site keeps everything. `forms`: matrix ->
-    its form.
+    """Units kept per site, in the numbering of the original model, and the form of each matrix that is not dense.
 
-    >>> from slimformer import Plan
-    >>> first = Plan({"encoder.0.heads": (0, 2, 3), "encoder.1.ffn": ()})  # three heads stay, a block goes
-    >>> then = Plan({"encoder.0.heads": (1,)})  # of those three, the second
-    >>> dict(first.then(then).keep)
-    {'encoder.0.heads': (2,), 'encoder.1.ffn': ()}
-    >>> Plan.from_json(first.to_json()) == first
-    True
+    Attributes:
+        keep: Site -> the units that stay, rising; an absent site keeps everything.
+        forms: Matrix -> its form.
+
+    Example:
+        >>> from slimformer import Plan
+        >>> first = Plan({"encoder.0.heads": (0, 2, 3), "encoder.1.ffn": ()})  # three heads stay, a block goes
+        >>> then = Plan({"encoder.0.heads": (1,)})  # of those three, the second
+        >>> dict(first.then(then).keep)
+        {'encoder.0.heads': (2,), 'encoder.1.ffn': ()}
+        >>> Plan.from_json(first.to_json()) == first
+        True
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -56,7 +60,22 @@ class Plan:
         return hash((tuple(self.keep.items()), tuple(self.forms.items())))
 
     def then(self, later: Plan) -> Plan:
-        """This plan followed by `later`, which speaks in the numbering that this one leaves."""
+        """This plan followed by `later`, which speaks in the numbering that this one leaves.
+
+        Args:
+            later: The plan for the model that this one leaves.
+
+        Returns:
+            One plan for the original model.
+
+        Raises:
+            PlanError: `later` keeps units that are gone, or changes a form again.
+
+        Example:
+            >>> from slimformer import Plan
+            >>> Plan({"encoder.0.heads": (1, 3)}).then(Plan({"encoder.0.heads": (1,)})).keep["encoder.0.heads"]
+            (3,)
+        """
         keep = dict(self.keep)
         for site, units in later.keep.items():
             base = keep.get(site)
@@ -75,10 +94,21 @@ class Plan:
         return Plan(keep, {**self.forms, **later.forms})
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raises PlanError unless the sites exist and their kept units are sorted, distinct and within the site, and
-        the forms fit.
+        """Raises an error unless the plan fits a model.
 
-        A cut must not run through a matrix that has a form already: cut first, factor after. Its whole sublayer may still go.
+        The sites must exist, their kept units rise and lie within the site, and the forms suit the matrices. A cut must not run
+        through a matrix that has a form already: cut first, factor after. Its whole sublayer may still go.
+
+        Args:
+            anatomy: What the model consists of, before this plan.
+
+        Raises:
+            PlanError: The plan does not fit; the message names the site or matrix.
+
+        Example:
+            >>> from slimformer import Plan, anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> Plan({"encoder.0.heads": (1, 3)}).check(anatomy_of(tiny("bert")))
         """
         for name, units in self.keep.items():
             site = anatomy.sites.get(name)
@@ -141,11 +171,29 @@ class Plan:
                 raise PlanError(f"matrix '{name}' cannot be stored as {form}: {problem}.")
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name this plan."""
+        """Twelve hexadecimal digits that name this plan.
+
+        Returns:
+            The same for equal plans.
+
+        Example:
+            >>> from slimformer import Plan
+            >>> Plan({"encoder.0.heads": (1, 3)}).digest() == Plan({"encoder.0.heads": [1, 3]}).digest()
+            True
+        """
         return digest(self.to_json())
 
     def to_json(self) -> str:
-        """The plan as JSON; `Plan.from_json` gives it back exactly."""
+        """The plan as JSON; `Plan.from_json` gives it back exactly.
+
+        Returns:
+            One line.
+
+        Example:
+            >>> from slimformer import Plan
+            >>> Plan({"encoder.0.heads": (1, 3)}).to_json()
+            '{"keep": {"encoder.0.heads": [1, 3]}, "version": 1}'
+        """
         keep = {site: list(units) for site, units in self.keep.items()}
         if not self.forms:
             return json.dumps({"version": 1, "keep": keep}, sort_keys=True)
@@ -154,7 +202,22 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The plan written by `to_json`; PlanError for anything else, whatever it is."""
+        """The plan written by `to_json`.
+
+        Args:
+            text: What plan.json holds.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: It is anything else.
+
+        Example:
+            >>> from slimformer import Plan
+            >>> Plan.from_json('{"keep": {"encoder.1.ffn": []}, "version": 1}') == Plan({"encoder.1.ffn": ()})
+            True
+        """
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -186,9 +249,9 @@ class Plan:
 class Decision:
     """A plan, and the numbers to fold into the weights while cutting.
 
-    `scales`: site -> (size,), multiplied at the site's taps, in the numbering before the cut. `weights`: parameter name
-    -> new values, in shapes before the cut, from a method that repairs the units that stay. The parameters of a new
-    form have names there too, "<module>.a" for instance; a parameter that is left out comes nearest to the matrix as it
+    `plan`: what is kept. `scales`: site -> (size,), multiplied at the site's taps, in the numbering before the cut. `weights`:
+    parameter name -> new values, in shapes before the cut, from a method that repairs the units that stay. The parameters of
+    a new form have names there too, "<module>.a" for instance; a parameter that is left out comes nearest to the matrix as it
     is after the cut. `ranges`: the ranges of activations, if a method learned them; they hold for the model as it then
     is, and the next stage drops them. `notes`: sentences that the user should read.
 

@@ -190,7 +190,23 @@ class Record:
         return self.score if self.higher_is_better else -self.score
 
     def times_faster(self, batch: int = 32) -> Ratio | None:
-        """Speed over the baseline at batch 1 or at the larger batch; None if it was not timed."""
+        """Speed over the baseline at batch 1 or at the larger batch.
+
+        Args:
+            batch: 1, or any other number for the larger batch.
+
+        Returns:
+            The median of the rounds and its spread; None if it was not timed.
+
+        Example:
+            >>> from slimformer import Record
+            >>> from slimformer.measuring.machine import environment
+            >>> from slimformer.measuring.timing import SORTED, Ratio
+            >>> about = ("my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.9}, "2026-01-02", environment())
+            >>> record = Record("int8", "ours", *about, speed={SORTED: Ratio(3.1, 2.9, 3.3)})
+            >>> record.times_faster(32).median, record.times_faster(1)
+            (3.1, None)
+        """
         for timing in self.timings:
             if (timing.batch_size == 1) == (batch == 1):
                 return self.speed.get(timing.workload)

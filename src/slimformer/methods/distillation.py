@@ -42,6 +42,11 @@ class Distillation(Method):
 
     `hidden` and `scores` are means over layers. TinyBERT, SparseBERT and KroneckerBERT have sums of plain mean squared errors:
     for these set the weight to the number of layers, with `relative: false`.
+
+    Example:
+        >>> from slimformer import Train
+        >>> Train(methods=(Distillation(temperature=1.0, scores=6.0),)).methods[0].effects().needs_teacher
+        True
     """
 
     temperature: Positive = 2.0  # of both models' outputs: the higher, the more the small ones count

@@ -68,6 +68,11 @@ class Gates(Method):
     As in the paper: a stage with `freeze: everything` and `dropout: false`, so that only gates train, and the options `apart:
     true`, `size: top_k`, `fold: false`, `sublayers: false`; then stages that retrain what is left, with or without
     `distillation`.
+
+    Example:
+        >>> from slimformer import Train
+        >>> Train(epochs=5, methods=(Gates(keep=0.4),)).cuts
+        True
     """
 
     keep: Share = 0.5

@@ -57,6 +57,11 @@ class GroupLasso(Method):
     - `reweight_every`: share of the training after which beta is renewed.
     - `over`: whether each matrix keeps the same share, as in the paper, or the largest groups of the whole model stay. Units
       always compete over the model.
+
+    Example:
+        >>> from slimformer import Train
+        >>> Train(epochs=5, methods=(GroupLasso(keep=0.4),)).cuts
+        True
     """
 
     groups: Grouping = "units"

@@ -45,6 +45,11 @@ class Importance(Method):
     - "random" looks at no data.
     - "gain" takes one pass with gradients over the examples.
     - "leave_one_out" takes one pass for each head, without that head: heads only, and a few hundred examples will do.
+
+    Example:
+        >>> from slimformer import Calibrate
+        >>> Calibrate(Importance(how="leave_one_out", units="heads")).method.effects().cuts
+        True
     """
 
     how: Literal["random", "gain", "leave_one_out"] = "gain"

@@ -29,7 +29,13 @@ from slimformer.methods.base import Context, Effects, Method, State
 @final
 @dataclass(frozen=True)
 class KeepZeros(Method):
-    """No options: what is 0 when the stage begins is 0 when it ends."""
+    """No options: what is 0 when the stage begins is 0 when it ends.
+
+    Example:
+        >>> from slimformer import Train
+        >>> Train(methods=(KeepZeros(),)).trains_over_zeros
+        False
+    """
 
     def effects(self) -> Effects:
         return Effects(holds_zeros=True)

@@ -73,6 +73,11 @@ class KnowledgeSparse(Method):
     and weights of the paper's loss. (There padding counts, scores are not centred, and the cross entropy of logits is a mean
     over classes; of a score, as in STS-B, they take the squared error to the label, we that to the teacher.) Train on with
     `keep_zeros`.
+
+    Example:
+        >>> from slimformer import Train
+        >>> Train(methods=(KnowledgeSparse(pattern="2:4"),)).methods[0].effects().zeros
+        <Zeros.RESULT: 'result'>
     """
 
     keep: Share | None = None

@@ -54,6 +54,11 @@ class KroneckerFactors(Method):
 
     If all columns share a number in each product, the table has low rank, and no other with as many numbers a word comes
     nearer: 48 terms of `embedding: 384` are as small as one of `embedding: 8`.
+
+    Example:
+        >>> from slimformer import Calibrate
+        >>> Calibrate(KroneckerFactors(shapes="7.7x")).method.effects().factors
+        True
     """
 
     shapes: Literal["7.7x", "21x"] | None = None

@@ -57,6 +57,11 @@ class Quantization(Method):
     - `exact_zero`: whether 0 lies on every affine grid. Without it, as in the paper, a file moves each range by up to half a
       step.
     - `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
+
+    Example:
+        >>> from slimformer import Train
+        >>> Train(epochs=1, methods=(Quantization(weights=4),)).methods[0].effects().learns_grids
+        True
     """
 
     weights: Bits = 8

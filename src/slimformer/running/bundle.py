@@ -21,18 +21,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model with its plan, data and teacher, as one stage hands it to the next."""
+    """A model with its plan, data and teacher, as one stage hands it to the next.
 
-    subject: Subject  # its model is always plain: no hooks, no masks
-    plan: Plan  # it holds everything cut so far, in the numbering of the original model
+    Attributes:
+        subject: The model, which is always plain (no hooks, no masks), with its anatomy.
+        plan: Everything cut so far, in the numbering of the original model.
+        material: The data, encoded.
+        teacher: The model to learn from.
+        tuned_here: If it is true, the teacher has not seen the validation examples.
+        teacher_plan: What is cut of the teacher, as `plan` says of the student.
+        ranges: The ranges of activations, if the last stage learned them.
+
+    Example:
+        >>> from slimformer import Bundle, Plan
+        >>> from slimformer.data.material import prepare
+        >>> from slimformer.families.base import subject_of
+        >>> from slimformer.tasks.intents import Intents
+        >>> from slimformer.testing.tiny import tiny
+        >>> subject = subject_of(tiny("bert", num_labels=24))
+        >>> bundle = Bundle(subject, Plan(), prepare(Intents(examples=96, dev=48), "my-bert"), subject)
+        >>> bundle.uncut == bundle
+        True
+    """
+
+    subject: Subject
+    plan: Plan
     material: Material
     teacher: Subject
-    tuned_here: bool = False  # if it is true, the teacher has not seen the validation examples
-    teacher_plan: Plan = field(default_factory=Plan)  # it holds what is cut of the teacher, as `plan` does of the student
-    ranges: Ranges | None = None  # these are the ranges of activations, if the last stage learned them
+    tuned_here: bool = False
+    teacher_plan: Plan = field(default_factory=Plan)
+    ranges: Ranges | None = None
 
     def digest(self) -> str:
-        """Names student and teacher, what was cut of them, the task, and what its rows hold, dev left out."""
+        """Names student and teacher, what was cut of them, the task, and what its rows hold, dev left out.
+
+        Returns:
+            Twelve hexadecimal digits.
+
+        Example:
+            >>> from slimformer import Bundle, Plan
+            >>> from slimformer.data.material import prepare
+            >>> from slimformer.families.base import subject_of
+            >>> from slimformer.tasks.intents import Intents
+            >>> from slimformer.testing.tiny import tiny
+            >>> subject = subject_of(tiny("bert", num_labels=24))
+            >>> len(Bundle(subject, Plan(), prepare(Intents(examples=96, dev=48), "my-bert"), subject).digest())
+            12
+        """
         models = (fixed_digest(self.subject.model), fixed_digest(self.teacher.model))
         return digest(*models, self.plan.digest(), self.teacher_plan.digest(), repr(self.material.task), self.material.digest)
 

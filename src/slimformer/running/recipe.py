@@ -89,7 +89,15 @@ class Export:
         check_options(self)
 
     def exporter(self) -> Exporter:
-        """The exporter with these options. It refuses no int8 file: each is judged by what it loses on validation examples."""
+        """The exporter with these options. It refuses no int8 file: each is judged by what it loses on validation examples.
+
+        Returns:
+            An exporter of the kind that `to` names.
+
+        Example:
+            >>> Export(reduce_range=True).exporter().weight_bits
+            7
+        """
         cls = registry.find("exporters", self.to)
         exporter: Exporter
         if self.to != "onnx":
@@ -153,6 +161,9 @@ class Recipe:
         >>> recipe = Recipe("./my-bert", Classification(data="reviews"), (Calibrate(Fisher(keep=0.5)),))
         >>> recipe.stages[0].method.keep
         0.5
+
+    Raises:
+        RecipeError: A value is out of range.
     """
 
     model: str
@@ -170,7 +181,16 @@ class Recipe:
             raise RecipeError("this recipe cannot be used.", facts=wrong, help="correct these values.")
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain data; `parse_recipe` gives it back."""
+        """The recipe as plain data; `parse_recipe` gives it back.
+
+        Returns:
+            Dicts, lists, texts and numbers: what a YAML file holds.
+
+        Example:
+            >>> from slimformer.tasks.intents import Intents
+            >>> Recipe("./my-bert", Intents(), (Train(epochs=2),)).to_data()["stages"][0]
+            {'train': {'epochs': 2}}
+        """
         stages: list[dict[str, Any]] = []
         for stage in self.stages:
             if isinstance(stage, Train):
@@ -192,7 +212,19 @@ class Recipe:
         return data
 
     def seen_from(self, folder: Path) -> Recipe:
-        """The recipe for a file in `folder`: its paths are relative to that folder, so that the file can be run from anywhere."""
+        """The recipe for a file in `folder`: its paths are relative to that folder, so that the file can be run from anywhere.
+
+        Args:
+            folder: Where the file will lie.
+
+        Returns:
+            The recipe with other paths.
+
+        Example:
+            >>> from slimformer.tasks.intents import Intents
+            >>> Recipe("my-bert", Intents(), ()).seen_from(Path("runs")).model
+            '../my-bert'
+        """
 
         def stage_from(stage: Stage) -> Stage:
             if not isinstance(stage, Train):
@@ -211,7 +243,16 @@ class Recipe:
         )
 
     def to_yaml(self) -> str:
-        """The recipe as YAML text."""
+        """The recipe as YAML text.
+
+        Returns:
+            What `read_recipe` reads.
+
+        Example:
+            >>> from slimformer.tasks.intents import Intents
+            >>> Recipe("./my-bert", Intents(), ()).to_yaml().splitlines()[0]
+            'model: ./my-bert'
+        """
         import yaml
 
         return yaml.safe_dump(self.to_data(), sort_keys=False, width=120)

@@ -34,11 +34,11 @@ class Result:
 
     Example:
         >>> from slimformer import Result
-        >>> result = Result.read("small")  # the folder of an earlier run  # doctest: +SKIP
-        >>> result.best  # doctest: +SKIP
-        PosixPath('small/onnx/model_quantized.onnx')
-        >>> result.met  # doctest: +SKIP
-        True
+        >>> result = Result.read("finished")  # the folder of an earlier run
+        >>> result.best.suffix
+        '.onnx'
+        >>> result.speedup > 0, result.model.config.id2label
+        (True, {0: 'bad', 1: 'good'})
     """
 
     out: Path
@@ -46,7 +46,23 @@ class Result:
 
     @classmethod
     def read(cls, out: str | Path) -> Result:
-        """The result in the folder of an earlier run; ModelError or DataError if there is none."""
+        """The result in the folder of an earlier run.
+
+        Args:
+            out: The folder.
+
+        Returns:
+            The same as the run returned.
+
+        Raises:
+            ModelError: The folder holds no result.
+            DataError: Its ledger cannot be read.
+
+        Example:
+            >>> from slimformer import Result
+            >>> len(Result.read("finished").records) > 1
+            True
+        """
         folder = Path(out)
         if read_facts(folder) is None:
             raise ModelError(f"{folder} is no result of a run: it holds no {FACTS_FILE}.", help="name the --out of a run.")
@@ -97,7 +113,16 @@ class Result:
         return checkpoint.load(self.out)
 
     def summary(self) -> str:
-        """The table of everything that was measured, and the verdict, as text of 80 columns."""
+        """The table of everything that was measured, and the verdict, as text of 80 columns.
+
+        Returns:
+            Lines for a terminal.
+
+        Example:
+            >>> from slimformer import Result
+            >>> Result.read("finished").summary().splitlines()[1].split()
+            ['model', 'accuracy', 'points', 'lost', 'MB', 'batch', '32', 'batch', '1', 'ms']
+        """
         from rich.console import Console
 
         from slimformer.reporting.terminal import draw_table
@@ -120,7 +145,18 @@ class Result:
         return f"<Result {self}>"
 
     def save_dense(self, folder: str | Path) -> None:
-        """Writes a plain transformers folder with the same answers, which `pipeline` reads without slimformer; see `save_dense`."""
+        """Writes a plain transformers folder with the same answers, which `pipeline` reads without slimformer; see `save_dense`.
+
+        Args:
+            folder: The folder to write; one that exists is replaced.
+
+        Raises:
+            OutputError: The folder cannot be written.
+
+        Example:
+            >>> from slimformer import Result
+            >>> Result.read("finished").save_dense("plain")
+        """
         checkpoint.save_dense(self.out, folder)
 
     def shipped_files(self) -> tuple[Path, ...]:
@@ -128,6 +164,14 @@ class Result:
 
         They are models, configs, tokenizers, the card, slimformer.json and the recipe. Logs, the ledger and the page stay here:
         they tell of this machine, and hold texts of the data.
+
+        Returns:
+            Their paths, sorted.
+
+        Example:
+            >>> from slimformer import Result
+            >>> sorted(file.name for file in Result.read("finished").shipped_files() if file.parent.name == "onnx")[:2]
+            ['config.json', 'model.onnx']
         """
         facts = read_facts(self.out)
         named = [self.out / item.name for item in facts.files] if facts else []
@@ -150,6 +194,15 @@ class Result:
 
         Raises:
             OutputError: The hub cannot be reached, or does not take it.
+
+        Example:
+            >>> from slimformer import Result
+            >>> from slimformer.errors import OutputError
+            >>> try:
+            ...     address = Result.read("finished").push_to_hub("me/small-bert")
+            ... except OutputError as error:
+            ...     print(error.help)
+            check the network, the name, and your token (`hf auth login`).
         """
         from huggingface_hub import HfApi
 

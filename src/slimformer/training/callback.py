@@ -77,12 +77,17 @@ class SlimCallback(TrainerCallback):
     Example:
         >>> from slimformer import SlimCallback
         >>> from slimformer.methods import Distillation, Gates
-        >>> from slimformer.testing.tiny import tiny
-        >>> slim = SlimCallback([Gates(keep=0.7), Distillation()], teacher=tiny("bert"))
-        >>> trainer = Trainer(my_model, arguments, train_dataset=rows, callbacks=[slim])  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
-        >>> slim.save("small")  # doctest: +SKIP
-        >>> slim.model is None  # before it has trained
+        >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+        >>> model, teacher = (AutoModelForSequenceClassification.from_pretrained("my-bert") for _ in range(2))
+        >>> tokenizer = AutoTokenizer.from_pretrained("my-bert")
+        >>> rows = [dict(tokenizer("the film was great"), labels=1), dict(tokenizer("a meal seemed cold"), labels=0)]
+        >>> slim = SlimCallback([Gates(keep=0.7), Distillation()], teacher=teacher)
+        >>> arguments = TrainingArguments("checkpoints", num_train_epochs=2, save_strategy="no", report_to="none", use_cpu=True)
+        >>> trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[slim])
+        >>> output = trainer.train()  # doctest: +ELLIPSIS
+        {...}
+        >>> slim.save("cut-bert")
+        >>> slim.model.num_parameters() < model.num_parameters()
         True
     """
 
@@ -109,7 +114,13 @@ class SlimCallback(TrainerCallback):
         self._processing: Any = None
 
     def close(self) -> None:
-        """Takes everything off the model again; only needed if training ended with an error. It may be called twice."""
+        """Takes everything off the model again; only needed if training ended with an error. It may be called twice.
+
+        Example:
+            >>> from slimformer import SlimCallback
+            >>> from slimformer.methods import Gates
+            >>> SlimCallback(Gates(keep=0.7)).close()
+        """
         self._attached = None
         self._stack.close()
 
@@ -123,6 +134,16 @@ class SlimCallback(TrainerCallback):
         Raises:
             RecipeError: Training has not ended, or there is no tokenizer.
             OutputError: The disk is full or read-only.
+
+        Example:
+            >>> import slimformer
+            >>> from slimformer.methods import Gates
+            >>> try:
+            ...     slimformer.SlimCallback(Gates(keep=0.7)).save("cut-bert")
+            ... except slimformer.errors.RecipeError as error:
+            ...     print(error)
+            there is no cut model yet.
+              help: call trainer.train() first.
         """
         tokenizer = tokenizer or self._processing
         if self.model is None or self.decision is None:

@@ -85,10 +85,14 @@ class Train(Stage):
     because the labels of the copies may no longer fit.
     `rows`: at most so many of the rows train, evenly spaced over all of them; an epoch is a pass over these.
 
-    Raises RecipeError that lists every option with a value out of range.
+    `methods`: those that take part; at most one of them decides what is cut.
 
-    >>> Train(epochs=2, lr=1e-4, freeze="embeddings").batch_size
-    32
+    Raises:
+        RecipeError: It lists every option with a value out of range.
+
+    Example:
+        >>> Train(epochs=2, lr=1e-4, freeze="embeddings").batch_size
+        32
     """
 
     methods: tuple[Method, ...] = ()
@@ -143,7 +147,18 @@ class Train(Stage):
         return self.task_weight if self.text is None else 0.0
 
     def steps_of(self, rows: int) -> int:
-        """Optimiser steps over this many rows."""
+        """Optimiser steps over this many rows.
+
+        Args:
+            rows: Rows of the training data.
+
+        Returns:
+            `steps` if it is given, else `epochs` times the batches of an epoch, at least 1.
+
+        Example:
+            >>> Train(epochs=2, batch_size=32).steps_of(100)
+            8
+        """
         return self.steps if self.steps is not None else max(1, round(self.epochs * math.ceil(rows / self.batch_size)))
 
 
@@ -152,11 +167,16 @@ class Train(Stage):
 class Calibrate(Stage):
     """Runs one one-shot method, which reads some batches and decides, without an optimiser.
 
-    Raises RecipeError if the method needs training steps.
+    Args:
+        method: A method that looks once, such as `Fisher`.
 
-    >>> from slimformer.methods.fisher import Fisher
-    >>> Calibrate(Fisher(keep=0.5)).kind
-    'calibrate'
+    Raises:
+        RecipeError: The method needs training steps.
+
+    Example:
+        >>> from slimformer.methods.fisher import Fisher
+        >>> Calibrate(Fisher(keep=0.5)).kind
+        'calibrate'
     """
 
     method: Method
