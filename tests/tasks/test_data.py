@@ -77,9 +77,9 @@ def said(caplog: pytest.LogCaptureFixture, task: Any) -> str:
     ("name", "content"),
     [
         ("a.csv", table()),
-        ("a.csv.gz", gzip.compress(table().encode())),
+        ("a.csv.gz", gzip.compress(table().encode(), mtime=0)),
         ("a.csv.bz2", bz2.compress(table().encode())),
-        ("a.csv", gzip.compress(table().encode())),  # packed, though its name does not say so
+        ("a.csv", gzip.compress(table().encode(), mtime=0)),  # packed, though its name does not say so
         ("a.zip", zipped(reviews_csv=table())),
         ("a.csv", b"\xef\xbb\xbf" + table().encode()),
         ("a.csv", table().encode("utf-16")),
@@ -101,7 +101,7 @@ def said(caplog: pytest.LogCaptureFixture, task: Any) -> str:
         ("a.json", json.dumps({name: {str(row): item[name] for row, item in enumerate(ROWS)} for name in ("text", "label")})),
         ("a.json", json.dumps({"text": TEXTS, "label": LABELS}, indent=1)),
         ("a.json", json.dumps({"version": 1, "data": ROWS})),
-        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode(), mtime=0)),
         ("a.json", json.dumps({"columns": ["text", "label"], "index": [*range(60)], "data": [*zip(TEXTS, LABELS, strict=True)]})),
         ("a.json", json.dumps({str(row): item for row, item in enumerate(ROWS)})),
         ("a.json", json.dumps(ROWS)),
@@ -132,7 +132,7 @@ def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, cont
         ("a.csv", b"\x80\x04pickled", "pickles are never read"),
         ("a.csv", zipped(xl_workbook_xml="").replace(b"xl.workbook.xml", b"xl/workbook.xml"), "spreadsheet of Excel"),
         ("a.zip", zipped(a_csv=table(), b_csv=table()), "holds 2 files, not one"),
-        ("a.csv.gz", gzip.compress(table().encode())[:90], "cannot be unpacked"),
+        ("a.csv.gz", gzip.compress(table().encode(), mtime=0)[:90], "cannot be unpacked"),
         ("a.csv", table().replace("soup", "caf\xe9").encode("latin-1"), "not UTF-8: byte 19 .*in line 2"),
         ("a.csv", table(header=(), rows=[(1, *pair) for pair in zip(TEXTS, LABELS, strict=True)]), "its first line is data"),
         ("a.csv", table(header=("text", "label", "label"), rows=[(*pair, 1) for pair in zip(TEXTS, LABELS, strict=True)]),
@@ -147,7 +147,7 @@ def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, cont
          "cannot tell which is a label column"),
         ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "cats": {"good": row["label"] == "good", "bad": row["label"] == "bad"}})
                               for row in ROWS), "hold 0 and 1 each, a column a class"),
-        ("a.csv.gz", gzip.compress(b"a.csv".ljust(257, b"\0") + b"ustar" + b"\0" * 250), "is an archive"),
+        ("a.csv.gz", gzip.compress(b"a.csv".ljust(257, b"\0") + b"ustar" + b"\0" * 250, mtime=0), "is an archive"),
         ("a.csv.tar.gz", b"\x1f\x8b", "is an archive"),
         ("a.csv", b"\x28\xb5\x2f\xfd1234", "packed by zstd"),
         ("a.csv", b"SQLite format 3\0", "a database of SQLite"),
