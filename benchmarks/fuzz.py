@@ -433,6 +433,7 @@ def _models() -> None:
     import slimformer
     from slimformer.core.ranges import Range, Ranges
     from slimformer.families.base import anatomy_of
+    from slimformer.forms.kronecker import Kronecker
 
     torch.set_num_threads(1)
     seeds = HOME / "seeds"
@@ -446,6 +447,10 @@ def _models() -> None:
     plan = slimformer.Plan({"encoder.0.heads": (1, 3), "encoder.1.neurons": (0, 5, 9)})
     cut = slimformer.shrink(model, anatomy, plan)
     slimformer.save(cut, plan, seeds / "cut", tokenizer_from=dense)
+    factored = plan.then(
+        slimformer.Plan(forms={"embeddings.word": Kronecker((45, 8)), "encoder.1.query": Kronecker((4, 4), 2)})
+    )
+    slimformer.save(slimformer.shrink(model, anatomy, factored), factored, seeds / "kronecker", tokenizer_from=dense)
     point = next(iter(anatomy.points))
     slimformer.save(cut, plan, seeds / "ranges", tokenizer_from=dense, ranges=Ranges({point: Range(-1.0, 1.0)}))
     with torch.no_grad():
@@ -581,12 +586,13 @@ KINDS = {
     "table.json": Kind(8, lambda folder: _rows(folder, "all.json"), read_table),
     "table.parquet": Kind(12, lambda folder: _rows(folder, "all.parquet"), read_table),
     "squad": Kind(20, _squad, read_squad),
-    "recipe": Kind(30, _copied("recipe"), read_recipe_file),
+    "recipe": Kind(26, _copied("recipe"), read_recipe_file),
     "ledger": Kind(25, _copied("ledger"), read_ledger),
     "dense": Kind(8, _copied("dense"), read_model, ("config.json", "*.safetensors", "tokenizer*")),
     "shards": Kind(8, _copied("shards"), read_model, ("config.json", "*.safetensors", "*.index.json")),
     "cut": Kind(10, _copied("cut"), read_model, ("config.json", "plan.json", "*.safetensors", "tokenizer*")),
     "ranges": Kind(5, _copied("ranges"), read_model, ("config.json", "ranges.json", "plan.json")),
+    "kronecker": Kind(4, _copied("kronecker"), read_model, ("plan.json", "*.safetensors")),
     "sparse-float32": Kind(6, _copied("sparse-float32"), read_model, ("config.json", "*.safetensors")),
     "sparse-float16": Kind(4, _copied("sparse-float16"), read_model, ("*.safetensors",)),
     "sparse-int8": Kind(8, _copied("sparse-int8"), read_model, ("*.safetensors",)),
@@ -892,6 +898,7 @@ def main() -> None:
     if given.replay:
         kind, _, number = given.replay.partition(":")
         prepare([kind])
+        tempfile.tempdir = str(HOME)  # as the children have it
         watch = Watch()
         watch.start()
         print(outcome_of(kind, int(number), given.seed, watch, show=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_folder import write_data, write_model
 
-from slimformer import Recipe, Train, bench, cli, read_recipe, report
+from slimformer import Recipe, Train, bench, cli, load, read_recipe, report
 from slimformer.errors import DataError, OutputError, SlimformerError, shown
 from slimformer.files import claim
 from slimformer.running.preflight import preflight
 from slimformer.saving.hub import local_folder
+from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
 
@@ -235,7 +237,7 @@ def test_a_name_that_no_system_takes_is_one_that_is_not_there(home: Path, name: 
         lambda: local_folder(name),
         lambda: preflight(replace(recipe, model=name)),
         lambda: preflight(replace(recipe, teacher=name)),
-        lambda: preflight(replace(recipe, stages=(Train(text=Path(name), task_weight=0.0),))),
+        lambda: preflight(replace(recipe, stages=(Train(text=name, task_weight=0.0),))),
         lambda: preflight(replace(recipe, task=replace(task, data=name))),
         lambda: preflight(replace(recipe, task=replace(task, train_rows=name))),
         lambda: QuestionAnswering(data=name).notes(),
@@ -248,6 +250,34 @@ def test_a_name_that_no_system_takes_is_one_that_is_not_there(home: Path, name: 
         with pytest.raises(SlimformerError) as caught:
             attempt()
         assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_is_no_ordinary_file_is_never_read(home: Path, kind: str) -> None:
+    """Each of them would be read without end, or waited for."""
+
+    def put(place: Path) -> Path:
+        place.parent.mkdir(exist_ok=True)
+        place.unlink(missing_ok=True)
+        place.symlink_to("/dev/zero") if kind == "device" else os.mkfifo(place)
+        return place
+
+    task, recipe = Classification(data=str(home / "data")), Recipe(str(home / "model"), Classification(data="data"), ())
+    (home / "other").mkdir()
+    put(home / "other" / "model.bin")
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: replace(task, train_rows=str(put(home / "rows"))).split(Split.TRAIN),
+        lambda: preflight(replace(recipe, stages=(Train(text=str(put(home / "text")), task_weight=0.0),))),
+        lambda: read_recipe(put(home / "recipe.yaml")),
+        lambda: report([put(home / "run" / "ledger.jsonl").parent], home / "out"),
+        lambda: load(home / "other"),
+        lambda: preflight(replace(recipe, model=str(put(home / "model" / "tokenizer.json").parent))),
+        lambda: Classification(data=str(put(home / "all" / "train.tsv").parent)).settled(),
+        lambda: Classification(data=str(put(home / "all.parquet"))).settled(),
+    )
+    for attempt in calls:
+        with pytest.raises(SlimformerError):
+            attempt()
 
 
 def test_a_report_on_nothing(fail: Fail, home: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_folder_without_a_tokenizer_says_how_to_get_one(tmp_path: Path) -> Non
     assert "save_pretrained" in caught.value.help
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"model": 3}', "not json"])
+@pytest.mark.parametrize("content", ["", "{}", '{"model": 3}', "not json", '{"vers.0", "model": {}}'])
 def test_a_broken_tokenizer_json_is_a_model_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be read as a tokenizer"):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def read_small(path: Path, most: int = 1 << 30) -> bytes:
+    """What an ordinary file holds; OSError if it is not there, ValueError if it is a device or pipe, or has more than `most` bytes."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is no ordinary file")
+    if facts.st_size > most:
+        raise ValueError(f"it has {facts.st_size:,} bytes")
+    return path.read_bytes()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a whole text file."""
     with whole(path) as part:
@@ -176,7 +187,7 @@ def owned_purpose(folder: Path) -> str | None:
 
 def _mark_of(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((folder / _OWNED).read_text(encoding="utf-8"))
+        facts = json.loads(read_small(folder / _OWNED, 1 << 20))
     except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}

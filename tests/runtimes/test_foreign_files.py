@@ -142,6 +142,13 @@ def test_what_cannot_be_right_is_refused_with_the_file_and_the_cause(
     assert caught.value.help
 
 
+def test_a_name_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = bag(tmp_path, shape=("batch", "tokens"))
+    path.write_bytes(path.read_bytes().replace(b"tokens", b"toke\xe8s"))
+    with pytest.raises(ModelError, match=r"cannot load .*model\.onnx"):
+        OnnxRuntime().load(path, 1)
+
+
 def test_weights_that_were_not_copied_along_are_named(tmp_path: Path) -> None:
     path = bag(tmp_path)
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=60)

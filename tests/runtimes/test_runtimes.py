@@ -72,6 +72,8 @@ def test_openvino_accepts_standard_operators_only(tmp_path: Path) -> None:
     assert OpenVINO().accepts(tmp_path / "model.onnx")
     assert not OpenVINO().accepts(tmp_path / "own.onnx")
     assert not OpenVINO().accepts(tmp_path)
+    (tmp_path / "torn.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:300])
+    assert OpenVINO().accepts(tmp_path / "torn.onnx")  # to be refused with its cause when it is loaded
 
 
 def test_a_missing_engine_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

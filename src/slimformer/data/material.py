@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,6 +96,8 @@ def encode_text(file: Path, tokenizer: Tokenizer, max_length: int) -> Features:
 
 def _lines(file: Path) -> Iterator[str]:
     try:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError("it is no ordinary file")
         with open(file, encoding="utf-8") as stream:
             for line in stream:
                 if line.strip():

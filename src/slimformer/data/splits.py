@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slimformer.errors import DataError
+from slimformer.files import read_small
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +94,7 @@ def read_json_option(name: str, option: str, count_of: str, shape: str) -> Any:
     """The JSON file that an option names; DataError that says what the option may be, or what `shape` the file should have."""
     file = Path(os.path.expanduser(name))
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(read_small(file))
     except FileNotFoundError:
         raise DataError(f"{file} does not exist.", help=f"{option} is a JSON file, or how many {count_of} to draw.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimformer.errors import ExtraError, ModelError
-from slimformer.files import write_text
+from slimformer.files import read_small, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -107,14 +107,13 @@ def _chosen(folder: Path) -> str:
     """The file as it is, unless transformers gives other ids for this folder."""
     file = folder / _JSON
     try:
-        text = file.read_text(encoding="utf-8")
-        ours = _parse(text)
+        text = read_small(file).decode("utf-8")
+        ours, data = _parse(text), json.loads(text)  # the two parsers do not agree on all that is no JSON
     except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
         raise ModelError(
             f"{file} cannot be read as a tokenizer: {_first_line(error)}.",
             help="copy tokenizer.json again from where the model came from.",
         ) from None
-    data = json.loads(text)
     _check_ids(folder, data)
     if not _may_differ(folder, data):
         return text
@@ -404,7 +403,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_small(file))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}.", help="copy it again from where the model came from.") from None
     if not isinstance(content, dict):

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 
 from slimformer.errors import DataError, ModelError, OutputError, output_errors
-from slimformer.files import write_text
+from slimformer.files import read_small, write_text
 from slimformer.measuring.records import Facts, Record
 from slimformer.measuring.timing import Timing
 from slimformer.reporting.words import plain, shortened
@@ -28,6 +28,7 @@ from slimformer.reporting.words import plain, shortened
 _log = logging.getLogger(__name__)
 FACTS_FILE = "slimformer.json"
 LEDGER = "ledger.jsonl"
+_LARGEST = 1 << 32  # bytes of a ledger
 
 
 def write_facts(folder: Path, facts: Facts) -> None:
@@ -41,7 +42,7 @@ def read_facts(folder: Path) -> Facts | None:
     if not os.path.isfile(file):
         return None
     try:
-        return cast(Facts, _reader(Facts).validate_python(json.loads(file.read_text(encoding="utf-8"))))
+        return cast(Facts, _reader(Facts).validate_python(json.loads(read_small(file))))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {_first_line(error)}", help="copy the whole folder again.") from None
 
@@ -91,10 +92,11 @@ def read_ledgers(paths: Iterable[Path]) -> dict[Path, list[Record]]:
     for path in paths:
         rows = records.setdefault(path, [])
         try:
-            lines = Path(path).read_bytes().split(b"\n")
-        except OSError as error:
+            lines = read_small(Path(path), _LARGEST).split(b"\n")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"the ledger {path} cannot be read: {error.strerror}.", help="name a run folder or a ledger.jsonl."
+                f"the ledger {path} cannot be read: {reason}.", help="name a run folder or a ledger.jsonl."
             ) from None
         for number, line in enumerate(lines, 1):
             if not line.strip() or line in seen:

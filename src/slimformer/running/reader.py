@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os.path
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from slimformer import registry
 from slimformer.errors import RecipeError, SlimformerError, nearest, readable, shown
+from slimformer.files import read_small
 from slimformer.measuring.latency import Levels
 from slimformer.rules import rules_of
 from slimformer.running.order import conflicts
@@ -52,10 +52,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def _text(file: Path) -> str:
     try:
-        facts = os.stat(file)
-        if stat.S_ISREG(facts.st_mode) and facts.st_size <= MOST_BYTES:
-            return file.read_bytes().decode("utf-8-sig")
-        reason = "it is not a file" if not stat.S_ISREG(facts.st_mode) else f"it has {facts.st_size:,} bytes"
+        return read_small(file, MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         reason = f"it is not UTF-8: {error.reason} at byte {error.start}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

@@ -16,6 +16,7 @@ import numpy as np
 
 from slimformer.errors import ModelError
 from slimformer.families.bert import OFFSET
+from slimformer.files import read_small
 
 _log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _shape(port: Port) -> str:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_small(path.parent / "config.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -53,13 +53,14 @@ class OnnxRuntime(Runtime):
 
         try:
             session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+            ports, made = _ports(session.get_inputs()), _ports(session.get_outputs())  # their names may be no UTF-8
         except Exception as error:  # its exceptions have no common public type
             raise ModelError(
                 f"ONNX Runtime {self.version()} cannot load {path}.",
                 facts=str(error).strip().splitlines()[:1],
                 help=_advice(str(error), path),
             ) from error
-        made = [item for item in session.get_outputs() if NUMBERS.fullmatch(item.type)]
+        made = [item for item in made if NUMBERS.fullmatch(item.type)]
         outputs = [item.name for item in made]
 
         def call(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,7 +76,7 @@ class OnnxRuntime(Runtime):
                     help=_advice(str(error), path),
                 ) from error
 
-        return fit(path, _ports(session.get_inputs()), _ports(made), call)
+        return fit(path, ports, made, call)
 
     def snippet(self, task: Task, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
         return task.snippet(folder, file, texts, max_length)

@@ -52,28 +52,39 @@ class OpenVINO(Runtime):
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:
             model = core.compile_model(core.read_model(path), "CPU", settings)
+            names = [item.get_any_name() for item in model.inputs]
+            outputs = [item.get_any_name() for item in model.outputs]
         except RuntimeError as error:
             raise ModelError(
                 f"OpenVINO {self.version()} cannot load {path}.",
                 facts=str(error).strip().splitlines()[-1:],
                 help=f"name a file of standard operators: {FILES[Variant.FLOAT].name} or {FILES[Variant.INT8_STATIC].name}.",
             ) from error
-        names = [item.get_any_name() for item in model.inputs]
-        outputs = [item.get_any_name() for item in model.outputs]
         request = model.create_infer_request()
 
         def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            results = request.infer({name: inputs[name] for name in names}, share_inputs=True)
+            try:
+                results = request.infer({name: inputs[name] for name in names}, share_inputs=True)
+            except (KeyError, RuntimeError) as error:  # an input that nobody gives, or one of another shape
+                raise ModelError(
+                    f"OpenVINO {self.version()} cannot run {path}.",
+                    facts=str(error).strip().splitlines()[-1:],
+                    help="bench it in ONNX Runtime, which is given what files of other tools want: --runtime onnxruntime.",
+                ) from error
             return {name: np.array(results[index]) for index, name in enumerate(outputs)}
 
         return run
 
 
 def _standard(path: Path) -> bool:
-    """Whether an ONNX file names no operators of ONNX Runtime's own; reads the nodes, not the weights."""
+    """Whether an ONNX file names no operators of ONNX Runtime's own; reads the nodes, not the weights. `load` refuses a broken file."""
     import onnx_ir
 
-    return all(node.domain in {"", "ai.onnx"} for node in onnx_ir.load(path).graph)
+    try:
+        graph = onnx_ir.load(path).graph
+    except Exception:  # protobuf's, Python's and its own, for whatever is wrong with the file
+        return True
+    return all(node.domain in {"", "ai.onnx"} for node in graph)
 
 
 def require_nncf() -> None:

@@ -19,7 +19,7 @@ from slimformer.core.plan import Plan
 from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError
 from slimformer.families.base import anatomy_of, family_of
-from slimformer.files import whole_folder
+from slimformer.files import read_small, whole_folder
 from slimformer.saving.building import blueprint, empty_model, reading, refuse_labels, silence
 from slimformer.saving.folders import CONFIG, model_folder, refuse_adapter, stranger
 from slimformer.saving.headers import WEIGHTS, StoredWeights, has_weights, inner_file, read_object, stored_weights
@@ -249,7 +249,7 @@ def _read_text(folder: Path, name: str) -> str | None:
     """The text of a file of a folder; None if it has none of that name."""
     file = inner_file(folder, name)
     try:
-        return None if file is None else file.read_text(encoding="utf-8")
+        return None if file is None else read_small(file).decode("utf-8")
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}.", help="copy the whole folder again.") from None
 

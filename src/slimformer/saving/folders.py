@@ -93,6 +93,14 @@ def _ending(names: Iterable[str], *ends: str) -> str | None:
     return min((name for name in names if name.lower().endswith(ends)), key=lambda name: (name.count("/"), name), default=None)
 
 
+def _head(file: Path, count: int) -> bytes:
+    """How a file begins; nothing for a device, a pipe and a link to nothing."""
+    if not file.is_file():
+        return b""
+    with open(file, "rb") as stream:
+        return stream.read(count)
+
+
 def _content(folder: Path, name: str) -> dict[str, Any]:
     try:
         return read_object(folder / name)
@@ -141,8 +149,7 @@ def _ctranslate2(folder: Path, names: frozenset[str]) -> _Found:
     """CTranslate2: model.bin begins with a version and the name of a specification."""
     if "model.bin" not in names:
         return None
-    with open(folder / "model.bin", "rb") as stream:
-        head = stream.read(64)
+    head = _head(folder / "model.bin", 64)
     if not (
         head[1:4] == b"\0\0\0" and (b"Spec" in head or any(name.startswith(("vocabulary.", "shared_vocab")) for name in names))
     ):
@@ -182,10 +189,8 @@ def _lightning(folder: Path, names: frozenset[str]) -> _Found:
 def _with_word(folder: Path, names: frozenset[str], word: bytes, files: Iterable[str]) -> str | None:
     """The first of these files that holds a word near its beginning; nothing is unpickled."""
     for name in files:
-        if name in names:
-            with open(folder / name, "rb") as stream:
-                if word in stream.read(1 << 20):
-                    return name
+        if name in names and word in _head(folder / name, 1 << 20):
+            return name
     return None
 
 
@@ -274,13 +279,8 @@ def _models_inside(folder: Path, names: frozenset[str]) -> _Found:
 def _pointers(folder: Path, names: frozenset[str]) -> _Found:
     """A clone of a repository without the files that git-lfs keeps."""
     for name in sorted(names & {WEIGHTS, INDEX, CONFIG, "pytorch_model.bin", "tf_model.h5"}):
-        if (folder / name).is_file():
-            with open(folder / name, "rb") as stream:
-                if stream.read(20).startswith(b"version https://git"):
-                    return (
-                        f"holds pointers of git-lfs, not the files ({name}).",
-                        "fetch them: git lfs install, then git lfs pull.",
-                    )
+        if _head(folder / name, 20).startswith(b"version https://git"):
+            return f"holds pointers of git-lfs, not the files ({name}).", "fetch them: git lfs install, then git lfs pull."
     return None
 
 
@@ -298,9 +298,8 @@ def _gguf(folder: Path, names: frozenset[str]) -> _Found:
 
 def _fasttext(folder: Path, names: frozenset[str]) -> _Found:
     for name in sorted(name for name in names if name.lower().endswith((".bin", ".ftz")) and "/" not in name):
-        with open(folder / name, "rb") as stream:
-            if stream.read(4) == _FASTTEXT:
-                return f"holds a fastText model ({name}), which is no transformer.", "there is nothing to cut in it."
+        if _head(folder / name, 4) == _FASTTEXT:
+            return f"holds a fastText model ({name}), which is no transformer.", "there is nothing to cut in it."
     return None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.errors import ModelError
+from slimformer.files import read_small
 from slimformer.saving.sparse import KEY
 
 WEIGHTS = "model.safetensors"
@@ -113,9 +114,7 @@ def inner_file(folder: Path, name: str) -> Path | None:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; ModelError if it holds anything else."""
     try:
-        if file.stat().st_size > LONGEST_JSON:
-            raise ValueError(f"it has {file.stat().st_size:,} bytes")
-        raw = file.read_bytes()
+        raw = read_small(file, LONGEST_JSON)
         if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("it begins with a byte order mark, as some editors write it, and must be UTF-8 without one")
         text = raw.decode("utf-8")
