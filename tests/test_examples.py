@@ -5,11 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_export
+import torch
 from tiny_folder import write_data, write_model
 
 import slimformer
@@ -50,6 +52,13 @@ INNER = (
 )  # other names with examples are in these modules
 
 
+def write_padded_model(folder: Path, **changes: Any) -> None:
+    """The tiny model, with the padding token that a Trainer asks for."""
+    write_model(folder, **changes)
+    config = {"model_max_length": 64, "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two exported models, `dense` and `small`, their data `reviews`, and `my-bert`; `small` has a ledger with one row."""
@@ -57,9 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_export.export(folder / "dense")
     tiny_export.export(folder / "small", weights={"dull": (0.0, 1.0)})
     tiny_export.data(folder / "reviews")
-    write_model(folder / "my-bert", trained=False)
-    padded = {"model_max_length": 64, "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
-    (folder / "my-bert" / "tokenizer_config.json").write_text(json.dumps(padded), encoding="utf-8")
+    write_padded_model(folder / "my-bert", trained=False)
     row = Record("int8", "other", "my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.5}, "2026-01-02", environment())
     append_record(folder / "small" / "ledger.jsonl", row)
     return folder
@@ -96,6 +103,27 @@ def test_the_examples_of_a_run_run(name: str, home: Path, monkeypatch: pytest.Mo
     for place, value in HURRY.items():
         monkeypatch.setattr(place, value)
     assert failures(getattr(slimformer, name), name) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # torch's, of a Trainer without a GPU
+def test_the_python_of_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks in their order; the tiny model is asked for little."""
+    write_padded_model(tmp_path / "my-bert")
+    write_data(tmp_path / "reviews", train=100, dev=20)
+    monkeypatch.chdir(tmp_path)
+    for place, value in HURRY.items():
+        monkeypatch.setattr(place, value)
+    text = (Path(__file__).parent.parent / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    part = text.split("## From Python")[1].split("\n## ")[0]
+    cheap = "speedup=1.5, max_loss=100.0, tries=1, rivals=(), epochs=1, threads=1"
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", part, re.DOTALL):
+        exec(block.replace("speedup=3, max_loss=1.0", cheap), names)
+    before, after = names["small"], names["again"]
+    inputs = names["tokenizer"]("the film was great", return_tensors="pt")
+    assert torch.equal(before.eval()(**inputs).logits, after(**inputs).logits)
+    assert slimformer.load("cut-by-gates").num_parameters() < names["model"].num_parameters()
 
 
 @pytest.mark.parametrize("name", registry.names("methods"))
