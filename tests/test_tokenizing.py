@@ -298,6 +298,46 @@ def test_a_vocabulary_without_a_token_that_it_needs_is_told_before_any_work(tmp_
         load_tokenizer(tmp_path)
 
 
+VOCABULARY = "\n".join(CASED) + "\n"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "config", "settings", "message"),
+    [
+        (VOCABULARY, {"model_type": "roberta"}, {}, r"makes nothing of a text[\s\S]*vocab\.txt is of BertTokenizer"),
+        (VOCABULARY, {}, {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}, "exists in Python alone"),
+        (VOCABULARY, {"tokenizer_class": "BertweetTokenizer", "model_type": "roberta"}, {}, "exists in Python alone"),
+        (VOCABULARY, {}, {"tokenizer_class": "KoBert", "auto_map": {"AutoTokenizer": ["tok.KoBert", None]}}, "KoBert.*never run"),
+        (POINTER, {}, {}, r"vocab\.txt is a pointer of git-lfs"),
+        ("<!DOCTYPE html>", {}, {}, r"vocab\.txt is a web page"),
+        (VOCABULARY.replace("[CLS]", "[X]"), {}, {}, r"10 rows of word embeddings[\s\S]*without a row: '\[CLS\]'"),
+    ],
+)  # fmt: skip
+def test_a_vocab_txt_that_cannot_serve_is_refused_by_its_cause(
+    tmp_path: Path, vocabulary: str, config: dict, settings: dict, message: str
+) -> None:
+    (tmp_path / "vocab.txt").write_text(vocabulary, encoding="utf-8")
+    (tmp_path / "bpe.codes").write_text("g o 1\n", encoding="utf-8")
+    write(tmp_path, config=BERT | config, tokenizer_config=settings)
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n"])
+def test_a_vocab_txt_of_another_system_keeps_its_ids(tmp_path: Path, end: str) -> None:
+    text = VOCABULARY.replace("\n", "\r\n") if end == "\r\n" else VOCABULARY + "\n"
+    (tmp_path / "vocab.txt").write_bytes(text.encode())
+    write(tmp_path, config=BERT, tokenizer_config=BOTH)
+    assert load_tokenizer(tmp_path).encode("Good films").ids == [2, 7, 6, 9, 3]
+
+
+def test_a_vocab_json_alone_lacks_its_merges(tmp_path: Path) -> None:
+    write(tmp_path, vocab={"<s>": 0, "a": 1}, config={"model_type": "roberta", "vocab_size": 2})
+    with pytest.raises(ModelError, match=r"without merges\.txt"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("max_length", [-1, 0, 1, 2, True])
 def test_a_limit_without_room_for_a_text_is_refused(tmp_path: Path, max_length: int) -> None:
     write(pieces(tmp_path), tokenizer_config=BOTH)

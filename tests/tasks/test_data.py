@@ -502,6 +502,11 @@ def test_labels_that_no_class_is_meant_by(tmp_path: Path, values: list[Any], nam
         Classification(data=write(tmp_path / "a.csv", labelled(values))).bind({"id2label": dict(enumerate(names))})
 
 
+def test_names_that_a_config_has_in_label2id_alone_count(tmp_path: Path) -> None:
+    unnamed = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"good": 0, "bad": 1}}
+    assert Classification(data=write(tmp_path / "a.csv", table())).bind(unnamed).labels == ("good", "bad")
+
+
 def test_names_that_differ_in_case_alone_are_two_classes_of_a_model(tmp_path: Path) -> None:
     task = Classification(data=write(tmp_path / "a.csv", labelled(["us", "US"]))).bind({"id2label": {0: "us", 1: "US"}})
     assert {item.answer for item in task.split(Split.TRAIN)} == {"us", "US"}

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimformer.errors import DataError, shown
+from slimformer.saving.heads import named_labels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -204,7 +205,7 @@ def model_labels(config: PretrainedConfig | Mapping[str, Any]) -> tuple[tuple[st
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
-    mapping = get("id2label")
+    mapping = named_labels({name: get(name) for name in ("id2label", "label2id")}) or get("id2label")
     try:
         names = {int(key): str(name) for key, name in dict(mapping).items()} if mapping else {}
         count = int(get("num_labels") or len(names) or 2)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimformer.errors import ExtraError, ModelError
+from slimformer.errors import ExtraError, ModelError, shown
 from slimformer.files import read_small, write_text
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def write_tokenizer(source: Path, folder: Path) -> None:
 @lru_cache(maxsize=8)
 def _settle(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     there = {name for name, *_ in stamps}
+    _refuse_strangers(folder, sorted(there))
     text = _chosen(folder) if _JSON in there else _converted(folder, [name for name in OTHER_FORMS if name in there])
     text = _within_rows(folder, text)
     with encoding_errors(folder):
@@ -92,12 +93,37 @@ def _settle(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
         for probe in ("", *_PROBES):
             tokenizer.encode(probe)
             tokenizer.encode(probe, probe)
+        blind = all(tokenizer.encode(probe).ids == tokenizer.encode("").ids for probe in _PROBES)
+    if blind:
+        raise ModelError(
+            f"the tokenizer in {folder} makes nothing of a text: of {_PROBES[0]!r} only {tokenizer.encode(_PROBES[0]).tokens}.",
+            facts=[
+                f"its files: {', '.join(sorted(there & {_JSON, *OTHER_FORMS}))}",
+                f"its class: {_class_of(folder) or 'the usual one'}",
+            ],
+            help="name the right tokenizer_class in tokenizer_config.json (vocab.txt is of BertTokenizer), or copy its files again.",
+        )
     settings = read_json(folder / _CONFIG)
     if "left" in (settings.get("padding_side"), settings.get("truncation_side")):
         _log.warning(
             "%s asks for padding or cutting on the left; texts are padded and cut on the right here.", folder / _CONFIG
         )
     return text
+
+
+def _refuse_strangers(folder: Path, names: Iterable[str]) -> None:
+    """ModelError for files that are not what their names say."""
+    for name in names:
+        with open(folder / name, "rb") as stream:
+            head = stream.read(40).lstrip().lower()
+        if head.startswith(b"version https://git-lfs"):
+            raise ModelError(
+                f"{folder / name} is a pointer of git-lfs, not the file.", help="fetch it: git lfs install, then git lfs pull."
+            )
+        if head.startswith((b"<!doctype", b"<html")):
+            raise ModelError(
+                f"{folder / name} is a web page.", help="a download that was refused looks like this; download it again."
+            )
 
 
 # -- A folder with a tokenizer.json --------------------------------------------------------------------------------------------
@@ -232,6 +258,12 @@ def _auto_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
         auto = transformers.AutoTokenizer.from_pretrained(
             folder, use_fast=True, local_files_only=True, trust_remote_code=False, **options
         )
+        if not hasattr(auto, "backend_tokenizer"):
+            raise ModelError(
+                f"the tokenizer in {folder} is a {type(auto).__name__}, which exists in Python alone: it has no tokenizer.json, and so "
+                "no file that serves an exported model.",
+                help="start from a model whose tokenizer has a fast form.",
+            )
         tokenizer: Tokenizer = auto.backend_tokenizer
     finally:
         transformers.logging.set_verbosity(level)
@@ -258,8 +290,19 @@ def _converted(folder: Path, there: list[str]) -> str:
             f"{folder} holds {' and '.join(there)} and no tokenizer.json, and converting needs sentencepiece, which is not installed.",
             help="pip install sentencepiece, or save a tokenizer.json there on a machine that has it.",
         )
+    code = read_json(folder / _CONFIG).get("auto_map") or {}
+    if isinstance(code, dict) and "AutoTokenizer" in code:
+        raise ModelError(
+            f"the tokenizer in {folder} is made by code that came with it ({_class_of(folder) or 'auto_map'}), which is never run.",
+            facts=[f"there: {', '.join(there)}"],
+            help="if its class has a fast form, save a tokenizer.json there on a machine where you trust the code.",
+        )
+    if "vocab.json" in there and not (folder / "merges.txt").is_file():
+        raise ModelError(f"{folder} holds vocab.json without merges.txt.", help="copy both from where the model came from.")
     try:
         tokenizer, kind = _auto_tokenizer(folder)
+    except ModelError:
+        raise
     except Exception as error:  # conversion meets every kind of broken file
         raise ModelError(
             f"the tokenizer in {folder} cannot be converted: {_first_line(error)}",
@@ -305,11 +348,23 @@ def _within_rows(folder: Path, text: str) -> str:
             ", ".join(item["content"] for item in idle),
         )
         text = json.dumps(data, ensure_ascii=False)
+    vocabulary = data["model"].get("vocab")
+    if isinstance(vocabulary, dict) and vocabulary.get("", -1) >= rows:  # an empty line at the end of vocab.txt
+        del vocabulary[""]
+        text = json.dumps(data, ensure_ascii=False)
     largest = _largest_id(data)
     if largest >= rows:
+        every = (vocabulary if isinstance(vocabulary, dict) else {}) | {
+            item["content"]: item["id"] for item in data["added_tokens"] or []
+        }
+        beyond = [token for token, index in every.items() if index >= rows]
         raise ModelError(
             f"{folder}: the tokenizer has ids up to {largest:,}, and the model has {rows:,} rows of word embeddings.",
-            facts=[f"tokens: {len(_words(data) | _added(data)):,}", f"vocab_size in config.json: {rows:,}"],
+            facts=[
+                f"tokens: {len(_words(data) | _added(data)):,}",
+                f"vocab_size in config.json: {rows:,}",
+                *([f"without a row: {', '.join(shown(token, 30) for token in beyond[:5])}"] if beyond else []),
+            ],
             help="the tokenizer is that of another model: copy the one that the model was tuned with.",
         )
     return text

@@ -333,7 +333,12 @@ def _with_labels(
     own = tops[parts.per_label]
     shape = stored.tensors[own].shape
     rows = shape[0] if len(shape) == 2 else 0
-    raw = _named_labels(folder, raw, remarks)
+    named = named_labels(raw)
+    if named:
+        remarks.append(f"{folder}: config.json names its labels in label2id alone: {shown(named, 80)}.")
+        raw = {**raw, "id2label": named}
+    else:
+        remarks += [f"{folder}: {said}" for said in _contradictions(raw)]
     names, count = raw.get("id2label"), raw.get("num_labels")
     told = len(names) if names else count
     if parts.purpose == "QuestionAnswering":  # its two outputs have no names
@@ -348,24 +353,30 @@ def _with_labels(
     return {key: value for key, value in raw.items() if key != "num_labels"} | ({} if names else {"num_labels": rows})
 
 
-def _named_labels(folder: Path, raw: Mapping[str, Any], remarks: list[str]) -> Mapping[str, Any]:
-    """config.json with the names of label2id if id2label has none; a remark if the two contradict each other."""
-    names, ids = raw.get("id2label"), raw.get("label2id")
-    if not isinstance(ids, Mapping) or not ids:
-        return raw
-    turned = {str(index): name for name, index in ids.items()}
-    if sorted(turned) != sorted(map(str, range(len(ids)))):
-        return raw
-    if not names or (len(names) == len(ids) and _are_unnamed(names) and not _are_unnamed(turned)):
-        remarks.append(f"{folder}: config.json names its labels in label2id alone: {shown(dict(sorted(turned.items())), 80)}.")
-        return {**raw, "id2label": turned}
+def named_labels(raw: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a config's labels by their ids, out of label2id, if its id2label names none; else empty."""
+    names, turned = raw.get("id2label"), _turned(raw)
+    if not turned or _are_unnamed(turned) or (names and not (len(names) == len(turned) and _are_unnamed(names))):
+        return {}
+    return turned
+
+
+def _contradictions(raw: Mapping[str, Any]) -> Iterator[str]:
+    names, turned = raw.get("id2label") or {}, _turned(raw)
     wrong = None if _are_unnamed(turned) else next((index for index in turned if str(names.get(index)) != turned[index]), None)
-    if wrong is not None:
-        remarks.append(
-            f"{folder}: config.json contradicts itself: id {wrong} is {shown(names.get(wrong), 40)} in id2label, and "
+    if names and wrong is not None:
+        yield (
+            f"config.json contradicts itself: id {wrong} is {shown(names.get(wrong), 40)} in id2label, and "
             f"{shown(turned[wrong], 40)} in label2id. id2label is taken."
         )
-    return raw
+
+
+def _turned(raw: Mapping[str, Any]) -> dict[str, str]:
+    """label2id by ids; empty if they do not run from 0."""
+    ids = raw.get("label2id")
+    turned = {str(index): str(name) for name, index in ids.items()} if isinstance(ids, Mapping) else {}
+    order = [str(index) for index in range(len(turned))]
+    return {index: turned[index] for index in order} if set(order) == set(turned) else {}
 
 
 def _are_unnamed(names: Mapping[str, Any]) -> bool:
