@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -288,6 +289,28 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match="ids up to 5, and the model has 4 rows"):
         run_bench(folder, folder=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (
+            {"dull": (0.0, 2.0), "fine": (1.0, 0.0), "great": (3.0, 0.0)},
+            "its classes stand in another order than those of the data",
+        ),
+        ({"dull": (0.0, 0.0), "fine": (0.0, 0.0), "great": (0.0, 0.0)}, "worse than chance|no better than chance"),
+    ],
+)
+def test_answers_that_cannot_be_right_are_told(
+    tmp_path: Path, weights: dict[str, tuple[float, float]], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, other = export(tmp_path / "first"), export(tmp_path / "other", weights=weights)
+    home = data(tmp_path / "data")
+    shutil.copyfile(home / "train.tsv", home / "dev.tsv")
+    bench([first, other], Classification(data=str(home)), rounds=3, load=LOAD, threads=1)
+    told = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    assert len(told) == 1
+    assert re.search(f"^other: .*({said})", told[0])
 
 
 def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_weights_that_are_no_whole_model_are_named_for_what_they_are(tmp_path, n
     [
         ({"label2id": {"x": 0, "y": 1, "z": 2}}, "xyz", "names its labels in label2id alone"),
         ({"id2label": "gone", "label2id": {"x": "0", "y": "1", "z": "2"}}, "xyz", "names its labels in label2id alone"),
-        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 2, "b": 1, "c": 0}}, "abc", "id 2 is 'c' in id2label, and 'a'"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 2, "b": 1, "c": 0}}, "abc", "id 0 is 'a' in id2label, and 'c'"),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 2}, "abc", ""),  # the names count
     ],
 )  # fmt: skip

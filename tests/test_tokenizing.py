@@ -307,7 +307,6 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     [
         (VOCABULARY, {"model_type": "roberta"}, {}, r"makes nothing of a text[\s\S]*vocab\.txt is of BertTokenizer"),
         (VOCABULARY, {}, {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}, "exists in Python alone"),
-        (VOCABULARY, {"tokenizer_class": "BertweetTokenizer", "model_type": "roberta"}, {}, "exists in Python alone"),
         (VOCABULARY, {}, {"tokenizer_class": "KoBert", "auto_map": {"AutoTokenizer": ["tok.KoBert", None]}}, "KoBert.*never run"),
         (POINTER, {}, {}, r"vocab\.txt is a pointer of git-lfs"),
         ("<!DOCTYPE html>", {}, {}, r"vocab\.txt is a web page"),

@@ -17,7 +17,7 @@ from tiny import MODEL_TYPES, VOCABULARY, WEIGHT_BITS, batch, tiny, tiny_config
 from slimformer.core.anatomy import Kind
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
-from slimformer.errors import ExportError
+from slimformer.errors import ExportError, ModelError
 from slimformer.exporters._onnx import int8, parity, rewrite, storing
 from slimformer.exporters._onnx import trace as tracing
 from slimformer.exporters._onnx.calibrate import best_range
@@ -221,6 +221,17 @@ def test_no_batches_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("factor", [float("nan"), 3e38])
+def test_a_model_whose_own_outputs_are_not_finite_is_blamed_itself(factor: float, tmp_path: Path) -> None:
+    model = tiny("bert")
+    with torch.no_grad():
+        model.classifier.weight *= factor
+    ids = np.arange(5, 17).reshape(3, 4)
+    with pytest.raises(ModelError, match="the model itself gives no finite 'logits'"):
+        Onnx().export(model, [{"input_ids": ids, "attention_mask": np.ones_like(ids)}], tmp_path / "a.onnx", Variant.FLOAT)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_question_answering_model_keeps_every_token(tmp_path: Path) -> None:
     from transformers import AutoModelForQuestionAnswering
 

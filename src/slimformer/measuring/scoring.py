@@ -6,6 +6,7 @@ Exported files are scored with neither torch nor transformers installed. Nothing
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from slimformer.data.batching import collate, sorted_by_length
-from slimformer.errors import ModelError, RecipeError, shown
+from slimformer.errors import DataError, ModelError, RecipeError, shown
 from slimformer.exporters.base import files_of
 from slimformer.measuring.machine import Load, Quiet, environment
 from slimformer.measuring.records import Heading, Interval, Record, Standing, today
@@ -23,6 +24,8 @@ from slimformer.measuring.sessions import Session
 from slimformer.measuring.timing import Rounds, Timing, compare, model_inputs, ratio, workloads
 from slimformer.runtimes.base import Runner
 from slimformer.tasks.base import Example, Features, Outputs, Task
+
+_log = logging.getLogger(__name__)
 
 RESAMPLES = 10_000  # of a mean over examples
 METRIC_RESAMPLES = 500  # of any other metric: each calls the task's score, which takes some ms
@@ -79,6 +82,16 @@ class Scored:
     def score(self) -> float:
         """The task's own metric."""
         return self.scores[self.entry.task.metric]
+
+
+def _say_doubts(entry: Entry, outputs: Outputs, examples: Sequence[Example]) -> None:
+    """Logs what the task finds wrong with a model: classes in another order, answers no better than chance."""
+    try:
+        doubt = entry.task.check_model({}, lambda: (outputs, entry.features, examples))
+    except DataError as error:
+        doubt = f"{error.what} {'. '.join(error.facts)}."
+    if doubt:
+        _log.warning("%s: %s", entry.name, doubt.removeprefix("warning: "))
 
 
 def _check_outputs(entry: Entry, outputs: Outputs, examples: Sequence[Example]) -> None:
@@ -267,11 +280,12 @@ def measure(
     rounds: Rounds = A_MINUTE,
     load: Load | None = None,
     seed: int = 0,
+    strangers: bool = False,
 ) -> Measurement:
     """Scores and times the entries side by side; loss and speed are against the first one, the baseline.
 
     The budget of `rounds` is for each of the two workloads. `load` is that of the machine just before; without it, a new
-    `Quiet` waits here.
+    `Quiet` waits here. Of `strangers`, models that nobody has tried, it is logged if their answers cannot be right.
     RecipeError if the models cut the examples into different numbers of rows. ModelError if the task cannot judge the outputs of one: an
     output is missing or has another size, or a number in it is not finite.
     """
@@ -279,6 +293,8 @@ def measure(
     for entry in entries:
         outputs = evaluate(entry.session.runner, entry.features)
         _check_outputs(entry, outputs, examples)
+        if strangers:
+            _say_doubts(entry, outputs, examples)
         scored[entry.name] = Scored.of(entry, outputs, examples)
     timings = _time(entries, rounds, load or Quiet().load())
     rivals = [entry.name for entry in entries if Standing(entry.role).is_rival]

@@ -30,7 +30,7 @@ from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
-from slimformer.saving.checkpoint import TOKENIZER_FILES, load, read_config
+from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task
 
 _log = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ def bench(
             rounds=Rounds(rounds, seconds=seconds),
             load=load or Quiet(wait_seconds).load(),
             seed=seed,
+            strangers=True,
         )
 
 
@@ -291,6 +292,7 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
             f"{folder} holds no ONNX file, and exporting it needs torch and transformers, which are not installed.",
             help="pip install torch transformers, or bench a folder that `slimformer compress` wrote.",
         )
+    check_weights(folder)
     model = load(folder)
     examples = task.split(Split.DEV)[:40]
     features = task.bind(config).encode(examples, load_tokenizer(folder), max_length or max_length_of(folder))

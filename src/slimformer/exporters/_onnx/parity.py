@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimformer.errors import ExportError
+from slimformer.errors import ExportError, ModelError
 from slimformer.exporters.base import Arrays
 from slimformer.families.base import Subject
 
@@ -56,10 +56,17 @@ def check_parity(
 ) -> tuple[float, float]:
     """The largest difference over all outputs, and the share of rows with the same answer.
 
-    ExportError if an output has another shape or is not finite; if a number differs by more than `tolerance` of the largest output;
-    or, with no tolerance, if the share of rows is below `agreement`.
+    ModelError if the model's own outputs are not finite. ExportError if an output has another shape or is not finite; if a number
+    differs by more than `tolerance` of the largest output; or, with no tolerance, if the share of rows is below `agreement`.
     """
     outputs = list(reference[0])
+    for expected in reference:
+        strange = next((name for name in outputs if not np.isfinite(expected[name]).all()), None)
+        if strange is not None:
+            raise ModelError(
+                f"the model itself gives no finite '{strange}' (NaN or infinity) on real examples, before anything is exported.",
+                help="its weights are damaged or its training diverged: train it again with a lower learning rate, or copy it again.",
+            )
     worst, worst_shape, agreeing, rows = 0.0, (0, 0), 0, 0
     top = max(float(np.abs(value).max()) for item in reference for value in item.values())
     pairs = list(zip(batches, reference, strict=True))
