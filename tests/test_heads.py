@@ -225,6 +225,14 @@ def test_label2id_helps_and_its_contradictions_are_told(tmp_path, entries, names
     assert said in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["roberta", "electra", "distilbert"])
+def test_weights_of_another_type_than_config_says(tmp_path, kind):
+    saved(tmp_path, kind)
+    change(tmp_path, model_type="bert", architectures=["BertForSequenceClassification"])
+    with pytest.raises(ModelError, match=f"weights are those of a {kind} model .*asks for a BertModel"):
+        slimformer.load(tmp_path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_is_named(tmp_path, encoding):
     saved(tmp_path)

@@ -167,6 +167,13 @@ def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
     return {kind: parts for kind, parts in found.items() if parts}
 
 
+def _holds_texts(folder: Path) -> bool:
+    try:
+        return any(item.suffix == ".txt" for item in folder.iterdir())
+    except OSError:
+        return False
+
+
 def _count(files: Sequence[Path]) -> str:
     return f"file {files[0].name}" if len(files) == 1 else f"{len(files)} files ({files[0].name}, ...)"
 
@@ -177,8 +184,9 @@ def _no_data(folder: Path, form: Format[Data]) -> DataError:
     names = [f"{item.name}/" if item.is_dir() else item.name for item in there]
     facts = [f"it holds: {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "it is empty"]
     tables = [item.name for item in there if item.is_file() and suffix_of(item) in form.suffixes]
-    texts = next((item for item in (*inner, *(below for item in inner for below in _folders(item)))
-                  if any(file.suffix == ".txt" for file in item.iterdir())), None)  # fmt: skip
+    texts = next(
+        (item for item in (*inner, *(below for item in inner for below in _folders(item))) if _holds_texts(item)), None
+    )
     other = next((item.name for item in there if item.name.lower().endswith(tuple(_OTHER_KINDS))), None)
     if tables:
         help = f"name one of them as the data, or call them train{form.suffixes[0]} and dev{form.suffixes[0]}: {', '.join(tables[:4])}"

@@ -250,6 +250,8 @@ def _tiny(make: Any, kind: str) -> PreTrainedModel:
 
 def _plain_names(folder: Path, stored: StoredWeights, encoder: Parts) -> tuple[dict[str, str], list[str]]:
     """Today's name of each tensor -> its name in the file, and remarks; ModelError if they are quantized, or with an adapter."""
+    import transformers
+
     quantized = next((name for name in stored.tensors if _QUANTIZED.search(name)), None)
     if quantized is not None:
         raise ModelError(
@@ -270,6 +272,12 @@ def _plain_names(folder: Path, stored: StoredWeights, encoder: Parts) -> tuple[d
         where = "begin with" if all(name.startswith(wrapper[0]) for name in own) else "hold"
         remarks.append(f"{folder}: the names of its tensors {where} '{wrapper[0]}', which is left out.")
     names, prefix = _under_one_prefix(names, encoder)
+    other = prefix.rstrip(".").rpartition(".")[2].replace("_", "-")
+    if other in transformers.CONFIG_MAPPING and other != "bert":  # many call any encoder that
+        raise ModelError(
+            f"{folder}: its weights are those of a {other} model ('{prefix}...'), and config.json asks for a {encoder.cls.__name__}.",
+            help="config.json does not belong to these weights; copy the whole folder again.",
+        )
     if prefix:
         remarks.append(f"{folder}: the names of its tensors begin with '{prefix}', which is left out.")
     for old, new in _OLD_NAMES:
