@@ -36,12 +36,15 @@ from slimformer.families.base import anatomy_of, subject_of
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Standing
 from slimformer.measuring.sessions import open_session
+from slimformer.registry import name_of
 from slimformer.reporting.ledger import read_facts, read_records
 from slimformer.running import search, trials
 from slimformer.running.bundle import Bundle, Run
+from slimformer.running.candidate import teacher_candidate
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.runner import run, train_stages
 from slimformer.running.search import compress, nearer
+from slimformer.running.trials import Trial
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -49,10 +52,19 @@ from slimformer.training.stage import Calibrate, Train
 
 pytestmark = pytest.mark.slow
 
+
+def int8_alone_is_slow(*args: Any, **options: Any) -> Any:
+    """The uncut model in int8 as a candidate of speed 1: the times of so small models would choose at random whether to cut."""
+    whole = teacher_candidate(*args, **options)
+    return replace(whole, trials=tuple(replace(trial, speed_32=1.0) for trial in whole.trials))
+
+
 # What makes a run quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
 HURRY: dict[str, Any] = {
     "slimformer.measuring.latency.SHARES": (1.0, 0.0),
     "slimformer.running.search.PROBES": 1,
+    "slimformer.running.search.CLEARLY": float("inf"),  # likewise who is delivered
+    "slimformer.running.search.teacher_candidate": int8_alone_is_slow,
     "slimformer.running.recipe.RIVALS": ("teacher-int8", "small-dense"),
     "psutil.cpu_percent": lambda **_: 0.0,
 }
@@ -338,6 +350,44 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     assert stages[0] == Train(lr=stages[0].lr, epochs=stages[0].epochs)  # type: ignore[attr-defined]
     assert not (out / "work").exists()
     assert slimformer.load(out).config.id2label == dict(enumerate(LABELS))
+
+
+def test_a_smaller_dense_model_that_wins_is_delivered(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hurry(monkeypatch)
+    monkeypatch.setattr(search, "CLEARLY", 0.0)
+    levels = read_recipe(done.out / "recipe.yaml").latency
+    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+    monkeypatch.chdir(done.home)
+    out, options = tmp_path / "small", {"speedup": 1.5, "max_loss": 100, "epochs": 1, "tries": 1, "rivals": ("small-dense",)}
+    result = compress("model", Classification(data="data"), out, **options, threads=1, wait_seconds=0)
+    roles = [record.role for record in result.records]
+    assert roles == [Standing.TEACHER_FP32, Standing.CUT, *[Standing.OURS] * 3]
+    assert any(line.endswith("it is delivered, and the cut one stands beside it.") for line in said(out))
+    assert delivered(out) >= DELIVERED
+    recipe = read_recipe(out / "recipe.yaml")
+    assert [name_of(stage.method) for stage in recipe.stages if isinstance(stage, Calibrate)] == ["layers"]
+    assert (recipe.latency, recipe.bench.rivals) == (None, ())
+    plan = checkpoint.load_plan(out)
+    assert {site.rpartition(".")[2] for site in plan.keep} <= {"attention", "ffn"}
+    assert all(kept == () for kept in plan.keep.values())
+    assert result.records[1].plan != result.records[2].plan
+    assert "cut inside its layers" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("dense", "cut", "delivered"),
+    [
+        ((0.5, 4.0), (0.2, 3.0), True),  # both keep to a point: the faster one
+        ((0.5, 3.1), (0.2, 3.0), False),  # as fast, within what timings of one file differ by
+        ((1.5, 9.0), (0.2, 3.0), False),
+        ((0.9, 2.0), (1.2, 3.0), True),  # it alone keeps to it
+        ((1.1, 9.0), (1.2, 3.0), True),  # neither does
+        ((1.3, 9.0), (1.2, 3.0), False),
+    ],
+)
+def test_who_is_delivered(dense: tuple[float, float], cut: tuple[float, float], delivered: bool) -> None:
+    first, second = (Trial("int8", 0.9, loss, speed, 1.0, 1) for loss, speed in (dense, cut))
+    assert search.better(first, second, max_loss=1.0) == delivered
 
 
 def test_the_card_tells_what_the_chosen_file_holds(done: Done) -> None:

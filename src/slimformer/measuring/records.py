@@ -24,14 +24,15 @@ class Standing(StrEnum):
     TEACHER_FP32 = "teacher-fp32"  # the baseline of every ratio
     TEACHER_INT8 = "teacher-int8"
     OPENVINO_INT8 = "openvino-int8"
-    SMALL_DENSE = "small-dense"
+    SMALL_DENSE = "small-dense"  # of fewer whole layers, trained as ours was
+    CUT = "cut"  # the model that was cut inside its layers, if the smaller dense one is delivered
     OURS = "ours"
     OTHER = "other"
 
     @property
     def is_rival(self) -> bool:
         """Whether ours has to beat such a row."""
-        return self in (Standing.TEACHER_INT8, Standing.OPENVINO_INT8, Standing.SMALL_DENSE)
+        return self in (Standing.TEACHER_INT8, Standing.OPENVINO_INT8, Standing.SMALL_DENSE, Standing.CUT)
 
 
 @dataclass(frozen=True)

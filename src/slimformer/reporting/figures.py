@@ -19,7 +19,12 @@ from slimformer.reporting.verdicts import choice, frontier, megabytes, slowness
 Figure = tuple[str, str]  # SVG, wide and narrow
 CROWDED = 14  # with more points than these, those of ours behind the frontier get no label
 
-_SHAPES: Mapping[str, str] = {Standing.OURS: "ours", Standing.TEACHER_FP32: "base", Standing.SMALL_DENSE: "small"}
+_SHAPES: Mapping[str, str] = {
+    Standing.OURS: "ours",
+    Standing.TEACHER_FP32: "base",
+    Standing.SMALL_DENSE: "small",
+    Standing.CUT: "small",
+}
 
 
 @dataclass(frozen=True)

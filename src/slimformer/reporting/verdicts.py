@@ -18,6 +18,7 @@ RIVAL_WORDS = {
     Standing.TEACHER_INT8: "the teacher in ONNX Runtime dynamic int8",
     Standing.OPENVINO_INT8: "the teacher in OpenVINO int8",
     Standing.SMALL_DENSE: "a smaller dense model distilled with the same budget",
+    Standing.CUT: "the model that was cut inside its layers, distilled with the same budget",
 }
 
 _EXAMPLES_APART = (
@@ -263,10 +264,13 @@ def against(ours: Record, records: Sequence[Record]) -> list[Verdict]:
 
     Qualities count as equal if the 95 % interval of their paired difference holds zero, speeds if the `likely` ratio of the two holds 1.
     """
-    verdicts = []
+    verdicts, run = [], [record for record in records if record.run == ours.run]
+    other = (
+        Standing.SMALL_DENSE if any(record.role == Standing.CUT for record in run) else Standing.CUT
+    )  # ours is one of the two
     for standing, words in RIVAL_WORDS.items():
-        rivals = {record.name: record for record in records if record.role == standing and record.run == ours.run}
-        if not rivals:
+        rivals = {record.name: record for record in run if record.role == standing}
+        if not rivals and standing != other:
             verdicts.append(Verdict(None, f"Not measured: {words}."))
         verdicts.extend(_duel(ours, rival, f"{words} ({rival.name})", records) for rival in rivals.values())
     return verdicts

@@ -11,6 +11,7 @@ from slimformer import registry
 from slimformer.core import cost
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
+from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.exports import export_files, has_nncf, openvino_int8, teacher_turn
 from slimformer.running.facts import facts_of
@@ -30,6 +31,8 @@ class Contestant:
     variant: str
     runtime: str = "onnxruntime"
     facts: Mapping[str, Any] = field(default_factory=dict)
+    made: Made | None = None  # the smaller dense model, which may be delivered itself
+    stages: tuple[Stage, ...] = ()  # they made it from the teacher
 
 
 def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge: Judge, run: Run) -> list[Contestant]:
@@ -47,7 +50,7 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
         name, variant = "dense OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
     # with zeros alone our model is as large as the teacher
-    smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan
+    smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan and not drops_layers(stages)
     if "small-dense" in wanted and smaller:
         rivals.append(_small_dense(made, stages, run))
     return rivals
@@ -55,25 +58,30 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
 
 def _small_dense(made: Made, stages: Sequence[Stage], run: Run) -> Contestant:
     """The smaller dense model in int8."""
-    small = train_small_dense(made.bundle, stages, run)
+    training = small_dense_stages(made.bundle, stages, run)
+    small = advance(training, made.bundle.uncut, run.under("rival"))
     bundle, variant = small.bundle, Variant.INT8_DYNAMIC
     files = export_files(bundle.subject, bundle.material, run.root / "small", [variant], run.log, ranges=bundle.ranges)
     facts = facts_of(small, run, "")
     count = sum(layer.heads + layer.neurons > 0 for layer in facts["layers"])
     name = f"{count} dense layer{'s' if count > 1 else ''} int8"
-    return Contestant(name, Standing.SMALL_DENSE, files[variant], variant, facts=facts)
+    return Contestant(name, Standing.SMALL_DENSE, files[variant], variant, facts=facts, made=small, stages=training)
 
 
-def train_small_dense(bundle: Bundle, stages: Sequence[Stage], run: Run) -> Made:
-    """The smaller dense model of about equal MACs: whole layers are dropped evenly, then the same training stages follow."""
+def small_dense_stages(bundle: Bundle, stages: Sequence[Stage], run: Run) -> tuple[Stage, ...]:
+    """What makes the smaller dense model of about equal MACs: whole layers are dropped evenly, then the same training follows."""
     anatomy, lengths = bundle.teacher.anatomy, bundle.material.features[Split.TRAIN].lengths()
     share = cost.macs(bundle.subject.anatomy, lengths).dense / cost.macs(anatomy, lengths).dense
     total = len(anatomy.layers)
     count = max(1, round(share * total))
-    layers = registry.find("methods", "layers")(keep=min(1.0, count / total + 1e-9))
-    training = [without_cuts(stage) for stage in stages if isinstance(stage, Train)]
-    run.log.say(f"training the smaller dense rival ({count} of {total} layers) with the same budget.")
-    return advance([Calibrate(layers), *training], bundle.uncut, run.under("rival"))
+    run.log.say(f"training the smaller dense model ({count} of {total} layers) with the same budget.")
+    layers = registry.find("methods", "layers")(keep=min(1.0, round(count / total + 1e-4, 4)))
+    return (Calibrate(layers), *(without_cuts(stage) for stage in stages if isinstance(stage, Train)))
+
+
+def drops_layers(stages: Sequence[Stage]) -> bool:
+    """Whether the stages make a smaller dense model."""
+    return any(isinstance(stage, Calibrate) and name_of(stage.method) == "layers" for stage in stages)
 
 
 def without_cuts(stage: Train) -> Train:

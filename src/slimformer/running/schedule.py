@@ -91,6 +91,7 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
     student = cut_step(pace, speedup)
     distil = teaching(sizes, pace, diet.passes, False, student)
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
+    contest = 2 * trace + 4 * write + sizes.validation_tokens * pace.read + 2 * diet.trial_seconds  # it may be delivered
     short = 6 * (trace / 2 + 0.7) + 8.0  # models of a few sublayers, traced, written and timed
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
@@ -98,7 +99,7 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
         Part.CUTTING: short + weigh + (diet.probes + 1) / 2 * (trace + 5.0),
         Part.DISTILLING: distil,
         Part.TRYING: trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + 2 * diet.trial_seconds,
-        Part.RIVAL: teaching(sizes, pace, diet.passes, True, student) - distil + trace + write if diet.rival else 0.0,
+        Part.RIVAL: teaching(sizes, pace, diet.passes, True, student) - distil + contest if diet.rival else 0.0,
         Part.MEASURING: 6 * sizes.dev_tokens * pace.read / 2 + 2 * diet.bench_seconds + 6.0,
     }
 

@@ -26,7 +26,7 @@ from slimformer.exporters.base import SEARCH_SECONDS, Variant
 from slimformer.families.base import family_of, subject_of
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
-from slimformer.measuring.records import Goal
+from slimformer.measuring.records import Goal, Standing
 from slimformer.measuring.scoring import Measurement
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
@@ -35,13 +35,14 @@ from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
 from slimformer.running.delivery import Order, finish
 from slimformer.running.exports import plain_exporter
+from slimformer.running.facts import facts_of
 from slimformer.running.given import given_model, given_task
 from slimformer.running.preflight import Checked, check_kept, preflight
 from slimformer.running.prepare import load_bundle, teach_bundle
 from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
 from slimformer.running.result import Result
-from slimformer.running.rivals import Contestant, rivals_of
+from slimformer.running.rivals import Contestant, drops_layers, rivals_of
 from slimformer.running.runner import Conditions, finished_result, model_name, open_run, wish_of
 from slimformer.running.schedule import (
     FEWEST_STEPS,
@@ -61,7 +62,7 @@ from slimformer.running.schedule import (
     savings,
 )
 from slimformer.running.stages import VALIDATION_ROWS, Clock, advance, context_of, latency_of, training_of
-from slimformer.running.trials import Judge, judge_of
+from slimformer.running.trials import Judge, Trial, judge_of
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 
 MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
 CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one file differ by more
+CLEARLY = 1.05  # times as fast as the cut model is what the smaller dense one must be: two timings of one file differ by less
 TRIES = 3  # at most so many budgets are trained
 PROBES = 4  # so many untrained exports find the budget for a speed; each takes seconds
 PROBE_SECONDS = 4.0  # of timing each
@@ -224,8 +226,7 @@ def _compress(
     with Clock(run.root) as clock:  # of the search and all budgets tried: what the user waits for, without the rivals
         search = _Search(bundle, checked.recipe, wanted, outline, schedule, run)
         chosen = search.run().after(clock.minutes)
-    chosen = search.written(chosen)
-    rivals = search.rivals(chosen)
+    chosen, rivals = search.contest(search.written(chosen))
     recipe, task = search.recipe_of(chosen), checked.recipe.task
     order = Order(recipe, model_name(recipe.model), task.title(), Goal(wanted.speedup, wanted.max_loss), command)
     with schedule.part(Part.MEASURING):
@@ -504,11 +505,44 @@ class _Search:
             )
         return _distillation(small, self.wanted, fit)
 
-    def rivals(self, chosen: Candidate) -> list[Contestant]:
-        """The rivals of the chosen model, trained; the smaller dense one is left out if the budget no longer allows it."""
-        wanted = self.wanted.rivals if self.diet.rival else _without_small_dense(self.wanted.rivals)
+    def contest(self, chosen: Candidate) -> tuple[Candidate, list[Contestant]]:
+        """The candidate to deliver, and its rivals, trained.
+
+        If the smaller dense model passes the gate better than the cut one, it is delivered, and the cut one is its rival. No smaller
+        dense model is made if the budget no longer allows it.
+        """
+        allowed = self.wanted.max_loss
         with self.schedule.part(Part.RIVAL):
-            return rivals_of(chosen.made, chosen.stages, wanted, self.judge, self.state)
+            rivals = rivals_of(chosen.made, chosen.stages, self.rival_names, self.judge, self.state)
+            small = next((rival for rival in rivals if rival.made is not None), None)
+            if small is None or small.made is None:
+                return chosen, rivals
+            best = chosen.best_int8(allowed)
+            files: dict[str, Path] = {best.variant: chosen.files[best.variant], small.variant: small.path}
+            pair = f"{chosen.made.bundle.digest()}-{small.made.bundle.digest()}.json"
+            mine, its = remembered(
+                self.state.root / "contest" / pair,
+                lambda: self.judge.try_out(files, seconds=self.diet.trial_seconds),
+                list[Trial],
+            )
+            if not better(its, mine, allowed):
+                return chosen, rivals
+            self.state.log.say(
+                f"the smaller dense model loses {its.loss:+.2f} points on validation examples at {its.speed_32 / mine.speed_32:.2f} "
+                "times the speed of the cut one: it is delivered, and the cut one stands beside it."
+            )
+            minutes = chosen.made.effort.minutes + small.made.effort.minutes  # of the whole search
+            winner = candidate_of(
+                small.made, small.stages, self.state.root / "dense", self.judge, self.state, seconds=self.diet.trial_seconds
+            ).after(minutes)
+        facts = facts_of(chosen.made, self.state, "")
+        loser = Contestant("cut model int8", Standing.CUT, chosen.files[best.variant], best.variant, facts=facts)
+        return winner, [*(rival for rival in rivals if rival is not small), loser]
+
+    @property
+    def rival_names(self) -> tuple[RivalName, ...]:
+        """The rivals that are wanted and that the budget allows."""
+        return self.wanted.rivals if self.diet.rival else _without_small_dense(self.wanted.rivals)
 
     def bench_seconds(self) -> float:
         """Seconds for each of the two workloads of the final measurement: as planned, but no more than is left."""
@@ -532,16 +566,26 @@ class _Search:
         """The recipe that leads to the chosen candidate again."""
         lead = self.recipe.stages if self.bundle.tuned_here else ()
         # without the levels, the same recipe would measure its own and cut a little otherwise
-        levels = self.scale.levels if chosen.stages else None
+        dense = drops_layers(chosen.stages)
+        levels = self.scale.levels if chosen.stages and not dense else None
         export = replace(self.recipe.export, floats=chosen.floats)
-        bench = replace(self.recipe.bench, seconds=self.bench_seconds())
-        if not self.diet.rival:
-            bench = replace(bench, rivals=_without_small_dense(bench.rivals))
+        rivals = _without_small_dense(self.rival_names) if dense else self.rival_names
+        bench = replace(self.recipe.bench, seconds=self.bench_seconds(), rivals=rivals)
         return replace(self.recipe, stages=(*lead, *chosen.stages), latency=levels, export=export, bench=bench)
 
 
 def _without_small_dense(names: Sequence[RivalName]) -> tuple[RivalName, ...]:
     return tuple(name for name in names if name != "small-dense")
+
+
+def better(dense: Trial, cut: Trial, max_loss: float) -> bool:
+    """Whether the smaller dense model is to be delivered instead of the cut one.
+
+    It is, if it alone keeps to the loss, or if both do and it is clearly faster; if neither does, if it loses less.
+    """
+    if cut.loss > max_loss:
+        return dense.loss < cut.loss
+    return dense.loss <= max_loss and dense.speed_32 > CLEARLY * cut.speed_32
 
 
 def pick(candidates: Sequence[Candidate], max_loss: float) -> Candidate:
