@@ -315,7 +315,7 @@ def check_command(
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,
-    minutes: Annotated[float, typer.Option(help="Minutes for everything.")] = 4.8,
+    minutes: Annotated[float, typer.Option(help="Minutes for everything.")] = 4.7,
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
     from slimformer.demo import encoder

@@ -91,7 +91,7 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
     student = cut_step(pace, speedup)
     distil = teaching(sizes, pace, diet.passes, False, student)
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
-    contest = 2 * trace + 4 * write + sizes.validation_tokens * pace.read + 2 * diet.trial_seconds  # it may be delivered
+    contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + 2 * diet.trial_seconds  # it may be delivered
     short = 6 * (trace / 2 + 0.7) + 8.0  # models of a few sublayers, traced, written and timed
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
