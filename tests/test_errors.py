@@ -367,6 +367,8 @@ def test_an_untuned_model_needs_a_stage_that_tunes_it(fail: Fail, home: Path) ->
         ("compress", "model", "--data", "data", "--out", "out", "--threads", "0"),
         ("inspect", "model", "--length", "0"),
         ("bench", "model", "--seconds", "-1"),
+        ("bench", "model", "--seconds", "inf"),
+        ("bench", "model", "--wait", "inf"),
         ("squash", "model"),
         ("run",),
     ],
@@ -415,6 +417,12 @@ def test_two_runs_in_one_folder(compress: Fail, home: Path) -> None:
     with (home / "out" / ".lock").open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert "another run is at work in out" in compress(kind="OutputError")
+
+
+def test_a_link_in_the_place_of_the_lock(compress: Fail, home: Path) -> None:
+    (home / "out").mkdir()
+    (home / "out" / ".lock").symlink_to("/dev/zero")
+    assert "a link stands in its place" in compress(kind="OutputError")
 
 
 def test_a_folder_of_another_run(compress: Fail, home: Path) -> None:

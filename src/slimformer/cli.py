@@ -120,7 +120,10 @@ def _app(
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
 Wait = Annotated[
-    float, typer.Option("--wait", min=0, help="Seconds to wait in all for a quiet machine before timing; 0 does not wait.")
+    float,
+    typer.Option(
+        "--wait", min=0, max=86_400, help="Seconds to wait in all for a quiet machine before timing; 0 does not wait."
+    ),
 ]
 
 
@@ -214,7 +217,7 @@ def bench_command(
     models: Annotated[list[Path], typer.Argument(help="Model folders or ONNX files to compare, the baseline first.")],
     max_length: Annotated[int | None, typer.Option(help="Tokens an input may have; what the models allow by default.")] = None,
     runtime: Annotated[list[str] | None, typer.Option(help="onnxruntime by default; may be given several times.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Seconds to time each of the two workloads.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds to time each of the two workloads.")] = 60.0,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:

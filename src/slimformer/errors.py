@@ -163,6 +163,7 @@ _REASONS = {
     errno.ENOTDIR: ("a part of the path is a file", "choose another --out."),
     errno.EEXIST: ("there is a file of that name", "choose another --out."),
     errno.EISDIR: ("there is a folder of that name", "choose another --out."),
+    errno.ELOOP: ("a link stands in its place", "choose another --out."),
     errno.ENAMETOOLONG: ("the name is too long", "choose another --out."),
     errno.ENOENT: ("the folder is gone", "choose another --out, or start again."),
 }
