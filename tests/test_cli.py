@@ -42,6 +42,7 @@ def test_list_names_everything_with_what_it_is(call: Call) -> None:
         for name in registry.names(kind):
             line = next(line for line in lines if line.split()[:1] == [name])
             assert len(line.split()) > 3
+    assert max(map(len, lines)) <= 80
 
 
 def test_list_shows_every_option_of_one(call: Call) -> None:
@@ -57,6 +58,10 @@ def test_list_shows_every_option_of_one(call: Call) -> None:
     code, _, said = call("list", "fishr")
     assert code == 2
     assert "did you mean 'fisher'?" in said
+    assert "did you mean" not in call("list", "search")[2]
+    assert '"top_k": fixed penalties while training;' in " ".join(call("list", "gates")[1].split())
+    assert "  data: must be given  (text)\n" in call("list", "classification")[1]
+    assert "  floats: none  (a list or auto)\n" in call("list", "export")[1]
 
 
 @pytest.mark.parametrize("name", [*STAGES, *sorted({name for kind in registry.KINDS for name in registry.names(kind)})])
@@ -84,6 +89,16 @@ def test_the_light_installation_says_what_is_missing(
 
 def test_the_version(call: Call) -> None:
     assert call("--version") == (0, f"slimformer {slimformer.__version__}\n", "")
+
+
+def test_an_error_breaks_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    message = "ModelError: what happened, and\n  help: what to do about it now, in words"
+    assert cli._fitted(message) == message
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli._fitted(message).splitlines() == [
+        *("ModelError: what happened, and", "  help: what to do about it", "    now, in words")
+    ]
 
 
 @pytest.mark.parametrize("name", ["compress", "run", "bench", "list"])

@@ -59,6 +59,8 @@ def test_the_fastest_within_the_loss_is_chosen(max_loss: float, expected: Trial)
 
 def test_where_none_is_within_the_loss_the_one_that_loses_least_is() -> None:
     assert choose_trial([STATIC, DYNAMIC], 0.1) == DYNAMIC
+    fast = replace(DYNAMIC, speed_32=5.0)
+    assert choose_trial([STATIC, DYNAMIC, fast], 0.1) == fast
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import math
 import multiprocessing
 import subprocess
@@ -87,6 +88,18 @@ def test_the_same_run_comes_back_another_does_not(tmp_path):
         assert not (out / ".part-left").exists()
     with pytest.raises(OutputError, match="belongs to another run"), claim(out, "that"):
         pass
+
+
+def test_what_another_run_differs_in_is_said_alone(tmp_path):
+    def purpose(**options):
+        return f"compress {json.dumps(options)}"
+
+    with claim(tmp_path, purpose(epochs=2, task="Classification(data='a', text=None, labels=('x', 'y'))")):
+        pass
+    other = purpose(epochs=3, task="Classification(data='b', text=None, labels=('x', 'y'))")
+    with pytest.raises(OutputError) as refused, claim(tmp_path, other):
+        pass
+    assert refused.value.facts == ("epochs: 2 there, 3 now", "task: data='a' there, data='b' now")
 
 
 def test_a_run_killed_before_it_left_its_mark_may_come_back(tmp_path):

@@ -136,6 +136,22 @@ def test_away_from_a_terminal_progress_is_a_line_every_half_minute(
     assert out[0] == "training: 30/1000  1.0 s each, 16 min 43 s left  loss 0.125  metric 0.75"
 
 
+def test_only_a_terminal_breaks_lines_and_between_words() -> None:
+    text = "the smaller dense rival takes as long as the result"
+    for terminal, shown in ((True, "the smaller dense rival \ntakes as long as the result\n"), (False, f"{text}\n")):
+        screen = io.StringIO()
+        with show_log(Console(file=screen, force_terminal=terminal, no_color=True, width=28)):
+            Log(None).say(text)
+        assert screen.getvalue() == shown
+
+
+def test_lines_on_data_are_found_however_its_path_is_spelt() -> None:
+    module.remark("reviews/train.tsv: taking text 'sentence', label 'label'")
+    for spelling in ("reviews", "./reviews", "reviews/", "./reviews/train.tsv"):
+        assert module.remarks_on(spelling)[-1].endswith("label 'label'")
+    assert module.remarks_on("") == ()
+
+
 def test_a_resumed_run_is_timed_from_where_it_resumed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -702,6 +702,7 @@ def test_a_report_never_takes_the_place_of_a_runs_own_page(tmp_path: Path) -> No
         report(runs, tmp_path / "a" / "run" / "report.html")
     assert (tmp_path / "a" / "run" / "report.html").read_text() == "its own"
     assert [row.run for row in report(runs, tmp_path / "out")] == ["a/run", "b/run"]
+    assert len(report(str(runs[0]), tmp_path / "out")) == 1
     assert [row.run for row in report([*runs, runs[0]], tmp_path / "out")] == [
         "a/run",
         "b/run",

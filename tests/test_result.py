@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from test_report import BASE, record
 from tiny_export import export
 from tiny_folder import write_model
@@ -84,6 +85,18 @@ def test_a_result_is_a_success_only_beyond_doubt(
     result = Result(tmp_path, (BASE, replace(CHOSEN, **changes)))  # type: ignore[arg-type]
     assert result.met is met
     assert result.findings[-1].startswith(last)
+    told = {"Goal not met": "; goal not met; ", "Goal open": "; goal open; ", "Worse than doing nothing": "; goal not met; "}
+    assert told.get(last, "5 points lost; best file") in str(result)
+
+
+def test_a_command_that_made_things_worse_does_not_exit_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from slimformer.cli import _show
+
+    _show(Result(tmp_path, (BASE, replace(CHOSEN, target=Goal(5.0, 1.0)))))  # a goal that is not met is no failure
+    with pytest.raises(typer.Exit) as end:
+        _show(Result(tmp_path, (BASE, replace(CHOSEN, scores={"accuracy": 0.5}, chance=0.52))))
+    assert end.value.exit_code == 1
+    assert "Worse than doing nothing" in capsys.readouterr().out
 
 
 def test_no_result_is_told(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -292,7 +294,8 @@ def list_command(
         for item in registry.names(kind):
             source = registry.source(kind, item)
             from_ = "" if source == "slimformer" else f" (from the package {source})"
-            typer.echo(f"  {item:<18} {registry.summary(kind, item)}{from_}")
+            text = f"{item:<18} {registry.summary(kind, item)}{from_}"
+            typer.echo(textwrap.fill(text, 80, initial_indent="  ", subsequent_indent=" " * 21))
     typer.echo(f"stages: {', '.join(STAGES)}\n`slimformer list NAME` shows the options of one.")
 
 
@@ -370,16 +373,19 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
 
 
 def _show(result: Result) -> None:
-    """The table, where everything lies, and last the verdict."""
+    """The table, where everything lies, and last the verdict; exit status 1 if the result is worse than doing nothing."""
     from rich.console import Console
 
     from slimformer.reporting.terminal import draw_table
+    from slimformer.reporting.verdicts import worthless
 
     console = Console()
     console.print(draw_table(result.records))
     console.print(f"model: {result.out}   page: {result.out / 'report.html'}", soft_wrap=True)
     for line in result.findings:
         console.print(line, markup=False, highlight=False)
+    if worthless(result.record, result.records):
+        raise typer.Exit(1)
 
 
 def _need_train() -> None:
@@ -387,6 +393,14 @@ def _need_train() -> None:
     for package in TRAIN_PACKAGES:
         if find_spec(package) is None:
             raise train_is_missing(package)
+
+
+def _fitted(message: str) -> str:
+    """A message whose lines break between words on a terminal; elsewhere it is left alone."""
+    if not sys.stderr.isatty():
+        return message
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="    ") for line in message.splitlines())
 
 
 def _command() -> str:
@@ -420,7 +434,7 @@ def main() -> None:
         with show_log():
             app(prog_name="slimformer")
     except SlimformerError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(_fitted(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # typer makes this of Ctrl-C and says nothing

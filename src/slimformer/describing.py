@@ -12,7 +12,9 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from slimformer import registry
 from slimformer.errors import RecipeError, nearest
@@ -84,11 +86,14 @@ def options_of(cls: type[Any]) -> tuple[OptionFacts, ...]:
             entry.name,
             _default(entry),
             rules[entry.name].says if entry.name in rules else _spelled(hints[entry.name]),
-            entry.metadata.get("help")
-            or _meaning(cls, entry.name)
-            or comments.get(entry.name)
-            or COMMON_MEANINGS.get(entry.name)
-            or _mention(cls, entry.name),
+            _ended(
+                entry.metadata.get("help")
+                or _meaning(cls, entry.name)
+                or comments.get(entry.name)
+                or _mention(cls, entry.name)
+                or COMMON_MEANINGS.get(entry.name, "")
+            )
+            + _choices(cls, hints[entry.name]),
         )
         for entry in dataclasses.fields(cls)
         if entry.name not in {"methods", "method", "options"} and entry.init
@@ -96,6 +101,8 @@ def options_of(cls: type[Any]) -> tuple[OptionFacts, ...]:
 
 
 def _default(entry: dataclasses.Field[Any]) -> str:
+    if entry.metadata.get("required"):
+        return ""
     if entry.default is dataclasses.MISSING:
         return "" if entry.default_factory is dataclasses.MISSING else str(entry.default_factory())
     value = entry.default
@@ -106,11 +113,14 @@ def _default(entry: dataclasses.Field[Any]) -> str:
 
 
 def _spelled(hint: Any) -> str:
-    """A type as words: "int or null"."""
-    text = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-    words = {"str": "text", "int": "a whole number", "float": "a number", "None": "null"}
-    parts = [part.strip().rpartition(".")[2] for part in re.sub(r"\[.*\]", "", text).split("|")]
-    return " or ".join(words.get(part, "a list" if part == "tuple" else part) for part in parts)
+    """A type as words: "a whole number or null". Anything is a text in a recipe."""
+    words = {str: "text", Any: "text", int: "a whole number", float: "a number", type(None): "null", Path: "a path"}
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_spelled, parts))
+    return "a list" if origin is tuple else words.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _lines(cls: type[Any]) -> list[str]:
@@ -135,6 +145,20 @@ def _mention(cls: type[Any], name: str) -> str:
             if f"`{name}`" in sentence:
                 return sentence.removeprefix("- ")
     return ""
+
+
+def _choices(cls: type[Any], hint: Any) -> str:
+    """What a list in a docstring says of the words that an option may be: " "top_k": ...", or ""."""
+    words = {str(word) for word in get_args(hint)} if get_origin(hint) is Literal else set()
+    text = (inspect.getdoc(cls) or "").partition(">>>")[0]
+    entries = re.findall(r"^- (\"(\w+)\".*(?:\n  .*)*)", text, re.MULTILINE)
+    return "".join(f" {_ended(_joined(entry))}" for entry, word in entries if word in words)
+
+
+def _ended(text: str) -> str:
+    """A sentence with its full stop."""
+    text = text.rstrip(" ;:,")
+    return text if not text or text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -212,13 +213,20 @@ def _differences(there: str, now: str) -> list[str]:
             return [f"there: {first if '{' in before else there}", f"now: {second if '{' in after else now}"]
         old, new = json.loads(before), json.loads(after)
         changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-        return [f"{name}: {_shown(old.get(name))} there, {_shown(new.get(name))} now" for name in changed]
+        return [f"{name}: {' there, '.join(_apart(old.get(name), new.get(name)))} now" for name in changed]
     except (ValueError, AttributeError, TypeError, RecursionError):
         return [f"there: {there}", f"now: {now}"]
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _apart(*values: Any) -> list[str]:
+    """Two values as text; of two objects of one class, "Task(data='a', ...)", only the fields that differ."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    fields = [re.split(r", (?=\w+=)", text.partition("(")[2].removesuffix(")")) for text in texts]
+    alike = len({text.partition("(")[0] for text in texts}) == 1 and len(fields[0]) == len(fields[1]) > 1
+    if not alike or fields[0] == fields[1]:
+        return texts
+    pairs = [pair for pair in zip(*fields, strict=True) if pair[0] != pair[1]]
+    return [", ".join(parts) for parts in zip(*pairs, strict=True)]
 
 
 def mark_finished(folder: Path, wish: Mapping[str, Any]) -> None:

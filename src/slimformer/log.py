@@ -52,8 +52,9 @@ def remark(text: str) -> None:
 
 
 def remarks_on(name: str) -> tuple[str, ...]:
-    """The lines that `remark` has logged in this process and that hold this name, such as the path of a file."""
-    return tuple(text for text in _remarks if readable(name) in text) if name else ()
+    """The lines that `remark` has logged in this process and that hold this name, such as the path of a file, however it is spelt."""
+    names = {readable(name), readable(str(Path(name)))} if name else set()  # "./reviews" is "reviews" in messages
+    return tuple(text for text in _remarks if any(part in text for part in names))
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def show_log(console: Console | None = None) -> Iterator[None]:
 
 
 class _Printer(logging.Handler):
-    """Prints records as they are: it adds neither markup nor line breaks. The first record makes the console."""
+    """Prints records as they are, without markup; only a terminal gets line breaks, between words. The first record makes the console."""
 
     def __init__(self, console: Console | None) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class _Printer(logging.Handler):
         return self._console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
 
 class Log:

@@ -152,7 +152,7 @@ class Method(ABC):
     """
 
     keep: float | None = None  # the share of the dense cost (or, if single weights go, of the weights); None: not by a budget
-    cost: str = "macs"  # what `context.cost` counts for this method: "macs", "parameters" or "latency"
+    cost: str = "macs"  # what a budget is a share of: "macs", "parameters" or "latency"
 
     def __post_init__(self) -> None:
         check_options(self)

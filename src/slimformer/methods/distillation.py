@@ -51,9 +51,9 @@ class Distillation(Method):
 
     temperature: Positive = 2.0  # of both models' outputs: the higher, the more the small ones count
     logits: NotNegative = 1.0  # weight of the task's outputs
-    hidden: NotNegative = 1.0
-    scores: NotNegative = 0.0
-    embedding: NotNegative = 0.0  # the hidden state before the first layer
+    hidden: NotNegative = 1.0  # weight of the hidden states, a mean over layers
+    scores: NotNegative = 0.0  # weight of the attention scores before the softmax, a mean over layers
+    embedding: NotNegative = 0.0  # weight of the hidden state before the first layer
     relative: bool = True  # hidden and embedding terms over the teacher's mean square
 
     def __post_init__(self) -> None:

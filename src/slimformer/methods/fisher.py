@@ -58,9 +58,9 @@ class Fisher(Method):
 
     keep: Share = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
-    examples: Count = 2048  # for the gradients; Kwon et al. use 2,048
+    examples: Count = 2048  # training examples for the gradients; Kwon et al. use 2,048
     damage_examples: CountOrZero = 256  # each size's loss is measured on so many; 0 takes the sum of the Fisher information
-    repair_tokens: Count = 12_288  # for the least squares; 8 rows for each of 1,536 unknowns, the ridge does the rest
+    repair_tokens: Count = 12_288  # tokens for the least squares; 8 rows for each of 1,536 unknowns, the ridge does the rest
     ridge: Positive = 1e-3
     neuron_multiple: Count = 16  # one row of a vector register of int8 quads; see docs/decisions
     sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them

@@ -81,9 +81,9 @@ class Gates(Method):
     size: Literal["lagrangian", "top_k", "threshold"] = "lagrangian"
     apart: bool = False
     lambda_heads: NotNegative = 1.0  # loss that all open heads cost; not with "lagrangian"
-    lambda_neurons: NotNegative = 1.0  # the same of all open neurons
-    lr: Positive = 0.1  # of log alpha: the best of three in the paper
-    multiplier_lr: NotNegative = 0.05  # of the multipliers: the higher, the sooner the goal is met
+    lambda_neurons: NotNegative = 1.0  # loss that all open neurons cost; not with "lagrangian"
+    lr: Positive = 0.1  # learning rate of log alpha: the best of three in the paper
+    multiplier_lr: NotNegative = 0.05  # learning rate of the multipliers: the higher, the sooner the goal is met
     start: LogAlpha = 2.5  # log alpha at the beginning; at 2.5 nearly every gate is open
     ramp: Fraction = 0.5  # share of the training over which the goal comes down, or the penalties rise
     neuron_multiple: Count = 16

@@ -81,10 +81,10 @@ class Movement(Method):
     block: CountOrPair = 32
     keep: Share | None = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
-    lambda_final: NotNegative = 10.0  # the paper's 5 to 30: more closes more blocks
-    lambda_attention: NotNegative = 1.0  # the paper's Struct has 1/32
-    lambda_ffn: NotNegative = 1.0  # the same for the FFN
-    threshold: Probability = 0.1  # of sigmoid(score), at the end; not used with `keep`
+    lambda_final: NotNegative = 10.0  # weight of the penalty at the end, the paper's 5 to 30: more closes more blocks
+    lambda_attention: NotNegative = 1.0  # factor of the penalty on attention; the paper's Struct has 1/32
+    lambda_ffn: NotNegative = 1.0  # factor of the penalty on the FFN
+    threshold: Probability = 0.1  # of sigmoid(score) at the end, below which a block goes; not used with `keep`
     score_lr: Positive = 0.01  # learning rate of the scores
     warmup: Fraction = 0.08  # share of the steps before the ramp: MNLI's; SQuAD has 0.05
     cooldown: Fraction = 0.4  # share of the steps after it: between MNLI's 0.33 and SQuAD's 0.49

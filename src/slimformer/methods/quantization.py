@@ -73,7 +73,7 @@ class Quantization(Method):
     grid: Literal["symmetric", "affine"] = "symmetric"
     exact_zero: bool = True
     start: ProperFraction = 0.1
-    momentum: ProperFraction = MOMENTUM  # of the running ranges: the higher, the slower they follow the batches
+    momentum: ProperFraction = MOMENTUM  # momentum of the running ranges: the higher, the slower they follow the batches
 
     def __post_init__(self) -> None:
         if isinstance(self.roles, (list, tuple)):

@@ -33,11 +33,11 @@ class Details:
     command: str = ""
 
 
-def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
+def report(runs: str | Path | Sequence[str | Path], out: str | Path) -> list[Record]:
     """Writes report.html on all records of these runs into the folder `out`, and returns the records.
 
     Args:
-        runs: A run is a folder that `compress` or `run` left, a folder of such folders, or a ledger.
+        runs: One or several runs. A run is a folder that `compress` or `run` left, a folder of such folders, or a ledger.
         out: The folder for report.html; not the folder of a run, whose own page stands there.
 
     Returns:
@@ -53,6 +53,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> list[Record]:
         >>> [record.name for record in records]
         ['int8']
     """
+    runs = [runs] if isinstance(runs, (str, os.PathLike)) else runs
     _refuse_runs(Path(out))
     ledgers: list[Path] = []
     for folder in map(Path, runs):

@@ -66,9 +66,11 @@ def mb_text(size: int | None) -> str:
 def size_text(size: int) -> str:
     """Bytes with the unit that suits them.
 
-    >>> size_text(22_713_216), size_text(96_400), size_text(812)
-    ('22.7 MB', '96 kB', '812 bytes')
+    >>> size_text(6_600_000_000), size_text(22_713_216), size_text(96_400), size_text(812)
+    ('6.6 GB', '22.7 MB', '96 kB', '812 bytes')
     """
+    if size >= 950 * MEGABYTE:
+        return f"{size / 1e9:.1f} GB"
     if size >= 0.95 * MEGABYTE:
         return f"{size / MEGABYTE:.1f} MB"
     return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size} bytes"

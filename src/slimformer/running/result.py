@@ -138,8 +138,9 @@ class Result:
         lost, speed = self.points_lost, self.speedup
         facts = [f"{speed:.2f} times as fast at batch 32"] if speed is not None else []
         facts += [f"{points_text(lost)} {lost_text(lost)}"] if lost is not None else []
-        met = {True: "goal met", False: "goal not met"}.get(self.met) if self.met is not None else None
-        return f"{self.out}: {', '.join(facts)}; {f'{met}; ' if met else ''}best file {self.record.file}"
+        conclusion = judge(self.record, self.records).conclusion
+        words = {None: "", Conclusion.YES: "goal met; ", Conclusion.NO: "goal not met; "}
+        return f"{self.out}: {', '.join(facts)}; {words.get(conclusion, 'goal open; ')}best file {self.record.file}"
 
     def __repr__(self) -> str:
         return f"<Result {self}>"

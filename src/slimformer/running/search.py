@@ -30,6 +30,7 @@ from slimformer.measuring.records import Goal, Standing
 from slimformer.measuring.scoring import Measurement
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
+from slimformer.reporting.words import lost_text, size_text
 from slimformer.rules import Count, Points, Positive, Seed, mistakes_in, real_number
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
@@ -133,7 +134,7 @@ def compress(
     batch_size: int = 32,
     seed: int = 17,
     tries: int = TRIES,
-    rivals: Sequence[RivalName] = RIVALS,
+    rivals: RivalName | Sequence[RivalName] = RIVALS,
     minutes: float | None = None,
     log: Log | None = None,
     command: str = "",
@@ -181,7 +182,9 @@ def compress(
         compressed: ... times as fast at batch 32, ...; best file onnx/model...onnx
     """
     began = time.monotonic()
-    wanted = Wanted(speedup, max_loss, epochs, lr, batch_size, seed, tries, tuple(rivals), minutes)
+    wanted = Wanted(
+        speedup, max_loss, epochs, lr, batch_size, seed, tries, (rivals,) if isinstance(rivals, str) else tuple(rivals), minutes
+    )
     if wanted.minutes is not None:
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
     conditions, settled = Conditions(log, threads, wait_seconds), given_task(task)
@@ -370,9 +373,9 @@ def _announce(outline: _Outline, full: Diet, first: Bundle, wanted: Wanted, sche
     if diet.tries > 1:
         again = sum(schedule.announced[part] for part in (Part.CUTTING, Part.DISTILLING, Part.TRYING))
         say(f"if too much is lost, each further budget takes {duration(again)}.")
+    busy = f"up to {run.quiet.left:.0f} seconds more if the machine is busy; " if run.quiet.left else ""
     say(
-        f"up to {run.quiet.left:.0f} seconds more if the machine is busy; about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, "
-        f"{outline.disk_bytes / 2**30:.1f} GiB of disk for the teacher's outputs."
+        f"{busy}about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, {size_text(outline.disk_bytes)} of disk for the teacher's outputs."
     )
     if wanted.minutes is not None and diet != full:
         say(f"to fit {wanted.minutes:g} minutes: {'; '.join(savings(full, diet, distil.rows, sizes))}.")
@@ -408,7 +411,8 @@ class _Search:
         if best.loss > wanted.max_loss or best.speed_32 < wanted.speedup * CLOSE:
             log.say(
                 f"not all that was asked for was found; this is the best: {best.speed_32:.2f} times as fast (asked: "
-                f"{wanted.speedup:g}), {best.loss:+.2f} points lost on validation examples (allowed: {wanted.max_loss:g})."
+                f"{wanted.speedup:g}), {abs(best.loss):.2f} points {lost_text(best.loss)} on validation examples (allowed: "
+                f"{wanted.max_loss:g})."
             )
         return chosen
 
@@ -437,8 +441,8 @@ class _Search:
             candidates.append(candidate)
             best = candidate.best_int8(wanted.max_loss)
             log.say(
-                f"{best.speed_32:.2f} times as fast, {best.loss:+.2f} points lost on validation examples "
-                f"({best.variant}, {best.size_bytes / 1e6:.1f} MB)."
+                f"{best.speed_32:.2f} times as fast, {abs(best.loss):.2f} points {lost_text(best.loss)} on validation examples "
+                f"({candidate.kinds[best.variant].name}, {size_text(best.size_bytes)})."
             )
             if best.loss <= wanted.max_loss:
                 break

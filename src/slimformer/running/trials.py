@@ -160,8 +160,8 @@ def slower(trials: Sequence[Trial], kinds: Mapping[str, FileKind] = FILES) -> li
 
 
 def choose_trial(trials: Sequence[Trial], max_loss: float) -> Trial:
-    """The fastest at batch 32 of those that lose at most `max_loss` points; else the one that loses least."""
+    """The fastest at batch 32 of those that lose at most `max_loss` points; else the one that loses least, and of these the fastest."""
     good = [trial for trial in trials if trial.loss <= max_loss]
     if good:
         return max(good, key=lambda trial: trial.speed_32)
-    return min(trials, key=lambda trial: trial.loss)
+    return min(trials, key=lambda trial: (trial.loss, -trial.speed_32))

@@ -258,7 +258,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; ModelError if it is missing or no config, with what the folder is instead if that can be told."""
     if not folder.is_dir():
         raise ModelError(
-            f"{folder} is not a folder with a model.", help="name a folder with config.json, tokenizer and model.safetensors."
+            f"{folder} is not a folder with a model.",
+            help="name a folder with config.json, tokenizer and model.safetensors, or a model on the hub: owner/name.",
         )
     file = inner_file(folder, CONFIG)
     if file is None:

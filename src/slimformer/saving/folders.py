@@ -32,7 +32,8 @@ def model_folder(path: Path) -> Path:
         raise ModelError(f"{path} is a file.", help=_file_help(path))
     if not os.path.isdir(path):
         raise ModelError(
-            f"{path} is not a folder with a model.", help="name a folder with config.json, tokenizer and model.safetensors."
+            f"{path} is not a folder with a model.",
+            help="name a folder with config.json, tokenizer and model.safetensors, or a model on the hub: owner/name.",
         )
     if not has_weights(path) and (path / MODEL_FOLDER / CONFIG).is_file():
         return path / MODEL_FOLDER

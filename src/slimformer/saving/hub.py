@@ -54,5 +54,6 @@ def _downloaded(model: str, revision: str | None) -> Path:
         raise ModelError(
             f"'{model}' is no folder here, and the hub does not give it.",
             facts=[f"{type(error).__name__}: {reason[0] if reason else ''}"],
-            help="for a folder, check the path; for a model on the hub, check its name and the network, or download it first.",
+            help="for a folder, check the path; for a model on the hub, check its name and the network, or download it first, "
+            f"on a machine with a network: hf download {model} --local-dir my-model",
         ) from None
