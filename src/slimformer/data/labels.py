@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimformer.errors import DataError, shown
-from slimformer.saving.heads import named_labels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -201,6 +200,7 @@ def enumerate_labels(labels: Sequence[str]) -> str:
 
 def model_labels(config: PretrainedConfig | Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
     """A model's class names in the order of their ids, and its problem_type; DataError if its id2label is broken."""
+    from slimformer.saving.heads import named_labels  # it brings numpy, which --help does without
 
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
