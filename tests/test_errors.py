@@ -366,6 +366,7 @@ def test_an_untuned_model_needs_a_stage_that_tunes_it(fail: Fail, home: Path) ->
         ("compress", "model", "--data", "data", "--out", "out", "--speedup", "fast"),
         ("compress", "model", "--data", "data", "--out", "out", "--threads", "0"),
         ("inspect", "model", "--length", "0"),
+        ("inspect", "model", "--length", "1" + "0" * 30),
         ("bench", "model", "--seconds", "-1"),
         ("bench", "model", "--seconds", "inf"),
         ("bench", "model", "--wait", "inf"),

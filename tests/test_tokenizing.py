@@ -346,6 +346,8 @@ def test_a_limit_without_room_for_a_text_is_refused(tmp_path: Path, max_length: 
     ):
         pass
     assert "3 or more" in caught.value.help
+    with pytest.raises(RecipeError, match="no model reads so many"), cutting(load_tokenizer(tmp_path), 10**30):
+        pass
 
 
 def test_settings_that_are_stored_in_the_file_do_not_cut_or_pad(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

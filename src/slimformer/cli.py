@@ -262,7 +262,7 @@ def report_command(
 @app.command("inspect")
 def inspect_command(
     model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
-    length: Annotated[int, typer.Option(min=1, help="Tokens per example, for the MACs.")] = 128,
+    length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens per example, for the MACs.")] = 128,
 ) -> None:
     """Show what can be cut: sites, parameters and MACs per layer."""
     _need_train()

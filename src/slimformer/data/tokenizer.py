@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 LONGEST = 512  # what the encoders of all our families were trained on; longer is never what a user wants by default
+_MOST_TOKENS = 1_000_000  # of a text: what is said to be more was made up
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<PAD>")
 
 
@@ -73,7 +74,7 @@ def pad_id_of(tokenizer: Tokenizer, folder: Path | None = None) -> int:
 def cutting(tokenizer: Tokenizer, max_length: int) -> Iterator[Tokenizer]:
     """The tokenizer cutting at `max_length` and padding nothing; its own settings are back afterwards.
 
-    RecipeError if so few tokens leave no room for a text; ModelError if a text cannot be encoded in the block.
+    RecipeError if so few tokens leave no room for a text, or no model reads so many; ModelError if a text cannot be encoded in the block.
     """
     special = int(tokenizer.num_special_tokens_to_add(False))
     if isinstance(max_length, bool) or max_length <= special:  # with so few, the tokenizers package cuts nothing at all
@@ -82,6 +83,8 @@ def cutting(tokenizer: Tokenizer, max_length: int) -> Iterator[Tokenizer]:
             + (f": {special} tokens of each are special." if special else "."),
             help=f"give a max_length of {special + 1} or more.",
         )
+    if max_length > _MOST_TOKENS:
+        raise RecipeError(f"inputs of at most {max_length} tokens: no model reads so many.", help="leave max_length out.")
     truncation, padding = tokenizer.truncation, tokenizer.padding
     try:
         tokenizer.no_padding()
@@ -98,6 +101,6 @@ def cutting(tokenizer: Tokenizer, max_length: int) -> Iterator[Tokenizer]:
 
 def _count(value: object) -> int | None:
     """A believable number of tokens; None for the 1e30 that transformers writes if it knows no limit."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1_000_000:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _MOST_TOKENS:
         return None
     return int(value)
