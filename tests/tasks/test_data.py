@@ -269,6 +269,27 @@ def test_a_test_file_with_labels_stands_in_and_rows_in_both_are_counted(
     assert "1 of 2 inputs of dev are in the training data too" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "mended", "same"),
+    [
+        ("train/a.csv", table().replace(",good\n", ",bad\n", 1), False),  # a label
+        ("train/a.csv", table().replace("number 7 ", "number seven "), False),  # a text
+        ("train/a.csv", table() + "one more,good\n", False),  # a row
+        ("dev/b.csv", table().replace(",bad\n", ",good\n", 1), False),
+        ("train/a.csv", table(rows=[*zip(TEXTS[1:], LABELS[1:], strict=True), (TEXTS[0], LABELS[0])]), False),  # another order
+        ("train/a.csv", table().replace(",good\n", ", good \n"), True),  # spaces around a label
+        ("train/a.csv", table(";"), True),
+        ("train/a.csv", gzip.compress(table().encode()), True),
+    ],
+)
+def test_what_is_made_of_data_is_named_by_what_they_say(tmp_path: Path, name: str, mended: str | bytes, same: bool) -> None:
+    write(tmp_path / "train" / "a.csv", table())
+    write(tmp_path / "dev" / "b.csv", table())
+    before = Classification(data=tmp_path).content_digest()
+    write(tmp_path / name, mended)
+    assert (Classification(data=tmp_path).content_digest() == before) is same
+
+
 def test_columns_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [(text, f"{text} again", label) for text, label in zip(TEXTS, LABELS, strict=True)]
     task = Classification(
