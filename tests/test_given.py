@@ -20,7 +20,7 @@ from slimformer.files import claim, mark_finished
 from slimformer.measuring.machine import environment
 from slimformer.measuring.records import Facts
 from slimformer.reporting.ledger import append_record, write_facts
-from slimformer.running.given import given_model, given_recipe, given_task
+from slimformer.running.given import given_model, given_recipe, given_task, moved, refuse_gone
 from slimformer.running.runner import finished_result, wish_of
 from slimformer.saving import checkpoint
 from slimformer.tasks import Classification, Intents, QuestionAnswering
@@ -254,6 +254,27 @@ def test_another_wish_is_told_as_what_it_is(finished: Path) -> None:
     (finished.parent / "data" / "dev.tsv").write_text("sentence\tlabel\na film\tgood\nno\tbad\n", encoding="utf-8")
     with pytest.raises(OutputError, match="the data was changed since"):
         asked(finished)
+
+
+def test_a_recipe_runs_on_another_machine_with_its_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "recipe.yaml").write_text(
+        "{model: ../my-bert, task: {use: classification, data: ../reviews, text: sentence}, stages: []}", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    facts = rf"model: {tmp_path}/my-bert\n  data: {tmp_path}/reviews\n  help: say where it is now: --model \./folder"
+    with pytest.raises(RecipeError, match=rf"(?s)what this recipe names is not here\.\n  {facts}"):
+        slimformer.run("small/recipe.yaml", "out")
+    assert not Path("out").exists()
+    write_model(tmp_path / "elsewhere" / "bert", trained=False)
+    recipe = moved(slimformer.read_recipe("small/recipe.yaml"), Path("elsewhere/bert"), [{"sentence": "fine", "label": "good"}])
+    refuse_gone(recipe)
+    assert recipe.model == "elsewhere/bert"
+    assert (recipe.task.text, Path(recipe.task.data).is_dir()) == ("sentence", True)  # type: ignore[attr-defined]
+    refuse_gone(Recipe("owner/name", Classification(data="owner/data"), ()))  # the hub may have them
+    with pytest.raises(RecipeError, match="the task intents of this recipe takes no data"):
+        moved(Recipe("model", Intents(), ()), None, "reviews")
 
 
 @pytest.mark.slow

@@ -197,6 +197,10 @@ def compress_command(
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Out,
+    model: Annotated[
+        str | None, typer.Option(help="The model to take instead of the recipe's: where it is on this machine, or a hub name.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The data to take instead of those that the recipe names.")] = None,
     threads: Threads = None,
     wait: Wait = 60.0,
     cache: Annotated[
@@ -210,7 +214,7 @@ def run_command(
     _need_train()
     from slimformer.running.runner import run
 
-    _show(run(recipe, out, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
+    _show(run(recipe, out, model=model, data=data, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
 @app.command("bench", cls=_TaskCommand, epilog="Example: slimformer bench ./my-bert ./small --data ./reviews")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slimformer import registry
 from slimformer.digests import digest
@@ -43,6 +43,34 @@ def given_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
     raise RecipeError(
         f"a {_kind(recipe)} is no recipe.", help="give a Recipe, the path of a YAML file, or its content as a dict."
     )
+
+
+def moved(recipe: Recipe, model: Any = None, data: Any = None) -> Recipe:
+    """The recipe with its model and data from where they are now; RecipeError if its task takes no data."""
+    if model is not None:
+        recipe = replace(recipe, model=os.fspath(model) if isinstance(model, os.PathLike) else model)
+    if data is not None:
+        if not hasattr(recipe.task, "data"):
+            raise RecipeError(f"the task {registry.name_of(recipe.task)} of this recipe takes no data.", help="leave data out.")
+        recipe = replace(recipe, task=replace(cast(Any, recipe.task), data=data))
+    return recipe
+
+
+def refuse_gone(recipe: Recipe) -> None:
+    """RecipeError if a path in the recipe leads to nothing, as after a move to another machine."""
+    named = {"model": recipe.model, "teacher": recipe.teacher, "data": getattr(recipe.task, "data", None)}
+    gone = [f"{key}: {place}" for key, place in named.items() if isinstance(place, str) and _leads_nowhere(place)]
+    if gone:
+        raise RecipeError(
+            "what this recipe names is not here.",
+            facts=gone,
+            help="say where it is now: --model ./folder, --data ./folder (in Python model=, data=), or correct the recipe.",
+        )
+
+
+def _leads_nowhere(place: str) -> bool:
+    """Whether a name is surely a path, and nothing is there; other names may be on the hub."""
+    return (os.path.isabs(place) or place.startswith(("./", "../"))) and not os.path.exists(place)
 
 
 def given_task(task: Task | str | Mapping[str, Any]) -> Task:

@@ -22,7 +22,7 @@ from slimformer.measuring.machine import Quiet, cores
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
 from slimformer.running.delivery import Order, finish
-from slimformer.running.given import given_models, given_recipe
+from slimformer.running.given import given_models, given_recipe, moved, refuse_gone
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Recipe
@@ -55,6 +55,8 @@ def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     out: str | Path,
     *,
+    model: Any = None,
+    data: Any = None,
     tokenizer: Any = None,
     log: Log | None = None,
     command: str = "",
@@ -69,6 +71,8 @@ def run(
             (a PreTrainedModel); they are then written into `out`.
         out: The folder for the result. It must not hold other files, nor a run of another recipe. If it holds the finished run of
             this one, nothing is done, and its result is returned.
+        model: The model to take instead of the recipe's, such as its folder on this machine.
+        data: The data to take instead of those that the recipe's task names: a path, a name, or rows in memory.
         tokenizer: The tokenizer of models in memory.
         log: By default the lines go to Python's logger `slimformer` and to `out`/log.jsonl; `show_log` prints them.
         command: The command line that the page shows.
@@ -94,10 +98,11 @@ def run(
         finished: ... times as fast at batch 32, ...; best file onnx/model...onnx
     """
     with ExitStack() as stack:
-        recipe = stack.enter_context(given_models(given_recipe(recipe), tokenizer, Path(out)))
+        recipe = stack.enter_context(given_models(moved(given_recipe(recipe), model, data), tokenizer, Path(out)))
         result = finished_result(Path(out), recipe_purpose(recipe, Path(out)), {}, recipe.task, log)
         if result is not None:
             return result
+        refuse_gone(recipe)
         checked = preflight(recipe)
         state = stack.enter_context(open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)))
         bundle, stages = prepare_bundle(checked, state)
