@@ -579,6 +579,20 @@ def test_the_table_keeps_tasks_apart() -> None:
     text = console.export_text()
     assert "teacher, glue/sst2: accuracy" in text
     assert "teacher, cola: matthews" in text
+    assert "2 threads;" in text
+
+
+def test_each_run_of_a_table_is_named_though_it_is_alone_in_its_group() -> None:
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    timings = (replace(timing(32, 2.0), threads=1),)
+    other = record("cola", 0.5, task="cola", metric="matthews", scores={"matthews": 0.5}, run="runs/b", timings=timings)
+    console.print(draw_table([replace(BASE, run="runs/a"), other]))
+    text = console.export_text()
+    assert "runs/a:" in text
+    assert "runs/b:" in text
+    assert "1 or 2 threads;" in text
 
 
 class Checker(HTMLParser):
@@ -724,6 +738,28 @@ def test_labels_of_a_crowded_picture_are_not_printed_over_each_other() -> None:
             boxes.append((left, float(y) - 10, left + wide, float(y)))
         for a, b in itertools.combinations(boxes, 2):
             assert min(a[2], b[2]) <= max(a[0], b[0]) + 1 or min(a[3], b[3]) <= max(a[1], b[1]) + 1
+
+
+def test_a_noisy_round_hides_neither_points_nor_names() -> None:
+    """Five runs on a busy machine: bars of 30 times the speed do not press the points together, and each run keeps its name."""
+    runs = [
+        ("small", 2.6, 0.97, 3.1),
+        ("gates", 1.6, 0.93, 15.0),
+        ("kron", 0.6, 0.5, 12.0),
+        ("ks", 0.8, 0.58, 11.0),
+        ("k3", 1.5, 0.98, 6.0),
+    ]
+    marks = [Mark(x, y, name, "chosen", "", (0.1, high)) for name, x, y, high in runs]
+    marks += [Mark(1.0, 0.97, "dense fp32", "base", ""), Mark(1.1, 0.97, "dense int8", "rival", "", (0.1, 31.0))]
+    for width in (760, 360):
+        svg = draw_scatter(Scatter(marks, [], "speed", "accuracy", more_is_right=True), width, 400)
+        for name, *_ in runs:
+            assert f">{name}</text>" in svg
+        ends = [float(x) for x in re.findall(r'class="spread" x1="[\d.]+" x2="([\d.]+)"', svg)]
+        assert len(ends) == 6
+        assert max(ends) <= width
+        right, left = (float(x) for x in re.findall(r'class="m-chosen" cx="([\d.]+)"', svg)[1:5:3])
+        assert (width - 76) / 4 < right - left  # of 2.0 times the speed
 
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3))

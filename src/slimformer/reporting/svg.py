@@ -15,6 +15,9 @@ from itertools import pairwise
 CHAR = 6.3  # width of one character of a 12 px label, generous: the reader's font is not known
 BOLD = 7.4  # the same in bold
 LINE = 15.0  # height of a label
+FURTHEST = (
+    1.5  # a bar is cut off beyond so many times the largest x of a point: else one noisy round presses all points together
+)
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 _Point = tuple[float, float]
@@ -96,11 +99,9 @@ class _Frame:
     def around(cls, scatter: Scatter, width: int, height: int) -> _Frame:
         """A frame with room on the right for labels, and above and below so that no point sits on the edge."""
         asked = [scatter.asked] if scatter.asked else []
-        xs = (
-            [mark.x for mark in scatter.marks]
-            + [x for mark in scatter.marks for x in mark.spread or ()]
-            + [x for x, _ in asked]
-        )
+        points = [mark.x for mark in scatter.marks] + [x for x, _ in asked]
+        most = FURTHEST * max(points)
+        xs = points + [min(x, most) for mark in scatter.marks for x in mark.spread or ()]
         ys = [mark.y for mark in scatter.marks] + [y for _, y in asked]
         span_x, span_y = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 0.01
         room = 0.16 if width > 500 else 0.1
@@ -186,7 +187,8 @@ def _spreads(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[st
     parts = []
     for mark in marks:
         if mark.spread:
-            (low, high), y = map(frame.px, mark.spread), frame.py(mark.y)
+            low, high = (min(max(frame.px(x), frame.left), frame.end) for x in mark.spread)
+            y = frame.py(mark.y)
             taken.append((low, y - 2, high, y + 2))
             parts.append(f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
     return parts
@@ -206,7 +208,7 @@ def _points(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str
             limit = 34 if frame.wide else 20
             label = mark.label if len(mark.label) <= limit else mark.label[: limit - 1] + "…"
             bold = mark.style == "chosen"
-            label_x, label_y, anchor, box = _beside(x, y, len(label) * (BOLD if bold else CHAR), taken, bounds)
+            label_x, label_y, anchor, box = _beside(x, y, len(label) * (BOLD if bold else CHAR), taken, labels, bounds)
             if not any(_overlap(box, other) for other in labels):  # else it can be read in the tooltip and in the table
                 taken.append(box)
                 labels.append(box)
@@ -241,8 +243,10 @@ def _shape(style: str, x: float, y: float) -> str:
     return f'<polygon class="m-rival" points="{points}"/>'
 
 
-def _beside(x: float, y: float, width: float, taken: Sequence[_Box], bounds: _Box) -> tuple[float, float, str, _Box]:
-    """Where a label of `width` goes beside its point: the place that covers least, the nearer ones first."""
+def _beside(
+    x: float, y: float, width: float, taken: Sequence[_Box], labels: Sequence[_Box], bounds: _Box
+) -> tuple[float, float, str, _Box]:
+    """Where a label of `width` goes beside its point: the place that covers least, other labels least of all, the nearer ones first."""
     best: tuple[float, float, float, str, _Box] | None = None
     for turn, (dx, dy, anchor) in enumerate(
         (sign * dx, dy, anchor)
@@ -254,7 +258,8 @@ def _beside(x: float, y: float, width: float, taken: Sequence[_Box], bounds: _Bo
         box = (left - 3, y + dy - LINE + 4, left + width + 3, y + dy + 4)
         outside = max(0.0, bounds[0] - box[0]) + max(0.0, box[2] - bounds[2])
         outside += max(0.0, bounds[1] - box[1]) + max(0.0, box[3] - bounds[3])
-        cost = 2 * sum(_overlap(box, other) for other in taken) + 40 * outside + 4 * turn
+        cost = 2 * sum(_overlap(box, other) for other in taken) + 30 * sum(_overlap(box, other) for other in labels)
+        cost += 40 * outside + 4 * turn
         if best is None or cost < best[0]:
             best = (cost, x + dx, y + dy, anchor, box)
     assert best is not None

@@ -31,12 +31,13 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
     table.add_column(f"model in {plain(folder)}" if folder else "model", overflow="fold")
     for head in (shortened(metric.replace("_", " "), 9), "points lost", "MB", "speed\nbatch 32", "speed\nbatch 1", "ms"):
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
+    several = sum(len(by_run(part)) for part in parts.values()) > 1
     for (model, task, _, part_metric), part in parts.items():
         if len(parts) > 1:
             table.add_row(Text(plain(f"{model}, {task}: {part_metric}"), style="underline"))
         runs = by_run(part)
         for run, rows in runs.items():
-            if len(runs) > 1:
+            if several and run:
                 table.add_row(Text(f"{plain(run)}:", style="italic"))
             for record in rows:
                 name = Text(plain(record.name.removeprefix(folder)), style="bold" if record.chosen else "")
@@ -46,10 +47,11 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
         rounds = sorted({timing.rounds for record in timed for timing in record.timings})
         count = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
         table.caption_justify = "left"
-        threads, baseline = timed[0].timings[0].threads, timed[0].baseline.removeprefix(folder)
+        counts = sorted({timing.threads for record in timed for timing in record.timings})
+        threads, baseline = " or ".join(map(str, counts)), timed[0].baseline.removeprefix(folder)
         table.caption = escape(
             f"speed: times faster than {baseline}, median of {count} rounds taken in turn; ms: p50 per example at the "
-            f"larger batch; {threads} thread{'s' * (threads != 1)}; points lost: with 95 % interval."
+            f"larger batch; {threads} thread{'s' * (counts[-1] != 1)}; points lost: with 95 % interval."
         )
     return table
 
