@@ -146,8 +146,8 @@ def test_only_a_terminal_breaks_lines_and_between_words() -> None:
 
 
 def test_lines_on_data_are_found_however_its_path_is_spelt() -> None:
-    module.remark("reviews/train.tsv: taking text 'sentence', label 'label'")
-    for spelling in ("reviews", "./reviews", "reviews/", "./reviews/train.tsv"):
+    module.remark("my reviews/train.tsv: taking text 'sentence', label 'label'")  # no other test has data of this name
+    for spelling in ("my reviews", "./my reviews", "my reviews/", "./my reviews/train.tsv"):
         assert module.remarks_on(spelling)[-1].endswith("label 'label'")
     assert module.remarks_on("") == ()
 
