@@ -114,6 +114,7 @@ def test_inspect_shows_each_layer_within_80_columns(call: Call, tmp_path: Path) 
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
     assert "model: BertForSequenceClassification" in shown
+    assert "A plan names what it cuts: encoder.0.heads" in " ".join(shown.split())
     rows = [line.strip(" │┃|").split() for line in lines]
     layers = [row for row in rows if row and row[0] in {"0", "1", "2"}]
     assert len(layers) == 3
@@ -252,6 +253,7 @@ def test_a_task_of_a_third_party_keeps_the_contract(call: Call) -> None:
         (("--task", "intents", "--labell", "x"), "No such option: --labell"),
         (("--task", "intents", "--label", "x"), "the task intents has no --label."),
         (("--task", "glue/sst3"), "did you mean 'glue/sst2'?"),
+        (("--data", "d", "--metric", "f2"), "metric: there is no 'f2'; did you mean 'f1'? known: accuracy"),
         (("--task", "squad", "--stride", "many"), "--stride takes a whole number, not 'many'."),
     ],
 )

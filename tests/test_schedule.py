@@ -28,6 +28,7 @@ from slimformer.running.schedule import (
     passes_within,
     savings,
     teaching,
+    timing,
 )
 from slimformer.tasks.base import Features
 from slimformer.training.stage import Train
@@ -75,6 +76,14 @@ def test_few_passes_go_over_fewer_rows_so_that_the_teacher_reads_less() -> None:
     assert teaching(SST2, PACE, passes, True, step) == pytest.approx(300.0, rel=1e-3)
     assert passes_within(SST2, PACE, 1e9, 12.0, True, step) == 12.0
     assert [copies_of(passes) for passes in (2.0, 5.9, 6.0, 12.0, 40.0)] == [0, 0, 2, 4, 4]
+
+
+def test_timing_of_little_data_ends_before_its_seconds() -> None:
+    assert timing(INTENTS.dev_tokens, PACE, 60.0) == 120.0
+    few = replace(INTENTS, dev_tokens=550, validation_tokens=600)
+    quick = Pace(1 / 8000, 1 / 24000)
+    assert timing(few.dev_tokens, quick, 60.0) == pytest.approx(2 * 6 * 31 * 550 / 24000)
+    assert forecast(few, quick, FULL, 3.0)[Part.MEASURING] < 20
 
 
 def test_what_is_left_out_is_said() -> None:

@@ -149,7 +149,7 @@ def train_is_missing(package: str) -> ExtraError:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that names the nearest known name and all the others: "did you mean 'x'? known: x, y"."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5 if len(name) < 4 else 0.6)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(names) or 'none'}"
 

@@ -76,7 +76,7 @@ def draw_inspection(found: Inspection) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    notes = [f"MACs of one example of {found.length} tokens. A site is cut by name, e.g. encoder.0.heads, encoder.0.ffn."]
+    notes = [f"MACs of one example of {found.length} tokens. A plan names what it cuts: encoder.0.heads, encoder.0.ffn."]
     if found.sites_cut:
         notes.append(f"{found.sites_cut} sites are cut already.")
     if found.matrices_factored:

@@ -91,17 +91,23 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
     student = cut_step(pace, speedup)
     distil = teaching(sizes, pace, diet.passes, False, student)
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
-    contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + 2 * diet.trial_seconds  # it may be delivered
+    trial = timing(sizes.validation_tokens, pace, diet.trial_seconds)
+    contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + trial  # it may be delivered
     short = 6 * (trace / 2 + 0.7) + 8.0  # models of a few sublayers, traced, written and timed
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
-        Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + 2 * min(5.0, diet.trial_seconds),
+        Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + min(10.0, trial),
         Part.CUTTING: short + weigh + (diet.probes + 1) / 2 * (trace + 5.0),
         Part.DISTILLING: distil,
-        Part.TRYING: trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + 2 * diet.trial_seconds,
+        Part.TRYING: trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + trial,
         Part.RIVAL: teaching(sizes, pace, diet.passes, True, student) - distil + contest if diet.rival else 0.0,
-        Part.MEASURING: 6 * sizes.dev_tokens * pace.read / 2 + 2 * diet.bench_seconds + 6.0,
+        Part.MEASURING: 6 * sizes.dev_tokens * pace.read / 2 + timing(sizes.dev_tokens, pace, diet.bench_seconds) + 6.0,
     }
+
+
+def timing(tokens: int, pace: Pace, seconds: float) -> float:
+    """Seconds that timing two workloads of so many tokens takes: `seconds` each, or less if the rounds of all files end before."""
+    return 2 * min(seconds, 6 * 31 * tokens * pace.read)
 
 
 def cut_step(pace: Pace, speedup: float) -> float:

@@ -132,7 +132,8 @@ class Classification(Labelled):
         if self.kind not in known:
             yield f"kind: '{self.kind}'; known: {', '.join(known)}"
         elif self.metric != "auto" and self.metric not in known[self.kind]:
-            yield f"metric: there is no '{self.metric}' for {self.kind}; {nearest(self.metric, known[self.kind])}"
+            of_kind = "" if self.kind == "auto" else f" for {self.kind}"
+            yield f"metric: there is no '{self.metric}'{of_kind}; {nearest(self.metric, known[self.kind])}"
         if self.text_pair is not None and self.text is None:
             yield "text_pair: name the first text column too (text)"
         if not 0 < self.validation_share < 0.5:
