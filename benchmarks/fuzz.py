@@ -1,6 +1,6 @@
 """Gives thousands of mutated files to everything in slimformer that reads files, and counts what comes of it.
 
-    python benchmarks/fuzz.py                       # 20,000 inputs, about half an hour on two cores
+    python benchmarks/fuzz.py                       # 20,000 inputs, about 20 minutes on two cores with nothing else to do
     python benchmarks/fuzz.py --inputs 500 --kind table.csv --kind onnx
     python benchmarks/fuzz.py --replay onnx:117     # one input again, with its traceback
 
@@ -758,6 +758,7 @@ class Runner:
             HF_DATASETS_OFFLINE="1",
             TMPDIR=str(HOME),
             HF_HOME=str(HOME / "hub"),
+            XDG_CACHE_HOME=str(HOME / "cache"),
             OMP_NUM_THREADS="1",
         )
         numbers = subprocess.PIPE
@@ -898,7 +899,7 @@ def main() -> None:
     if given.replay:
         kind, _, number = given.replay.partition(":")
         prepare([kind])
-        tempfile.tempdir = str(HOME)  # as the children have it
+        tempfile.tempdir = os.environ["XDG_CACHE_HOME"] = str(HOME)  # as the children have it
         watch = Watch()
         watch.start()
         print(outcome_of(kind, int(number), given.seed, watch, show=True))

@@ -77,6 +77,7 @@ WRONG = [
     ({"architectures": ["BertForNothing", "B"]}, None),
     ({"initializer_range": "x"}, None),
     ({"chunk_size_feed_forward": -3}, None),
+    ({"chunk_size_feed_forward": 0.5}, None),
 ]  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def test_every_wrong_field_is_one_message_and_costs_no_time(folder, entries, sai
     else:
         assert said is None
         assert model.config.num_labels == 3
+        assert model(torch.tensor([[2, 4, 5, 3]])).logits.shape == (1, 3)
         assert caplog.text or next(iter(entries)) in ("chunk_size_feed_forward", "hidden_dropout_prob")
     assert time.monotonic() - begin < 20
 

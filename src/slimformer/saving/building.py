@@ -37,7 +37,7 @@ _KERNELS = (
 )
 _UNUSED = (  # fields on how a model is called or stored, which are settled here
     "model_type", "slimformer", "dtype", "torch_dtype", "return_dict", "output_attentions", "output_hidden_states", "torchscript",
-    "custom_pipelines", "transformers_version", "_name_or_path", "use_return_dict",
+    "custom_pipelines", "transformers_version", "_name_or_path", "use_return_dict", "chunk_size_feed_forward",
 )  # fmt: skip
 _SIZES = (
     "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "embedding_size",
