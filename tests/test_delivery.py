@@ -193,6 +193,9 @@ def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkey
     both = rivals_of(made, (), ("teacher-int8", "small-dense"), judge, run)
     assert [item.standing for item in both] == ["teacher-fp32", "teacher-int8"]  # nothing was cut: no smaller dense model
     assert both[0].facts == {"minutes": None, "threads": None, "peak_rss_bytes": None}
+    assert [item.name for item in both] == ["dense fp32", "dense int8"]
+    cut = Made(replace(bundle, teacher_plan=Plan({"encoder.0.heads": (0,)})), Effort(minutes=3.0))
+    assert [item.name for item in rivals_of(cut, (), ("teacher-int8",), judge, run)] == ["given fp32", "given int8"]
 
 
 def test_the_smaller_dense_rival_trains_in_every_stage() -> None:

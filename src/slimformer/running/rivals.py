@@ -9,6 +9,7 @@ from typing import Any
 
 from slimformer import registry
 from slimformer.core import cost
+from slimformer.core.plan import Plan
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
 from slimformer.registry import name_of
@@ -39,15 +40,22 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
     """The baseline first, then the rivals that are wanted and can run here."""
     bundle, teacher = made.bundle, judge.teacher
     facts = facts_of(Made(bundle.uncut), run, "") | {"minutes": None, "threads": None, "peak_rss_bytes": None}
-    rivals = [Contestant("dense fp32", Standing.TEACHER_FP32, teacher[Variant.FUSED], Variant.FUSED, facts=facts)]
+    whole = "dense"
+    if bundle.teacher_plan != Plan():
+        whole = "given"
+        run.log.say(
+            "the model to compare with is cut already: speeds and losses are against it as it was given, not against the dense model. "
+            "Name that one as `teacher:` in a recipe to compare with it."
+        )
+    rivals = [Contestant(f"{whole} fp32", Standing.TEACHER_FP32, teacher[Variant.FUSED], Variant.FUSED, facts=facts)]
     if "teacher-int8" in wanted:
         int8 = Variant.INT8_DYNAMIC
-        rivals.append(Contestant("dense int8", Standing.TEACHER_INT8, teacher[int8], int8, facts=facts))
+        rivals.append(Contestant(f"{whole} int8", Standing.TEACHER_INT8, teacher[int8], int8, facts=facts))
     if "openvino-int8" in wanted and has_nncf():
         home = teacher[Variant.FLOAT].parent
         with teacher_turn(home, run):
             path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
-        name, variant = "dense OpenVINO int8", Variant.INT8_STATIC
+        name, variant = f"{whole} OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
     # with zeros alone our model is as large as the teacher
     smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan and not drops_layers(stages)
