@@ -7,6 +7,9 @@ all of them alike. Between trainings they wait. If one process dies, the others 
 
 from __future__ import annotations
 
+import atexit
+import gc
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +25,8 @@ from slimformer.training.devices import accelerator_for
 from slimformer.training.launching import launched
 from slimformer.training.loop import Evaluate, Trained, train
 from slimformer.training.stage import Training
+
+AT_LEAVE = 0.5  # seconds in which the threads of gloo end
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +62,7 @@ def shared(work: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **options: P.kwargs) -> R:
         if _leading or not launched():
             return work(*args, **options)
+        atexit.register(_leave)
         if not accelerator_for((), None).is_main_process:
             return cast(R, join())
         _leading.append(True)
@@ -137,6 +143,15 @@ def _hang_up() -> None:
     """Closes the connections, so that no other process waits for this one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _leave() -> None:
+    """Closes the connections at the end of the program: one that ends while a thread of gloo still runs is aborted."""
+    if torch.distributed.is_initialized():
+        gc.collect()  # models in cycles hold on to their connections
+        torch.distributed.destroy_process_group()
+        gc.collect()
+        time.sleep(AT_LEAVE)
 
 
 def _is_lost(error: BaseException) -> bool:
