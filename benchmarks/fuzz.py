@@ -210,7 +210,7 @@ def change_lines(data: bytes, draw: random.Random) -> bytes:
         place = draw.randrange(len(lines))
         try:
             lines[place] = change_json(lines[place], draw) + b"\n"
-        except ValueError:  # a line that was changed before
+        except (ValueError, RecursionError):  # a line that was changed before
             lines[place] = change_bytes(lines[place], draw)
     return b"".join(lines)
 
