@@ -532,8 +532,8 @@ class _Search:
             if not better(its, mine, allowed):
                 return chosen, rivals
             self.state.log.say(
-                f"the smaller dense model loses {its.loss:+.2f} points on validation examples at {its.speed_32 / mine.speed_32:.2f} "
-                "times the speed of the cut one: it is delivered, and the cut one stands beside it."
+                f"the smaller dense model has {abs(its.loss):.2f} points {lost_text(its.loss)} on validation examples at "
+                f"{its.speed_32 / mine.speed_32:.2f} times the speed of the cut one: it is delivered, and the cut one stands beside it."
             )
             minutes = chosen.made.effort.minutes + small.made.effort.minutes  # of the whole search
             winner = candidate_of(

@@ -149,7 +149,7 @@ def _leave() -> None:
     """Closes the connections at the end of the program: one that ends while a thread of gloo still runs is aborted."""
     if torch.distributed.is_initialized():
         gc.collect()  # models in cycles hold on to their connections
-        torch.distributed.destroy_process_group()
+        _hang_up()
         gc.collect()
         time.sleep(AT_LEAVE)
 
