@@ -47,7 +47,7 @@ NARROW = 64  # columns of a word's row that may share a number in a searched sha
 class KroneckerFactors(Method):
     """`shapes` names a published model; else they are searched so that `keep` of the dense `cost` may remain, 0.25 if not said.
 
-    - `terms`: products in the sum of each matrix.
+    - `terms`: products in the sum of each matrix; None takes as many as the shapes say, or one.
     - `embedding`: columns of a word's row that share a number; 0 leaves the table dense, None does as the shapes say, or
       searches that too.
     - `embedding_terms`: products in the sum of a table, 1 in the paper.
@@ -61,10 +61,10 @@ class KroneckerFactors(Method):
         True
     """
 
-    shapes: Literal["7.7x", "21x"] | None = None
+    shapes: Literal["5.5x", "7.7x", "21x"] | None = None
     keep: Share | None = None
     cost: Literal["parameters", "macs"] = "parameters"
-    terms: Count = 1
+    terms: Count | None = None
     embedding: CountOrZero | None = None
     embedding_terms: Count = 1
 
@@ -124,7 +124,9 @@ class KroneckerFactors(Method):
         return forms
 
     def _terms(self, matrix: Matrix) -> int:
-        return self.embedding_terms if matrix.role is Role.EMBEDDING else self.terms
+        if matrix.role is Role.EMBEDDING:
+            return self.embedding_terms
+        return self.terms or (1 if self.shapes is None else NAMED[self.shapes].terms)
 
     def _concerned(self, anatomy: Anatomy) -> list[Matrix]:
         return [matrix for matrix in anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
@@ -181,14 +183,21 @@ class Shapes:
     """The small factors of a published model; the large one is what is left of a matrix.
 
     Table 1 prints "n1, m1" for width 768 and FFN width 3072: 384,384 and 2,8 for the 7.7x model, 48,384 and 2,16 for the 21x
-    model. The names are those of the published models, by their size at BERT-base (7.5 and 20.9 times as we count). An encoder
-    of six layers and width 384 becomes 7.2 and 15.7 times smaller by the same factors: more of it is the word table, and what
-    is never factored.
+    model. For the 5.5x model it prints 384,384 twice, with four products in each sum; of an attention matrix these are as many
+    numbers as it has, and the model would have 45 M, not the 20 M that the paper states. With 48,384, which has 20.2 M without the
+    pooler (5.4 times fewer), the figures agree, so that is taken.
+
+    The names are those of the published models, by their size at BERT-base (5.3, 7.5 and 20.9 times as we
+    count). An encoder
+    of six layers and width 384 becomes 6.4, 7.2 and 15.7 times smaller by the same factors: more of it is the word table, and
+    what is never factored.
     """
 
     attention: Shape  # B, of all four matrices
-    ffn: Shape  # A of the first matrix; turned over, A of the second
+    ffn: Shape  # the small factor of the first matrix; turned over, that of the second
     embedding: int  # columns of B, a single row
+    terms: int = 1  # products in the sum of each matrix, a table apart
+    ffn_small: Literal["a", "b"] = "a"  # which of an FFN matrix's factors is the small one
 
     def form(self, matrix: Matrix, terms: int) -> Kronecker:
         """The form of one matrix; PlanError if the small factor does not divide it."""
@@ -197,11 +206,15 @@ class Shapes:
         if matrix.role in ATTENTION_ROLES:
             return Kronecker(_divided(matrix, self.attention), terms)
         small = self.ffn if matrix.role is Role.FFN_IN else self.ffn[::-1]
-        _divided(matrix, small)
-        return Kronecker(small, terms)
+        large = _divided(matrix, small)
+        return Kronecker(small if self.ffn_small == "a" else large, terms)
 
 
-NAMED: Mapping[str, Shapes] = {"7.7x": Shapes((2, 2), (8, 2), 8), "21x": Shapes((2, 16), (16, 2), 16)}
+NAMED: Mapping[str, Shapes] = {
+    "5.5x": Shapes((2, 16), (8, 2), 12, terms=4, ffn_small="b"),
+    "7.7x": Shapes((2, 2), (8, 2), 8),
+    "21x": Shapes((2, 16), (16, 2), 16),
+}
 
 
 @dataclass(frozen=True)
