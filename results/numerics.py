@@ -30,6 +30,7 @@ from work import (
     DISTIL,
     ENCODER,
     EXPORT,
+    MORE_IDS,
     ROOT,
     SQUAD_TEACHER,
     SST2_TEACHER,
@@ -83,7 +84,7 @@ FIVE = ("mrpc", "rte", "cola", "stsb", "sst2")
 AUGMENT = {"sst2": 0, "squad1": 0}  # copies of each row; the small sets get COPIES
 COPIES = 4
 TEXT, SENTENCES = "runs/sweep/sentences.txt", 50_000
-MORE_IDS = "runs/sweep/squad-v1.1-20k.json"
+
 PASSES = 10.0  # over the rows of a small set, copies counted; half of that if a set is large
 
 PAPER_LOSS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, embedding=1.0, relative=False)  # Xu et al., Tahaei et al.
@@ -244,8 +245,8 @@ def goes_on() -> dict[str, tuple[Stage, ...]]:
 @cache
 def jobs() -> tuple[Job, ...]:
     """All of the table."""
-    tuned = {task: teacher(TABLE, task) for task in FIVE if task not in ("mrpc", "sst2")}
-    tuned["mrpc"] = teacher("structured", "mrpc")  # the same one
+    tuned = {task: teacher("minilm", task) for task in FIVE if task not in ("mrpc", "sst2")}
+    tuned["mrpc"] = teacher("minilm", "mrpc")
     tasks: dict[str, Task] = {**{task: glue(task) for task in FIVE}, "squad1": small_squad()}
     found: list[Job] = list(tuned.values())
 

@@ -207,7 +207,7 @@ def jobs() -> tuple[Job, ...]:
         questions("v2", None),
         questions("v1", None, "nq"),
     )
-    tuned_mrpc = teacher(TABLE, "mrpc")
+    tuned_mrpc = teacher("minilm", "mrpc")
     long = replace(DISTIL, batch_size=16)
     found = [tuned_mrpc]
 

@@ -10,6 +10,7 @@ are then measured one after the other, alone. Nothing is drawn here.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -38,7 +39,7 @@ from slimformer.training.stage import Train
 
 HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
-RATE = 5000.0  # tokens a second of a dense small encoder in training on two cores; only the forecast depends on it
+RATE = 20_000.0  # tokens a second through a layer of a small encoder, in training on two cores; only the forecast depends on it
 LETTERS = 4.5  # bytes of a text for each of its tokens
 LOOK = 0.4  # the teacher's pass over a row takes this share of a training step
 TEACHERS = RUNS / "sweep" / "teachers"  # a cache that the runs of a task share: gigabytes
@@ -78,7 +79,7 @@ class Job:
                 if any(method.effects().needs_teacher for method in stage.methods):
                     seen += LOOK * tokens * min(1.0, stage.epochs)  # kept on disk
             share = min(share, self.share) if deciding else share
-        return seen / RATE / 3600 + AROUND
+        return seen * _depth(self.recipe.teacher or self.recipe.model) / RATE / 3600 + AROUND
 
 
 @cache
@@ -86,11 +87,21 @@ def _tokens(task: Task, model: str, text: str | None) -> float:
     """Tokens in an epoch, from 500 examples, or from the size of a text file. A model to come splits words as the demo's does."""
     if text is not None and Path(text).is_file():
         return Path(text).stat().st_size / LETTERS
-    source = Path(model) if Path(model).is_dir() else encoder()
+    source = _there(model)
     examples = task.split(Split.TRAIN)
     some = examples[:: max(1, len(examples) // 500)]
     features = task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source)))
     return float(features.lengths().sum()) / len(some) * len(examples)
+
+
+def _there(model: str) -> Path:
+    """The folder of a model; the demo's encoder for one that is still to be made."""
+    return Path(model) if (Path(model) / "config.json").is_file() else encoder()
+
+
+def _depth(model: str) -> int:
+    """Layers of a model."""
+    return int(json.loads((_there(model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
 
 
 def due(jobs: Sequence[Job]) -> list[Job]:
@@ -117,20 +128,20 @@ def forecast(jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-def sweep(jobs: Sequence[Job], beside: int = 1) -> int:
+def sweep(jobs: Sequence[Job], beside: int = 1, wait_seconds: float = 60.0) -> int:
     """Runs the jobs without rows and returns how many failed; a failure is reported, and the others go on.
 
-    `beside`: jobs that train at a time.
+    `beside`: jobs that train at a time. `wait_seconds`: how long each waits for a quiet machine before it is measured.
     """
     failed = 0
     for some in rounds(due(jobs), beside):
         if len(some) > 1:
             train_beside(some)
-        failed += sum(not _finish(job) for job in some)
+        failed += sum(not _finish(job, wait_seconds) for job in some)
     return failed
 
 
-def _finish(job: Job) -> bool:
+def _finish(job: Job, wait_seconds: float) -> bool:
     """Runs a job to its end and keeps its rows; False if it failed."""
     begin = time.monotonic()
     print(f"== {job.folder}", flush=True)
@@ -139,7 +150,7 @@ def _finish(job: Job) -> bool:
             if job.before is not None:
                 job.before()
             command = f"slimformer run results/methods/{job.folder}/recipe.yaml"
-            run(job.recipe, job.scratch, command=command, cache=TEACHERS)
+            run(job.recipe, job.scratch, command=command, cache=TEACHERS, wait_seconds=wait_seconds)
     except Exception as error:  # one job's fault must not keep the others from running
         traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
         return False
@@ -195,6 +206,7 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     reader.add_argument("--draw", action="store_true", help="only draw the page from the rows that stand")
     reader.add_argument("--only", default="", help="a regular expression on the names of jobs")
     reader.add_argument("--beside", type=int, default=1, help="jobs that train at a time, each on its share of the cores")
+    reader.add_argument("--wait", type=float, default=60.0, help="seconds that each job waits at most for a quiet machine")
     reader.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # train only: train_beside starts it
     chosen = reader.parse_args(arguments)
     named = {job.folder for job in jobs if re.search(chosen.only, job.folder)}
@@ -208,7 +220,7 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
             if not (job.scratch / LEDGER).is_file():
                 train_stages(job.recipe, job.scratch, cache=TEACHERS)
         return 0
-    failed = 0 if chosen.draw else sweep(some, chosen.beside)
+    failed = 0 if chosen.draw else sweep(some, chosen.beside, chosen.wait)
     draw()
     return 1 if failed else 0
 

@@ -457,6 +457,20 @@ def test_a_metric_that_is_no_mean_is_resampled_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_runs_on_the_same_examples_are_compared_in_pairs(tmp_path: Path) -> None:
+    task = Classification(data=str(data(tmp_path / "data")))
+    first, second = export(tmp_path / "a"), export(tmp_path / "b", weights={"dull": (0.0, 1.0)})
+    both = bench([first, second], task, rounds=3, load=LOAD, threads=1).records
+    (alone,) = bench([first], task, rounds=3, load=LOAD, threads=1, seed=5).records
+    other = bench([second, first], task, rounds=3, load=LOAD, threads=1, seed=9).records[0]
+    assert both[0].resampled == alone.resampled != other.resampled == both[1].resampled
+    assert np.mean(alone.resampled) == pytest.approx(alone.score, abs=0.05)
+    gap = np.subtract(alone.resampled, other.resampled) * 100
+    assert both[1].loss is not None
+    assert np.percentile(gap, [2.5, 97.5]) == pytest.approx([both[1].loss.low, both[1].loss.high], abs=3)
+
+
+@pytest.mark.slow
 def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     export(tmp_path / "model", ("model.onnx", "model_fused.onnx"))
     data(tmp_path / "data")

@@ -443,8 +443,9 @@ def test_the_bootstrap_takes_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> N
         name: scoring.Scored.of(scoring.Entry(name, "other", "float", None, task, features), outputs[name], rows)  # type: ignore[arg-type]
         for name in outputs
     }
-    monkeypatch.setattr(scoring, "_resampled", lambda *_: pytest.fail("it scores resamples one by one"))
-    found = scoring.metric_losses(scored, [("a", "b")], rows)
+    monkeypatch.setattr(scoring, "_score_again", lambda *_: pytest.fail("it scores resamples one by one"))
+    resamples = {name: scoring.resampled(item, rows) for name, item in scored.items()}
+    found = scoring.metric_losses(scored, [("a", "b")], resamples)
     assert found["a", "b"].value > 50
 
 

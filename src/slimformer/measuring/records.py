@@ -83,11 +83,14 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Heading:
-    """What the rows of one comparison have in common: the teacher's name, the task's, and the split they are scored on."""
+    """What the rows of one comparison have in common: the teacher's name, the task's, the split they are scored on, and the
+    digest of the teacher's weights if there are weights to read.
+    """
 
     model: str
     task: str
     split: str = "dev"
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Record:
         model: The teacher's name.
         task: The task's name, such as "glue/sst2".
         split: The split it was scored on.
+        teacher: The digest of the teacher's weights: rows of other weights have another baseline, whatever its name is.
         metric: The key of `scores` that counts.
         scores: All metrics of the task, by name.
         date: When it was measured, in UTC.
@@ -110,6 +114,8 @@ class Record:
         examples: How many examples were scored.
         loss: Points of the metric below the baseline; negative if it is better.
         versus: Points of the metric below each rival, by the rival's name.
+        resampled: The metric on resamples of the examples, the same draws for all models and runs on as many examples: two rows of one
+            split are compared in pairs by their differences. It is empty if the metric is undefined on some.
         chosen: Whether this file ships; it was picked on validation examples, never on `split`.
         target: The speed and the loss that were asked for.
         forecast: What the file was chosen by, on validation examples.
@@ -150,12 +156,14 @@ class Record:
     scores: Mapping[str, float]
     date: str
     environment: Environment
+    teacher: str = ""
     precision: str = ""
     file: str = ""
     higher_is_better: bool = True
     examples: int = 0
     loss: Interval | None = None
     versus: Mapping[str, Interval] = field(default_factory=dict)
+    resampled: tuple[float, ...] = ()
     chosen: bool = False
     target: Goal | None = None
     forecast: Forecast | None = None

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 RESAMPLES = 10_000  # of a mean over examples
 METRIC_RESAMPLES = 500  # of any other metric: each calls the task's score, which takes some ms
+DRAWS = 0  # the seed of these: always the same, so that runs on the same examples can be compared in pairs
 MOST_CLASSES = 200  # with more, chance is not worked out: each class is a call of the task's score
 A_MINUTE = Rounds(seconds=60.0)
 
@@ -82,6 +83,11 @@ class Scored:
     def score(self) -> float:
         """The task's own metric."""
         return self.scores[self.entry.task.metric]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the metric is the mean of the credit, as accuracy is."""
+        return bool(abs(self.score - self.credit.mean()) < 1e-9)
 
 
 def _say_doubts(entry: Entry, outputs: Outputs, examples: Sequence[Example]) -> None:
@@ -207,44 +213,52 @@ def bootstrap(credit_a: np.ndarray, credit_b: np.ndarray, seed: int, resamples: 
 
 
 def metric_losses(
-    scored: Mapping[str, Scored], pairs: Iterable[tuple[str, str]], examples: Sequence[Example], seed: int = 0
+    scored: Mapping[str, Scored],
+    pairs: Iterable[tuple[str, str]],
+    resamples: Mapping[str, np.ndarray],
+    seed: int = 0,
 ) -> dict[tuple[str, str], Interval]:
     """For each pair of names, the points of the metric that the second lies below the first, with the paired 95 % interval.
 
-    If the metric is the mean of the credit (accuracy), all resamples are drawn at once. Any other metric (F1, Matthews,
-    correlations) is computed anew by the task on each resample; these are fewer, and the same ones for all models.
+    If the metric is the mean of the credit (accuracy), many resamples are drawn at once. For any other metric (F1, Matthews,
+    correlations) they are those of `resampled`, by name.
     """
     pairs = list(pairs)
     names = {name for pair in pairs for name in pair}
     points = {name: 100.0 if scored[name].entry.task.higher_is_better else -100.0 for name in names}
-    if all(abs(scored[name].score - scored[name].credit.mean()) < 1e-9 for name in names):
+    if all(scored[name].is_mean for name in names):
         return {
             (first, second): bootstrap(scored[first].credit, scored[second].credit, seed).scaled(points[first])
             for first, second in pairs
         }
-    resampled = {name: _resampled(scored[name], examples, seed) for name in names}
     return {
         (first, second): paired_interval(
-            scored[first].score - scored[second].score, resampled[first] - resampled[second]
+            scored[first].score - scored[second].score, resamples[first] - resamples[second]
         ).scaled(points[first])
         for first, second in pairs
     }
 
 
-def _resampled(scored: Scored, examples: Sequence[Example], seed: int) -> np.ndarray:
-    """The metric on resamples of the examples, the same ones for the same seed: (METRIC_RESAMPLES,)."""
+def resampled(scored: Scored, examples: Sequence[Example]) -> np.ndarray:
+    """The metric on resamples of the examples: (METRIC_RESAMPLES,).
+
+    The draws depend on the number of examples alone, so that two models are compared in pairs, also if they were scored in two runs.
+    """
+    draw = np.random.default_rng(DRAWS)
+    draws = [draw.integers(0, len(examples), len(examples)) for _ in range(METRIC_RESAMPLES)]
+    if scored.is_mean:
+        return np.array([scored.credit[drawn].mean() for drawn in draws])
     rows_of: list[list[int]] = [[] for _ in examples]
     for row, example in enumerate(scored.entry.features.example):
         rows_of[example].append(row)
-    draw = np.random.default_rng(seed)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a resample may hold one class only, so that a correlation is undefined
-        return np.array(
-            [
-                _score_again(scored, rows_of, examples, draw.integers(0, len(examples), len(examples)))
-                for _ in range(METRIC_RESAMPLES)
-            ]
-        )
+        return np.array([_score_again(scored, rows_of, examples, drawn) for drawn in draws])
+
+
+def _kept(resamples: np.ndarray) -> tuple[float, ...]:
+    """Resamples as a ledger keeps them: none at all if some are undefined, since two rows are paired place by place."""
+    return tuple(round(float(value), 5) for value in resamples) if np.isfinite(resamples).all() else ()
 
 
 def _score_again(scored: Scored, rows_of: list[list[int]], examples: Sequence[Example], drawn: np.ndarray) -> float:
@@ -301,7 +315,8 @@ def measure(
     against = {entry.name: rivals if entry.role == Standing.OURS else [] for entry in entries}
     baseline = entries[0].name
     pairs = [(first, entry.name) for entry in entries for first in (baseline, *against[entry.name]) if first != entry.name]
-    losses = metric_losses(scored, pairs, examples, seed)
+    resamples = {name: resampled(item, examples) for name, item in scored.items()}
+    losses = metric_losses(scored, pairs, resamples, seed)
     machine, chance = environment(), chance_score(scored[baseline], examples)
 
     def record(entry: Entry) -> Record:
@@ -316,6 +331,7 @@ def measure(
             "scores": scored[entry.name].scores,
             "chance": chance,
             "loss": losses.get((baseline, entry.name)),
+            "resampled": _kept(resamples[entry.name]),
             "versus": {rival: losses[rival, entry.name] for rival in against[entry.name]},
             "precision": str(entry.precision),
             "file": path.name if path else "",

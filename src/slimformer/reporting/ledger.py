@@ -111,12 +111,19 @@ def read_ledgers(paths: Iterable[Path]) -> dict[Path, list[Record]]:
     return records
 
 
-def groups(records: Iterable[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
-    """The records by what they must share to stand in one table: teacher, task, split and metric."""
-    parts: dict[tuple[str, str, str, str], list[Record]] = {}
+def groups(records: Iterable[Record]) -> dict[tuple[str, str, str, str, str], list[Record]]:
+    """The records by what they must share to stand in one table: the teacher's name and weights, task, split and metric."""
+    parts: dict[tuple[str, str, str, str, str], list[Record]] = {}
     for record in records:
-        parts.setdefault((record.model, record.task, record.split, record.metric), []).append(record)
+        key = (record.model, record.teacher, record.task, record.split, record.metric)
+        parts.setdefault(key, []).append(record)
     return parts
+
+
+def several_teachers(records: Iterable[Record]) -> bool:
+    """Whether teachers of one name have different weights, so that a name alone would mislead."""
+    weights = {(record.model, record.task): {record.teacher} for record in records}
+    return any(record.teacher not in weights[record.model, record.task] for record in records)
 
 
 def by_run(records: Iterable[Record]) -> dict[str, list[Record]]:

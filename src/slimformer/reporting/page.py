@@ -16,7 +16,7 @@ from slimformer.errors import DataError, OutputError, readable
 from slimformer.files import write_text
 from slimformer.measuring.records import Record
 from slimformer.reporting.answers import ChangedAnswer, shortened_answer
-from slimformer.reporting.ledger import LEDGER, groups, read_ledgers
+from slimformer.reporting.ledger import LEDGER, groups, read_ledgers, several_teachers
 from slimformer.reporting.sections import section_of
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def write_page(records: Sequence[Record], path: Path, details: Details = Details
     )
     changed = details.changed
     html = jinja.get_template("report.html").render(
-        sections=[section_of(part) for part in groups(records).values()],
+        sections=[section_of(part, weights=several_teachers(records)) for part in groups(records).values()],
         changed=[shortened_answer(answer) for answer in changed[:SHOWN]],
         changed_total=len(changed),
         changed_lost=sum(answer.gain < 0 for answer in changed),

@@ -73,8 +73,11 @@ class Section:
     circumstances: tuple[Fact, ...]
 
 
-def section_of(records: Sequence[Record]) -> Section:
-    """The section of records that may stand in one table. Of several runs it judges each by its own rows."""
+def section_of(records: Sequence[Record], *, weights: bool = False) -> Section:
+    """The section of records that may stand in one table. Of several runs it judges each by its own rows.
+
+    `weights`: its title names the teacher's weights, because another section has a teacher of the same name.
+    """
     first, runs = records[0], by_run(records)
     several = len(runs) > 1
     ours = None if several else choice(records)
@@ -84,7 +87,9 @@ def section_of(records: Sequence[Record]) -> Section:
     columns = ("model", "precision", metric, "points lost", "MB", "× batch 32", "× batch 1")
     counted = [record for record in records if record.params or record.encoder_params or record.macs]
     return Section(
-        title=" · ".join(part for part in (first.model, first.task, f"{first.split} split") if part),
+        title=" · ".join(
+            part for part in (first.model, first.teacher if weights else "", first.task, f"{first.split} split") if part
+        ),
         metric=metric,
         headline=_runs_headline(tuple(runs)) if several else _headline(ours, records),
         verdict=_best_runs(runs, metric) if several else judge(ours, records) if ours else Verdict(None, _NO_OURS),

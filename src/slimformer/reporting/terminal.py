@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from slimformer.measuring.records import Record
 from slimformer.reporting.inspection import Inspection
-from slimformer.reporting.ledger import by_run, groups
+from slimformer.reporting.ledger import by_run, groups, several_teachers
 from slimformer.reporting.words import mb_text, plain, shortened, signed
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    parts = groups(records)
+    parts, twins = groups(records), several_teachers(records)
     metric = records[0].metric if len(parts) == 1 else "score"
     table = Table(
         title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
@@ -32,9 +32,9 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
     for head in (shortened(metric.replace("_", " "), 9), "points lost", "MB", "speed\nbatch 32", "speed\nbatch 1", "ms"):
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     several = sum(len(by_run(part)) for part in parts.values()) > 1
-    for (model, task, _, part_metric), part in parts.items():
+    for (model, weights, task, _, part_metric), part in parts.items():
         if len(parts) > 1:
-            table.add_row(Text(plain(f"{model}, {task}: {part_metric}"), style="underline"))
+            table.add_row(Text(plain(f"{model}{f' ({weights})' * twins}, {task}: {part_metric}"), style="underline"))
         runs = by_run(part)
         for run, rows in runs.items():
             if several and run:

@@ -37,6 +37,7 @@ from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
 from slimformer.saving.folders import MODEL_FOLDER
 from slimformer.saving.sparse import Values, rounding
+from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Split, Task
 
 
@@ -68,7 +69,7 @@ def finish(candidate: Candidate, rivals: Sequence[Contestant], order: Order, jud
     measurement = measure(
         entries,
         made.bundle.material.examples[Split.DEV],
-        Heading(order.model_name, order.task_name),
+        Heading(order.model_name, order.task_name, teacher=fixed_digest(made.bundle.teacher.model)),
         rounds=Rounds(30, seconds=bench.seconds),
         load=run.quiet.load(),
         seed=run.seed,
