@@ -11,25 +11,45 @@ we make of the method (`-ours`), dense int8, and dense models of fewer layers. T
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from math import hypot
+from pathlib import Path
+from statistics import fmean
 
-from numerics import COPIES, OURS_LR, PAPER_LOSS, PASSES, more_ids
+import structured
+from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, more_ids
+from pages import Run, bullets, interval, row_times, table, wrapped
 from sweep import Job, main
 from work import (
     DISTIL,
     ENCODERS,
     EXPORT,
+    ROOT,
     TUNED,
     TUNING,
+    dense,
+    epochs,
     folder_of,
+    found_in,
     glue,
+    left,
+    lost,
+    ours_in,
+    plain_in,
+    recipe_link,
+    series,
+    still_to_run,
     teacher,
     twenty_thousand,
+    write,
 )
 
+from slimformer.exporters.base import Variant
+from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.group_lasso import GroupLasso
@@ -38,6 +58,8 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
 from slimformer.methods.quantization import Quantization
+from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
+from slimformer.reporting.words import interval_text, signed
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.tasks.base import Task
 from slimformer.training.stage import Calibrate, Stage, Train
@@ -46,6 +68,10 @@ TABLE = "published"
 COMMAND = "python results/published.py"
 BENCH = Bench(rivals=("teacher-int8",), seconds=8.0, fused=True)
 LAYERS = {"minilm": 6, "e5": 12}
+ENCODER_NAMES = {"minilm": "MiniLM, 6 layers", "e5": "e5-small, 12 layers"}
+TRAINED = tuple(names for names in TUNING if names != ("minilm", "rte"))  # that one is hardly better than chance
+FOUR = ("mrpc", "cola", "stsb", "sst2")
+EPOCHS = {"mrpc": 8.0, "sst2": 4.0}  # of the structured methods, all stages together
 SEEDS = (17, 18, 19)  # of runs that take less than ten minutes
 ROLES = ("matrix", "head", "attention", "softmax", "norm", "branch", "embedding")
 Stages = tuple[Stage, ...]
@@ -70,9 +96,9 @@ def fully_quantized(bits: int) -> Stages:
         weights=bits,
         activations=bits,
         embeddings=bits,
-        roles=ROLES,
+        roles=ROLES,  # type: ignore[arg-type]
         grid="affine",
-        exact_zero=False,  # type: ignore[arg-type]
+        exact_zero=False,
     )
     return (Train(methods=(fake,), lr=4e-5, epochs=2.0, dropout=False),)
 
@@ -112,7 +138,7 @@ def dense_layers(share: float, epochs: float) -> Stages:
 @cache
 def jobs() -> tuple[Job, ...]:
     """All jobs of the table, in the order of interest."""
-    tuned = {names: teacher(*names) for names in TUNING if names != ("minilm", "rte")}
+    tuned = {names: teacher(*names) for names in TRAINED}
     found: list[Job] = list(tuned.values())
 
     def add(
@@ -141,17 +167,336 @@ def jobs() -> tuple[Job, ...]:
         for task in ("mrpc", "sst2"):
             add(encoder, task, {"quantization-8": fully_quantized(8)}, seeds=SEEDS)
             add(encoder, task, {f"quantization-{bits}": fully_quantized(bits) for bits in (6, 4)})
-    for task in ("mrpc", "sst2", "rte", "cola", "stsb"):
+    for task in FIVE:
         add("e5", task, {"sparse-ours-5": sparse_ours("e5", task)})
-    for encoder, tasks in (("minilm", ("mrpc", "stsb", "cola", "sst2")), ("e5", ("mrpc", "sst2", "rte", "cola", "stsb"))):
-        for task in tasks:
+    for encoder in ("minilm", "e5"):
+        for task in ("mrpc", "sst2"):
+            pruned = structured.methods(0.48, EPOCHS[task], DISTIL)
+            add(encoder, task, {"gates": pruned["gates"], "layers-even-48": dense_layers(0.5, EPOCHS[task])}, 0.48)
+            add(encoder, task, {"movement": movement(EPOCHS[task])}, start=ENCODERS[encoder])
+            add(encoder, task, {"group_lasso": group_lasso(EPOCHS[task])})
+    for encoder, task in {**dict.fromkeys(TRAINED), **TUNED}:
+        if task != "squad1":
             add(encoder, task, {"sparse-5": sparse(encoder, task)}, start=ENCODERS[encoder])
-    for task in ("mrpc", "sst2", "cola", "stsb"):
+    for task in FOUR:
         add("minilm", task, {"sparse-ours-5": sparse_ours("minilm", task)})
     unique = {job.folder: job for job in found}
     return tuple(unique.values())
 
 
+# -- The page ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class System:
+    """A paper's part of the page: what it claims, how our rows of its name were run, and which runs stand in its table."""
+
+    title: str
+    claim: str
+    run: str  # how the rows named after the paper were run, and in what they differ from it
+    names: str  # a regular expression on the names of runs, without task and seed
+    timed: bool = False  # whether speed is what the rows show
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What one named run, or the mean of one over several tasks, has to show; the names were fixed before the runs were scored."""
+
+    what: str
+    run: str
+    tasks: tuple[str, ...]
+    allowed: float = 0.0  # points
+    times: float = 0.0  # as fast as the dense model in fp32
+    share: float = 1.0  # of the encoder's weights
+    kept: float = 0.0  # share of the teacher's metric, on all tasks but one
+
+
+READING = (
+    "**score** and **points lost** are those of the fp32 file on the whole dev split, **int8** the points that the int8 file for "
+    "ONNX Runtime lost. The 95 % interval is that of the paired bootstrap over examples; with several seeds it is that of their "
+    "mean, over examples and seeds.",
+    "**encoder weights**: the numbers of the encoder's matrices that are not 0, and how many times fewer they are than in the "
+    "dense model. **whole**: the same of the whole model with its word table, which is large in small models.",
+    "**×**: times as fast as the dense model in fp32 in ONNX Runtime, both with fused operators, with 80 % of the rounds.",
+    "**passes**: over the rows of the task, copies of rows counted, stage by stage.",
+    "A run is named after a paper only if it is run as the paper ran it; what differs stands above its table. `-ours` is the same "
+    "method as it suits few passes. All runs of an encoder and a task have the same teacher, which the first table names by the "
+    "digest of its weights; older tables of methods have other teachers.",
+    "No mean holds a task whose teacher is not clearly better than the best answer that is the same for every example.",
+)
+
+SYSTEMS = (
+    System(
+        "Gates: McCarley, Chakravarti, Sil",
+        "BERT-large on SQuAD 2.0: 1.95 times as fast, 1.4 F1 lost, 39 % of the encoder's weights left; the middle layers keep most.",
+        "`gates`: of the tuned model all weights are frozen while gates learn, heads and neurons apart, with the task's loss; the "
+        "units that stay train on, with distillation of hidden states and outputs. In the paper gates learn for one epoch and "
+        "retraining takes one; here both take half of the passes. The paper's recipe of distillation was not to be had.",
+        r"gates.*",
+        timed=True,
+    ),
+    System(
+        "Block movement pruning: Lagunas, Charlaix, Sanh, Rush",
+        "BERT-base on SQuAD 1.1, Hybrid Filled: 2.25 times as fast, 0.8 F1 lost, a quarter of the encoder's weights left.",
+        "`movement`: from weights that are not tuned, with the published penalty (lambda 20), threshold (0.1), blocks of 32 and "
+        "whole neurons, the paper's loss (0.9 of the teacher's outputs at temperature 2, 0.1 of the labels), no decay of weights, "
+        "zeros filled, then a dense stage. Twenty passes there, fewer here, at a higher rate. `movement-ours` prunes the tuned model "
+        "to a share of the multiply-accumulates and learns hidden states too.",
+        r"movement.*",
+        timed=True,
+    ),
+    System(
+        "Reweighted group lasso: Li, Kong, Zhang, Li, Li, Liu, Ding",
+        "BERT-base on GLUE: up to 5.0 times fewer weights with no or minor loss on certain tasks.",
+        "`group_lasso`: rows inside blocks, eight blocks along a matrix of the attention, a fifth of each matrix left, the task's "
+        "loss alone; then retraining under the mask. The renewal of the weights of the penalty really happens here, five times in "
+        "a run. Zeros inside matrices bring no speed in ONNX Runtime. `group_lasso-ours` cuts whole units, with distillation.",
+        r"group_lasso.*",
+    ),
+    System(
+        "Knowledge-aware sparse pruning: Xu, Yen, Zhao, Xiao",
+        "BERT-base on four tasks of GLUE: 20 times fewer encoder weights, 1.4 points lost on average.",
+        "`sparse-5`: from weights that are not tuned, the paper's loss (embedding, hidden states and attention scores of all layers, "
+        "outputs at temperature 1; no labels), 100 updates to the end, a twentieth of each matrix left. The paper has 30 copies of "
+        "each row and 12 passes over these, and a constant rate of 3e-5; here there are four copies and ten passes over rows in "
+        "all, at 1.6e-4, which falls. `sparse-ours-5` starts from the tuned weights at ten times that rate.",
+        r"sparse.*",
+    ),
+    System(
+        "Kronecker factors: Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh",
+        "BERT-base on GLUE: 7.7 times smaller, 97 % of its scores or more; 21 times smaller, 91 % or more.",
+        "`kronecker-7.7x`: the published shapes, a stage on text with the pre-trained model as teacher, one on the task with the "
+        "tuned one; sums of squared errors, outputs and labels, all weights 1, no copies of rows. The paper's text is a tenth of "
+        "Wikipedia, three times over; here it is 50,000 sentences, once.",
+        r"kronecker.*",
+    ),
+    System(
+        "Fully quantized Transformer: Prato, Charlaix, Rezagholizadeh",
+        "Translation: 8 bits lose nothing against float.",
+        "`quantization-8`, `-6`, `-4`: every operand of the paper on a grid of so many bits: inputs and weights of matrices, queries, "
+        "keys and values, numerator, denominator and output of softmax and layer norm, activations, embeddings; biases and sums of "
+        "residuals in float. From the tuned model, the task's loss alone, two passes; affine grids that need not hold 0. The paper "
+        "translates, and trains from scratch. The score is that of the model as it was trained, where files compute the parts "
+        "between matrices in float.",
+        r"quantization.*",
+    ),
+    System(
+        "Beside them: dense models of fewer layers",
+        "Sajjad, Dalvi, Durrani, Nakov: dropping the top layers is best.",
+        "`layers-<which>-<share>`: whole layers dropped, the rest trained with distillation for as long as `gates` and `movement`.",
+        r"layers.*",
+        timed=True,
+    ),
+)
+AIMS = (
+    Aim("Xu et al., as published: 20 times fewer encoder weights, at most 1.4 points lost on average", "sparse-5", FIVE, 1.4),
+    Aim("the same by `sparse-ours-5`", "sparse-ours-5", FIVE, 1.4),
+    Aim("Tahaei et al., as published: 97 % of the teacher's metric on three of four tasks", "kronecker-7.7x", FOUR, kept=0.97),
+    Aim("Prato et al., everything at 8 bits: no loss beyond its interval, MRPC", "quantization-8", ("mrpc",)),
+    Aim("the same, SST-2", "quantization-8", ("sst2",)),
+    Aim("Lagunas et al., as published: 2.4 times as fast, at most 1.0 F1 lost", "movement", ("squad1",), 1.0, 2.4),
+    Aim("Lagunas et al., `movement` to a share: the same", "movement-ours", ("squad1",), 1.0, 2.4),
+    Aim("McCarley et al.: 1.9 times as fast, at most 1.4 points lost, MRPC", "gates", ("mrpc",), 1.4, 1.9),
+    Aim("the same, SST-2", "gates", ("sst2",), 1.4, 1.9),
+    Aim(
+        "Li et al., as published: a fifth of the encoder's weights, at most 1.0 point lost, MRPC",
+        "group_lasso",
+        ("mrpc",),
+        1.0,
+        share=0.2,
+    ),
+    Aim("the same, SST-2", "group_lasso", ("sst2",), 1.0, share=0.2),
+)
+
+
+def pages() -> dict[Path, str]:
+    """The page, as the ledgers give it."""
+    return {ROOT / "docs" / "methods" / "published.md": _page(series(found_in(TABLE)), found_in("teachers"))}
+
+
+def _page(groups: Mapping[str, list[Run]], teachers: Mapping[str, Run]) -> str:
+    lines = [
+        "# As the papers ran them",
+        "",
+        *wrapped(
+            f"Drawn from the ledgers under [`results/methods/{TABLE}/`](../../results/README.md) by `{COMMAND} --draw`. "
+            "Without that option it first runs the jobs that are missing; it can be stopped and started at any time."
+        ),
+        "",
+        *bullets(READING),
+        "",
+        *still_to_run(jobs(), COMMAND),
+        *_teacher_table(teachers, groups),
+        *_aims(groups),
+    ]
+    for system in SYSTEMS:
+        lines += _system(system, groups)
+    return "\n".join([*lines, *_where(groups)]).rstrip() + "\n"
+
+
+def _teacher_table(teachers: Mapping[str, Run], groups: Mapping[str, list[Run]]) -> list[str]:
+    """The dense models: what all rows are compared with."""
+    rows = []
+    named = {name: dense(run) for name, run in teachers.items()}
+    named |= {name.split("/")[0]: dense(some[0]) for name, some in groups.items() if name.split("/")[0] not in named}
+    int8 = {
+        name: next((record for record in run.records if record.role == Standing.TEACHER_INT8), None)
+        for name, run in ({**teachers} | {name.split("/")[0]: some[0] for name, some in groups.items()}).items()
+    }
+    for name, record in sorted(named.items()):
+        encoder, task = name.split("-", 1)
+        whole, inner = record.params or 0, record.encoder_params or 0
+        rival = int8.get(name)
+        rows.append(
+            (
+                *(ENCODER_NAMES[encoder], task),
+                f"{record.metric.replace('_', ' ')} {record.score:.4f}" + (" (weak)" if weak(record) else ""),
+                f"{record.chance:.4f}" if record.chance is not None else "",
+                f"{rival.score:.4f}, {interval(rival)}" if rival else "",
+                f"{inner / 1e6:.1f} M of {whole / 1e6:.1f} M",
+                f"`{record.teacher}`",
+            )
+        )
+    head = (
+        "encoder",
+        "task",
+        "dense fp32",
+        "best constant answer",
+        "dense int8, points lost",
+        "encoder weights of all",
+        "weights",
+    )
+    return ["## The dense models", "", *table(head, rows), ""] if rows else []
+
+
+def weak(record: Record) -> bool:
+    """Whether a teacher is not clearly better than the best answer that is the same for every example: two standard errors."""
+    if record.chance is None:
+        return False
+    noise = 2 * (max(1e-9, record.score * (1 - record.score)) / record.examples) ** 0.5
+    return record.score - noise <= record.chance
+
+
+def _system(system: System, groups: Mapping[str, list[Run]]) -> list[str]:
+    rows = []
+    for name, some in groups.items():
+        place, run_name = name.split("/", 1)
+        if not re.fullmatch(system.names, run_name):
+            continue
+        encoder, task = place.split("-", 1)
+        plain, integers = plain_in(some[0]), ours_in(some[0], Variant.INT8_FUSED)
+        assert plain is not None, f"{name} has no fp32 row"
+        whole, share = dense(some[0]), left(plain, dense(some[0]))
+        count = (plain.encoder_nonzero or 0) / 1e6
+        times = (
+            whole.params / (plain.params - (plain.encoder_params or 0) + (plain.encoder_nonzero or 0))
+            if whole.params and plain.params
+            else 1
+        )
+        faster = (
+            (row_times(plain, 32), row_times(plain, 1), row_times(integers, 32) if integers else "") if system.timed else ()
+        )
+        scores = [file.score for run in some if (file := ours_in(run, Variant.FLOAT))]
+        spread = f" ({min(scores):.4f} to {max(scores):.4f})" if len(scores) > 1 else ""
+        rows.append(
+            (
+                *(ENCODER_NAMES[encoder], task, recipe_link(TABLE, name), str(len(some))),
+                f"{fmean(scores):.4f}{spread}",
+                interval_of(lost(some, lambda run: ours_in(run, Variant.FLOAT))),
+                interval_of(lost(some, lambda run: ours_in(run, Variant.INT8_FUSED))),
+                f"{count:.2f} M ({1 / share:.1f} ×)",
+                f"{times:.1f} ×",
+                *faster,
+                epochs(jobs(), f"{TABLE}/{name}"),
+            )
+        )
+    head = ("encoder", "task", "run", "seeds", "score", "points lost (95 %)", "int8", "encoder weights", "whole")
+    speeds = ("× batch 32", "× batch 1", "× int8, batch 32") if system.timed else ()
+    body = table((*head, *speeds, "passes"), rows) if rows else ["Not run yet."]
+    return [f"## {system.title}", "", *bullets((f"The paper: {system.claim}", system.run)), "", *body, ""]
+
+
+def interval_of(found: Interval | None) -> str:
+    """Points lost, with their interval."""
+    return f"{signed(found.value)} ({interval_text(found)})" if found else ""
+
+
+def _aims(groups: Mapping[str, list[Run]]) -> list[str]:
+    """Each aim on each encoder, judged by the run that was named for it."""
+    rows = [(aim.what, ENCODER_NAMES[encoder], *_judged(aim, encoder, groups)) for aim in AIMS for encoder in ENCODER_NAMES]
+    head = ("aim", "encoder", "run", "there", "met")
+    return ["## What we set out to show", "", *table(head, rows), ""]
+
+
+def _judged(aim: Aim, encoder: str, groups: Mapping[str, list[Run]]) -> tuple[str, str, str]:
+    asked = [task for task in aim.tasks if (encoder, task) in {*TRAINED, *TUNED}]
+    there = {task: groups[name] for task in asked if (name := f"{encoder}-{task}/{aim.run}") in groups}
+    strong = {task: some for task, some in there.items() if not weak(dense(some[0]))}
+    if not strong or len(there) < len(asked):
+        return (aim.run, f"{len(there)} of {len(asked)} tasks run", "")
+    found = {task: lost(some, lambda run: ours_in(run, Variant.FLOAT)) for task, some in strong.items()}
+    losses = {task: loss for task, loss in found.items() if loss is not None}
+    said = ", ".join(f"{task} {interval_of(loss)}" for task, loss in losses.items())
+    if aim.kept:
+        answers = [
+            within(loss.low, loss.high, 100 * (1 - aim.kept) * dense(strong[task][0]).score) for task, loss in losses.items()
+        ]
+        shares = ", ".join(f"{task} {100 - loss.value / dense(strong[task][0]).score:.0f} %" for task, loss in losses.items())
+        best = sorted(answers, key=[Conclusion.YES, Conclusion.OPEN, Conclusion.NO].index)[: max(1, len(answers) - 1)]
+        return (aim.run, shares, all_of(best))
+    mean = fmean(loss.value for loss in losses.values())
+    low = hypot(*(loss.value - loss.low for loss in losses.values())) / len(losses)  # the tasks share no example
+    high = hypot(*(loss.high - loss.value for loss in losses.values())) / len(losses)
+    total = Interval(mean, mean - low, mean + high)
+    answers = [within(total.low, total.high, aim.allowed)]
+    if not aim.allowed:  # no loss beyond its interval
+        answers = [Conclusion.YES if total.low <= 0 else Conclusion.NO]
+    text = f"{interval_of(total)} points" + (f" on {len(losses)} tasks: {said}" if len(losses) > 1 else "")
+    first = next(iter(strong.values()))[0]
+    plain = plain_in(first)
+    if aim.times and plain is not None:
+        speed = likely_speed(plain)
+        answers.append(reached(speed, aim.times) if speed else Conclusion.OPEN)
+        text += f", {speed.median:.2f} × in fp32" if speed else ""
+    if aim.share < 1 and plain is not None:
+        answers.append(Conclusion.YES if left(plain, dense(first)) <= aim.share * 1.02 else Conclusion.NO)
+    return (aim.run, text, all_of(answers))
+
+
+def _where(groups: Mapping[str, list[Run]]) -> list[str]:
+    """Which third of the layers keeps most, on twelve layers and on six."""
+    rows = []
+    for name, some in groups.items():
+        place, run_name = name.split("/", 1)
+        record = plain_in(some[0])
+        shares = structured.thirds(record) if record and re.match("gates|movement|group_lasso", run_name) else None
+        if shares:
+            agrees = "yes" if shares[1] == max(shares) else "no"
+            rows.append(
+                (
+                    ENCODER_NAMES[place.split("-")[0]],
+                    place.split("-")[1],
+                    run_name,
+                    *(f"{100 * share:.0f} %" for share in shares),
+                    agrees,
+                )
+            )
+    if not rows:
+        return []
+    intro = (
+        "McCarley et al. saw the bottom and the top cut most and the middle least. The share of heads and neurons kept in each "
+        "third here:"
+    )
+    head = ("encoder", "task", "run", "bottom", "middle", "top", "as the paper saw it")
+    return ["## Which layers go", "", *wrapped(intro), "", *table(head, rows), ""]
+
+
+def draw() -> None:
+    """Writes the page."""
+    write(pages())
+
+
 if __name__ == "__main__":
-    more_ids()
-    sys.exit(main(jobs(), lambda: None, sys.argv[1:]))
+    if "--draw" not in sys.argv:  # a page is drawn without data
+        more_ids()
+    sys.exit(main(jobs(), draw, sys.argv[1:]))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 from pages import Run, bullets, interval, row_times, safe, spread, table, wrapped
 from sweep import Job, main
@@ -532,16 +533,21 @@ def _where(part: dict[str, Run]) -> list[str]:
     for name, record in _cut(part).items():
         if name.startswith("random"):
             continue
-        layers = record.layers
-        third = max(1, len(layers) // 3)
-        shares = [
-            sum(layer.heads / layer.heads_of + 2 * layer.neurons / layer.neurons_of for layer in some) / 3 / len(some)
-            for some in (layers[:third], layers[third:-third], layers[-third:])
-            if some
-        ]
-        agrees = "yes" if len(shares) == 3 and shares[1] == max(shares) else "no"
+        shares = thirds(record)
+        agrees = "yes" if shares[1] == max(shares) else "no"
         rows.append((name, *(f"{100 * share:.0f} %" for share in shares), agrees))
     return [*lines, *table(("run", "bottom", "middle", "top", "as the paper saw it"), rows)]
+
+
+def thirds(record: Record) -> tuple[float, float, float]:
+    """The share of the weights that the bottom, the middle and the top third of the layers keep; a neuron counts twice a head's share."""
+    layers = record.layers
+    third = max(1, len(layers) // 3)
+    shares = [
+        fmean((layer.heads / layer.heads_of + 2 * layer.neurons / layer.neurons_of) / 3 for layer in some)
+        for some in (layers[:third], layers[third:-third], layers[-third:])
+    ]
+    return shares[0], shares[1], shares[2]
 
 
 def draw() -> None:

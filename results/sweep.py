@@ -28,7 +28,6 @@ from slimformer.cli import prefer_environment
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.demo import encoder
 from slimformer.errors import SlimformerError
-from slimformer.files import write_text
 from slimformer.log import show_log
 from slimformer.measuring.machine import cores
 from slimformer.reporting.ledger import LEDGER
@@ -156,8 +155,8 @@ def _finish(job: Job, wait_seconds: float) -> bool:
         return False
     if not job.stands:
         job.home.mkdir(parents=True, exist_ok=True)
-        write_text(job.home / "recipe.yaml", job.recipe.to_yaml())
-        shutil.copy(job.scratch / LEDGER, job.home / LEDGER)
+        for name in ("recipe.yaml", LEDGER):  # its relative paths hold there too: both folders lie as deep
+            shutil.copy(job.scratch / name, job.home / name)
         print(f"   {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
     return True
 

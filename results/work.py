@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import hypot
 from pathlib import Path
+from statistics import fmean, stdev
 
+import numpy as np
 from pages import Run, bullets, runs_of, table, wrapped
 from sweep import Job
 
 from slimformer.exporters.base import Variant
-from slimformer.measuring.records import Record, Standing
+from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.methods.distillation import Distillation
 from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
 from slimformer.reporting.words import count_text, interval_text, mb_text, signed
@@ -107,21 +109,57 @@ def left(record: Record, whole: Record) -> float:
     return record.encoder_nonzero / whole.encoder_params
 
 
-def rising(records: Sequence[Record]) -> Conclusion:
-    """Whether each of several files is better than the one before.
+def series(found: Mapping[str, Run]) -> dict[str, list[Run]]:
+    """The runs by what they are meant to show: those that differ by their seed alone stand together, the first seed first."""
+    parts: dict[str, list[Run]] = {}
+    for name, run in sorted(found.items(), key=lambda item: (item[1].claim, item[1].name)):
+        parts.setdefault(re.sub(r"-seed\d+$", "", name), []).append(run)
+    return parts
 
-    The ledgers hold no paired interval between two runs. Here a difference gets one as if the two runs were independent, which is
-    wider: the half-widths of both losses, added in squares.
+
+def gained(ours: Sequence[Record], than: Sequence[Record]) -> Interval | None:
+    """Points by which one model is better than another, each over its seeds, with the 95 % interval over examples and seeds.
+
+    If all rows were scored on the same examples and have the metric on the same resamples of these, the examples' part is that of
+    the paired bootstrap; else it is taken as if the two were independent, which is wider: the half-widths of both losses, added in
+    squares. The seeds' part is 1.96 standard errors of the mean over seeds, of a kind with several; the two are added in squares.
     """
-    return all_of([_better(later, earlier) for earlier, later in pairwise(records)])
+    mean = 100 * (fmean(record.quality for record in ours) - fmean(record.quality for record in than))
+    sign = 1 if ours[0].higher_is_better else -1
+    rows = [*ours, *than]
+    paired = all(row.resampled for row in rows) and len({(row.teacher, row.task, row.examples) for row in rows}) == 1
+    if paired:
+        gaps = (
+            100 * sign * (np.mean([row.resampled for row in ours], axis=0) - np.mean([row.resampled for row in than], axis=0))
+        )
+        low, high = (max(0.0, away) for away in np.percentile(gaps, [2.5, 97.5]) * (-1, 1) + (mean, -mean))
+    elif any(group[0].loss is None for group in (ours, than)):
+        return None
+    else:
+        low = high = hypot(*((row.loss.high - row.loss.low) / 2 for row in (ours[0], than[0]) if row.loss))
+    spread = hypot(*(_standard_error([100 * row.quality for row in group]) for group in (ours, than)))
+    return Interval(mean, mean - hypot(low, 1.96 * spread), mean + hypot(high, 1.96 * spread))
 
 
-def _better(record: Record, than: Record) -> Conclusion:
-    if record.loss is None or than.loss is None:
-        return Conclusion.OPEN
-    gap = 100 * (record.quality - than.quality)
-    half = hypot(*((loss.high - loss.low) / 2 for loss in (record.loss, than.loss)))
-    return within(-gap - half, -gap + half, 0.0)
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def lost(runs: Sequence[Run], pick: Callable[[Run], Record | None]) -> Interval | None:
+    """Points that a model lost to its teacher over the seeds of its runs; for one seed, what its ledger says."""
+    files = [file for run in runs if (file := pick(run)) is not None]
+    if not files:
+        return None
+    if len(files) == 1:
+        return files[0].loss
+    found = gained(files, [dense(runs[0])])
+    return found and found.scaled(-1)
+
+
+def rising(groups: Sequence[Sequence[Record]]) -> Conclusion:
+    """Whether each of several models, each over its seeds, is better than the one before."""
+    gaps = [gained(later, earlier) for earlier, later in pairwise(groups)]
+    return all_of([within(-gap.high, -gap.low, 0.0) if gap else Conclusion.OPEN for gap in gaps])
 
 
 def met(record: Record, allowed: float, times: float = 0.0, small: bool = True) -> Conclusion:
@@ -194,19 +232,21 @@ def recipe_link(table_name: str, name: str) -> str:
 
 def orders(title: str, findings: Sequence[tuple[str, Sequence[str]]], found: Mapping[str, Run]) -> list[str]:
     """Whether the runs come in the same order as in the papers, by fp32 files, or by int8 files if integers matter."""
-    rows = []
+    rows, groups = [], series(found)
     for what, names in findings:
-        runs = [found[name] for name in names if name in found]
         shown = " < ".join(name.split("/")[-1] for name in names)
-        if len(runs) < len(names):
+        if any(name not in groups for name in names):
             rows.append((what, shown, "not run yet", ""))
             continue
         integers = "quantization" in names[0]
-        files = [run.ours if integers else ours_in(run, Variant.FLOAT) for run in runs]
-        texts = [
-            f"{file.score:.4f} ({100 * left(file, dense(run)):.0f} %)" for file, run in zip(files, runs, strict=True) if file
+        files = [
+            [file for run in groups[name] if (file := run.ours if integers else ours_in(run, Variant.FLOAT))] for name in names
         ]
-        rows.append((what, shown, ", ".join(texts), rising([file for file in files if file])))
+        texts = [
+            f"{fmean(file.score for file in some):.4f} ({100 * left(some[0], dense(groups[name][0])):.0f} %)"
+            for some, name in zip(files, names, strict=True)
+        ]
+        rows.append((what, shown, ", ".join(texts), rising(files)))
     head = ("finding", "runs", "scores (encoder weights left)", "the same order")
     return [f"## {title}", "", *table(head, rows), ""]
 

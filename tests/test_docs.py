@@ -404,7 +404,29 @@ def test_a_verdict_on_a_table_is_open_unless_the_intervals_say_it() -> None:
         for score, lost in ((0.90, 5.0), (0.91, 4.0), (0.93, 2.0))
     )
     orders = ((worse, better), (better, worse), (worse, same), (worse, same, better))
-    assert [work.rising(order) for order in orders] == ["yes", "no", "open", "open"]
+    assert [work.rising([[file] for file in order]) for order in orders] == ["yes", "no", "open", "open"]
+
+
+def test_two_models_are_compared_over_examples_and_seeds() -> None:
+    work = importlib.import_module("work")
+    about = {"examples": 100, "teacher": "a1", "loss": Interval(1.0, -4.0, 6.0)}
+    good, bad = (
+        replace(row("fp32", Standing.OURS, 2.0), scores={"accuracy": score}, resampled=resampled, **about)
+        for score, resampled in ((0.90, (0.88, 0.90, 0.92)), (0.85, (0.83, 0.85, 0.87)))
+    )
+    # The same draws move both alike: five points apart on each, though each alone is not sure within four.
+    gap = work.gained([good], [bad])
+    assert (gap.value, gap.low, gap.high) == pytest.approx((5.0, 5.0, 5.0))
+    assert work.rising([[bad], [good]]) == "yes"
+    other = replace(bad, teacher="b2")
+    apart = work.gained([good], [other])  # of another teacher: the half-widths of both losses in squares, 5 and 5
+    assert apart.high - apart.value == pytest.approx(50**0.5)
+    # Three seeds, 85, 86 and 87: their mean is 86, its standard error 1 / sqrt(3).
+    seeds = [replace(bad, scores={"accuracy": 0.85 + step / 100}, seed=17 + step) for step in range(3)]
+    gap = work.gained([good], seeds)
+    assert gap.value == pytest.approx(4.0)
+    assert gap.high - gap.value == pytest.approx(((5.0 - 4.0) ** 2 + (1.96 / 3**0.5) ** 2) ** 0.5)
+    assert gap.value - gap.low == pytest.approx(1.96 / 3**0.5)
 
 
 def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pytest.MonkeyPatch) -> None:
