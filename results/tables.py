@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numerics
+import published
 import structured
 from pages import HOME, METHODS, Run, bullets, interval, row_times, runs_of, safe, spread, table, wrapped
 
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str]) -> int:
         readme: placed(placed(readme.read_text(encoding="utf-8"), readme_table(found)), readme_lead(found), "lead"),
         **structured.pages(),
         **numerics.pages(),
+        **published.pages(),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
