@@ -104,7 +104,7 @@ def test_running_ranges_begin_with_the_first_batch_and_leave_padding_out():
     running.settle()
     running.observe(torch.zeros(0, 2))
     running.settle()
-    found = running.range()
+    (found,) = running.ranges()
     assert (found.low, found.high) == pytest.approx((-1.1, 3.9))
 
 
@@ -146,7 +146,7 @@ def test_a_constant_activation_gets_a_range_with_a_width():
     running = RunningRange()
     running.observe(torch.zeros(1, 3))
     running.settle()
-    found = running.range()
+    (found,) = running.ranges()
     assert found.low == 0.0 < found.high
     grid = affine(running.low, running.high, 8, exact_zero=True)
     assert bool(torch.isfinite(fake(tensor([0.0, 1.0]), grid)).all())

@@ -9,12 +9,13 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from tiny import batch, factored_context, tiny
+from tiny import HEAD_DIM, HEADS, batch, factored_context, tiny
 from tiny_folder import write_data, write_model
 from toy_task import context, fit, rows
 
 from slimformer.core.anatomy import PointRole
 from slimformer.core.plan import Plan
+from slimformer.core.ranges import Ranges
 from slimformer.core.shrink import shrink
 from slimformer.data.material import prepare
 from slimformer.errors import RecipeError
@@ -22,7 +23,7 @@ from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.forms.kronecker import Kronecker
-from slimformer.hooks.points import quantized_inputs, touched
+from slimformer.hooks.points import quantized_inputs, quantized_points, touched
 from slimformer.log import Log
 from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
@@ -237,6 +238,20 @@ def test_quantization_begins_after_its_start():
     state.close()
 
 
+def test_it_may_begin_at_a_step():
+    around = tiny_context()
+    method = Quantization(start=0.9, start_step=3)
+    state = method.attach(around)
+    with torch.no_grad():
+        around.model(**batch(around.model))
+    on = []
+    for step in range(1, 9):
+        method.advance(state, Progress(step, 8))
+        on.append(method.report(state)["on"])
+    state.close()
+    assert on == [0.0, 0.0, *[1.0] * 6]
+
+
 def test_in_evaluation_ranges_stand_still_and_padding_never_counts():
     around = tiny_context()
     method = Quantization()
@@ -264,8 +279,8 @@ def test_in_evaluation_ranges_stand_still_and_padding_never_counts():
 def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
     features = rows(48)
     around = context(features=features, teacher=tiny("bert", seed=9))
-    roles = tuple(str(role) for role in PointRole)
-    method = Quantization(weights=4, activations=4, embeddings=4, roles=roles, activation_buckets="feature", start=0.2)
+    method = Quantization(weights=4, activations=4, embeddings=4, roles="all", activation_buckets="feature", start=0.2)
+    assert set(method.roles) == set(PointRole)
     found = fit(around, features, (method, Distillation(scores=1.0)), SETTINGS, tmp_path, QUIET)
     assert all(math.isfinite(loss) for loss in found.losses)
     assert set(found.decision.ranges.activations) >= {
@@ -273,9 +288,8 @@ def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
         "classifier.input",
         "encoder.0.softmax.output",
     }
-    assert (
-        "encoder.0.attention.norm.numerator" not in found.decision.ranges.activations
-    )  # a range per feature: for training only
+    assert "encoder.0.attention.norm.numerator" not in found.decision.ranges.activations  # an int8 file wants one range
+    assert len(found.decision.ranges.features["encoder.0.attention.norm.numerator"]) == HEADS * HEAD_DIM
     assert "bert.encoder.layer.0.output.LayerNorm.weight" in found.decision.weights
     assert found.decision.ranges.activations["encoder.2.softmax.output"].high <= 1.0
     assert not any("forward" in vars(module) or module._forward_hooks for module in around.model.modules())
@@ -283,6 +297,48 @@ def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
     small = shrink(around.model, around.anatomy, found.decision)
     with torch.no_grad():
         assert bool(torch.isfinite(small(**batch(small)).logits).all())
+
+
+@pytest.mark.parametrize("buckets", ["tensor", "feature"])
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_the_saved_ranges_compute_what_every_role_was_trained_with(bits, buckets):
+    around = tiny_context()
+    method = Quantization(weights=bits, activations=bits, embeddings=bits, roles="all", activation_buckets=buckets, start=0.0)
+    state = method.attach(around)
+    inputs = batch(around.model)
+    with torch.no_grad():
+        around.model(**inputs)
+        method.advance(state, Progress(1, 1))
+        state.train(False)
+        trained = around.model(**inputs).logits
+        decision = method.decide(state, around)
+    state.close()
+    small = shrink(around.model, around.anatomy, decision)
+    ranges = Ranges.from_json(decision.ranges.to_json())
+    assert {*ranges.activations, *ranges.features} == set(around.anatomy.points)
+    with torch.no_grad():
+        with quantized_points(small, anatomy_of(small), ranges):
+            torch.testing.assert_close(small(**inputs).logits, trained)
+        with quantized_inputs(small, anatomy_of(small), ranges):
+            assert not torch.allclose(small(**inputs).logits, trained, atol=1e-4)
+
+
+def test_biases_and_the_sums_of_residuals_are_left_alone():
+    """Section 3.1 of the paper: the sums cost more than they gain, and biases are added to integers of 32 bits."""
+    around = tiny_context()
+    method = Quantization(weights=4, activations=4, embeddings=4, roles="all", start=0.0)
+    state = method.attach(around)
+    with torch.no_grad():
+        around.model(**batch(around.model))
+        decision = method.decide(state, around)
+    state.close()
+    assert decision.weights
+    assert not [name for name in decision.weights if name.endswith("bias")]
+    layer = around.model.bert.encoder.layer[0]
+    read = {module for point in around.anatomy.points.values() for module in point.modules}
+    sums = [name for name, module in around.model.named_modules() if module in (layer.output, layer.attention.output)]
+    assert sums
+    assert not read & set(sums)
 
 
 def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
@@ -372,6 +428,8 @@ def test_it_stands_alone_with_one_that_cuts(tmp_path):
         ({"activations": None}, "activations must be 8, 6 or 4 bits, got None"),
         ({"roles": ()}, "roles must be some of matrix, .*, got none"),
         ({"roles": ("matrices",)}, "roles must be some of matrix, .*, got matrices"),
+        ({"roles": "matrices"}, "roles must be some of matrix, .*, all, got matrices"),
+        ({"start_step": 0}, "start_step must be from 1 to a billion, or null, got 0"),
         ({"start": 1.0}, "start must be 0 or above, and below 1, got 1"),
         ({"momentum": -0.1}, "momentum must be 0 or above, and below 1, got -0.1"),
     ],

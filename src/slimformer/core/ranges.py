@@ -55,6 +55,7 @@ class Ranges:
     """Learned ranges by the id of a point, and the bits of weights, activations and embedding tables (None: float).
 
     `weight_buckets`: whether each row of a matrix, and each word of a table, has a grid of its own, or the whole of it one.
+    `features`: of points with a range per feature, which files compute in float.
     """
 
     activations: Mapping[str, Range] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Ranges:
     activation_bits: int = 8
     embedding_bits: int | None = 8
     weight_buckets: Literal["row", "tensor"] = "row"
+    features: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weight_buckets not in ("row", "tensor"):
@@ -71,12 +73,15 @@ class Ranges:
         if self.embedding_bits is not None:
             check_bits("embedding_bits", self.embedding_bits)
         object.__setattr__(self, "activations", MappingProxyType(dict(sorted(self.activations.items()))))
+        object.__setattr__(self, "features", MappingProxyType(dict(sorted(self.features.items()))))
 
     def to_json(self) -> str:
         """The ranges as JSON; `Ranges.from_json` gives them back exactly."""
         bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits", "weight_buckets")}
         activations = {name: [item.low, item.high] for name, item in self.activations.items()}
-        return json.dumps({"version": RANGES_VERSION, **bits, "activations": activations}, indent=1)
+        features = {name: [[item.low, item.high] for item in spans] for name, spans in self.features.items()}
+        more = {"features": features} if features else {}
+        return json.dumps({"version": RANGES_VERSION, **bits, "activations": activations, **more}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Ranges:
@@ -85,8 +90,10 @@ class Ranges:
             data = json.loads(text)
             if data.pop("version") != RANGES_VERSION:
                 raise ValueError(f"it is not of version {RANGES_VERSION}")
-            pairs = data.pop("activations").items()
-            return Ranges({str(name): Range(float(low), float(high)) for name, (low, high) in pairs}, **data)
+            pairs, lists = data.pop("activations").items(), data.pop("features", {}).items()
+            activations = {str(name): Range(float(low), float(high)) for name, (low, high) in pairs}
+            features = {str(name): tuple(Range(float(low), float(high)) for low, high in spans) for name, spans in lists}
+            return Ranges(activations, **data, features=features)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ModelError(
                 f"{RANGES_FILE} cannot be read: {error}.", help="make the model again, or calibrate without it."

@@ -6,7 +6,7 @@ Inputs and outputs of modules are reached by hooks, the parts of a LayerNorm by 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from slimformer.core.ranges import Ranges
 from slimformer.errors import PlanError, nearest
 from slimformer.hooks.attention import Slot, attending
 from slimformer.hooks.weights import Change, computing
-from slimformer.quantizing.grids import affine, fake
+from slimformer.quantizing.grids import fake, point_grid
 
 
 @contextmanager
@@ -57,18 +57,31 @@ def quantized_inputs(
 
     The weights must be on their grids already. `floats`: points whose matrices stay in float.
     """
+    chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
+    return _quantized(model, anatomy, ranges, [point for point in chosen if point.id in ranges.activations])
 
+
+def quantized_points(model: nn.Module, anatomy: Anatomy, ranges: Ranges) -> AbstractContextManager[None]:
+    """Quantizes all points that have learned ranges while the context lasts, so that the model computes as it was trained.
+
+    Files compute what is no input of a Linear more exactly. The weights must be on their grids already.
+    """
+    known = {**ranges.activations, **ranges.features}
+    return _quantized(model, anatomy, ranges, [point for point in anatomy.points.values() if point.id in known])
+
+
+def _quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, points: Sequence[Point]) -> AbstractContextManager[None]:
     def change(point: Point) -> Change:
-        span = ranges.activations[point.id]
+        spans = ranges.features.get(point.id)
+        ends = [(span.low, span.high) for span in spans or (ranges.activations[point.id],)]
+        low, high = (torch.tensor(side if spans else side[0]) for side in zip(*ends, strict=True))
 
         def quantize(values: Tensor) -> Tensor:
-            low, high = (torch.tensor(end, device=values.device) for end in (span.low, span.high))
-            return fake(values, affine(low, high, ranges.activation_bits, exact_zero=True))
+            return fake(values, point_grid(point, low.to(values.device), high.to(values.device), ranges.activation_bits))
 
         return quantize
 
-    chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
-    return touched(model, anatomy, {point.id: change(point) for point in chosen if point.id in ranges.activations})
+    return touched(model, anatomy, {point.id: change(point) for point in points})
 
 
 class _Once:

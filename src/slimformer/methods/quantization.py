@@ -6,7 +6,7 @@ Idea: Weights are put on grids from their own extremes in every pass, activation
 straight through, but not where a value was clamped. It is switched on after a short start in float.
 
 Differs: Our models are encoders; the paper's translate. Weight grids are symmetric and 0 lies on every grid by default
-(`quantizing/grids.py`: integer kernels want both). The start is a share of the steps, not a number. A denominator's grid begins
+(`quantizing/grids.py`: integer kernels want both). The start is a share of the steps by default. A denominator's grid begins
 at the smallest one seen, so that none becomes 0. Of Kronecker factors the larger is quantized, and the terms of a sum share one
 range (`Quantization` tells why). A pass is quantized with the ranges of the steps before it. What is read after a dropout is
 quantized after it: train with `dropout: false`.
@@ -34,12 +34,14 @@ from slimformer.hooks.points import touched
 from slimformer.hooks.weights import Change, changed_weights
 from slimformer.methods.base import Context, Effects, Method, Progress, State
 from slimformer.quantizing.calibration import TABLE_ROWS
-from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, affine, fake, weight_grid
-from slimformer.rules import ProperFraction, one_of
+from slimformer.quantizing.grids import MOMENTUM, Grid, RunningRange, fake, point_grid, weight_grid
+from slimformer.rules import Count, ProperFraction, one_of, some_of
 
 READING = (PointRole.MATRIX, PointRole.HEAD)  # points whose modules are Linears, with a weight to quantize
 
 Bits = Annotated[int, one_of(8, 6, 4, unit="bits")]
+ROLES = tuple(map(str, PointRole))
+Roles = Annotated[tuple[str, ...] | str, some_of(*ROLES, "all")]
 
 
 @final
@@ -47,16 +49,17 @@ Bits = Annotated[int, one_of(8, 6, 4, unit="bits")]
 class Quantization(Method):
     """Bits of `weights`, `activations` and `embeddings` (null: float): 8, 6 or 4. Files hold fewer than 8 bits in bytes.
 
-    - `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding. `matrix` is all inputs and
-      weights of Linears but the last: int8 files execute it with the very ranges learned here. The other roles complete the
-      paper and are simulated in training only, since files compute them in float.
+    - `roles`: what is quantized, of matrix, head, attention, softmax, norm, branch, embedding, or "all" of these, as in the
+      paper. `matrix` is all inputs and weights of Linears but the last: int8 files execute it with the very ranges learned
+      here. The others are simulated in training and in its evaluations; files compute them in float.
     - `buckets`: a range per output row (per word in a table) or one per tensor.
     - `activation_buckets`: one per tensor, or one per feature for a point that stays in float in int8 files.
     - `grid` of weights: symmetric, as in files, or affine, as in the paper (a file then rounds them a second time, to its own
       grid).
     - `exact_zero`: whether 0 lies on every affine grid. Without it, as in the paper, a file moves each range by up to half a
       step.
-    - `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000.
+    - `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000. `start_step`, if
+      given, overrides it: the step from which on values are quantized.
 
     Example:
         >>> from slimformer import Train
@@ -67,17 +70,19 @@ class Quantization(Method):
     weights: Bits = 8
     activations: Bits = 8
     embeddings: Bits | None = 8
-    roles: tuple[Literal["matrix", "head", "attention", "softmax", "norm", "branch", "embedding"], ...] = ("matrix",)
+    roles: Roles = ("matrix",)
     buckets: Literal["row", "tensor"] = "row"
     activation_buckets: Literal["tensor", "feature"] = "tensor"
     grid: Literal["symmetric", "affine"] = "symmetric"
     exact_zero: bool = True
     start: ProperFraction = 0.1
+    start_step: Count | None = None
     momentum: ProperFraction = MOMENTUM  # momentum of the running ranges: the higher, the slower they follow the batches
 
     def __post_init__(self) -> None:
-        if isinstance(self.roles, (list, tuple)):
-            object.__setattr__(self, "roles", tuple(map(str, self.roles)))
+        roles = (self.roles,) if isinstance(self.roles, str) else self.roles
+        if isinstance(roles, (list, tuple)):
+            object.__setattr__(self, "roles", ROLES if "all" in roles else tuple(map(str, roles)))
         super().__post_init__()
 
     def effects(self) -> Effects:
@@ -91,7 +96,7 @@ class Quantization(Method):
     def advance(self, state: State, progress: Progress) -> None:
         state = cast(_State, state)
         state.settle()
-        if progress.fraction >= self.start:
+        if progress.fraction >= self.start if self.start_step is None else progress.step >= self.start_step:
             seen = [running.seen for running in state.each()]
             state.on.copy_(torch.stack(seen).any() if seen else torch.tensor(True))
 
@@ -106,13 +111,13 @@ class Quantization(Method):
         parameters = dict(context.model.named_parameters())
         changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
         changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
-        ranges = {}
-        for point, running in zip(state.points, state.each(), strict=True):
-            if bool(running.seen) and running.low.ndim == 0:
-                ranges[point.id] = running.range()
+        seen = [(point.id, running) for point, running in zip(state.points, state.each(), strict=True) if bool(running.seen)]
+        ranges = {name: running.ranges()[0] for name, running in seen if running.low.ndim == 0}
+        features = {name: running.ranges() for name, running in seen if running.low.ndim}
         # matrices that were not trained on a grid are stored as ever
         bits = self.weights if PointRole.MATRIX in self.roles else 8
-        return Decision(weights=changed, ranges=Ranges(ranges, bits, self.activations, self.embeddings, self.buckets))
+        learned = Ranges(ranges, bits, self.activations, self.embeddings, self.buckets, features)
+        return Decision(weights=changed, ranges=learned)
 
     def weight_grid(self, weight: Tensor) -> Grid:
         rows = self.buckets == "row" and weight.ndim > 1
@@ -181,7 +186,7 @@ class _State(State):
             if self.training:
                 tokens = values.flatten(2) if values.ndim == 4 and point.role in READING else values  # a larger factor's input
                 running.observe(tokens, self._mask)
-            return fake(values, self.grid(running, point)) if self._on else values
+            return fake(values, self.grid(point, running)) if self._on else values
 
         return change
 
@@ -198,13 +203,9 @@ class _State(State):
         by_row = self.method.buckets == "row"
         return fake(rows, self.method.table_grid(rows if by_row else cast(nn.Embedding, table).weight))
 
-    def grid(self, running: RunningRange, point: Point) -> Grid:
+    def grid(self, point: Point, running: RunningRange) -> Grid:
         """The grid of a point as it stands now."""
-        divisor = point.side == "denominator"  # never 0, and far from the values that are
-        low = running.low
-        if point.role is PointRole.SOFTMAX and not divisor:
-            low = torch.zeros_like(low)  # as in the paper: what is masked stays exactly 0
-        return affine(low, running.high, self.method.activations, exact_zero=self.method.exact_zero and not divisor)
+        return point_grid(point, running.low, running.high, self.method.activations, exact_zero=self.method.exact_zero)
 
 
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------

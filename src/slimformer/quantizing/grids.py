@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from slimformer.core.anatomy import Point, PointRole
 from slimformer.core.ranges import NARROWEST, Range, check_bits
 
 SLACK = 1e-3  # of a step: the extreme itself, divided and rounded, is not outside
@@ -51,6 +52,18 @@ def affine(low: Tensor, high: Tensor, bits: int, *, exact_zero: bool) -> Grid:
         return Grid(step, low, torch.zeros_like(step), torch.full_like(step, top))
     zero = torch.round(-low / step).clamp(0, top)
     return Grid(step, torch.zeros_like(step), -zero, top - zero)
+
+
+def point_grid(point: Point, low: Tensor, high: Tensor, bits: int, *, exact_zero: bool = True) -> Grid:
+    """The grid of the activation at a point whose values run from `low` to `high`.
+
+    That of a denominator need not hold 0, which it never is and which is far from it; that of another part of a softmax begins at
+    0, as in the paper: what is masked stays exactly 0.
+    """
+    divisor = point.side == "denominator"
+    if point.role is PointRole.SOFTMAX and not divisor:
+        low = torch.zeros_like(low)
+    return affine(low, high, bits, exact_zero=exact_zero and not divisor)
 
 
 def symmetric(largest: Tensor, bits: int) -> Grid:
@@ -153,10 +166,10 @@ class RunningRange(nn.Module):
         self.seen |= real
         self._gathered = None
 
-    def range(self) -> Range:
-        """The running range as numbers; one of no width gets a step at its upper end."""
-        low, high = float(self.low), float(self.high)
-        return Range(low, high if high > low else low + max(NARROWEST, abs(low) * 1e-6))
+    def ranges(self) -> tuple[Range, ...]:
+        """The running range of each feature, or the one of all, as numbers; one of no width gets a step at its upper end."""
+        ends = zip(self.low.flatten().tolist(), self.high.flatten().tolist(), strict=True)
+        return tuple(Range(low, high if high > low else low + max(NARROWEST, abs(low) * 1e-6)) for low, high in ends)
 
 
 def _real(values: Tensor, mask: Tensor | None) -> Tensor | None:
