@@ -23,7 +23,9 @@ from slimformer.hooks.weights import masked
 from slimformer.log import Log
 from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
-from slimformer.methods.movement import Movement, cost_above, lowest_bar, straight_through
+from slimformer.methods.keep_zeros import KeepZeros
+from slimformer.methods.movement import Movement, bar_of_weights, cost_above, lowest_bar, straight_through
+from slimformer.running.order import conflicts
 from slimformer.saving.tensors import model_digest
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training
@@ -270,6 +272,110 @@ def test_the_closed_share_follows_the_ramp_to_what_meets_the_target():
     state.close()
 
 
+# -- A share of the weights ------------------------------------------------------------------------------------------------------
+
+
+def filled_weights(model) -> int:
+    """Weights of the encoder's matrices that are not zero."""
+    matrices = anatomy_of(model).encoder_matrices()
+    return sum(int((model.get_submodule(matrix.module).weight != 0).sum()) for matrix in matrices)
+
+
+def all_weights(around: Context) -> int:
+    return sum(math.prod(matrix.shape) for matrix in around.anatomy.encoder_matrices())
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 1.0])
+def test_single_weights_stay_exactly_as_many_as_were_asked_for(share):
+    around = wide()
+    method = Movement(variant="block", block=1, keep=None, keep_weights=share)
+    state = method.attach(around)
+    scattered(state)
+    decision = method.decide(state, around)
+    asked = math.floor(share * all_weights(around))
+    assert filled_weights(shrink(around.model, around.anatomy, decision)) == asked
+    assert method.report(state)["weights"] == pytest.approx(asked / all_weights(around))
+    state.close()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
+@pytest.mark.parametrize(("variant", "block"), [("block", 4), ("block", (8, 2)), ("hybrid", 4), ("struct", 1)])
+def test_one_score_fewer_closed_would_leave_too_many_weights(variant, block, share):
+    """The published rule with the threshold at each place in the ranking, and the weights of the cut model counted."""
+    around = tiny_context()
+    method = Movement(variant=variant, block=block, keep=None, keep_weights=share, neuron_multiple=1)
+    state = method.attach(around)
+    scattered(state)
+    ranking = torch.cat([value.flatten() for value in state.probabilities()]).double().unique()
+    places = (ranking[1:] + ranking[:-1]) / 2
+
+    def at(place: int) -> tuple[Decision, int]:
+        rule = dataclasses.replace(method, keep_weights=None, threshold=float(places[place]))
+        decision = rule.decide(state, around)
+        return decision, filled_weights(shrink(around.model, around.anatomy, decision))
+
+    low, high = 0, len(places) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle)[1] <= share * all_weights(around) else (middle + 1, high)
+    assert at(low - 1)[1] > share * all_weights(around)
+    expected, _ = at(low)
+    found = same_when_cut(method, state, around)
+    assert found.plan == expected.plan
+    assert all(torch.equal(weight, found.weights[name]) for name, weight in expected.weights.items())
+
+
+def test_the_bar_of_weights_by_hand():
+    survivals = [torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.tensor([[0.0, 5.0]])]
+    assert [bar_of_weights(survivals, keep / 6) for keep in (1, 2, 3, 4, 5, 6)] == [3, 2, 2, 1, 0, -1]  # 2 goes as a whole
+
+
+def test_the_share_of_closed_weights_follows_the_ramp():
+    around = wide()
+    method = Movement(variant="block", block=2, keep=None, keep_weights=0.1, warmup=0.25, cooldown=0.25)
+    state = method.attach(around)
+    scattered(state)
+    closed = []
+    for step in (8, 16, 32, 48, 64):
+        method.advance(state, Progress(step, 64))
+        closed.append(1 - method.report(state)["open"])
+    assert closed[:2] == [0, 0]
+    assert closed[2] == pytest.approx(closed[4] * (1 - 0.5**3), abs=1e-3)
+    assert closed[3] == closed[4]
+    assert 0.099 < method.report(state)["weights"] <= 0.1 + 1e-9
+    state.close()
+
+
+def test_zeros_that_were_asked_for_are_held():
+    method = Movement(variant="block", block=1, keep=None, keep_weights=0.2, warmup=0.0, score_lr=0.3)
+    assert not list(conflicts(Train(methods=(KeepZeros(),)), [Train(methods=(method,))]))
+    assert "keep_zeros" in next(conflicts(Train(), [Train(methods=(method,))]))
+    assert not list(conflicts(Train(), [Train(methods=(Movement(),))]))
+
+
+@pytest.mark.slow
+def test_a_share_of_the_weights_trains_and_is_still_there_after_the_next_stage(tmp_path):
+    features = rows(96)
+    settings = Train(epochs=2, lr=3e-3, batch_size=16, precision="fp32")
+    around = context(features=features)
+    method = Movement(variant="block", block=1, keep=None, keep_weights=0.2, lambda_final=0)
+    decision = fit(around, features, (method,), settings, tmp_path / "prune", QUIET).decision
+    small = shrink(around.model, around.anatomy, decision)
+    left = filled_weights(small)
+    assert left == math.floor(0.2 * all_weights(around))
+    after = context(small, features=features)
+    before = {name: value.clone() for name, value in small.named_parameters()}
+    fit(after, features, (KeepZeros(),), settings, tmp_path / "train", QUIET)
+    assert filled_weights(after.model) == left
+    moved = [name for name, value in after.model.named_parameters() if not torch.equal(value, before[name])]
+    assert "bert.encoder.layer.1.output.dense.weight" in moved
+
+
+def test_a_share_below_one_block_is_refused():
+    with pytest.raises(TargetError, match=r"0\.001, and one block alone is 0\.00379"):
+        Movement(variant="block", block=8, keep=None, keep_weights=0.001).attach(tiny_context())
+
+
 def test_neurons_stay_in_multiples():
     around = wide()
     method = Movement(variant="hybrid", block=4, keep=0.4, neuron_multiple=16)
@@ -377,6 +483,9 @@ def test_scores_that_cannot_or_did_not_cross_say_what_to_change():
         {"warmup": 0.7},
         {"cooldown": -0.1},
         {"neuron_multiple": 0},
+        {"keep_weights": 0, "keep": None},
+        {"keep": 0.5, "keep_weights": 0.1},
+        {"fill": True, "keep_weights": 0.1, "keep": None},
     ],
 )
 def test_options_out_of_range_are_refused(options):

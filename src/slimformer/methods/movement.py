@@ -1,19 +1,22 @@
 """Block movement pruning: blocks of weights go that training moves towards zero, heads and neurons go with their last block.
 
 Paper: Lagunas, Charlaix, Sanh, Rush: Block Pruning For Faster Transformers (EMNLP 2021), sections 3 and 4; constants and
-schedule as in their code.
+schedule as in their code. Sanh, Wolf, Rush: Movement Pruning (NeurIPS 2020): the same with single weights as blocks.
 
 Idea: Each block has a score, started at 0. Its mask is 1 if sigmoid(score) is above a threshold, and gradients pass the mask
 straight through; the threshold and the penalty on mean sigmoid(score) rise by a cubic ramp.
 
 Differs: Warm-up and cool-down are *shares* of the steps. A head goes only if its output is exactly zero (the paper also cuts
-heads with zero queries or keys, which still average). With `keep` no threshold is fixed: it is the one that leaves this cost,
-found by bisection over ranked scores. `Movement` says how our recipes differ from the paper's runs.
+heads with zero queries or keys, which still average). A site keeps one unit at least (theirs: half a percent of each mask).
+With `keep` or `keep_weights` no threshold is fixed: it is the one that leaves so much, found anew every eight steps (`EVERY`).
+Gradients of scores are not clipped (theirs are, with those of the weights). Rewinding, NoNorm and ReLU are left out:
+docs/methods.md says why. `Movement` says how our recipes differ from the paper's runs.
 
 Choose when: there is time for several epochs; over `gates` if quality at high compression counts most.
 
-Cost: a training run with a mask over each matrix in each step; with `keep` all scores are sorted every eight steps, in
-milliseconds.
+Cost: a training run with a mask over each matrix in each step; with a budget all scores are sorted every eight steps, in
+milliseconds. With `block: 1` there is a score for each weight: twice the memory of the weights' own training, and a second or
+more for each sort of ten million.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from slimformer.core.anatomy import ATTENTION_ROLES, FFN_ROLES, Anatomy, Kind, M
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
-from slimformer.hooks.weights import grid_of, liveliness, masked, masked_weights
+from slimformer.hooks.weights import expand, grid_of, liveliness, masked, masked_weights
 from slimformer.methods._schedules import cubic_ramp
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step, Zeros
 from slimformer.rules import Count, CountOrPair, Fraction, NotNegative, Positive, Probability, Share
@@ -54,8 +57,11 @@ class Movement(Method):
     variant: heads without an open value or output block, neurons without an open row or column. The final place is the first at
     which the cost of what is left meets the share; while training, the ramp leads from 0 to that place, which is found anew as
     scores move. (A ramp of the cost itself would close most blocks at once: the first unit only goes when all its blocks are
-    among the lowest.) Each attention keeps one head and each FFN one neuron, a masked one if need be, as in the paper.
+    among the lowest.) Each attention keeps one head and each FFN one neuron, a masked one if need be.
 
+    - `keep_weights`: instead of `keep` (set that to null), the share of the encoder's matrix weights that are not zero in the
+      end, those of units that vanish not counted: met from below, as exactly as blocks and units allow. The zeros are the
+      result: train on with `keep_zeros`.
     - `variant`: "block": blocks on all matrices; "hybrid": blocks on attention, whole neurons of the FFN; "struct": whole rows
       of a head in each attention matrix, whole neurons.
     - `block`: rows and columns of a block (of Q, K, V; transposed for output matrices), not used by "struct". One that does not
@@ -64,7 +70,9 @@ class Movement(Method):
 
     As recipes: a teacher is `distillation` beside it with `task_weight: 0.1`; no teacher (NT): leave `distillation` out; large
     teacher (LT): name the larger tuned model as the recipe's `teacher`. Block and Hybrid keep zeros inside surviving heads:
-    train on with `keep_zeros`. Hybrid Filled: `fill: true`, then a dense stage with `distillation`.
+    train on with `keep_zeros`. Hybrid Filled: `fill: true`, then a dense stage with `distillation`. Sanh et al. at 3 % of the
+    weights: `variant: block`, `block: 1`, `keep: null`, `keep_weights: 0.03`, `lambda_final: 0`; they rank each matrix by
+    itself, here all weights form one ranking. Their soft variant: `keep: null` alone, `lambda_final: 400` in their example.
 
     Our recipes differ from the paper's runs. They prune the tuned model, which is its own teacher; the paper prunes the
     pre-trained weights and has a tuned model beside them. Our `distillation` learns hidden states (weight 1) and logits (1);
@@ -80,11 +88,12 @@ class Movement(Method):
     variant: Literal["block", "hybrid", "struct"] = "hybrid"
     block: CountOrPair = 32
     keep: Share | None = 0.5
+    keep_weights: Share | None = None
     cost: Literal["macs", "parameters", "latency"] = "macs"
     lambda_final: NotNegative = 10.0  # weight of the penalty at the end, the paper's 5 to 30: more closes more blocks
     lambda_attention: NotNegative = 1.0  # factor of the penalty on attention; the paper's Struct has 1/32
     lambda_ffn: NotNegative = 1.0  # factor of the penalty on the FFN
-    threshold: Probability = 0.1  # of sigmoid(score) at the end, below which a block goes; not used with `keep`
+    threshold: Probability = 0.1  # of sigmoid(score) at the end, below which a block goes; not used with a budget
     score_lr: Positive = 0.01  # learning rate of the scores
     warmup: Fraction = 0.08  # share of the steps before the ramp: MNLI's; SQuAD has 0.05
     cooldown: Fraction = 0.4  # share of the steps after it: between MNLI's 0.33 and SQuAD's 0.49
@@ -95,12 +104,20 @@ class Movement(Method):
         super().__post_init__()
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup and cooldown must be at most 1 together, got {self.warmup}, {self.cooldown}")
+        if self.keep_weights is not None and self.keep is not None:
+            raise ValueError(f"keep must be null beside keep_weights: they are two budgets, got {self.keep:g}")
+        if self.keep_weights is not None and self.fill:
+            raise ValueError("fill must be false with keep_weights: it would take back the zeros that were asked for")
 
     def effects(self) -> Effects:
+        if self.keep_weights is not None:
+            return Effects(cuts=True, zeros=Zeros.RESULT)
         return Effects(cuts=True, zeros=Zeros.NONE if self.fill else Zeros.SPARE)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        self._grids(anatomy)
+        grids = self._grids(anatomy)
+        if self.keep_weights is not None:
+            self._check_weights(anatomy, grids)
         if self.keep is None or cost is None:
             return
         least = cost_above({name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()}, cost, 0.0)
@@ -130,26 +147,29 @@ class Movement(Method):
     def advance(self, state: State, progress: Progress) -> None:
         state = cast(_State, state)
         done = cubic_ramp(progress, self.warmup, self.cooldown)
-        if self.keep is None:
+        if not self.budgeted:
             self._can_cross(progress)
             state.close_up_to(state.probabilities(), self.threshold * done)
         elif done > 0 and (progress.step % EVERY == 0 or progress.step == progress.total):
             values = state.ranks()
-            last = lowest_bar(state.lives(values), state.cost, self.keep)
-            state.close_up_to(values, math.floor(done * (last + 1)) - 1)
+            state.close_up_to(values, math.floor(done * (self._bar(state, values) + 1)) - 1)
 
     def report(self, state: State) -> Mapping[str, float]:
         state = cast(_State, state)
         opened = sum(int(scores.open.sum()) for scores in state.each())
         alive = {site: units.astype(np.float64) for site, units in state.alive().items()}
         total = sum(scores.open.numel() for scores in state.each())
-        return {"open": opened / max(1, total), "cost": cost_above(alive, state.cost, 0.0) / state.cost.dense}
+        found = {"open": opened / max(1, total), "cost": cost_above(alive, state.cost, 0.0) / state.cost.dense}
+        if self.keep_weights is not None:
+            left = [value > 0 for value in state.survivals([scores.open.double() for scores in state.each()])]
+            found["weights"] = sum(int(part.sum()) for part in left) / sum(part.numel() for part in left)
+        return found
 
     def decide(self, state: State, context: Context) -> Decision:
         state = cast(_State, state)
-        values = state.probabilities() if self.keep is None else state.ranks()
-        bar = self.threshold if self.keep is None else lowest_bar(state.lives(values), state.cost, self.keep)
-        if self.keep is None and all(bool((value > bar).all()) for value in values):
+        values = state.ranks() if self.budgeted else state.probabilities()
+        bar = self._bar(state, values)
+        if not self.budgeted and all(bool((value > bar).all()) for value in values):
             lowest = min(float(value.min()) for value in values)
             raise TargetError(
                 f"no score fell below the threshold, nothing is cut: the lowest sigmoid(score) is {lowest:.3f}, "
@@ -171,6 +191,17 @@ class Movement(Method):
         return Decision(Plan(stay), weights=weights)
 
     @property
+    def budgeted(self) -> bool:
+        """Whether a share decides, and not lambda and the threshold."""
+        return self.keep is not None or self.keep_weights is not None
+
+    def _bar(self, state: _State, values: Sequence[Tensor]) -> float:
+        """The final bar, in the space of `values`: the lowest that leaves what may stay, or the threshold."""
+        if self.keep_weights is not None:
+            return bar_of_weights(state.survivals(values), self.keep_weights)
+        return self.threshold if self.keep is None else lowest_bar(state.lives(values), state.cost, self.keep)
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """Rows and columns of a block of Q, K, V."""
         return self.block if isinstance(self.block, tuple) else (self.block, self.block)
@@ -186,6 +217,16 @@ class Movement(Method):
                 rows, columns = (matrix.shape[0], rows) if self.variant == "struct" else (columns, rows)
             found.append((matrix, grid_of(matrix.shape, (rows, columns), matrix.id)))
         return found
+
+    def _check_weights(self, anatomy: Anatomy, grids: Sequence[tuple[Matrix, tuple[int, int]]]) -> None:
+        """TargetError if not even one block could stay."""
+        total = sum(math.prod(matrix.shape) for matrix in anatomy.encoder_matrices())
+        least = min((math.prod(matrix.shape) // math.prod(grid) for matrix, grid in grids), default=0) / total
+        if cast(float, self.keep_weights) < least:
+            raise TargetError(
+                f"keep_weights is {self.keep_weights:.3g}, and one block alone is {least:.3g} of the encoder's weights.",
+                help="ask for more, or take smaller blocks.",
+            )
 
     def _scores(self, context: Context) -> list[_Scores]:
         parameters = set(dict(context.model.named_parameters()))
@@ -264,10 +305,29 @@ class _State(State):
 
     def lives(self, values: Sequence[Tensor]) -> dict[str, np.ndarray]:
         """Site -> (size,): the largest bar that each unit survives."""
-        named = {
-            name: cover(value) for scores, value in zip(self.each(), values, strict=True) for name, cover in scores.weights
+        return {
+            site: life.double().cpu().numpy() for site, life in liveliness(self.anatomy, self._by_parameter(values)).items()
         }
-        return {site: life.double().cpu().numpy() for site, life in liveliness(self.anatomy, named).items()}
+
+    def survivals(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """For each matrix, (rows, columns): the largest bar that each weight survives, by itself and in its unit.
+
+        The longest-lived unit of a site stays in any case, and the weights of it that are open.
+        """
+        shapes = {f"{matrix.module}.weight": matrix.shape for matrix in self.anatomy.matrices.values()}
+        found = {name: expand(value, shapes[name]) for name, value in self._by_parameter(values).items()}
+        for name, life in self.lives(values).items():
+            life[life.argmax()] = np.inf
+            site, units = self.anatomy.sites[name], torch.from_numpy(life)
+            for piece in site.slices:
+                if piece.param in found:
+                    weights = found[piece.param]
+                    along = units.to(weights).repeat_interleave(piece.unit).repeat(piece.parts)  # (rows,) or (columns,)
+                    found[piece.param] = weights.minimum(along[:, None] if piece.dim == 0 else along[None, :])
+        return list(found.values())
+
+    def _by_parameter(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {name: cover(value) for scores, value in zip(self.each(), values, strict=True) for name, cover in scores.weights}
 
     def alive(self) -> dict[str, np.ndarray]:
         """Site -> (size,): whether a unit has anything left."""
@@ -323,6 +383,13 @@ def lowest_bar(lives: Mapping[str, np.ndarray], cost: Cost, keep: float) -> floa
         else:
             low = middle + 1
     return float(bars[low])
+
+
+def bar_of_weights(survivals: Sequence[Tensor], keep: float) -> float:
+    """The lowest bar that at most the share `keep` of the weights survives; -1 closes nothing."""
+    flat = torch.cat([value.flatten() for value in survivals])
+    going = len(flat) - math.floor(keep * len(flat) + 1e-9)
+    return float(flat.kthvalue(going).values) if going else -1.0
 
 
 def cost_above(ordered: Mapping[str, np.ndarray], cost: Cost, bar: float) -> float:
