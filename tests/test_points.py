@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from tiny import batch, tiny
+from tiny import batch, factored_context, tiny
 
 from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Range, Ranges
@@ -17,6 +19,7 @@ from slimformer.hooks.points import quantized_inputs, touched
 MODEL = tiny("bert")
 ANATOMY = anatomy_of(MODEL)
 INPUTS = batch(MODEL)
+TERMS = {"0.query": 1, "0.key": 2, "0.attention_out": 1, "0.ffn_in": 2, "2.value": 1, "2.ffn_out": 3}  # of `factored_context`
 
 
 def watch(names, model=MODEL, around=None):
@@ -102,6 +105,25 @@ def test_a_tensor_that_three_matrices_read_passes_once():
     assert len(calls) == 2
     assert read[0] is read[1] is not read[2]
     assert torch.equal(read[0], 2 * calls[0])
+
+
+def test_a_factored_matrix_is_reached_once_for_each_of_its_products():
+    """And what else reads the same tensor is still reached there, once."""
+    model, passes = factored_context("bert").model, Counter()
+
+    def note(name):
+        def change(values):
+            passes[name] += 1
+            return values
+
+        return change
+
+    anatomy = anatomy_of(model)
+    with touched(model, anatomy, {name: note(name) for name in anatomy.points}), torch.no_grad():
+        model(**INPUTS)
+    terms = {f"encoder.{name}.factor.input": count for name, count in TERMS.items()}
+    assert passes == dict.fromkeys(anatomy.points, 1) | terms
+    assert anatomy.points["encoder.0.attention.input"].modules == ("bert.encoder.layer.0.attention.self.value",)
 
 
 def test_quantized_inputs_lie_on_their_grids_and_floats_do_not():

@@ -300,4 +300,7 @@ def test_what_was_made_of_other_data_is_not_taken_for_this(tmp_path: Path) -> No
     fewer = {name: list(column)[:-1] for name, column in train.columns.items()}
     features = dict(start.material.features) | {Split.TRAIN: replace(train, columns=fewer, example=list(train.example)[:-1])}
     others = replace(start, material=replace(start.material, features=features))
-    assert len({start.digest(), others.digest(), start.uncut.digest(), replace(start).digest()}) == 3
+    other = {"encoder.0.heads": (0, 2)}  # as many as there are: the plan beside the weights alone tells it
+    turned = [replace(start, plan=Plan(dict(start.plan.keep) | other)), replace(start, teacher_plan=Plan(other))]
+    bundles = [start, others, start.uncut, replace(start), *turned]
+    assert len({each.digest() for each in bundles}) == 5

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from slimformer.log import Log
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
+from slimformer.tasks.base import Features
 from slimformer.training import devices, runstate
 from slimformer.training import loop as training
 from slimformer.training import teacher as teacher_cache
@@ -236,6 +238,36 @@ def test_a_state_of_other_work_is_not_continued(tmp_path: Path) -> None:
     fit(continued, features, (), other, tmp_path, log)
     assert same(weights(fresh.model), weights(continued.model))
     assert "starts from the beginning" in (tmp_path / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_state_is_continued_if_all_that_made_it_is_the_same(tmp_path: Path) -> None:
+    """Each other teacher, plan, row, weight or option begins anew, and is told."""
+    features, seen = rows(16), Plan({"encoder.0.heads": (0, 1)})
+    around, stage = context(features=features, teacher=tiny("bert", seed=9)), replace(FAST, steps=1)
+    learns = (Distillation(),)
+    other = replace(features, columns=dict(features.columns) | {"labels": [0, *features.columns["labels"][1:]]})
+    changes: list[tuple[str, Context, Features, Train, tuple[Method, ...]]] = [
+        ("nothing", around, features, stage, learns),
+        ("teacher", replace(around, teacher=context(tiny("bert", seed=8)).subject), features, stage, learns),
+        ("teacher's plan", replace(around, teacher_plan=seen), features, stage, learns),
+        ("plan", replace(around, plan=seen), features, stage, learns),
+        ("weights", replace(around, subject=context(tiny("bert", seed=1)).subject), features, stage, learns),
+        ("rows", around, other, stage, learns),
+        ("rate", around, features, replace(stage, lr=1e-4), learns),
+        ("weight of the task", around, features, replace(stage, task_weight=0.5), learns),
+        ("method", around, features, stage, (Distillation(temperature=3.0),)),
+    ]
+    assert other.columns["labels"] != features.columns["labels"]
+    fit(replace(around, subject=context().subject), features, learns, stage, tmp_path / "first", QUIET)
+    begun = []
+    for what, again, data, settings, methods in changes:
+        folder = shutil.copytree(tmp_path / "first", tmp_path / what)
+        own = again if what == "weights" else replace(again, subject=context().subject)
+        fit(own, data, methods, settings, folder, Log(folder, quiet=True))
+        if "training starts from the beginning" in (folder / "log.jsonl").read_text(encoding="utf-8"):
+            begun.append(what)
+    assert begun == [what for what, *_ in changes[1:]]
 
 
 def test_a_damaged_state_is_passed_over(tmp_path: Path) -> None:

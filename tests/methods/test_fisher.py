@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,67 @@ def test_redundant_units_are_repaired_exactly():
     weights = fisher.repaired(context, plan, tokens=10_000, ridge=1e-9)
     small = shrink(model, context.anatomy, Decision(plan, weights=weights))
     assert gap(model, small, context) < 1e-6
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """What one of the only layer's sublayers computes at real tokens: its residual, its output matrix's inputs and outputs."""
+
+    residual: torch.Tensor
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+    @staticmethod
+    def of(model, module, residual, context):
+        flowing, read, given = [], [], []
+        handles = [
+            model.get_submodule(residual).register_forward_pre_hook(lambda _, args: flowing.append(args[0][mask])),
+            model.get_submodule(module).register_forward_pre_hook(lambda _, args: read.append(args[0][mask])),
+            model.get_submodule(module).register_forward_hook(lambda _, __, output: given.append(output[mask])),
+        ]
+        with torch.no_grad():
+            for inputs in context.batches(32):
+                mask = inputs["attention_mask"].bool()
+                model(**{name: value for name, value in inputs.items() if name != "labels"})
+        for handle in handles:
+            handle.remove()
+        return Sublayer(*(torch.cat(values).double() for values in (flowing, read, given)))
+
+
+def test_the_repair_is_the_weighted_ridge_solution():
+    """By its definition: rows weighed by the loss's slope, a ridge towards the old weights, a bias, a residual that has moved.
+
+    In a classifier's last layer the loss feels the first token alone: of n tokens it weighs n, and each other one nothing, but for
+    the floor of 2 per cent.
+    """
+    model = tiny("bert", num_hidden_layers=1)
+    context = with_model(tiny_context(), model, anatomy_of(model))
+    plan, ridge = Plan({"encoder.0.heads": (0, 2), "encoder.0.neurons": tuple(range(3, 21))}), 0.05
+    found = fisher.repaired(context, plan, tokens=10_000, ridge=ridge)
+    tokens = [int(count) for inputs in context.batches(32) for count in inputs["attention_mask"].sum(1)]
+    weights = torch.cat([torch.tensor([0.98 * count + 0.02] + [0.02] * (count - 1)) for count in tokens]).double()
+    now, layer = copy.deepcopy(model), "bert.encoder.layer.0"
+    for module, residual, columns in (
+        (f"{layer}.attention.output.dense", f"{layer}.attention", [*range(8), *range(16, 24)]),
+        (f"{layer}.output.dense", f"{layer}.intermediate.dense", list(range(3, 21))),
+    ):
+        dense, cut = (Sublayer.of(each, module, residual, context) for each in (model, now))
+        linear = now.get_submodule(module)
+        old = torch.cat([linear.weight[:, columns], linear.bias[:, None]], 1).detach().double()
+        x = torch.cat([cut.inputs[:, columns], torch.ones(len(weights), 1, dtype=torch.float64)], 1)
+        y = dense.outputs + dense.residual - cut.residual
+        size, root = x.shape[1], weights.sqrt()[:, None]
+        pull = (ridge * (root * x).square().sum() / size).sqrt()
+        rows = torch.cat([root * x, pull * torch.eye(size, dtype=torch.float64)])
+        solution = torch.linalg.lstsq(rows, torch.cat([root * y, pull * old.T])).solution.T.float()
+        weight, bias = found[f"{module}.weight"], found[f"{module}.bias"]
+        torch.testing.assert_close(weight[:, columns], solution[:, :-1], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(bias, solution[:, -1], atol=1e-4, rtol=1e-3)
+        assert int((weight != 0).any(0).sum()) == len(columns)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+    assert len(found) == 4
 
 
 def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):

@@ -91,6 +91,18 @@ def test_hard_concrete_by_hand():
     assert gates.sampled(torch.tensor([-1.0]), torch.tensor([0.8])).item() == pytest.approx(0.66915, abs=1e-4)
 
 
+def test_noise_at_its_ends_gives_numbers_and_slopes():
+    """A draw counts as 1e-4 or 1 - 1e-4 at most: no gate is moved by an endless logit, one far open never closes."""
+    ends, far = torch.tensor([0.0, 1e-4, 1 - 1e-4, 1.0]), math.log((1 - 1e-4) / 1e-4)  # the logit of 1 - 1e-4
+    half = gates.sampled(torch.tensor([far, far, -far, -far]), ends)
+    assert half.tolist() == pytest.approx([0.5] * 4, abs=1e-3)
+    log_alpha = torch.tensor([20.0, far, -far, -20.0], requires_grad=True)
+    drawn = gates.sampled(log_alpha, ends[[0, 0, 3, 3]])
+    assert drawn.tolist() == pytest.approx([1.0, 0.5, 0.5, 0.0], abs=1e-3)
+    drawn.sum().backward()
+    assert log_alpha.grad.tolist() == pytest.approx([0.0, 0.45, 0.45, 0.0], abs=1e-3)  # 1.2 / 4 * 3 / 2
+
+
 def test_opening_is_the_share_of_samples_above_zero():
     log_alpha = torch.full((200_000,), -0.7)
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0))

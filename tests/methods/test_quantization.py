@@ -29,6 +29,7 @@ from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.methods.quantization import Quantization
+from slimformer.quantizing.grids import fake
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
@@ -224,6 +225,30 @@ def test_padding_does_not_reach_the_ranges_of_factors():
             spans.append(method.decide(state, around).ranges.activations["encoder.0.query.factor.input"])
         state.close()
     assert spans[0] == spans[1]
+
+
+@pytest.mark.parametrize("exact_zero", [True, False])
+def test_a_softmax_begins_at_0_and_its_denominator_where_the_smallest_was(exact_zero):
+    """By hand, at 4 bits: x_min of a softmax is 0, as in the paper, and 0 lies on no denominator's grid."""
+    around = tiny_context()
+    method = Quantization(activations=4, roles=("softmax",), exact_zero=exact_zero)
+    state = method.attach(around)
+    spans = {"numerator": (0.25, 1.0), "denominator": (3.0, 6.0), "quotient": (0.1, 0.6)}  # steps 1/15, 0.2 and 0.04
+    grids = {}
+    for point, running in zip(state.points, state.each(), strict=True):
+        if point.id.startswith("encoder.0."):
+            low, high = spans[point.side]
+            running.low.fill_(low)
+            running.high.fill_(high)
+            grids[point.side] = state.grid(point, running)
+    state.close()
+    values = torch.tensor([0.0, 0.05, 0.11, 0.29, 0.92])
+    assert {side for side in grids if fake(torch.zeros(1), grids[side]) == 0} == {"numerator", "quotient"}
+    torch.testing.assert_close(fake(values, grids["quotient"]), torch.tensor([0.0, 0.04, 0.12, 0.28, 0.6]))
+    torch.testing.assert_close(fake(values, grids["numerator"]), torch.tensor([0, 1, 2, 4, 14]) / 15)
+    torch.testing.assert_close(
+        fake(torch.tensor([0.0, 3.0, 3.29, 4.11, 9.0]), grids["denominator"]), torch.tensor([3.0, 3.0, 3.2, 4.2, 6.0])
+    )
 
 
 def test_quantization_begins_after_its_start():

@@ -24,6 +24,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from toy_task import rows
 
 from slimformer import cli, registry
+from slimformer.core.plan import Plan
+from slimformer.core.shrink import shrink
 from slimformer.data.batching import collate
 from slimformer.data.squad import NOTHING, Answer, exact, f1, normalized, placed
 from slimformer.errors import DataError, ModelError, RecipeError
@@ -836,16 +838,19 @@ def test_a_v1_model_may_be_tuned_on_to_v2(tmp_path: Path) -> None:
     distil = Train(methods=(registry.find("methods", "distillation")(),))
     with pytest.raises(DataError, match=r"it cannot say that there is none[\s\S]*begin the recipe with '- train"):
         preflight(Recipe(str(folder), task, (distil,)))
-    recipe = Recipe(str(folder), task, (Train(epochs=1), distil))
+    model, plan, cut = checkpoint.load(folder), Plan({"encoder.0.heads": (1,)}), tmp_path / "cut"
+    checkpoint.save(shrink(model, anatomy_of(model), plan), plan, cut, tokenizer_from=folder)
+    recipe = Recipe(str(cut), task, (Train(epochs=1), distil))
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
     bundle, left = prepare_bundle(preflight(recipe), run)
     assert left == (distil,)
     assert bundle.teacher is bundle.subject
+    assert bundle.teacher_plan == bundle.plan == plan  # it came cut, and teaches the heads that it has
     assert not bundle.tuned_here  # the questions that all have an answer it may have seen before
     assert bundle.material.task.bind(bundle.subject.model.config.to_dict()).version == "v2"
     (made,) = run.root.glob("teacher/1-train-*/made")
     assert checkpoint.read_config(made)["squad_version"] == "v2"
-    assert checkpoint.read_config(folder)["squad_version"] == "v1"
+    assert checkpoint.read_config(cut)["squad_version"] == "v1"
 
 
 def test_the_command_line_knows_a_model_for_questions(call: Call, tmp_path: Path) -> None:

@@ -255,20 +255,24 @@ def slices_fit(family: type[Family]) -> None:
 
 
 def points_are_reached(family: type[Family]) -> None:
-    """each point is passed once in a forward pass and each Linear is read at one point; observing a point changes
-    nothing and leaves nothing behind."""
+    """each point is passed once in a forward pass, that of a factored matrix once for each of its products, and each
+    Linear is read at one point; observing a point changes nothing and leaves nothing behind."""
     from slimformer.hooks.points import touched
 
-    for model, anatomy, plans in _each(family, plans=2):
+    for model, anatomy, plans in _each(family, plans=2, forms=True):
         for plan in (Plan(), *plans):
             small = shrink(model, anatomy, plan)
-            points = anatomy.after(plan).points
+            after = anatomy.after(plan)
+            points = after.points
             if not points:
                 return  # a family need not have points; its models cannot be trained with fake quantization then
+            factored = [item for item in after.matrices.values() if item.form.reads and not item.table]
+            inner = {f"{item.id}.factor.input": item for item in factored}
             read = [
                 name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules
             ]
             linears = [name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)]
+            linears += [f"{item.module}.{item.form.reads}" for item in factored]
             assert sorted(read) == sorted(linears), f"points read {sorted(set(read) ^ set(linears))} or not"
             seen: list[str] = []
 
@@ -284,10 +288,15 @@ def points_are_reached(family: type[Family]) -> None:
                 expected = small(**inputs).logits
                 with touched(small, anatomy_of(small), {name: passed(name) for name in points}):
                     found = small(**inputs).logits
-                assert sorted(seen) == sorted(points), f"passed {sorted(set(points) - set(seen))[:3]} not, or some twice"
+                due = [name for name in points for _ in range(_products(inner[name]) if name in inner else 1)]
+                assert sorted(seen) == sorted(due), f"passed {sorted(set(points) - set(seen))[:3]} not, or some too often"
                 assert torch.allclose(found, expected, atol=1e-5), "passing changed the output"
                 assert torch.equal(small(**inputs).logits, expected), "something was left"
             assert _hooks(small) == hooks, "hooks are left"
+
+
+def _products(matrix: Matrix) -> int:
+    return len(matrix.form.products(matrix.shape))
 
 
 def config_is_read(family: type[Family]) -> None:
