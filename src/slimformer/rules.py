@@ -32,7 +32,7 @@ class Rule:
 
     says: str
     holds: Callable[[Any], bool]
-    wrong: tuple[Any, ...] = ()
+    wrong: tuple[Any, ...] = dataclasses.field(default=(), hash=False)  # not all of them can be hashed
 
 
 def real_number(says: str, holds: Callable[[Any], bool], *wrong: float) -> Rule:
@@ -84,6 +84,19 @@ CountOrPair = Annotated[
     ),
 ]
 CountOrZero = Annotated[int, whole_number("from 0 to a billion", lambda value: 0 <= value <= MOST, -1, 10**30)]
+Shares = Annotated[
+    Mapping[str, float],
+    Rule(
+        "names, each with a share above 0, a millionth or more, and at most 1",
+        lambda value: (
+            isinstance(value, Mapping)
+            and bool(value)
+            and all(isinstance(name, str) and name for name in value)
+            and all(_is(share, Real) and 1e-6 <= share <= 1 for share in value.values())
+        ),
+        ({}, {"a": 0.0}, {"a": 1.1}, {"a": math.nan}, {"a": "?"}, {"": 0.5}, {1: 0.5}, ("a",), 0.5, "?", None),
+    ),
+]
 # numpy and torch take such seeds.
 Seed = Annotated[int, whole_number("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32, -1, 2**32)]
 Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value <= 100, -0.1, 100.1)]  # of a metric

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny import batch, tiny
 from torch import nn
 from toy_task import context as toy_context
@@ -24,6 +26,8 @@ from slimformer.hooks.capture import Captured
 from slimformer.log import Log
 from slimformer.methods.base import Context, Progress, Step
 from slimformer.methods.group_lasso import GroupLasso, groups_of
+from slimformer.options import named_options
+from slimformer.running.reader import parse_recipe
 from slimformer.testing.checks import assert_equal, assert_same, tiny_context
 from slimformer.training.stage import Train
 
@@ -73,7 +77,7 @@ def test_norms_penalty_and_gradient_by_hand(pattern):
     model = OneMatrix(GRID)
     context = model.context()
     method = GroupLasso(groups=pattern, block=2, strength=3.0, epsilon=0.5)
-    (group,) = groups_of(model, context.anatomy, pattern, 2)
+    (group,) = groups_of(model, context.anatomy, method)
     size = 16 / len(NORMS[pattern])
     rms = [norm / math.sqrt(size) for norm in NORMS[pattern]]
     assert group.size == size
@@ -136,7 +140,7 @@ def test_every_matrix_keeps_its_share(pattern, keep):
     context = tiny_context()
     method = GroupLasso(groups=pattern, block=4, keep=keep)
     decision = method.decide(method.attach(context), context)
-    groups = {item.id: item for item in groups_of(context.model, context.anatomy, pattern, 4)}
+    groups = {item.id: item for item in groups_of(context.model, context.anatomy, method)}
     assert len(decision.weights) == 18  # three layers of six; no embeddings
     for name, item in groups.items():
         weight = decision.weights[f"{context.anatomy.matrices[name].module}.weight"]
@@ -154,10 +158,124 @@ def test_over_the_model_the_largest_groups_stay_wherever_they_are():
     assert sum(left.values()) == math.floor(0.3 * 264) * 64  # 264 blocks of 64
 
 
+# -- As the authors' profiles have it ----------------------------------------------------------------------------------------------
+
+PROFILE = GroupLasso(groups="block_rows", blocks_per_matrix=8, keep=0.2, embeddings=True)
+WIDTHS = {"query": 32 // 8, "attention_out": 32 // 8, "ffn_in": 32 // 8, "ffn_out": 24 // 8, "word": 32 // 8}
+
+
+def test_eight_blocks_per_matrix_whatever_its_width():
+    context = tiny_context()
+    groups = {item.id: item for item in groups_of(context.model, context.anatomy, PROFILE)}
+    assert len(groups) == 19
+    for name, item in groups.items():
+        rows = context.anatomy.matrices[name].shape[0]
+        assert item.count == 8 * rows
+        assert item.size == WIDTHS.get(name.rpartition(".")[2], 4)
+    out = context.model.bert.encoder.layer[2].output.dense.weight
+    third = groups["encoder.2.ffn_out"].rms().reshape(32, 8)[5, 2]
+    torch.testing.assert_close(third, out[5, 6:9].square().mean().sqrt())
+    across = replace(PROFILE, groups="block_columns", embeddings=False)
+    (item,) = (item for item in groups_of(context.model, context.anatomy, across) if item.id == "encoder.2.ffn_in")
+    assert (item.count, item.size) == (8 * 32, 3)
+    third = item.rms().reshape(8, 32)[2, 7]
+    torch.testing.assert_close(
+        third, context.model.bert.encoder.layer[2].intermediate.dense.weight[6:9, 7].square().mean().sqrt()
+    )
+
+
+def test_the_paper_s_sum_over_groups_is_the_strength_that_the_docstring_names():
+    def groups(width: int, layers: int, table: bool) -> int:
+        rows = layers * (4 * width + 4 * width + width) + (30522 if table else 0)
+        return 8 * rows
+
+    found = [1e-4 * groups(width, layers, table) for table in (False, True) for width, layers in ((384, 6), (768, 12))]
+    assert [round(value) for value in found] == [17, 66, 41, 91]
+
+
+def test_the_word_table_is_penalised_and_pruned_exactly_if_asked():
+    context = tiny_context()
+    state = PROFILE.attach(context)
+    PROFILE.penalty(state, taking(context)).backward()
+    table = context.model.get_input_embeddings().weight
+    assert bool((table.grad != 0).all())
+    decision = PROFILE.decide(state, context)
+    kept = decision.weights["bert.embeddings.word_embeddings.weight"].reshape(99, 8, 4)
+    assert int((kept != 0).any(2).sum()) == math.floor(0.2 * 99 * 8)
+    norms = table.detach().reshape(99, 8, 4).norm(dim=2)
+    alive = (kept != 0).any(2)
+    assert norms[alive].min() >= norms[~alive].max()
+    small = shrink(context.model, context.anatomy, replace(decision, plan=Plan()))
+    assert torch.equal(small.get_input_embeddings().weight, kept.reshape(99, 32))
+
+
+def test_a_frozen_word_table_is_refused():
+    context = tiny_context()
+    context.model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(RecipeError, match="the word table, which this stage freezes"):
+        PROFILE.attach(context)
+
+
+def test_matrices_keep_shares_of_their_own():
+    shares = {
+        "encoder.0.*": 0.75,
+        "encoder.[12].ffn_*": 0.5,
+        "encoder.0.key": 0.25,
+        "encoder.1.value": 1,
+        "embeddings.word": 0.6,
+    }
+    context = tiny_context()
+    method = GroupLasso(groups="rows", keep=0.125, shares=shares, embeddings=True)
+    state = method.attach(context)
+    decision = method.decide(state, context)
+    left = {}
+    for name, matrix in context.anatomy.matrices.items():
+        weight = decision.weights.get(f"{matrix.module}.weight")
+        if weight is not None:
+            left[name] = int((weight != 0).any(1).sum()) / len(weight)
+    assert "encoder.1.value" not in left
+    assert left["embeddings.word"] == 59 / 99
+    expected = {"encoder.0.query": 0.75, "encoder.0.key": 0.25, "encoder.0.ffn_in": 0.75, "encoder.1.query": 0.125}
+    expected |= {"encoder.1.ffn_in": 0.5, "encoder.2.ffn_out": 0.5, "encoder.2.value": 0.125}
+    assert {name: left[name] for name in expected} == expected
+    method.penalty(state, taking(context)).backward()
+    assert context.model.bert.encoder.layer[1].attention.self.value.weight.grad is None  # left alone
+    assert repr(method) == repr(replace(method, shares=dict(reversed(shares.items()))))  # the order says nothing
+
+
+def test_shares_that_fit_nothing_or_two_ways_are_refused():
+    for shares, what, help in (
+        ({"encoder.0.quary": 0.5}, "no matrix fits 'encoder.0.quary'", "did you mean 'encoder.0.query'"),
+        ({"encoder.9.*": 0.5}, r"no matrix fits 'encoder.9.\*'", r"did you mean 'encoder.\d.\*'"),
+        ({"*.fnn_in": 0.5}, r"no matrix fits '\*.fnn_in'", r"did you mean '\*.ffn_in'"),
+        ({"embeddings.word": 0.5}, "no matrix fits 'embeddings.word'", "known: encoder.0"),
+        ({"encoder.0.*": 0.5, "*.query": 0.4}, r"'\*.query' and 'encoder.0.\*' both fit encoder.0.query", "its own name"),
+    ):
+        with pytest.raises(RecipeError, match=what) as caught:
+            GroupLasso(groups="rows", shares=shares).check(tiny_context().anatomy, None)
+        assert re.search(help, caught.value.help)
+    with pytest.raises(TargetError, match=r"keep is 0.01, and one group alone is 0.03125 of the weights \(encoder.2.key\)"):
+        GroupLasso(groups="rows", shares={"encoder.2.key": 0.01}).check(tiny_context().anatomy, None)
+
+
+def test_blocks_of_a_number_that_divides_nothing_are_refused():
+    with pytest.raises(RecipeError, match="5 blocks do not divide the 32 columns of encoder.0.query"):
+        GroupLasso(groups="block_rows", blocks_per_matrix=5).attach(tiny_context())
+    with pytest.raises(RecipeError, match="16 blocks do not divide the 24 columns of encoder.0.ffn_out"):
+        GroupLasso(groups="block_rows", blocks_per_matrix=16).attach(tiny_context())
+
+
+def test_the_profile_comes_back_from_yaml():
+    method = replace(PROFILE, shares={"encoder.0.*": 0.4})
+    data = yaml.safe_load(yaml.safe_dump(named_options(method)))
+    recipe = {"model": "m", "task": "intents", "stages": [{"train": {"methods": [data]}}]}
+    assert parse_recipe(recipe).stages[0].methods == (method,)
+
+
 def test_a_units_norm_spans_all_that_goes_with_it():
     model = tiny("bert")
     anatomy = anatomy_of(model)
-    groups = {item.id: item for item in groups_of(model, anatomy, "units", 1)}
+    groups = {item.id: item for item in groups_of(model, anatomy, GroupLasso())}
     layer = model.bert.encoder.layer[1]
     into, out = layer.intermediate.dense, layer.output.dense
     neuron = torch.cat([into.weight[5], into.bias[5:6], out.weight[:, 5]])
@@ -335,6 +453,13 @@ def test_an_encoder_that_does_not_train_is_refused():
         {"reweight_every": 1.1},
         {"epsilon": 0},
         {"neuron_multiple": 0},
+        {"shares": {"*": 0}, "groups": "rows"},
+        {"shares": {"*": 0.5}, "groups": "units"},
+        {"shares": {"*": 0.5}, "groups": "rows", "over": "model"},
+        {"embeddings": True},
+        {"blocks_per_matrix": 8},
+        {"blocks_per_matrix": 8, "groups": "blocks"},
+        {"blocks_per_matrix": 8, "groups": "block_rows", "block": 48},
     ],
 )
 def test_options_out_of_range_are_refused(options):

@@ -34,6 +34,21 @@ def test_zeros_stay_and_the_rest_trains(tmp_path):
     assert not any("forward" in vars(module) for module in around.model.modules())
 
 
+def test_zeros_of_a_word_table_stay_and_a_padding_row_alone_masks_nothing(tmp_path):
+    features = rows(48)
+    around = context(features=features)
+    table = around.model.get_input_embeddings().weight
+    with torch.no_grad():
+        table[1].zero_()  # the padding
+        assert KeepZeros().attach(around).zeros == 0
+        table[5:90, :8] = 0
+    before = table.detach().clone()
+    fit(around, features, (KeepZeros(),), SETTINGS, tmp_path, Log(None, quiet=True))
+    after = table.detach()
+    assert torch.equal(after[5:90] == 0, before[5:90] == 0)
+    assert int((after != before).sum()) > 1000
+
+
 def test_without_it_the_same_training_fills_them(tmp_path):
     features = rows(48)
     around = context(features=features)

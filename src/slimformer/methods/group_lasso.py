@@ -9,11 +9,10 @@ training (1) and, at its end, the hard prune (2); the next `train` stage is the 
 left.
 
 Differs: beta is renewed at shares of the training, so that it changes in short runs too (the authors' code: at epochs 4, 8, 12,
-16). The penalty is a mean over weights, so that `strength` means the same for any block or model; epsilon is added to the root
-mean square of a group (theirs: the same 1e-3, to its L2 norm). Counts are exact, not percentiles. `block` is a side in weights
-(theirs: a number of blocks, 8). `units` and `distillation` beside it (their runs have the task's loss alone) are ours: units
-are groups closed under the network. The paper may square the norm in beta, its text was not at hand; the authors' code does
-not, nor do we.
+16). The penalty is a mean over weights, so that `strength` means the same for any block or model. Counts are exact, not
+percentiles. `units` and `distillation` beside it (their runs have the task's loss alone) are ours: units are groups closed
+under the network. Of the tables and the head, which their profiles of 2020 prune too, only the word table can be. The paper may
+square the norm in beta, its text was not at hand; the authors' code does not, nor do we. `GroupLasso` tells of epsilon.
 
 Choose when: weights should train while they are chosen among: then `units`, which leave a smaller dense model. The other groups
 are for storage: no dense kernel skips their zeros.
@@ -24,8 +23,9 @@ Cost: a training run, with one norm over the encoder's weights in each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, cast, final
 
 import numpy as np
@@ -36,11 +36,15 @@ from slimformer.core.anatomy import Anatomy, Kind, Matrix, Site, Slice
 from slimformer.core.budget import allocate
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
-from slimformer.errors import RecipeError, TargetError
+from slimformer.errors import RecipeError, TargetError, nearest
 from slimformer.hooks.weights import expand, grid_of, liveliness
 from slimformer.methods._schedules import crosses
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step, Zeros
-from slimformer.rules import Count, Positive, Share
+from slimformer.rules import Count, Positive, Share, Shares
+
+BLOCK = 32  # side of a block in weights, if nothing is said
+WORDS = "embeddings.word"  # the id of the word table
+NO_TABLE = "leave embeddings out."
 
 Grouping = Literal["units", "rows", "columns", "blocks", "block_rows", "block_columns"]
 
@@ -51,10 +55,21 @@ class GroupLasso(Method):
     """`groups`: the weights that go together. `keep`: share of the dense `cost` (units) or of the weights (all others).
 
     - `block`: side of a block in weights; it must divide every matrix.
-    - `strength`: about what the penalty adds to the loss whenever beta is new. The paper's 1e-4 per group comes to 17 on six
-      layers of width 384 and to 66 on BERT-base. An Adam step moves a weight by the learning rate at most: groups only reach
-      zero if rate times steps is as large as weights are (about 0.05).
+    - `blocks_per_matrix`: instead of `block`, for "block_rows" and "block_columns": into how many blocks the columns or rows of
+      each matrix are split, whatever its width. The authors' runs of 2020 have 8: at width 384 blocks are 48 wide, in the
+      second matrix of the FFN 192.
+    - `shares`: what stays of some matrices instead of the common share, such as {"encoder.0.*": 0.8, "*.ffn_in": 0.4}. They are
+      named as in plans ("encoder.0.query") or by a pattern; a name goes before a pattern. With 1 a matrix is left alone, by the
+      penalty too. The authors' profiles count what goes: 0.6 there is 0.4 here.
+    - `embeddings`: whether the word table is penalised and pruned too, as in those profiles. A stage that freezes it is
+      refused; `keep_zeros` holds its zeros.
+    - `strength`: about what the penalty adds to the loss whenever beta is new. The paper's 1e-4 per group of 8 blocks comes to
+      17 on six layers of width 384 and to 66 on BERT-base, with the word table to 41 and 91. An Adam step moves a weight by the
+      learning rate at most: groups only reach zero if rate times steps is as large as weights are (about 0.05).
     - `reweight_every`: share of the training after which beta is renewed.
+    - `epsilon`: added to a group's root mean square when beta is renewed. Theirs is added to its L2 norm, which is the root of
+      the group's size times as large: with the same 1e-3, ours stops beta from growing at norms as many times larger, 10 for 96
+      weights, and pulls less on groups that are nearly zero. Divide by that root for theirs.
     - `over`: whether each matrix keeps the same share, as in the paper, or the largest groups of the whole model stay. Units
       always compete over the model.
 
@@ -67,27 +82,49 @@ class GroupLasso(Method):
     groups: Grouping = "units"
     keep: Share = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
-    block: Count = 32
+    block: Count = BLOCK
+    blocks_per_matrix: Count | None = None
+    shares: Shares | None = None
+    embeddings: bool = False
     strength: Positive = 30.0
     reweight_every: Share = 0.2
-    epsilon: Positive = 1e-3  # added to a group's root mean square when beta is renewed
+    epsilon: Positive = 1e-3
     over: Literal["matrix", "model"] = "matrix"
     neuron_multiple: Count = 16
     sublayers: bool = False  # the size of weights tells little about what a whole sublayer does
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shares is not None:  # in one order, so that stages with the same shares have the same digest
+            object.__setattr__(self, "shares", dict(sorted(self.shares.items())))
+        if self.blocks_per_matrix is not None and self.groups not in ("block_rows", "block_columns"):
+            raise ValueError(f"blocks_per_matrix needs groups: block_rows or block_columns, got {self.groups}")
+        if self.blocks_per_matrix is not None and self.block != BLOCK:
+            raise ValueError(f"blocks_per_matrix settles the block: leave out block, got {self.block}")
+        for name in ("shares", "embeddings"):
+            if getattr(self, name) and self.groups == "units":
+                raise ValueError(f"{name} needs groups of single matrices: units compete over the whole model")
+        if self.shares is not None and self.over == "model":
+            raise ValueError("shares needs over: matrix: over the model the largest groups stay wherever they are")
 
     def effects(self) -> Effects:
         return Effects(cuts=True, zeros=Zeros.NONE if self.groups == "units" else Zeros.RESULT)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if self.groups != "units":
-            grids = tiled(anatomy, self.groups, self.block)
-            _check_share([(down * across, math.prod(matrix.shape)) for matrix, (down, across) in grids], self.keep, self.over)
+            _check_shares(tiled(anatomy, self), self.over)
         elif cost is not None:
             self.choose(anatomy, cost, {name: np.zeros(len(curve) - 1) for name, curve in cost.curves.items()})
 
     def attach(self, context: Context) -> State:
         self.check(context.anatomy, context.cost)
-        groups = groups_of(context.model, context.anatomy, self.groups, self.block)
+        groups = groups_of(context.model, context.anatomy, self)
+        frozen = any(item.id == WORDS and not item.pieces[0].tensor.requires_grad for item in groups)
+        if frozen:
+            raise RecipeError(
+                "group_lasso is to shrink the word table, which this stage freezes.",
+                help="freeze nothing, or set embeddings: false.",
+            )
         if not any(piece.tensor.requires_grad for item in groups for piece in item.pieces):
             raise RecipeError("group_lasso shrinks the encoder's weights, which this stage freezes.", help="freeze less.")
         return _State(groups, self.epsilon)
@@ -118,7 +155,7 @@ class GroupLasso(Method):
         if self.groups == "units":
             squares = {item.id: (item.rms().double().square() * item.size).cpu().numpy() for item in groups}
             return Decision(self.choose(context.anatomy, context.cost, squares))
-        stay = largest_of_each(groups, self.keep) if self.over == "matrix" else largest_of_all(groups, self.keep)
+        stay = largest_of_each(groups) if self.over == "matrix" else largest_of_all(groups, self.keep)
         weights = {}
         for item in groups:
             (piece,) = item.pieces
@@ -180,12 +217,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of one matrix, or of one site: `count` of them, of `size` weights each."""
+    """The groups of one matrix, or of one site: `count` of them, of `size` weights each; of a matrix the `share` stays."""
 
     id: str  # of the matrix or site
     pieces: tuple[Piece, ...]
     count: int
     size: int
+    share: float = 1.0
 
     def rms(self) -> Tensor:
         """The root of each group's mean square: its L2 norm, free of its size; (groups,)."""
@@ -196,45 +234,75 @@ class Groups:
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
-def groups_of(model: nn.Module, anatomy: Anatomy, grouping: Grouping, block: int) -> list[Groups]:
-    """All groups of a model's encoder; RecipeError if a block does not divide a matrix.
+def groups_of(model: nn.Module, anatomy: Anatomy, method: GroupLasso) -> list[Groups]:
+    """All groups of a model; RecipeError if a block does not divide a matrix, or a name of `shares` fits none.
 
     A unit's group is all that goes with it: a W1 row, its bias, a W2 column; a head's rows and biases in Q, K, V, its columns
-    in O. Embeddings are never cut (the authors' code penalised RoBERTa's by accident).
+    in O.
     """
-    if grouping == "units":
+    if method.groups == "units":
         return [_units(model, site) for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
     groups = []
-    for matrix, (down, across) in tiled(anatomy, grouping, block):
-        rows, columns = tile(matrix.shape, grouping, block)
+    for matrix, (down, across), share in tiled(anatomy, method):
+        rows, columns = matrix.shape[0] // down, matrix.shape[1] // across
         piece = Piece(model.get_submodule(matrix.module), "weight", (down, rows, across, columns), (1, 3))
-        groups.append(Groups(matrix.id, (piece,), down * across, rows * columns))
+        groups.append(Groups(matrix.id, (piece,), down * across, rows * columns, share))
     return groups
 
 
-def tiled(anatomy: Anatomy, grouping: Grouping, block: int) -> list[tuple[Matrix, tuple[int, int]]]:
-    """The encoder's matrices, and how many groups each has along its axes."""
-    matrices = anatomy.encoder_matrices()
-    return [(matrix, grid_of(matrix.shape, tile(matrix.shape, grouping, block), matrix.id)) for matrix in matrices]
+def tiled(anatomy: Anatomy, method: GroupLasso) -> list[tuple[Matrix, tuple[int, int], float]]:
+    """The matrices that may lose groups, how many groups each has along its axes, and the share that stays."""
+    matrices = {matrix.id: matrix for matrix in anatomy.encoder_matrices()}
+    if method.embeddings:
+        matrices[WORDS] = _word_table(anatomy)
+    own = shares_of(method.shares or {}, matrices)
+    return [
+        (matrix, grid_of(matrix.shape, tile(matrix, method), name), own.get(name, method.keep))
+        for name, matrix in matrices.items()
+        if own.get(name) != 1
+    ]
 
 
-def tile(shape: tuple[int, int], grouping: Grouping, block: int) -> tuple[int, int]:
+def tile(matrix: Matrix, method: GroupLasso) -> tuple[int, int]:
     """Rows and columns of one group in a matrix (out, in)."""
-    rows, columns = shape
-    return {
-        "rows": (1, columns),
-        "columns": (rows, 1),
-        "blocks": (block, block),
-        "block_rows": (1, block),  # a row's part inside a block: the paper's pattern
-        "block_columns": (block, 1),
-    }[grouping]
+    rows, columns = matrix.shape
+    match method.groups:
+        case "rows":
+            return 1, columns
+        case "columns":
+            return rows, 1
+        case "block_rows":  # a row's part inside a block: the paper's pattern
+            return 1, _side(matrix, 1, method)
+        case "block_columns":
+            return _side(matrix, 0, method), 1
+    return method.block, method.block
 
 
-def largest_of_each(groups: Sequence[Groups], keep: float) -> dict[str, Tensor]:
-    """Per matrix, which groups stay: exactly the share `keep`, rounded down to whole groups."""
+def shares_of(shares: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The share of each of these names that has one: by the name itself, else by the one pattern that fits it.
+
+    Raises RecipeError for a key that fits no name, and for two patterns that fit one.
+    """
+    fitting = {name: [key for key in shares if fnmatchcase(name, key)] for name in names}
+    for key in shares:
+        if not any(key in keys for keys in fitting.values()):
+            parts = [name.rpartition(".") for name in fitting]
+            patterns = {pattern for front, _, last in parts for pattern in (f"{front}.*", f"*.{last}")}
+            raise RecipeError(f"shares: no matrix fits '{key}'.", help=nearest(key, patterns if "*" in key else fitting))
+    for name, keys in fitting.items():
+        if len(keys) > 1 and name not in shares:
+            raise RecipeError(
+                f"shares: '{keys[0]}' and '{keys[1]}' both fit {name}.",
+                help="give it a share under its own name, or narrow one.",
+            )
+    return {name: shares[name if name in shares else keys[0]] for name, keys in fitting.items() if keys}
+
+
+def largest_of_each(groups: Sequence[Groups]) -> dict[str, Tensor]:
+    """Per matrix, which groups stay: exactly its share, rounded down to whole groups."""
     stay = {}
     for item in groups:
-        order = _order(item.rms())[: math.floor(keep * item.count + 1e-9)]
+        order = _order(item.rms())[: math.floor(item.share * item.count + 1e-9)]
         stay[item.id] = torch.zeros(item.count, dtype=torch.bool, device=order.device).index_fill(0, order, True)
     return stay
 
@@ -265,15 +333,37 @@ def _piece(model: nn.Module, site: Site, item: Slice) -> Piece:
     return Piece(module, name, view, tuple(axis for axis in range(len(view)) if axis != item.dim + 1))
 
 
-def _check_share(matrices: Sequence[tuple[int, int]], keep: float, over: str) -> None:
-    """TargetError if a matrix, or the model, could not keep even one group. `matrices`: groups and weights of each."""
-    total = sum(weights for _, weights in matrices)
-    least = max(1 / count if over == "matrix" else weights / count / total for count, weights in matrices)
-    if keep < least:
+def _check_shares(matrices: Sequence[tuple[Matrix, tuple[int, int], float]], over: str) -> None:
+    """TargetError if a matrix, or the model, could not keep even one group."""
+    total = sum(math.prod(matrix.shape) for matrix, _, _ in matrices)
+    parts = [(1 if over == "matrix" else math.prod(matrix.shape) / total) / math.prod(grid) for matrix, grid, _ in matrices]
+    short = [(part, share, matrix.id) for part, (matrix, _, share) in zip(parts, matrices, strict=True) if share < part]
+    if short:
+        least, share, name = max(short)
         raise TargetError(
-            f"keep is {keep:.4g}, and one group alone is {least:.4g} of the weights.",
+            f"keep is {share:.4g}, and one group alone is {least:.4g} of the weights ({name}).",
             help=f"ask for {math.ceil(least * 1000) / 1000:g} or more, or take smaller groups.",
         )
+
+
+def _side(matrix: Matrix, axis: int, method: GroupLasso) -> int:
+    """The length of a block along an axis; RecipeError if the blocks that are to lie along it do not divide it."""
+    count, length = method.blocks_per_matrix, matrix.shape[axis]
+    if count is not None and length % count:
+        lines = "columns" if axis else "rows"
+        raise RecipeError(
+            f"{count} blocks do not divide the {length} {lines} of {matrix.id}.",
+            help="choose a number that divides every matrix.",
+        )
+    return method.block if count is None else length // count
+
+
+def _word_table(anatomy: Anatomy) -> Matrix:
+    """RecipeError if it is no dense table of its own."""
+    table = anatomy.matrices.get(WORDS)
+    if table is None or not table.dense or table.tied is not None:
+        raise RecipeError("this model's word table cannot be pruned: it is factored, or tied to another matrix.", help=NO_TABLE)
+    return table
 
 
 def _order(rms: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Holds the exact zeros that an earlier stage left in the encoder's matrices, while all other weights train on.
+"""Holds the exact zeros that an earlier stage left in the matrices, while all other weights train on.
 
 Paper: Li, Kong, Zhang, Li, Li, Liu, Ding: Efficient Transformer-based Large Scale Language Representations using
 Hardware-friendly Block Structured Pruning (Findings of EMNLP 2020), section 3: masked retraining.
 
-Idea: A mask over each matrix is 0 wherever the weight is 0 when the stage begins. The gradient of a masked weight is exactly 0,
-and decay shrinks 0 to 0, so that zeros are zeros in every step and when the mask is gone.
+Idea: A mask over each matrix of the encoder, and over a word table with zeros, is 0 wherever the weight is 0 when the stage
+begins. The gradient of a masked weight is exactly 0, and decay shrinks 0 to 0, so that zeros are zeros in every step and when
+the mask is gone.
 
 Differs: Any method may have made the zeros: this is the second half of every sparse recipe, after `movement` without `fill` for
 instance. It decides nothing. Biases are not held: a new model's are all 0.
@@ -21,6 +22,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast, final
+
+from torch import Tensor, nn
 
 from slimformer.hooks.weights import masked_weights
 from slimformer.methods.base import Context, Effects, Method, State
@@ -57,9 +60,26 @@ class _State(State):
         super().__init__()
         parameters = dict(context.model.named_parameters())
         names = [f"{matrix.module}.weight" for matrix in context.anatomy.encoder_matrices() if matrix.dense]
-        opened = {name: parameters[name].detach() != 0 for name in names}
+        opened = {name: parameters[name].detach() != 0 for name in names} | _tables(context)
         total = sum(mask.numel() for mask in opened.values())
         self.zeros = sum(int((~mask).sum()) for mask in opened.values()) / max(1, total)
         stack = ExitStack()
         stack.enter_context(masked_weights(context.model, {name: mask for name, mask in opened.items() if not mask.all()}))
         self.on_close(stack.close)
+
+
+# -- Plumbing ------------------------------------------------------------------------------------------------------------------
+
+
+def _tables(context: Context) -> dict[str, Tensor]:
+    """Masks of the word tables that have zeros beside the row of the padding, which is 0 in a new model and never trains."""
+    masks = {}
+    for matrix in context.anatomy.matrices.values():
+        if matrix.table and matrix.dense:
+            module = cast(nn.Embedding, context.model.get_submodule(matrix.module))
+            mask = module.weight.detach() != 0
+            if module.padding_idx is not None:
+                mask[module.padding_idx] = True
+            if not mask.all():
+                masks[f"{matrix.module}.weight"] = mask
+    return masks
