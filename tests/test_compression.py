@@ -390,6 +390,48 @@ def test_who_is_delivered(dense: tuple[float, float], cut: tuple[float, float], 
     assert search.better(first, second, max_loss=1.0) == delivered
 
 
+@pytest.mark.parametrize(
+    ("dense", "cut", "layers", "tried"),
+    [
+        ((1.5, 9.0), (0.2, 3.0), 2, True),  # at least 6 times as fast with three layers
+        ((1.5, 4.7), (0.2, 3.0), 2, False),  # 3.13 times: not clearly
+        ((1.5, 4.8), (0.2, 3.0), 2, True),
+        ((0.9, 9.0), (0.2, 3.0), 2, False),  # nothing is lost too much
+        ((1.5, 9.0), (1.2, 3.0), 2, True),  # the cut model loses too much as well
+    ],
+)
+def test_when_one_more_dense_layer_is_tried(
+    dense: tuple[float, float], cut: tuple[float, float], layers: int, tried: bool
+) -> None:
+    first, second = (Trial("int8", 0.9, loss, speed, 1.0, 1) for loss, speed in (dense, cut))
+    assert search.deeper_may_win(first, second, layers, max_loss=1.0) == tried
+
+
+def test_depth_is_searched_until_a_dense_model_passes(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hurry(monkeypatch)
+    levels = read_recipe(done.out / "recipe.yaml").latency
+    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+    monkeypatch.chdir(done.home)
+    monkeypatch.setattr(search, "CLEARLY", 1.05)
+    races: list[str] = []
+
+    def race(self: Any, chosen: Any, small: Any) -> tuple[Trial, Trial]:
+        races.append(small.name)
+        cut, dense = chosen.best_int8(100), Trial(small.variant, 0.5, 200.0 if len(races) == 1 else 0.0, 9.0, 9.0, 1)
+        return replace(cut, loss=0.0, speed_32=1.0), dense
+
+    monkeypatch.setattr(search._Search, "_race", race)
+    write_model(tmp_path / "deep", num_hidden_layers=5)
+    out, options = tmp_path / "small", {"speedup": 2.5, "max_loss": 100, "epochs": 1, "tries": 2, "rivals": ("small-dense",)}
+    result = compress(tmp_path / "deep", Classification(data="data"), out, **options, threads=1, wait_seconds=0)
+    first, second = (int(name.split()[0]) for name in races)
+    assert second == first + 1 < 5
+    assert [record.name for record in result.records if record.role == Standing.SMALL_DENSE] == races[:1]
+    (chosen,) = (record for record in result.records if record.chosen)
+    assert sum(layer.heads > 0 for layer in chosen.layers) == second
+    assert any(re.match(f"{first} dense layers? lost 200.00 points, more than is allowed", line) for line in said(out))
+
+
 def test_the_card_tells_what_the_chosen_file_holds(done: Done) -> None:
     facts = read_facts(done.out)
     assert facts is not None

@@ -60,28 +60,33 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
     # with zeros alone our model is as large as the teacher
     smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan and not drops_layers(stages)
     if "small-dense" in wanted and smaller:
-        rivals.append(_small_dense(made, stages, run))
+        rivals.append(small_dense(made, stages, equal_layers(bundle), run))
     return rivals
 
 
-def _small_dense(made: Made, stages: Sequence[Stage], run: Run) -> Contestant:
-    """The smaller dense model in int8."""
-    training = small_dense_stages(made.bundle, stages, run)
-    small = advance(training, made.bundle.uncut, run.under("rival"))
+def small_dense(made: Made, stages: Sequence[Stage], count: int, run: Run) -> Contestant:
+    """The smaller dense model of `count` layers in int8, trained as `made` was."""
+    training = small_dense_stages(made.bundle, stages, count, run)
+    small = advance(training, made.bundle.uncut, run.under("rival" if count == equal_layers(made.bundle) else f"rival-{count}"))
     bundle, variant = small.bundle, Variant.INT8_DYNAMIC
-    files = export_files(bundle.subject, bundle.material, run.root / "small", [variant], run.log, ranges=bundle.ranges)
-    facts = facts_of(small, run, "")
-    count = sum(layer.heads + layer.neurons > 0 for layer in facts["layers"])
+    files = export_files(bundle.subject, bundle.material, run.root / f"small-{count}", [variant], run.log, ranges=bundle.ranges)
     name = f"{count} dense layer{'s' if count > 1 else ''} int8"
-    return Contestant(name, Standing.SMALL_DENSE, files[variant], variant, facts=facts, made=small, stages=training)
+    return Contestant(
+        name, Standing.SMALL_DENSE, files[variant], variant, facts=facts_of(small, run, ""), made=small, stages=training
+    )
 
 
-def small_dense_stages(bundle: Bundle, stages: Sequence[Stage], run: Run) -> tuple[Stage, ...]:
-    """What makes the smaller dense model of about equal MACs: whole layers are dropped evenly, then the same training follows."""
+def equal_layers(bundle: Bundle) -> int:
+    """How many whole layers of the teacher have about as many multiply-accumulates as the bundle's model; not all, if there are more."""
     anatomy, lengths = bundle.teacher.anatomy, bundle.material.features[Split.TRAIN].lengths()
     share = cost.macs(bundle.subject.anatomy, lengths).dense / cost.macs(anatomy, lengths).dense
     total = len(anatomy.layers)
-    count = max(1, round(share * total))
+    return max(1, min(total - 1, round(share * total)))
+
+
+def small_dense_stages(bundle: Bundle, stages: Sequence[Stage], count: int, run: Run) -> tuple[Stage, ...]:
+    """What makes the smaller dense model: whole layers are dropped evenly down to `count`, then the same training follows."""
+    total = len(bundle.teacher.anatomy.layers)
     run.log.say(f"training the smaller dense model ({count} of {total} layers) with the same budget.")
     layers = registry.find("methods", "layers")(keep=min(1.0, round(count / total + 1e-4, 4)))
     return (Calibrate(layers), *(without_cuts(stage) for stage in stages if isinstance(stage, Train)))

@@ -43,7 +43,7 @@ from slimformer.running.prepare import load_bundle, teach_bundle
 from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
 from slimformer.running.result import Result
-from slimformer.running.rivals import Contestant, drops_layers, rivals_of
+from slimformer.running.rivals import Contestant, drops_layers, equal_layers, rivals_of, small_dense
 from slimformer.running.runner import Conditions, finished_result, model_name, open_run, wish_of
 from slimformer.running.schedule import (
     FEWEST_STEPS,
@@ -512,36 +512,62 @@ class _Search:
     def contest(self, chosen: Candidate) -> tuple[Candidate, list[Contestant]]:
         """The candidate to deliver, and its rivals, trained.
 
-        If the smaller dense model passes the gate better than the cut one, it is delivered, and the cut one is its rival. No smaller
-        dense model is made if the budget no longer allows it.
+        If a smaller dense model passes the gate better than the cut one, it is delivered, and the cut one is its rival. The first has
+        as many multiply-accumulates as the cut one; if it loses too much, one of a layer more is tried, as long as that would be
+        faster than the cut one. None is made if the budget no longer allows it.
         """
-        allowed = self.wanted.max_loss
         with self.schedule.part(Part.RIVAL):
             rivals = rivals_of(chosen.made, chosen.stages, self.rival_names, self.judge, self.state)
             small = next((rival for rival in rivals if rival.made is not None), None)
-            if small is None or small.made is None:
-                return chosen, rivals
-            best = chosen.best_int8(allowed)
-            files: dict[str, Path] = {best.variant: chosen.files[best.variant], small.variant: small.path}
-            pair = f"{chosen.made.bundle.digest()}-{small.made.bundle.digest()}.json"
-            mine, its = remembered(
-                self.state.root / "contest" / pair,
-                lambda: self.judge.try_out(files, seconds=self.diet.trial_seconds),
-                list[Trial],
-            )
-            if not better(its, mine, allowed):
-                return chosen, rivals
-            self.state.log.say(
-                f"the smaller dense model has {abs(its.loss):.2f} points {lost_text(its.loss)} on validation examples at "
-                f"{its.speed_32 / mine.speed_32:.2f} times the speed of the cut one: it is delivered, and the cut one stands beside it."
-            )
-            minutes = chosen.made.effort.minutes + small.made.effort.minutes  # of the whole search
-            winner = candidate_of(
-                small.made, small.stages, self.state.root / "dense", self.judge, self.state, seconds=self.diet.trial_seconds
-            ).after(minutes)
+            layers, tries = equal_layers(chosen.made.bundle), 1
+            while small is not None:
+                mine, its = self._race(chosen, small)
+                if better(its, mine, self.wanted.max_loss):
+                    return self._delivered(small, chosen, mine, its), [
+                        *(rival for rival in rivals if rival is not small),
+                        self._loser(chosen),
+                    ]
+                deeper = deeper_may_win(its, mine, layers, self.wanted.max_loss) and layers + 1 < self.outline.sizes.layers
+                if not deeper or tries >= self.diet.tries or not self._has_time():
+                    break
+                self.state.log.say(
+                    f"{layers} dense layer{'s' * (layers > 1)} lost {abs(its.loss):.2f} points, more than is allowed, at "
+                    f"{its.speed_32 / mine.speed_32:.2f} times the speed of the cut model: trying one more."
+                )
+                layers, tries = layers + 1, tries + 1
+                small = small_dense(chosen.made, chosen.stages, layers, self.state)
+                rivals.append(small)
+        return chosen, rivals
+
+    def _race(self, chosen: Candidate, small: Contestant) -> tuple[Trial, Trial]:
+        """The trials of the cut model's best int8 file and of the smaller dense one's, in one race on validation examples."""
+        assert small.made is not None
+        best = chosen.best_int8(self.wanted.max_loss)
+        files: dict[str, Path] = {best.variant: chosen.files[best.variant], small.variant: small.path}
+        pair = f"{chosen.made.bundle.digest()}-{small.made.bundle.digest()}.json"
+        mine, its = remembered(
+            self.state.root / "contest" / pair,
+            lambda: self.judge.try_out(files, seconds=self.diet.trial_seconds),
+            list[Trial],
+        )
+        return mine, its
+
+    def _delivered(self, small: Contestant, chosen: Candidate, mine: Trial, its: Trial) -> Candidate:
+        """The smaller dense model as a candidate, with the minutes of the whole search."""
+        assert small.made is not None
+        self.state.log.say(
+            f"the smaller dense model has {abs(its.loss):.2f} points {lost_text(its.loss)} on validation examples at "
+            f"{its.speed_32 / mine.speed_32:.2f} times the speed of the cut one: it is delivered, and the cut one stands beside it."
+        )
+        minutes = chosen.made.effort.minutes + small.made.effort.minutes
+        home, seconds = self.state.root / "dense", self.diet.trial_seconds
+        return candidate_of(small.made, small.stages, home, self.judge, self.state, seconds=seconds).after(minutes)
+
+    def _loser(self, chosen: Candidate) -> Contestant:
+        """The cut model as a rival."""
+        best = chosen.best_int8(self.wanted.max_loss)
         facts = facts_of(chosen.made, self.state, "")
-        loser = Contestant("cut model int8", Standing.CUT, chosen.files[best.variant], best.variant, facts=facts)
-        return winner, [*(rival for rival in rivals if rival is not small), loser]
+        return Contestant("cut model int8", Standing.CUT, chosen.files[best.variant], best.variant, facts=facts)
 
     @property
     def rival_names(self) -> tuple[RivalName, ...]:
@@ -590,6 +616,13 @@ def better(dense: Trial, cut: Trial, max_loss: float) -> bool:
     if cut.loss > max_loss:
         return dense.loss < cut.loss
     return dense.loss <= max_loss and dense.speed_32 > CLEARLY * cut.speed_32
+
+
+def deeper_may_win(dense: Trial, cut: Trial, layers: int, max_loss: float) -> bool:
+    """Whether a dense model with one layer more than `layers` is worth training: this one lost too much, and that one would still be
+    clearly faster than the cut model, even if all of its time were in its layers.
+    """
+    return dense.loss > max_loss and dense.speed_32 * layers / (layers + 1) > CLEARLY * cut.speed_32
 
 
 def pick(candidates: Sequence[Candidate], max_loss: float) -> Candidate:
