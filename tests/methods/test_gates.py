@@ -284,6 +284,68 @@ def test_a_lagrangian_that_had_no_time_says_so():
     assert pressed(Gates(keep=0.5), around)[1].notes == ()
 
 
+# -- A share of each kind ----------------------------------------------------------------------------------------------------------
+
+EACH = Gates(keep=None, keep_heads=0.56, keep_neurons=0.4)
+
+
+@pytest.mark.parametrize("size", ["lagrangian", "top_k"])
+@pytest.mark.parametrize("heads", [0.56, 7 / 12])  # 7 / 12 of 12 falls short of 7 by rounding
+def test_each_kind_keeps_its_share_of_the_highest_log_alpha(size, heads):
+    around = priced("latency")  # what units cost does not matter
+    anatomy = around.anatomy
+    method = replace(EACH, size=size, keep_heads=heads, neuron_multiple=1)
+    draw = torch.Generator().manual_seed(2)
+    values = {site.id: torch.randn(site.size, generator=draw) for site in method.sites(anatomy)}
+    values["encoder.1.heads"] -= 9
+    plan = method.choose(anatomy, around.cost, values)
+    for kind, count in ((Kind.HEADS, 6 if heads == 0.56 else 7), (Kind.NEURONS, 28)):  # of 12 and of 72
+        sites = anatomy.of_kind(kind)
+        ranking = sorted(
+            ((float(value), site.id, u) for site in sites for u, value in enumerate(values[site.id])), reverse=True
+        )
+        expected = {(name, unit) for _, name, unit in ranking[:count]}
+        kept = {site.id: () if site.sublayer in plan.keep else plan.keep.get(site.id, range(site.size)) for site in sites}
+        assert {(name, unit) for name, units in kept.items() for unit in units} == expected
+    assert plan.keep["encoder.1.attention"] == ()
+
+
+def test_widths_are_multiples_and_no_kind_keeps_more_than_its_share():
+    anatomy = tiny_context().anatomy
+    draw = torch.Generator().manual_seed(3)
+    for share in (0.3, 0.5, 0.75, 1.0):
+        method = replace(EACH, keep_neurons=share, neuron_multiple=4, sublayers=False)
+        values = {site.id: torch.randn(site.size, generator=draw) for site in method.sites(anatomy)}
+        plan = method.choose(anatomy, tiny_context().cost, values)
+        widths = [len(plan.keep.get(f"encoder.{layer}.neurons", range(24))) for layer in range(3)]
+        assert all(width % 4 == 0 for width in widths)
+        assert 72 * share - 4 < sum(widths) <= 72 * share
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_multipliers_of_each_kind_drive_it_to_its_own_share(apart):
+    around = tiny_context()
+    method = replace(EACH, multiplier_lr=0.2, ramp=0.3, apart=apart)
+    state, decision = pressed(method, around, steps=800 if apart else 400)
+    found = method.report(state)
+    assert len(state.multipliers) == 2
+    assert (found["goal_heads"], found["goal_neurons"]) == (pytest.approx(0.56), pytest.approx(0.4))
+    assert found["open_heads"] == pytest.approx(0.56, abs=0.03)
+    assert found["open_neurons"] == pytest.approx(0.4, abs=0.03)
+    assert decision.notes == ()
+
+
+def test_a_kind_that_had_no_time_is_named():
+    _, short = pressed(EACH, tiny_context(), steps=20)
+    assert ["expected share of open heads" in note for note in short.notes] == [True, False]
+    assert "not to 40%" in short.notes[1]
+
+
+def test_a_share_of_heads_out_of_reach_is_told_before_training():
+    with pytest.raises(TargetError, match="the budget of 1 heads cannot be reached: 3 remain"):
+        Gates(units="heads", keep=None, keep_heads=0.1, sublayers=False).attach(tiny_context())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_plan_keeps_the_gates_that_are_open(seed):
     """Where open gates cost as much as the target, they are the plan: a head counts for what it costs, as each of its neurons does."""
@@ -405,9 +467,10 @@ def test_apart_neither_kind_feels_the_other(tmp_path):
         assert torch.equal(value, other[name]) == name.endswith("heads")
 
 
-def test_adam_leaves_gates_alone_that_are_not_at_work():
+@pytest.mark.parametrize("budget", [{"keep": 0.9}, {"keep": None, "keep_heads": 0.9, "keep_neurons": 0.8}])
+def test_adam_leaves_gates_alone_that_are_not_at_work(budget):
     around = context()
-    method = Gates(apart=True, size="lagrangian", keep=0.9, ramp=0.0)
+    method = Gates(apart=True, size="lagrangian", ramp=0.0, **budget)
     state = method.attach(around)
     optimizer = torch.optim.AdamW(state.groups(), fused=True)
     batch = next(around.batches(16))
@@ -492,6 +555,20 @@ def test_sizes_are_those_of_the_paper(large, heads, neurons, mebibytes):
     assert size == pytest.approx(1278.5 - 384 * heads - 768 * neurons, abs=1.5)
 
 
+@pytest.mark.parametrize(("heads", "neurons", "mebibytes"), [ROWS[3], ROWS[-1]])
+def test_the_papers_rows_can_be_asked_for(large, heads, neurons, mebibytes):
+    anatomy, counted = large
+    method = Gates(keep=None, keep_heads=1 - heads, keep_neurons=1 - neurons, size="top_k", sublayers=False, neuron_multiple=1)
+    draw = torch.Generator().manual_seed(0)
+    values = {site.id: torch.randn(site.size, generator=draw) for site in method.sites(anatomy)}
+    plan = method.choose(anatomy, counted, values)
+    for kind, removed in ((Kind.HEADS, heads), (Kind.NEURONS, neurons)):
+        sites = anatomy.of_kind(kind)
+        left = sum(len(plan.keep.get(site.id, range(site.size))) for site in sites)
+        assert left == math.floor((1 - removed) * sum(site.size for site in sites) + 1e-9)
+    assert counted.of(plan, anatomy) * 4 / 2**20 == pytest.approx(mebibytes, rel=0.01)
+
+
 # -- Options -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -510,6 +587,12 @@ def test_sizes_are_those_of_the_paper(large, heads, neurons, mebibytes):
         {"lr": 0.0},
         {"start": math.nan},
         {"neuron_multiple": 0},
+        {"keep_heads": 0, "keep": None},
+        {"keep": None},
+        {"keep": 0.5, "keep_heads": 0.5, "keep_neurons": 0.5},
+        {"keep_heads": 0.5, "keep": None},
+        {"keep_neurons": 0.5, "keep": None, "units": "heads"},
+        {"keep_heads": 0.5, "keep_neurons": 0.5, "keep": None, "size": "threshold"},
     ],
 )
 def test_options_out_of_range_are_refused(options):

@@ -1,4 +1,4 @@
-"""The cost of a plan: parameters and MACs by arithmetic, milliseconds from a measured table.
+"""The cost of a plan: parameters, MACs and units by arithmetic, milliseconds from a measured table.
 
 Every cost here is a fixed part plus one curve per unit site, its sublayer's cost at 0, 1, ... units; a search needs no
 more. The savings of another form of a matrix are counted on top, but never in milliseconds: those must be measured.
@@ -28,7 +28,7 @@ class Cost:
     `matrix` gives the cost of one matrix in its form; it is None if only a measurement could.
     """
 
-    unit: str  # "parameters", "MACs", "ms"
+    unit: str  # "parameters", "MACs", "ms", "heads", "neurons"
     fixed: float
     curves: Mapping[str, np.ndarray]  # site -> (size + 1,)
     matrix: Callable[[Matrix], float] | None = None
@@ -99,6 +99,12 @@ def macs(anatomy: Anatomy, lengths: np.ndarray) -> Cost:
         curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve
     return Cost("MACs", 0.0, curves, work)
+
+
+def unit_count(anatomy: Anatomy, kind: Kind) -> Cost:
+    """The number of units of one kind."""
+    curves = {site.id: np.arange(site.size + 1, dtype=np.float64) for site in anatomy.of_kind(kind)}
+    return Cost(str(kind), 0.0, curves)
 
 
 def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[Kind, Mapping[int, float]]) -> Cost:
