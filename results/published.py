@@ -20,6 +20,7 @@ from math import hypot
 from pathlib import Path
 from statistics import fmean
 
+import again
 import structured
 from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, STRONG, more_ids
 from pages import Run, bullets, interval, row_times, table, wrapped
@@ -36,6 +37,7 @@ from work import (
     folder_of,
     found_in,
     glue,
+    interval_of,
     left,
     lost,
     orders,
@@ -61,7 +63,6 @@ from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
 from slimformer.methods.quantization import Quantization
 from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
-from slimformer.reporting.words import interval_text, signed
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.tasks.base import Task
 from slimformer.training.stage import Calibrate, Stage, Train
@@ -292,7 +293,8 @@ SYSTEMS = (
         "Beside them: dense models of fewer layers",
         "Sajjad, Dalvi, Durrani, Nakov: dropping the top layers is best.",
         "`layers-even`, `layers-bottom`, `layers-chosen`: half of the layers, spaced evenly, the lowest, or those that the loss needs "
-        "most; trained with distillation for as long as `gates` and `movement`.",
+        "most; trained with distillation for as long as `gates` and `movement`. `layers` below stands for the one that lost least on "
+        "validation examples.",
         r"layers.*",
         timed=True,
     ),
@@ -342,8 +344,8 @@ def _page(groups: Mapping[str, list[Run]], teachers: Mapping[str, Run]) -> str:
     ]
     for system in SYSTEMS:
         lines += _system(system, groups)
-    lines += orders("What the papers found, here", ORDERS, found_in(TABLE))
-    return "\n".join([*lines, *_where(groups)]).rstrip() + "\n"
+    lines += orders("What the papers found, here", ORDERS, with_best_layers(found_in(TABLE)))
+    return "\n".join([*lines, *_where(groups), *again.part()]).rstrip() + "\n"
 
 
 def _teacher_table(teachers: Mapping[str, Run], groups: Mapping[str, list[Run]]) -> list[str]:
@@ -428,11 +430,6 @@ def _system(system: System, groups: Mapping[str, list[Run]]) -> list[str]:
     return [f"## {system.title}", "", *bullets((f"The paper: {system.claim}", system.run)), "", *body, ""]
 
 
-def interval_of(found: Interval | None) -> str:
-    """Points lost, with their interval."""
-    return f"{signed(found.value)} ({interval_text(found)})" if found else ""
-
-
 def _aims(groups: Mapping[str, list[Run]]) -> list[str]:
     """Each aim on each encoder, judged by the run that was named for it."""
     rows = [(aim.what, ENCODER_NAMES[encoder], *_judged(aim, encoder, groups)) for aim in AIMS for encoder in ENCODER_NAMES]
@@ -509,12 +506,23 @@ ORDERS = tuple(
         ("Xu et al.: sparse beats narrow with as few encoder weights, trained alike", ("mrpc",), ("narrow-5", "sparse-ours-5")),
         ("Prato et al.: 4 bits lose, 8 do not", ("mrpc", "sst2"), ("quantization-4", "quantization-8")),
         ("Sajjad et al.: the lowest layers are the ones to keep", ("mrpc", "sst2"), ("layers-even", "layers-bottom")),
-        ("McCarley et al.: cut units rather than layers", ("mrpc", "sst2"), ("layers-bottom", "gates")),
-        ("Lagunas et al.: the same", ("mrpc", "sst2"), ("layers-bottom", "movement")),
+        ("McCarley et al.: cut units rather than layers", ("mrpc", "sst2"), ("layers", "gates")),
+        ("Lagunas et al.: the same", ("mrpc", "sst2"), ("layers", "movement")),
     )
     for encoder in ENCODER_NAMES
     for task in tasks
 )
+
+
+def with_best_layers(found: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs, and for each encoder and task as "layers" that way to drop layers which lost least on validation examples."""
+    best: dict[str, tuple[float, Run]] = {}
+    for name, run in found.items():
+        place, run_name = name.split("/", 1)
+        forecast = run.ours.forecast if run.ours else None
+        if run_name in [f"layers-{which}" for which in DEPTHS] and forecast is not None:
+            best[place] = min(best.get(place, (float("inf"), run)), (forecast.loss, run), key=lambda item: item[0])
+    return {**found} | {f"{place}/layers": run for place, (_, run) in best.items()}
 
 
 def draw() -> None:

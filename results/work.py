@@ -178,6 +178,11 @@ def met(record: Record, allowed: float, times: float = 0.0, small: bool = True) 
 # -- Parts of pages ----------------------------------------------------------------------------------------------------------
 
 
+def interval_of(found: Interval | None) -> str:
+    """Points lost, with their interval."""
+    return f"{signed(found.value)} ({interval_text(found)})" if found else ""
+
+
 def epochs(jobs: Sequence[Job], folder: str) -> str:
     """Passes of a job over the rows, stage by stage, with their copies: '2 + 6'; nothing if the job is none of these."""
     stages = [stage for job in jobs if job.folder == folder for stage in job.recipe.stages if isinstance(stage, Train)]

@@ -429,6 +429,30 @@ def test_two_models_are_compared_over_examples_and_seeds() -> None:
     assert gap.value - gap.low == pytest.approx(1.96 / 3**0.5)
 
 
+def test_runs_that_were_made_again_stand_beside_their_first_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    again = importlib.import_module("again")
+    plain = row("fp32", Standing.OURS, 2.0, precision="float", loss=Interval(1.0, -0.5, 2.5))
+    near, far = (replace(plain, loss=Interval(value, value - 1, value + 1)) for value in (2.4, 2.6))
+    runs = {
+        "methods/numbers/a/x": (plain,),
+        "methods/numbers/a/y": (plain,),
+        "methods/numbers/a/z": (plain,),
+        "methods/again/numbers/a/x": (near,),
+        "methods/again/numbers/a/y": (far,),
+    }
+    monkeypatch.setattr(again, "runs_of", lambda *_: [again.Run(Path(name), records) for name, records in runs.items()])
+    monkeypatch.setattr(again, "DRAWN", tmp_path / "again.json")
+    assert again.part() == []
+    monkeypatch.setattr(again, "_can_run", lambda folder: folder.name != "z")
+    again.draw(seed=3, count=10)
+    lines = again.part()
+    assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))["of"] == 2
+    assert " ".join(lines).startswith(
+        "## Run again  2 of the 2 runs that can be repeated here, drawn with the seed 3, were run again"
+    )
+    assert [line.rsplit("|", 2)[1].strip() for line in lines if line.startswith("| numbers")] == ["yes", "no"]
+
+
 def test_minutes_say_with_how_many_threads_where_some_were_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     work = importlib.import_module("work")
     ours = row("fp32", Standing.OURS, 2.0, minutes=20.26)
