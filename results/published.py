@@ -52,7 +52,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
-from slimformer.measuring.records import Interval, Record, Standing
+from slimformer.measuring.records import Interval, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -62,7 +62,7 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
 from slimformer.methods.quantization import Quantization
-from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
+from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, weak, within
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.tasks.base import Task
 from slimformer.training.stage import Calibrate, Stage, Train
@@ -381,14 +381,6 @@ def _teacher_table(teachers: Mapping[str, Run], groups: Mapping[str, list[Run]])
         "weights",
     )
     return ["## The dense models", "", *table(head, rows), ""] if rows else []
-
-
-def weak(record: Record) -> bool:
-    """Whether a teacher is not clearly better than the best answer that is the same for every example: two standard errors."""
-    if record.chance is None:
-        return False
-    noise = 2 * (max(1e-9, record.score * (1 - record.score)) / record.examples) ** 0.5
-    return record.score - noise <= record.chance
 
 
 def _system(system: System, groups: Mapping[str, list[Run]]) -> list[str]:

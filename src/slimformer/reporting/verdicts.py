@@ -82,13 +82,18 @@ def doubts(records: Sequence[Record]) -> list[str]:
     """What makes all figures of a comparison less sure, to stand beside its headline: other work, or a teacher near chance."""
     base = next((record for record in records if record.role == Standing.TEACHER_FP32), None)
     said = [_busy_text(records)]
-    noise = 1 / math.sqrt(max(1, base.examples)) if base else 0.0  # at most two standard errors of a share
-    if base is not None and base.chance is not None and base.higher_is_better and base.score - noise <= base.chance:
+    if base is not None and weak(base):
         said.append(
             f"Weak teacher: it scores {base.score:.4f}, and the best answer that is the same for every example {base.chance:.4f}; "
             "what loses nothing to it may still be worth nothing."
         )
     return [text for text in said if text]
+
+
+def weak(teacher: Record) -> bool:
+    """Whether a teacher is not clearly better than the best answer that is the same for every example."""
+    noise = 1 / math.sqrt(max(1, teacher.examples))  # at most two standard errors of a share
+    return teacher.chance is not None and teacher.higher_is_better and teacher.score - noise <= teacher.chance
 
 
 def _busy_text(records: Iterable[Record]) -> str:
