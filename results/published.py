@@ -56,6 +56,7 @@ from slimformer.measuring.records import Interval, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
+from slimformer.methods.gates import Gates
 from slimformer.methods.group_lasso import GroupLasso
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
@@ -117,6 +118,22 @@ def sparse_ours(encoder: str, task: str, times: float = 1.0) -> Stages:
     return (followed(encoder, task, KnowledgeSparse(keep=0.05), lr=OURS_LR, passes=PASSES * times),)
 
 
+def answered() -> Train:
+    """On SQuAD with as many questions as the teacher saw: answers and teacher teach alike, without attention scores."""
+    return replace(DISTIL, batch_size=16, task_weight=0.5)
+
+
+def sparse_variants(encoder: str) -> dict[str, Stages]:
+    """Xu et al. with one choice changed: one threshold for the whole model, second-order scores, two of four weights."""
+    ways = {
+        "global-10": KnowledgeSparse(keep=0.1, scope="model"),
+        "fisher-10": KnowledgeSparse(keep=0.1, score="fisher", refreshes=4),
+        "10": KnowledgeSparse(keep=0.1),
+        "2of4": KnowledgeSparse(pattern="2:4"),
+    }
+    return {f"sparse-{name}": (followed(encoder, "mrpc", method, lr=1.6e-4),) for name, method in ways.items()}
+
+
 def movement(epochs: float) -> Stages:
     """Lagunas et al., Hybrid Filled: published penalty and threshold, logits and labels, no decay; then the dense stage."""
     taught = Distillation(logits=0.9, hidden=0.0)
@@ -125,6 +142,22 @@ def movement(epochs: float) -> Stages:
         learn, methods=(Movement(keep=None, fill=True, lambda_final=20.0, neuron_multiple=1), taught), epochs=epochs * 3 / 4
     )
     return (cut, replace(learn, epochs=epochs / 4))
+
+
+def gates(epochs: float) -> Stages:
+    """McCarley et al.: gates alone learn, then heads and neurons go, as many of each as in their fastest row below 1.5 F1."""
+    chosen = Gates(
+        keep=None,
+        keep_heads=0.469,
+        keep_neurons=0.351,
+        size="top_k",
+        apart=True,
+        neuron_multiple=1,
+        fold=False,
+        sublayers=False,
+    )
+    gated = replace(DISTIL, epochs=epochs / 2, methods=(chosen,), freeze="everything", task_weight=1.0)
+    return (gated, replace(DISTIL, epochs=epochs / 2))
 
 
 def group_lasso(encoder: str, epochs: float) -> Stages:
@@ -182,12 +215,26 @@ def jobs() -> tuple[Job, ...]:
             add(encoder, task, {"sparse-5": sparse(encoder, task)}, start=ENCODERS[encoder])
     for encoder in ("minilm", "e5"):
         for task in ("mrpc", "sst2"):
-            pruned = structured.methods(0.48, EPOCHS[task], DISTIL)
-            add(encoder, task, {"gates": pruned["gates"]}, 0.48)
+            add(encoder, task, {"gates": gates(EPOCHS[task])}, 0.39)
             add(encoder, task, {f"layers-{which}": dense_layers(which, EPOCHS[task]) for which in DEPTHS}, 0.5)
             add(encoder, task, {"movement": movement(EPOCHS[task])}, start=ENCODERS[encoder])
             add(encoder, task, {"group_lasso": group_lasso(encoder, EPOCHS[task])})
         add(encoder, "mrpc", {"narrow-5": narrow(encoder, "mrpc")}, 0.05)
+    add("minilm", "mrpc", sparse_variants("minilm"), start=ENCODERS["minilm"])
+    for encoder in ("minilm", "e5"):
+        squad = replace(answered(), methods=(Movement(keep=0.25, fill=True), *answered().methods))
+        add(encoder, "squad1", {"movement-ours": (replace(squad, epochs=3.0), replace(answered(), epochs=1.0))}, 0.25)
+        add(encoder, "squad1", {"movement": movement(4.0)}, start=ENCODERS[encoder])
+        add(encoder, "squad1", {"gates": gates(2.0)}, 0.39)
+    add(
+        "minilm",
+        "squad1",
+        {
+            "sparse-ours-10": (
+                replace(answered(), methods=(KnowledgeSparse(keep=0.1), *answered().methods), lr=8e-4, epochs=2.0),
+            )
+        },
+    )
     add("minilm", "mrpc", {f"sparse-ours-5-{name}": sparse_ours("minilm", "mrpc", times) for name, times in LONGER.items()})
     unique = {job.folder: job for job in found}
     return tuple(unique.values())
@@ -238,9 +285,10 @@ SYSTEMS = (
     System(
         "Gates: McCarley, Chakravarti, Sil",
         "BERT-large on SQuAD 2.0: 1.95 times as fast, 1.4 F1 lost, 39 % of the encoder's weights left; the middle layers keep most.",
-        "`gates`: of the tuned model all weights are frozen while gates learn, heads and neurons apart, with the task's loss; the "
-        "units that stay train on, with distillation of hidden states and outputs. In the paper gates learn for one epoch and "
-        "retraining takes one; here both take half of the passes. The paper's recipe of distillation was not to be had.",
+        "`gates`: of the tuned model all weights are frozen while gates learn, heads and neurons apart, with the task's loss; 46.9 % of "
+        "the heads and 35.1 % of the neurons stay, as in the row that the claim is of, and train on, with distillation of hidden states "
+        "and outputs. In the paper gates learn for one epoch and retraining takes one; here both take half of the passes. The paper's "
+        "recipe of distillation was not to be had.",
         r"gates.*",
         timed=True,
     ),
