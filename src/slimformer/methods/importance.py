@@ -7,11 +7,11 @@ section 3.3, which come before `gates` on the paper's ladder; Michel, Levy, Neub
 Idea: Each head and neuron gets one number, the numbers form one ranking, and the best that fit the budget stay. Nothing is
 repaired or folded: gates that stay are 1.
 
-Differs: Random keeps an exact number; the paper draws each gate by itself, Bernoulli(p). Gain looks at 2,048 examples, the
-paper at the training set once, and it takes the absolute value per example, so that the batch size does not matter.
-Leave-one-out measures the mean task loss on training examples, not F1 on the dev set, which nothing here may choose on, and in
-float32, since one head changes little. One ranking fills the budget: of gain per cost (a head costs as much as a hundred
-neurons), of the plain number for the others.
+Differs: Random is one draw by the run's seed and keeps an exact number (theirs: each gate by itself, Bernoulli(p)): judge it by
+several seeds. Gain looks at 2,048 examples, in bf16 where a CPU gains by it (theirs: all training data once), and takes the
+absolute value per example, so that the batch size does not matter. Leave-one-out measures the mean task loss on training
+examples, not F1 on the dev set, which nothing here may choose on, and in float32, since one head changes little. One ranking
+fills the budget: of gain per cost (a head costs as much as a hundred neurons), of the plain number for the others.
 
 Choose when: you need the baseline that a better method has to beat.
 
@@ -42,7 +42,7 @@ from slimformer.rules import Count, Share
 class Importance(Method):
     """`how` the units are ranked; `keep`: share of the dense `cost` that may remain.
 
-    - "random" looks at no data.
+    - "random" looks at no data; the run's seed makes the draw.
     - "gain" takes one pass with gradients over the examples.
     - "leave_one_out" takes one pass for each head, without that head: heads only, and a few hundred examples will do.
 
@@ -56,7 +56,7 @@ class Importance(Method):
     keep: Share = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
     units: Literal["heads", "neurons", "both"] = "both"
-    examples: Count = 2048
+    examples: Count = 2048  # training examples that are looked at, or all if there are fewer; the paper's gain looks at all
     neuron_multiple: Count = 16
     sublayers: bool = False  # whether all units of a sublayer may go, and the rest of it with them; the paper leaves the rest
 
