@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from slimformer.core.anatomy import Kind
-from slimformer.core.budget import allocate, levels
+from slimformer.core.budget import allocate, leading, levels, something_left, strongest
 from slimformer.core.cost import Cost, latency, macs, parameters
+from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
 
@@ -67,6 +69,67 @@ def test_a_budget_below_everything_names_the_least():
         allocate(ANATOMY, importance, cost, 9.0)
     with pytest.raises(TargetError, match="12 remain"):
         allocate(ANATOMY, importance, cost, 11.0, sublayers=False)
+
+
+def test_levels_by_hand():
+    found = {
+        (size, step): levels(size, step, may_vanish=False).tolist() for size, step in ((8, 4), (6, 4), (6, 9), (2, 4), (1, 1))
+    }
+    assert found == {(8, 4): [4, 8], (6, 4): [4, 6], (6, 9): [1, 6], (2, 4): [1, 2], (1, 1): [1]}
+    assert levels(6, 4, may_vanish=True).tolist() == [0, 4, 6]
+
+
+def test_a_site_that_is_not_named_stays_whole_and_is_paid_for():
+    cost = Cost("units", 0.5, {SITES[0]: np.arange(5) * 0.1, SITES[1]: np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 2.0])})
+    importance = {SITES[0]: np.array([4.0, 3.0, 2.0, 1.0])}
+    assert allocate(ANATOMY, importance, cost, 2.75).keep == {SITES[0]: (0, 1)}  # 0.25 is left for heads
+    assert allocate(ANATOMY, importance, cost, 2.5).keep == {"encoder.0.attention": ()}  # nothing is
+    with pytest.raises(TargetError, match="2.5 remain"):
+        allocate(ANATOMY, importance, cost, 2.4)
+    free = replace(cost, curves={**cost.curves, SITES[0]: np.zeros(5)})
+    assert allocate(ANATOMY, importance, free, 2.5).keep == {}  # what costs nothing stays
+
+
+SCORE = {SITES[0]: np.array([9.0, 1.0, 8.0, 2.0]), SITES[1]: np.array([7.0, 6.0, 5.0, -4.0, 3.0, 0.5])}
+UNITS = Cost("units", 1.0, {SITES[0]: np.arange(5) * 8.0, SITES[1]: np.arange(7) * 4.0})
+
+
+def test_the_strongest_are_the_longest_prefix_of_the_ranking_that_fits():
+    ranking = [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2), (1, 4), (0, 3), (0, 1), (1, 5), (1, 3)]  # by SCORE, all sites together
+    for count in range(len(ranking) + 1):
+        kept = {
+            name: tuple(sorted(unit for site, unit in ranking[:count] if site == index)) for index, name in enumerate(SITES)
+        }
+        spent = 1.0 + 8 * len(kept[SITES[0]]) + 4 * len(kept[SITES[1]])
+        gone = {ANATOMY.sites[name].sublayer: () for name, units in kept.items() if not units}
+        part = {name: units for name, units in kept.items() if 0 < len(units) < ANATOMY.sites[name].size}
+        for budget in (spent, spent + 3.9):  # the next unit costs 4 at least
+            assert strongest(ANATOMY, SCORE, UNITS, budget).keep == gone | part
+    with pytest.raises(TargetError, match=r"0.9 units cannot be reached: 1 remain[\s\S]*ask for 2%"):
+        strongest(ANATOMY, SCORE, UNITS, 0.9)
+    with pytest.raises(TargetError, match="13 remain"):  # a head and a neuron
+        strongest(ANATOMY, SCORE, UNITS, 12.0, sublayers=False)
+    assert strongest(ANATOMY, SCORE, UNITS, 25.0, neuron_multiple=4).keep == {SITES[0]: (0, 2), "encoder.0.ffn": ()}
+
+
+def test_leading_units_in_the_nearest_number_that_is_allowed():
+    assert leading(ANATOMY, SCORE, {SITES[0]: 3, SITES[1]: 5}).keep == {SITES[0]: (0, 2, 3), SITES[1]: (0, 1, 2, 4, 5)}
+    found = leading(ANATOMY, SCORE, {SITES[0]: 0, SITES[1]: 3}, neuron_multiple=4).keep
+    assert found == {"encoder.0.attention": (), SITES[1]: (0, 1, 2, 4)}
+    assert leading(ANATOMY, SCORE, {SITES[0]: 0}, sublayers=False).keep == {SITES[0]: (0,)}
+    assert leading(ANATOMY, SCORE, {SITES[1]: 5}, neuron_multiple=4).keep == {
+        SITES[1]: (0, 1, 2, 4)
+    }  # of two as near the smaller
+    assert leading(ANATOMY, SCORE, {SITES[1]: 6}, neuron_multiple=4).keep == {}
+
+
+def test_a_plan_that_takes_every_sublayer_is_refused():
+    attention, ffn = ({f"encoder.0.{name}": ()} for name in ("attention", "ffn"))
+    for plan in ({}, attention, ffn, {SITES[0]: (0,)}):
+        something_left(ANATOMY, Plan(plan))
+    with pytest.raises(TargetError, match="nothing of the encoder would be left"):
+        something_left(ANATOMY, Plan(attention | ffn))
+    something_left(replace(ANATOMY, sites={}), Plan())  # what has no sublayers loses none
 
 
 def test_macs_by_hand():
