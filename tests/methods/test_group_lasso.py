@@ -248,7 +248,8 @@ def test_shares_that_fit_nothing_or_two_ways_are_refused():
         ({"encoder.0.quary": 0.5}, "no matrix fits 'encoder.0.quary'", "did you mean 'encoder.0.query'"),
         ({"encoder.9.*": 0.5}, r"no matrix fits 'encoder.9.\*'", r"did you mean 'encoder.\d.\*'"),
         ({"*.fnn_in": 0.5}, r"no matrix fits '\*.fnn_in'", r"did you mean '\*.ffn_in'"),
-        ({"embeddings.word": 0.5}, "no matrix fits 'embeddings.word'", "known: encoder.0"),
+        ({"embeddings.word": 0.5}, "embeddings.word has one, and the word table is left alone", "embeddings: true"),
+        ({"*": 1}, "every matrix would be left alone", "below 1"),
         ({"encoder.0.*": 0.5, "*.query": 0.4}, r"'\*.query' and 'encoder.0.\*' both fit encoder.0.query", "its own name"),
     ):
         with pytest.raises(RecipeError, match=what) as caught:

@@ -255,7 +255,11 @@ def tiled(anatomy: Anatomy, method: GroupLasso) -> list[tuple[Matrix, tuple[int,
     matrices = {matrix.id: matrix for matrix in anatomy.encoder_matrices()}
     if method.embeddings:
         matrices[WORDS] = _word_table(anatomy)
+    elif WORDS in (method.shares or {}):
+        raise RecipeError(f"shares: {WORDS} has one, and the word table is left alone.", help="set embeddings: true.")
     own = shares_of(method.shares or {}, matrices)
+    if own and all(own.get(name) == 1 for name in matrices):
+        raise RecipeError("shares: every matrix would be left alone.", help="give some of them a share below 1.")
     return [
         (matrix, grid_of(matrix.shape, tile(matrix, method), name), own.get(name, method.keep))
         for name, matrix in matrices.items()
