@@ -32,6 +32,7 @@ from work import (
     ROOT,
     TUNED,
     TUNING,
+    as_trained,
     dense,
     epochs,
     folder_of,
@@ -45,6 +46,7 @@ from work import (
     plain_in,
     recipe_link,
     series,
+    simulated,
     still_to_run,
     teacher,
     twenty_thousand,
@@ -52,7 +54,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
-from slimformer.measuring.records import Interval, Standing
+from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -96,15 +98,8 @@ def followed(encoder: str, task: str, *more: Method, lr: float, passes: float = 
 
 
 def fully_quantized(bits: int) -> Stages:
-    """Prato et al.: everything on a grid of so many bits, the task's loss alone."""
-    fake = Quantization(
-        weights=bits,
-        activations=bits,
-        embeddings=bits,
-        roles="all",
-        grid="affine",
-        exact_zero=False,
-    )
+    """Prato et al.: every operand on a grid of so many bits, of each feature where files compute in float; the labels alone."""
+    fake = Quantization(weights=bits, activations=bits, embeddings=bits, roles="all", activation_buckets="feature")
     return (Train(methods=(fake,), lr=4e-5, epochs=2.0, dropout=False),)
 
 
@@ -203,7 +198,9 @@ def jobs() -> tuple[Job, ...]:
                     start or taught, at_hand, stages, teacher=taught if start else None, seed=seed, export=EXPORT, bench=bench
                 )
                 last = "" if seed == 17 else f"-seed{seed}"
-                found.append(Job(f"{TABLE}/{encoder}-{task}/{name}{last}", recipe, share, job.folder if job else ""))
+                folder = f"{TABLE}/{encoder}-{task}/{name}{last}"
+                more = simulated if name.startswith("quantization") else None
+                found.append(Job(folder, recipe, share, job.folder if job else "", more=more))
 
     for encoder in ("minilm", "e5"):
         for task in ("mrpc", "sst2"):
@@ -332,9 +329,10 @@ SYSTEMS = (
         "Translation: 8 bits lose nothing against float.",
         "`quantization-8`, `-6`, `-4`: every operand of the paper on a grid of so many bits: inputs and weights of matrices, queries, "
         "keys and values, numerator, denominator and output of softmax and layer norm, activations, embeddings; biases and sums of "
-        "residuals in float. From the tuned model, the task's loss alone, two passes; affine grids that need not hold 0. The paper "
-        "translates, and trains from scratch. The score is that of the model as it was trained, where files compute the parts "
-        "between matrices in float.",
+        "residuals in float. From the tuned model, the labels alone, two passes. The paper translates, and trains from scratch; its "
+        "grids need not hold 0, ours do, and those of weights are symmetric, so that files can have them. **score** here is that of "
+        "the model as it was trained, with everything on its grid, simulated in PyTorch; files compute products of matrices in "
+        "integers, and the rest in float.",
         r"quantization.*",
     ),
     System(
@@ -450,14 +448,15 @@ def _system(system: System, groups: Mapping[str, list[Run]]) -> list[str]:
         faster = (
             (row_times(plain, 32), row_times(plain, 1), row_times(integers, 32) if integers else "") if system.timed else ()
         )
-        scores = [file.score for run in some if (file := ours_in(run, Variant.FLOAT))]
+        trained = as_trained if run_name.startswith("quantization") else in_float
+        scores = [file.score for run in some if (file := trained(run))]
         spread = f" ({min(scores):.4f} to {max(scores):.4f})" if len(scores) > 1 else ""
         rows.append(
             (
                 *(ENCODER_NAMES[encoder], task, recipe_link(TABLE, name), str(len(some))),
                 f"{fmean(scores):.4f}{spread}",
-                interval_of(lost(some, lambda run: ours_in(run, Variant.FLOAT))),
-                interval_of(lost(some, lambda run: ours_in(run, Variant.INT8_FUSED))),
+                interval_of(lost(some, trained)),
+                interval_of(lost(some, in_int8)),
                 f"{count:.2f} M ({1 / share:.1f} ×)",
                 f"{times:.1f} ×",
                 *faster,
@@ -468,6 +467,16 @@ def _system(system: System, groups: Mapping[str, list[Run]]) -> list[str]:
     speeds = ("× batch 32", "× batch 1", "× int8, batch 32") if system.timed else ()
     body = table((*head, *speeds, "passes"), rows) if rows else ["Not run yet."]
     return [f"## {system.title}", "", *bullets((f"The paper: {system.claim}", system.run)), "", *body, ""]
+
+
+def in_float(run: Run) -> Record | None:
+    """Our fp32 file."""
+    return ours_in(run, Variant.FLOAT)
+
+
+def in_int8(run: Run) -> Record | None:
+    """Our int8 file with fused operators."""
+    return ours_in(run, Variant.INT8_FUSED)
 
 
 def _aims(groups: Mapping[str, list[Run]]) -> list[str]:
@@ -483,7 +492,8 @@ def _judged(aim: Aim, encoder: str, groups: Mapping[str, list[Run]]) -> tuple[st
     strong = {task: some for task, some in there.items() if not weak(dense(some[0]))}
     if not strong or len(there) < len(asked):
         return (aim.run, f"{len(there)} of {len(asked)} tasks run", "")
-    found = {task: lost(some, lambda run: ours_in(run, Variant.FLOAT)) for task, some in strong.items()}
+    trained = as_trained if aim.run.startswith("quantization") else in_float
+    found = {task: lost(some, trained) for task, some in strong.items()}
     losses = {task: loss for task, loss in found.items() if loss is not None}
     said = ", ".join(f"{task} {interval_of(loss)}" for task, loss in losses.items())
     if aim.kept:

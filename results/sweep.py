@@ -54,6 +54,7 @@ class Job:
     share: float = 1.0
     needs: str = ""  # the folder of a job that makes this one's model
     before: Callable[[], None] | None = None  # makes the model that the recipe starts from, if it does not exist
+    more: Callable[[Job], None] | None = None  # adds rows to the ledger in `scratch`, once the run is finished
 
     @property
     def home(self) -> Path:
@@ -154,6 +155,8 @@ def _finish(job: Job, wait_seconds: float) -> bool:
         traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
         return False
     if not job.stands:
+        if job.more is not None:
+            job.more(job)
         job.home.mkdir(parents=True, exist_ok=True)
         for name in ("recipe.yaml", LEDGER):  # its relative paths hold there too: both folders lie as deep
             shutil.copy(job.scratch / name, job.home / name)

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import hypot
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any, cast
 
 import numpy as np
+import torch
 from pages import Run, bullets, runs_of, table, wrapped
 from sweep import Job
 
+from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.exporters.base import Variant
-from slimformer.measuring.records import Interval, Record, Standing
+from slimformer.families.base import subject_of
+from slimformer.hooks.points import quantized_points
+from slimformer.measuring.records import Interval, Record, Standing, today
+from slimformer.measuring.scoring import Entry, Scored, evaluate, paired_interval, resampled
 from slimformer.methods.distillation import Distillation
+from slimformer.reporting.ledger import LEDGER, append_record, read_records
 from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, within
 from slimformer.reporting.words import count_text, interval_text, mb_text, signed
 from slimformer.running.recipe import Bench, Export, Recipe
+from slimformer.saving import checkpoint
+from slimformer.saving.folders import MODEL_FOLDER
+from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
 from slimformer.training.stage import Train
@@ -32,6 +43,7 @@ SST2_TEACHER, SQUAD_TEACHER = "../shared/models/minilm-sst2", "../shared/models/
 TUNED = {("minilm", "sst2"): SST2_TEACHER, ("minilm", "squad1"): SQUAD_TEACHER}  # teachers that nobody has to train
 FOLDERS = {"mrpc": "MRPC", "sst2": "SST-2", "stsb": "STS-B", "cola": "CoLA", "rte": "RTE"}
 EXPORT = Export(choose_within=1.0)
+SIMULATED = "as trained, simulated"
 DISTIL = Train(  # follows a cut, at a width of 384
     methods=(Distillation(),), lr=1.6e-4, task_weight=0.1, dropout=False, freeze="embeddings"
 )
@@ -84,6 +96,52 @@ def teacher(encoder: str, task: str) -> Job:
 def folder_of(job: Job) -> str:
     """The folder that a job leaves its model in, as recipes name it."""
     return str(job.scratch.relative_to(ROOT))
+
+
+def simulated(job: Job) -> None:
+    """Adds a row for the model of a finished run as it was trained: in PyTorch, with everything on its grid that has one."""
+    folder = job.scratch / MODEL_FOLDER
+    subject, ranges = subject_of(checkpoint.load(folder)), checkpoint.load_ranges(folder)
+    assert ranges is not None, f"{folder} has no ranges"
+    task = job.recipe.task.bind(subject.model.config)
+    examples = task.split(Split.DEV)
+    features = task.encode(examples, load_tokenizer(folder), min(task.max_length, max_length_of(folder)))
+
+    def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            output = subject.model(**subject.feed(batch))
+        return {name: output[name].float().numpy() for name in task.outputs}
+
+    with subject.evaluating(), quantized_points(subject.model, subject.anatomy, ranges):
+        outputs = evaluate(runner, features, 64)
+    rows = read_records([job.scratch / LEDGER])
+    plain = next(row for row in rows if row.role == Standing.OURS and row.precision == Variant.FLOAT)
+    whole = next(row for row in rows if row.name == plain.baseline)
+    entry = Entry(SIMULATED, Standing.OTHER, "torch", cast(Any, None), task, features)  # nothing is timed
+    scored = Scored.of(entry, outputs, examples)
+    again = resampled(scored, examples)
+    row = replace(
+        plain,
+        name=SIMULATED,
+        role=Standing.OTHER,
+        precision="torch",
+        file="",
+        chosen=False,
+        scores=scored.scores,
+        resampled=tuple(round(float(value), 5) for value in again),
+        timings=(),
+        speed={},
+        size_bytes=None,
+        forecast=None,
+        date=today(),
+    )
+    gap = paired_interval(whole.score - row.score, np.asarray(whole.resampled) - again)
+    append_record(job.scratch / LEDGER, replace(row, loss=gap.scaled(100)))
+
+
+def as_trained(run: Run) -> Record | None:
+    """The row that `simulated` added."""
+    return next((record for record in run.records if record.name == SIMULATED), None)
 
 
 def dense(run: Run) -> Record:
