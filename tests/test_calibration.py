@@ -86,8 +86,20 @@ def test_the_divergence_worked_by_hand():
     wanted = np.array([2, 4, 3, 7]) / 16  # the last takes the outlier
     coarse = np.array([3, 3, 3, 3]) / 12  # two levels of two bins each, each level's mean
     assert _divergence(counts, 4, 2) == pytest.approx(float((wanted * np.log(wanted / coarse)).sum()))
+    uneven = 3 / 8 * np.log(3 / 2) + 1 / 8 * np.log(1 / 2)  # levels of one bin and of two: 4 | 2, 2
+    assert _divergence(np.array([4.0, 3.0, 1.0]), 3, 2) == pytest.approx(uneven)
+    assert _divergence(np.array([4.0, 3.0, 0.0]), 3, 2) == 0.0  # a bin without values takes none of its level's
     assert _divergence(np.array([5.0, 0.0, 3.0]), 3, 3) == 0.0  # as many levels as bins
     assert _divergence(np.array([5.0, 0.0, 3.0]), 2, 2) == np.inf  # outliers where the coarse one has nothing
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_threshold_is_that_of_the_least_divergence_on_half_the_levels(bits):
+    counts = np.floor(1000 * np.exp(-np.arange(64) / 9)) + (np.arange(64) == 63)
+    histogram, half = Histogram(counts, np.linspace(0.0, 6.4, 65)), 2 ** (bits - 1)
+    best = min(range(half, 65), key=lambda size: _divergence(counts, size, half))
+    assert half < best < 64
+    assert find_range(histogram, "entropy", bits=bits) == Range(0.0, float(histogram.edges[best]))
 
 
 def test_entropy_drops_a_few_far_values_and_keeps_a_short_side():

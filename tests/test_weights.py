@@ -14,7 +14,7 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import anatomy_of
-from slimformer.hooks.weights import expand, grid_of, liveliness, masked, masked_weights
+from slimformer.hooks.weights import changed_weights, computing, expand, grid_of, liveliness, masked, masked_weights
 
 OWN = "bert.encoder.layer.1.attention.self"
 OUT = "bert.encoder.layer.1.attention.output.dense"
@@ -79,6 +79,21 @@ def test_contexts_overlap_and_end_in_any_order():
     second.__exit__(None, None, None)
     torch.testing.assert_close(linear(ones), plain)
     assert "forward" not in vars(linear)
+
+
+def test_a_module_computes_in_another_way_with_its_changed_weights():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Identity())
+    plain = model(torch.eye(2)).detach()
+    with computing(model, {"0": lambda module, values: 10 * values @ module.weight.T}):
+        torch.testing.assert_close(model(torch.eye(2)), 10 * plain)
+        with changed_weights(model, {"0.weight": lambda weight: 3 * weight}):
+            torch.testing.assert_close(model(torch.eye(2)), 30 * plain)
+        torch.testing.assert_close(model(torch.eye(2)), 10 * plain)
+        with pytest.raises(AssertionError, match="0 computes in another way already"), computing(model, {"1": abs, "0": abs}):
+            pass
+        assert "forward" not in vars(model[1])
+    torch.testing.assert_close(model(torch.eye(2)), plain)
+    assert "forward" not in vars(model[0])
 
 
 def test_a_copy_made_meanwhile_masks_its_own_weights():
