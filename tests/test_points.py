@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -85,6 +86,33 @@ def test_a_change_reaches_the_output_whichever_attention_is_at_work(around):
     assert not torch.allclose(found, plain)
     with torch.no_grad():
         torch.testing.assert_close(MODEL(**INPUTS).logits, plain)
+
+
+@pytest.mark.parametrize("point", ["encoder.1.key.output", "encoder.1.ffn_out.output", "encoder.1.attention.norm.output"])
+def test_what_a_module_gives_is_changed_before_others_read_it(point):
+    module = MODEL.get_submodule(ANATOMY.points[point].modules[0])
+    seen, plain = watch([point])
+    given = []
+    handle = module.register_forward_hook(lambda _, __, output: given.append(output) or 3 * output)
+    with torch.no_grad():
+        expected = MODEL(**INPUTS).logits
+    handle.remove()
+    torch.testing.assert_close(seen[point], given[0])
+    with touched(MODEL, ANATOMY, {point: lambda values: 3 * values}), torch.no_grad():
+        found = MODEL(**INPUTS).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, plain)
+
+
+def test_points_keep_the_numbers_in_the_precision_of_the_model():
+    half = copy.deepcopy(MODEL).bfloat16()
+    with torch.no_grad():
+        plain = half(**INPUTS).logits
+    seen, logits = watch(ANATOMY.points, half)
+    assert {name: values.dtype for name, values in seen.items() if name.endswith((".input", "query.output"))} == {
+        name: torch.bfloat16 for name in ANATOMY.points if name.endswith((".input", "query.output"))
+    }
+    torch.testing.assert_close(logits, plain, atol=0.05, rtol=0.05)
 
 
 def test_a_tensor_that_three_matrices_read_passes_once():

@@ -20,6 +20,8 @@ def test_the_cubic_decay_is_steep_first():
 def test_a_hundred_updates_evenly_one_a_step_at_most():
     assert [updates_due(Progress(step, 400), 100, 0.0)[0] for step in (0, 3, 4, 399, 400)] == [0, 0, 1, 99, 100]
     assert [updates_due(Progress(step, 7), 100, 0.0) for step in (1, 7)] == [(1, 7), (7, 7)]
+    assert [updates_due(Progress(step, 2), 5, 0.5) for step in (0, 1, 2)] == [(0, 1), (1, 1), (1, 1)]
+    assert updates_due(Progress(1, 1), 5, 0.9) == (1, 1)  # all of one step is cool-down: it still has its update
     assert [updates_due(Progress(step, 100), 10, 0.5)[0] for step in (4, 5, 49, 50, 100)] == [0, 1, 9, 10, 10]
 
 
