@@ -122,6 +122,8 @@ def test_a_head_whose_origin_the_teacher_lacks_learns_nothing_and_it_is_said(cap
     context = replace(dense, subject=student, plan=own, teacher=teacher, teacher_plan=cut)
     with caplog.at_level("INFO", logger="slimformer"):
         state = Distillation(scores=1.0).attach(context)
+        Distillation().attach(context)  # asks for no scores, and says nothing of them
+        Distillation(scores=1.0).attach(dense)  # each of its heads has a counterpart
     assert state.heads == {0: Heads(0, (2,), (1,)), 1: Heads(1, (0, 1, 2, 3), (0, 1, 2, 3))}
     assert [record.message for record in caplog.records] == [
         "distillation: 6 heads have no counterpart in the teacher; they learn no attention scores."
