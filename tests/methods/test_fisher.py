@@ -161,6 +161,37 @@ def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
         np.testing.assert_allclose(worth[site][0], -lost / rows, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["encoder.1.neurons", "encoder.2.heads"])
+def test_worth_at_each_size_is_what_the_best_units_alone_lose(monkeypatch, name):
+    """Measured at a few sizes with a cut model; between them it falls as the information that is cut."""
+    monkeypatch.setattr(fisher, "quick_autocast", lambda _: nullcontext())
+    context = tiny_context()
+    units = fisher.information(context, 16)[name]
+    size, ranking = len(units), np.argsort(-units)
+    sizes = {"encoder.1.neurons": [0, 1, 3, 6, 12, 18, 24], "encoder.2.heads": [0, 1, 2, 3, 4]}[name]  # 0, 5, 12.5, 25, ... %
+    lost = {size: 0.0}
+    for count in sizes[:-1]:
+        kept = tuple(sorted(int(unit) for unit in ranking[:count]))
+        small = shrink(
+            context.model, context.anatomy, Plan({name: kept} if kept else {context.anatomy.sites[name].sublayer: ()})
+        )
+        gaps = []
+        with torch.no_grad():
+            for inputs in context.batches(16):
+                given = {key: value for key, value in inputs.items() if key != "labels"}
+                gaps.append(float(context.task.divergence(small(**given), context.model(**given), given, 1.0)))
+        lost[count] = np.mean(gaps)
+    cut = [units[ranking[count:]].sum() for count in range(size + 1)]
+    expected = []
+    for count in range(size + 1):
+        below, above = max(step for step in sizes if step <= count), min(step for step in sizes if step >= count)
+        share = (cut[count] - cut[above]) / (cut[below] - cut[above]) if below < above else 1.0
+        expected.append(lost[above] + share * (lost[below] - lost[above]))
+    never_more = [max(expected[count:]) for count in range(size + 1)]
+    found = fisher.worths(context, {name: units}, 16)[name]
+    np.testing.assert_allclose(found, -np.array(never_more), rtol=1e-3, atol=1e-6)
+
+
 def test_a_sublayer_that_does_much_is_kept_even_if_its_units_seem_idle():
     context = tiny_context()
     worth = {site.id: np.zeros(site.size + 1) for site in context.anatomy.sites.values() if site.kind != "sublayer"}
