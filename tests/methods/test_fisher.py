@@ -14,6 +14,7 @@ from toy_task import with_model
 
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
+from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.gating import gated
 from slimformer.methods import fisher
@@ -222,6 +223,14 @@ def test_options_out_of_range_are_refused(options):
         Fisher(**options)
 
 
+def test_a_budget_out_of_reach_is_told_before_anything_is_measured():
+    around = tiny_context()
+    with pytest.raises(TargetError, match="cannot be reached"):
+        Fisher(keep=0.01, sublayers=False).check(around.anatomy, around.cost)
+    Fisher(keep=0.5).check(around.anatomy, around.cost)
+    Fisher(keep=0.01, sublayers=False).check(around.anatomy, None)  # a cost that is still to be measured
+
+
 def test_the_given_model_is_left_as_it_was():
     context = tiny_context()
     before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
@@ -233,6 +242,8 @@ def test_a_run_weighs_the_same_weights_once() -> None:
     context = tiny_context()
     method = Fisher(examples=8, damage_examples=8)
     first = method.weigh(context)
+    assert set(first.worth) == set(first.importance) == {site.id for site in context.anatomy.sites.values() if not site.skips}
+    assert replace(method, damage_examples=0).weigh(context).worth is None
     assert replace(method, keep=0.3).weigh(context) is first  # the budget changes nothing
     assert replace(method, examples=4).weigh(context) is not first
     with torch.no_grad():
