@@ -31,6 +31,7 @@ from slimformer.running.recipe import Recipe
 from slimformer.saving.hub import HUB_MODEL
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
+from slimformer.tasks.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")])
@@ -78,6 +79,13 @@ def test_the_options_of_question_answering_are_told() -> None:
     part = text.split("## Question answering")[1].split("\n## ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \|\s*`?([^|`]*?)`?\s*\|", part, re.MULTILINE))
     assert told == {item.name: "" if item.default in (None, "") else str(item.default) for item in fields(QuestionAnswering)}
+
+
+def test_the_options_of_plain_text_are_told() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    part = text.split("## Plain text")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \|\s*`?([^|`]*?)`?\s*\|", part, re.MULTILINE))
+    assert told == {item.name: "" if item.default in (None, "") else str(item.default).lower() for item in fields(Text)}
 
 
 def test_the_example_of_squads_form_and_of_natural_questions_can_be_read(tmp_path: Path) -> None:

@@ -384,6 +384,9 @@ def _show(result: Result) -> None:
     from slimformer.reporting.verdicts import worthless
 
     console = Console()
+    if not result.records:
+        console.print(str(result), markup=False, highlight=False, soft_wrap=True)
+        return
     console.print(draw_table(result.records))
     console.print(f"model: {result.out}   page: {result.out / 'report.html'}", soft_wrap=True)
     for line in result.findings:

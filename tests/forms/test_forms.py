@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import nn
 from slimformer.core import cost
 from slimformer.core.anatomy import Anatomy
 from slimformer.core.plan import Decision, Plan
-from slimformer.core.shrink import shrink
+from slimformer.core.shrink import shrink, unshrink
 from slimformer.errors import PlanError, TargetError
 from slimformer.exporters import onnx as exporter
 from slimformer.exporters.base import Variant
@@ -350,16 +351,53 @@ def test_a_factored_model_can_lose_sublayers_and_nothing_else() -> None:
         shrink(model, after, Decision(scales={"encoder.0.heads": torch.ones(4)}))
 
 
-def test_a_tied_table_is_refused_and_the_tie_named() -> None:
+@pytest.mark.parametrize("form", [Kronecker((99, 8)), Kronecker((99, 8), 3)])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_language_model_decodes_with_its_table_in_the_new_form(model_type: str, form: Kronecker, tmp_path: Path) -> None:
+    model = tiny(model_type, auto_class="AutoModelForMaskedLM", **({"embedding_size": 32} if model_type == "electra" else {}))
+    anatomy, plan = anatomy_of(model), Plan(forms={"embeddings.word": form})
+    matrix = anatomy.matrices["embeddings.word"]
+    assert matrix.tied is None
+    assert matrix.decoder is not None
+    small = shrink(model, anatomy, plan)
+    assert anatomy_of(small) == anatomy.after(plan)
+    assert small.num_parameters() == cost.parameters(model, anatomy).of(plan, anatomy)
+    dense = copy.deepcopy(model)
+    table: Any = small.get_submodule(matrix.module)
+    with torch.no_grad():
+        dense.get_input_embeddings().weight.copy_(table.matrix())  # the last Linear reads it too
+        inputs = batch(model)
+        torch.testing.assert_close(small(**inputs).logits, dense(**inputs).logits, rtol=1e-4, atol=1e-5)
+        wide = unshrink(small, copy.deepcopy(model), anatomy, plan)
+        torch.testing.assert_close(wide(**inputs).logits, dense(**inputs).logits, rtol=1e-4, atol=1e-5)
+    decoder: Any = small.get_output_embeddings()
+    states = torch.randn(2, 5, 32)
+    torch.testing.assert_close(decoder(states), states @ table.matrix().T + decoder.bias)
+    assert isinstance(copy.deepcopy(small).get_output_embeddings()._table[0], type(table))
+    checkpoint.save(small, plan, tmp_path / "model", tokenizer_from=tmp_path)
+    loaded = checkpoint.load(tmp_path / "model")
+    loaded.save_pretrained(tmp_path / "again")
+    for other in (loaded, checkpoint.load(tmp_path / "again"), copy.deepcopy(loaded)):
+        assert_equal(small, other)
+        with torch.no_grad():
+            assert torch.equal(small(**inputs).logits, other(**inputs).logits)
+
+
+def test_a_table_learns_from_what_it_decodes() -> None:
     model = tiny("bert", auto_class="AutoModelForMaskedLM")
-    anatomy = anatomy_of(model)
-    assert anatomy.matrices["embeddings.word"].tied == "cls.predictions.decoder.weight"
-    with pytest.raises(
-        PlanError, match=r"'embeddings.word' cannot be stored as .*: it is tied to 'cls.predictions.decoder.weight'"
-    ):
-        shrink(model, anatomy, Plan(forms={"embeddings.word": Kronecker((99, 8))}))
-    loose = tiny("bert", auto_class="AutoModelForMaskedLM", tie_word_embeddings=False)
-    shrink(loose, anatomy_of(loose), Plan(forms={"embeddings.word": Kronecker((99, 8))}))
+    small = shrink(model, anatomy_of(model), Plan(forms={"embeddings.word": Kronecker((99, 8), 2)}))
+    table: Any = small.get_input_embeddings()
+    small.get_output_embeddings()(torch.randn(3, 32)).square().sum().backward()
+    assert bool((table.a.grad[0].abs().sum(1) > 0).all())  # each word, though no id was read
+    assert float(table.b.grad.abs().min()) > 0
+
+
+def test_a_table_that_is_tied_to_another_is_refused_and_the_tie_named() -> None:
+    anatomy = anatomy_of(tiny("bert"))
+    words = replace(anatomy.matrices["embeddings.word"], tied="decoder.words.weight")
+    tied = replace(anatomy, matrices={**anatomy.matrices, words.id: words})
+    with pytest.raises(PlanError, match=r"'embeddings.word' cannot be stored as .*: it is tied to 'decoder.words.weight'"):
+        Plan(forms={"embeddings.word": Kronecker((99, 8))}).check(tied)
 
 
 def test_a_cut_and_a_form_in_one_plan_meet_in_the_shapes_after_the_cut() -> None:

@@ -236,7 +236,7 @@ def test_a_pruned_model_can_be_factored() -> None:
     assert shrink(model, anatomy_of(model), cut.then(decision.plan)).num_parameters() == smaller.num_parameters()
 
 
-def test_the_table_is_left_alone_factored_as_told_or_kept_out_where_it_is_tied() -> None:
+def test_the_table_is_left_alone_or_factored_as_told() -> None:
     context = around(tiny("bert"))
     assert "embeddings.word" not in decided(context, keep=0.5, embedding=0).plan.forms
     assert decided(context, keep=0.5, embedding=4).plan.forms["embeddings.word"] == Product((99, 8))
@@ -249,10 +249,11 @@ def test_the_table_is_left_alone_factored_as_told_or_kept_out_where_it_is_tied()
         decided(context, embedding=32, embedding_terms=33)
     with pytest.raises(PlanError, match="'embeddings.word' is 99 x 32, which a factor of 1 x 5"):
         decided(context, embedding=5)
-    tied = around(tiny("bert", auto_class="AutoModelForMaskedLM"))
-    assert "embeddings.word" not in decided(tied, keep=0.6).plan.forms
-    with pytest.raises(PlanError, match=r"tied to 'cls.predictions.decoder.weight'"):
-        decided(tied, keep=0.6, embedding=4)
+    decodes = around(tiny("bert", auto_class="AutoModelForMaskedLM"))
+    assert decided(decodes, shapes="7.7x").plan.forms["embeddings.word"] == Product((99, 4))
+    plan = decided(decodes, keep=0.5).plan
+    small = shrink(decodes.model, decodes.anatomy, plan)
+    assert small.num_parameters() == decodes.cost.of(plan, decodes.anatomy) <= 0.5 * decodes.model.num_parameters()
 
 
 def test_multiplications_know_no_table() -> None:
@@ -280,9 +281,10 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 def test_terms_of_a_table_that_stays_dense_are_refused() -> None:
     with pytest.raises(ValueError, match="embedding 0 leaves it dense"):
         KroneckerFactors(embedding=0, embedding_terms=2)
-    tied = around(tiny("bert", auto_class="AutoModelForMaskedLM"))
+    once = around(tiny("bert"))
+    again = around(shrink(once.model, once.anatomy, decided(once, keep=1.0, embedding=8).plan))
     with pytest.raises(PlanError, match="embedding_terms is 2, but there is no word table to factor"):
-        decided(tied, keep=0.6, embedding_terms=2)
+        decided(again, keep=0.6, embedding_terms=2)
 
 
 # -- With training -------------------------------------------------------------------------------------------------------------

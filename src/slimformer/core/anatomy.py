@@ -133,6 +133,7 @@ class Matrix:
     sublayer: str | None = None
     form: Form = DENSE
     tied: str | None = None  # the parameter that is this very weight too
+    decoder: str | None = None  # the same of a word table, if a Linear reads it: the last one of a language model
 
     @property
     def table(self) -> bool:
@@ -313,7 +314,7 @@ class Anatomy:
             keep = plan.keep.get(site.id)
             sites[site.id] = site if keep is None else replace(site, size=len(keep))
         matrices = {
-            matrix.id: replace(self.cut(matrix, plan), form=plan.forms.get(matrix.id, matrix.form))
+            matrix.id: self._formed(self.cut(matrix, plan), plan)
             for matrix in self.matrices.values()
             if matrix.sublayer not in gone
         }
@@ -357,6 +358,11 @@ class Anatomy:
         """
         params = {piece.param for piece in site.slices}
         return tuple(m for m in self.matrices.values() if not m.dense and f"{m.module}.weight" in params)
+
+    def _formed(self, matrix: Matrix, plan: PlanLike) -> Matrix:
+        """The matrix in the form that `plan` gives it; in another form than it had, it is no Linear's weight any more."""
+        form = plan.forms.get(matrix.id, matrix.form)
+        return matrix if form == matrix.form else replace(matrix, form=form, decoder=None)
 
     def cut(self, matrix: Matrix, plan: PlanLike) -> Matrix:
         """The matrix with the shape that the units kept by `plan` leave it.

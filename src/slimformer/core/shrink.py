@@ -86,6 +86,8 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
                 _cut(small, anatomy.sites[name], keep)
         for matrix, form in forms.items():
             _put(small, matrix.module, form, factors)
+            if matrix.decoder is not None and form != matrix.form:
+                _decode(small, matrix, matrix.decoder)
     for name in anatomy.sites:
         if name in gone:
             for skip in anatomy.sites[name].skips:
@@ -148,6 +150,16 @@ def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, Tensor])
     for name, value in values.items():
         slots[name].copy_(value)
     model.set_submodule(path, module.train(dense.training))
+
+
+def _decode(model: PreTrainedModel, matrix: Matrix, tied: str) -> None:
+    """Lets the last Linear of a language model, whose weight was the word table, compute with the table in its new form."""
+    path, table = tied.rpartition(".")[0], cast(Any, model.get_submodule(matrix.module))
+    linear = cast(nn.Linear, model.get_submodule(path))
+    model.set_submodule(path, table.decoder(linear).train(linear.training))
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):  # of this model alone: its class has a table to tie
+        ties = getattr(model, name) or {}
+        setattr(model, name, {ours: theirs for ours, theirs in ties.items() if tied not in (ours, theirs)})
 
 
 def _fold(model: nn.Module, anatomy: Anatomy, site: Site, scale: Tensor) -> None:
@@ -218,7 +230,8 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     for name in plan.forms:
         matrix = anatomy.matrices[name]
         if matrix.sublayer not in gone:
-            have[f"{matrix.module}.weight"] = cast(Any, small.get_submodule(matrix.module)).matrix().detach()
+            whole = cast(Any, small.get_submodule(matrix.module)).matrix().detach()
+            have |= dict.fromkeys(filter(None, (f"{matrix.module}.weight", matrix.decoder)), whole)
     cut = _cut_parameters(anatomy, gone)
     state: dict[str, Tensor] = {}
     for name, slot in dense.state_dict().items():

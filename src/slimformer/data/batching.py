@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slimformer.tasks.base import Features
+from slimformer.tasks.base import IGNORED, Features
 
 CHUNK_BATCHES = 50  # in a sorted chunk: padding is near its minimum from about 20, and batches still mix well at 50
 
@@ -38,7 +38,7 @@ def collate(
     """The rows as one batch: token columns (batch, longest of the batch, at least `width`) int64, others (batch,) int64 or float32.
 
     Tuples have one length, however many tokens their rows have: (batch, that length) int64. `names` keeps only those columns; None
-    keeps all. The attention mask is made here: 1 on tokens and 0 on padding.
+    keeps all. The attention mask is made here: 1 on tokens and 0 on padding. A label for each token is `IGNORED` on padding.
     """
     lengths = [len(features.columns["input_ids"][row]) for row in rows]
     width = max([width, *lengths])
@@ -54,7 +54,7 @@ def collate(
         if values and isinstance(values[0], tuple):
             batch[name] = np.asarray(values, dtype=np.int64)
         elif values and isinstance(values[0], (list, np.ndarray)):
-            batch[name] = _padded(values, width, features.pad_id if name == "input_ids" else 0)
+            batch[name] = _padded(values, width, {"input_ids": features.pad_id, "labels": IGNORED}.get(name, 0))
         else:
             integers = all(isinstance(value, (int, np.integer)) for value in values)
             batch[name] = np.asarray(values, dtype=np.int64 if integers else np.float32)  # (batch,)

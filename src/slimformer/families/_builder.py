@@ -88,7 +88,9 @@ def _matrix(model: PreTrainedModel, name: str, path: str, role: Role, sublayer: 
     module, weight = model.get_submodule(path), f"{path}.weight"
     ties = dict(model.all_tied_weights_keys or {})  # name -> the name whose tensor it shares
     tied = ties.get(weight) or next((name for name, source in ties.items() if source == weight), None)
-    return Matrix(name, path, shape_of(module), role, sublayer, form_of(module), tied)
+    reads = tied is not None and isinstance(model.get_submodule(tied.rpartition(".")[0]), nn.Linear)
+    decoder, other = (tied, None) if reads and role is Role.EMBEDDING else (None, tied)
+    return Matrix(name, path, shape_of(module), role, sublayer, form_of(module), other, decoder)
 
 
 # -- Sites -------------------------------------------------------------------------------------------------------------

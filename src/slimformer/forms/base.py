@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn import functional
 
 from slimformer.core.form import DENSE, Dense, Form, ProductShape, Shape
 
 __all__ = [
     "DENSE",
+    "Decoder",
     "Dense",
     "Form",
     "Formed",
@@ -68,6 +70,27 @@ class Formed(nn.Module, ABC):
     @abstractmethod
     def matrix(self) -> Tensor:
         """The matrix it stands for, multiplied out: `shape`."""
+
+    def decode(self, states: Tensor) -> Tensor:
+        """Of a table: the product of states (..., width) with the row of each word: (..., words)."""
+        return functional.linear(states, self.matrix())
+
+    def decoder(self, linear: nn.Linear) -> Decoder:
+        """What stands in the place of a Linear whose weight was the table that this one stands for."""
+        return Decoder(self, linear)
+
+
+class Decoder(nn.Module):
+    """The last matrix of a language model if it is the word table, and that has another form: it has a bias and no weight of its own."""
+
+    def __init__(self, table: Formed, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = linear.bias
+        self._table = (table,)  # a tuple, so that its parameters stand once among the model's
+
+    def forward(self, states: Tensor) -> Tensor:
+        scores = self._table[0].decode(states)
+        return scores if self.bias is None else scores + self.bias.to(scores.dtype)
 
 
 def form_of(module: nn.Module) -> Form:

@@ -267,6 +267,11 @@ class KroneckerEmbedding(_Factors):
     def forward(self, input: Tensor) -> Tensor:
         return self._product(functional.embedding(input, self.a[0], self.padding_idx))
 
+    def decode(self, states: Tensor) -> Tensor:
+        """With B from the right, then with A: no matrix of the table's size is made."""
+        short = torch.matmul(states.unflatten(-1, (-1, self.b.shape[2])), self.b[:, 0].T)  # (..., n1, terms)
+        return functional.linear(short.transpose(-1, -2).flatten(-2), self.a[0])
+
     def _product(self, rows: Tensor) -> Tensor:
         """The table's rows (..., n1 n2) from those of A (..., terms n1)."""
         rows = rows.unflatten(-1, (self.form.terms, -1))  # (..., terms, n1)

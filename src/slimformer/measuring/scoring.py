@@ -137,13 +137,14 @@ def _check_outputs(entry: Entry, outputs: Outputs, examples: Sequence[Example]) 
             )
 
 
-def evaluate(runner: Runner, features: Features, batch_size: int = 32) -> Outputs:
+def evaluate(runner: Runner, features: Features, batch_size: int = 32, more: Sequence[str] = ()) -> Outputs:
     """A runner's outputs on all features, in their own order: output name -> (features, ...).
 
     Batches are sorted by length. An output with an axis of tokens is filled up to the longest row with the smallest finite
-    value, so that a maximum or a softmax never lands on padding. Outputs without a row for each input are left out.
+    value, so that a maximum or a softmax never lands on padding. Outputs without a row for each input are left out. `more`: columns
+    that the runner gets beside the inputs.
     """
-    names = model_inputs(features)
+    names = (*model_inputs(features), *more)
     parts: list[tuple[Sequence[int], dict[str, np.ndarray]]] = [
         (rows, runner(collate(features, rows, names))) for rows in sorted_by_length(features.lengths(), batch_size)
     ]
@@ -158,7 +159,8 @@ def evaluate(runner: Runner, features: Features, batch_size: int = 32) -> Output
         full = np.full((len(features), *shape), lowest, dtype=dtype)
         for (rows, _), array in zip(parts, arrays, strict=True):
             for row, values in zip(rows, array, strict=True):
-                full[row][tuple(slice(size) for size in values.shape)] = values
+                place: tuple[int | slice, ...] = (row, *map(slice, values.shape))  # a number for a row has no axis of its own
+                full[place] = values
         outputs[name] = full
     return outputs
 

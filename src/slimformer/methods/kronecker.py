@@ -8,13 +8,14 @@ rearranged (`forms/kronecker.py`).
 
 Differs: For any budget the shapes are searched, those of least relative error, one shape for like matrices (theirs were chosen
 by hand, and W2 has W1's turned over). A word table may be a sum too. At other widths than 768 a named model keeps its small
-factors, and the large ones scale. In both stages that follow the tuned teacher speaks; theirs has the pre-trained model as
-teacher of the first, with the losses of pre-training beside it, on a tenth of Wikipedia.
+factors, and the large ones scale. Their two stages of training, by the sums of plain errors, are two recipes (docs/methods.md):
+the pre-trained teacher with the task `text`, then the tuned one with logits and labels. In one recipe the tuned teacher speaks
+in both.
 
 Choose when: stored size matters; its speed has to be measured.
 
 Cost: no data: decompositions of every matrix, for each shape that the search tries. The start is far from the matrix, so that
-accuracy is all but gone: follow it with a stage on text without labels and one on the task, both with `distillation`.
+accuracy is all but gone: follow it with a stage on text and one on the task, both with `distillation`.
 """
 
 from __future__ import annotations
@@ -112,8 +113,7 @@ class KroneckerFactors(Method):
         concerned = self._concerned(anatomy)
         if self.embedding_terms > 1 and not any(matrix.role is Role.EMBEDDING for matrix in concerned):
             raise PlanError(
-                f"embedding_terms is {self.embedding_terms}, but there is no word table to factor: it is tied, or factored "
-                "already.",
+                f"embedding_terms is {self.embedding_terms}, but there is no word table to factor: it is factored already.",
                 help="leave embedding_terms out.",
             )
         for matrix in concerned:
@@ -132,7 +132,7 @@ class KroneckerFactors(Method):
         return [matrix for matrix in anatomy.matrices.values() if matrix.dense and self._concerns(matrix)]
 
     def _concerns(self, matrix: Matrix) -> bool:
-        """Whether a matrix is to be factored: all are, but a word table only if that is asked for, or nothing is tied to it."""
+        """Whether a matrix is to be factored: all are, but a word table if it is to stay dense or is tied to another table."""
         if matrix.role is Role.EMBEDDING:
             return matrix.tied is None if self.embedding is None else self.embedding > 0
         return matrix.role is not Role.CLASSIFIER

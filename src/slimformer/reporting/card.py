@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os.path
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slimformer.exporters.base import FILES, OPENVINO, FileKind
 from slimformer.files import write_text
-from slimformer.measuring.records import Record
+from slimformer.measuring.records import Facts, Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.circumstances import circumstances, cost_facts
 from slimformer.reporting.verdicts import against, doubts, judge, worthless
@@ -70,6 +71,29 @@ def write_card(folder: Path, card: Card) -> str:
     text = str(ModelCard(f"---\n{_metadata(folder, card).to_yaml()}\n---\n\n{_body(folder, card)}"))
     write_text(folder / "README.md", text if text.endswith("\n") else text + "\n")
     return text
+
+
+def base_card(facts: Facts, task: str, scores: Mapping[str, Mapping[str, float]]) -> str:
+    """The text of README.md for a model that others start from. `scores`: of each model on dev, by the name of a metric."""
+    metrics = list(next(iter(scores.values())))
+    rows = [f"| {name} | {' | '.join(f'{found[metric]:.4f}' for metric in metrics)} |" for name, found in scores.items()]
+    return "\n".join(
+        [
+            f"# {facts.name}",
+            "",
+            f"A model for others to start from, made by slimformer from {facts.model} with the task `{task}`: "
+            f"{facts.params or 0:,} parameters, {facts.encoder_params or 0:,} of them in the matrices of the encoder. "
+            "It is for PyTorch, in `model/`.",
+            "",
+            f"| on dev | {' | '.join(metrics)} |",
+            f"|---|{'---|' * len(metrics)}",
+            *rows,
+            "",
+            "A recipe starts from it by `model:` with this folder, and by `teacher:` with a model that was tuned for the task of that",
+            "recipe: the head comes from the teacher. `slimformer.load` opens it.",
+            "",
+        ]
+    )
 
 
 def _metadata(folder: Path, card: Card) -> Any:

@@ -30,6 +30,7 @@ from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
+from slimformer.running.preflight import refuse_pretraining
 from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task
 
@@ -110,6 +111,7 @@ def bench(
         raise ModelError("there is nothing to bench.", help="name one or more model folders.")
     with tempfile.TemporaryDirectory(prefix="slimformer-bench-") as scratch:
         task = task or _recorded_task(folders)
+        refuse_pretraining(task, "bench")
         models = _models(folders, task, Path(scratch), max_length)
         examples = task.split(Split.DEV)
         encoder = _Encoder(task, examples, max_length or _length_limit(models))

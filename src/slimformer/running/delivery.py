@@ -23,16 +23,17 @@ from slimformer.measuring.sessions import installed_runtime, open_session, runti
 from slimformer.measuring.timing import Rounds
 from slimformer.options import named_options
 from slimformer.reporting.answers import changed_answers
-from slimformer.reporting.card import Card, told_of, write_card
+from slimformer.reporting.card import Card, base_card, told_of, write_card
 from slimformer.reporting.ledger import LEDGER, append_record, write_facts
 from slimformer.reporting.page import Details, write_page
-from slimformer.running.bundle import Run
+from slimformer.running.bundle import Made, Run
 from slimformer.running.candidate import Candidate
 from slimformer.running.exports import export_files, openvino_int8, read_notes
 from slimformer.running.facts import facts_of
 from slimformer.running.places import options_seen_from
 from slimformer.running.recipe import Recipe
 from slimformer.running.rivals import Contestant
+from slimformer.running.stages import dev_scores
 from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
 from slimformer.saving.folders import MODEL_FOLDER
@@ -210,6 +211,46 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         write_page(measurement.records, part / "report.html", Details(changed=differences, command=order.command))
         for record in measurement.records:
             append_record(part / LEDGER, record)
+    _move(run.root / "delivery", out)
+
+
+def deliver_model(made: Made, order: Order, run: Run, out: Path) -> None:
+    """Fills `out` with a model for PyTorch that others start from, nothing exported and nothing timed, and says how good it is."""
+    bundle, export = made.bundle, order.recipe.export
+    material, source = bundle.material, bundle.material.source
+    names = {"the teacher": bundle.teacher, "the model": bundle.subject}
+    scores = {name: dev_scores(subject, material) for name, subject in names.items()}
+    told = [
+        f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in found.items())}" for name, found in scores.items()
+    ]
+    run.log.say(f"on dev, in PyTorch: {'; '.join(told)}.")
+    run.log.event("scores", **{name.removeprefix("the "): found for name, found in scores.items()})
+    text = order.recipe.seen_from(out).to_yaml()
+    facts = Facts(
+        best="",
+        task=options_seen_from(out, named_options(material.task), type(material.task).paths),
+        max_length=material.max_length,
+        metric=material.task.metric,
+        name=f"{order.model_name} (slimformer)",
+        model=order.model_name,
+        **facts_of(made, run, digest(text), export.values),
+    )
+    with whole_folder(run.root / "delivery") as part:
+        (part / MODEL_FOLDER).mkdir()
+        checkpoint.write(
+            bundle.subject.model,
+            bundle.plan,
+            part / MODEL_FOLDER,
+            tokenizer_from=source,
+            values=export.values,
+            ranges=bundle.ranges,
+        )
+        checkpoint.write_surroundings(bundle.subject.model, part, tokenizer_from=source)
+        for folder in ("", MODEL_FOLDER):
+            write_tokenizer(source, part / folder)
+        write_facts(part, facts)
+        write_text(part / "recipe.yaml", text)
+        write_text(part / "README.md", base_card(facts, order.task_name, scores))
     _move(run.root / "delivery", out)
 
 

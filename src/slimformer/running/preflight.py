@@ -17,6 +17,7 @@ from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.tokenizer_files import OTHER_FORMS
 from slimformer.errors import ModelError, RecipeError, nearest, shown
 from slimformer.families.base import family_of, subject_of
+from slimformer.hooks.capture import Capture
 from slimformer.registry import name_of
 from slimformer.running.order import conflicts, leading_stages
 from slimformer.running.recipe import Recipe
@@ -51,7 +52,10 @@ def preflight(recipe: Recipe) -> Checked:
     check_kept(source, recipe.stages)
     task = recipe.task
     task.split(Split.DEV)
-    if checkpoint.is_tuned(source, task.auto_class):
+    if task.pretraining:
+        task = task.bind(checkpoint.model_config(source))
+        _check_pretraining(recipe, teacher or source)
+    elif checkpoint.is_tuned(source, task.auto_class):
         task = task.bind(checkpoint.model_config(source) | trained_marks(recipe))
     elif teacher is None and not leading_stages(recipe.stages):
         raise RecipeError(
@@ -112,10 +116,38 @@ def check_kept(source: Path, stages: Sequence[Stage]) -> None:
         )
 
 
+def refuse_pretraining(task: Task, what: str) -> None:
+    """RecipeError if a task makes no model that could be compared with others."""
+    if task.pretraining:
+        raise RecipeError(
+            f"the task {name_of(task)} trains a model that others start from, and {what} needs a task with answers.",
+            help="run a recipe with it, then start another from the folder that it leaves.",
+        )
+
+
+def _check_pretraining(recipe: Recipe, teacher: Path) -> None:
+    """RecipeError if stages bring texts of their own to plain text, or learn the outputs of a teacher without the head for them."""
+    task, wrong = recipe.task, []
+    headless = not checkpoint.is_tuned(teacher, task.auto_class) and not leading_stages(recipe.stages)
+    for number, stage in enumerate(recipe.stages):
+        for name in ("text", "augment") if isinstance(stage, Train) else ():
+            if getattr(stage, name):
+                wrong.append(f"stages[{number}].train.{name}: the texts are those of the task: leave it out")
+        for method in stage.methods:
+            effects = method.effects()
+            if headless and effects.needs_teacher and Capture.LOGITS in effects.needs:
+                wrong.append(
+                    f"stages[{number}]: {name_of(method)} compares the outputs, and the teacher {teacher} has no head for them: set "
+                    "logits: 0, or begin with '- train: {freeze: encoder}', which trains one"
+                )
+    if wrong:
+        raise RecipeError(f"the stages do not suit the task {name_of(task)}.", facts=wrong, help="correct them.")
+
+
 def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
     """ModelError or DataError if a teacher is no model for this task, or reads other token ids than the model."""
     config = checkpoint.model_config(teacher)
-    if not checkpoint.is_tuned(teacher, task.auto_class):
+    if not checkpoint.is_tuned(teacher, task.auto_class) and not task.pretraining:
         kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
         raise ModelError(
             f"the teacher {teacher} is a {kind}, and the task {name_of(task)} needs one that ends in "

@@ -11,6 +11,7 @@ from slimformer.data.material import Material, prepare
 from slimformer.errors import ModelError
 from slimformer.families.base import Subject, subject_of
 from slimformer.log import Log
+from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.order import leading_stages
 from slimformer.running.preflight import Checked, trained_marks
@@ -32,6 +33,11 @@ def load_bundle(checked: Checked, run: Run) -> Bundle:
     """The model as it came, or with a new head, and the data read and encoded; it stands in for its own teacher."""
     tuned = checkpoint.is_tuned(checked.source, checked.recipe.task.auto_class)
     task, student, plan, ranges = _tuned_student(checked) if tuned else _fresh_student(checked, run.seed)
+    if task.pretraining and not tuned:
+        run.log.say(
+            f"{checked.source} has no head for the task {name_of(task)}: it gets a fresh one, tied to its word table if the "
+            "architecture ties them. It teaches by its hidden states and attention scores."
+        )
     material = prepare(task, checked.source)
     _tell(material, run.log)
     return Bundle(student, plan, material, student, teacher_plan=plan, ranges=ranges)
@@ -47,7 +53,7 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
     recipe, source, stages = checked.recipe, checked.source, checked.recipe.stages
     student, material = first.subject, first.material
     if checked.teacher is not None:
-        teacher = _teacher(checked.teacher, student, material.task)
+        teacher = _teacher(checked.teacher, student, material.task, run.seed)
         _check_model(teacher, material, run.log)
         return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
     lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
@@ -65,24 +71,24 @@ def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None
     """The task bound to a tuned model's labels, and the model as it was saved."""
     source, marks = checked.source, trained_marks(checked.recipe)
     task = checked.recipe.task.bind(checkpoint.model_config(source) | marks)
-    model = checkpoint.load(source)
+    model = checkpoint.load_as(source, task.auto_class, {}, checked.recipe.seed)
     for name, value in marks.items():
         setattr(model.config, name, value)  # it is saved only with weights that a stage has trained
     return task, subject_of(model), checkpoint.load_plan(source), checkpoint.load_ranges(source)
 
 
 def _fresh_student(checked: Checked, seed: int) -> tuple[Task, Subject, Plan, None]:
-    """The task, and the model with a new head for it. A named teacher knows the order of the classes, which the head shares."""
+    """The task, and the model with another head for it. A named teacher knows the order of the classes, which the head shares."""
     task = checked.recipe.task
     if checked.teacher is not None:
         task = task.bind(checkpoint.model_config(checked.teacher))
-    model = checkpoint.load_dense(checked.source, task.auto_class, task.configure(), seed)
-    return task.bind(model.config.to_dict()), subject_of(model), Plan(), None
+    model = checkpoint.load_as(checked.source, task.auto_class, task.configure(), seed, checked.teacher)
+    return task.bind(model.config.to_dict()), subject_of(model), checkpoint.load_plan(checked.source), None
 
 
-def _teacher(folder: Path, student: Subject, task: Task) -> Subject:
+def _teacher(folder: Path, student: Subject, task: Task, seed: int) -> Subject:
     task.bind(checkpoint.model_config(folder))
-    teacher = checkpoint.load(folder)
+    teacher = checkpoint.load_as(folder, task.auto_class, task.configure(), seed)
     mine, theirs = student.model.config.vocab_size, teacher.config.vocab_size
     if mine != theirs:
         raise ModelError(

@@ -30,7 +30,8 @@ class Result:
 
     Attributes:
         out: The folder with everything.
-        records: Everything that was measured: the dense model first, then the rivals and our files.
+        records: Everything that was measured: the dense model first, then the rivals and our files. There are none if the model is
+            one that others start from, as the task `text` makes it: it has no files but `model`.
 
     Example:
         >>> from slimformer import Result
@@ -66,13 +67,16 @@ class Result:
         folder = Path(out)
         if read_facts(folder) is None:
             raise ModelError(f"{folder} is no result of a run: it holds no {FACTS_FILE}.", help="name the --out of a run.")
-        return cls(folder, tuple(read_records([folder / LEDGER])))
+        return cls(folder, tuple(read_records([folder / LEDGER]) if (folder / LEDGER).is_file() else ()))
 
     @property
     def record(self) -> Record:
-        """What was measured of the best file."""
+        """What was measured of the best file; ModelError if no file was made."""
         ours = choice(self.records)
-        assert ours is not None, "a run always measures a file of its own"
+        if ours is None:
+            raise ModelError(
+                f"{self.out} holds a model for others to start from, and no measured file.", help="load it: .model."
+            )
         return ours
 
     @property
@@ -123,6 +127,8 @@ class Result:
             >>> Result.read("finished").summary().splitlines()[1].split()
             ['model', 'accuracy', 'points', 'lost', 'MB', 'batch', '32', 'batch', '1', 'ms']
         """
+        if not self.records:
+            return str(self)
         from rich.console import Console
 
         from slimformer.reporting.terminal import draw_table
@@ -135,6 +141,8 @@ class Result:
         return text.getvalue().rstrip()
 
     def __str__(self) -> str:
+        if not self.records:
+            return f"{self.out}: a model for others to start from, in {self.out / MODEL_FOLDER}"
         lost, speed = self.points_lost, self.speedup
         facts = [f"{speed:.2f} times as fast at batch 32"] if speed is not None else []
         facts += [f"{points_text(lost)} {lost_text(lost)}"] if lost is not None else []

@@ -19,9 +19,10 @@ from slimformer.files import claim, finished_wish, mark_finished, owned_purpose,
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
+from slimformer.reporting.ledger import FACTS_FILE
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
-from slimformer.running.delivery import Order, finish
+from slimformer.running.delivery import Order, deliver_model, finish
 from slimformer.running.given import given_models, given_recipe, moved, refuse_gone
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
@@ -107,9 +108,13 @@ def run(
         state = stack.enter_context(open_recipe(recipe, Path(out), Conditions(log, threads, wait_seconds, cache)))
         bundle, stages = prepare_bundle(checked, state)
         made = advance(stages, bundle, state)
+        order = Order(recipe, model_name(recipe.model), recipe.task.title(), command=command)
+        if recipe.task.pretraining:
+            deliver_model(made, order, state, Path(out))
+            remove_folder(state.root)
+            return Result(Path(out))
         judge = judge_of(made.bundle, state)
         state.log.say("exporting, and comparing the files on validation examples.")
-        order = Order(recipe, model_name(recipe.model), recipe.task.title(), command=command)
         exporter = recipe.export.exporter()
         candidate = candidate_of(made, stages, state.root / "export", judge, state, exporter)
         if recipe.export.floats == "auto":
@@ -185,7 +190,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / "report.html").is_file() and not (folder / WORK).exists()
+    return (folder / FACTS_FILE).is_file() and not (folder / WORK).exists()
 
 
 def _content_of(task: Task) -> str | None:

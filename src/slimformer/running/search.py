@@ -38,7 +38,7 @@ from slimformer.running.delivery import Order, finish
 from slimformer.running.exports import plain_exporter
 from slimformer.running.facts import facts_of
 from slimformer.running.given import given_model, given_task
-from slimformer.running.preflight import Checked, check_kept, preflight
+from slimformer.running.preflight import Checked, check_kept, preflight, refuse_pretraining
 from slimformer.running.prepare import load_bundle, teach_bundle
 from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
@@ -188,6 +188,7 @@ def compress(
     if wanted.minutes is not None:
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
     conditions, settled = Conditions(log, threads, wait_seconds), given_task(task)
+    refuse_pretraining(settled, "compress")
     with given_model(model, tokenizer, Path(out)) as name:
         return _compress_named(name, settled, Path(out), wanted, conditions, command, began)
 

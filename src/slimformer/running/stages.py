@@ -312,6 +312,12 @@ def validation_score(subject: Subject, material: Material) -> float:
     return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
 
 
+def dev_scores(subject: Subject, material: Material) -> dict[str, float]:
+    """The task's metrics of a model in PyTorch on the dev split."""
+    outputs, features, examples = torch_outputs(subject, material, Split.DEV, len(material.examples[Split.DEV]))
+    return material.task.score(outputs, features, examples)
+
+
 def torch_outputs(
     subject: Subject, material: Material, split: Split, limit: int
 ) -> tuple[dict[str, np.ndarray], Features, Sequence[Example]]:
@@ -319,9 +325,10 @@ def torch_outputs(
     features, examples = subset(material, split, limit)
 
     def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.no_grad(), quick_autocast(subject.device):
+        with torch.no_grad(), quick_autocast(subject.device), task.decoding(subject.model, batch):
             output = subject.model(**subject.feed(batch))
-        return {name: output[name].float().cpu().numpy() for name in material.task.outputs}
+        return {name: value.float().cpu().numpy() for name, value in task.kept(output, batch).items()}
 
+    task = material.task
     with subject.evaluating():
-        return dict(evaluate(runner, features, 64)), features, examples
+        return dict(evaluate(runner, features, 64, tuple(features.columns) if task.pretraining else ())), features, examples

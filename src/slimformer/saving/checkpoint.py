@@ -23,7 +23,7 @@ from slimformer.files import read_small, whole_folder
 from slimformer.saving.building import blueprint, empty_model, reading, refuse_labels, silence
 from slimformer.saving.folders import CONFIG, model_folder, refuse_adapter, stranger
 from slimformer.saving.headers import WEIGHTS, StoredWeights, has_weights, inner_file, read_object, stored_weights
-from slimformer.saving.heads import LABEL_FIELDS, Source, class_named, encoder_of, find_source, parts_for
+from slimformer.saving.heads import LABEL_FIELDS, Parts, Source, class_named, encoder_of, find_source, parts_for
 from slimformer.saving.hub import local_folder
 from slimformer.saving.resaving import PLAN_FILE, PREFIX, keep_saving, write_base_config, write_own_facts
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
@@ -216,6 +216,24 @@ def load_folder(folder: Path, changes: Mapping[str, Any] | None = None) -> PreTr
     return _load_cut(folder, raw | dict(changes or {})) if _is_cut(raw) else load_dense(folder, config_changes=changes)
 
 
+def load_as(
+    folder: Path, auto_class: str, changes: Mapping[str, Any], seed: int, lender: Path | None = None
+) -> PreTrainedModel:
+    """The model in a folder as one for a task: as it is if it has the head, else its encoder with another one.
+
+    `changes` are the fields of the config that the task needs, if the head is another. A folder that we wrote, whose encoder has
+    learned from a teacher, then gets the head of the model in `lender`, if its shapes agree; others get a fresh one, and the same
+    `seed` gives the same. A remark says which.
+    """
+    raw = read_config(folder)
+    if not _is_cut(raw):
+        own = _source(folder, raw).tuned == auto_class.removeprefix("AutoModelFor")
+        return load_dense(folder) if own else load_dense(folder, auto_class, changes, seed)
+    if is_tuned(folder, auto_class):
+        return _load_cut(folder, raw)
+    return _load_cut_as(folder, raw, auto_class, changes, seed, lender)
+
+
 def load_plan(path: str | Path) -> Plan:
     """The plan of everything that was cut from the model at `path`.
 
@@ -350,7 +368,8 @@ def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
     folder = model_folder(Path(path))
     raw = read_config(folder)
     if _is_cut(raw):
-        return _design_of(folder, raw, weights_of(folder)).empty()
+        tuned = is_tuned(folder, auto_class)
+        return _design_of(folder, raw, weights_of(folder), None if tuned else auto_class).empty()
     source = _source(folder, raw)
     tuned = source.tuned == auto_class.removeprefix("AutoModelFor")
     return _dense_skeleton(source, None if tuned else auto_class, {}).model
@@ -369,14 +388,19 @@ def _load_cut(folder: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
     skeleton = design.empty()
     state = _read_state(stored, {name: tensor.shape for name, tensor in skeleton.state_dict().items()}, {})
     _check_names(folder, skeleton, state)
-    for name, source in _tied(skeleton).items():
-        state.setdefault(name, state[source])
+    return _filled(design, state, load_ranges(folder))
+
+
+def _filled(design: _Design, state: dict[str, Tensor], ranges: Ranges | None) -> PreTrainedModel:
+    """The cut model with these weights, of which tied ones may stand there once."""
     model = design.empty(buffers=True)
-    with reading(folder, WEIGHTS):
+    for name, source in _tied(model).items():
+        state.setdefault(name, state[source])
+    with reading(design.folder, WEIGHTS):
         model.load_state_dict(state, strict=True, assign=True)
         model.tie_weights()
     _say(design.remarks)
-    keep_saving(model, design.plan, load_ranges(folder))
+    keep_saving(model, design.plan, ranges)
     return model.eval()
 
 
@@ -402,7 +426,44 @@ class _Design:
             raise ModelError(f"{self.folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
 
 
-def _design_of(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> _Design:
+def _load_cut_as(
+    folder: Path, raw: Mapping[str, Any], auto_class: str, changes: Mapping[str, Any], seed: int, lender: Path | None
+) -> PreTrainedModel:
+    """The encoder of a folder that we wrote, with the head of another class: that of the model in `lender`, or a fresh one."""
+    import torch
+
+    stored = weights_of(folder)
+    own, design = _design_of(folder, raw, stored), _design_of(folder, raw, stored, auto_class, changes)
+    skeleton = design.empty()
+    prefix = f"{skeleton.base_model_prefix}."
+    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    have = {name: tensor.shape for name, tensor in own.empty().state_dict().items()}
+    state = {
+        name: tensor for name, tensor in _read_state(stored, have, {}).items() if name in wanted and name.startswith(prefix)
+    }
+    new = {name for name in wanted if not name.startswith(prefix) or ".pooler." in name} | set(_tied(skeleton))
+    _compare(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, new, "config.json and plan.json")
+    lacking = sorted(set(wanted) - set(state) - set(_tied(skeleton)))
+    head = {} if lender is None else load_folder(lender).state_dict()
+    if all(name in head and tuple(head[name].shape) == wanted[name] for name in lacking):
+        _say([f"{folder}: it is a {own.cls.__name__}; its head ({lacking[0]}, ...) is copied from the teacher {lender}."])
+    else:
+        with silence(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = design.cls(design.config).state_dict()
+        _say([f"{folder}: it is a {own.cls.__name__}; its encoder is taken, and the head of the {design.cls.__name__} is new."])
+    state |= {name: head[name].clone() for name in lacking}
+    return _filled(design, state, None)
+
+
+def _design_of(
+    folder: Path,
+    raw: Mapping[str, Any],
+    stored: StoredWeights,
+    auto_class: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> _Design:
+    """The design of a folder that we wrote, as it is or with the head of another class and `changes` to its config."""
     kind = base_type(raw)
     family_of(kind)
     facts = raw.get("slimformer")
@@ -425,8 +486,11 @@ def _design_of(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> _
             f"{folder}: plan.json ({plan.digest()}) is not the plan of this model ({facts.get('plan')}).",
             help="copy the whole folder again.",
         )
+    if auto_class is not None:
+        raw = {name: value for name, value in raw.items() if name not in LABEL_FIELDS}
+        cls = _parts(auto_class, kind).cls
     fields = blueprint(folder, raw, stored, planned=len(plan.keep) + len(plan.forms))
-    return _Design(folder, cls, fields.config(kind), plan, fields.remarks)
+    return _Design(folder, cls, fields.config(kind, changes), plan, fields.remarks)
 
 
 def _check_names(folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
@@ -503,15 +567,13 @@ def _source(folder: Path, raw: Mapping[str, Any]) -> Source:
 def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str, Any]) -> _Dense:
     """The model of a plain folder, whose names and shapes agree with the headers of its weights; nothing is read or allocated."""
     folder, kind = source.folder, base_type(source.raw)
-    parts = source.parts if auto_class is None else parts_for(auto_class, kind)
-    if parts is None:
-        raise ModelError(f"transformers has no {auto_class} for the type {kind}.", help="name a model of another type.")
+    parts = source.parts if auto_class is None else _parts(auto_class, kind)
     if auto_class is None and source.problem:
         raise ModelError(
             f"{folder} does not load: {source.problem}.",
             help="mend architectures in config.json; without it, the class is found from the weights.",
         )
-    fresh = parts.cls is not source.parts.cls or bool(source.problem)
+    fresh = not source.holds(parts)
     raw = {name: value for name, value in source.raw.items() if not (fresh and name in LABEL_FIELDS)}
     fields = blueprint(folder, raw, source.stored)
     remarks = list(fields.remarks)
@@ -537,11 +599,21 @@ def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str
     return _Dense(model, names, tuple(remarks), options)
 
 
+def _parts(auto_class: str, kind: str) -> Parts:
+    """The parts of the class for a model type; ModelError if transformers has none."""
+    parts = parts_for(auto_class, kind)
+    if parts is None:
+        raise ModelError(f"transformers has no {auto_class} for the type {kind}.", help="name a model of another type.")
+    return parts
+
+
 def is_tuned(folder: Path, auto_class: str) -> bool:
     """Whether the folder holds a model with a trained head for this kind of task; whether its labels fit, `Task.bind` says."""
     raw, purpose = read_config(folder), auto_class.removeprefix("AutoModelFor")
     if not _is_cut(raw) and has_weights(folder):
-        return _source(folder, raw).tuned == purpose
+        source = _source(folder, raw)
+        parts = parts_for(auto_class, base_type(raw))
+        return source.tuned == purpose or (parts is not None and bool(source.tuned) and source.holds(parts))
     names = raw.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(f"For{purpose}") for name in names)
 
@@ -615,7 +687,8 @@ def register_auto_classes() -> None:
             f"Slim{suffix or 'Model'}", (), {"config_class": config_class, "from_pretrained": classmethod(from_pretrained)}
         )
 
-    suffixes = ("", "ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
+    suffixes = ("", *(f"For{purpose}" for purpose in ("SequenceClassification", "QuestionAnswering", "TokenClassification")))
+    suffixes += ("ForMaskedLM", "ForPreTraining")
     for name in registry.names("families"):
         for kind in registry.find("families", name).model_types:
             base = type(transformers.AutoConfig.for_model(kind))

@@ -27,6 +27,7 @@ _PURPOSES = (  # of the heads that are looked for; of two that fit alike the fir
     "SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "PreTraining", "NextSentencePrediction",
     "MultipleChoice",
 )  # fmt: skip
+_OF_WORDS = ("MaskedLM", "PreTraining")  # one file may hold both heads, and names the class of one
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _ADAPTER = re.compile(r"\.(lora_\w+|base_layer|ia3_l|adapters?|adapter_\w+|hada_w\w*|oft_\w+)\.")
 _KEPT_HEAD = re.compile(r"\.modules_to_save\.[^.]+\.")  # the trained copy of a module, in PEFT's words
@@ -84,6 +85,13 @@ class Source:
     def tuned(self) -> str:
         """What the trained head is for: "SequenceClassification" and the like; "" if there is none."""
         return "" if self.problem else self.parts.purpose
+
+    def holds(self, parts: Parts) -> bool:
+        """Whether the weights have the trained head of that class, also if config.json names another that they hold too."""
+        if self.problem or parts.cls is self.parts.cls:
+            return not self.problem
+        words = {self.parts.purpose, parts.purpose} <= set(_OF_WORDS)
+        return words and bool(parts.head) and _fits(parts, self.body, self.tops)
 
     def tensor(self, name: str) -> StoredTensor:
         """What the headers say of a tensor by its name in the file."""

@@ -11,6 +11,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from tokenizers import Tokenizer
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
+IGNORED = -100  # the label of a token that no loss counts, as in torch
 Outputs = Mapping[str, "np.ndarray"]  # output name -> (features, ...); "logits" -> (features, classes)
 
 
@@ -72,11 +74,17 @@ class Features:
 
 
 class Task(ABC):
-    """Subclasses are frozen dataclasses. The abstract members are what every task must say; the rest has defaults that do nothing."""
+    """Subclasses are frozen dataclasses. The abstract members are what every task must say; the rest has defaults that do nothing.
+
+    A task of `pretraining` makes a model that others start from: it is delivered for PyTorch alone, and not timed. Its outputs have
+    a number for each word of the vocabulary, so they are computed only where they are read, and a teacher's are never kept. An
+    encoder without the task's head may teach: by its hidden states and attention scores.
+    """
 
     auto_class: ClassVar[str]  # transformers' class of the task's models: "AutoModelForSequenceClassification"
     outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what such a model returns and an exported file is asked for
     higher_is_better: ClassVar[bool] = True  # of `metric`
+    pretraining: ClassVar[bool] = False  # whether it teaches language from plain text, before any task: see `Task`
     paths: ClassVar[tuple[str, ...]] = ()  # options that may be paths; in a recipe they are relative to its file
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # short names of this task and the options each one settles
 
@@ -162,6 +170,16 @@ class Task(ABC):
         order. `predict` gives the model's outputs on some validation examples, which takes seconds.
         """
         return ""
+
+    def decoding(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor | np.ndarray]) -> AbstractContextManager[None]:
+        """While it lasts, a pass of the model over this batch may leave out outputs that the task does not read."""
+        return nullcontext()
+
+    def kept(
+        self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor | np.ndarray]
+    ) -> dict[str, torch.Tensor]:
+        """What `score` needs of a model's outputs on a batch, a row for each of its rows: by default all of them."""
+        return {name: output[name] for name in self.outputs}
 
     @property
     def tunes(self) -> bool:

@@ -61,7 +61,7 @@ class WholeLoss(nn.Module):
 
     def forward(self, batch: Batch, teacher: Captured | None, progress: Progress) -> Tensor:
         """The whole loss of a batch: a scalar."""
-        with self._autocast():
+        with self._autocast(), self._task.decoding(self.model, batch):
             output = self.model(**self._subject.feed(batch))
         seen = self._recorder.take({name: output[name] for name in self._task.outputs})
         step = Step(self.model, batch, seen, teacher, progress, self._task)

@@ -51,9 +51,14 @@ class Teacher:
 
     def forward(self, recorder: Recorder, batch: Batch) -> Captured:
         """One forward pass, without gradients."""
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), self.task.decoding(self.subject.model, batch):
             output = self.subject.model(**self.subject.feed(batch))
         return recorder.take({name: output[name] for name in self.task.outputs})
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The outputs that are small enough to keep."""
+        return () if self.task.pretraining else self.task.outputs
 
 
 class TeacherOutputs(ABC):
@@ -145,6 +150,8 @@ class CachedTeacher(TeacherOutputs):
 
 def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
     """Whether the teacher must run beside the student, because its outputs are too large to keep."""
+    if Capture.LOGITS in needs and not teacher.kept:
+        return True
     return cached_bytes(teacher.subject.anatomy, features.lengths(), needs) > cap_bytes
 
 
@@ -176,7 +183,8 @@ def teacher_outputs(
     home = folder / TEACHER_FOLDER / _key(teacher, features, large)
     subject = teacher.subject
     with subject.evaluating():
-        made = (home / CACHE_FACTS).exists()  # an existing cache is read even if the disk is full by now
+        kept = Capture.LOGITS not in needs or bool(teacher.kept)
+        made = kept and (home / CACHE_FACTS).exists()  # an existing cache is read even if the disk is full by now
         if not made and is_live(teacher, features, needs, cap_bytes):
             with capturing(subject.model, subject.anatomy, needs) as recorder:
                 yield LiveTeacher(teacher, recorder)
@@ -226,7 +234,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
         Capture.HIDDEN: (int(lengths.sum()), len(teacher.subject.anatomy.layers) + 1, teacher.subject.anatomy.hidden_size),
         Capture.SCORES: (int((lengths**2).sum()) * sum(heads),),
     }
-    outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.task.outputs}
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.kept}
     remove_parts(home.parent)
     with whole_folder(home) as part, ExitStack() as stack:
         files = {kind: stack.enter_context(open(part / f"{kind}.npy", "wb")) for kind in needs}
@@ -239,10 +247,11 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
         for rows in batches:
             columns = collate(features, rows, width=least_width(lengths, rows, teacher.precision))
             batch = {name: torch.from_numpy(column).to(teacher.subject.device) for name, column in columns.items()}
-            per_token = per_token or _per_token(teacher, recorder, batch)
+            if teacher.kept:
+                per_token = per_token or _per_token(teacher, recorder, batch)
             seen = teacher.forward(recorder, batch)
-            for name, value in seen.output.items():
-                outputs[name].append(value.cpu().numpy())
+            for name, arrays in outputs.items():
+                arrays.append(seen.output[name].cpu().numpy())
             # plain writes in order raise if the disk is full; a memory map would kill the process
             if Capture.HIDDEN in files:
                 real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
