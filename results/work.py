@@ -73,7 +73,7 @@ TUNING = {  # the one recipe of each teacher; others start or learn from what it
     ("e5", "mrpc"): Train(epochs=4.0, lr=1e-4),
     ("e5", "rte"): Train(epochs=4.0, lr=1e-4),
     ("e5", "stsb"): Train(epochs=4.0, lr=1e-4),
-    ("e5", "cola"): Train(epochs=5.0, lr=5e-5),
+    ("e5", "cola"): Train(epochs=8.0, lr=3e-5, batch_size=16),  # at 5e-5 and 1e-4 it gives one answer to all
     ("e5", "sst2"): Train(epochs=2.0, lr=8e-5),
     ("e5", "squad1"): Train(epochs=1.0, lr=1.5e-4, batch_size=16),
 }
