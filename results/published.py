@@ -11,6 +11,7 @@ we make of the method (`-ours`), dense int8, and dense models of fewer layers. T
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,10 +23,11 @@ from statistics import fmean
 
 import again
 import structured
-from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, STRONG, more_ids
+from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, SENTENCES, STRONG, more_ids
 from pages import Run, bullets, interval, row_times, table, wrapped
 from sweep import Job, main
 from work import (
+    DATA,
     DISTIL,
     ENCODERS,
     EXPORT,
@@ -54,6 +56,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
+from slimformer.files import write_text
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
@@ -62,12 +65,14 @@ from slimformer.methods.gates import Gates
 from slimformer.methods.group_lasso import GroupLasso
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
+from slimformer.methods.kronecker import KroneckerFactors
 from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
 from slimformer.methods.quantization import Quantization
 from slimformer.reporting.verdicts import Conclusion, all_of, likely_speed, reached, weak, within
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.tasks.base import Task
+from slimformer.tasks.text import Text
 from slimformer.training.stage import Calibrate, Stage, Train
 
 TABLE = "published"
@@ -80,6 +85,7 @@ ENCODER_NAMES = {"minilm": "MiniLM, 6 layers", "e5": "e5-small, 12 layers"}
 TRAINED = tuple(names for names in TUNING if names != ("minilm", "rte"))  # that one is hardly better than chance
 EPOCHS = {"mrpc": 8.0, "sst2": 4.0}  # of the structured methods, all stages together
 LONGER = {"twice": 2.0, "four-times": 4.0}  # as many passes
+PASSAGES = "runs/sweep/passages.txt"
 SEEDS = (17, 18, 19)  # of runs that take less than ten minutes
 Stages = tuple[Stage, ...]
 
@@ -139,6 +145,30 @@ def movement(epochs: float) -> Stages:
     return (cut, replace(learn, epochs=epochs / 4))
 
 
+def passages() -> None:
+    """Writes text whose order counts, if it does not exist: sentences of SQuAD's contexts, a blank line after each context."""
+    if (ROOT / PASSAGES).is_file():
+        return
+    articles = json.loads((ROOT / DATA / "squad" / "train-v1.1.json").read_text(encoding="utf-8"))["data"]
+    contexts = [" ".join(part["context"].split()) for article in articles for part in article["paragraphs"]]
+    parts = [re.split(r"(?<=[.!?]) (?=[A-Z])", context) for context in contexts]
+    every = max(1, sum(map(len, parts)) // SENTENCES)
+    write_text(ROOT / PASSAGES, "\n\n".join("\n".join(part) for part in parts[::every]) + "\n")
+
+
+def on_text(encoder: str, shapes: str = "7.7x", *, taught: bool = True) -> Stages:
+    """Tahaei et al., the first stage: the nearest factors, then text, with the pre-trained model as teacher."""
+    loss = replace(paper_loss(encoder), logits=0.0)
+    learn = Train(methods=(loss,) if taught else (), lr=1e-3, epochs=1.0, batch_size=64, dropout=False)
+    return (Calibrate(KroneckerFactors(shapes=shapes)), learn)  # type: ignore[arg-type]
+
+
+def on_task(encoder: str, task: str, *, taught: bool = True) -> Stages:
+    """Tahaei et al., the second stage: the tuned model teaches, the labels count as much, no copies of rows."""
+    loss = (paper_loss(encoder),) if taught else ()
+    return (Train(methods=loss, lr=2e-4, epochs=PASSES if task != "sst2" else PASSES / 2, dropout=False),)
+
+
 def gates(epochs: float) -> Stages:
     """McCarley et al.: gates alone learn, then heads and neurons go, as many of each as in their fastest row below 1.5 F1."""
     chosen = Gates(
@@ -185,11 +215,13 @@ def jobs() -> tuple[Job, ...]:
         share: float = 1.0,
         *,
         start: str = "",
+        after: Job | None = None,
         seeds: Iterable[int] = (17,),
     ) -> None:
-        """`start`: the model that trains, if it is another than the teacher."""
+        """`start`: the model that trains, if it is another than the teacher; `after`: the job that makes it."""
         job = tuned.get((encoder, task))
         taught = folder_of(job) if job else TUNED[encoder, task]
+        needs = after.folder if after else job.folder if job else ""
         at_hand: Task = twenty_thousand() if task == "squad1" else glue(task)
         for name, stages in some.items():
             for seed in seeds:
@@ -200,7 +232,7 @@ def jobs() -> tuple[Job, ...]:
                 last = "" if seed == 17 else f"-seed{seed}"
                 folder = f"{TABLE}/{encoder}-{task}/{name}{last}"
                 more = simulated if name.startswith("quantization") else None
-                found.append(Job(folder, recipe, share, job.folder if job else "", more=more))
+                found.append(Job(folder, recipe, share, needs, more=more))
 
     for encoder in ("minilm", "e5"):
         for task in ("mrpc", "sst2"):
@@ -233,6 +265,29 @@ def jobs() -> tuple[Job, ...]:
         },
     )
     add("minilm", "mrpc", {f"sparse-ours-5-{name}": sparse_ours("minilm", "mrpc", times) for name, times in LONGER.items()})
+    factored: dict[tuple[str, str], Job] = {}
+    for encoder, name, stages in (
+        ("minilm", "7.7x", on_text("minilm")),
+        ("e5", "7.7x", on_text("e5")),
+        ("minilm", "5.5x", on_text("minilm", "5.5x")),
+        ("minilm", "7.7x-no-kd-on-text", on_text("minilm", taught=False)),
+    ):
+        text = Text(data=PASSAGES, next_sentence=True, metric="likelihood")
+        recipe = Recipe(ENCODERS[encoder], text, stages)
+        factored[encoder, name] = Job(f"{TABLE}/{encoder}-text/kronecker-{name}", recipe)
+    found.extend(factored.values())
+    for (encoder, name), job in factored.items():
+        for task in STRONG if name == "7.7x" else ("mrpc",):
+            add(encoder, task, {f"kronecker-{name}": on_task(encoder, task)}, start=folder_of(job), after=job)
+    last = factored["minilm", "7.7x"]
+    add(
+        "minilm",
+        "mrpc",
+        {"kronecker-7.7x-no-kd-on-task": on_task("minilm", "mrpc", taught=False)},
+        start=folder_of(last),
+        after=last,
+    )
+    add("minilm", "mrpc", {"kronecker-7.7x-one-stage": (on_text("minilm")[0], *on_task("minilm", "mrpc"))})
     unique = {job.folder: job for job in found}
     return tuple(unique.values())
 
@@ -319,9 +374,11 @@ SYSTEMS = (
     System(
         "Kronecker factors: Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh",
         "BERT-base on GLUE: 7.7 times smaller, 97 % of its scores or more; 21 times smaller, 91 % or more.",
-        "`kronecker-7.7x`: the published shapes, a stage on text with the pre-trained model as teacher, one on the task with the "
-        "tuned one; sums of squared errors, outputs and labels, all weights 1, no copies of rows. The paper's text is a tenth of "
-        "Wikipedia, three times over; here it is 50,000 sentences, once.",
+        "`kronecker-7.7x`: the published shapes; a stage on text with the pre-trained model as teacher, masked words and neighbouring "
+        "sentences beside it, whose heads are fresh because neither encoder came with its own; then one on the task with the tuned "
+        "model as teacher. Sums of squared errors, outputs and labels, all weights 1, no copies of rows. The paper's text is a tenth of "
+        "Wikipedia, three times over; here it is some 50,000 sentences of SQuAD's contexts, once. `no-kd-on-text`, `no-kd-on-task`, "
+        "`one-stage`: the paper's ablations. `5.5x`: sums of four products.",
         r"kronecker.*",
     ),
     System(
@@ -554,6 +611,9 @@ ORDERS = tuple(
     (f"{what}, {task}, {ENCODER_NAMES[encoder]}", tuple(f"{encoder}-{task}/{name}" for name in names))
     for what, tasks, names in (
         ("Xu et al.: sparse beats narrow with as few encoder weights, trained alike", ("mrpc",), ("narrow-5", "sparse-ours-5")),
+        ("Tahaei et al.: a stage on text helps", ("mrpc",), ("kronecker-7.7x-one-stage", "kronecker-7.7x")),
+        ("Tahaei et al.: a teacher helps on text", ("mrpc",), ("kronecker-7.7x-no-kd-on-text", "kronecker-7.7x")),
+        ("Tahaei et al.: a teacher helps on the task", ("mrpc",), ("kronecker-7.7x-no-kd-on-task", "kronecker-7.7x")),
         ("Prato et al.: 4 bits lose, 8 do not", ("mrpc", "sst2"), ("quantization-4", "quantization-8")),
         ("Sajjad et al.: the lowest layers are the ones to keep", ("mrpc", "sst2"), ("layers-even", "layers-bottom")),
         ("McCarley et al.: cut units rather than layers", ("mrpc", "sst2"), ("layers", "gates")),
@@ -583,4 +643,5 @@ def draw() -> None:
 if __name__ == "__main__":
     if "--draw" not in sys.argv:  # a page is drawn without data
         more_ids()
+        passages()
     sys.exit(main(jobs(), draw, sys.argv[1:]))

@@ -65,8 +65,13 @@ class Job:
         return RUNS / "sweep" / self.folder
 
     @property
+    def measured(self) -> bool:
+        """Whether the run leaves rows; one on plain text leaves a model that others start from."""
+        return not self.recipe.task.pretraining
+
+    @property
     def stands(self) -> bool:
-        return (self.home / LEDGER).is_file()
+        return (self.home / LEDGER if self.measured else self.scratch / "config.json").is_file()
 
     def hours(self) -> float:
         """A forecast: tokens seen while training, at the speed of the model that each stage trains."""
@@ -154,7 +159,7 @@ def _finish(job: Job, wait_seconds: float) -> bool:
     except Exception as error:  # one job's fault must not keep the others from running
         traceback.print_exc() if not isinstance(error, SlimformerError) else print(f"   failed: {error}", flush=True)
         return False
-    if not job.stands:
+    if job.measured and not job.stands:
         if job.more is not None:
             job.more(job)
         job.home.mkdir(parents=True, exist_ok=True)

@@ -284,8 +284,9 @@ def heading(task: str, part: Mapping[str, Run]) -> list[str]:
 
 def still_to_run(jobs: Sequence[Job], command: str) -> list[str]:
     """A word on the rows that are not there yet."""
-    missing = [job for job in jobs if not job.stands]
-    return [f"{len(missing)} of {len(jobs)} runs are still to be made (`{command} --plan` names them).", ""] if missing else []
+    rows = [job for job in jobs if job.measured]
+    missing = [job for job in rows if not job.stands]
+    return [f"{len(missing)} of {len(rows)} runs are still to be made (`{command} --plan` names them).", ""] if missing else []
 
 
 def recipe_link(table_name: str, name: str) -> str:
