@@ -152,7 +152,7 @@ def passages() -> None:
     articles = json.loads((ROOT / DATA / "squad" / "train-v1.1.json").read_text(encoding="utf-8"))["data"]
     contexts = [" ".join(part["context"].split()) for article in articles for part in article["paragraphs"]]
     parts = [re.split(r"(?<=[.!?]) (?=[A-Z])", context) for context in contexts]
-    every = max(1, sum(map(len, parts)) // SENTENCES)
+    every = -(-sum(map(len, parts)) // SENTENCES)
     write_text(ROOT / PASSAGES, "\n\n".join("\n".join(part) for part in parts[::every]) + "\n")
 
 
