@@ -324,11 +324,15 @@ def test_every_role_at_four_bits_trains_and_leaves_no_trace(tmp_path):
         assert bool(torch.isfinite(small(**batch(small)).logits).all())
 
 
-@pytest.mark.parametrize("buckets", ["tensor", "feature"])
+@pytest.mark.parametrize(
+    "options",
+    [{"activation_buckets": "feature"}, {"grid": "affine", "exact_zero": False}, {}],
+    ids=["feature", "affine", "even"],
+)
 @pytest.mark.parametrize("bits", [8, 6, 4])
-def test_the_saved_ranges_compute_what_every_role_was_trained_with(bits, buckets):
+def test_the_saved_ranges_compute_what_every_role_was_trained_with(bits, options):
     around = tiny_context()
-    method = Quantization(weights=bits, activations=bits, embeddings=bits, roles="all", activation_buckets=buckets, start=0.0)
+    method = Quantization(weights=bits, activations=bits, embeddings=bits, roles="all", start=0.0, **options)
     state = method.attach(around)
     inputs = batch(around.model)
     with torch.no_grad():

@@ -55,7 +55,8 @@ class Ranges:
     """Learned ranges by the id of a point, and the bits of weights, activations and embedding tables (None: float).
 
     `weight_buckets`: whether each row of a matrix, and each word of a table, has a grid of its own, or the whole of it one.
-    `features`: of points with a range per feature, which files compute in float.
+    `features`: of points with a range per feature, which files compute in float. `exact_zero`: whether 0 lay on each grid in
+    training, as it does in files.
     """
 
     activations: Mapping[str, Range] = field(default_factory=dict)
@@ -64,10 +65,13 @@ class Ranges:
     embedding_bits: int | None = 8
     weight_buckets: Literal["row", "tensor"] = "row"
     features: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
+    exact_zero: bool = True
 
     def __post_init__(self) -> None:
         if self.weight_buckets not in ("row", "tensor"):
             raise ValueError(f"weight_buckets must be row or tensor, got {self.weight_buckets!r}")
+        if not isinstance(self.exact_zero, bool):
+            raise ValueError(f"exact_zero must be true or false, got {self.exact_zero!r}")
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
         if self.embedding_bits is not None:
@@ -80,7 +84,7 @@ class Ranges:
         bits = {name: getattr(self, name) for name in ("weight_bits", "activation_bits", "embedding_bits", "weight_buckets")}
         activations = {name: [item.low, item.high] for name, item in self.activations.items()}
         features = {name: [[item.low, item.high] for item in spans] for name, spans in self.features.items()}
-        more = {"features": features} if features else {}
+        more = ({"features": features} if features else {}) | ({} if self.exact_zero else {"exact_zero": False})
         return json.dumps({"version": RANGES_VERSION, **bits, "activations": activations, **more}, indent=1)
 
     @staticmethod

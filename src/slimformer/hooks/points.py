@@ -58,7 +58,7 @@ def quantized_inputs(
     The weights must be on their grids already. `floats`: points whose matrices stay in float.
     """
     chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
-    return _quantized(model, anatomy, ranges, [point for point in chosen if point.id in ranges.activations])
+    return _quantized(model, anatomy, ranges, [point for point in chosen if point.id in ranges.activations], True)
 
 
 def quantized_points(model: nn.Module, anatomy: Anatomy, ranges: Ranges) -> AbstractContextManager[None]:
@@ -67,17 +67,21 @@ def quantized_points(model: nn.Module, anatomy: Anatomy, ranges: Ranges) -> Abst
     Files compute what is no input of a Linear more exactly. The weights must be on their grids already.
     """
     known = {**ranges.activations, **ranges.features}
-    return _quantized(model, anatomy, ranges, [point for point in anatomy.points.values() if point.id in known])
+    chosen = [point for point in anatomy.points.values() if point.id in known]
+    return _quantized(model, anatomy, ranges, chosen, ranges.exact_zero)
 
 
-def _quantized(model: nn.Module, anatomy: Anatomy, ranges: Ranges, points: Sequence[Point]) -> AbstractContextManager[None]:
+def _quantized(
+    model: nn.Module, anatomy: Anatomy, ranges: Ranges, points: Sequence[Point], exact_zero: bool
+) -> AbstractContextManager[None]:
     def change(point: Point) -> Change:
         spans = ranges.features.get(point.id)
-        ends = [(span.low, span.high) for span in spans or (ranges.activations[point.id],)]
-        low, high = (torch.tensor(side if spans else side[0]) for side in zip(*ends, strict=True))
+        pairs = [(span.low, span.high) for span in spans or (ranges.activations[point.id],)]
+        low, high = (torch.tensor(side if spans else side[0]) for side in zip(*pairs, strict=True))
 
         def quantize(values: Tensor) -> Tensor:
-            return fake(values, point_grid(point, low.to(values.device), high.to(values.device), ranges.activation_bits))
+            ends = low.to(values.device), high.to(values.device)
+            return fake(values, point_grid(point, *ends, ranges.activation_bits, exact_zero=exact_zero))
 
         return quantize
 

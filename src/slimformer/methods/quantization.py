@@ -116,7 +116,7 @@ class Quantization(Method):
         features = {name: running.ranges() for name, running in seen if running.low.ndim}
         # matrices that were not trained on a grid are stored as ever
         bits = self.weights if PointRole.MATRIX in self.roles else 8
-        learned = Ranges(ranges, bits, self.activations, self.embeddings, self.buckets, features)
+        learned = Ranges(ranges, bits, self.activations, self.embeddings, self.buckets, features, self.exact_zero)
         return Decision(weights=changed, ranges=learned)
 
     def weight_grid(self, weight: Tensor) -> Grid:
