@@ -138,6 +138,16 @@ def test_expected_cost_with_open_gates_is_nearly_dense(unit):
         state.close()
 
 
+@pytest.mark.parametrize(("start", "left"), [(20.0, 3 * (1.4 + 2.0)), (-20.0, 0.0)])
+def test_gates_that_are_surely_open_cost_all_and_shut_ones_nothing(start, left):
+    """At 20 the chance rounds to 1: the expected number is the last of its curve."""
+    around = priced("latency")
+    method = Gates(start=start, keep=0.9)
+    state = method.attach(around)
+    assert method.report(state)["cost"] == pytest.approx((0.3 + left) / around.cost.dense, abs=1e-6)
+    state.close()
+
+
 def test_expected_cost_is_the_curve_at_the_expected_number():
     around = priced("latency")
     state = Gates(units="heads", keep=0.9).attach(around)

@@ -158,6 +158,16 @@ def test_over_the_model_the_largest_groups_stay_wherever_they_are():
     assert sum(left.values()) == math.floor(0.3 * 264) * 64  # 264 blocks of 64
 
 
+@pytest.mark.parametrize("over", ["matrix", "model"])
+@pytest.mark.parametrize(("keep", "count"), [(0.29, 29), (0.295, 29), (0.3, 30), (0.01, 1)])
+def test_of_single_weights_as_many_stay_as_the_share_says(over, keep, count):
+    """0.29 of 100 is a little less than 29 in floating point, and 29 stay."""
+    context = OneMatrix(torch.arange(1.0, 101).reshape(10, 10)).context()
+    method = GroupLasso(groups="blocks", block=1, keep=keep, over=over)
+    left = method.decide(method.attach(context), context).weights["only.weight"]
+    assert left[left != 0].tolist() == list(range(101 - count, 101))
+
+
 # -- As the authors' profiles have it ----------------------------------------------------------------------------------------------
 
 PROFILE = GroupLasso(groups="block_rows", blocks_per_matrix=8, keep=0.2, embeddings=True)
