@@ -44,7 +44,7 @@ def test_hidden_states_are_those_of_a_separate_eager_model(model_type: str) -> N
     for mine, his in zip(seen.hidden, theirs.hidden_states, strict=True):
         torch.testing.assert_close(mine[real], his[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen.output["logits"], theirs.logits, atol=1e-5, rtol=1e-5)
-    assert seen.scores == ()
+    assert seen.scores == {}
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -66,7 +66,7 @@ def test_scores_are_queries_times_keys_and_explain_the_probabilities(model_type:
                 for name in (queries[layer], keys[layer])
             )
             by_hand = query @ key.transpose(2, 3) / math.sqrt(HEAD_DIM)  # (batch, heads, seq, seq)
-            torch.testing.assert_close(seen.scores[layer], by_hand, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(seen.scores[f"encoder.{layer}.heads"], by_hand, atol=1e-4, rtol=1e-4)
             blind = inputs["attention_mask"][:, None, None, :] == 0
             probabilities = by_hand.masked_fill(blind, -math.inf).softmax(-1)
             torch.testing.assert_close(probabilities, theirs.attentions[layer], atol=1e-5, rtol=1e-4)
@@ -94,7 +94,7 @@ def test_a_layer_without_attention_has_no_scores() -> None:
     with torch.no_grad(), capturing(small, anatomy_of(small), {Capture.SCORES, Capture.HIDDEN}) as recorder:
         inputs = batch(small)
         seen = recorder.take({"logits": small(**inputs).logits})
-    assert [None if score is None else score.shape[1] for score in seen.scores] == [3, None, None]
+    assert {name: score.shape[1] for name, score in seen.scores.items()} == {"encoder.0.heads": 3}
     assert len(seen.hidden) == LAYERS + 1
     assert torch.equal(seen.hidden[3], seen.hidden[2])  # the last layer is empty
 
@@ -103,7 +103,7 @@ def test_gradients_flow_through_what_is_seen() -> None:
     model = tiny("bert")
     with capturing(model, anatomy_of(model), {Capture.SCORES, Capture.HIDDEN}) as recorder:
         seen = recorder.take({"logits": model(**batch(model)).logits})
-    (seen.scores[1].square().mean() + seen.hidden[1].square().mean()).backward()
+    (seen.scores["encoder.1.heads"].square().mean() + seen.hidden[1].square().mean()).backward()
     assert float(model.bert.encoder.layer[1].attention.self.query.weight.grad.abs().sum()) > 0
     assert model.bert.encoder.layer[1].attention.self.value.weight.grad is None
 
@@ -141,10 +141,10 @@ def test_two_models_are_watched_at_once_each_by_its_own() -> None:
     ):
         outputs = left(**inputs).logits, right(**inputs).logits
         seen = mine.take({"logits": outputs[0]}), theirs.take({"logits": outputs[1]})
-        assert not torch.allclose(seen[0].scores[0], seen[1].scores[0])
+        assert not torch.allclose(*(item.scores["encoder.0.heads"] for item in seen))
         mine.listening = False
         left(**inputs)
-        assert mine.take({}).scores == (None,) * LAYERS
+        assert mine.take({}).scores == {}
 
 
 def test_taking_without_a_forward_pass_is_our_mistake() -> None:

@@ -63,7 +63,7 @@ def test_the_parts_of_a_softmax():
     numerator, denominator, shares = (seen[f"encoder.0.softmax.{side}"] for side in ("numerator", "denominator", "output"))
     with capturing(MODEL, ANATOMY, {Capture.SCORES}) as recorder, torch.no_grad():
         output = MODEL(**INPUTS)
-        scores = recorder.take({"logits": output.logits}).scores[0]
+        scores = recorder.take({"logits": output.logits}).scores["encoder.0.heads"]
     hidden = INPUTS["attention_mask"][:, None, None, :] == 0
     scores = scores.masked_fill(hidden, -torch.inf)
     torch.testing.assert_close(shares, scores.softmax(-1))

@@ -63,7 +63,7 @@ class Offset(State):
         self.seen: torch.Tensor
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.generator = around.generator
-        module = around.model.get_submodule(around.anatomy.embedding)
+        module = around.model.get_submodule(around.anatomy.stacks[0].embedding)
         handle = module.register_forward_hook(lambda _, __, output: output + self.vector)
         self.on_close(handle.remove)
 

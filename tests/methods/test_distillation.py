@@ -17,7 +17,7 @@ from slimformer.core.shrink import shrink
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture, Captured, capturing
 from slimformer.methods.base import Progress, Step
-from slimformer.methods.distillation import Distillation, Heads, score_distance
+from slimformer.methods.distillation import Distillation, Heads, Pair, score_distance
 from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import tiny_context
 
@@ -66,11 +66,12 @@ def test_scores_ignore_a_shift_of_a_row_and_padding():
     scores = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     shifted = scores + torch.arange(3.0)[None, None, :, None]
     shifted[..., 2] = 50.0
-    student, teacher = Captured({}, scores=(shifted,) * 3), Captured({}, scores=(scores,) * 3)
+    sites = [f"encoder.{layer}.heads" for layer in range(3)]
+    student, teacher = Captured({}, scores=dict.fromkeys(sites, shifted)), Captured({}, scores=dict.fromkeys(sites, scores))
     assert method.penalty(state, step(context, student, teacher, mask)).item() == pytest.approx(0.0, abs=1e-10)
     changed = scores.clone()
     changed[0, 0, 0, 0] += 2.0  # centred over two real keys: +1 and -1, squared 2, over 4 real pairs and 4 heads
-    student = Captured({}, scores=(changed, scores, scores))
+    student = Captured({}, scores=dict(zip(sites, (changed, scores, scores), strict=True)))
     found = method.penalty(state, step(context, student, teacher, mask)).item()
     assert found == pytest.approx(2.0 / (4 * 4) / 3, rel=1e-5)
 
@@ -80,7 +81,10 @@ def test_a_student_head_learns_from_the_head_it_descends_from():
     plan = Plan({"encoder.0.heads": (1, 3), "encoder.1.attention": ()})
     small = shrink(context.model, context.anatomy, plan)
     state = Distillation(scores=1.0).attach(replace(with_model(context, small, anatomy_of(small)), plan=plan))
-    assert state.heads == {0: Heads(0, (0, 1), (1, 3)), 2: Heads(2, (0, 1, 2, 3), (0, 1, 2, 3))}
+    assert state.heads == {
+        "encoder.0.heads": Heads("encoder.0.heads", (0, 1), (1, 3)),
+        "encoder.2.heads": Heads("encoder.2.heads", (0, 1, 2, 3), (0, 1, 2, 3)),
+    }
 
 
 SUBSETS = [heads for size in range(1, 5) for heads in combinations(range(4), size)]
@@ -105,11 +109,11 @@ def test_a_student_of_a_cut_teacher_learns_from_the_same_original_heads():
             subjects = {"subject": subject_of(student), "teacher": subject_of(teacher)}
             state = method.attach(replace(dense, plan=plan, teacher_plan=first, **subjects))
             assert state.heads == {
-                0: Heads(0, tuple(range(len(again))), again),
-                2: Heads(2, (0, 1, 2, 3), (0, 1, 2, 3)),
+                "encoder.0.heads": Heads("encoder.0.heads", tuple(range(len(again))), again),
+                "encoder.2.heads": Heads("encoder.2.heads", (0, 1, 2, 3), (0, 1, 2, 3)),
             }
-            only = replace(state.heads[0], layer=0)
-            assert float(score_distance(seen(student), lesson, mask, {0: only})) < 1e-10
+            only = state.heads["encoder.0.heads"]
+            assert float(score_distance(seen(student), lesson, mask, {"encoder.0.heads": only})) < 1e-10
 
 
 def test_a_head_whose_origin_the_teacher_lacks_learns_nothing_and_it_is_said(caplog):
@@ -124,7 +128,10 @@ def test_a_head_whose_origin_the_teacher_lacks_learns_nothing_and_it_is_said(cap
         state = Distillation(scores=1.0).attach(context)
         Distillation().attach(context)  # asks for no scores, and says nothing of them
         Distillation(scores=1.0).attach(dense)  # each of its heads has a counterpart
-    assert state.heads == {0: Heads(0, (2,), (1,)), 1: Heads(1, (0, 1, 2, 3), (0, 1, 2, 3))}
+    assert state.heads == {
+        "encoder.0.heads": Heads("encoder.0.heads", (2,), (1,)),
+        "encoder.1.heads": Heads("encoder.1.heads", (0, 1, 2, 3), (0, 1, 2, 3)),
+    }
     assert [record.message for record in caplog.records] == [
         "distillation: 6 heads have no counterpart in the teacher; they learn no attention scores."
     ]
@@ -133,7 +140,9 @@ def test_a_head_whose_origin_the_teacher_lacks_learns_nothing_and_it_is_said(cap
     gap = scores[0][:, [2]] - scores[2][:, [1]], scores[1] - scores[3]
     expected = sum(float((one - one.mean(-1, keepdim=True)).square().mean()) for one in gap) / 2
     found = score_distance(
-        Captured({}, scores=(*scores[:2], None)), Captured({}, scores=(*scores[2:], None)), torch.ones(1, 2), state.heads
+        *(Captured({}, scores=dict(zip(state.heads, part, strict=True))) for part in (scores[:2], scores[2:])),
+        torch.ones(1, 2),
+        state.heads,
     )
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -147,8 +156,11 @@ def test_a_layer_that_the_teacher_lacks_too_is_no_lesson_of_its_own():
     student = shrink(dense.model, dense.anatomy, plan)
     subjects = {"subject": subject_of(student), "teacher": subject_of(teacher)}
     state = Distillation(scores=1.0).attach(replace(dense, plan=plan, teacher_plan=gone, **subjects))
-    assert state.hidden == [(0, 0), (2, 2), (3, 3)]
-    assert state.heads == {0: Heads(0, (0, 1), (0, 2)), 2: Heads(2, (0, 1, 2, 3), (0, 1, 2, 3))}
+    assert (state.embedding, state.hidden) == ([Pair(0, 0)], [Pair(2, 2), Pair(3, 3)])
+    assert state.heads == {
+        "encoder.0.heads": Heads("encoder.0.heads", (0, 1), (0, 2)),
+        "encoder.2.heads": Heads("encoder.2.heads", (0, 1, 2, 3), (0, 1, 2, 3)),
+    }
 
 
 def test_a_narrower_student_gets_a_projection_and_a_shallower_one_even_partners():
@@ -160,7 +172,7 @@ def test_a_narrower_student_gets_a_projection_and_a_shallower_one_even_partners(
         teacher=subject_of(teacher),
     )
     state = Distillation().attach(context)
-    assert state.hidden == [(0, 0), (1, 2), (2, 4)]
+    assert (state.embedding, state.hidden) == ([Pair(0, 0)], [Pair(1, 2), Pair(2, 4)])
     assert state.project.weight.shape == (32, 16)
     assert state.groups()[0]["params"] == [state.project.weight]
 
@@ -171,7 +183,7 @@ def test_a_layer_learns_what_the_layers_that_are_gone_after_it_gave():
     teacher = tiny("bert", num_hidden_layers=4)
     student = shrink(teacher, anatomy_of(teacher), gone)
     context = replace(context, subject=subject_of(student), teacher=subject_of(teacher), plan=gone)
-    assert Distillation().attach(context).hidden == [(0, 0), (3, 3), (4, 4)]
+    assert Distillation().attach(context).hidden == [Pair(3, 3), Pair(4, 4)]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"hidden": -1}, {"logits": 0, "hidden": 0}])

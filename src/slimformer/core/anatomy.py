@@ -1,7 +1,8 @@
 """An anatomy: the parts of a model that can be cut, by their names and sizes alone.
 
 A family writes it: the *sites* whose units can go, each as a list of coupled tensor slices; the *matrices* and the form
-of each; the *points* where activations can be seen or quantized; the modules that give hidden states and attentions.
+of each; the *points* where activations can be seen or quantized; the *stacks* of layers, one of an encoder, two of an
+encoder-decoder; the modules that compute attentions.
 Nothing here touches a tensor: `shrink.py` cuts, `gating.py` masks, `points.py` reaches activations and `cost.py`
 counts, all from these tables.
 
@@ -44,6 +45,23 @@ ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
 FFN_ROLES = (Role.FFN_IN, Role.FFN_OUT)
 
 
+class Tokens(StrEnum):
+    """The tokens that an activation has a row for."""
+
+    SOURCE = "source"  # what the encoder reads
+    TARGET = "target"  # what the decoder has said so far
+
+    @property
+    def ids(self) -> str:
+        """The input of the model that holds them."""
+        return "input_ids" if self is Tokens.SOURCE else "decoder_input_ids"
+
+    @property
+    def mask(self) -> str:
+        """The input of the model that is 1 where they are no padding."""
+        return "attention_mask" if self is Tokens.SOURCE else "decoder_attention_mask"
+
+
 class PointRole(StrEnum):
     """The kind of activation that passes at a point."""
 
@@ -77,13 +95,15 @@ class Tap:
     """Where a site's units can be multiplied by a gate: the last axis of a module's input or output.
 
     `residual` is for sublayers: the tap is then the module that ends the sublayer, `residual` the module whose first input
-    flows past it, and a gate g gives residual + g * (output - residual).
+    flows past it, and a gate g gives residual + g * (output - residual). With `branch` the output is what the sublayer adds,
+    without the residual, as in layers that begin with their norm: the gate multiplies it.
     """
 
     module: str
     side: Literal["input", "output"]
     unit: int = 1
     residual: str | None = None
+    branch: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,12 +119,15 @@ class Counter:
 class Skip:
     """A module that goes with its sublayer; its stand-in gives its input, the residual that is its second input, or zero.
 
-    `pair`: the module returns a tuple of that and None, as transformers' attention modules do.
+    `pair`: the module returns a tuple of that and None, as transformers' attention modules do. `counts`: the place of a decoder's
+    self-attention in the cache of keys, where the stand-in goes on counting tokens: transformers asks the first one how many
+    were said.
     """
 
     module: str
     gives: Literal["input", "residual", "zero"]
     pair: bool = False
+    counts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ class Site:
     id: str  # "encoder.3.heads"
     kind: Kind
     size: int
-    layer: int
+    layer: int  # its place among the layers of all stacks
     slices: tuple[Slice, ...] = ()
     taps: tuple[Tap, ...] = ()
     counters: tuple[Counter, ...] = ()
@@ -134,6 +157,7 @@ class Matrix:
     form: Form = DENSE
     tied: str | None = None  # the parameter that is this very weight too
     decoder: str | None = None  # the same of a word table, if a Linear reads it: the last one of a language model
+    tokens: Tokens = Tokens.SOURCE  # that it is multiplied with
 
     @property
     def table(self) -> bool:
@@ -157,7 +181,7 @@ class Matrix:
         if self.dense or self.form.reads is None:
             return None
         module = f"{self.module}.{self.form.reads}"
-        return Point(f"{self.id}.factor.input", (module,), "input", PointRole.MATRIX, self.sublayer)
+        return Point(f"{self.id}.factor.input", (module,), "input", PointRole.MATRIX, self.sublayer, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -173,6 +197,17 @@ class Point:
     side: Literal["input", "output", "numerator", "denominator", "quotient"]
     role: PointRole
     sublayer: str | None = None  # the SUBLAYER site it vanishes with
+    tokens: Tokens = Tokens.SOURCE  # of its second last axis; in a softmax, those that ask
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers on top of one another, each reading the hidden state that the one below it gives."""
+
+    name: str  # "encoder"
+    layers: tuple[str, ...]  # the module whose output is the hidden state after each; a skipped layer keeps its name
+    embedding: str | None  # the module whose output is the hidden state before the first; None: no module gives just that
+    tokens: Tokens = Tokens.SOURCE
 
 
 def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
@@ -205,18 +240,16 @@ class PlanLike(Protocol):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All sites, matrices and points of one model, by id, and the modules that give each layer's hidden state.
+    """All sites, matrices and points of one model, by id, and its stacks of layers.
 
     `anatomy_of(model)` makes it.
 
     Attributes:
         sites: What can be cut, by id.
         matrices: The weights that may change their form, by id.
-        layers: The module whose output is the hidden state after layer i; a skipped layer keeps its name.
-        embedding: The module whose output is the hidden state before layer 0.
-        attentions: The module that computes the attention of layer i; None if it was cut.
-        hidden_size: The width of the hidden state.
-        head_dim: The width of a head.
+        stacks: The encoder's layers, and those of the decoder if there is one.
+        attentions: The module that computes each attention, by the id of its heads.
+        hidden_size: The width of the hidden states.
         points: The places where an activation passes, by id.
 
     Example:
@@ -231,12 +264,36 @@ class Anatomy:
 
     sites: Mapping[str, Site]
     matrices: Mapping[str, Matrix]
-    layers: tuple[str, ...]
-    embedding: str
-    attentions: tuple[str | None, ...]
+    stacks: tuple[Stack, ...]
+    attentions: Mapping[str, str]
     hidden_size: int
-    head_dim: int
     points: Mapping[str, Point] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of all stacks, the encoder's first: the module whose output is the hidden state after each."""
+        return tuple(name for stack in self.stacks for name in stack.layers)
+
+    def stack_of(self, layer: int) -> Stack:
+        """The stack that a layer stands in.
+
+        Args:
+            layer: Its place among the layers of all stacks, as `Site.layer` says it.
+
+        Returns:
+            The stack.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy_of(tiny("bert")).stack_of(2).name
+            'encoder'
+        """
+        for stack in self.stacks:
+            if layer < len(stack.layers):
+                return stack
+            layer -= len(stack.layers)
+        raise IndexError("there is no such layer")
 
     def of_kind(self, kind: Kind) -> tuple[Site, ...]:
         """Sites of one kind, in order of their layers.
@@ -255,23 +312,6 @@ class Anatomy:
             [4, 4, 4]
         """
         return tuple(site for site in self.sites.values() if site.kind is kind)
-
-    def heads_of(self, layer: int) -> Site | None:
-        """The heads of a layer's attention; None if it was cut.
-
-        Args:
-            layer: The layer, from 0.
-
-        Returns:
-            Their site, or None.
-
-        Example:
-            >>> from slimformer import anatomy_of
-            >>> from slimformer.testing.tiny import tiny
-            >>> anatomy_of(tiny("bert")).heads_of(2).id
-            'encoder.2.heads'
-        """
-        return next((site for site in self.of_kind(Kind.HEADS) if site.layer == layer), None)
 
     def encoder_matrices(self) -> tuple[Matrix, ...]:
         """The matrices inside the layers: all but embedding tables and classifiers.
@@ -302,7 +342,7 @@ class Anatomy:
         Example:
             >>> from slimformer import Plan, anatomy_of
             >>> from slimformer.testing.tiny import tiny
-            >>> anatomy_of(tiny("bert")).after(Plan({"encoder.0.heads": (1, 3)})).heads_of(0).size
+            >>> anatomy_of(tiny("bert")).after(Plan({"encoder.0.heads": (1, 3)})).sites["encoder.0.heads"].size
             2
         """
         plan.check(self)
@@ -318,8 +358,7 @@ class Anatomy:
             for matrix in self.matrices.values()
             if matrix.sublayer not in gone
         }
-        lost = {site.layer for site in self.of_kind(Kind.HEADS) if site.sublayer in gone}
-        attentions = tuple(None if layer in lost else name for layer, name in enumerate(self.attentions))
+        attentions = {name: module for name, module in self.attentions.items() if name in sites}
         points = separate_points((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
         return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
 

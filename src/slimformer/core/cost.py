@@ -94,7 +94,7 @@ def macs(anatomy: Anatomy, lengths: np.ndarray) -> Cost:
         inside = [matrices[piece.param] for piece in site.slices if piece.param in matrices]
         per_unit = sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
-            per_unit += 2 * anatomy.head_dim * mean_square  # scores, and their product with the values
+            per_unit += 2 * site.taps[0].unit * mean_square  # scores, and their product with the values
         curve = per_unit * np.arange(site.size + 1)
         curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve

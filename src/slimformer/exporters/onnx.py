@@ -269,7 +269,7 @@ class OnnxDraft(Draft):
         """Turns the trace into the variant's graph in float, in place, and says what was counted."""
         graph = program.graph
         axes = SEQ_FIRST if variant in FUSED else BATCH_FIRST
-        attentions = sum(name is not None for name in self.subject.anatomy.attentions)
+        attentions = len(self.subject.anatomy.attentions)
         _check_count("attentions", rewrite.flatten_attentions(graph), attentions)
         if axes == BATCH_FIRST:
             rewrite.unturn(graph)

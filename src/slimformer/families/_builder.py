@@ -6,13 +6,13 @@ Sizes are read from the tensors, not from the config, which knows nothing of cut
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from slimformer.core.anatomy import (
     ATTENTION_ROLES,
-    FFN_ROLES,
     Anatomy,
     Counter,
     Kind,
@@ -22,11 +22,13 @@ from slimformer.core.anatomy import (
     Role,
     Site,
     Slice,
+    Stack,
     Tap,
+    Tokens,
     separate_points,
 )
 from slimformer.core.shrink import Skipped
-from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton
+from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton, StackTable
 from slimformer.forms.base import form_of, shape_of
 
 if TYPE_CHECKING:
@@ -36,41 +38,17 @@ if TYPE_CHECKING:
 def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
     """The anatomy of `model`, whose modules have the names that `skeleton` says."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    hidden_size = int(getattr(model.config, skeleton.hidden_size))
-    head_dim = hidden_size // int(getattr(model.config, skeleton.attention_heads))
-    modules = dict(model.named_modules())
-    layers = [f"{prefix}{skeleton.layers}.{name}" for name, _ in modules[prefix + skeleton.layers].named_children()]
-    sites: list[Site] = []
-    matrices = [_matrix(model, "embeddings.word", prefix + skeleton.words, Role.EMBEDDING)]
-    points = [*_outer_points(modules, prefix, skeleton)]
-    attentions: list[str | None] = []
-    for index, path in enumerate(layers):
-        layer = f"encoder.{index}"
-        attention, ffn = skeleton.attention.under(path), skeleton.ffn.under(path)
-        if _is_there(modules, attention):
-            inputs = (attention.query, attention.key, attention.value)
-            heads = shape_of(modules[attention.query])[0] // head_dim
-            sites += [_sublayer(index, f"{layer}.attention", attention), _heads(index, layer, attention, heads, head_dim)]
-            points += _attention_points(layer, attention)
-            for role, name in zip(ATTENTION_ROLES, (*inputs, attention.out), strict=True):
-                matrices.append(_matrix(model, f"{layer}.{role}", name, role, f"{layer}.attention"))
-            attentions.append(attention.module)
-        else:
-            attentions.append(None)
-        if _is_there(modules, ffn):
-            sites += [_sublayer(index, f"{layer}.ffn", ffn), _neurons(index, layer, ffn, shape_of(modules[ffn.into])[0])]
-            points += _ffn_points(layer, ffn)
-            for role, name in zip(FFN_ROLES, (ffn.into, ffn.out), strict=True):
-                matrices.append(_matrix(model, f"{layer}.{role}", name, role, f"{layer}.ffn"))
+    built = _Built(model, skeleton, prefix, dict(model.named_modules()))
+    built.add_stack("encoder", skeleton, Tokens.SOURCE)
+    if skeleton.decoder is not None:
+        built.add_stack("decoder", skeleton.decoder, Tokens.TARGET)
     return Anatomy(
-        sites={site.id: site for site in sites},
-        matrices={matrix.id: matrix for matrix in matrices},
-        layers=tuple(layers),
-        embedding=next(prefix + name for name in skeleton.embedding if prefix + name in modules),
-        attentions=tuple(attentions),
-        hidden_size=hidden_size,
-        head_dim=head_dim,
-        points=separate_points(points, matrices),
+        sites={site.id: site for site in built.sites},
+        matrices={matrix.id: matrix for matrix in built.matrices},
+        stacks=tuple(built.stacks),
+        attentions=built.attentions,
+        hidden_size=built.hidden_size,
+        points=separate_points(built.points, built.matrices),
     )
 
 
@@ -79,100 +57,179 @@ NORM_PARTS: tuple[Side, ...] = ("numerator", "denominator", "quotient", "output"
 SOFTMAX_PARTS: tuple[tuple[str, Side], ...] = (("numerator",) * 2, ("denominator",) * 2, ("output", "quotient"))
 
 
-def _is_there(modules: Mapping[str, nn.Module], block: Block) -> bool:
-    return not any(isinstance(modules.get(skip.module), Skipped) for skip in block.skips)
+@dataclass
+class _Built:
+    """What is known of a model so far."""
 
+    model: PreTrainedModel
+    skeleton: Skeleton
+    prefix: str
+    modules: Mapping[str, nn.Module]
+    sites: list[Site] = field(default_factory=list)
+    matrices: list[Matrix] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
+    attentions: dict[str, str] = field(default_factory=dict)
+    layer: int = 0  # the place of the next layer among those of all stacks
 
-def _matrix(model: PreTrainedModel, name: str, path: str, role: Role, sublayer: str | None = None) -> Matrix:
-    """The matrix of the Linear or Embedding at `path`, in whatever form it is stored."""
-    module, weight = model.get_submodule(path), f"{path}.weight"
-    ties = dict(model.all_tied_weights_keys or {})  # name -> the name whose tensor it shares
-    tied = ties.get(weight) or next((name for name, source in ties.items() if source == weight), None)
-    reads = tied is not None and isinstance(model.get_submodule(tied.rpartition(".")[0]), nn.Linear)
-    decoder, other = (tied, None) if reads and role is Role.EMBEDDING else (None, tied)
-    return Matrix(name, path, shape_of(module), role, sublayer, form_of(module), other, decoder)
+    @property
+    def hidden_size(self) -> int:
+        return int(getattr(self.model.config, self.skeleton.hidden_size))
 
+    def add_stack(self, name: str, part: StackTable, tokens: Tokens) -> None:
+        """Everything in one stack, in the order in which it computes."""
+        top = self.prefix + part.layers
+        layers = [f"{top}.{layer}" for layer, _ in self.modules[top].named_children()]
+        self.add_words("embeddings.word" if tokens is Tokens.SOURCE else f"{name}.embeddings.word", part, tokens)
+        self.add_outer_points(f"{name}." if self.stacks else "", part, layers, tokens)
+        embedding = next((self.prefix + item for item in part.embedding if self.prefix + item in self.modules), None)
+        self.stacks.append(Stack(name, tuple(layers), embedding, tokens))
+        for index, path in enumerate(layers):
+            self.add_attention(f"{name}.{index}", "", part.attention.under(path), part, tokens)
+            if part.cross is not None:
+                self.add_attention(f"{name}.{index}", "cross_", part.cross.under(path), part, tokens)
+            self.add_ffn(f"{name}.{index}", part.ffn.under(path), tokens)
+            self.layer += 1
+        if part.norm is not None:
+            self.points += _norm_points(name, self.prefix + part.norm, tokens)
 
-# -- Sites -------------------------------------------------------------------------------------------------------------
+    def add_words(self, name: str, part: StackTable, tokens: Tokens) -> None:
+        """The word table of a stack, if it is not one that is there already."""
+        path = next(self.prefix + item for item in part.words if self.prefix + item in self.modules)
+        matrix = self.matrix(name, path, Role.EMBEDDING, None, tokens)
+        known = [f"{item.module}.weight" for item in self.matrices]
+        if matrix.tied not in known:
+            self.matrices.append(matrix)
 
+    def add_attention(self, layer: str, kind: str, block: Attention, part: StackTable, tokens: Tokens) -> None:
+        """An attention; `kind` is "" for one among the layer's own tokens, "cross_" for one that asks the encoder."""
+        if not self.is_there(block):
+            return
+        where, asked = f"{layer}.{kind}attention", Tokens.SOURCE if kind else tokens
+        heads = self.heads(f"{layer}.{kind}heads", where, block, part)
+        self.sites += [self.sublayer(where, block, block.out), heads]
+        self.points += _attention_points(layer, kind, block, tokens)
+        for role, module in zip(ATTENTION_ROLES, (block.query, block.key, block.value, block.out), strict=True):
+            read = asked if role in (Role.KEY, Role.VALUE) else tokens
+            self.matrices.append(self.matrix(f"{layer}.{kind}{role}", module, role, where, read))
+        self.attentions[heads.id] = block.module
 
-def _sublayer(index: int, name: str, block: Block) -> Site:
-    """A whole block: one unit; gate 0 leaves what enters its `start`."""
-    return Site(
-        name, Kind.SUBLAYER, size=1, layer=index, taps=(Tap(block.end, "output", residual=block.start),), skips=block.skips
-    )
+    def add_ffn(self, layer: str, block: FeedForward, tokens: Tokens) -> None:
+        if not self.is_there(block):
+            return
+        where = f"{layer}.ffn"
+        self.sites += [self.sublayer(where, block, block.out), self.neurons(f"{layer}.neurons", where, block)]
+        self.points += _ffn_points(layer, block, tokens)
+        self.matrices.append(self.matrix(f"{layer}.ffn_in", block.into, Role.FFN_IN, where, tokens))
+        if block.gate is not None:
+            self.matrices.append(self.matrix(f"{layer}.ffn_gate", block.gate, Role.FFN_IN, where, tokens))
+        self.matrices.append(self.matrix(f"{layer}.ffn_out", block.out, Role.FFN_OUT, where, tokens))
 
+    def is_there(self, block: Block) -> bool:
+        return not any(isinstance(self.modules.get(skip.module), Skipped) for skip in block.skips)
 
-def _heads(index: int, layer: str, block: Attention, heads: int, head_dim: int) -> Site:
-    """The heads of an attention: rows of each input projection, columns of the output projection."""
-    count, width = block.counters
-    return Site(
-        id=f"{layer}.heads",
-        kind=Kind.HEADS,
-        size=heads,
-        layer=index,
-        slices=(*_rows((block.query, block.key, block.value), head_dim), Slice(f"{block.out}.weight", 1, head_dim)),
-        taps=(Tap(block.out, "input", head_dim),),
-        counters=(Counter(block.module, count), Counter(block.module, width, head_dim)),
-        sublayer=f"{layer}.attention",
-    )
+    def matrix(self, name: str, path: str, role: Role, sublayer: str | None, tokens: Tokens) -> Matrix:
+        """The matrix of the Linear or Embedding at `path`, in whatever form it is stored."""
+        module, weight = self.model.get_submodule(path), f"{path}.weight"
+        ties = dict(self.model.all_tied_weights_keys or {})  # name -> the name whose tensor it shares
+        others = [ties[weight]] if weight in ties else [name for name, source in ties.items() if source == weight]
+        tied, decoder = next(iter(others), None), None
+        if role is Role.EMBEDDING and len(others) == 1 and isinstance(self.modules[others[0].rpartition(".")[0]], nn.Linear):
+            tied, decoder = None, others[0]
+        return Matrix(name, path, shape_of(module), role, sublayer, form_of(module), tied, decoder, tokens)
 
+    # -- Sites ---------------------------------------------------------------------------------------------------------
 
-def _neurons(index: int, layer: str, block: FeedForward, width: int) -> Site:
-    """The neurons of a feed-forward block: rows of the first matrix, columns of the second."""
-    return Site(
-        id=f"{layer}.neurons",
-        kind=Kind.NEURONS,
-        size=width,
-        layer=index,
-        slices=(*_rows((block.into,), 1), Slice(f"{block.out}.weight", 1, 1)),
-        taps=(Tap(block.out, "input"),),
-        sublayer=f"{layer}.ffn",
-    )
+    def sublayer(self, name: str, block: Block, out: str) -> Site:
+        """A whole block: one unit; gate 0 leaves what enters its `start`."""
+        end = Tap(block.end or out, "output", residual=block.start, branch=block.end is None)
+        return Site(name, Kind.SUBLAYER, size=1, layer=self.layer, taps=(end,), skips=block.skips)
 
+    def heads(self, name: str, sublayer: str, block: Attention, part: StackTable) -> Site:
+        """The heads of an attention: rows of each input projection, columns of the output projection."""
+        config, per_head = self.model.config, self.skeleton.head_dim
+        head_dim = int(getattr(config, per_head) if per_head else self.hidden_size // getattr(config, part.attention_heads))
+        inputs = (block.query, block.key, block.value)
+        return Site(
+            id=name,
+            kind=Kind.HEADS,
+            size=shape_of(self.modules[block.query])[0] // head_dim,
+            layer=self.layer,
+            slices=(*self.rows(inputs, head_dim), Slice(f"{block.out}.weight", 1, head_dim)),
+            taps=(Tap(block.out, "input", head_dim),),
+            counters=tuple(
+                Counter(block.module, attribute, per_unit)
+                for attribute, per_unit in zip(block.counters, (1, head_dim), strict=False)
+            ),
+            sublayer=sublayer,
+        )
 
-def _rows(modules: Sequence[str], unit: int) -> Iterator[Slice]:
-    """Rows of Linears, with their bias entries."""
-    for module in modules:
-        yield from (Slice(f"{module}.weight", 0, unit), Slice(f"{module}.bias", 0, unit))
+    def neurons(self, name: str, sublayer: str, block: FeedForward) -> Site:
+        """The neurons of a feed-forward block: rows of the first matrices, columns of the last."""
+        inputs = (block.into,) if block.gate is None else (block.into, block.gate)
+        return Site(
+            id=name,
+            kind=Kind.NEURONS,
+            size=shape_of(self.modules[block.into])[0],
+            layer=self.layer,
+            slices=(*self.rows(inputs, 1), Slice(f"{block.out}.weight", 1, 1)),
+            taps=(Tap(block.out, "input"),),
+            sublayer=sublayer,
+        )
+
+    def rows(self, modules: Sequence[str], unit: int) -> Iterator[Slice]:
+        """Rows of Linears, with their bias entries."""
+        for module in modules:
+            yield Slice(f"{module}.weight", 0, unit)
+            if self.modules[module].bias is not None:
+                yield Slice(f"{module}.bias", 0, unit)
+
+    def add_outer_points(self, kind: str, part: StackTable, layers: Sequence[str], tokens: Tokens) -> None:
+        """The embeddings' sum and norm, and what the Linears outside the layers read; these differ from head to head."""
+        norm = None if part.embedding_norm is None else self.prefix + part.embedding_norm
+        self.points.append(Point(f"{kind}embeddings.sum", (norm or layers[0],), "input", PointRole.EMBEDDING, None, tokens))
+        if norm is not None:
+            self.points += _norm_points(f"{kind}embeddings", norm, tokens)
+        if not isinstance(part, Skeleton):
+            return
+        inner = (*(self.prefix + name for name in part.inner), *part.head)
+        reads = Tokens.SOURCE if part.decoder is None else Tokens.TARGET
+        for names, role in ((inner, PointRole.MATRIX), (part.last, PointRole.HEAD)):
+            for name in names:
+                if isinstance(self.modules.get(name), nn.Linear):
+                    self.points.append(Point(f"{name}.input", (name,), "input", role, None, reads))
 
 
 # -- Points ------------------------------------------------------------------------------------------------------------
 
 
-def _attention_points(layer: str, block: Attention) -> Iterator[Point]:
+def _attention_points(layer: str, kind: str, block: Attention, tokens: Tokens) -> Iterator[Point]:
     """What the projections read and give, the softmax, what the output projection reads, the norm."""
-    where, inputs = f"{layer}.attention", (block.query, block.key, block.value)
-    yield Point(f"{where}.input", inputs, "input", PointRole.MATRIX, where)
-    for name, module in zip(("query", "key", "value"), inputs, strict=True):
-        yield Point(f"{layer}.{name}.output", (module,), "output", PointRole.ATTENTION, where)
+    where, inputs = f"{layer}.{kind}attention", (block.query, block.key, block.value)
+    asked = Tokens.SOURCE if kind else tokens
+    if kind:
+        yield Point(f"{where}.input", inputs[:1], "input", PointRole.MATRIX, where, tokens)
+        yield Point(f"{where}.memory", inputs[1:], "input", PointRole.MATRIX, where, asked)
+    else:
+        yield Point(f"{where}.input", inputs, "input", PointRole.MATRIX, where, tokens)
+    for name, module, of in zip(("query", "key", "value"), inputs, (tokens, asked, asked), strict=True):
+        yield Point(f"{layer}.{kind}{name}.output", (module,), "output", PointRole.ATTENTION, where, of)
     for name, part in SOFTMAX_PARTS:
-        yield Point(f"{layer}.softmax.{name}", (block.module,), part, PointRole.SOFTMAX, where)
-    yield Point(f"{layer}.attention_out.input", (block.out,), "input", PointRole.MATRIX, where)
-    yield from _norm_points(where, block.norm, where)
+        yield Point(f"{layer}.{kind}softmax.{name}", (block.module,), part, PointRole.SOFTMAX, where, tokens)
+    yield Point(f"{layer}.{kind}attention_out.input", (block.out,), "input", PointRole.MATRIX, where, tokens)
+    yield from _norm_points(where, block.norm, tokens, where)
 
 
-def _ffn_points(layer: str, block: FeedForward) -> Iterator[Point]:
-    """What the two matrices read, what the block gives, its norm."""
+def _ffn_points(layer: str, block: FeedForward, tokens: Tokens) -> Iterator[Point]:
+    """What the matrices read, what the block gives, its norm."""
     where = f"{layer}.ffn"
-    yield Point(f"{layer}.ffn_in.input", (block.into,), "input", PointRole.MATRIX, where)
-    yield Point(f"{layer}.ffn_out.input", (block.out,), "input", PointRole.MATRIX, where)
-    yield Point(f"{layer}.ffn_out.output", (block.out,), "output", PointRole.BRANCH, where)
-    yield from _norm_points(where, block.norm, where)
+    inputs = (block.into,) if block.gate is None else (block.gate, block.into)
+    yield Point(f"{layer}.ffn_in.input", inputs, "input", PointRole.MATRIX, where, tokens)
+    yield Point(f"{layer}.ffn_out.input", (block.out,), "input", PointRole.MATRIX, where, tokens)
+    yield Point(f"{layer}.ffn_out.output", (block.out,), "output", PointRole.BRANCH, where, tokens)
+    yield from _norm_points(where, block.norm, tokens, where)
 
 
-def _norm_points(where: str, module: str, sublayer: str | None = None) -> Iterator[Point]:
+def _norm_points(where: str, module: str, tokens: Tokens, sublayer: str | None = None) -> Iterator[Point]:
     for part in NORM_PARTS:
-        yield Point(f"{where}.norm.{part}", (module,), part, PointRole.NORM, sublayer)
-
-
-def _outer_points(modules: Mapping[str, nn.Module], prefix: str, skeleton: Skeleton) -> Iterator[Point]:
-    """The embeddings' sum and norm, and what the Linears outside the layers read; these differ from head to head."""
-    norm = prefix + skeleton.embedding_norm
-    yield Point("embeddings.sum", (norm,), "input", PointRole.EMBEDDING)
-    yield from _norm_points("embeddings", norm)
-    inner = (*(prefix + name for name in skeleton.inner), *skeleton.head)
-    for names, role in ((inner, PointRole.MATRIX), (skeleton.last, PointRole.HEAD)):
-        for name in names:
-            if isinstance(modules.get(name), nn.Linear):
-                yield Point(f"{name}.input", (name,), "input", role)
+        yield Point(f"{where}.norm.{part}", (module,), part, PointRole.NORM, sublayer, tokens)

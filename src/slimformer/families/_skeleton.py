@@ -1,7 +1,8 @@
 """The table that a family fills in: the names of the modules that make up its layers, its embeddings and its heads.
 
 Only names, no model and no torch; `_builder.py` turns the table and a model into an anatomy. Names in a block are
-relative to its layer, names in a `Skeleton` to the base model (the model without its head), if nothing else is said.
+relative to its layer, names of a `StackTable` and a `Skeleton` to the base model (the model without its head), if nothing else
+is said.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ AnyBlock = TypeVar("AnyBlock", bound="Block")
 class Block:
     """One sublayer. `start`: the module whose first input is the residual; `end`: the one whose output has the residual added.
 
-    `skips`: what stands in for the sublayer's modules once it is gone.
+    Without an `end` the layer adds the residual itself and nothing follows: `start` is then the norm that the sublayer begins
+    with. `skips`: what stands in for the sublayer's modules once it is gone.
     """
 
     start: str
-    end: str
+    end: str | None = None
     norm: str
     skips: tuple[Skip, ...]
 
@@ -37,7 +39,8 @@ class Block:
 class Attention(Block):
     """An attention: the module that computes it, and its four Linears.
 
-    `counters`: the attributes of `module` that hold the number of its heads, and that number times the size of a head.
+    `counters`: the attribute of `module` that holds the number of its heads, and one that holds that number times the size of a
+    head, if it has one.
     """
 
     module: str
@@ -45,34 +48,50 @@ class Attention(Block):
     key: str
     value: str
     out: str
-    counters: tuple[str, str]
+    counters: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward(Block):
-    """Two Linears with an activation between them."""
+    """Two Linears with an activation between them; with a `gate`, a third one beside the first, whose outputs multiply its own."""
 
     into: str
+    gate: str | None = None
     out: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skeleton:
-    """A stack of layers, each an attention and a feed-forward block, on top of embeddings and below a head.
+class StackTable:
+    """A stack of layers: each has an attention, in a decoder one that asks the encoder (`cross`), and a feed-forward block.
 
-    `embedding`: the first of these modules that a model has gives the hidden state before layer 0. `inner`: Linears
-    outside the layers and heads. `head`: Linears of heads, by full name, in front of the `last`, which give the
-    outputs. Models need not have all.
+    `attention_heads`: the name of their number in the config. `embedding`: the first of these modules that a model has gives
+    the hidden state before layer 0; none if no module gives just that. `words`: the first of these that a model has is the word
+    table. `embedding_norm`: the norm behind the embeddings, `norm` the one behind the last layer, if there are such.
+    """
+
+    attention_heads: str = "num_attention_heads"
+    layers: str
+    attention: Attention
+    cross: Attention | None = None
+    ffn: FeedForward
+    embedding: tuple[str, ...] = ("embeddings",)
+    words: tuple[str, ...] = ("embeddings.word_embeddings",)
+    embedding_norm: str | None = "embeddings.LayerNorm"
+    norm: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton(StackTable):
+    """An encoder on top of embeddings, and a decoder beside it if there is one, below a head.
+
+    `head_dim`: the name of the size of a head in the config; without it, heads share the hidden size. `inner`: Linears outside
+    the layers and heads. `head`: Linears of heads, by full name, in front of the `last`, which give the outputs. Models need not
+    have all.
     """
 
     hidden_size: str = "hidden_size"  # its name in the config
-    attention_heads: str = "num_attention_heads"  # its name in the config
-    layers: str
-    attention: Attention
-    ffn: FeedForward
-    embedding: tuple[str, ...] = ("embeddings",)
-    words: str = "embeddings.word_embeddings"
-    embedding_norm: str = "embeddings.LayerNorm"
+    head_dim: str | None = None
     inner: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     last: tuple[str, ...] = ("classifier", "qa_outputs")
+    decoder: StackTable | None = None

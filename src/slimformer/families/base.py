@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slimformer import registry
 from slimformer.core.anatomy import Anatomy, Skip
 from slimformer.errors import ModelError
-from slimformer.families._skeleton import Attention, FeedForward, Skeleton
+from slimformer.families._skeleton import Attention, FeedForward, Skeleton, StackTable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "FeedForward",
     "Skeleton",
     "Skip",
+    "StackTable",
     "Subject",
     "anatomy_of",
     "family_of",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ class Capture(StrEnum):
 
     LOGITS = "logits"  # the task's outputs
     HIDDEN = "hidden"  # after the embedding and after each layer
-    SCORES = "scores"  # attention logits before the softmax, per layer
+    SCORES = "scores"  # attention logits before the softmax, per attention
 
 
 @dataclass(frozen=True)
@@ -33,59 +33,73 @@ class Captured:
     """What was seen of one model in one forward pass."""
 
     output: Mapping[str, Tensor]  # task.outputs -> tensor
-    hidden: tuple[Tensor, ...] = ()  # layers + 1 of (batch, seq, hidden)
-    scores: tuple[Tensor | None, ...] = ()  # per layer (batch, heads, seq, seq), scaled, unmasked; None: no attention there
+    hidden: tuple[Tensor, ...] = ()  # of each stack, layers + 1 of (batch, seq, hidden)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)  # heads site -> (batch, heads, seq, seq), scaled, unmasked
 
 
 class Recorder:
     """What was seen in the latest forward pass of one model. `listening = False` lets passes go by unseen."""
 
-    def __init__(self, layers: int, needs: Collection[Capture]) -> None:
+    def __init__(self, states: int, needs: Collection[Capture]) -> None:
         self.needs = frozenset(needs)
         self.listening = True
-        self._hidden: list[Tensor | None] = [None] * (layers + 1)
-        self._scores: list[Tensor | None] = [None] * layers
+        self._hidden: list[Tensor | None] = [None] * states
+        self._scores: dict[str, Tensor] = {}
 
     def take(self, output: Mapping[str, Tensor]) -> Captured:
         """Everything seen since the last call, in float32, together with the task's outputs; the recorder is then empty."""
         hidden = tuple(_float(state) for state in self._hidden if state is not None)
-        scores = tuple(None if score is None else _float(score) for score in self._scores)
+        scores = {name: _float(score) for name, score in self._scores.items()}
         wanted = len(self._hidden) if Capture.HIDDEN in self.needs else 0
         if len(hidden) != wanted:
             raise RuntimeError(f"{len(hidden)} of {wanted} hidden states were seen: no forward pass came before take()")
         self._hidden = [None] * len(self._hidden)
-        self._scores = [None] * len(self._scores)
-        return Captured(
-            output={name: _float(value) for name, value in output.items()},
-            hidden=hidden,
-            scores=scores if Capture.SCORES in self.needs else (),
-        )
+        self._scores = {}
+        return Captured(output={name: _float(value) for name, value in output.items()}, hidden=hidden, scores=scores)
 
     def see_hidden(self, index: int, state: Tensor) -> None:
         if self.listening:
             self._hidden[index] = state
 
-    def see_scores(self, layer: int, scores: Tensor) -> None:
+    def see_scores(self, heads: str, scores: Tensor) -> None:
         if self.listening:
-            self._scores[layer] = scores
+            self._scores[heads] = scores
 
 
 @contextmanager
 def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) -> Iterator[Recorder]:
     """Watches `model` while the context lasts: call it, then `recorder.take(output)`. Leaves no trace on it."""
-    recorder = Recorder(len(anatomy.layers), needs)
-    with ExitStack() as stack:
+    recorder = Recorder(state_count(anatomy), needs)
+    with ExitStack() as context:
         if Capture.HIDDEN in recorder.needs:
-            for index, name in enumerate((anatomy.embedding, *anatomy.layers)):
-                hook = model.get_submodule(name).register_forward_hook(_hidden_hook(recorder, index))
-                stack.callback(hook.remove)
+            for hook in _hidden_hooks(model, anatomy, recorder):
+                context.callback(hook.remove)
         if Capture.SCORES in recorder.needs:
-            attentions = enumerate(anatomy.attentions)
-            slots = {
-                name: Slot(see_scores=partial(recorder.see_scores, layer)) for layer, name in attentions if name is not None
-            }
-            stack.enter_context(attending(model, slots))
+            attentions = anatomy.attentions.items()
+            slots = {module: Slot(see_scores=partial(recorder.see_scores, heads)) for heads, module in attentions}
+            context.enter_context(attending(model, slots))
         yield recorder
+
+
+def state_count(anatomy: Anatomy) -> int:
+    """How many hidden states a pass gives: in each stack one before its first layer, and one after each."""
+    return sum(1 + len(stack.layers) for stack in anatomy.stacks)
+
+
+def _hidden_hooks(model: nn.Module, anatomy: Anatomy, recorder: Recorder) -> Iterator[Any]:
+    index = 0
+    for stack in anatomy.stacks:
+        if stack.embedding is None:
+            first = model.get_submodule(stack.layers[0])
+            yield first.register_forward_pre_hook(partial(_see_input, recorder, index))
+        for offset, name in enumerate((stack.embedding, *stack.layers)):
+            if name is not None:
+                yield model.get_submodule(name).register_forward_hook(_hidden_hook(recorder, index + offset))
+        index += 1 + len(stack.layers)
+
+
+def _see_input(recorder: Recorder, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+    recorder.see_hidden(index, args[0])
 
 
 def _hidden_hook(recorder: Recorder, index: int) -> Any:

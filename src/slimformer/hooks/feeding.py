@@ -2,19 +2,23 @@
 
 A method that looks at one layer after another computes what enters a layer once (`Feed.reach`) and starts later passes
 there (`Feed.run`). `watching` shows what a sublayer reads and gives, and may end the pass once that was seen. Layers
-that are passed over are replaced by modules that hand on a given state; they stand in their places again when the pass
-is over.
+that are passed over are replaced by modules that give what the last of them in their stack gave; they stand in their
+places again when the pass is over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Site
+from slimformer.core.anatomy import Anatomy, Site, Tokens
+
+Given = Mapping[str, Any]  # layer -> what it gives, of the last layer that is passed over in each stack
 
 
 class Feed:
@@ -27,43 +31,66 @@ class Feed:
     def __init__(self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.anatomy, self.batches = model, anatomy, batches
         self.layer = 0
-        self.states: list[Tensor | None] = [None] * len(batches)  # (batch, seq, hidden) each, once a layer above 0 is reached
+        self.given: list[Given] = [{}] * len(batches)
 
     def reach(self, layer: int) -> None:
         """Computes what enters `layer` in each batch, from what enters the layer reached before; never goes back."""
         if layer > self.layer:
-            self.states = [self._entering(index, layer) for index in range(len(self.batches))]
+            self.given = [self._before(index, layer) for index in range(len(self.batches))]
             self.layer = layer
 
     def run(self, index: int) -> Any:
         """The model's output for one batch, computed from the reached layer on."""
-        with starting(self.model, self.anatomy, self.layer, self.states[index]):
+        with starting(self.model, self.anatomy, self.given[index]):
             return self.model(**self.batches[index])
 
-    def _entering(self, index: int, layer: int) -> Tensor:
-        seen: list[Tensor] = []
+    def _before(self, index: int, layer: int) -> Given:
+        ends = _ends(self.anatomy, layer)
+        seen = {name: output for name, output in self.given[index].items() if name in ends}
 
-        def catch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.append(output)
-            raise _Stop
+        def catch(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+            seen[name] = output
+            if name == ends[-1]:
+                raise _Stop
 
-        handle = self.model.get_submodule(self.anatomy.layers[layer - 1]).register_forward_hook(catch)
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(partial(catch, name)) for name in ends if name not in seen
+        ]
         try:
             with suppress(_Stop):
                 self.run(index)
         finally:
-            handle.remove()
-        return seen[0]
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def _ends(anatomy: Anatomy, layer: int) -> list[str]:
+    """The last layer before `layer` in each stack that has any there."""
+    ends = {anatomy.stack_of(index).name: name for index, name in enumerate(anatomy.layers[:layer])}
+    return list(ends.values())
+
+
+def unpadded(batch: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+    """True at the tokens of a batch that are no padding: (batch, seq). Labels tell what a decoder says if nothing else does."""
+    if tokens.mask in batch:
+        return batch[tokens.mask].bool()
+    if tokens.ids in batch or tokens is Tokens.SOURCE:
+        return torch.ones_like(batch[tokens.ids], dtype=torch.bool)
+    return batch["labels"] >= 0
 
 
 @contextmanager
-def starting(model: nn.Module, anatomy: Anatomy, layer: int, state: Tensor | None) -> Iterator[None]:
-    """Lets forward passes begin at `layer`, with `state` (batch, seq, hidden) as what enters it; None: from the start."""
-    earlier = anatomy.layers[:layer] if state is not None else ()
-    real = {name: model.get_submodule(name) for name in earlier}
+def starting(model: nn.Module, anatomy: Anatomy, given: Given) -> Iterator[None]:
+    """Lets forward passes begin behind the layers whose outputs are `given`; without any, from the start."""
+    outputs: dict[str, Any] = {}
+    for stack in anatomy.stacks:
+        for end in set(stack.layers) & set(given):
+            outputs |= dict.fromkeys(stack.layers[: stack.layers.index(end) + 1], given[end])
+    real = {name: model.get_submodule(name) for name in outputs}
     try:
-        for name in earlier:
-            model.set_submodule(name, _Given(state if name == earlier[-1] else None))
+        for name, output in outputs.items():
+            model.set_submodule(name, _Given(output))
         yield
     finally:
         for name, module in real.items():
@@ -105,11 +132,11 @@ class _Stop(Exception):
 
 
 class _Given(nn.Module):
-    """Stands for a layer that has been computed already, or passes on what comes if `state` is None."""
+    """Stands for a layer that has been computed already."""
 
-    def __init__(self, state: Tensor | None) -> None:
+    def __init__(self, output: Any) -> None:
         super().__init__()
-        self.state = state
+        self.output = output
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states if self.state is None else self.state
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        return self.output

@@ -64,7 +64,7 @@ def gated(model: nn.Module, anatomy: Anatomy, gates: Mapping[str, Tensor | Calla
 
 def _hang(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:
     module = model.get_submodule(tap.module)
-    if tap.residual is not None:
+    if tap.residual is not None and not tap.branch:
         return _hang_residual(model, tap, read)
     if tap.side == "input":
         return [module.register_forward_pre_hook(lambda _module, args: (_times(args[0], read(), tap.unit), *args[1:]))]

@@ -274,13 +274,21 @@ def today() -> str:
 
 
 def kept_layers(anatomy: Anatomy, plan: Plan) -> tuple[Layer, ...]:
-    """What `plan` leaves of each layer of the dense `anatomy`."""
+    """What `plan` leaves of each layer of the dense `anatomy`; the heads of a decoder's layer are those of both attentions."""
     layers = []
-    for number in range(len(anatomy.layers)):
+    for number, name in enumerate(layer_names(anatomy)):
         counts = {Kind.HEADS: (0, 0), Kind.NEURONS: (0, 0)}
         for site in anatomy.sites.values():
             if site.layer == number and site.kind in counts:
                 gone = site.sublayer is not None and plan.keep.get(site.sublayer) == ()
-                counts[site.kind] = (0 if gone else len(plan.keep.get(site.id, range(site.size))), site.size)
-        layers.append(Layer(str(number), *counts[Kind.HEADS], *counts[Kind.NEURONS]))
+                kept, size = counts[site.kind]
+                kept += 0 if gone else len(plan.keep.get(site.id, range(site.size)))
+                counts[site.kind] = kept, size + site.size
+        layers.append(Layer(name, *counts[Kind.HEADS], *counts[Kind.NEURONS]))
     return tuple(layers)
+
+
+def layer_names(anatomy: Anatomy) -> list[str]:
+    """What people call the layers: by their numbers, and by their stack if there are several."""
+    several = len(anatomy.stacks) > 1
+    return [f"{stack.name} {i}" if several else str(i) for stack in anatomy.stacks for i in range(len(stack.layers))]

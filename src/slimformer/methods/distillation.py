@@ -8,8 +8,8 @@ Idea: Student and teacher see the same batch; the loss grows by how far the stud
 
 Differs: The hidden terms are divided by the teacher's mean square, so that one weight fits all layers and models. Padding never
 counts. A student head learns from the teacher head of the same origin: the plans of both tell it, because a teacher may be cut
-too. A head whose origin the teacher lacks learns no scores, and the log says so. If layers are gone, the one before them learns
-what the last of them gave.
+too. A head whose origin the teacher lacks learns no scores, and the log says so; nor do a decoder's attentions. If layers are
+gone, the one before them learns what the last of them gave.
 
 Choose when: anything was cut: train on with it after any cut. With no cut it is plain task-specific distillation.
 
@@ -28,7 +28,9 @@ from typing import cast, final
 import torch
 from torch import Tensor, nn
 
+from slimformer.core.anatomy import Anatomy, Kind, Site, Tokens
 from slimformer.hooks.capture import Capture, Captured
+from slimformer.hooks.feeding import unpadded
 from slimformer.methods.base import Context, Effects, Method, State, Step
 from slimformer.rules import NotNegative, Positive
 
@@ -68,39 +70,37 @@ class Distillation(Method):
     def attach(self, context: Context) -> State:
         assert context.teacher is not None, "training gives a teacher to a method that needs one"
         mine, theirs = context.anatomy, context.teacher.anatomy
-        count, deep = len(mine.layers), len(theirs.layers)
-        partner = [round((index + 1) * deep / count) - 1 for index in range(count)]  # evenly, the last to the last
-        alive = {site.layer for site in mine.sites.values()}
-        ends = [index for index in range(min(alive, default=0), count) if index + 1 == count or index + 1 in alive]
-        hidden = [(0, 0)] + [(index + 1, partner[index] + 1) for index in ends]
+        partner = partners(mine, theirs)
         heads, alone = {}, 0
-        for index in range(count):
-            site, source = mine.heads_of(index), theirs.heads_of(partner[index])
-            if site is None:
+        for site in mine.of_kind(Kind.HEADS):
+            if mine.stack_of(site.layer).tokens is not Tokens.SOURCE:
                 continue
+            source = _same_attention(theirs, site, partner[site.layer])
             origins = context.plan.keep.get(site.id, range(site.size))
             known = () if source is None else context.teacher_plan.keep.get(source.id, range(source.size))
             place = {origin: head for head, origin in enumerate(known)}
             pairs = [(head, place[origin]) for head, origin in enumerate(origins) if origin in place]
             alone += site.size - len(pairs)
-            if pairs:
-                heads[index] = Heads(partner[index], *map(tuple, zip(*pairs, strict=True)))
+            if source is not None and pairs:
+                heads[site.id] = Heads(source.id, *map(tuple, zip(*pairs, strict=True)))
         if alone and self.scores:
             _log.info("distillation: %d heads have no counterpart in the teacher; they learn no attention scores.", alone)
-        return _State(hidden, heads, (mine.hidden_size, theirs.hidden_size))
+        hidden, embedding = hidden_pairs(mine, theirs, partner)
+        return _State(hidden, embedding, heads, (mine.hidden_size, theirs.hidden_size))
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
         state = cast(_State, state)
         assert step.teacher is not None
         student, teacher, mask = step.student, step.teacher, step.batch["attention_mask"]
         total = mask.new_zeros((), dtype=torch.float32)
+        masks = {tokens: unpadded(step.batch, tokens) for tokens in state.tokens}
         if self.logits:
             total = total + self.logits * step.task.divergence(student.output, teacher.output, step.batch, self.temperature)
-        distance = partial(hidden_distance, student, teacher, mask, project=state.project, relative=self.relative)
+        distance = partial(hidden_distance, student, teacher, masks, project=state.project, relative=self.relative)
         if self.hidden:
-            total = total + self.hidden * distance(state.hidden[1:])
+            total = total + self.hidden * distance(state.hidden)
         if self.embedding:
-            total = total + self.embedding * distance(state.hidden[:1])
+            total = total + self.embedding * distance(state.embedding)
         if self.scores and state.heads:
             total = total + self.scores * score_distance(student, teacher, mask, state.heads)
         return total
@@ -111,19 +111,29 @@ class Distillation(Method):
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a student's layer that learn, each with the head of the teacher's `layer` that has the same origin."""
+    """The heads of an attention that learn, each with the head of the teacher's `site` that has the same origin."""
 
-    layer: int
+    site: str
     students: tuple[int, ...]
     teachers: tuple[int, ...]
 
 
-class _State(State):
-    """Which teacher layer and heads each student layer learns from, and a projection if widths differ."""
+@dataclass(frozen=True)
+class Pair:
+    """A hidden state of the student's and the one of the teacher's that it learns, and the tokens that they have a row for."""
 
-    def __init__(self, hidden: list[tuple[int, int]], heads: dict[int, Heads], widths: tuple[int, int]) -> None:
+    student: int
+    teacher: int
+    tokens: Tokens = Tokens.SOURCE
+
+
+class _State(State):
+    """Which of the teacher's hidden states and heads the student's learn from, and a projection if widths differ."""
+
+    def __init__(self, hidden: list[Pair], embedding: list[Pair], heads: dict[str, Heads], widths: tuple[int, int]) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.embedding = hidden, embedding
+        self.tokens = {pair.tokens for pair in embedding}
         self.heads = heads
         self.project = nn.Linear(widths[0], widths[1], bias=False) if widths[0] != widths[1] else None
 
@@ -134,17 +144,20 @@ class _State(State):
 def hidden_distance(
     student: Captured,
     teacher: Captured,
-    mask: Tensor,
-    pairs: Sequence[tuple[int, int]],
+    masks: Mapping[Tokens, Tensor],
+    pairs: Sequence[Pair],
     *,
     project: nn.Module | None,
     relative: bool,
 ) -> Tensor:
     """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens."""
-    real = mask.bool()
     terms = []
-    for mine, theirs in pairs:
-        states, goal = student.hidden[mine][real].float(), teacher.hidden[theirs][real].float()  # (tokens, hidden)
+    for pair in pairs:
+        real = masks[pair.tokens]
+        states, goal = (
+            student.hidden[pair.student][real].float(),
+            teacher.hidden[pair.teacher][real].float(),
+        )  # (tokens, hidden)
         if project is not None:
             states = project(states)
         scale = goal.square().mean().clamp_min(1e-6) if relative else 1.0
@@ -152,24 +165,56 @@ def hidden_distance(
     return torch.stack(terms).mean()
 
 
-def score_distance(student: Captured, teacher: Captured, mask: Tensor, pairing: Mapping[int, Heads]) -> Tensor:
-    """Mean over layers of the squared difference of scores between real tokens, each row centred: softmax ignores a shift.
+def score_distance(student: Captured, teacher: Captured, mask: Tensor, pairing: Mapping[str, Heads]) -> Tensor:
+    """Mean over attentions of the squared difference of scores between real tokens, each row centred: softmax ignores a shift.
 
-    `pairing`: the heads that learn, by the student's layer.
+    `pairing`: the heads that learn, by the student's site.
     """
     pairs = (mask[:, None, :, None] * mask[:, None, None, :]).float()  # (batch, 1, seq, seq)
     keys = mask[:, None, None, :].float()
     terms = []
-    for index, heads in pairing.items():
-        mine, theirs = student.scores[index], teacher.scores[heads.layer]
-        assert mine is not None
-        assert theirs is not None
+    for name, heads in pairing.items():
+        mine, theirs = student.scores[name], teacher.scores[heads.site]
         gap = (
             _chosen(mine, heads.students).float() - _chosen(theirs, heads.teachers).float()
         ) * pairs  # (batch, heads, seq, seq)
         gap = (gap - gap.sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)) * pairs
         terms.append(gap.square().sum() / (pairs.sum() * gap.shape[1]).clamp_min(1.0))
     return torch.stack(terms).mean()
+
+
+def partners(mine: Anatomy, theirs: Anatomy) -> list[int]:
+    """The teacher's layer of each of the student's: evenly in a stack, the last to the last."""
+    found, above = [], 0
+    for own, other in zip(mine.stacks, theirs.stacks, strict=True):
+        count, deep = len(own.layers), len(other.layers)
+        found += [above + round((index + 1) * deep / count) - 1 for index in range(count)]
+        above += deep
+    return found
+
+
+def hidden_pairs(mine: Anatomy, theirs: Anatomy, partner: Sequence[int]) -> tuple[list[Pair], list[Pair]]:
+    """Which hidden states learn from which: those after each layer but where the next is gone, and those before the first one.
+
+    In each stack there is one before its first layer, and one after each.
+    """
+    alive = {site.layer for site in mine.sites.values()}
+    hidden, embedding, first, above = [], [], 0, 0
+    for place, (own, other) in enumerate(zip(mine.stacks, theirs.stacks, strict=True)):
+        embedding.append(Pair(first + place, above + place, own.tokens))
+        end = first + len(own.layers)
+        start = min((layer for layer in alive if first <= layer < end), default=first)
+        for layer in range(start, end):
+            if layer + 1 == end or layer + 1 in alive:
+                hidden.append(Pair(layer + place + 1, partner[layer] + place + 1, own.tokens))
+        first, above = end, above + len(other.layers)
+    return hidden, embedding
+
+
+def _same_attention(anatomy: Anatomy, site: Site, layer: int) -> Site | None:
+    """The heads at the same place in another layer; None if they were cut."""
+    name = site.id.rpartition(".")[2]
+    return next((item for item in anatomy.of_kind(Kind.HEADS) if item.layer == layer and item.id.endswith(f".{name}")), None)
 
 
 def _chosen(scores: Tensor, heads: Sequence[int]) -> Tensor:

@@ -209,10 +209,11 @@ class Movement(Method):
     def _grids(self, anatomy: Anatomy) -> list[tuple[Matrix, tuple[int, int]]]:
         """The matrices whose blocks have scores, and how many blocks each has along its axes."""
         found = []
+        head_dims = {site.sublayer: site.taps[0].unit for site in anatomy.of_kind(Kind.HEADS)}
         for matrix in anatomy.matrices.values():
             if matrix.role not in ATTENTION_ROLES and not (self.variant == "block" and matrix.role in FFN_ROLES):
                 continue
-            rows, columns = self.blocks if self.variant != "struct" else (anatomy.head_dim, matrix.shape[1])
+            rows, columns = self.blocks if self.variant != "struct" else (head_dims[matrix.sublayer], matrix.shape[1])
             if matrix.role in READERS:
                 rows, columns = (matrix.shape[0], rows) if self.variant == "struct" else (columns, rows)
             found.append((matrix, grid_of(matrix.shape, (rows, columns), matrix.id)))

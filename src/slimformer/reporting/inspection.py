@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Kind, Site
+from slimformer.measuring.records import layer_names
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 
@@ -70,21 +72,21 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
     anatomy, plan = anatomy_of(loaded), checkpoint.load_plan(folder)
     parameters, macs = cost.parameters(loaded, anatomy), cost.macs(anatomy, np.array([length]))
 
-    def layer(number: int) -> InspectedLayer:
-        sites = {site.kind: site for site in anatomy.sites.values() if site.layer == number and site.kind is not Kind.SUBLAYER}
+    def layer(number: int, name: str) -> InspectedLayer:
+        sites = [site for site in anatomy.sites.values() if site.layer == number and site.kind is not Kind.SUBLAYER]
         return InspectedLayer(
-            name=str(number),
-            heads=_units(sites.get(Kind.HEADS)),
-            neurons=_units(sites.get(Kind.NEURONS)),
-            parameters=sum(float(parameters.curves[site.id][-1]) for site in sites.values()),
-            macs=sum(float(macs.curves[site.id][-1]) for site in sites.values()),
+            name=name,
+            heads=_units(sites, Kind.HEADS),
+            neurons=_units(sites, Kind.NEURONS),
+            parameters=sum(float(parameters.curves[site.id][-1]) for site in sites),
+            macs=sum(float(macs.curves[site.id][-1]) for site in sites),
         )
 
     return Inspection(
         name=folder.resolve().name if folder == Path(model) else str(model),
         model_class=type(loaded).__name__,
         length=length,
-        layers=tuple(map(layer, range(len(anatomy.layers)))),
+        layers=tuple(layer(number, name) for number, name in enumerate(layer_names(anatomy))),
         parameters=parameters.dense,
         other_parameters=parameters.fixed,
         macs=macs.dense,
@@ -94,5 +96,7 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
     )
 
 
-def _units(site: Site | None) -> int | None:
-    return None if site is None else site.size
+def _units(sites: Sequence[Site], kind: Kind) -> int | None:
+    """The units of a kind in these sites; None if there is no such site."""
+    sizes = [site.size for site in sites if site.kind is kind]
+    return sum(sizes) if sizes else None

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimformer.core.anatomy import Anatomy
+from slimformer.core.anatomy import Anatomy, Kind
 from slimformer.data.batching import collate, least_width, sorted_by_length
 from slimformer.data.material import features_digest
 from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, whole_folder
-from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
+from slimformer.hooks.capture import Capture, Captured, Recorder, capturing, state_count
 from slimformer.log import Log
 from slimformer.methods.base import Batch
 from slimformer.saving.tensors import fixed_digest
@@ -34,7 +34,7 @@ from slimformer.tasks.base import Features, Task
 
 TEACHER_FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter of that if scores are read, which take most of the memory
-LAYOUT = 2  # a version number of the files below; it is part of their digest, so that another layout fills its cache anew
+LAYOUT = 3  # a version number of the files below; it is part of their digest, so that another layout fills its cache anew
 LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # these outputs may not fit
 PADDING = -1e4  # outputs with a value per token have this at padding; tasks leave padding out
 CACHE_FACTS = "facts.json"
@@ -111,7 +111,7 @@ class CachedTeacher(TeacherOutputs):
         self._start: np.ndarray = np.load(folder / "start.npy", allow_pickle=False)  # row -> its first token
         self._first_pair: np.ndarray = np.load(folder / "pair.npy", allow_pickle=False)  # row -> its first pair of tokens
         self._outputs = {name: np.load(folder / f"output-{name}.npy", allow_pickle=False) for name in self._per_token}
-        self._heads: list[int] = facts["heads"]  # by layer, 0 for a layer without attention; empty if scores are not kept
+        self._heads: dict[str, int] = facts["heads"]  # site -> its heads; empty if scores are not kept
         self._hidden, self._scores = (
             np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
             for file in (folder / "hidden.npy", folder / "scores.npy")
@@ -128,7 +128,7 @@ class CachedTeacher(TeacherOutputs):
         hidden: tuple[Tensor, ...] = ()
         if self._hidden is not None:
             hidden = self._padded(self._hidden, rows, width, 0.0).unbind(2)  # layers + 1 of (batch, seq, hidden)
-        return Captured(output, hidden, self._scores_of(self._scores, rows, width) if self._scores is not None else ())
+        return Captured(output, hidden, self._scores_of(self._scores, rows, width) if self._scores is not None else {})
 
     def _padded(self, tokens: np.ndarray, rows: Sequence[int], width: int, fill: float) -> Tensor:
         out = np.full((len(rows), width, *tokens.shape[1:]), fill, dtype=np.float32)
@@ -137,19 +137,24 @@ class CachedTeacher(TeacherOutputs):
             out[index, :length] = tokens[start : start + length]
         return torch.from_numpy(out).to(self._device)
 
-    def _scores_of(self, kept: np.ndarray, rows: Sequence[int], width: int) -> tuple[Tensor | None, ...]:
-        """By layer (batch, heads, seq, seq), 0 at padding."""
-        every = sum(self._heads)
+    def _scores_of(self, kept: np.ndarray, rows: Sequence[int], width: int) -> dict[str, Tensor]:
+        """Heads site -> (batch, heads, seq, seq), 0 at padding."""
+        every = sum(self._heads.values())
         out = np.zeros((len(rows), every, width, width), dtype=np.float32)
         for index, row in enumerate(rows):
             length, start = int(self._lengths[row]), every * int(self._first_pair[row])
             out[index, :, :length, :length] = kept[start : start + every * length**2].reshape(every, length, length)
-        layers = torch.from_numpy(out).to(self._device).split(self._heads, dim=1)
-        return tuple(layer if layer.shape[1] else None for layer in layers)
+        parts = torch.from_numpy(out).to(self._device).split(list(self._heads.values()), dim=1)
+        return dict(zip(self._heads, parts, strict=True))
 
 
 def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], cap_bytes: int) -> bool:
-    """Whether the teacher must run beside the student, because its outputs are too large to keep."""
+    """Whether the teacher must run beside the student, because its outputs are too large to keep.
+
+    Of an encoder-decoder only the task's outputs are kept: the files here have one length for each row.
+    """
+    if len(teacher.subject.anatomy.stacks) > 1 and LARGE & set(needs):
+        return True
     if Capture.LOGITS in needs and not teacher.kept:
         return True
     return cached_bytes(teacher.subject.anatomy, features.lengths(), needs) > cap_bytes
@@ -158,8 +163,8 @@ def is_live(teacher: Teacher, features: Features, needs: Collection[Capture], ca
 def cached_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Capture]) -> int:
     """The bytes that hidden states and attention scores of texts of these lengths (rows,) take on disk."""
     tokens = lengths.astype(np.int64)
-    hidden = int(tokens.sum()) * (len(anatomy.layers) + 1) * anatomy.hidden_size
-    scores = int((tokens**2).sum()) * sum(_heads(anatomy))
+    hidden = int(tokens.sum()) * state_count(anatomy) * anatomy.hidden_size
+    scores = int((tokens**2).sum()) * sum(_heads(anatomy).values())
     return 2 * ((hidden if Capture.HIDDEN in needs else 0) + (scores if Capture.SCORES in needs else 0))
 
 
@@ -214,10 +219,9 @@ def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> st
     return digest(" ".join(parts))
 
 
-def _heads(anatomy: Anatomy) -> list[int]:
-    """The number of heads by layer; 0 for a layer without attention."""
-    sites = [anatomy.heads_of(layer) for layer in range(len(anatomy.layers))]
-    return [0 if site is None else site.size for site in sites]
+def _heads(anatomy: Anatomy) -> dict[str, int]:
+    """The number of heads of each attention, by its site."""
+    return {site.id: site.size for site in anatomy.of_kind(Kind.HEADS)}
 
 
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:
@@ -229,10 +233,10 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
     place[visited] = np.arange(len(visited))
     start[visited] = np.cumsum(lengths[visited]) - lengths[visited]
     pair[visited] = np.cumsum(lengths[visited] ** 2) - lengths[visited] ** 2
-    heads = _heads(teacher.subject.anatomy) if Capture.SCORES in needs else []
+    heads = _heads(teacher.subject.anatomy) if Capture.SCORES in needs else {}
     shapes = {
-        Capture.HIDDEN: (int(lengths.sum()), len(teacher.subject.anatomy.layers) + 1, teacher.subject.anatomy.hidden_size),
-        Capture.SCORES: (int((lengths**2).sum()) * sum(heads),),
+        Capture.HIDDEN: (int(lengths.sum()), state_count(teacher.subject.anatomy), teacher.subject.anatomy.hidden_size),
+        Capture.SCORES: (int((lengths**2).sum()) * sum(heads.values()),),
     }
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.kept}
     remove_parts(home.parent)
@@ -256,8 +260,8 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
             if Capture.HIDDEN in files:
                 real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
                 files[Capture.HIDDEN].write(real.half().cpu().numpy().tobytes())
-            if Capture.SCORES in files and any(heads):
-                every = torch.cat([layer for layer in seen.scores if layer is not None], dim=1).half().cpu().numpy()
+            if Capture.SCORES in files and heads:
+                every = torch.cat([seen.scores[site] for site in heads], dim=1).half().cpu().numpy()
                 for scores, row in zip(every, rows, strict=True):  # (heads of all layers, seq, seq)
                     files[Capture.SCORES].write(scores[:, : lengths[row], : lengths[row]].tobytes())
             done += len(rows)

@@ -132,7 +132,9 @@ def _marked(subject: Subject) -> Iterator[None]:
         for name, module in forms_in(model).items():
             stack.callback(delattr, module, "forward")
             module.forward = _mark_form(name, module)
-        for name in (subject.anatomy.embedding, subject.anatomy.layers[-1]):
+        (encoder,) = subject.anatomy.stacks
+        assert encoder.embedding is not None, "an encoder's embedding is a module"
+        for name in (encoder.embedding, encoder.layers[-1]):
             stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
 
