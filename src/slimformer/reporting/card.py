@@ -76,7 +76,7 @@ def write_card(folder: Path, card: Card) -> str:
 def base_card(facts: Facts, task: str, scores: Mapping[str, Mapping[str, float]]) -> str:
     """The text of README.md for a model that others start from. `scores`: of each model on dev, by the name of a metric."""
     metrics = list(next(iter(scores.values())))
-    rows = [f"| {name} | {' | '.join(f'{found[metric]:.4f}' for metric in metrics)} |" for name, found in scores.items()]
+    rows = [f"| {name} | {' | '.join(f'{found[metric]:.4g}' for metric in metrics)} |" for name, found in scores.items()]
     return "\n".join(
         [
             f"# {facts.name}",

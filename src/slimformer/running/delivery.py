@@ -214,14 +214,17 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
     _move(run.root / "delivery", out)
 
 
-def deliver_model(made: Made, order: Order, run: Run, out: Path) -> None:
-    """Fills `out` with a model for PyTorch that others start from, nothing exported and nothing timed, and says how good it is."""
+def deliver_model(made: Made, order: Order, run: Run, out: Path, *, headless: bool) -> None:
+    """Fills `out` with a model for PyTorch that others start from, nothing exported and nothing timed, and says how good it is.
+
+    `headless`: the teacher's head for the task is a fresh one, so that its score would say nothing.
+    """
     bundle, export = made.bundle, order.recipe.export
     material, source = bundle.material, bundle.material.source
-    names = {"the teacher": bundle.teacher, "the model": bundle.subject}
+    names = ({} if headless else {"the teacher": bundle.teacher}) | {"the model": bundle.subject}
     scores = {name: dev_scores(subject, material) for name, subject in names.items()}
     told = [
-        f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in found.items())}" for name, found in scores.items()
+        f"{name}: {', '.join(f'{metric} {value:.4g}' for metric, value in found.items())}" for name, found in scores.items()
     ]
     run.log.say(f"on dev, in PyTorch: {'; '.join(told)}.")
     run.log.event("scores", **{name.removeprefix("the "): found for name, found in scores.items()})

@@ -125,10 +125,14 @@ def refuse_pretraining(task: Task, what: str) -> None:
         )
 
 
+def lacks_head(recipe: Recipe, teacher: Path) -> bool:
+    """Whether a teacher's head for the task is a fresh one, which no stage trains before it teaches."""
+    return not checkpoint.is_tuned(teacher, recipe.task.auto_class) and not leading_stages(recipe.stages)
+
+
 def _check_pretraining(recipe: Recipe, teacher: Path) -> None:
     """RecipeError if stages bring texts of their own to plain text, or learn the outputs of a teacher without the head for them."""
-    task, wrong = recipe.task, []
-    headless = not checkpoint.is_tuned(teacher, task.auto_class) and not leading_stages(recipe.stages)
+    task, wrong, headless = recipe.task, [], lacks_head(recipe, teacher)
     for number, stage in enumerate(recipe.stages):
         for name in ("text", "augment") if isinstance(stage, Train) else ():
             if getattr(stage, name):

@@ -24,7 +24,7 @@ from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
 from slimformer.running.delivery import Order, deliver_model, finish
 from slimformer.running.given import given_models, given_recipe, moved, refuse_gone
-from slimformer.running.preflight import preflight
+from slimformer.running.preflight import lacks_head, preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Recipe
 from slimformer.running.rescue import rescue
@@ -110,7 +110,7 @@ def run(
         made = advance(stages, bundle, state)
         order = Order(recipe, model_name(recipe.model), recipe.task.title(), command=command)
         if recipe.task.pretraining:
-            deliver_model(made, order, state, Path(out))
+            deliver_model(made, order, state, Path(out), headless=lacks_head(recipe, checked.teacher or checked.source))
             remove_folder(state.root)
             return Result(Path(out))
         judge = judge_of(made.bundle, state)
