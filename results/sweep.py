@@ -13,24 +13,25 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from slimformer.cli import prefer_environment
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.demo import encoder
+from slimformer.digests import digest
 from slimformer.errors import SlimformerError
+from slimformer.files import whole_folder, write_text
 from slimformer.log import show_log
 from slimformer.measuring.machine import cores
-from slimformer.reporting.ledger import LEDGER
+from slimformer.reporting.ledger import LEDGER, append_record, read_records
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run, train_stages
 from slimformer.tasks.base import Split, Task
@@ -162,11 +163,18 @@ def _finish(job: Job, wait_seconds: float) -> bool:
     if job.measured and not job.stands:
         if job.more is not None:
             job.more(job)
-        job.home.mkdir(parents=True, exist_ok=True)
-        for name in ("recipe.yaml", LEDGER):  # its relative paths hold there too: both folders lie as deep
-            shutil.copy(job.scratch / name, job.home / name)
+        _keep(job)
         print(f"   {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
     return True
+
+
+def _keep(job: Job) -> None:
+    """Copies a finished job's rows, with a recipe whose paths are seen from its new place, and so has a digest of its own."""
+    text, rows = job.recipe.seen_from(job.home).to_yaml(), read_records([job.scratch / LEDGER])
+    with whole_folder(job.home) as part:
+        write_text(part / "recipe.yaml", text)
+        for row in rows:
+            append_record(part / LEDGER, replace(row, recipe=row.recipe and digest(text)))
 
 
 def rounds(jobs: Sequence[Job], beside: int) -> list[list[Job]]:

@@ -21,6 +21,7 @@ from slimformer.errors import ExtraError, ModelError, OutputError, PlanError, Re
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.running.bundle import Run
+from slimformer.running.places import seen_from
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import _Reader, parse_recipe, read_recipe
@@ -531,3 +532,18 @@ def test_what_only_the_end_of_a_run_would_meet_is_told_before_it_begins(tmp_path
 def test_a_tracker_that_accelerate_does_not_know_is_a_mistake():
     with pytest.raises(RecipeError, match="trackers must be some of aim"):
         Train(trackers=("nope",))
+
+
+def test_a_path_through_a_link_keeps_the_links_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far" / "deep" / "model").mkdir(parents=True)
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far" / "deep" / "model")
+    (tmp_path / "near" / "deep").symlink_to(tmp_path / "far" / "deep")
+    monkeypatch.chdir(tmp_path / "near")
+    assert seen_from(tmp_path / "out" / "run", "link") == "../../near/link"
+    # `deep/..` is the folder that holds the real one
+    assert seen_from(tmp_path / "out" / "run", "deep/../deep/model") == "../../near/deep/model"
+    assert seen_from(tmp_path / "out" / "run", "deep/..") == "../../far"
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "near" / "there").symlink_to(tmp_path / "out" / "run")
+    assert (Path("there") / seen_from(Path("there"), "link")).samefile("link")

@@ -12,10 +12,14 @@ from typing import Any
 
 
 def seen_from(folder: Path, name: str) -> str:
-    """A path as a file in `folder` names it: relative to the folder, and absolute if that is not possible."""
+    """A path as a file in `folder` names it: relative to the folder, and absolute if that is not possible.
+
+    A link keeps its name, which may hold elsewhere too where it leads to another place.
+    """
     if not os.path.exists(name):
         return name
-    place = Path(name).resolve()
+    place = Path(os.path.abspath(name))  # `link/..` may be elsewhere
+    place = place if os.path.exists(place) and os.path.samefile(place, name) else Path(name).resolve()
     try:
         relative = Path(os.path.relpath(place, folder.resolve())).as_posix()
     except ValueError:  # it lies on another drive of Windows
