@@ -246,6 +246,7 @@ def test_pairs_add_their_loss():
     words = -torch.log_softmax(output["prediction_logits"][0], -1)[1]
     pair = -torch.log_softmax(output["seq_relationship_logits"][0], -1)[1]
     torch.testing.assert_close(task.loss(output, {"labels": labels, "next": told}), words + pair)
+    torch.testing.assert_close(task.loss(output, {"labels": labels}), words)  # methods that look at batches see labels alone
     assert task.auto_class == "AutoModelForPreTraining"
     assert Text(data="x").auto_class == "AutoModelForMaskedLM"
 

@@ -209,12 +209,12 @@ class Text(Task):
         return decoding_at(model, torch.as_tensor(batch["labels"]) != IGNORED)
 
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy of the tokens that are asked for, a mean; that of the pairs is added to it."""
+        """Cross entropy of the tokens that are asked for, a mean; that of the pairs is added to it, if the batch has their answers."""
         from torch.nn import functional
 
         words, wanted = self._asked(output, batch)
         lost = functional.cross_entropy(words, wanted, reduction="sum") / max(1, len(wanted))
-        if self.next_sentence:
+        if self.next_sentence and "next" in batch:
             lost = lost + functional.cross_entropy(output[self.outputs[1]].float(), batch["next"])
         return lost
 
