@@ -1,11 +1,11 @@
-# make demo | test | check | docs | install: what CI calls and what the README says.
+# make demo | test | check | docs | mutants | install: what CI calls and what the README says.
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # The CPU build of torch where the index has one; a bare "torch" may pull gigabytes of CUDA packages.
 TORCH  ?= torch==2.13.0
 
-.PHONY: install test fast check demo docs clean
+.PHONY: install test fast check demo docs mutants clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,13 @@ docs: $(VENV)/.docs
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) -e '.[docs]'
+	touch $@
+
+mutants: $(VENV)/.mutants
+	$(PYTHON) benchmarks/mutants.py --out mutants.jsonl
+
+$(VENV)/.mutants: $(VENV)/.installed
+	$(PIP) -e '.[mutants]'
 	touch $@
 
 clean:

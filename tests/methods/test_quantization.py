@@ -251,6 +251,26 @@ def test_a_softmax_begins_at_0_and_its_denominator_where_the_smallest_was(exact_
     )
 
 
+def test_all_processes_share_the_widest_extremes_and_eight_bits_are_the_default():
+    """`gather` gives what each process has seen: the lowest of all and the highest of all move the ranges."""
+    around = tiny_context()
+    method = Quantization(roles=("matrix", "norm"), activation_buckets="feature")
+    state = method.attach(around)
+    with torch.no_grad():
+        around.model(**batch(around.model))
+    own = [running.gathered for running in state.each()]
+    assert {low.ndim for low, _ in own} == {0, 1}
+    state.pool(lambda ends: torch.stack([ends, ends - 0.5, ends + 2.0]))  # lowest, and highest with its sign turned
+    for running, (low, high) in zip(state.each(), own, strict=True):
+        assert [end.shape for end in running.gathered] == [low.shape, high.shape]
+        torch.testing.assert_close(running.gathered, (low - 0.5, high + 0.5))
+    decision = method.decide(state, around)
+    state.close()
+    assert {QUERY, WORDS} <= set(decision.weights)
+    found = decision.ranges
+    assert (found.weight_bits, found.activation_bits, found.embedding_bits) == (8, 8, 8)
+
+
 def test_quantization_begins_after_its_start():
     around = tiny_context()
     method = Quantization(start=0.5)
