@@ -185,8 +185,10 @@ def test_what_comes_cut_teaches_the_heads_that_it_has(tmp_path: Path, named: boo
     student = subject_of(shrink(start.subject.model, start.subject.anatomy, again))
     bundle = replace(start, subject=student, plan=start.plan.then(again))
     state = Distillation(scores=1.0).attach(context_of(bundle, run, student, "macs"))
-    every = Heads(1, (0, 1, 2, 3), (0, 1, 2, 3))
-    assert state.heads == {0: Heads(0, (1,), (0,)) if named else Heads(0, (0, 1), (0, 1)), 1: every}  # type: ignore[attr-defined]
+    first, second = "encoder.0.heads", "encoder.1.heads"
+    every = Heads(second, (0, 1, 2, 3), (0, 1, 2, 3))
+    expected = {first: Heads(first, (1,), (0,)) if named else Heads(first, (0, 1), (0, 1)), second: every}
+    assert state.heads == expected  # type: ignore[attr-defined]
 
 
 # -- What was made before ------------------------------------------------------------------------------------------------------

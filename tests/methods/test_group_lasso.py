@@ -55,7 +55,7 @@ class OneMatrix(nn.Module):
 
     def context(self) -> Context:
         matrix = Matrix("encoder.0.query", "only", tuple(self.only.weight.shape), Role.QUERY)
-        anatomy = Anatomy({}, {matrix.id: matrix}, (), "", (), 4, 4)
+        anatomy = Anatomy({}, {matrix.id: matrix}, (), {}, 4)
         return with_model(tiny_context(), self, anatomy)
 
 

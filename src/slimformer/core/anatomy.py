@@ -283,6 +283,9 @@ class Anatomy:
         Returns:
             The stack.
 
+        Raises:
+            IndexError: There is no such layer.
+
         Example:
             >>> from slimformer import anatomy_of
             >>> from slimformer.testing.tiny import tiny

@@ -30,9 +30,8 @@ from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
-from slimformer.running.preflight import refuse_pretraining
 from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, read_config
-from slimformer.tasks.base import Example, Features, Split, Task
+from slimformer.tasks.base import Example, Features, Split, Task, refuse_pretraining
 
 _log = logging.getLogger(__name__)
 

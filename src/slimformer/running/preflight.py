@@ -116,15 +116,6 @@ def check_kept(source: Path, stages: Sequence[Stage]) -> None:
         )
 
 
-def refuse_pretraining(task: Task, what: str) -> None:
-    """RecipeError if a task makes no model that could be compared with others."""
-    if task.pretraining:
-        raise RecipeError(
-            f"the task {name_of(task)} trains a model that others start from, and {what} needs a task with answers.",
-            help="run a recipe with it, then start another from the folder that it leaves.",
-        )
-
-
 def lacks_head(recipe: Recipe, teacher: Path) -> bool:
     """Whether a teacher's head for the task is a fresh one, which no stage trains before it teaches."""
     return not checkpoint.is_tuned(teacher, recipe.task.auto_class) and not leading_stages(recipe.stages)

@@ -38,7 +38,7 @@ from slimformer.running.delivery import Order, finish
 from slimformer.running.exports import plain_exporter
 from slimformer.running.facts import facts_of
 from slimformer.running.given import given_model, given_task
-from slimformer.running.preflight import Checked, check_kept, preflight, refuse_pretraining
+from slimformer.running.preflight import Checked, check_kept, preflight
 from slimformer.running.prepare import load_bundle, teach_bundle
 from slimformer.running.recipe import RIVALS, Bench, Recipe, RivalName, Rivals
 from slimformer.running.rescue import rescue
@@ -66,7 +66,7 @@ from slimformer.running.stages import VALIDATION_ROWS, Clock, advance, context_o
 from slimformer.running.trials import Judge, Trial, judge_of
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
-from slimformer.tasks.base import Split, Task
+from slimformer.tasks.base import Split, Task, refuse_pretraining
 from slimformer.training.estimate import estimate
 from slimformer.training.processes import shared
 from slimformer.training.stage import Calibrate, Train

@@ -239,6 +239,15 @@ class Task(ABC):
         return cls(**options)
 
 
+def refuse_pretraining(task: Task, what: str) -> None:
+    """RecipeError if a task makes no model that could be compared with others."""
+    if task.pretraining:
+        raise RecipeError(
+            f"the task {name_of(task)} trains a model that others start from, and {what} needs a task with answers.",
+            help="run a recipe with it, then start another from the folder that it leaves.",
+        )
+
+
 def option(default: Any, help: str, *, flag: str = "", required: bool = False) -> Any:
     """A field of a task that is also an option of the command line, `--field-name` unless `flag` names another.
 
