@@ -31,7 +31,9 @@ from slimformer.running.recipe import Recipe
 from slimformer.saving.hub import HUB_MODEL
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
+from slimformer.tasks.summarization import Summarization
 from slimformer.tasks.text import Text
+from slimformer.tasks.translation import Translation
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/*.md")])
@@ -86,6 +88,13 @@ def test_the_options_of_plain_text_are_told() -> None:
     part = text.split("## Plain text")[1].split("\n## ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \|\s*`?([^|`]*?)`?\s*\|", part, re.MULTILINE))
     assert told == {item.name: "" if item.default in (None, "") else str(item.default).lower() for item in fields(Text)}
+
+
+def test_the_options_of_tasks_that_write_are_told() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    part = text.split("## Translation and summarization")[1].split("\n## ")[0]
+    told = {name for cell in re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE) for name in re.findall(r"\w+", cell)}
+    assert told == {item.name for task in (Translation, Summarization) for item in fields(task)}
 
 
 def test_the_example_of_squads_form_and_of_natural_questions_can_be_read(tmp_path: Path) -> None:

@@ -39,9 +39,13 @@ def collate(
 
     Tuples have one length, however many tokens their rows have: (batch, that length) int64. `names` keeps only those columns; None
     keeps all. The attention mask is made here: 1 on tokens and 0 on padding. A label for each token is `IGNORED` on padding.
+
+    Where a text is to be written (`decoder_input_ids`), its columns and labels have a length of their own: that of the longest.
     """
     lengths = [len(features.columns["input_ids"][row]) for row in rows]
     width = max([width, *lengths])
+    fills = {"input_ids": features.pad_id, "decoder_input_ids": features.pad_id, "labels": IGNORED}
+    written = ("decoder_input_ids", "labels") if "decoder_input_ids" in features.columns else ()
     columns = [*features.columns, "attention_mask"] if "attention_mask" not in features.columns else list(features.columns)
     batch = {}
     for name in columns:
@@ -54,7 +58,8 @@ def collate(
         if values and isinstance(values[0], tuple):
             batch[name] = np.asarray(values, dtype=np.int64)
         elif values and isinstance(values[0], (list, np.ndarray)):
-            batch[name] = _padded(values, width, {"input_ids": features.pad_id, "labels": IGNORED}.get(name, 0))
+            wide = max(map(len, values)) if name in written else width
+            batch[name] = _padded(values, wide, fills.get(name, 0))
         else:
             integers = all(isinstance(value, (int, np.integer)) for value in values)
             batch[name] = np.asarray(values, dtype=np.int64 if integers else np.float32)  # (batch,)

@@ -40,6 +40,8 @@ _PLAIN = {
     "Sequence",
     "List",
     "LargeList",
+    "Translation",
+    "TranslationVariableLanguages",
 }  # kinds of columns of `datasets` that are read: no images, no audio
 
 

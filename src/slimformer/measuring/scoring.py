@@ -82,7 +82,7 @@ class Scored:
     @property
     def score(self) -> float:
         """The task's own metric."""
-        return self.scores[self.entry.task.metric]
+        return self.entry.task.counted(self.scores)
 
     @property
     def is_mean(self) -> bool:
@@ -105,6 +105,14 @@ def _check_outputs(entry: Entry, outputs: Outputs, examples: Sequence[Example]) 
     task, features = entry.task, entry.features
     file = entry.session.path or entry.name
     there = ", ".join(f"{name} {list(array.shape)}" for name, array in outputs.items()) or "none"
+    if task.stand_in:
+        if len(outputs.get("text", ())) != len(features):
+            raise ModelError(
+                f"{file} gives no text for each input, and {task.metric} judges texts.",
+                facts=[f"its outputs: {there}"],
+                help="name a model that writes texts, in a runtime that decodes.",
+            )
+        return
     missing = [name for name in task.outputs if name not in outputs]
     if missing:
         raise ModelError(
@@ -154,15 +162,20 @@ def evaluate(runner: Runner, features: Features, batch_size: int = 32, more: Seq
         if any(array.shape[:1] != (len(rows),) for (rows, _), array in zip(parts, arrays, strict=True)):
             continue
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
-        dtype = arrays[0].dtype
-        lowest = np.finfo(dtype).min if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
-        full = np.full((len(features), *shape), lowest, dtype=dtype)
+        full = np.full((len(features), *shape), _lowest(arrays[0].dtype), dtype=arrays[0].dtype)
         for (rows, _), array in zip(parts, arrays, strict=True):
+            inner: tuple[int | slice, ...] = tuple(slice(size) for size in array.shape[1:])
             for row, values in zip(rows, array, strict=True):
-                place: tuple[int | slice, ...] = (row, *map(slice, values.shape))  # a number for a row has no axis of its own
-                full[place] = values
+                full[(row, *inner)] = values
         outputs[name] = full
     return outputs
+
+
+def _lowest(dtype: np.dtype[Any]) -> Any:
+    """What fills an array of outputs: the smallest number, or no text."""
+    if dtype.kind == "O":
+        return ""
+    return np.finfo(dtype).min if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
 
 
 def chance_score(scored: Scored, examples: Sequence[Example]) -> float | None:
@@ -250,6 +263,9 @@ def resampled(scored: Scored, examples: Sequence[Example]) -> np.ndarray:
     draws = [draw.integers(0, len(examples), len(examples)) for _ in range(METRIC_RESAMPLES)]
     if scored.is_mean:
         return np.array([scored.credit[drawn].mean() for drawn in draws])
+    quick = scored.entry.task.resampled(scored.outputs, examples, draws)
+    if quick is not None:
+        return quick
     rows_of: list[list[int]] = [[] for _ in examples]
     for row, example in enumerate(scored.entry.features.example):
         rows_of[example].append(row)
@@ -274,7 +290,7 @@ def _score_again(scored: Scored, rows_of: list[list[int]], examples: Sequence[Ex
         pad_id=features.pad_id,
     )
     outputs = {name: array[rows] for name, array in scored.outputs.items()}
-    return task.score(outputs, resample, [examples[example] for example in drawn])[task.metric]
+    return task.counted(task.score(outputs, resample, [examples[example] for example in drawn]))
 
 
 # -- A comparison ------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Workload:
 
 def model_inputs(features: Features) -> list[str]:
     """The columns of the features that a model takes, and the mask that collating adds."""
-    names = [name for name in features.columns if name in {"input_ids", "token_type_ids", "position_ids"}]
+    names = [name for name in features.columns if name in {"input_ids", "token_type_ids", "position_ids", "decoder_input_ids"}]
     return [*names, "attention_mask"]
 
 

@@ -309,7 +309,7 @@ def latency_of(subject: Subject, material: Material, run: Run, dense: Mapping[st
 def validation_score(subject: Subject, material: Material) -> float:
     """The task's metric of a model in PyTorch on the validation split, with what is fitted there."""
     outputs, features, examples = torch_outputs(subject, material, Split.VALIDATION, VALIDATION_ROWS)
-    return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
+    return material.task.counted(material.task.tune(outputs, features, examples).score(outputs, features, examples))
 
 
 def dev_scores(subject: Subject, material: Material) -> dict[str, float]:
@@ -331,4 +331,5 @@ def torch_outputs(
 
     task = material.task
     with subject.evaluating():
-        return dict(evaluate(runner, features, 64, tuple(features.columns) if task.pretraining else ())), features, examples
+        more = tuple(features.columns) if task.pretraining or task.stand_in else ()
+        return dict(evaluate(runner, features, 64, more)), features, examples

@@ -137,7 +137,7 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
 def _score(session: Session, material: Material, split: Split) -> float:
     features, examples = subset(material, split, VALIDATION_ROWS)
     outputs = evaluate(session, features, 32)
-    return material.task.tune(outputs, features, examples).score(outputs, features, examples)[material.task.metric]
+    return material.task.counted(material.task.tune(outputs, features, examples).score(outputs, features, examples))
 
 
 def tuned_task(session: Session, material: Material) -> Task:

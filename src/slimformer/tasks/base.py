@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORED = -100  # the label of a token that no loss counts, as in torch
-Outputs = Mapping[str, "np.ndarray"]  # output name -> (features, ...); "logits" -> (features, classes)
+# output name -> (features, ...); "logits" -> (features, classes); "text" -> (features,), texts that a model wrote
+Outputs = Mapping[str, "np.ndarray"]
 
 
 class Split(StrEnum):
@@ -58,7 +59,8 @@ class Example:
 class Features:
     """Encoded examples, a row each; an example may give several rows, such as the windows of a long text."""
 
-    columns: Mapping[str, Sequence[Any]]  # "input_ids", "token_type_ids" -> a list of token lists; "labels" -> a list
+    # "input_ids", "token_type_ids" -> a list of token lists; "labels" -> a list of numbers, of tuples, or of token lists of any length
+    columns: Mapping[str, Sequence[Any]]
     example: Sequence[int]  # row -> index of its example
     truncated: int  # examples that lost tokens at the length limit
     pad_id: int
@@ -85,6 +87,8 @@ class Task(ABC):
     outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what such a model returns and an exported file is asked for
     higher_is_better: ClassVar[bool] = True  # of `metric`
     pretraining: ClassVar[bool] = False  # whether it teaches language from plain text, before any task: see `Task`
+    # of tasks whose `metric` judges texts that a model writes: the key of `score` that counts where it only read the right ones
+    stand_in: ClassVar[str] = ""
     paths: ClassVar[tuple[str, ...]] = ()  # options that may be paths; in a recipe they are relative to its file
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # short names of this task and the options each one settles
 
@@ -128,7 +132,10 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
-        """All metrics of the task, each in [0, 1] (correlations in [-1, 1]); `self.metric` is one of the keys."""
+        """All metrics of the task, each in [0, 1] (correlations in [-1, 1]); `self.metric` is one of the keys.
+
+        A task with a `stand_in` gives `metric` for outputs["text"], and `stand_in` for outputs without texts.
+        """
 
     @abstractmethod
     def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
@@ -139,6 +146,14 @@ class Task(ABC):
         """The model's answer to each example, as a person would read it."""
 
     # ---- what a task may say
+
+    def counted(self, scores: Mapping[str, float]) -> float:
+        """The score that counts: `metric`, or `stand_in` where no text was written."""
+        return scores[self.metric if self.metric in scores or not self.stand_in else self.stand_in]
+
+    def resampled(self, outputs: Outputs, examples: Sequence[Example], draws: Sequence[np.ndarray]) -> np.ndarray | None:
+        """The metric on each draw of examples (indices), if there is a quicker way than `score` on each: (draws,)."""
+        return None
 
     def content_digest(self) -> str:
         """Names what the splits hold: ids, texts and answers of all examples. Data that is mended gets another name; a path has none.

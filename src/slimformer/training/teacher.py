@@ -58,7 +58,7 @@ class Teacher:
     @property
     def kept(self) -> tuple[str, ...]:
         """The outputs that are small enough to keep."""
-        return () if self.task.pretraining else self.task.outputs
+        return () if self.task.pretraining or self.task.stand_in else self.task.outputs
 
 
 class TeacherOutputs(ABC):
