@@ -18,7 +18,8 @@ import slimformer
 from slimformer import registry
 from slimformer.describing import options_of
 
-HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "datasets", "matplotlib", "sklearn", "pydantic", "jinja2", "rich")
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "datasets", "matplotlib", "sklearn", "pydantic", "jinja2", "rich", "sacrebleu",
+         "rouge_score")  # fmt: skip
 
 
 def test_every_name_resolves_to_what_it_says():

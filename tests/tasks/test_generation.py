@@ -113,6 +113,11 @@ def test_sides_that_are_called_after_their_use_are_known_in_any_task(tmp_path: P
         assert all((item.texts[0], item.answer.train) in set(zip(EN, DE, strict=True)) for item in task.split(Split.TRAIN))
 
 
+def test_the_only_folder_in_a_folder_is_looked_into(tmp_path: Path) -> None:
+    write(tmp_path, {"data/train.en": EN, "data/train.de": DE, "README.md": ["x"]})
+    assert [len(Translation(data=tmp_path).split(split)) for split in Split] == [36, 9, 5]
+
+
 def test_two_files_and_one_of_a_pair_can_be_named(tmp_path: Path) -> None:
     folder = write(tmp_path, {"corpus-a": EN, "corpus-b": DE, "train.en": EN, "train.de": DE})
     for task in (

@@ -24,7 +24,7 @@ from slimformer.data.parallel import (
     read_lines,
     read_parallel,
 )
-from slimformer.data.sources import Format, Stamp, read_sources, settle_dev, stamp
+from slimformer.data.sources import Format, Stamp, data_homes, read_sources, settle_dev, stamp
 from slimformer.data.texts import repair_text, stem_of, suffix_of
 from slimformer.errors import DataError, nearest, shown
 from slimformer.log import remark
@@ -118,9 +118,10 @@ def _sources(place: Place, data: str) -> tuple[dict[str, Pairs], dict[str, Pairs
         raise DataError(f"the task {place.task} has no data.", help="name a folder, a file or a hub name: --data ./folder.")
     path = Path(os.path.expanduser(data))
     if os.path.isdir(path):
-        corpora = _corpora(path, place)
-        if corpora:
-            return _of_corpora(place, path, corpora)
+        for home in data_homes(path):
+            corpora = _corpora(home, place)
+            if corpora:
+                return _of_corpora(place, home, corpora)
     elif os.path.isfile(path):
         if place.target_data is not None:
             return _one(_of_files(place, [path, Path(os.path.expanduser(place.target_data))], _two_names(path, place)))

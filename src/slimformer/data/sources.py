@@ -92,7 +92,7 @@ def of_splits(splits: Mapping[str, Data], where: str) -> dict[str, Data]:
 
 def _read_folder(folder: Path, form: Format[Data]) -> dict[str, Data]:
     files: dict[str, list[Path]] = {}
-    for home in _homes(folder):
+    for home in data_homes(folder):
         files = files or find_files(home, form)
     if not files:
         raise _no_data(folder, form)
@@ -107,7 +107,7 @@ def _read_folder(folder: Path, form: Format[Data]) -> dict[str, Data]:
     return sources
 
 
-def _homes(folder: Path) -> list[Path]:
+def data_homes(folder: Path) -> list[Path]:
     """The folders in which the files of a data folder may lie: itself, `data` as on the hub, or the only folder in it."""
     inner = _folders(folder)
     named = [item for item in inner if item.name == "data"]
@@ -237,7 +237,7 @@ def stamp(source: str | int | None) -> Stamp:
     if not isinstance(source, str) or not source or not os.path.exists(os.path.expanduser(source)):
         return ()
     path = Path(os.path.expanduser(source))
-    homes = _homes(path) if path.is_dir() else []
+    homes = data_homes(path) if path.is_dir() else []
     splits = {*TRAIN_NAMES, *DEV_NAMES, *TEST_NAMES}
     folders = [*homes, *(inner for home in homes for inner in _folders(home) if inner.name.lower() in splits)]
     files = sorted(item for folder in folders for item in folder.iterdir() if item.is_file()) or [path]
