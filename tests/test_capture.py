@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HEADS, LAYERS, MODEL_TYPES, batch, tiny
+from tiny import ENCODERS, HEAD_DIM, HEADS, LAYERS, batch, tiny
 from torch import nn
 
 from slimformer.core.plan import Plan
@@ -29,7 +29,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_hidden_states_are_those_of_a_separate_eager_model(model_type: str) -> None:
     model = tiny(model_type)
     other = tiny(model_type)
@@ -47,7 +47,7 @@ def test_hidden_states_are_those_of_a_separate_eager_model(model_type: str) -> N
     assert seen.scores == {}
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_scores_are_queries_times_keys_and_explain_the_probabilities(model_type: str) -> None:
     model = tiny(model_type)
     other = tiny(model_type)
@@ -73,7 +73,7 @@ def test_scores_are_queries_times_keys_and_explain_the_probabilities(model_type:
     torch.testing.assert_close(seen.output["logits"], theirs.logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_padding_has_no_say_while_scores_are_seen(model_type: str) -> None:
     model, inputs = tiny(model_type), None
     inputs = batch(model)

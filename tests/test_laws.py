@@ -36,7 +36,7 @@ def plans(draw, anatomy, forms=False):
             keep[site.id] = tuple(sorted(draw(st.sets(st.integers(0, site.size - 1), min_size=1))))
     if not forms:
         return Plan(keep)
-    cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense]
+    cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense and matrix.tied is None]
     return Plan(keep, {matrix.id: draw(factors(matrix)) for matrix in cut if draw(st.integers(0, 2)) == 0})
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
-from slimformer.families.base import subject_of
+from slimformer.families.base import family_of, subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.measuring import machine
 from slimformer.methods.base import Context
@@ -13,6 +13,7 @@ from slimformer.testing.checks import tiny_context
 from slimformer.testing.tiny import VOCABULARY, batch, tiny, tiny_config
 
 __all__ = [
+    "ENCODERS",
     "HEADS",
     "HEAD_DIM",
     "LAYERS",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 MODEL_TYPES = tuple(kind for name in registry.names("families") for kind in registry.find("families", name).model_types)
+ENCODERS = tuple(kind for kind in MODEL_TYPES if family_of(kind).skeleton.decoder is None)
 HEADS, HEAD_DIM, LAYERS = 4, 8, 3  # of all of them
 # Of int8 files whose numbers a test compares: on a processor whose int8 sums saturate, 8 bits give other numbers than the graph says.
 WEIGHT_BITS = 7 if machine.saturates(machine.environment().flags) else 8

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-from tiny import MODEL_TYPES, VOCABULARY, WEIGHT_BITS, batch, tiny, tiny_config
+from tiny import ENCODERS, VOCABULARY, WEIGHT_BITS, batch, tiny, tiny_config
 
 from slimformer.core.anatomy import Kind
 from slimformer.core.plan import Plan
@@ -327,7 +327,7 @@ def test_answers_of_the_int8_file_do_not_depend_on_the_batch(traced: Any, tmp_pa
 
 
 def test_every_family_names_inputs_that_its_model_takes() -> None:
-    for model_type in MODEL_TYPES:
+    for model_type in ENCODERS:
         model = tiny(model_type)
         names = family_of(model_type).inputs(model)
         inputs = {name: value for name, value in arrays(model, ((2, 6),))[0].items() if name in names}

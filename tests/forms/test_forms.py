@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MODEL_TYPES, WEIGHT_BITS, batch, tiny
+from tiny import ENCODERS, WEIGHT_BITS, batch, tiny
 from torch import nn
 
 from slimformer.core import cost
@@ -292,7 +292,7 @@ def dense_twin(model: Any) -> Any:
     return twin.eval()
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_a_factored_model_computes_its_matrices_and_can_be_gated(model_type: str) -> None:
     model, anatomy, plan = mixed(model_type)
     assert anatomy_of(model) == anatomy.after(plan)
@@ -352,7 +352,7 @@ def test_a_factored_model_can_lose_sublayers_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("form", [Kronecker((99, 8)), Kronecker((99, 8), 3)])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_a_language_model_decodes_with_its_table_in_the_new_form(model_type: str, form: Kronecker, tmp_path: Path) -> None:
     model = tiny(model_type, auto_class="AutoModelForMaskedLM", **({"embedding_size": 32} if model_type == "electra" else {}))
     anatomy, plan = anatomy_of(model), Plan(forms={"embeddings.word": form})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import MODEL_TYPES, batch, tiny
+from tiny import ENCODERS, batch, tiny
 from toy_task import context, fit, rows, with_model
 
 from slimformer.core.plan import Plan
@@ -136,7 +136,7 @@ def test_blocks_go_whole_the_smallest_norms_first(pattern, block):
         assert float(norms[left].min()) >= float(norms[~left].max())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_the_masked_model_is_the_one_with_zeros(model_type):
     around = tiny_context(model_type)
     method = KnowledgeSparse(keep=0.3)

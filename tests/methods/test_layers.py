@@ -100,7 +100,7 @@ def test_layers_that_are_gone_already_do_not_count():
     small = shrink(around.model, around.anatomy, plan)
     anatomy = anatomy_of(small)
     around = replace(with_model(around, small, anatomy), cost=cost.macs(anatomy, np.array([7])))
-    assert layers_of(anatomy) == [0, 2]
+    assert layers_of(anatomy) == [[0, 2]]
     for which, gone in (("bottom", 2), ("top", 0), ("even", 0)):
         kept = Layers(keep=0.5, which=which).decide(State(), around).plan.keep
         assert kept == {f"encoder.{gone}.attention": (), f"encoder.{gone}.ffn": ()}

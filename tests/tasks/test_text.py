@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL_TYPES, batch, tiny
+from tiny import ENCODERS, batch, tiny
 from tiny_folder import LABELS, sentences, write_data
 from tiny_folder import write_model as write_tuned
 
@@ -268,7 +268,7 @@ def test_scores_count_words_of_all_rows():
     assert task.answers(kept, features, []) == ["1 of 2 words", "1 of 1 words"]
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ENCODERS)
 def test_words_are_scored_where_they_are_asked_for_alone(model_type):
     model = tiny(model_type, auto_class="AutoModelForMaskedLM")
     inputs = batch(model)

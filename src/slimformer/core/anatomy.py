@@ -119,15 +119,24 @@ class Counter:
 class Skip:
     """A module that goes with its sublayer; its stand-in gives its input, the residual that is its second input, or zero.
 
-    `pair`: the module returns a tuple of that and None, as transformers' attention modules do. `counts`: the place of a decoder's
-    self-attention in the cache of keys, where the stand-in goes on counting tokens: transformers asks the first one how many
-    were said.
+    `pair`: the module returns a tuple of that and None, as transformers' attention modules do. `counts`: it is a decoder's
+    self-attention, and the stand-in goes on counting tokens in the cache of keys: transformers asks the first one how many were
+    said. `shares_bias`: it hands on the bias that the attentions of its stack share, whose table stays.
     """
 
     module: str
     gives: Literal["input", "residual", "zero"]
     pair: bool = False
-    counts: int | None = None
+    counts: bool = False
+    shares_bias: bool = False
+
+
+SHARED_BIAS = "relative_attention_bias"  # the table of a bias that the attentions of a stack share, in its first one
+
+
+def is_shared(parameter: str) -> bool:
+    """Whether a parameter stays when its sublayer goes, because others need it."""
+    return f".{SHARED_BIAS}." in parameter
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,7 @@ class Site:
     counters: tuple[Counter, ...] = ()
     sublayer: str | None = None  # the SUBLAYER site this one lives in and vanishes with
     skips: tuple[Skip, ...] = ()  # of a SUBLAYER: the modules that go with it
+    bias: str | None = None  # of HEADS: the attention, if it takes its heads' part of a bias that its whole stack shares
 
 
 @dataclass(frozen=True)

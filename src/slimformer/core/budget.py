@@ -184,13 +184,15 @@ def leading(
 
 
 def something_left(anatomy: Anatomy, plan: Plan) -> None:
-    """Raises TargetError if a plan takes every sublayer: only a bag of embeddings would be left."""
-    sublayers = {site.sublayer for site in anatomy.sites.values() if site.sublayer}
-    if sublayers and all(plan.keep.get(name) == () for name in sublayers):
-        raise TargetError(
-            "nothing of the encoder would be left: every sublayer would go.",
-            help="ask for a larger share, or keep one unit in each sublayer with `sublayers: false`.",
-        )
+    """Raises TargetError if a plan takes every sublayer of a stack: only a bag of embeddings would be left."""
+    sublayers = anatomy.of_kind(Kind.SUBLAYER)
+    for stack in anatomy.stacks:
+        inside = [site.id for site in sublayers if anatomy.stack_of(site.layer) is stack]
+        if inside and all(plan.keep.get(name) == () for name in inside):
+            raise TargetError(
+                f"nothing of the {stack.name} would be left: every sublayer would go.",
+                help="ask for a larger share, or keep one unit in each sublayer with `sublayers: false`.",
+            )
 
 
 def _out_of_reach(budget: float, least: float, cost: Cost) -> TargetError:

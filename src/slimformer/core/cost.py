@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role, Site
+from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -72,7 +72,7 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
         per_unit = sum(shapes[piece.param].numel() // site.size for piece in site.slices if piece.param in shapes)
         skips = anatomy.sites[site.sublayer].skips if site.sublayer else ()
         owners = tuple(f"{skip.module}." for skip in skips)
-        total = sum(shape.numel() for name, shape in shapes.items() if name.startswith(owners))
+        total = sum(shape.numel() for name, shape in shapes.items() if name.startswith(owners) and not is_shared(name))
         curve = total + per_unit * (np.arange(site.size + 1) - site.size)  # (size + 1,)
         curve[0] = 0
         curves[site.id] = curve.astype(np.float64)
@@ -81,20 +81,26 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters)
 
 
-def macs(anatomy: Anatomy, lengths: np.ndarray) -> Cost:
-    """Multiply-accumulates of the encoder for an average example of these `lengths` (tokens); embeddings and head left out."""
-    mean, mean_square = float(np.mean(lengths)), float(np.mean(np.square(lengths, dtype=np.float64)))
+def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None) -> Cost:
+    """Multiply-accumulates of the layers for an average example of these `lengths` (tokens); embeddings and head left out.
+
+    `targets`: the tokens that a decoder reads, all in one pass as in training; by default as many as the encoder.
+    """
+    counts = {Tokens.SOURCE: lengths, Tokens.TARGET: lengths if targets is None else targets}
+    means = {tokens: float(np.mean(count)) for tokens, count in counts.items()}
     matrices = {f"{matrix.module}.weight": matrix for matrix in anatomy.matrices.values()}
 
     def work(matrix: Matrix) -> float:
-        return 0.0 if matrix.role is Role.EMBEDDING else mean * matrix.form.macs(matrix.shape)
+        return 0.0 if matrix.role is Role.EMBEDDING else means[matrix.tokens] * matrix.form.macs(matrix.shape)
 
     curves = {}
     for site in _unit_sites(anatomy):
         inside = [matrices[piece.param] for piece in site.slices if piece.param in matrices]
         per_unit = sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
-            per_unit += 2 * site.taps[0].unit * mean_square  # scores, and their product with the values
+            asking, asked = (next(item.tokens for item in inside if item.role is role) for role in (Role.QUERY, Role.KEY))
+            pairs = float(np.mean(np.multiply(counts[asking], counts[asked], dtype=np.float64)))
+            per_unit += 2 * site.taps[0].unit * pairs  # scores, and their product with the values
         curve = per_unit * np.arange(site.size + 1)
         curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve

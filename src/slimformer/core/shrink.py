@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Matrix, PointRole, Site, Skip
+from slimformer.core.anatomy import Anatomy, Matrix, PointRole, Site
 from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
+from slimformer.core.standing import stand_in, take_part
 from slimformer.errors import PlanError
 
 if TYPE_CHECKING:
@@ -25,24 +26,6 @@ if TYPE_CHECKING:
 
 
 _LOUD = 1024.0  # a norm of a cut sublayer reads its input times this, so that the norm's epsilon counts for nothing
-
-
-class Skipped(nn.Module):
-    """Takes the place and the name of a module whose sublayer is gone; it has no parameters."""
-
-    def __init__(self, skip: Skip) -> None:
-        super().__init__()
-        self.skip = skip
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        match self.skip.gives:
-            case "input":
-                value = hidden_states
-            case "residual":
-                value = args[0]
-            case "zero":
-                value = hidden_states.new_zeros(())
-        return (value, None) if self.skip.pair else value
 
 
 def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) -> PreTrainedModel:
@@ -91,7 +74,7 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
     for name in anatomy.sites:
         if name in gone:
             for skip in anatomy.sites[name].skips:
-                small.set_submodule(skip.module, Skipped(skip))
+                stand_in(small, skip)
     before = cuts_of(model)
     if before is not None:
         remember_cuts(small, before.plan.then(decision.plan), decision.ranges)
@@ -197,6 +180,8 @@ def _cut(model: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
         setattr(module, name, nn.Parameter(old.index_select(piece.dim, rows), requires_grad=old.requires_grad))
         if isinstance(module, nn.Linear) and name == "weight":
             module.out_features, module.in_features = module.weight.shape
+    if site.bias is not None:
+        take_part(model, site.bias, keep)
     for counter in site.counters:
         setattr(model.get_submodule(counter.module), counter.attribute, len(keep) * counter.per_unit)
 
@@ -237,19 +222,19 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     for name, slot in dense.state_dict().items():
         if name in have:
             state[name] = _spread(have[name], name, tuple(slot.shape), anatomy, plan)
-        elif name.rpartition(".")[0].startswith(cut):
+        elif name.startswith(cut):
             state[name] = torch.zeros(slot.shape, dtype=torch.float32)
         else:
             raise PlanError(f"the plan does not fit: the cut model has no '{name}'.")
     _undo_norms(state, anatomy, gone)
     dense.load_state_dict(state, strict=True, assign=True)
-    dense.tie_weights()
+    dense.tie_weights(missing_keys=set(), recompute_mapping=False)  # but what is not equal
     return dense.eval()
 
 
 def _cut_parameters(anatomy: Anatomy, gone: set[str]) -> tuple[str, ...]:
     """The modules whose parameters go with the sublayers `gone`."""
-    return tuple(skip.module for name in anatomy.sites if name in gone for skip in anatomy.sites[name].skips)
+    return tuple(f"{skip.module}." for name in anatomy.sites if name in gone for skip in anatomy.sites[name].skips)
 
 
 def _spread(values: Tensor, name: str, shape: tuple[int, ...], anatomy: Anatomy, plan: Plan) -> Tensor:
@@ -268,11 +253,19 @@ def _spread(values: Tensor, name: str, shape: tuple[int, ...], anatomy: Anatomy,
 
 
 def _undo_norms(state: dict[str, Tensor], anatomy: Anatomy, gone: set[str]) -> None:
-    """Hands the weights of each norm in front of a cut sublayer on to the sublayer's own norm, which stayed without a purpose."""
+    """Hands the weights of each norm in front of a cut sublayer on to the sublayer's own norm, which stayed without a purpose.
+
+    A sublayer that begins with its norm needs none: it adds zero.
+    """
     norms = [point for point in anatomy.points.values() if point.role is PointRole.NORM and point.side == "output"]
-    for before, point in pairwise(norms):
-        if point.sublayer not in gone:
+    for before, point in pairwise((None, *norms)):
+        if point is None or point.sublayer not in gone or anatomy.sites[str(point.sublayer)].taps[0].branch:
             continue
+        help = "use the files that were exported, or keep that sublayer."
+        if before is None or before.tokens is not point.tokens:
+            raise PlanError(
+                f"no plain weights give the same answers without '{point.sublayer}': no norm lies in front of it.", help=help
+            )
         (giver,), (taker,) = before.modules, point.modules
         for part, rest in (("weight", _LOUD), ("bias", 0.0)):
             values, slot = state[f"{giver}.{part}"], state[f"{taker}.{part}"]
@@ -280,7 +273,7 @@ def _undo_norms(state: dict[str, Tensor], anatomy: Anatomy, gone: set[str]) -> N
                 raise PlanError(
                     f"no plain weights give the same answers without '{point.sublayer}': the norm in front of it, '{giver}', is "
                     f"{len(values)} wide and not {len(slot)}.",
-                    help="use the ONNX files, or keep that sublayer.",
+                    help=help,
                 )
             state[f"{taker}.{part}"] = values
             state[f"{giver}.{part}"] = torch.full_like(values, rest)

@@ -148,6 +148,11 @@ class OnnxDraft(Draft):
     ) -> None:
         self.options, self.batches, self.ranges = options, batches, ranges
         self.subject = subject_of(model)
+        if len(self.subject.anatomy.stacks) > 1:
+            raise ExportError(
+                f"{type(model).__name__} is an encoder-decoder, and ONNX files are made of encoders only.",
+                help="use the folder that `slimformer.save` writes, in PyTorch.",
+            )
         self._forms = trace.forms_in(model)
         self._float_forms = [name for name, form in self._forms.items() if form.form.reads is None]
         linears = sum(isinstance(module, nn.Linear) for module in model.modules())

@@ -27,7 +27,7 @@ from slimformer.core.anatomy import (
     Tokens,
     separate_points,
 )
-from slimformer.core.shrink import Skipped
+from slimformer.core.standing import is_skipped
 from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton, StackTable
 from slimformer.forms.base import form_of, shape_of
 
@@ -126,7 +126,7 @@ class _Built:
         self.matrices.append(self.matrix(f"{layer}.ffn_out", block.out, Role.FFN_OUT, where, tokens))
 
     def is_there(self, block: Block) -> bool:
-        return not any(isinstance(self.modules.get(skip.module), Skipped) for skip in block.skips)
+        return not any(is_skipped(self.modules.get(skip.module)) for skip in block.skips)
 
     def matrix(self, name: str, path: str, role: Role, sublayer: str | None, tokens: Tokens) -> Matrix:
         """The matrix of the Linear or Embedding at `path`, in whatever form it is stored."""
@@ -162,6 +162,7 @@ class _Built:
                 for attribute, per_unit in zip(block.counters, (1, head_dim), strict=False)
             ),
             sublayer=sublayer,
+            bias=block.module if block.shares_bias else None,
         )
 
     def neurons(self, name: str, sublayer: str, block: FeedForward) -> Site:

@@ -40,7 +40,7 @@ class Attention(Block):
     """An attention: the module that computes it, and its four Linears.
 
     `counters`: the attribute of `module` that holds the number of its heads, and one that holds that number times the size of a
-    head, if it has one.
+    head, if it has one. `shares_bias`: whether it adds a bias for each head to its scores that all of its stack share.
     """
 
     module: str
@@ -49,6 +49,7 @@ class Attention(Block):
     value: str
     out: str
     counters: tuple[str, ...]
+    shares_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,27 +47,41 @@ SETTLED: Mapping[str, tuple[Any, ...]] = {  # of any encoder
 }
 
 
+SETTLED_DECODING: Mapping[str, tuple[Any, ...]] = {  # of any encoder-decoder
+    "is_decoder": (False,),
+    "is_encoder_decoder": (True,),
+    "encoder_layerdrop": (0,),  # it would drop whole layers in training
+    "decoder_layerdrop": (0,),
+}
+
+
 class Family(ABC):
     """Final classes without state; `model_types` are transformers' `config.model_type` values.
 
     A family whose parts do not fit into a `Skeleton` gives its own `anatomy` and `width` instead. `config` is the
     content of config.json. `settled`: fields of config.json with the values for which the anatomy describes what a model computes,
-    the usual one first; a model with another is refused.
+    the usual one first; a model with another is refused. `auto_class`: what transformers calls the models that the checks run on.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     skeleton: ClassVar[Skeleton]
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = SETTLED
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         """The anatomy of a model of this family, dense or already cut."""
         from slimformer.families._builder import build  # needs torch
 
-        return build(model, self.skeleton)
+        return build(model, self.skeleton_of(model))
+
+    def skeleton_of(self, model: PreTrainedModel) -> Skeleton:
+        """The table for a model, if its config decides between two."""
+        return self.skeleton
 
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Names of the model's inputs."""
-        return ("input_ids", "attention_mask")
+        names = ("input_ids", "attention_mask")
+        return (*names, "decoder_input_ids", "decoder_attention_mask") if self.skeleton.decoder is not None else names
 
     def width(self, config: Mapping[str, Any]) -> int | None:
         """The size of the hidden states; None if the config does not say."""

@@ -67,6 +67,12 @@ class Formed(nn.Module, ABC):
             return graph.apply("Gather", graph.constant(matrix, "weight"), source, axis=0)
         return graph.apply("MatMul", source, graph.constant(matrix.T, "weight"))
 
+    def __getattr__(self, name: str) -> Any:
+        """None for the weight of the matrix it stands for: a T5 asks one of its Linears for its type."""
+        if name == "weight" and name not in self._parameters:
+            return None
+        return super().__getattr__(name)
+
     @abstractmethod
     def matrix(self) -> Tensor:
         """The matrix it stands for, multiplied out: `shape`."""

@@ -25,8 +25,8 @@ ATTENTION_NAME = "slimformer"  # our name among transformers' attention function
 class Slot:
     """What a context asks of one attention module while it lasts.
 
-    `see_scores` gets the scaled scores before the mask, (batch, heads, seq, seq). `softmax` is computed instead of the
-    usual one; of several nested contexts the innermost counts.
+    `see_scores` gets the scaled scores before the mask, a bias for positions included, (batch, heads, seq, seq). `softmax` is
+    computed instead of the usual one; of several nested contexts the innermost counts.
     """
 
     see_scores: Callable[[Tensor], None] | None = None
@@ -68,17 +68,21 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     slots = _SLOTS.get(module, [])
     size = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     if not slots and not (query.requires_grad and size <= MOST_SCORES):
-        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        added = [item for item in (position_bias, attention_mask) if item is not None]
+        mask = sum(added[1:], added[0]).to(query.dtype) if added else None
         mixed = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout if module.training else 0.0, scale=scaling
         )
         return mixed.transpose(1, 2).contiguous(), None
     scores = matmul(query, key.transpose(2, 3)) * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    if position_bias is not None:
+        scores = scores + position_bias
     for slot in slots:
         if slot.see_scores is not None:
             slot.see_scores(scores)  # (batch, heads, seq, seq)

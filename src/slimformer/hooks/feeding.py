@@ -72,12 +72,12 @@ def _ends(anatomy: Anatomy, layer: int) -> list[str]:
 
 
 def unpadded(batch: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
-    """True at the tokens of a batch that are no padding: (batch, seq). Labels tell what a decoder says if nothing else does."""
+    """True at the tokens of a batch that are no padding: (batch, seq). Without a mask, labels tell it of a decoder's tokens."""
     if tokens.mask in batch:
         return batch[tokens.mask].bool()
-    if tokens.ids in batch or tokens is Tokens.SOURCE:
-        return torch.ones_like(batch[tokens.ids], dtype=torch.bool)
-    return batch["labels"] >= 0
+    if tokens is Tokens.TARGET and "labels" in batch:
+        return batch["labels"] >= 0
+    return torch.ones_like(batch[tokens.ids], dtype=torch.bool)
 
 
 @contextmanager

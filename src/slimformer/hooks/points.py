@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def _after(change: Change) -> Any:
 
 
 def _norm(parts: Mapping[str, Change]) -> Any:
-    """LayerNorm over the last axis, part by part."""
+    """LayerNorm over the last axis, part by part; one of another class neither centres nor adds a bias, as RMSNorm."""
 
     def same(values: Tensor) -> Tensor:
         return values
@@ -123,13 +123,17 @@ def _norm(parts: Mapping[str, Change]) -> Any:
         parts.get(side, same) for side in ("numerator", "denominator", "quotient", "output")
     )
 
-    def forward(module: nn.LayerNorm, values: Tensor) -> Tensor:
+    def forward(module: Any, values: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):
             wide = values.float()
-            above = numerator(wide - wide.mean(-1, keepdim=True))
-            below = denominator((wide.var(-1, unbiased=False, keepdim=True) + module.eps).sqrt())  # (..., 1)
+            if isinstance(module, nn.LayerNorm):
+                above, spread = wide - wide.mean(-1, keepdim=True), wide.var(-1, unbiased=False, keepdim=True) + module.eps
+            else:
+                above, spread = wide, wide.square().mean(-1, keepdim=True) + module.variance_epsilon
+            above, below = numerator(above), denominator(spread.sqrt())  # (..., 1)
             result = quotient(above / below) * module.weight
-            return output(result if module.bias is None else result + cast(Tensor, module.bias)).to(values.dtype)
+            bias = getattr(module, "bias", None)
+            return output(result if bias is None else result + bias).to(values.dtype)
 
     return forward
 

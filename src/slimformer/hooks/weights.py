@@ -32,7 +32,7 @@ def masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None
     A mask is a tensor or a function that returns one: it is then asked in every forward pass. Contexts may overlap, also on
     one parameter, and end in any order. Raises PlanError for a parameter that does not exist or a mask that does not fit it.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def change(name: str, mask: Mask) -> Change:
         if isinstance(mask, Tensor) and name in parameters:
@@ -47,7 +47,7 @@ def masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None
 def changed_weights(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     """Passes each named parameter through a function in every forward pass while the context lasts; as `masked_weights`."""
     handles: list[tuple[_Forward, tuple[str, Change]]] = []
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     try:
         for name, change in changes.items():
             if name not in parameters:

@@ -34,7 +34,7 @@ from slimformer.core.anatomy import Anatomy, Kind, Site
 from slimformer.core.budget import allocate
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
-from slimformer.hooks.feeding import Feed, watching
+from slimformer.hooks.feeding import Feed, unpadded, watching
 from slimformer.hooks.gating import gated
 from slimformer.hooks.precision import quick_autocast
 from slimformer.methods.base import Batch, Context, Effects, Method, State
@@ -200,7 +200,7 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
     targets = [_targets(model, context, kept_sites, batch) for batch in batches]
     gates = _zeros_and_ones(anatomy, plan, context.subject.device)
     feed = Feed(model, anatomy, [context.subject.feed(batch) for batch in batches])
-    masks = [batch["attention_mask"].bool() for batch in batches]
+    masks = {tokens: [unpadded(batch, tokens) for batch in batches] for tokens in {stack.tokens for stack in anatomy.stacks}}
     weights: dict[str, Tensor] = {}
     with torch.no_grad(), gated(model, anatomy, gates):
         for site in kept_sites:
@@ -211,12 +211,14 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
             tap = site.taps[0]
             linear = cast(nn.Linear, model.get_submodule(tap.module))
             columns = torch.tensor([unit * tap.unit + row for unit in kept for row in range(tap.unit)])
-            solved, bias = least_squares(feed, site, linear, columns, masks, [target[site.id] for target in targets], ridge)
+            own = masks[anatomy.stack_of(site.layer).tokens]
+            solved, bias = least_squares(feed, site, linear, columns, own, [target[site.id] for target in targets], ridge)
             linear.weight.zero_()
             linear.weight[:, columns] = solved.to(linear.weight)
-            linear.bias.copy_(bias)
             weights[f"{tap.module}.weight"] = linear.weight.detach().clone()
-            weights[f"{tap.module}.bias"] = linear.bias.detach().clone()
+            if bias is not None:
+                linear.bias.copy_(bias)
+                weights[f"{tap.module}.bias"] = linear.bias.detach().clone()
     return weights
 
 
@@ -228,13 +230,14 @@ def least_squares(
     masks: Sequence[Tensor],
     targets: Sequence[tuple[Tensor, Tensor]],
     ridge: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The W and b of argmin sum_t w_t |X W' + b - (target - residual)|^2 + ridge |W - W_old|^2, over kept columns, in float64.
 
-    Shapes: (out, kept), (out,).
+    Shapes: (out, kept), (out,). Without a bias there is no b.
     """
-    size = len(columns) + 1  # the last unknown is the bias
-    old = torch.cat([linear.weight[:, columns], linear.bias[:, None]], dim=1).double()  # (out, kept + 1)
+    biases = [] if linear.bias is None else [linear.bias[:, None]]  # the last unknown
+    size = len(columns) + len(biases)
+    old = torch.cat([linear.weight[:, columns], *biases], dim=1).double()  # (out, kept + 1)
     gram = torch.zeros(size, size, dtype=torch.float64, device=old.device)
     right = torch.zeros(size, old.shape[0], dtype=torch.float64, device=old.device)
     seen: dict[str, Tensor] = {}
@@ -242,7 +245,7 @@ def least_squares(
         with watching(feed.model, feed.anatomy, site, seen, stop=True):
             feed.run(index)
         x = seen[f"{site.id}/x"][mask][:, columns].double()  # (tokens, kept)
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        x = torch.cat([x, x.new_ones(len(x), len(biases))], dim=1)
         y = target.double() - seen[f"{site.id}/r"][mask].double()  # (tokens, out)
         weighted = (x * importance.double()[:, None]).T
         gram += weighted @ x
@@ -250,7 +253,7 @@ def least_squares(
     weight = ridge * gram.diagonal().mean()
     gram.diagonal().add_(weight)
     solution = torch.linalg.solve(gram, right + weight * old.T).T  # (out, kept + 1)
-    return solution[:, :-1], solution[:, -1]
+    return (solution[:, :-1], solution[:, -1]) if biases else (solution, None)
 
 
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------
@@ -263,14 +266,14 @@ def _targets(model: nn.Module, context: Context, sites: list[Site], batch: Batch
     layer of a classifier that is the first token alone.
     """
     seen: dict[str, Tensor] = {}
-    mask = batch["attention_mask"].bool()
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             stack.enter_context(watching(model, context.anatomy, site, seen))
-        loss = context.task.loss(model(**context.subject.feed(batch)), batch) * len(mask)
+        loss = context.task.loss(model(**context.subject.feed(batch)), batch) * len(batch["input_ids"])
         gradients = torch.autograd.grad(loss, [seen[f"{site.id}/y"] for site in sites])
     targets = {}
     for site, gradient in zip(sites, gradients, strict=True):
+        mask = unpadded(batch, context.anatomy.stack_of(site.layer).tokens)
         weight = gradient.square().sum(-1)  # (batch, seq)
         weight = weight / (weight * mask).sum(1, keepdim=True).clamp_min(1e-30) * mask.sum(1, keepdim=True)
         total = (seen[f"{site.id}/y"] + seen[f"{site.id}/r"]).detach()

@@ -336,7 +336,8 @@ def _gradients(context: Context, weights: Sequence[Tensor], batches: Iterable[Ma
         for batch in batches:
             for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
                 one = {name: value[row : row + 1] for name, value in batch.items()}
-                inputs = {name: value[:, :length] for name, value in context.subject.feed(one).items()}
+                fed = context.subject.feed(one)
+                inputs = {name: value if name.startswith("decoder_") else value[:, :length] for name, value in fed.items()}
                 with torch.enable_grad(), context.subject.evaluating():
                     yield list(torch.autograd.grad(context.task.loss(context.model(**inputs), one | inputs), weights))
     finally:

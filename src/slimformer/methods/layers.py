@@ -19,6 +19,7 @@ forward pass on average (from the layer on that is left out): 12 layers to 6 cos
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -67,12 +68,12 @@ class Layers(Method):
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:
-            layers = layers_of(anatomy)
-            self.choose(anatomy, cost, [[layer] for layer in layers] if self.which == "chosen" else self._sets(layers))
+            least = itertools.product(*layers_of(anatomy))  # one of each stack
+            self.choose(anatomy, cost, least if self.which == "chosen" else self._sets(layers_of(anatomy)))
 
     def decide(self, state: State, context: Context) -> Decision:
-        layers = layers_of(context.anatomy)
-        sets = one_by_one(context, layers, self.examples) if self.which == "chosen" else self._sets(layers)
+        stacks = layers_of(context.anatomy)
+        sets = one_by_one(context, stacks, self.examples) if self.which == "chosen" else self._sets(stacks)
         return Decision(self.choose(context.anatomy, context.cost, sets))
 
     def choose(self, anatomy: Anatomy, cost: Cost, sets: Iterable[Sequence[int]]) -> Plan:
@@ -82,24 +83,29 @@ class Layers(Method):
         for stay in sets:
             plan = Plan({site.id: () for site in sublayers if site.layer not in stay})
             needed = cost.of(plan, anatomy)
-            if needed <= self.keep * cost.dense or len(layers_of(anatomy)) == 1:
+            if needed <= self.keep * cost.dense or all(len(layers) == 1 for layers in layers_of(anatomy)):
                 return plan
             least = min(least, needed)
         share = f"{least / cost.dense:.0%}"
         raise TargetError(f"even one layer costs {share} of the dense {cost.unit}.", help=f"ask to keep {share} or more.")
 
-    def _sets(self, layers: Sequence[int]) -> Iterator[list[int]]:
-        """The layers that stay, ever fewer, by a way that looks at no data."""
-        for count in range(len(layers), 0, -1):
-            yield [layers[place] for place in WAYS[self.which](count, len(layers))]
+    def _sets(self, stacks: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """The layers that stay, ever fewer, by a way that looks at no data; each stack loses its share, and keeps one."""
+        most = max(map(len, stacks), default=0)
+        for count in range(most, 0, -1):
+            left = [max(1, round(count * len(layers) / most)) for layers in stacks]
+            ways = [WAYS[self.which](many, len(layers)) for many, layers in zip(left, stacks, strict=True)]
+            yield [layers[place] for layers, way in zip(stacks, ways, strict=True) for place in way]
 
 
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
-def layers_of(anatomy: Anatomy) -> list[int]:
-    """The layers of which anything is left."""
-    return sorted({site.layer for site in anatomy.of_kind(Kind.SUBLAYER)})
+def layers_of(anatomy: Anatomy) -> list[list[int]]:
+    """Of each stack the layers of which anything is left; a stack without any is left out."""
+    alive = sorted({site.layer for site in anatomy.of_kind(Kind.SUBLAYER)})
+    stacks = [[layer for layer in alive if anatomy.stack_of(layer) is stack] for stack in anatomy.stacks]
+    return [layers for layers in stacks if layers]
 
 
 def evenly(count: int, total: int) -> list[int]:
@@ -143,15 +149,21 @@ WAYS: Mapping[str, Callable[[int, int], list[int]]] = {
 }
 
 
-def one_by_one(context: Context, layers: Sequence[int], examples: int) -> Iterator[list[int]]:
-    """`layers`, then ever one less: each time the one goes that `losses_without` misses least, of equal ones the highest."""
+def one_by_one(context: Context, stacks: Sequence[Sequence[int]], examples: int) -> Iterator[list[int]]:
+    """All layers, then ever one less: each time the one goes that `losses_without` misses least, of equal ones the highest.
+
+    The last one of a stack stays.
+    """
+    layers = [layer for stack in stacks for layer in stack]
     stay = list(layers)
     yield stay
     batches = list(context.batches(examples))
     answers = None if all("labels" in batch for batch in batches) else _answers(context, batches)
-    while len(stay) > 1:
-        losses = losses_without(context, stay, sorted({*layers} - {*stay}), batches, answers)
-        least = min(stay, key=lambda layer: (losses[layer], -layer))
+    while len(stay) > len(stacks):
+        mates = [[layer for layer in stack if layer in stay] for stack in stacks]
+        free = [layer for left in mates if len(left) > 1 for layer in left]
+        losses = losses_without(context, free, sorted({*layers} - {*stay}), batches, answers)
+        least = min(free, key=lambda layer: (losses[layer], -layer))
         stay = [layer for layer in stay if layer != least]
         yield stay
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Point, PointRole
+from slimformer.core.anatomy import Point, PointRole, Tokens
 from slimformer.core.plan import Decision
 from slimformer.core.ranges import Ranges
 from slimformer.forms.base import Formed, shape_of, weight_of
@@ -108,9 +108,11 @@ class Quantization(Method):
         """The weights as they were computed with, on their grids, and the ranges of all points with one range each."""
         state = cast(_State, state)
         state.settle()
-        parameters = dict(context.model.named_parameters())
+        parameters = dict(context.model.named_parameters(remove_duplicate=False))
         changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
         changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
+        own = {id(parameter): name for name, parameter in context.model.named_parameters()}  # of tied ones the first
+        changed = {own[id(parameters[name])]: values for name, values in changed.items()}
         seen = [(point.id, running) for point, running in zip(state.points, state.each(), strict=True) if bool(running.seen)]
         ranges = {name: running.ranges()[0] for name, running in seen if running.low.ndim == 0}
         features = {name: running.ranges() for name, running in seen if running.low.ndim}
@@ -141,10 +143,10 @@ class _State(State):
         model = context.model
         roles = {PointRole(role) for role in method.roles}
         self.points = [point for point in context.anatomy.points.values() if point.role in roles]
-        self.ranges = nn.ModuleList([RunningRange(_features(model, point, method), method.momentum) for point in self.points])
+        self.ranges = nn.ModuleList([RunningRange(_features(context, point, method), method.momentum) for point in self.points])
         self.on: Tensor  # a buffer, so that a resumed run knows it
         self.register_buffer("on", torch.tensor(False))
-        self._on, self._mask = False, cast(Tensor | None, None)
+        self._on, self._masks = False, dict[Tokens, Tensor | None]()
         readers = [module for point in self.points if point.role in READING for module in point.modules]
         self.weights = [weight_of(model, reader) for reader in readers]
         self.tables = _tables(model) if method.embeddings is not None else {}
@@ -177,7 +179,7 @@ class _State(State):
 
     def _begin_pass(self, _: nn.Module, __: Any, given: Mapping[str, Any]) -> None:
         """Once per forward pass: asking a GPU at each point would stall it."""
-        self._on, self._mask = bool(self.on), given.get("attention_mask")
+        self._on, self._masks = bool(self.on), {tokens: given.get(tokens.mask) for tokens in Tokens}
 
     def _read(self, index: int) -> Change:
         running, point = self.each()[index], self.points[index]
@@ -185,7 +187,7 @@ class _State(State):
         def change(values: Tensor) -> Tensor:
             if self.training:
                 tokens = values.flatten(2) if values.ndim == 4 and point.role in READING else values  # a larger factor's input
-                running.observe(tokens, self._mask)
+                running.observe(tokens, self._masks[point.tokens])
             return fake(values, self.grid(point, running)) if self._on else values
 
         return change
@@ -211,12 +213,15 @@ class _State(State):
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------
 
 
-def _features(model: nn.Module, point: Point, method: Quantization) -> int | None:
+def _features(context: Context, point: Point, method: Quantization) -> int | None:
     """How many buckets a point has: one, or one per feature if it stays in float in int8 files."""
     if method.activation_buckets == "tensor" or point.role in (*READING, PointRole.SOFTMAX) or point.side == "denominator":
         return None
-    module: Any = model.get_submodule(point.modules[0])
-    return int(module.normalized_shape[-1]) if isinstance(module, nn.LayerNorm) else shape_of(module)[0]
+    module: Any = context.model.get_submodule(point.modules[0])
+    weight = getattr(module, "weight", None)
+    if weight is None and not isinstance(module, Formed):
+        return context.anatomy.hidden_size  # a whole layer
+    return len(weight) if weight is not None and weight.ndim == 1 else shape_of(module)[0]
 
 
 def _tables(model: nn.Module) -> dict[str, nn.Embedding]:

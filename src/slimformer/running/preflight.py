@@ -190,6 +190,11 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     if first is None:
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))
+    if len(subject.anatomy.stacks) > 1 and task.auto_class != subject.family.auto_class:
+        raise ModelError(
+            f"{source} is an encoder-decoder ({type(subject.model).__name__}), and this task needs an encoder.",
+            help="name a model such as a BERT; an encoder-decoder can be cut in Python (docs/concepts.md).",
+        )
     refuse_cuts((first,), subject.anatomy)
     counted = None  # measuring latency needs the weights, and a minute
     if first.cost == "parameters":

@@ -41,10 +41,11 @@ _UNUSED = (  # fields on how a model is called or stored, which are settled here
 )  # fmt: skip
 _SIZES = (
     "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "embedding_size",
-    "num_attention_heads", "n_heads",
+    "num_attention_heads", "n_heads", "d_model", "d_kv", "d_ff", "num_heads", "decoder_vocab_size", "encoder_ffn_dim", "decoder_ffn_dim",
+    "encoder_attention_heads", "decoder_attention_heads", "relative_attention_num_buckets",
 )  # fmt: skip
-_LAYERS = ("num_hidden_layers", "n_layers")
-_ACTIVATIONS = ("hidden_act", "activation")
+_LAYERS = ("num_hidden_layers", "n_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "dense_act_fn")
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,19 @@ from slimformer.files import read_small, whole_folder
 from slimformer.saving.building import blueprint, empty_model, reading, refuse_labels, silence
 from slimformer.saving.folders import CONFIG, model_folder, refuse_adapter, stranger
 from slimformer.saving.headers import WEIGHTS, StoredWeights, has_weights, inner_file, read_object, stored_weights
-from slimformer.saving.heads import LABEL_FIELDS, Parts, Source, class_named, encoder_of, find_source, parts_for
+from slimformer.saving.heads import (
+    LABEL_FIELDS,
+    Parts,
+    Source,
+    class_named,
+    encoder_of,
+    find_source,
+    is_computed,
+    parts_for,
+    purpose_of,
+)
 from slimformer.saving.hub import local_folder
-from slimformer.saving.resaving import PLAN_FILE, PREFIX, keep_saving, write_base_config, write_own_facts
+from slimformer.saving.resaving import GENERATION, PLAN_FILE, PREFIX, keep_saving, write_base_config, write_own_facts
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
 
 if TYPE_CHECKING:
@@ -43,6 +53,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "sentencepiece.bpe.model",
     "spiece.model",
+    "source.spm",
+    "target.spm",
 )
 _log = logging.getLogger(__name__)
 
@@ -126,7 +138,8 @@ def save_dense(path: str | Path, folder: str | Path) -> None:
 
     Raises:
         ModelError: The model cannot be loaded.
-        PlanError: No plain weights give the same answers: an ELECTRA of narrow embeddings lacks its first attention.
+        PlanError: No plain weights give the same answers: an ELECTRA of narrow embeddings lacks its first attention, or a Marian that of
+            one side.
         OutputError: The disk is full or read-only.
 
     Example:
@@ -182,7 +195,8 @@ def heads(model: PreTrainedModel) -> frozenset[str]:
     from slimformer.core.anatomy import PointRole
 
     points = anatomy_of(model).points.values()
-    return frozenset(f"{module}.weight" for point in points if point.role is PointRole.HEAD for module in point.modules)
+    names = (f"{module}.weight" for point in points if point.role is PointRole.HEAD for module in point.modules)
+    return frozenset(_tied(model).get(name, name) for name in names)
 
 
 def load(path: str | Path, *, revision: str | None = None) -> PreTrainedModel:
@@ -392,13 +406,16 @@ def _load_cut(folder: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def _filled(design: _Design, state: dict[str, Tensor], ranges: Ranges | None) -> PreTrainedModel:
-    """The cut model with these weights, of which tied ones may stand there once."""
+    """The cut model with these weights, of which tied ones may stand there once, and computed ones be missing."""
     model = design.empty(buffers=True)
+    lacking = set(model.state_dict()) - set(state)
     for name, source in _tied(model).items():
         state.setdefault(name, state[source])
     with reading(design.folder, WEIGHTS):
+        state |= _computed(model, set(model.state_dict()) - set(state))
         model.load_state_dict(state, strict=True, assign=True)
-        model.tie_weights()
+        model.tie_weights(missing_keys=lacking, recompute_mapping=False)  # two that are stored apart stay apart
+    _take_generation(model, design.folder)
     _say(design.remarks)
     keep_saving(model, design.plan, ranges)
     return model.eval()
@@ -496,8 +513,31 @@ def _design_of(
 def _check_names(folder: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """ModelError unless `state` holds every name of the model in its shape, tied ones once, and nothing else."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = {name for name, source in _tied(model).items() if source in state}
-    _compare(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, tied, "config.json and plan.json")
+    may_lack = {name for name, source in _tied(model).items() if source in state}
+    may_lack |= {name for name in wanted if is_computed(model, name)}
+    _compare(
+        folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, may_lack, "config.json and plan.json"
+    )
+
+
+def _computed(model: PreTrainedModel, names: Set[str]) -> dict[str, Tensor]:
+    """Those tensors that a model computes itself, such as sinusoidal positions."""
+    found: dict[str, Tensor] = {}
+    for path in {name.rpartition(".")[0] for name in names}:
+        module = model.get_submodule(path).to_empty(device="cpu")
+        model._init_weights(module)
+        found |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    return found
+
+
+def _take_generation(model: PreTrainedModel, folder: Path) -> None:
+    """How a folder says that its model generates: the number of beams, the longest output."""
+    from transformers import GenerationConfig
+
+    file = inner_file(folder, GENERATION)
+    if file is not None and model.can_generate():
+        with reading(folder, GENERATION):
+            model.generation_config = GenerationConfig.from_dict(read_object(file))
 
 
 def _compare(
@@ -545,6 +585,7 @@ def load_dense(
         model: PreTrainedModel = type(dense.model).from_pretrained(
             None, config=dense.model.config, state_dict=state, dtype="float32", **dense.options
         )
+    _take_generation(model, folder)
     _say((*source.remarks, *dense.remarks))
     return model.eval()
 
@@ -595,7 +636,7 @@ def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str
         names |= {name: own for name, own in source.tops.items() if name in wanted}
     new = {name for name in wanted if fresh and (not name.startswith(parts.prefix) or ".pooler." in name)}
     have = {name: source.stored.tensors[own].shape for name, own in names.items()}
-    _compare(folder, have, wanted, new | set(_tied(model)), CONFIG)
+    _compare(folder, have, wanted, new | set(_tied(model)) | {name for name in wanted if is_computed(model, name)}, CONFIG)
     return _Dense(model, names, tuple(remarks), options)
 
 
@@ -615,7 +656,7 @@ def is_tuned(folder: Path, auto_class: str) -> bool:
         parts = parts_for(auto_class, base_type(raw))
         return source.tuned == purpose or (parts is not None and bool(source.tuned) and source.holds(parts))
     names = raw.get("architectures")
-    return isinstance(names, list) and any(str(name).endswith(f"For{purpose}") for name in names)
+    return isinstance(names, list) and any(purpose_of(str(name)) == purpose for name in names)
 
 
 def head_problems(folder: Path) -> list[str]:
@@ -688,7 +729,7 @@ def register_auto_classes() -> None:
         )
 
     suffixes = ("", *(f"For{purpose}" for purpose in ("SequenceClassification", "QuestionAnswering", "TokenClassification")))
-    suffixes += ("ForMaskedLM", "ForPreTraining")
+    suffixes += ("ForMaskedLM", "ForPreTraining", "ForSeq2SeqLM")
     for name in registry.names("families"):
         for kind in registry.find("families", name).model_types:
             base = type(transformers.AutoConfig.for_model(kind))
@@ -717,7 +758,7 @@ def _load_as(suffix: str, path: str | Path, options: Mapping[str, Any]) -> Any:
             name: value for name, value in config.to_dict().items() if value != told.get(name) and name not in _OF_THE_CALL
         }
     model: Any = load_folder(folder, changes)
-    if suffix and not type(model).__name__.endswith(suffix):
+    if suffix and purpose_of(type(model).__name__) != suffix.removeprefix("For"):
         raise ModelError(f"{path} holds a {type(model).__name__}, not one that ends in {suffix}.")
     cuts = cuts_of(model)
     if suffix == "" and cuts is not None:

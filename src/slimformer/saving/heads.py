@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PURPOSES = (  # of the heads that are looked for; of two that fit alike the first is taken
     "SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "PreTraining", "NextSentencePrediction",
-    "MultipleChoice",
+    "MultipleChoice", "Seq2SeqLM",
 )  # fmt: skip
 _OF_WORDS = ("MaskedLM", "PreTraining")  # one file may hold both heads, and names the class of one
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -45,7 +45,7 @@ _TAG = re.compile(r"[BILUES]-\w+")
 class Parts:
     """The names of a class's tensors: those of the encoder, without its prefix, and those of the head.
 
-    `per_label` names one that has a row for each label.
+    `per_label` names one that has a row for each label, `spare` those that weights may lack: they are tied, or computed.
     """
 
     cls: type[PreTrainedModel]
@@ -53,6 +53,7 @@ class Parts:
     body: frozenset[str]
     head: frozenset[str]
     per_label: str | None
+    spare: frozenset[str] = frozenset()
 
     @property
     def pooled(self) -> bool:
@@ -62,7 +63,7 @@ class Parts:
     @property
     def purpose(self) -> str:
         """ "SequenceClassification" and the like; "" for an encoder."""
-        return self.cls.__name__.partition("For")[2]
+        return purpose_of(self.cls.__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
     cls = class_named(stated, kind)
     parts = _parts_of(cls, kind) if cls is not None else None
     problem = ""
-    if parts is None or not (parts.head <= set(tops) if parts.head else not tops):
+    if parts is None or not (parts.head <= set(tops) if parts.head else set(tops) <= parts.spare):
         fitting = [other for other in _candidates(kind) if _fits(other, body, tops)]
         if fitting:
             own, better = parts, max(fitting, key=lambda other: _rank(other, raw))
@@ -181,6 +182,13 @@ def class_named(name: str | None, kind: str) -> type[PreTrainedModel] | None:
     return cls if getattr(cls.config_class, "model_type", None) == kind else None
 
 
+def purpose_of(class_name: str) -> str:
+    """ "SequenceClassification" and the like, as in the names of Auto classes; "" for an encoder."""
+    if class_name.endswith(("ForConditionalGeneration", "MTModel")):
+        return "Seq2SeqLM"
+    return class_name.partition("For")[2]
+
+
 # -- The classes of a model type -----------------------------------------------------------------------------------------------
 
 
@@ -235,9 +243,18 @@ def _read_parts(cls: type[PreTrainedModel], kind: str) -> Parts:
     base = model.base_model is model
     prefix = "" if base else f"{model.base_model_prefix}."
     body = frozenset(name.removeprefix(prefix) for name in state if name.startswith(prefix))
-    head = frozenset(name for name in state if not name.startswith(prefix) and name not in tied)
+    if base and purpose_of(cls.__name__):  # a T5 has its head beside the encoder
+        body &= encoder_of(kind).body
+    tops = frozenset(name for name in state if name.removeprefix(prefix) not in body)
+    spare = frozenset(name for name in tops if name in tied or is_computed(model, name))
+    head = tops - spare
     per_label = min((name for name in head if state[name].shape[0] == _LABELS and name.endswith("weight")), default=None)
-    return Parts(cls, prefix, body, head, per_label)
+    return Parts(cls, prefix, body, head, per_label, spare)
+
+
+def is_computed(model: PreTrainedModel, name: str) -> bool:
+    """Whether a class fills a tensor itself if weights lack it, such as sinusoidal positions."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
 def _tiny(make: Any, kind: str) -> PreTrainedModel:
@@ -330,7 +347,7 @@ def _divide(names: Mapping[str, str], encoder: Parts) -> tuple[dict[str, str], d
 def _fits(parts: Parts, body: Mapping[str, str], tops: Mapping[str, str]) -> bool:
     """Whether all tensors of the head are there, and a pooler if the class has one."""
     pooled = not parts.pooled or any(name.startswith("pooler.") for name in body)
-    return parts.head <= set(tops) and (pooled if parts.head else not tops)
+    return parts.head <= set(tops) and (pooled if parts.head else set(tops) <= parts.spare)
 
 
 def _rank(parts: Parts, raw: Mapping[str, Any]) -> tuple[bool, int, bool]:

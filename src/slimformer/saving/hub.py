@@ -16,9 +16,9 @@ from slimformer.saving.folders import model_folder
 
 HUB_MODEL = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+?)(@(?P<revision>[\w./-]+))?", re.ASCII)  # ./my-bert and ../my-bert are paths
 MODEL_FILES = (
-    "config.json", "model*.safetensors", "model.safetensors.index.json", "plan.json", "ranges.json",
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "plan.json", "ranges.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
+    "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "source.spm", "target.spm",
 )  # fmt: skip
 DOWNLOADED = (*MODEL_FILES, *(f"model/{name}" for name in MODEL_FILES), "adapter_config.json", "modules.json")
 

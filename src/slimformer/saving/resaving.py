@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PREFIX = "slimformer_"
 PLAN_FILE = "plan.json"
+GENERATION = "generation_config.json"
 _PUSHED = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 _SETTLED = ("_name_or_path", "_attn_implementation_internal", "_attn_implementation", "transformers_version")
 
@@ -37,11 +38,19 @@ def write_own_facts(model: PreTrainedModel, plan: Plan, folder: Path, ranges: Ra
     if ranges is not None:
         (folder / RANGES_FILE).write_text(ranges.to_json() + "\n", encoding="utf-8")
     _write_config(_base_config(model) | ours, folder)
+    _write_generation(model, folder)
 
 
 def write_base_config(model: PreTrainedModel, folder: Path) -> None:
     """Writes the config.json of the model as transformers knows it: the sizes are those before the cut."""
     _write_config(_base_config(model), folder)
+    _write_generation(model, folder)
+
+
+def _write_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Writes how an encoder-decoder generates."""
+    if model.can_generate() and model.generation_config is not None:
+        (folder / GENERATION).write_text(model.generation_config.to_json_string(), encoding="utf-8")
 
 
 def _base_config(model: PreTrainedModel) -> dict[str, Any]:

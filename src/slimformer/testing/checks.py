@@ -41,6 +41,7 @@ from slimformer.saving import checkpoint
 from slimformer.testing.tiny import batch, tiny
 
 TOLERANCE = 2e-5  # sums of float32 in another order differ by less
+UNDONE = 2e-4  # so far off may be a norm that is undone by the next one: the epsilon of the first is lost
 
 
 def check(name: str | None = None) -> Iterator[tuple[str, bool]]:
@@ -217,8 +218,10 @@ def unshrunk_is_the_same(family: type[Family]) -> None:
             }, "has other shapes than before the cut"
             inputs = batch(model)
             with torch.no_grad():
-                gap = float((wide(**inputs).logits - small(**inputs).logits).abs().max())
-            assert gap <= TOLERANCE, f"is off by {gap:.1e}"
+                expected = small(**inputs).logits
+                gap = float((wide(**inputs).logits - expected).abs().max())
+            allowed = UNDONE if anatomy.gone(plan) else TOLERANCE
+            assert gap <= allowed * (1 + float(expected.abs().max())), f"is off by {gap:.1e}"
 
 
 def _sublayers(anatomy: Anatomy, stack: Stack) -> list[str]:
@@ -235,7 +238,8 @@ def predicted_is_counted(family: type[Family]) -> None:
             assert abs(work.of(plan, anatomy) - again) <= 1e-9 * again, "MACs predicted and counted differ"
             counted = small.num_parameters()
             assert predicted.of(plan, anatomy) == counted, f"predicted {predicted.of(plan, anatomy)}, counted {counted}"
-            stored = sum(tensor.nbytes for tensor in small.state_dict().values())
+            buffers = dict(small.named_buffers())
+            stored = sum(tensor.nbytes for name, tensor in checkpoint.unshared(small).items() if name not in buffers)
             assert stored == 4 * counted, f"{stored} bytes for {counted} float32 parameters"
 
 
@@ -355,12 +359,12 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 class TinyTask:
-    """Two random classes: just enough of a task for a method to train on."""
+    """Random classes, or the next word of random texts: just enough of a task for a method to train on."""
 
     outputs = ("logits",)
 
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(output["logits"], batch["labels"])
+        return torch.nn.functional.cross_entropy(output["logits"].movedim(-1, 1), batch["labels"])
 
     def divergence(self, student: Any, teacher: Any, batch: Any, temperature: float) -> torch.Tensor:
         return (student["logits"] - teacher["logits"]).square().mean() * temperature**2
@@ -375,7 +379,11 @@ def tiny_context(model_type: str = "bert", unit: str = "macs") -> Context:
     def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
         for seed in range(min(8, max(1, count // 4))):
             inputs = batch(model, rows=4, seed=seed)
-            yield inputs | {"labels": torch.arange(4) % 3}
+            if "decoder_input_ids" in inputs:
+                blind = inputs["decoder_attention_mask"] == 0
+                yield inputs | {"labels": inputs["decoder_input_ids"].roll(-1, 1).masked_fill(blind, -100)}
+            else:
+                yield inputs | {"labels": torch.arange(4) % 3}
 
     return Context(
         subject=student,

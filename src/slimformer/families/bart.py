@@ -1,0 +1,20 @@
+"""BART: an encoder and a decoder, with the norm behind each sublayer, and learned positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+from slimformer.families._bart import encoder_decoder, tiny_sizes
+from slimformer.families.base import SETTLED_DECODING, Family, Skeleton
+
+
+@final
+class Bart(Family):
+    model_types: ClassVar[tuple[str, ...]] = ("bart",)
+    skeleton: ClassVar[Skeleton] = encoder_decoder(pre_norm=False, embedding_norm="layernorm_embedding")
+    settled: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SETTLED_DECODING, "normalize_before": (False,)}
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+
+    def tiny(self, model_type: str) -> dict[str, Any]:
+        return tiny_sizes()
