@@ -34,8 +34,9 @@ DRAWN = HOME / "again.json"
 
 def draw(seed: int, count: int) -> None:
     """Draws the runs, of all that can be run here, and keeps their names."""
-    rows = [run.folder for run in runs_of(HOME / METHODS) if TABLE not in run.folder.parts]
-    able = sorted({folder.as_posix() for folder in rows if "teacher" not in folder.as_posix() and _can_run(HOME / folder)})
+    folders = {run.folder for run in runs_of(HOME / METHODS)}
+    rows = [folder for folder in folders if not {TABLE, "teachers"} & set(folder.parts) and folder.name != "teacher"]
+    able = sorted(folder.as_posix() for folder in rows if _can_run(HOME / folder))
     names = sorted(random.Random(seed).sample(able, min(count, len(able))))
     write_text(DRAWN, json.dumps({"seed": seed, "of": len(able), "names": names}, indent=1) + "\n")
 
@@ -49,6 +50,7 @@ def _can_run(folder: Path) -> bool:
         recipe.model,
         *([recipe.teacher] if recipe.teacher else []),
         *(getattr(recipe.task, name) for name in recipe.task.paths),
+        *(str(file) for stage in recipe.stages for file in stage.files),
     ]
     return all(not isinstance(place, str) or Path(place).exists() for place in places)
 
@@ -103,5 +105,6 @@ if __name__ == "__main__":
     asked = choose(sys.argv[1:])
     if asked is not None:
         draw(**asked)
-        sys.exit(f"drawn: {DRAWN.name}. Now run `{COMMAND} --plan`.")
+        print(f"drawn: {DRAWN.name}. Now run `{COMMAND} --plan`.")
+        sys.exit(0)
     sys.exit(main(jobs(), lambda: None, sys.argv[1:]))

@@ -184,13 +184,18 @@ def factored(task: str, shapes: str, *, two_stages: bool = True) -> dict[str, tu
     return {f"kronecker-{shapes}": (start, on_text, on_task)}
 
 
+def contexts() -> list[list[str]]:
+    """The sentences of each of SQuAD's contexts, in order."""
+    articles = json.loads((ROOT / DATA / "squad" / "train-v1.1.json").read_text(encoding="utf-8"))["data"]
+    texts = [" ".join(part["context"].split()) for article in articles for part in article["paragraphs"]]
+    return [re.split(r"(?<=[.!?]) (?=[A-Z])", text) for text in texts]
+
+
 def sentences() -> None:
     """Writes the text without labels, if it does not exist: sentences of SQuAD's contexts, drawn over all of them."""
     if (ROOT / TEXT).is_file():
         return
-    articles = json.loads((ROOT / DATA / "squad" / "train-v1.1.json").read_text(encoding="utf-8"))["data"]
-    contexts = [" ".join(part["context"].split()) for article in articles for part in article["paragraphs"]]
-    found = [line for context in contexts for line in re.split(r"(?<=[.!?]) (?=[A-Z])", context) if len(line) > 20]
+    found = [line for context in contexts() for line in context if len(line) > 20]
     write_text(ROOT / TEXT, "".join(f"{line}\n" for line in found[:: max(1, len(found) // SENTENCES)][:SENTENCES]))
 
 

@@ -11,7 +11,6 @@ we make of the method (`-ours`), dense int8, and dense models of fewer layers. T
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -23,11 +22,10 @@ from statistics import fmean
 
 import again
 import structured
-from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, SENTENCES, STRONG, more_ids
+from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, SENTENCES, STRONG, contexts, more_ids
 from pages import Run, bullets, interval, row_times, table, wrapped
 from sweep import Job, main
 from work import (
-    DATA,
     DISTIL,
     ENCODERS,
     EXPORT,
@@ -149,9 +147,7 @@ def passages() -> None:
     """Writes text whose order counts, if it does not exist: sentences of SQuAD's contexts, a blank line after each context."""
     if (ROOT / PASSAGES).is_file():
         return
-    articles = json.loads((ROOT / DATA / "squad" / "train-v1.1.json").read_text(encoding="utf-8"))["data"]
-    contexts = [" ".join(part["context"].split()) for article in articles for part in article["paragraphs"]]
-    parts = [re.split(r"(?<=[.!?]) (?=[A-Z])", context) for context in contexts]
+    parts = contexts()
     every = -(-sum(map(len, parts)) // SENTENCES)
     write_text(ROOT / PASSAGES, "\n\n".join("\n".join(part) for part in parts[::every]) + "\n")
 
@@ -585,8 +581,8 @@ def _where(groups: Mapping[str, list[Run]]) -> list[str]:
     for name, some in groups.items():
         place, run_name = name.split("/", 1)
         record = plain_in(some[0])
-        shares = structured.thirds(record) if record and re.match("gates|movement|group_lasso", run_name) else None
-        if shares:
+        if record and structured.uneven(record) and re.match("gates|movement|group_lasso", run_name):
+            shares = structured.thirds(record)
             agrees = "yes" if shares[1] == max(shares) else "no"
             rows.append(
                 (

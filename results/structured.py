@@ -511,11 +511,7 @@ def _aims(found: dict[str, Run]) -> list[str]:
 def _cut(part: dict[str, Run]) -> dict[str, Record]:
     """The runs whose layers differ from each other, so that a picture is worth drawing."""
     ours = {name.split("/")[1]: run.ours for name, run in part.items()}
-    return {
-        name: record
-        for name, record in ours.items()
-        if record and len({(layer.heads, layer.neurons) for layer in record.layers}) > 1 and not name.startswith("layers")
-    }
+    return {name: record for name, record in ours.items() if record and uneven(record) and not name.startswith("layers")}
 
 
 def _panels(part: dict[str, Run]) -> list[tuple[str, list[tuple[str, int, int]]]]:
@@ -541,6 +537,11 @@ def _where(part: dict[str, Run]) -> list[str]:
         agrees = "yes" if shares[1] == max(shares) else "no"
         rows.append((name, *(f"{100 * share:.0f} %" for share in shares), agrees))
     return [*lines, *table(("run", "bottom", "middle", "top", "as the paper saw it"), rows)]
+
+
+def uneven(record: Record) -> bool:
+    """Whether some layers keep more than others: zeros inside matrices take no unit."""
+    return len({(layer.heads, layer.neurons) for layer in record.layers}) > 1
 
 
 def thirds(record: Record) -> tuple[float, float, float]:

@@ -524,10 +524,9 @@ class _Search:
             while small is not None:
                 mine, its = self._race(chosen, small)
                 if better(its, mine, self.wanted.max_loss):
-                    return self._delivered(small, chosen, mine, its), [
-                        *(rival for rival in rivals if rival is not small),
-                        self._loser(chosen),
-                    ]
+                    made = [chosen.made, *(rival.made for rival in rivals if rival.made is not None)]
+                    winner = self._delivered(small, mine, its).after(sum(each.effort.minutes for each in made))
+                    return winner, [*(rival for rival in rivals if rival is not small), self._loser(chosen)]
                 deeper = deeper_may_win(its, mine, layers, self.wanted.max_loss) and layers + 1 < self.outline.sizes.layers
                 if not deeper or tries >= self.diet.tries or not self._has_time():
                     break
@@ -553,16 +552,15 @@ class _Search:
         )
         return mine, its
 
-    def _delivered(self, small: Contestant, chosen: Candidate, mine: Trial, its: Trial) -> Candidate:
-        """The smaller dense model as a candidate, with the minutes of the whole search."""
+    def _delivered(self, small: Contestant, mine: Trial, its: Trial) -> Candidate:
+        """The smaller dense model as a candidate."""
         assert small.made is not None
         self.state.log.say(
             f"the smaller dense model has {abs(its.loss):.2f} points {lost_text(its.loss)} on validation examples at "
             f"{its.speed_32 / mine.speed_32:.2f} times the speed of the cut one: it is delivered, and the cut one stands beside it."
         )
-        minutes = chosen.made.effort.minutes + small.made.effort.minutes
         home, seconds = self.state.root / "dense", self.diet.trial_seconds
-        return candidate_of(small.made, small.stages, home, self.judge, self.state, seconds=seconds).after(minutes)
+        return candidate_of(small.made, small.stages, home, self.judge, self.state, seconds=seconds)
 
     def _loser(self, chosen: Candidate) -> Contestant:
         """The cut model as a rival."""
