@@ -138,6 +138,11 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     recipe = read_recipe(file)
     assert recipe.model == str(tmp_path / "bert")
     assert recipe.task.data == str(tmp_path / "data.tsv")
+    for name in ("a.en", "b.de"):
+        (tmp_path / name).write_text("one\n", encoding="utf-8")
+    file.write_text("model: bert\ntask: {use: translation, data: [a.en, b.de]}\nstages: []\n", encoding="utf-8")
+    task = read_recipe(file).task
+    assert (task.data, task.target_data) == (str(tmp_path / "a.en"), str(tmp_path / "b.de"))
 
 
 NINE_TO_THE_NINTH = b"a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + b"".join(

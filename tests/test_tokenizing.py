@@ -82,6 +82,9 @@ def test_a_tokenizer_that_cannot_be_converted_is_a_model_error(tmp_path: Path) -
         ({"model_type": "slimformer_bert", "max_position_embeddings": 102, "pad_token_id": 1}, {}, 102),
         ({"model_type": "bert", "max_position_embeddings": 4096}, {"model_max_length": 4096}, 512),
         ({}, {}, 512),
+        ({"model_type": "bart", "max_position_embeddings": 1024}, {}, 1024),
+        ({"model_type": "slimformer_marian", "max_position_embeddings": 600}, {"model_max_length": 512}, 512),
+        ({"model_type": "t5", "n_positions": 512}, {"model_max_length": 512}, 1_000_000),
     ],
 )
 def test_max_length_is_the_least_of_all_limits(tmp_path: Path, config: dict, tokenizer: dict, expected: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,38 @@ def test_costs_are_counted_on_the_tokens_of_each_side():
     assert curves["decoder.0.heads"][1] == 4 * 4 * 32 * 8 + 2 * 8 * (9 + 25) / 2
     assert curves["decoder.0.cross_heads"][1] == (2 * 4 + 2 * 7) * 32 * 8 + 2 * 8 * (12 + 50) / 2
     assert curves["decoder.0.neurons"][1] == 4 * 3 * 32
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_generated_token_costs_each_beam_and_the_source_is_read_once(beams):
+    model = tiny("t5")
+    model.generation_config.num_beams = beams
+    subject = subject_of(model)
+    assert subject.beams == beams
+    curves = cost.macs(subject.anatomy, np.array([4, 10]), np.array([3, 5]), subject.beams).curves
+    one_pass = cost.macs(subject.anatomy, np.array([4, 10]), np.array([3, 5])).curves
+    for name in ("encoder.0.heads", "encoder.0.neurons"):
+        assert np.array_equal(curves[name], one_pass[name])
+    matrix = 32 * 8  # width times the size of a head
+    asked = ((1 + 2 + 3) + (1 + 2 + 3 + 4 + 5)) / 2  # each token looks back at those before it, and at itself
+    assert curves["decoder.0.heads"][1] == beams * (4 * 4 * matrix + 2 * 8 * asked)
+    assert curves["decoder.0.cross_heads"][1] == 2 * 4 * beams * matrix + 2 * 7 * matrix + beams * 2 * 8 * (12 + 50) / 2
+    assert curves["decoder.0.neurons"][1] == beams * 4 * 3 * 32
+    assert subject_of(tiny("bert")).beams is None
+
+
+@pytest.mark.parametrize("model_type", SPEAKING)
+def test_what_generates_is_said_by_config_json_where_the_folder_is_old(model_type, tmp_path: Path, caplog):
+    tiny(model_type).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_beams": 6, "length_penalty": 2.0}), encoding="utf-8")
+    with caplog.at_level("INFO"):
+        models = (checkpoint.load(tmp_path), checkpoint.skeleton(tmp_path, "AutoModelForSeq2SeqLM"))
+    for model in models:
+        assert subject_of(model).beams == 6
+        assert model.generation_config.length_penalty == 2.0
+    assert "belong to no head" not in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["marian", "t5"])

@@ -1,5 +1,10 @@
 """The cost of a plan: parameters, MACs and units by arithmetic, milliseconds from a measured table.
 
+An encoder-decoder that generates reads a text once, and then says one token after the other, on each beam: so its encoder's
+MACs count once for each text, those of its decoder once for each token and beam, and the keys and values that the decoder takes
+from the encoder once for each text. The tokens are those of the task's own texts, the beams those of the model's
+generation_config.
+
 Every cost here is a fixed part plus one curve per unit site, its sublayer's cost at 0, 1, ... units; a search needs no
 more. The savings of another form of a matrix are counted on top, but never in milliseconds: those must be measured.
 Nothing is measured in this file: `latency` gets its table from its caller.
@@ -81,13 +86,29 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters)
 
 
-def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None) -> Cost:
+def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None, beams: int | None = None) -> Cost:
     """Multiply-accumulates of the layers for an average example of these `lengths` (tokens); embeddings and head left out.
 
-    `targets`: the tokens that a decoder reads, all in one pass as in training; by default as many as the encoder.
+    Args:
+        anatomy: The anatomy of the model.
+        lengths: Tokens of each text that is read: (examples,).
+        targets: Tokens of each text that is written; by default as many as are read.
+        beams: How many texts are written at once for each that is read. None: the decoder reads all tokens in one pass, as in
+            training. Otherwise it generates: each beam passes it once for each token, and looks back at those before it.
+
+    Returns:
+        The cost, whose curves are the sublayers'.
+
+    Example:
+        >>> from slimformer import anatomy_of
+        >>> from slimformer.testing.tiny import tiny
+        >>> one, five = (macs(anatomy_of(tiny("bart")), np.array([16]), np.array([16]), beams) for beams in (1, 5))
+        >>> [five.curves[name][-1] / one.curves[name][-1] for name in ("encoder.0.neurons", "decoder.0.neurons")]
+        [1.0, 5.0]
     """
     counts = {Tokens.SOURCE: lengths, Tokens.TARGET: lengths if targets is None else targets}
-    means = {tokens: float(np.mean(count)) for tokens, count in counts.items()}
+    times = {Tokens.SOURCE: 1, Tokens.TARGET: beams or 1}
+    means = {tokens: times[tokens] * float(np.mean(count)) for tokens, count in counts.items()}
     matrices = {f"{matrix.module}.weight": matrix for matrix in anatomy.matrices.values()}
 
     def work(matrix: Matrix) -> float:
@@ -99,8 +120,12 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         per_unit = sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
             asking, asked = (next(item.tokens for item in inside if item.role is role) for role in (Role.QUERY, Role.KEY))
-            pairs = float(np.mean(np.multiply(counts[asking], counts[asked], dtype=np.float64)))
-            per_unit += 2 * site.taps[0].unit * pairs  # scores, and their product with the values
+            if beams is not None and asking is asked is Tokens.TARGET:
+                pairs = np.multiply(counts[asking], counts[asked] + 1, dtype=np.float64) / 2  # the n-th token asks n
+            else:
+                pairs = np.multiply(counts[asking], counts[asked], dtype=np.float64)
+            # scores, and their product with the values
+            per_unit += 2 * site.taps[0].unit * times[asking] * float(np.mean(pairs))
         curve = per_unit * np.arange(site.size + 1)
         curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve

@@ -117,11 +117,11 @@ def prepare(task: Task, source: Path) -> Material:
     return Material(task, source, max_length, examples, features)
 
 
-def sampled_lengths(task: Task, source: Path) -> np.ndarray:
-    """Tokens of the rows that some of the training examples give, evenly spaced; encoding them all would take long."""
+def sampled_rows(task: Task, source: Path) -> Features:
+    """The rows that some of the training examples give, evenly spaced; encoding them all would take long."""
     examples = task.split(Split.TRAIN)
     some = examples[:: max(1, len(examples) // SAMPLE)]
-    return task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source))).lengths()
+    return task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source)))
 
 
 def spaced_rows(features: Features, limit: int) -> Features:

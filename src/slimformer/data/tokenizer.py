@@ -34,22 +34,25 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def max_length_of(folder: Path) -> int:
-    """Tokens a model in this folder can take, special ones included: at most 512."""
+    """Tokens a model in this folder can take, special ones included: an encoder at most 512.
+
+    An encoder-decoder takes as many as it has positions. A T5 has no end of them, and what its tokenizer says is how long the texts
+    of its pre-training were.
+    """
     from slimformer.families.base import find_family
 
     folder = Path(folder)
-    limits = [LONGEST]
-    said = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    if (limit := _count(said)) is not None:
-        limits.append(limit)
     config = read_json(folder / "config.json")
     base = str(config.get("model_type", "")).removeprefix("slimformer_")
     family = find_family(base)
     positions = (
         _count(config.get("max_position_embeddings")) if family is None else family.positions(config | {"model_type": base})
     )
-    if positions is not None:
-        limits.append(positions)
+    decodes = family is not None and family.decodes
+    if decodes and positions is None:
+        return _MOST_TOKENS
+    said = _count(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+    limits = [limit for limit in (None if decodes else LONGEST, said, positions) if limit is not None]
     if min(limits) < 1:
         raise ModelError(
             f"{folder} leaves room for {min(limits)} tokens.",

@@ -78,10 +78,15 @@ class Family(ABC):
         """The table for a model, if its config decides between two."""
         return self.skeleton
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its models have a decoder beside the encoder."""
+        return self.skeleton.decoder is not None
+
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Names of the model's inputs."""
         names = ("input_ids", "attention_mask")
-        return (*names, "decoder_input_ids", "decoder_attention_mask") if self.skeleton.decoder is not None else names
+        return (*names, "decoder_input_ids", "decoder_attention_mask") if self.decodes else names
 
     def width(self, config: Mapping[str, Any]) -> int | None:
         """The size of the hidden states; None if the config does not say."""
@@ -157,6 +162,13 @@ class Subject:
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next(self.model.parameters()).device
+
+    @property
+    def beams(self) -> int | None:
+        """How many texts the model writes at once by its generation_config; None if it has no decoder."""
+        if len(self.anatomy.stacks) == 1:
+            return None
+        return int(getattr(self.model.generation_config, "num_beams", None) or 1)
 
     def feed(self, batch: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
         """The columns of a batch that the model reads, as tensors on its device; labels and other columns are left out."""

@@ -28,7 +28,8 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` counts. `parameters` and `macs` are of the encoder, for one example of `length` tokens.
+    """What `inspect` counts. `parameters` and `macs` are of the layers, for one example of `length` tokens; one with a decoder then
+    writes as many, on `beams` (None: there is no decoder).
 
     `model_parameters` counts the whole model, `other_parameters` what no cut of heads or neurons can change.
     """
@@ -43,6 +44,7 @@ class Inspection:
     model_parameters: int
     sites_cut: int
     matrices_factored: int
+    beams: int | None = None
 
 
 def inspect(model: str | Path, length: int = 128) -> Inspection:
@@ -65,12 +67,13 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
         >>> [(layer.heads, layer.neurons) for layer in inspect("plain").layers]
         [(4, 24), (4, 24), (4, 24)]
     """
-    from slimformer.families.base import anatomy_of
+    from slimformer.families.base import subject_of
 
     folder = local_folder(model)
     loaded = checkpoint.load(folder)
-    anatomy, plan = anatomy_of(loaded), checkpoint.load_plan(folder)
-    parameters, macs = cost.parameters(loaded, anatomy), cost.macs(anatomy, np.array([length]))
+    subject, plan = subject_of(loaded), checkpoint.load_plan(folder)
+    anatomy = subject.anatomy
+    parameters, macs = cost.parameters(loaded, anatomy), cost.macs(anatomy, np.array([length]), beams=subject.beams)
 
     def layer(number: int, name: str) -> InspectedLayer:
         sites = [site for site in anatomy.sites.values() if site.layer == number and site.kind is not Kind.SUBLAYER]
@@ -93,6 +96,7 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
         model_parameters=loaded.num_parameters(),
         sites_cut=len(plan.keep),
         matrices_factored=len(plan.forms),
+        beams=subject.beams,
     )
 
 

@@ -76,7 +76,10 @@ def draw_inspection(found: Inspection) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    notes = [f"MACs of one example of {found.length} tokens. A plan names what it cuts: encoder.0.heads, encoder.0.ffn."]
+    written = "" if found.beams is None else f", and as many written on {found.beams} beam{'s' * (found.beams > 1)}"
+    notes = [
+        f"MACs of one example of {found.length} tokens{written}. A plan names what it cuts: encoder.0.heads, encoder.0.ffn."
+    ]
     if found.sites_cut:
         notes.append(f"{found.sites_cut} sites are cut already.")
     if found.matrices_factored:

@@ -113,7 +113,7 @@ def bench(
         refuse_pretraining(task, "bench")
         models = _models(folders, task, Path(scratch), max_length)
         examples = task.split(Split.DEV)
-        encoder = _Encoder(task, examples, max_length or _length_limit(models))
+        encoder = _Encoder(task, examples, max_length or _length_limit(models, task))
         entries = list(_entries(models, encoder, runtimes, threads or cores()))
         if not entries:
             raise ModelError(
@@ -375,12 +375,16 @@ def _fitted(task: Task, model: _Model) -> Task:
         ) from None
 
 
-def _length_limit(models: Sequence[_Model]) -> int:
-    """One length limit for all: what the first delivered folder was made with, but no more than any model can take."""
+def _length_limit(models: Sequence[_Model], task: Task) -> int:
+    """One length limit for all: what the first delivered folder was made with, but no more than any model can take.
+
+    A model that writes texts may take any number of tokens: then it is no more than the task says.
+    """
     recorded = [model.facts.max_length for model in models if model.facts is not None]
     if recorded and recorded[0] < 1:
         raise ModelError(
             f"slimformer.json says that texts have at most {recorded[0]} tokens.",
             help="copy the whole folder again, or say --max-length.",
         )
-    return min([*recorded[:1], *(max_length_of(model.folder) for model in models)])
+    said = [task.max_length] if task.stand_in else []
+    return min([*recorded[:1], *said, *(max_length_of(model.folder) for model in models)])

@@ -19,14 +19,14 @@ def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> d
     bundle, effort = made.bundle, made.effort
     model, anatomy = bundle.subject.model, bundle.subject.anatomy
     inside = anatomy.encoder_matrices()
-    lengths = bundle.material.features[Split.DEV].lengths()
+    rows = bundle.material.features[Split.DEV]
     weights = checkpoint.unshared(model)
     return {
         "params": model.num_parameters(),
         "encoder_params": sum(matrix.parameters for matrix in inside),
         "encoder_nonzero": sum(_nonzero(weights, matrix) for matrix in inside),
         "weights_bytes": size_bytes(weights, values, checkpoint.heads(model)),
-        "macs": round(cost.macs(anatomy, lengths).dense),
+        "macs": round(cost.macs(anatomy, rows.lengths(), rows.target_lengths(), bundle.subject.beams).dense),
         "layers": kept_layers(bundle.teacher.anatomy, bundle.plan),
         "minutes": round(effort.minutes, 2),
         "threads": effort.threads,

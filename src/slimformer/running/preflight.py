@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.core import cost
-from slimformer.data.material import check_text, sampled_lengths
+from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.tokenizer_files import OTHER_FORMS
 from slimformer.errors import ModelError, RecipeError, nearest, shown
@@ -200,7 +200,8 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     if first.cost == "parameters":
         counted = cost.parameters(subject.model, subject.anatomy)
     elif first.cost == "macs":
-        counted = cost.macs(subject.anatomy, sampled_lengths(task, source))
+        rows = sampled_rows(task, source)
+        counted = cost.macs(subject.anatomy, rows.lengths(), rows.target_lengths(), subject.beams)
     first.check(subject.anatomy, counted)
 
 

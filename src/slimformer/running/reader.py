@@ -284,6 +284,8 @@ class _Reader:
         for key in registry.find(kind, name).paths if kind == "tasks" else ():
             if isinstance(options.get(key), str):
                 options[key] = self.path(options[key])
+            elif isinstance(options.get(key), list):  # two parallel texts
+                options[key] = [self.path(item) if isinstance(item, str) else item for item in options[key]]
         return self.build(registry.find(kind, name), options, place)
 
     def build(self, cls: type[Any], options: Any, place: str) -> Any:

@@ -78,8 +78,12 @@ def small_dense(made: Made, stages: Sequence[Stage], count: int, run: Run) -> Co
 
 def equal_layers(bundle: Bundle) -> int:
     """How many whole layers of the teacher have about as many multiply-accumulates as the bundle's model; not all, if there are more."""
-    anatomy, lengths = bundle.teacher.anatomy, bundle.material.features[Split.TRAIN].lengths()
-    share = cost.macs(bundle.subject.anatomy, lengths).dense / cost.macs(anatomy, lengths).dense
+    anatomy, rows = bundle.teacher.anatomy, bundle.material.features[Split.TRAIN]
+    mine, whole = (
+        cost.macs(one, rows.lengths(), rows.target_lengths(), bundle.teacher.beams).dense
+        for one in (bundle.subject.anatomy, anatomy)
+    )
+    share = mine / whole
     total = len(anatomy.layers)
     return max(1, min(total - 1, round(share * total)))
 

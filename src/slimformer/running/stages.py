@@ -283,7 +283,8 @@ def cost_of(unit: str, subject: Subject, material: Material, run: Run) -> cost.C
     if unit == "parameters":
         return cost.parameters(subject.model, subject.anatomy)
     if unit == "macs":
-        return cost.macs(subject.anatomy, material.features[Split.TRAIN].lengths())
+        rows = material.features[Split.TRAIN]
+        return cost.macs(subject.anatomy, rows.lengths(), rows.target_lengths(), subject.beams)
     if unit == "latency":
         return latency_of(subject, material, run).cost
     raise RecipeError(f"there is no cost '{unit}'.", help="use macs, parameters or latency.")

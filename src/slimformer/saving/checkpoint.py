@@ -383,10 +383,13 @@ def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
     raw = read_config(folder)
     if _is_cut(raw):
         tuned = is_tuned(folder, auto_class)
-        return _design_of(folder, raw, weights_of(folder), None if tuned else auto_class).empty()
-    source = _source(folder, raw)
-    tuned = source.tuned == auto_class.removeprefix("AutoModelFor")
-    return _dense_skeleton(source, None if tuned else auto_class, {}).model
+        model = _design_of(folder, raw, weights_of(folder), None if tuned else auto_class).empty()
+    else:
+        source = _source(folder, raw)
+        tuned = source.tuned == auto_class.removeprefix("AutoModelFor")
+        model = _dense_skeleton(source, None if tuned else auto_class, {}).model
+    _take_generation(model, folder)
+    return model
 
 
 # -- Folders that we wrote -----------------------------------------------------------------------------------------------------
@@ -531,12 +534,16 @@ def _computed(model: PreTrainedModel, names: Set[str]) -> dict[str, Tensor]:
 
 
 def _take_generation(model: PreTrainedModel, folder: Path) -> None:
-    """How a folder says that its model generates: the number of beams, the longest output."""
+    """How a folder says that its model generates: the number of beams, the longest output; older ones say it in config.json."""
     from transformers import GenerationConfig
 
+    if not model.can_generate():
+        return
     file = inner_file(folder, GENERATION)
-    if file is not None and model.can_generate():
-        with reading(folder, GENERATION):
+    with reading(folder, CONFIG if file is None else GENERATION):
+        if file is None:
+            model.generation_config = GenerationConfig.from_model_config(dict(read_config(folder)))
+        else:
             model.generation_config = GenerationConfig.from_dict(read_object(file))
 
 

@@ -138,9 +138,8 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
             parts = encoder
     if cls is None and stated and raw.get("auto_map"):
         problem = f"config.json names {stated}, whose code came with the model (auto_map); such code is never run"
-    unread = (
-        sorted(name for name in tops if not any(name in other.head for other in (parts, *_candidates(kind)))) if tops else []
-    )
+    readers = (parts, *_candidates(kind)) if tops else ()
+    unread = sorted(name for name in tops if not any(name in other.head | other.spare for other in readers))
     if unread and not problem:
         remarks.append(
             f"{folder}: {len(unread)} tensors belong to no head of transformers and are not read, the first is {unread[0]}."

@@ -74,6 +74,14 @@ class Features:
 
         return np.fromiter((len(ids) for ids in self.columns["input_ids"]), dtype=np.int64, count=len(self))
 
+    def target_lengths(self) -> np.ndarray | None:
+        """Tokens of the text that each row is to give, its end included: (features,); None if none is to be written."""
+        import numpy as np
+
+        if "decoder_input_ids" not in self.columns:
+            return None
+        return np.fromiter((len(ids) for ids in self.columns["decoder_input_ids"]), dtype=np.int64, count=len(self))
+
 
 class Task(ABC):
     """Subclasses are frozen dataclasses. The abstract members are what every task must say; the rest has defaults that do nothing.

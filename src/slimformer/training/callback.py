@@ -32,7 +32,7 @@ from slimformer.methods.base import Context, Method, Progress, State, Step
 from slimformer.registry import name_of
 from slimformer.saving import checkpoint
 from slimformer.saving.tensors import tensors_of
-from slimformer.tasks.base import Task
+from slimformer.tasks.base import IGNORED, Task
 from slimformer.training import runstate
 from slimformer.training.devices import step_seed
 from slimformer.training.runstate import RunState
@@ -226,7 +226,7 @@ class SlimCallback(TrainerCallback):
         rows = _Rows(loader, subject, self.seed)
         unit = next((method.cost for method in self.methods if method.effects().chooses), "macs")
         if unit == "macs":
-            counted = cost.macs(subject.anatomy, rows.lengths())
+            counted = cost.macs(subject.anatomy, rows.lengths(), rows.target_lengths(), subject.beams)
         elif unit == "parameters":
             counted = cost.parameters(subject.model, subject.anatomy)
         else:
@@ -443,6 +443,12 @@ class _Rows:
         if not parts:
             raise RecipeError("the Trainer has no rows to train on.", help="give it a train_dataset.")
         return np.concatenate(parts)
+
+    def target_lengths(self) -> np.ndarray | None:
+        """Tokens of the texts that some rows are to give: (rows,); None if the model has no decoder."""
+        if self._subject.beams is None:
+            return None
+        return np.concatenate([(batch["labels"] != IGNORED).sum(1).cpu().numpy() for batch in self.batches(LENGTH_ROWS)])
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
