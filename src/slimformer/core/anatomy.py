@@ -2,7 +2,7 @@
 
 A family writes it: the *sites* whose units can go, each as a list of coupled tensor slices; the *matrices* and the form
 of each; the *points* where activations can be seen or quantized; the *stacks* of layers, one of an encoder, two of an
-encoder-decoder; the modules that compute attentions.
+encoder-decoder; the modules that compute attentions; the *vocabulary*, whose pieces have a row each in the word table.
 Nothing here touches a tensor: `shrink.py` cuts, `gating.py` masks, `points.py` reaches activations and `cost.py`
 counts, all from these tables.
 
@@ -26,6 +26,10 @@ class Kind(StrEnum):
     HEADS = "heads"
     NEURONS = "neurons"
     SUBLAYER = "sublayer"
+    PIECES = "pieces"  # of words: the rows of the word table
+
+
+VOCABULARY_SITE = "vocabulary"  # the site of the pieces
 
 
 class Role(StrEnum):
@@ -146,7 +150,7 @@ class Site:
     id: str  # "encoder.3.heads"
     kind: Kind
     size: int
-    layer: int  # its place among the layers of all stacks
+    layer: int  # its place among the layers of all stacks; -1 of the vocabulary, which lies in front of them
     slices: tuple[Slice, ...] = ()
     taps: tuple[Tap, ...] = ()
     counters: tuple[Counter, ...] = ()
@@ -261,6 +265,8 @@ class Anatomy:
         attentions: The module that computes each attention, by the id of its heads.
         hidden_size: The width of the hidden states.
         points: The places where an activation passes, by id.
+        vocabulary: The site of the word pieces. No gate masks them and no budget chooses among them, so it is not one of `sites`;
+            None if there are several vocabularies, or if the table is factored and so has no rows.
 
     Example:
         >>> from slimformer import Plan, anatomy_of
@@ -278,6 +284,12 @@ class Anatomy:
     attentions: Mapping[str, str]
     hidden_size: int
     points: Mapping[str, Point] = field(default_factory=dict)
+    vocabulary: Site | None = None
+
+    @property
+    def every_site(self) -> Mapping[str, Site]:
+        """All that a plan may name: the sites, and the vocabulary."""
+        return self.sites if self.vocabulary is None else {**self.sites, self.vocabulary.id: self.vocabulary}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -373,7 +385,12 @@ class Anatomy:
         }
         attentions = {name: module for name, module in self.attentions.items() if name in sites}
         points = separate_points((point for point in self.points.values() if point.sublayer not in gone), matrices.values())
-        return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points)
+        words, pieces = self.vocabulary, plan.keep.get(VOCABULARY_SITE)
+        if any(matrix.table and not matrix.dense for matrix in matrices.values()):
+            words = None  # a factored table has no rows
+        elif words is not None and pieces is not None:
+            words = replace(words, size=len(pieces))
+        return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points, vocabulary=words)
 
     def gone(self, plan: PlanLike) -> set[str]:
         """SUBLAYER sites that `plan` takes out whole.
@@ -434,7 +451,7 @@ class Anatomy:
             (8, 32)
         """
         shape = list(matrix.shape)
-        for site in self.sites.values():
+        for site in self.every_site.values():
             keep = plan.keep.get(site.id)
             if keep is None:
                 continue

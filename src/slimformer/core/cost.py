@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimformer.core.anatomy import Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 class Cost:
     """`curves[site][n]`: cost of the site's sublayer with n units; at 0 the sublayer is gone. `fixed`: all the rest.
 
-    `matrix` gives the cost of one matrix in its form; it is None if only a measurement could.
+    `matrix` gives the cost of one matrix in its form; it is None if only a measurement could. `piece`: what a piece of the vocabulary
+    costs, within the fixed part.
     """
 
     unit: str  # "parameters", "MACs", "ms", "heads", "neurons"
     fixed: float
     curves: Mapping[str, np.ndarray]  # site -> (size + 1,)
     matrix: Callable[[Matrix], float] | None = None
+    piece: float = 0.0
 
     def of(self, plan: Plan, anatomy: Anatomy) -> float:
         """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
@@ -46,6 +48,8 @@ class Cost:
             gone = sublayer is not None and plan.keep.get(sublayer) == ()
             units = 0 if gone else len(plan.keep[name]) if name in plan.keep else len(curve) - 1
             total += float(curve[units])
+        if anatomy.vocabulary is not None and VOCABULARY_SITE in plan.keep:
+            total -= self.piece * (anatomy.vocabulary.size - len(plan.keep[VOCABULARY_SITE]))
         return total - self._saved(plan, anatomy) if plan.forms else total
 
     def _saved(self, plan: Plan, anatomy: Anatomy) -> float:
@@ -83,7 +87,11 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
         curves[site.id] = curve.astype(np.float64)
         inside += total
     fixed = float(sum(shape.numel() for shape in shapes.values()) - inside)
-    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters)
+    words = anatomy.vocabulary
+    piece = (
+        0.0 if words is None else sum(shapes[item.param].numel() for item in words.slices if item.param in shapes) / words.size
+    )
+    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters, piece)
 
 
 def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None, beams: int | None = None) -> Cost:

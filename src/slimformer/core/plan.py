@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from slimformer.core.anatomy import Anatomy
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy
 from slimformer.core.form import DENSE, Form, form_from_data
 from slimformer.core.ranges import Ranges
 from slimformer.digests import digest
@@ -93,6 +93,19 @@ class Plan:
                 )
         return Plan(keep, {**self.forms, **later.forms})
 
+    def within_layers(self) -> Plan:
+        """This plan without what it says of the vocabulary: a saved config.json has the vocabulary as it was cut.
+
+        Returns:
+            The plan for the model that such a config describes.
+
+        Example:
+            >>> from slimformer import Plan
+            >>> Plan({"encoder.1.ffn": (), "vocabulary": (0, 2)}).within_layers() == Plan({"encoder.1.ffn": ()})
+            True
+        """
+        return Plan({site: units for site, units in self.keep.items() if site != VOCABULARY_SITE}, self.forms)
+
     def check(self, anatomy: Anatomy) -> None:
         """Raises an error unless the plan fits a model.
 
@@ -111,11 +124,11 @@ class Plan:
             >>> Plan({"encoder.0.heads": (1, 3)}).check(anatomy_of(tiny("bert")))
         """
         for name, units in self.keep.items():
-            site = anatomy.sites.get(name)
+            site = anatomy.every_site.get(name)
             if site is None:
                 raise PlanError(
                     f"the plan names the site '{name}', which this model does not have.",
-                    help=f"{nearest(name, anatomy.sites)}; `slimformer inspect` lists them.",
+                    help=f"{nearest(name, anatomy.every_site)}; `slimformer inspect` lists them.",
                 )
             wrong = [unit for unit in units if not 0 <= unit < site.size]
             if wrong:
@@ -129,6 +142,8 @@ class Plan:
                     f"site '{name}': kept units must rise and be distinct, got {' '.join(map(str, units))}.",
                     help="sort them and drop the doubles.",
                 )
+            if not units and name == VOCABULARY_SITE:
+                raise PlanError("the plan keeps no piece of the vocabulary.", help="keep those that the texts need.")
             if not units and site.sublayer is not None and self.keep.get(site.sublayer) != ():
                 raise PlanError(
                     f"site '{name}' keeps nothing, yet its sublayer '{site.sublayer}' stays.",

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Matrix, PointRole, Site
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Matrix, PointRole, Site
 from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
 from slimformer.core.standing import stand_in, take_part
+from slimformer.core.token_ids import renumber
 from slimformer.errors import PlanError
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
         for name, scale in decision.scales.items():
             _fold(small, anatomy, _site(anatomy, name), scale)
         for name, keep in decision.plan.keep.items():
-            if anatomy.sites[name].sublayer not in gone:
+            if name == VOCABULARY_SITE:
+                _cut_pieces(small, anatomy.every_site[name], keep)
+            elif anatomy.sites[name].sublayer not in gone:
                 _cut(small, anatomy.sites[name], keep)
         for matrix, form in forms.items():
             _put(small, matrix.module, form, factors)
@@ -186,6 +189,30 @@ def _cut(model: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
         setattr(model.get_submodule(counter.module), counter.attribute, len(keep) * counter.per_unit)
 
 
+def _cut_pieces(model: PreTrainedModel, site: Site, keep: tuple[int, ...]) -> None:
+    """Leaves the rows `keep` of the word table, and of all that is tied to it or has an entry for each piece."""
+    if len(keep) == site.size:
+        return
+    renumber(model, keep)
+    cut: dict[int, Tensor] = {}  # the old tensor's id -> the new one: tied ones stay one
+    for piece in site.slices:
+        path, _, name = piece.param.rpartition(".")
+        module: Any = model.get_submodule(path)
+        old = getattr(module, name)
+        if any(old is new for new in cut.values()):
+            continue  # another name of the same module
+        if id(old) not in cut:
+            rows = old.index_select(piece.dim, torch.tensor(keep, dtype=torch.long, device=old.device))
+            cut[id(old)] = nn.Parameter(rows, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else rows
+        setattr(module, name, cut[id(old)])
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = len(keep)
+            if module.padding_idx is not None:
+                module.padding_idx = keep.index(module.padding_idx) if module.padding_idx in keep else None
+        elif isinstance(module, nn.Linear) and name == "weight":
+            module.out_features = len(keep)
+
+
 # -- Back to dense shapes ------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +223,8 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     norm in front of it: that one stops scaling, and hands its weights on.
 
     `dense` is a model of the same class, on any device or the meta device; its weights are replaced. `anatomy` is that of `dense`,
-    and `plan` what was cut of it. Raises PlanError if they do not fit together, or if a norm in front has another width.
+    and `plan` what was cut of it; its vocabulary is that of `small`. Raises PlanError if they do not fit together, or if a norm in
+    front has another width.
 
     >>> import torch
     >>> from slimformer import Plan, anatomy_of, shrink
@@ -210,6 +238,7 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     >>> torch.allclose(wide(**inputs).logits, small(**inputs).logits, atol=1e-5)
     True
     """
+    plan = plan.within_layers()
     plan.check(anatomy)
     have, gone = small.state_dict(), anatomy.gone(plan)
     for name in plan.forms:

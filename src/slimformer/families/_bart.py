@@ -21,6 +21,7 @@ def encoder_decoder(*, pre_norm: bool, embedding_norm: str | None, norm: str | N
         head=("classification_head.dense",),
         last=("lm_head", "classification_head.out_proj", "qa_outputs"),
         decoder=StackTable(**decoder),
+        pieces=("final_logits_bias",),
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from slimformer.core.anatomy import (
     ATTENTION_ROLES,
+    VOCABULARY_SITE,
     Anatomy,
     Counter,
     Kind,
@@ -49,6 +50,7 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
         attentions=built.attentions,
         hidden_size=built.hidden_size,
         points=separate_points(built.points, built.matrices),
+        vocabulary=built.vocabulary(),
     )
 
 
@@ -139,6 +141,23 @@ class _Built:
         return Matrix(name, path, shape_of(module), role, sublayer, form_of(module), tied, decoder, tokens)
 
     # -- Sites ---------------------------------------------------------------------------------------------------------
+
+    def vocabulary(self) -> Site | None:
+        """The pieces: rows of the one word table, of the Linear that gives words, and of all that is tied to either."""
+        tables = [matrix for matrix in self.matrices if matrix.table]
+        if len(tables) != 1 or not tables[0].dense:
+            return None
+        size, state = tables[0].shape[0], self.model.state_dict()
+        last = self.model.get_output_embeddings()
+        owners = [tables[0].module, *(name for name, module in self.modules.items() if module is last)]
+        names = [f"{owner}.{part}" for owner in owners for part in ("weight", "bias")] + list(self.skeleton.pieces)
+        ties = self.model.all_tied_weights_keys or {}
+        names += [name for pair in ties.items() if set(pair) & set(names) for name in pair]
+        own = self.skeleton.pieces  # their last axis counts, of all others the first
+        slices = [Slice(name, state[name].ndim - 1 if name in own else 0) for name in dict.fromkeys(names) if name in state]
+        if any(state[piece.param].shape[piece.dim] != size for piece in slices):
+            return None
+        return Site(VOCABULARY_SITE, Kind.PIECES, size, layer=-1, slices=tuple(slices))
 
     def sublayer(self, name: str, block: Block, out: str) -> Site:
         """A whole block: one unit; gate 0 leaves what enters its `start`."""

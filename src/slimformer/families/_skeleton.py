@@ -87,7 +87,8 @@ class Skeleton(StackTable):
 
     `head_dim`: the name of the size of a head in the config; without it, heads share the hidden size. `inner`: Linears outside
     the layers and heads. `head`: Linears of heads, by full name, in front of the `last`, which give the outputs. Models need not
-    have all.
+    have all. `pieces`: other tensors, by full name, whose last axis has an entry for each word piece; the word table and the Linear
+    that gives words are known without.
     """
 
     hidden_size: str = "hidden_size"  # its name in the config
@@ -96,3 +97,4 @@ class Skeleton(StackTable):
     head: tuple[str, ...] = ()
     last: tuple[str, ...] = ("classifier", "qa_outputs")
     decoder: StackTable | None = None
+    pieces: tuple[str, ...] = ()

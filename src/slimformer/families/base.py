@@ -96,6 +96,10 @@ class Family(ABC):
         """The largest number of tokens that the model has positions for; None if the config does not say."""
         return _whole(config.get("max_position_embeddings"))
 
+    def settled_pieces(self, config: Mapping[str, Any]) -> int:
+        """So many of the first token ids must keep their numbers when the vocabulary is cut: positions may be counted from one."""
+        return 0
+
     @abstractmethod
     def tiny(self, model_type: str) -> dict[str, Any]:
         """Config options for a model of a few thousand parameters, four heads or more and three layers: the checks run

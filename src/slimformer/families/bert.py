@@ -46,6 +46,7 @@ class Bert(Family):
         inner=("embeddings_project", "pooler.dense"),
         head=("classifier.dense",),
         last=("classifier", "classifier.out_proj", "qa_outputs"),
+        pieces=("cls.predictions.bias", "lm_head.bias"),
     )
 
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
@@ -58,6 +59,10 @@ class Bert(Family):
             return size
         pad = config.get("pad_token_id")
         return size - 1 - (pad if isinstance(pad, int) else 1)
+
+    def settled_pieces(self, config: Mapping[str, Any]) -> int:
+        pad = config.get("pad_token_id")
+        return pad + 1 if config["model_type"] in OFFSET and isinstance(pad, int) else 0
 
     def tiny(self, model_type: str) -> dict[str, Any]:
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 24}

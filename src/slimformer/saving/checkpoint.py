@@ -441,7 +441,7 @@ class _Design:
         whole = empty_model(self.cls, self.config, self.folder, buffers=buffers)
         try:
             with reading(self.folder, PLAN_FILE):
-                return shrink(whole, anatomy_of(whole), self.plan)
+                return shrink(whole, anatomy_of(whole), self.plan.within_layers())
         except PlanError as error:
             raise ModelError(f"{self.folder}: plan.json does not fit config.json: {error.what}", help=error.help) from None
 

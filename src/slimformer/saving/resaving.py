@@ -147,7 +147,7 @@ def _check_shapes(model: PreTrainedModel, plan: Plan) -> None:
     empty = empty_model(type(model), model.config, Path(CONFIG))
     try:
         with reading(Path(), CONFIG):
-            wanted = shrink(empty, anatomy_of(empty), plan).state_dict()
+            wanted = shrink(empty, anatomy_of(empty), plan.within_layers()).state_dict()
     except PlanError as error:
         wanted, why = {}, error.what
     else:

@@ -26,6 +26,7 @@ from slimformer.core import cost
 from slimformer.core.anatomy import Anatomy, Kind, Matrix, PointRole, Stack
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
+from slimformer.core.token_ids import named_ids
 from slimformer.errors import PlanError, SlimformerError
 from slimformer.exporters.base import Exporter, FileKind, Variant
 from slimformer.families.base import Family, Subject, anatomy_of, subject_of
@@ -88,6 +89,7 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             unshrunk_is_the_same,
             predicted_is_counted,
             slices_fit,
+            vocabulary_is_cut,
             points_are_reached,
             config_is_read,
         ),
@@ -264,6 +266,42 @@ def slices_fit(family: type[Family]) -> None:
         embeddings = [stack.embedding for stack in anatomy.stacks if stack.embedding is not None]
         for name in (*anatomy.layers, *embeddings, *anatomy.attentions.values()):
             model.get_submodule(name)
+
+
+def vocabulary_is_cut(family: type[Family]) -> None:
+    """texts whose pieces stay get the same answers from a cut vocabulary, in a model that is cut elsewhere too, saved and loaded."""
+    generator = np.random.default_rng(2)
+    for model, anatomy, plans in _each(family, plans=1):
+        if anatomy.vocabulary is None:
+            continue  # a model may have several vocabularies
+        before, inputs = shrink(model, anatomy, plans[0]), batch(model)
+        ids = [name for name in inputs if name.endswith("input_ids")]
+        needed = {int(piece) for name in ids for piece in inputs[name].flatten()} | set(named_ids(model))
+        needed |= set(range(family().settled_pieces(model.config.to_dict())))
+        keep = sorted(needed | {int(piece) for piece in generator.integers(0, anatomy.vocabulary.size, 20)})
+        later = Plan({anatomy.vocabulary.id: tuple(keep)})
+        plan = plans[0].then(later)
+        cut = shrink(model, anatomy, plan)
+        assert_equal(cut, shrink(before, anatomy_of(before), later))
+        assert anatomy_of(cut) == anatomy.after(plan), "the anatomy after a cut of the vocabulary is another"
+        predicted = cost.parameters(model, anatomy).of(plan, anatomy)
+        assert predicted == cut.num_parameters(), f"predicted {predicted}, counted {cut.num_parameters()}"
+        place = {old: new for new, old in enumerate(keep)}
+        moved = {name: inputs[name].clone().apply_(place.__getitem__) if name in ids else inputs[name] for name in inputs}
+        with tempfile.TemporaryDirectory() as name, torch.no_grad():
+            checkpoint.save(cut, plan, Path(name) / "model", tokenizer_from=Path(name))
+            loaded = checkpoint.load(Path(name) / "model")
+            assert_equal(cut, loaded)
+            expected, answers = before(**inputs).logits, loaded(**moved).logits
+        if expected.shape[-1] == anatomy.vocabulary.size:
+            assert torch.allclose(answers, expected[..., keep], rtol=0, atol=TOLERANCE), (
+                "the scores of the pieces that stay differ"
+            )
+        else:
+            assert torch.equal(answers, expected), "a text whose pieces all stay gets another answer"
+        assert [place[old] for old in named_ids(model)] == list(named_ids(loaded)), (
+            "the ids that the config names do not follow"
+        )
 
 
 def points_are_reached(family: type[Family]) -> None:
