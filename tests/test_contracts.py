@@ -7,7 +7,7 @@ import pytest
 from slimformer import registry
 from slimformer.testing.checks import checks_of
 
-SLOW = {"is_exported", "writes_what_the_model_computes", "runs_what_is_written"}  # they trace models
+SLOW = {"is_exported", "writes_what_the_model_computes", "runs_what_is_written", "works_on_decoders"}  # they take seconds
 CASES = [
     pytest.param(kind, name, check, marks=pytest.mark.slow if check.__name__ in SLOW else ())
     for kind in registry.KINDS

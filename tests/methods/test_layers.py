@@ -11,6 +11,7 @@ from tiny import batch, tiny
 from toy_task import with_model
 
 from slimformer.core import cost
+from slimformer.core.anatomy import Kind
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
@@ -47,6 +48,24 @@ def test_which_layers_stay(which, count, total, stay):
 def test_as_many_layers_stay_as_fit(which, gone):
     plan = Layers(keep=0.67, which=which).decide(State(), tiny_context()).plan
     assert plan.keep == {f"encoder.{gone}.attention": (), f"encoder.{gone}.ffn": ()}
+
+
+@pytest.mark.parametrize("which", ["bottom", "chosen"])
+def test_a_decoder_may_lose_its_layers_first(which):
+    context = tiny_context("marian")
+    sublayers = {site.id for site in context.anatomy.of_kind(Kind.SUBLAYER)}
+
+    def left(plan):
+        return sorted({name.rpartition(".")[0] for name in sublayers - set(plan.keep)})
+
+    deep = Layers(keep=0.7, which=which, first="decoder").decide(State(), context).plan
+    assert [name for name in left(deep) if name.startswith("encoder")] == ["encoder.0", "encoder.1", "encoder.2"]
+    assert 0 < len(left(deep)) - 3 < 3
+    flat = Layers(keep=0.35, which=which, first="decoder").decide(State(), context).plan
+    assert sum(name.startswith("decoder") for name in left(flat)) == 1
+    assert 1 <= sum(name.startswith("encoder") for name in left(flat)) < 3
+    for plan, keep in ((deep, 0.7), (flat, 0.35)):
+        assert context.cost.of(plan, context.anatomy) <= keep * context.cost.dense
 
 
 @pytest.mark.parametrize("which", ["even", "chosen"])

@@ -1,14 +1,16 @@
 """Drop whole layers: the smaller dense model that every pruning has to beat.
 
 Paper: Sanh, Debut, Chaumond, Wolf: DistilBERT (2019), which starts from every second layer; Sajjad, Dalvi, Durrani, Nakov: On
-the Effect of Dropping Layers of Pre-trained Transformer Models (2020), which compares which layers to drop.
+the Effect of Dropping Layers of Pre-trained Transformer Models (2020), which compares which layers to drop. Kasai, Pappas, Peng,
+Cross, Smith: Deep Encoder, Shallow Decoder (ICLR 2021), for models that write: a decoder of one layer.
 
 Idea: As many whole layers stay as fit the budget: spaced evenly, from one end, or those that the loss needs most.
 
 Differs: Sajjad et al. drop layers of the pre-trained model and tune what is left; here a tuned model loses them. In their
 contribution-based way a layer counts for little if its output resembles its input, by their cosine, and all are looked at once.
 "chosen" asks the task instead: what is the loss without a layer, asked anew after each that went. Of their two alternating ways
-ours drops the last layer, and once half are gone it goes on among the rest.
+ours drops the last layer, and once half are gone it goes on among the rest. Kasai et al. train a deep encoder and a shallow
+decoder from scratch; here a tuned model loses its decoder's layers first.
 
 Choose when: plain dense layers of one width matter more than quality. Its own use is as the smaller dense model of every
 comparison, distilled with the same budget.
@@ -52,6 +54,9 @@ class Layers(Method):
     - "chosen": greedily, one after another the layer goes without which the mean loss of the task on `examples` training examples
       is least, those before it being gone. Without labels it is the divergence from the uncut model's own outputs.
 
+    `first`: the side of an encoder-decoder that loses its layers. With "both" each loses its share; with "decoder" the encoder stays
+    whole until one layer of the decoder is left, because a decoder is passed once for each token that is written and each beam.
+
     Example:
         >>> from slimformer import Calibrate
         >>> Calibrate(Layers(keep=0.5, which="bottom")).method.effects().cuts
@@ -61,6 +66,7 @@ class Layers(Method):
     keep: Share = 0.5
     cost: Literal["macs", "parameters", "latency"] = "macs"
     which: Literal["even", "bottom", "top", "alternate", "symmetric", "chosen"] = "even"
+    first: Literal["both", "decoder"] = "both"
     examples: Count = 512  # training examples that "chosen" looks at; the other ways look at none
 
     def effects(self) -> Effects:
@@ -73,7 +79,8 @@ class Layers(Method):
 
     def decide(self, state: State, context: Context) -> Decision:
         stacks = layers_of(context.anatomy)
-        sets = one_by_one(context, stacks, self.examples) if self.which == "chosen" else self._sets(stacks)
+        decoder = self.first == "decoder"
+        sets = one_by_one(context, stacks, self.examples, decoder) if self.which == "chosen" else self._sets(stacks)
         return Decision(self.choose(context.anatomy, context.cost, sets))
 
     def choose(self, anatomy: Anatomy, cost: Cost, sets: Iterable[Sequence[int]]) -> Plan:
@@ -90,10 +97,8 @@ class Layers(Method):
         raise TargetError(f"even one layer costs {share} of the dense {cost.unit}.", help=f"ask to keep {share} or more.")
 
     def _sets(self, stacks: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The layers that stay, ever fewer, by a way that looks at no data; each stack loses its share, and keeps one."""
-        most = max(map(len, stacks), default=0)
-        for count in range(most, 0, -1):
-            left = [max(1, round(count * len(layers) / most)) for layers in stacks]
+        """The layers that stay, ever fewer, by a way that looks at no data; each stack keeps one."""
+        for left in depths([len(layers) for layers in stacks], decoder_first=self.first == "decoder"):
             ways = [WAYS[self.which](many, len(layers)) for many, layers in zip(left, stacks, strict=True)]
             yield [layers[place] for layers, way in zip(stacks, ways, strict=True) for place in way]
 
@@ -106,6 +111,21 @@ def layers_of(anatomy: Anatomy) -> list[list[int]]:
     alive = sorted({site.layer for site in anatomy.of_kind(Kind.SUBLAYER)})
     stacks = [[layer for layer in alive if anatomy.stack_of(layer) is stack] for stack in anatomy.stacks]
     return [layers for layers in stacks if layers]
+
+
+def depths(whole: Sequence[int], *, decoder_first: bool) -> list[list[int]]:
+    """The layers of each stack from all of them down to one each: in step with one another, or the last stack first.
+
+    >>> depths([6, 3], decoder_first=False)
+    [[6, 3], [5, 2], [4, 2], [3, 2], [2, 1], [1, 1]]
+    >>> depths([2, 3], decoder_first=True)
+    [[2, 3], [2, 2], [2, 1], [1, 1]]
+    """
+    most = max(whole, default=0)
+    if not decoder_first or len(whole) < 2:
+        return [[max(1, round(count * layers / most)) for layers in whole] for count in range(most, 0, -1)]
+    *before, last = whole
+    return [[*before, count] for count in range(last, 0, -1)] + [[*left, 1] for left in depths(before, decoder_first=False)[1:]]
 
 
 def evenly(count: int, total: int) -> list[int]:
@@ -149,10 +169,12 @@ WAYS: Mapping[str, Callable[[int, int], list[int]]] = {
 }
 
 
-def one_by_one(context: Context, stacks: Sequence[Sequence[int]], examples: int) -> Iterator[list[int]]:
+def one_by_one(
+    context: Context, stacks: Sequence[Sequence[int]], examples: int, decoder_first: bool = False
+) -> Iterator[list[int]]:
     """All layers, then ever one less: each time the one goes that `losses_without` misses least, of equal ones the highest.
 
-    The last one of a stack stays.
+    The last one of a stack stays; with `decoder_first` all others of the last stack go before those of any other.
     """
     layers = [layer for stack in stacks for layer in stack]
     stay = list(layers)
@@ -161,6 +183,8 @@ def one_by_one(context: Context, stacks: Sequence[Sequence[int]], examples: int)
     answers = None if all("labels" in batch for batch in batches) else _answers(context, batches)
     while len(stay) > len(stacks):
         mates = [[layer for layer in stack if layer in stay] for stack in stacks]
+        if decoder_first and len(mates[-1]) > 1:
+            mates = mates[-1:]
         free = [layer for left in mates if len(left) > 1 for layer in left]
         losses = losses_without(context, free, sorted({*layers} - {*stay}), batches, answers)
         least = min(free, key=lambda layer: (losses[layer], -layer))

@@ -93,6 +93,7 @@ class Movement(Method):
     lambda_final: NotNegative = 10.0  # weight of the penalty at the end, the paper's 5 to 30: more closes more blocks
     lambda_attention: NotNegative = 1.0  # factor of the penalty on attention; the paper's Struct has 1/32
     lambda_ffn: NotNegative = 1.0  # factor of the penalty on the FFN
+    lambda_decoder: NotNegative = 1.0  # factor of both in a decoder; the paper's BART has 2; with `keep` it moves scores alone
     threshold: Probability = 0.1  # of sigmoid(score) at the end, below which a block goes; not used with a budget
     score_lr: Positive = 0.01  # learning rate of the scores
     warmup: Fraction = 0.08  # share of the steps before the ramp: MNLI's; SQuAD has 0.05
@@ -133,15 +134,18 @@ class Movement(Method):
         return _State(self._scores(context), context, self.score_lr)
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
-        """lambda(t) times the weighted mean over attention and FFN of the mean sigmoid(score) in each group."""
+        """lambda(t) times the weighted mean over attention and FFN, those of a decoder apart, of the mean sigmoid(score)."""
         now = self.lambda_final * cubic_ramp(step.progress, self.warmup, self.cooldown)
-        parts: dict[str, list[Tensor]] = {}
+        parts: dict[tuple[str, bool], list[Tensor]] = {}
         for scores in cast(_State, state).each():
             parts.setdefault(scores.part, []).append(torch.sigmoid(scores.value).mean())
         if now == 0 or not parts:
             return None
         weights = {"attention": self.lambda_attention, "ffn": self.lambda_ffn}
-        terms = [weights[part] * torch.stack(means).mean() for part, means in parts.items()]
+        terms = [
+            weights[part] * (self.lambda_decoder if decodes else 1.0) * torch.stack(means).mean()
+            for (part, decodes), means in parts.items()
+        ]
         return now * torch.stack(terms).mean()
 
     def advance(self, state: State, progress: Progress) -> None:
@@ -234,7 +238,7 @@ class Movement(Method):
         found = []
         for matrix, grid in self._grids(context.anatomy):
             bias = f"{matrix.module}.bias"
-            part = "attention" if matrix.role in ATTENTION_ROLES else "ffn"
+            part = ("attention" if matrix.role in ATTENTION_ROLES else "ffn", _decodes(context.anatomy, matrix.sublayer))
             biases = [(bias, _any_in_row)] if bias in parameters else []
             found.append(_Scores(grid, part, [(f"{matrix.module}.weight", _as_it_is)], biases, 1))
         for site in context.anatomy.of_kind(Kind.NEURONS) if self.variant != "block" else ():
@@ -247,7 +251,8 @@ class Movement(Method):
                     weights.append((piece.param, partial(_as_rows, piece.parts)))
                 else:
                     biases.append((piece.param, partial(_in_parts, piece.parts)))
-            found.append(_Scores((site.size,), "ffn", weights, biases, self.neuron_multiple))
+            part = ("ffn", _decodes(context.anatomy, site.sublayer))
+            found.append(_Scores((site.size,), part, weights, biases, self.neuron_multiple))
         return found
 
     def _can_cross(self, progress: Progress) -> None:
@@ -336,10 +341,13 @@ class _State(State):
 
 
 class _Scores(nn.Module):
-    """Scores of a matrix's blocks or of an FFN's neurons, which of them are open, and the parameters they mask."""
+    """Scores of a matrix's blocks or of an FFN's neurons, which of them are open, and the parameters they mask.
+
+    `part`: "attention" or "ffn", and whether it is a decoder's.
+    """
 
     def __init__(
-        self, shape: Sequence[int], part: str, weights: Sequence[Cover], biases: Sequence[Cover], multiple: int
+        self, shape: Sequence[int], part: tuple[str, bool], weights: Sequence[Cover], biases: Sequence[Cover], multiple: int
     ) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.zeros(*shape))
@@ -430,6 +438,11 @@ def _together(value: Tensor, multiple: int) -> Tensor:
     result = torch.empty_like(value)
     result[order] = value[order[::multiple]].repeat_interleave(multiple)[: len(value)]
     return result
+
+
+def _decodes(anatomy: Anatomy, sublayer: str | None) -> bool:
+    """Whether a sublayer is a decoder's."""
+    return sublayer is not None and anatomy.stack_of(anatomy.sites[sublayer].layer) is not anatomy.stacks[0]
 
 
 def _as_it_is(value: Tensor) -> Tensor:

@@ -93,7 +93,15 @@ def checks_of(kind: str) -> tuple[Callable[[Any], None], ...]:
             points_are_reached,
             config_is_read,
         ),
-        "methods": (is_frozen, round_trips, checks_its_options, attaches_neutrally, leaves_no_trace, decides_what_fits),
+        "methods": (
+            is_frozen,
+            round_trips,
+            checks_its_options,
+            attaches_neutrally,
+            leaves_no_trace,
+            decides_what_fits,
+            works_on_decoders,
+        ),
         "forms": (
             is_frozen,
             comes_back_from_a_plan,
@@ -408,14 +416,14 @@ class TinyTask:
         return (student["logits"] - teacher["logits"]).square().mean() * temperature**2
 
 
-def tiny_context(model_type: str = "bert", unit: str = "macs") -> Context:
-    """A context around a tiny model, for any method."""
+def tiny_context(model_type: str = "bert", unit: str = "macs", most: int = 8) -> Context:
+    """A context around a tiny model, for any method, with at most so many batches."""
     student, teacher = subject_of(tiny(model_type)), subject_of(tiny(model_type))
     model, anatomy = student.model, student.anatomy
     counted = cost.parameters(model, anatomy) if unit == "parameters" else cost.macs(anatomy, np.array([7]))
 
     def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
-        for seed in range(min(8, max(1, count // 4))):
+        for seed in range(min(most, max(1, count // 4))):
             inputs = batch(model, rows=4, seed=seed)
             if "decoder_input_ids" in inputs:
                 blind = inputs["decoder_attention_mask"] == 0
@@ -496,10 +504,23 @@ def leaves_no_trace(cls: type[Method]) -> None:
 
 def decides_what_fits(cls: type[Method]) -> None:
     """decides a plan that fits, within its budget, and the shrunk model runs."""
-    method = cls()
+    _decides(cls(), "bert")
+
+
+def works_on_decoders(cls: type[Method]) -> None:
+    """does the same on an encoder-decoder of each family: steps, a plan within the budget, nothing left on the model."""
+    for name in registry.names("families"):
+        family = registry.find("families", name)
+        if family().decodes:
+            _decides(cls(), family.model_types[0], most=2)
+
+
+def _decides(method: Method, model_type: str, most: int = 8) -> None:
+    """Lets a method take some steps on a tiny model, and holds what it decides against its promises."""
     effects = method.effects()
     needs = effects.needs | {Capture.LOGITS}
-    context = tiny_context(unit=method.cost)
+    context = tiny_context(model_type, method.cost, most)
+    names, hooks = list(context.model.state_dict()), _hooks(context.model)
     assert context.teacher is not None
     learner, guide = context.subject, context.teacher
     state = method.attach(context)
@@ -518,10 +539,12 @@ def decides_what_fits(cls: type[Method]) -> None:
         decision = method.decide(state, context)
     finally:
         state.close()
+    assert list(context.model.state_dict()) == names, f"{model_type}: parameter names changed"
+    assert _hooks(context.model) == hooks, f"{model_type}: hooks are left"
     decision.plan.check(context.anatomy)
     small = shrink(context.model, context.anatomy, decision)
     with torch.no_grad():
-        assert bool(torch.isfinite(small(**batch(small)).logits).all()), "the cut model gives no finite numbers"
+        assert bool(torch.isfinite(small(**batch(small)).logits).all()), f"the cut {model_type} gives no finite numbers"
     if not effects.chooses:
         assert decision.plan == Plan(), "cuts although it says that it does not choose"
         return
