@@ -80,12 +80,12 @@ class Job:
         for stage in self.recipe.stages:
             deciding = not isinstance(stage, Train) or any(method.effects().chooses for method in stage.methods)
             if isinstance(stage, Train):
-                tokens = (1 + stage.augment) * _tokens(self.recipe.task, self.recipe.model, stage.text)
+                tokens = (1 + stage.augment) * _tokens(self.recipe.task, str(self.recipe.model), stage.text)
                 seen += stage.epochs * tokens * share
                 if any(method.effects().needs_teacher for method in stage.methods):
                     seen += LOOK * tokens * min(1.0, stage.epochs)  # kept on disk
             share = min(share, self.share) if deciding else share
-        return seen * _depth(self.recipe.teacher or self.recipe.model) / RATE / 3600 + AROUND
+        return seen * _depth(self.recipe.teacher or str(self.recipe.model)) / RATE / 3600 + AROUND
 
 
 @cache

@@ -15,6 +15,13 @@ class Bart(Family):
     skeleton: ClassVar[Skeleton] = encoder_decoder(pre_norm=False, embedding_norm="layernorm_embedding")
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SETTLED_DECODING, "normalize_before": (False,)}
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    special_tokens: ClassVar[Mapping[str, str]] = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    decoder_start: ClassVar[str] = "eos_token"
 
     def tiny(self, model_type: str) -> dict[str, Any]:
         return tiny_sizes()

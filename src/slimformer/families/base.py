@@ -61,12 +61,16 @@ class Family(ABC):
     A family whose parts do not fit into a `Skeleton` gives its own `anatomy` and `width` instead. `config` is the
     content of config.json. `settled`: fields of config.json with the values for which the anatomy describes what a model computes,
     the usual one first; a model with another is refused. `auto_class`: what transformers calls the models that the checks run on.
+    `special_tokens`: role -> token, in the order of their ids, for a vocabulary that is trained for a model from scratch; none if that
+    makes no sense. `decoder_start`: the role of the token that its decoder starts with.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     skeleton: ClassVar[Skeleton]
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = SETTLED
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    special_tokens: ClassVar[Mapping[str, str]] = {}
+    decoder_start: ClassVar[str] = "pad_token"
 
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         """The anatomy of a model of this family, dense or already cut."""

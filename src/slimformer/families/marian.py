@@ -17,6 +17,7 @@ class Marian(Family):
     skeleton: ClassVar[Skeleton] = encoder_decoder(pre_norm=False, embedding_norm=None)
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SETTLED_DECODING, "normalize_before": (False,)}
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    special_tokens: ClassVar[Mapping[str, str]] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
     def tiny(self, model_type: str) -> dict[str, Any]:
         return tiny_sizes() | {"decoder_start_token_id": 1}

@@ -78,6 +78,7 @@ class T5(Family):
     gated: ClassVar[Skeleton] = _skeleton(gated=True)  # of version 1.1 and later
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = SETTLED_DECODING
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    special_tokens: ClassVar[Mapping[str, str]] = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
     def skeleton_of(self, model: PreTrainedModel) -> Skeleton:
         return self.gated if model.config.is_gated_act else self.skeleton

@@ -190,7 +190,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         task, name = tasks.get(chosen.file, material.task), runtime_for(best)
         runtime = installed_runtime(name)
         notes = tuple(read_notes(best.parent).get(best.name, []))
-        given, data = order.recipe.model, getattr(material.task, "data", "")
+        given, data = str(order.recipe.model), getattr(material.task, "data", "")
         base = "" if os.path.exists(given) else given.partition("@")[0]  # a hub id may name a revision
         card = Card(
             chosen,

@@ -10,8 +10,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from slimformer import registry
 from slimformer.digests import digest
 from slimformer.errors import ModelError, OutputError, RecipeError, SlimformerError, nearest
 from slimformer.files import own_folder, owned_purpose, refuse_foreign, remove_folder
+from slimformer.running.fresh import Fresh
 from slimformer.running.reader import parse_recipe, parse_task, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.saving.building import without_bars
@@ -123,9 +124,17 @@ def given_model(model: Any, tokenizer: Any, out: Path, name: str = GIVEN) -> Ite
         yield os.fspath(model)
         return
     model, tokenizer = _inner(model, tokenizer)
+    called = _name_of(model)
+    purpose = f"{called} {_content_digest(model, tokenizer)}"
+    with _written(out, name, called, purpose, lambda part: _write(model, tokenizer, part)) as folder:
+        yield folder
+
+
+@contextmanager
+def _written(out: Path, name: str, called: str, purpose: str, write: Callable[[Path], None]) -> Iterator[str]:
+    """The folder `name`/`called` in `out`, which `write` fills unless it is there already for the same purpose."""
     home = out / name
-    folder = home / _name_of(model)
-    purpose = f"{folder.name} {_content_digest(model, tokenizer)}"
+    folder = home / called
     there = owned_purpose(home)
     if there not in (None, purpose):
         raise OutputError(
@@ -136,13 +145,16 @@ def given_model(model: Any, tokenizer: Any, out: Path, name: str = GIVEN) -> Ite
     fresh, alone = there is None, not out.exists()
     if fresh:
         refuse_foreign(out)
-        _write(model, tokenizer, home, folder.name, purpose)
     try:
+        if fresh:
+            with own_folder(home, purpose) as part:
+                (part / called).mkdir()
+                write(part / called)
         yield str(folder)
     except BaseException:
         if fresh and not owned_purpose(out):
             remove_folder(home)
-            if alone and not any(out.iterdir()):
+            if alone and out.is_dir() and not any(out.iterdir()):
                 out.rmdir()
         raise
 
@@ -150,7 +162,15 @@ def given_model(model: Any, tokenizer: Any, out: Path, name: str = GIVEN) -> Ite
 @contextmanager
 def given_models(recipe: Recipe, tokenizer: Any, out: Path) -> Iterator[Recipe]:
     """The recipe with a name or path for each of its models, as `given_model` gives it."""
-    with given_model(recipe.model, tokenizer, out) as model:
+    built = recipe.model
+    if isinstance(built, Fresh):
+        purpose = f"{built.use} {built.digest(recipe.task, recipe.seed)}"
+        begun: AbstractContextManager[str] = _written(
+            out, GIVEN, built.use, purpose, lambda part: built.write(recipe.task, recipe.seed, part)
+        )
+    else:
+        begun = given_model(built, tokenizer, out)
+    with begun as model:
         if recipe.teacher is None:
             yield replace(recipe, model=model)
             return
@@ -236,26 +256,25 @@ def _content_digest(model: PreTrainedModel, tokenizer: Any) -> str:
     return digest(model_digest(model), json.dumps([settled, words], sort_keys=True, default=str))
 
 
-def _write(model: PreTrainedModel, tokenizer: Any, home: Path, name: str, purpose: str) -> None:
-    """The model as a folder that is whole or not there; ModelError if its tokenizer cannot be used."""
+def _write(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """The model and its tokenizer into a folder that is there; ModelError if its tokenizer cannot be used."""
     from slimformer.data.tokenizer import load_tokenizer
 
-    with own_folder(home, purpose) as part:
-        try:
-            with without_bars():
-                model.save_pretrained(part / name)
-            tokenizer.save_pretrained(part / name)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(
-                f"the {type(model).__name__} cannot be saved: {error}", help="save it to a folder, and give that."
-            ) from None
-        try:
-            load_tokenizer(part / name)
-        except SlimformerError as error:
-            raise ModelError(
-                f"the {type(tokenizer).__name__} cannot be used: {error.what.replace(str(part / name), 'it')}",
-                help="give a fast tokenizer: AutoTokenizer.from_pretrained(...).",
-            ) from None
+    try:
+        with without_bars():
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"the {type(model).__name__} cannot be saved: {error}", help="save it to a folder, and give that."
+        ) from None
+    try:
+        load_tokenizer(folder)
+    except SlimformerError as error:
+        raise ModelError(
+            f"the {type(tokenizer).__name__} cannot be used: {error.what.replace(str(folder), 'it')}",
+            help="give a fast tokenizer: AutoTokenizer.from_pretrained(...).",
+        ) from None
 
 
 def _kind(item: Any) -> str:

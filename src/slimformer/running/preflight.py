@@ -44,6 +44,7 @@ def preflight(recipe: Recipe) -> Checked:
     _check_order(recipe.stages)
     if recipe.export.openvino:
         require_nncf()
+    assert isinstance(recipe.model, str), "given_models builds a fresh model before this"
     source, teacher = local_folder(recipe.model), local_folder(recipe.teacher) if recipe.teacher else None
     for folder in filter(None, (source, teacher)):
         family_of(checkpoint.base_type(checkpoint.read_config(folder)))

@@ -14,6 +14,7 @@ from slimformer.errors import RecipeError, SlimformerError, nearest, readable, s
 from slimformer.files import read_small
 from slimformer.measuring.latency import Levels
 from slimformer.rules import rules_of
+from slimformer.running.fresh import Fresh
 from slimformer.running.order import conflicts
 from slimformer.running.places import read_in
 from slimformer.running.recipe import Bench, Export, Recipe
@@ -165,8 +166,10 @@ class _Reader:
         for key in ("model", "task", "stages"):
             if key not in data:
                 self.mistakes.append(f"{key}: missing")
+        built = data.get("model")
+        fresh = self.build(Fresh, built, "model") if isinstance(built, Mapping) else None
         for key in ("model", "teacher"):
-            if key in data and not isinstance(data[key], str):
+            if key in data and not isinstance(data[key], str) and not (key == "model" and isinstance(built, Mapping)):
                 self.mistakes.append(f"{key}: must be a path, not {shown(data[key])}")
         seed = data.get("seed", 17)
         if not SEED.holds(seed):
@@ -180,7 +183,8 @@ class _Reader:
             ]
             return None
         teacher = self.path(data["teacher"]) if "teacher" in data else None
-        return Recipe(self.path(data["model"]), task, tuple(stages), teacher, seed, export, bench, latency)
+        model = fresh or self.path(data["model"])
+        return Recipe(model, task, tuple(stages), teacher, seed, export, bench, latency)
 
     def path(self, name: str) -> str:
         """A path in the recipe, which is relative to the recipe's folder; a name that is no path there stays as it is."""

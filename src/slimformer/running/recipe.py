@@ -25,6 +25,7 @@ from slimformer.measuring.latency import Levels
 from slimformer.options import changed_options, named_options
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
 from slimformer.rules import Points, Seconds, Seed, check_options, mistakes_in, some_of
+from slimformer.running.fresh import Fresh
 from slimformer.running.places import options_seen_from, seen_from
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task
@@ -144,7 +145,7 @@ class Recipe:
     """A model, a task and the stages that make the model small; `run` carries it out, `read_recipe` reads one from YAML.
 
     Attributes:
-        model: A folder, or an id on the hub ("owner/name", "owner/name@revision").
+        model: A folder, an id on the hub ("owner/name", "owner/name@revision"), or a `Fresh` model that is built from scratch.
         task: Where the examples come from, and how they are scored.
         stages: `Train` and `Calibrate` stages, in order.
         teacher: Another model to learn from; by default the model itself after the leading stages of plain fine-tuning.
@@ -166,7 +167,7 @@ class Recipe:
         RecipeError: A value is out of range.
     """
 
-    model: str
+    model: str | Fresh
     task: Task
     stages: tuple[Stage, ...]
     teacher: str | None = None
@@ -202,7 +203,11 @@ class Recipe:
                 stages.append({"calibrate": {"method": named_options(stage.method)}})
         export = changed_options(replace(self.export, options={})) | dict(self.export.options)
         stages += [{"export": export}, {"bench": changed_options(self.bench)}]
-        data: dict[str, Any] = {"model": self.model, "task": named_options(self.task), "stages": stages}
+        data: dict[str, Any] = {
+            "model": self.model if isinstance(self.model, str) else asdict(self.model),
+            "task": named_options(self.task),
+            "stages": stages,
+        }
         if self.teacher:
             data["teacher"] = self.teacher
         if self.seed != 17:
@@ -236,7 +241,7 @@ class Recipe:
         places = {name: getattr(self.task, name) for name in type(self.task).paths}
         return replace(
             self,
-            model=seen_from(folder, self.model),
+            model=seen_from(folder, self.model) if isinstance(self.model, str) else self.model,
             teacher=self.teacher and seen_from(folder, self.teacher),
             task=replace(self.task, **options_seen_from(folder, places, places)),  # type: ignore[type-var]
             stages=tuple(map(stage_from, self.stages)),

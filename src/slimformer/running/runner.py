@@ -23,6 +23,7 @@ from slimformer.reporting.ledger import FACTS_FILE
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
 from slimformer.running.delivery import Order, deliver_model, finish
+from slimformer.running.fresh import Fresh
 from slimformer.running.given import given_models, given_recipe, moved, refuse_gone
 from slimformer.running.preflight import lacks_head, preflight
 from slimformer.running.prepare import prepare_bundle
@@ -138,8 +139,10 @@ def train_stages(
 
     Training needs no quiet machine and measuring does: several recipes can be trained side by side, then delivered in turn.
     """
-    checked = preflight(recipe)
-    with open_recipe(recipe, Path(out), Conditions(log, None, wait_seconds, cache)) as state:
+    with ExitStack() as stack:
+        recipe = stack.enter_context(given_models(recipe, None, Path(out)))
+        checked = preflight(recipe)
+        state = stack.enter_context(open_recipe(recipe, Path(out), Conditions(log, None, wait_seconds, cache)))
         bundle, stages = prepare_bundle(checked, state)
         advance(stages, bundle, state)
 
@@ -243,7 +246,9 @@ def _last_stage(scratch: Path) -> str:
     return f" after stage {number} ({kind})" if kind else ""
 
 
-def model_name(path: str) -> str:
+def model_name(path: str | Fresh) -> str:
     """The name of a model in tables: that of its folder, or of the folder above if its own is only "model"."""
+    if isinstance(path, Fresh):
+        return path.use
     folder = Path(path).resolve()
     return folder.parent.name if folder.name in {"model", "checkpoint"} and folder.parent.name else folder.name
