@@ -1,19 +1,41 @@
-# make demo | test | check | docs | mutants | install: what CI calls and what the README says.
+# make demo | test | check | docs | mutants | install | kernels | kernels-check: what CI calls and what the README says.
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # The CPU build of torch where the index has one; a bare "torch" may pull gigabytes of CUDA packages.
 TORCH  ?= torch==2.13.0
 
-.PHONY: install test fast check demo docs mutants clean
+# The compiled kernels need a C++ compiler; all else works without.
+HAS_COMPILER := $(shell command -v $(CXX) 2>/dev/null)
 
-install: $(VENV)/.installed
+.PHONY: install test fast check demo docs mutants clean kernels kernels-check
+
+install: $(VENV)/.installed kernels
 
 $(VENV)/.installed: pyproject.toml
 	python3 -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[demo,dev]'
 	touch $@
+
+ifeq ($(HAS_COMPILER),)
+kernels kernels-check:
+	@echo "no C++ compiler ($(CXX)): the kernels are not built, everything else works"
+else
+kernels: $(VENV)/.kernels
+
+$(VENV)/.kernels: $(VENV)/.installed $(shell find kernels -type f)
+	@$(PIP) ./kernels && touch $@ || echo "the kernels did not build; everything else works"
+
+# 10,000 random cases on every processor path, and damaged files, under the address and undefined-behaviour sanitizers.
+kernels-check: $(VENV)/.installed
+	$(PIP) 'cmake>=3.20' ninja
+	$(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -S kernels -B $(VENV)/kernels-check \
+		-DSFK_TESTS=ON -DSFK_SANITIZE=ON
+	$(VENV)/bin/cmake --build $(VENV)/kernels-check
+	$(VENV)/kernels-check/check 10000
+	$(VENV)/kernels-check/fuzz_packed 100000
+endif
 
 test: install
 	$(PYTHON) -m pytest -n auto

@@ -24,7 +24,7 @@ ORDER = (
     ("data", "tasks"),
     ("methods",),
     ("training",),
-    ("exporters", "runtimes"),
+    ("exporters", "runtimes", "kernels"),
     ("measuring",),
     ("reporting",),
     ("running",),
