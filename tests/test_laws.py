@@ -17,7 +17,7 @@ from slimformer.families.base import anatomy_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.hooks.gating import gated
 from slimformer.saving import checkpoint
-from slimformer.testing.checks import assert_equal, assert_same
+from slimformer.testing.checks import FEW_HIDDEN, assert_equal, assert_same
 
 MODELS = {name: tiny(name) for name in MODEL_TYPES}
 ANATOMIES = {name: anatomy_of(model) for name, model in MODELS.items()}
@@ -33,7 +33,8 @@ def plans(draw, anatomy, forms=False):
             if draw(st.integers(0, 3)) == 0:
                 keep[site.id] = ()
         elif draw(st.booleans()):
-            keep[site.id] = tuple(sorted(draw(st.sets(st.integers(0, site.size - 1), min_size=1))))
+            least = FEW_HIDDEN if site.kind is Kind.HIDDEN else 1
+            keep[site.id] = tuple(sorted(draw(st.sets(st.integers(0, site.size - 1), min_size=min(least, site.size)))))
     if not forms:
         return Plan(keep)
     cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense and matrix.tied is None]

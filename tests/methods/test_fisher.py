@@ -195,7 +195,7 @@ def test_worth_at_each_size_is_what_the_best_units_alone_lose(monkeypatch, name)
 
 def test_a_sublayer_that_does_much_is_kept_even_if_its_units_seem_idle():
     context = tiny_context()
-    worth = {site.id: np.zeros(site.size + 1) for site in context.anatomy.sites.values() if site.kind != "sublayer"}
+    worth = {site.id: np.zeros(site.size + 1) for site in context.anatomy.units}
     worth["encoder.1.heads"][0] = -5.0
     weighed = fisher.Weighed({name: np.zeros(len(curve) - 1) for name, curve in worth.items()}, worth)
     plan = Fisher(keep=0.3, neuron_multiple=1).plan(context, weighed)
@@ -242,7 +242,7 @@ def test_a_run_weighs_the_same_weights_once() -> None:
     context = tiny_context()
     method = Fisher(examples=8, damage_examples=8)
     first = method.weigh(context)
-    assert set(first.worth) == set(first.importance) == {site.id for site in context.anatomy.sites.values() if not site.skips}
+    assert set(first.worth) == set(first.importance) == {site.id for site in context.anatomy.units}
     assert replace(method, damage_examples=0).weigh(context).worth is None
     assert replace(method, keep=0.3).weigh(context) is first  # the budget changes nothing
     assert replace(method, examples=4).weigh(context) is not first

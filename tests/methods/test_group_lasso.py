@@ -308,7 +308,7 @@ def test_units_penalty_reaches_weights_and_biases_of_the_encoder_alone():
     method = GroupLasso()
     method.penalty(method.attach(context), taking(context)).backward()
     reached = {name for name, parameter in context.model.named_parameters() if parameter.grad is not None}
-    assert reached == {piece.param for site in context.anatomy.sites.values() for piece in site.slices}
+    assert reached == {piece.param for site in context.anatomy.units for piece in site.slices}
     assert all(parameter.grad.abs().min() > 0 for parameter in context.model.parameters() if parameter.grad is not None)
 
 
@@ -400,7 +400,7 @@ def test_a_site_whose_units_are_all_idle_keeps_one():
 def test_training_parts_the_groups(pattern, strength):
     context = tiny_context()
     model, anatomy = context.model, context.anatomy
-    every_other = {site.id: tuple(range(0, site.size, 2)) for site in anatomy.sites.values() if site.size > 1}
+    every_other = {site.id: tuple(range(0, site.size, 2)) for site in anatomy.units if site.size > 1}
     goal = shrink(model, anatomy, Plan(every_other))  # what is to be learnt needs half of the units
     inputs = [dict(batch(model, rows=16, seq=8, seed=seed)) for seed in range(8)]
     with torch.no_grad():

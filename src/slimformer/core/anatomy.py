@@ -26,6 +26,7 @@ class Kind(StrEnum):
     HEADS = "heads"
     NEURONS = "neurons"
     SUBLAYER = "sublayer"
+    HIDDEN = "hidden units"  # of the residual stream: all layers share them
     PIECES = "pieces"  # of words: the rows of the word table
 
 
@@ -100,11 +101,12 @@ class Tap:
 
     `residual` is for sublayers: the tap is then the module that ends the sublayer, `residual` the module whose first input
     flows past it, and a gate g gives residual + g * (output - residual). With `branch` the output is what the sublayer adds,
-    without the residual, as in layers that begin with their norm: the gate multiplies it.
+    without the residual, as in layers that begin with their norm: the gate multiplies it. A "norm" weighs each unit by its gate
+    in its mean and variance, and multiplies its output.
     """
 
     module: str
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "norm"]
     unit: int = 1
     residual: str | None = None
     branch: bool = False
@@ -145,12 +147,15 @@ def is_shared(parameter: str) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """A set of `size` interchangeable units. A SUBLAYER site has one unit and no slices: it is cut by its `skips`."""
+    """A set of `size` interchangeable units. A SUBLAYER site has one unit and no slices: it is cut by its `skips`.
+
+    The one HIDDEN site of a model belongs to no layer; its slices and taps in a sublayer vanish with that sublayer.
+    """
 
     id: str  # "encoder.3.heads"
     kind: Kind
     size: int
-    layer: int  # its place among the layers of all stacks; -1 of the vocabulary, which lies in front of them
+    layer: int  # its place among the layers of all stacks; -1 if it belongs to no layer
     slices: tuple[Slice, ...] = ()
     taps: tuple[Tap, ...] = ()
     counters: tuple[Counter, ...] = ()
@@ -320,11 +325,16 @@ class Anatomy:
             layer -= len(stack.layers)
         raise IndexError("there is no such layer")
 
+    @property
+    def units(self) -> tuple[Site, ...]:
+        """The heads and neurons of the sublayers, in order of their layers: what a budget is shared out to."""
+        return tuple(site for site in self.sites.values() if site.kind in (Kind.HEADS, Kind.NEURONS))
+
     def of_kind(self, kind: Kind) -> tuple[Site, ...]:
         """Sites of one kind, in order of their layers.
 
         Args:
-            kind: HEADS, NEURONS or SUBLAYER.
+            kind: HEADS, NEURONS, SUBLAYER or HIDDEN.
 
         Returns:
             The sites; none if the model has none of that kind.
@@ -372,12 +382,17 @@ class Anatomy:
         """
         plan.check(self)
         gone = self.gone(plan)
+        left = tuple(f"{skip.module}." for name in gone for skip in self.sites[name].skips)
         sites = {}
         for site in self.sites.values():
             if site.id in gone or site.sublayer in gone:
                 continue
             keep = plan.keep.get(site.id)
             sites[site.id] = site if keep is None else replace(site, size=len(keep))
+            if site.kind is Kind.HIDDEN and left:
+                slices = tuple(piece for piece in site.slices if not piece.param.startswith(left))
+                taps = tuple(tap for tap in site.taps if not f"{tap.module}.".startswith(left))
+                sites[site.id] = replace(sites[site.id], slices=slices, taps=taps)
         matrices = {
             matrix.id: self._formed(self.cut(matrix, plan), plan)
             for matrix in self.matrices.values()
@@ -390,7 +405,16 @@ class Anatomy:
             words = None  # a factored table has no rows
         elif words is not None and pieces is not None:
             words = replace(words, size=len(pieces))
-        return replace(self, sites=sites, matrices=matrices, attentions=attentions, points=points, vocabulary=words)
+        width = next((site.size for site in sites.values() if site.kind is Kind.HIDDEN), self.hidden_size)
+        return replace(
+            self,
+            sites=sites,
+            matrices=matrices,
+            attentions=attentions,
+            hidden_size=width,
+            points=points,
+            vocabulary=words,
+        )
 
     def gone(self, plan: PlanLike) -> set[str]:
         """SUBLAYER sites that `plan` takes out whole.

@@ -12,13 +12,14 @@ Nothing is measured in this file: `latency` gets its table from its caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Tokens, is_shared
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -31,7 +32,8 @@ class Cost:
     """`curves[site][n]`: cost of the site's sublayer with n units; at 0 the sublayer is gone. `fixed`: all the rest.
 
     `matrix` gives the cost of one matrix in its form; it is None if only a measurement could. `piece`: what a piece of the vocabulary
-    costs, within the fixed part.
+    costs, within the fixed part. `narrow`: the cost of a plan that cuts hidden units, without its forms: every curve changes with
+    their number.
     """
 
     unit: str  # "parameters", "MACs", "ms", "heads", "neurons"
@@ -39,9 +41,15 @@ class Cost:
     curves: Mapping[str, np.ndarray]  # site -> (size + 1,)
     matrix: Callable[[Matrix], float] | None = None
     piece: float = 0.0
+    narrow: Callable[[Plan], float] | None = None
 
     def of(self, plan: Plan, anatomy: Anatomy) -> float:
         """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
+        narrower = any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN))
+        total = self._narrowed(plan) if narrower else self._added_up(plan, anatomy)
+        return total - self._saved(plan, anatomy) if plan.forms else total
+
+    def _added_up(self, plan: Plan, anatomy: Anatomy) -> float:
         total = self.fixed
         for name, curve in self.curves.items():
             sublayer = anatomy.sites[name].sublayer
@@ -50,7 +58,15 @@ class Cost:
             total += float(curve[units])
         if anatomy.vocabulary is not None and VOCABULARY_SITE in plan.keep:
             total -= self.piece * (anatomy.vocabulary.size - len(plan.keep[VOCABULARY_SITE]))
-        return total - self._saved(plan, anatomy) if plan.forms else total
+        return total
+
+    def _narrowed(self, plan: Plan) -> float:
+        if self.narrow is None:
+            raise TargetError(
+                f"the cost of narrower hidden states in {self.unit} is not known before it is measured.",
+                help="count macs or parameters.",
+            )
+        return self.narrow(plan)
 
     def _saved(self, plan: Plan, anatomy: Anatomy) -> float:
         """The savings of the plan's forms, in the shapes that its cuts leave."""
@@ -68,16 +84,23 @@ class Cost:
         return self.fixed + float(sum(curve[-1] for curve in self.curves.values()))
 
 
-def _unit_sites(anatomy: Anatomy) -> tuple[Site, ...]:
-    return tuple(site for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER)
-
-
 def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     """Parameters of the whole model; times four, the bytes of its float32 weights."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def narrow(plan: Plan) -> float:
+        sizes, gone = {name: list(shape) for name, shape in shapes.items()}, anatomy.gone(plan)
+        for site in anatomy.every_site.values():
+            for piece in site.slices if site.id in plan.keep and site.sublayer not in gone else ():
+                if piece.param in sizes:
+                    sizes[piece.param][piece.dim] = len(plan.keep[site.id]) * piece.unit * piece.parts
+        left = tuple(f"{skip.module}." for name in gone for skip in anatomy.sites[name].skips)
+        stay = (name for name in sizes if is_shared(name) or not name.startswith(left))
+        return float(sum(math.prod(sizes[name]) for name in stay))
+
     curves = {}
     inside = 0
-    for site in _unit_sites(anatomy):
+    for site in anatomy.units:
         per_unit = sum(shapes[piece.param].numel() // site.size for piece in site.slices if piece.param in shapes)
         skips = anatomy.sites[site.sublayer].skips if site.sublayer else ()
         owners = tuple(f"{skip.module}." for skip in skips)
@@ -91,7 +114,7 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     piece = (
         0.0 if words is None else sum(shapes[item.param].numel() for item in words.slices if item.param in shapes) / words.size
     )
-    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters, piece)
+    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters, piece, narrow)
 
 
 def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None, beams: int | None = None) -> Cost:
@@ -123,7 +146,7 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         return 0.0 if matrix.role is Role.EMBEDDING else means[matrix.tokens] * matrix.form.macs(matrix.shape)
 
     curves = {}
-    for site in _unit_sites(anatomy):
+    for site in anatomy.units:
         inside = [matrices[piece.param] for piece in site.slices if piece.param in matrices]
         per_unit = sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
@@ -137,7 +160,9 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         curve = per_unit * np.arange(site.size + 1)
         curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve
-    return Cost("MACs", 0.0, curves, work)
+    return Cost(
+        "MACs", 0.0, curves, work, narrow=lambda plan: macs(anatomy.after(Plan(plan.keep)), lengths, targets, beams).dense
+    )
 
 
 def unit_count(anatomy: Anatomy, kind: Kind) -> Cost:
@@ -152,7 +177,7 @@ def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[Kind, Mapping[int,
     0 units cost nothing, and a level never costs less than a smaller one: timings that say so are noise.
     """
     curves = {}
-    for site in _unit_sites(anatomy):
+    for site in anatomy.units:
         levels = {0: 0.0, **table[site.kind]}
         units = np.array(sorted(levels))
         ms = np.maximum.accumulate(np.array([levels[count] for count in units]))

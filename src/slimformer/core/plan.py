@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind
 from slimformer.core.form import DENSE, Form, form_from_data
 from slimformer.core.ranges import Ranges
 from slimformer.digests import digest
@@ -149,6 +149,8 @@ class Plan:
                     f"site '{name}' keeps nothing, yet its sublayer '{site.sublayer}' stays.",
                     help=f"cut the sublayer too: keep['{site.sublayer}'] = ().",
                 )
+            if not units and site.kind is Kind.HIDDEN:
+                raise PlanError(f"site '{name}' keeps nothing: no model would be left.", help="keep at least one of its units.")
             factored = anatomy.factored(site)
             if factored and len(units) < site.size and site.sublayer not in anatomy.gone(self):
                 raise PlanError(

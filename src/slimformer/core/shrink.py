@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Matrix, PointRole, Site
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, PointRole, Site
 from slimformer.core.form import Form
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
@@ -150,10 +150,10 @@ def _decode(model: PreTrainedModel, matrix: Matrix, tied: str) -> None:
 
 def _fold(model: nn.Module, anatomy: Anatomy, site: Site, scale: Tensor) -> None:
     """Multiplies `scale` (size,) into the Linear at each tap: its columns for an input, its rows and bias for an output."""
-    if tuple(scale.shape) != (site.size,) or any(tap.residual for tap in site.taps):
+    if tuple(scale.shape) != (site.size,) or site.kind is Kind.HIDDEN or any(tap.residual for tap in site.taps):
         raise PlanError(
             f"site '{site.id}' takes {site.size} scales at a matrix, got shape {tuple(scale.shape)}.",
-            help="a sublayer is kept or cut, it has no scale.",
+            help="a sublayer, or a hidden unit, is kept or cut; it has no scale.",
         )
     factored = {matrix.module: matrix.form for matrix in anatomy.factored(site)}
     for tap in site.taps:
@@ -176,13 +176,12 @@ def _cut(model: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
     if len(keep) == site.size:
         return
     for piece in site.slices:
-        path, _, name = piece.param.rpartition(".")
-        module: Any = model.get_submodule(path)
-        old = getattr(module, name)
+        old = model.get_parameter(piece.param)
         rows = torch.tensor(piece.rows(site.size, keep), dtype=torch.long, device=old.device)
-        setattr(module, name, nn.Parameter(old.index_select(piece.dim, rows), requires_grad=old.requires_grad))
-        if isinstance(module, nn.Linear) and name == "weight":
-            module.out_features, module.in_features = module.weight.shape
+        new = nn.Parameter(old.index_select(piece.dim, rows), requires_grad=old.requires_grad)
+        for module, name in _holders(model, piece.param, old):
+            setattr(module, name, new)
+            _note_shape(module)
     if site.bias is not None:
         take_part(model, site.bias, keep)
     for counter in site.counters:
@@ -213,6 +212,28 @@ def _cut_pieces(model: PreTrainedModel, site: Site, keep: tuple[int, ...]) -> No
             module.out_features = len(keep)
 
 
+def _holders(model: nn.Module, parameter: str, value: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a parameter, each with its own name for it: several if it is tied."""
+    path, _, name = parameter.rpartition(".")
+    owner = model.get_submodule(path)
+    if not isinstance(owner, nn.Embedding):
+        return [(owner, name)]
+    return [
+        (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is value
+    ]
+
+
+def _note_shape(module: Any) -> None:
+    """Brings what a module says of its shape in line with its weight."""
+    match module:
+        case nn.Linear():
+            module.out_features, module.in_features = module.weight.shape
+        case nn.Embedding():
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+        case nn.LayerNorm():
+            module.normalized_shape = tuple(module.weight.shape)
+
+
 # -- Back to dense shapes ------------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +244,8 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     norm in front of it: that one stops scaling, and hands its weights on.
 
     `dense` is a model of the same class, on any device or the meta device; its weights are replaced. `anatomy` is that of `dense`,
-    and `plan` what was cut of it; its vocabulary is that of `small`. Raises PlanError if they do not fit together, or if a norm in
-    front has another width.
+    and `plan` what was cut of it; its vocabulary is that of `small`. Raises PlanError if they do not fit together, if a norm in
+    front has another width, or if hidden units were cut.
 
     >>> import torch
     >>> from slimformer import Plan, anatomy_of, shrink
@@ -240,6 +261,11 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     """
     plan = plan.within_layers()
     plan.check(anatomy)
+    if any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN)):
+        raise PlanError(
+            "no plain weights give the same answers with hidden units put back: a norm would count their zeros.",
+            help="use the files that were exported.",
+        )
     have, gone = small.state_dict(), anatomy.gone(plan)
     for name in plan.forms:
         matrix = anatomy.matrices[name]

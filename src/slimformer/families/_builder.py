@@ -43,12 +43,13 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
     built.add_stack("encoder", skeleton, Tokens.SOURCE)
     if skeleton.decoder is not None:
         built.add_stack("decoder", skeleton.decoder, Tokens.TARGET)
+    built.add_hidden()
     return Anatomy(
         sites={site.id: site for site in built.sites},
         matrices={matrix.id: matrix for matrix in built.matrices},
         stacks=tuple(built.stacks),
         attentions=built.attentions,
-        hidden_size=built.hidden_size,
+        hidden_size=built.width,
         points=separate_points(built.points, built.matrices),
         vocabulary=built.vocabulary(),
     )
@@ -73,10 +74,19 @@ class _Built:
     stacks: list[Stack] = field(default_factory=list)
     attentions: dict[str, str] = field(default_factory=dict)
     layer: int = 0  # the place of the next layer among those of all stacks
+    stream: list[Slice] = field(default_factory=list)  # what follows the width of the hidden states
+    stream_taps: list[Tap] = field(default_factory=list)
 
     @property
-    def hidden_size(self) -> int:
+    def full_width(self) -> int:
+        """The width of the hidden states before any cut."""
         return int(getattr(self.model.config, self.skeleton.hidden_size))
+
+    @property
+    def width(self) -> int:
+        """The width of the hidden states, as it stands."""
+        project = self.modules.get(f"{self.prefix}{self.skeleton.project}")
+        return self.matrices[0].shape[1] if project is None else shape_of(project)[0]
 
     def add_stack(self, name: str, part: StackTable, tokens: Tokens) -> None:
         """Everything in one stack, in the order in which it computes."""
@@ -84,6 +94,7 @@ class _Built:
         layers = [f"{top}.{layer}" for layer, _ in self.modules[top].named_children()]
         self.add_words("embeddings.word" if tokens is Tokens.SOURCE else f"{name}.embeddings.word", part, tokens)
         self.add_outer_points(f"{name}." if self.stacks else "", part, layers, tokens)
+        self.add_start(part, layers)
         embedding = next((self.prefix + item for item in part.embedding if self.prefix + item in self.modules), None)
         self.stacks.append(Stack(name, tuple(layers), embedding, tokens))
         for index, path in enumerate(layers):
@@ -94,6 +105,7 @@ class _Built:
             self.layer += 1
         if part.norm is not None:
             self.points += _norm_points(name, self.prefix + part.norm, tokens)
+            self.add_norm(self.prefix + part.norm)
 
     def add_words(self, name: str, part: StackTable, tokens: Tokens) -> None:
         """The word table of a stack, if it is not one that is there already."""
@@ -115,6 +127,7 @@ class _Built:
             read = asked if role in (Role.KEY, Role.VALUE) else tokens
             self.matrices.append(self.matrix(f"{layer}.{kind}{role}", module, role, where, read))
         self.attentions[heads.id] = block.module
+        self.add_block(block, (block.query, block.key, block.value))
 
     def add_ffn(self, layer: str, block: FeedForward, tokens: Tokens) -> None:
         if not self.is_there(block):
@@ -126,6 +139,7 @@ class _Built:
         if block.gate is not None:
             self.matrices.append(self.matrix(f"{layer}.ffn_gate", block.gate, Role.FFN_IN, where, tokens))
         self.matrices.append(self.matrix(f"{layer}.ffn_out", block.out, Role.FFN_OUT, where, tokens))
+        self.add_block(block, (block.into,) if block.gate is None else (block.into, block.gate))
 
     def is_there(self, block: Block) -> bool:
         return not any(is_skipped(self.modules.get(skip.module)) for skip in block.skips)
@@ -167,7 +181,7 @@ class _Built:
     def heads(self, name: str, sublayer: str, block: Attention, part: StackTable) -> Site:
         """The heads of an attention: rows of each input projection, columns of the output projection."""
         config, per_head = self.model.config, self.skeleton.head_dim
-        head_dim = int(getattr(config, per_head) if per_head else self.hidden_size // getattr(config, part.attention_heads))
+        head_dim = int(getattr(config, per_head) if per_head else self.full_width // getattr(config, part.attention_heads))
         inputs = (block.query, block.key, block.value)
         return Site(
             id=name,
@@ -203,6 +217,50 @@ class _Built:
             yield Slice(f"{module}.weight", 0, unit)
             if self.modules[module].bias is not None:
                 yield Slice(f"{module}.bias", 0, unit)
+
+    # -- Hidden states -------------------------------------------------------------------------------------------------
+
+    def add_start(self, part: StackTable, layers: Sequence[str]) -> None:
+        """Where a stack's hidden states begin: behind a projection or a norm, else at the first layer."""
+        project = f"{self.prefix}{self.skeleton.project}"
+        if project in self.modules:
+            self.stream += self.rows((project,), 1)
+            self.stream_taps.append(Tap(project, "output"))
+        elif part.embedding_norm is not None:
+            self.add_norm(self.prefix + part.embedding_norm)
+        elif part.attention.end is not None:  # a norm that a sublayer begins with counts only what stays
+            self.stream_taps.append(Tap(layers[0], "input"))
+
+    def add_block(self, block: Attention | FeedForward, reads: Sequence[str]) -> None:
+        """A sublayer: its first matrices read the hidden states, its last one writes to them."""
+        self.stream += [Slice(f"{module}.weight", 1) for module in reads]
+        self.stream += self.rows((block.out,), 1)
+        self.add_norm(block.norm)
+
+    def add_norm(self, module: str) -> None:
+        parts = ("weight", "bias") if getattr(self.modules[module], "bias", None) is not None else ("weight",)
+        self.stream += [Slice(f"{module}.{part}", 0) for part in parts]
+        self.stream_taps.append(Tap(module, "norm"))
+
+    def add_hidden(self) -> None:
+        """The units of the hidden states, if all that reads them is known: heads of language models are not."""
+        inside = tuple(f"{path}." for stack in self.stacks for path in stack.layers)
+        outside = {name: module for name, module in self.modules.items() if not name.startswith(inside)}
+        skeleton, there = self.skeleton, {name for name, _ in self.model.named_parameters()}
+        project = f"{self.prefix}{skeleton.project}"
+        inner = [self.prefix + name for name in skeleton.inner if self.prefix + name != project]
+        behind = [name for name in (*inner, *skeleton.head, *skeleton.last) if name in outside]
+        if any(isinstance(module, nn.Linear) and name not in (*behind, project) for name, module in outside.items()):
+            return
+        tables = [matrix.module for matrix in self.matrices if matrix.role is Role.EMBEDDING]
+        tables += [name for name, module in outside.items() if isinstance(module, nn.Embedding) and f"{name}.weight" in there]
+        if project not in self.modules:
+            self.stream += [Slice(f"{name}.weight", 1) for name in dict.fromkeys(tables)]
+        if behind and (f"{behind[0]}.weight" in there or not isinstance(self.modules[behind[0]], nn.Linear)):
+            self.stream.append(Slice(f"{behind[0]}.weight", 1))
+        self.sites.append(
+            Site("hidden", Kind.HIDDEN, self.width, -1, tuple(self.stream), tuple(self.stream_taps)),
+        )
 
     def add_outer_points(self, kind: str, part: StackTable, layers: Sequence[str], tokens: Tokens) -> None:
         """The embeddings' sum and norm, and what the Linears outside the layers read; these differ from head to head."""

@@ -85,14 +85,16 @@ class StackTable:
 class Skeleton(StackTable):
     """An encoder on top of embeddings, and a decoder beside it if there is one, below a head.
 
-    `head_dim`: the name of the size of a head in the config; without it, heads share the hidden size. `inner`: Linears outside
-    the layers and heads. `head`: Linears of heads, by full name, in front of the `last`, which give the outputs. Models need not
-    have all. `pieces`: other tensors, by full name, whose last axis has an entry for each word piece; the word table and the Linear
-    that gives words are known without.
+    `head_dim`: the name of the size of a head in the config; without it, heads share the hidden size. `project`: the
+    Linear between embeddings and layers of another width, if a model has it. `inner`: Linears outside the layers and heads. `head`:
+    Linears of heads, by full name, in front of the `last`, which give the outputs. Models need not have all. `pieces`: other
+    tensors, by full name, whose last axis has an entry for each word piece; the word table and the Linear that gives words are
+    known without.
     """
 
     hidden_size: str = "hidden_size"  # its name in the config
     head_dim: str | None = None
+    project: str | None = None
     inner: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     last: tuple[str, ...] = ("classifier", "qa_outputs")

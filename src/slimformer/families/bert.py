@@ -43,6 +43,7 @@ class Bert(Family):
             skips=(Skip("intermediate", gives="input"), Skip("output", gives="residual")),
         ),
         embedding=("embeddings_project", "embeddings"),
+        project="embeddings_project",
         inner=("embeddings_project", "pooler.dense"),
         head=("classifier.dense",),
         last=("classifier", "classifier.out_proj", "qa_outputs"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Tap
@@ -66,6 +67,9 @@ def _hang(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:
     module = model.get_submodule(tap.module)
     if tap.residual is not None and not tap.branch:
         return _hang_residual(model, tap, read)
+    if tap.side == "norm":
+        masked = lambda norm, args, _output: _masked_norm(norm, args[0], read())  # noqa: E731
+        return [module.register_forward_hook(masked, prepend=True)]  # a sublayer's gate mixes what this gives
     if tap.side == "input":
         return [module.register_forward_pre_hook(lambda _module, args: (_times(args[0], read(), tap.unit), *args[1:]))]
     return [module.register_forward_hook(lambda _module, _args, output: _times(output, read(), tap.unit))]
@@ -87,6 +91,19 @@ def _hang_residual(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> li
         model.get_submodule(tap.residual).register_forward_pre_hook(remember),
         model.get_submodule(tap.module).register_forward_hook(mix),
     ]
+
+
+def _masked_norm(norm: Any, value: Tensor, gate: Tensor) -> Tensor:
+    """What the norm gives if each unit of `value` (..., units) counts as much as its gate says, times the gate."""
+    share = _spread(gate, value)
+    share = share / share.sum(-1, keepdim=True)
+    if isinstance(norm, nn.LayerNorm):
+        value = value - (value * share).sum(-1, keepdim=True)
+        epsilon, bias = norm.eps, norm.bias
+    else:
+        epsilon, bias = norm.variance_epsilon, None
+    value = value * torch.rsqrt((value.square() * share).sum(-1, keepdim=True) + epsilon) * norm.weight
+    return (value if bias is None else value + bias) * _spread(gate, value)
 
 
 def _spread(gate: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Kind, Role, Site, Slice
+from slimformer.core.anatomy import Anatomy, Role, Site, Slice
 from slimformer.errors import PlanError, RecipeError, nearest
 
 Mask = Tensor | Callable[[], Tensor]
@@ -152,9 +152,7 @@ def liveliness(anatomy: Anatomy, values: Mapping[str, Tensor]) -> dict[str, Tens
     """
     roles = {matrix.module: matrix.role for matrix in anatomy.matrices.values()}
     bars = {}
-    for site in anatomy.sites.values():
-        if site.kind is Kind.SUBLAYER:
-            continue
+    for site in anatomy.units:
         feeds = [piece for piece in site.slices if piece.dim == 0 and roles.get(piece.param.rpartition(".")[0]) in FEEDS]
         reads = [piece for piece in site.slices if piece.dim == 1]
         bars[site.id] = torch.minimum(_largest(site, feeds, values), _largest(site, reads, values))  # (size,)

@@ -278,8 +278,8 @@ def kept_layers(anatomy: Anatomy, plan: Plan) -> tuple[Layer, ...]:
     layers = []
     for number, name in enumerate(layer_names(anatomy)):
         counts = {Kind.HEADS: (0, 0), Kind.NEURONS: (0, 0)}
-        for site in anatomy.sites.values():
-            if site.layer == number and site.kind in counts:
+        for site in anatomy.units:
+            if site.layer == number:
                 gone = site.sublayer is not None and plan.keep.get(site.sublayer) == ()
                 kept, size = counts[site.kind]
                 kept += 0 if gone else len(plan.keep.get(site.id, range(site.size)))

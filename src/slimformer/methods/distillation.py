@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Kind, Site, Tokens
+from slimformer.families.base import Subject, family_of
 from slimformer.hooks.capture import Capture, Captured
 from slimformer.hooks.feeding import unpadded
 from slimformer.methods.base import Context, Effects, Method, State, Step
@@ -86,7 +87,7 @@ class Distillation(Method):
         if alone and self.scores:
             _log.info("distillation: %d heads have no counterpart in the teacher; they learn no attention scores.", alone)
         hidden, embedding = hidden_pairs(mine, theirs, partner)
-        return _State(hidden, embedding, heads, (mine.hidden_size, theirs.hidden_size))
+        return _State(hidden, embedding, heads, (mine.hidden_size, theirs.hidden_size), same_units(context))
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
         state = cast(_State, state)
@@ -96,7 +97,9 @@ class Distillation(Method):
         masks = {tokens: unpadded(step.batch, tokens) for tokens in state.tokens}
         if self.logits:
             total = total + self.logits * step.task.divergence(student.output, teacher.output, step.batch, self.temperature)
-        distance = partial(hidden_distance, student, teacher, masks, project=state.project, relative=self.relative)
+        distance = partial(
+            hidden_distance, student, teacher, masks, units=state.units, project=state.project, relative=self.relative
+        )
         if self.hidden:
             total = total + self.hidden * distance(state.hidden)
         if self.embedding:
@@ -128,14 +131,24 @@ class Pair:
 
 
 class _State(State):
-    """Which of the teacher's hidden states and heads the student's learn from, and a projection if widths differ."""
+    """Which of the teacher's hidden states, units and heads the student's learn from; a projection if units have no common origin."""
 
-    def __init__(self, hidden: list[Pair], embedding: list[Pair], heads: dict[str, Heads], widths: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        hidden: list[Pair],
+        embedding: list[Pair],
+        heads: dict[str, Heads],
+        widths: tuple[int, int],
+        units: Sequence[int] | None,
+    ) -> None:
         super().__init__()
+        self.units: Tensor | None  # the teacher's hidden units that the student's learn, if it was cut
+        self.register_buffer("units", None if units is None else torch.tensor(units), persistent=False)
         self.hidden, self.embedding = hidden, embedding
         self.tokens = {pair.tokens for pair in embedding}
         self.heads = heads
-        self.project = nn.Linear(widths[0], widths[1], bias=False) if widths[0] != widths[1] else None
+        apart = units is None and widths[0] != widths[1]
+        self.project = nn.Linear(widths[0], widths[1], bias=False) if apart else None
 
 
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
@@ -147,10 +160,11 @@ def hidden_distance(
     masks: Mapping[Tokens, Tensor],
     pairs: Sequence[Pair],
     *,
+    units: Tensor | None,
     project: nn.Module | None,
     relative: bool,
 ) -> Tensor:
-    """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens."""
+    """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens; `units`: those of the teacher's that count."""
     terms = []
     for pair in pairs:
         real = masks[pair.tokens]
@@ -158,6 +172,8 @@ def hidden_distance(
             student.hidden[pair.student][real].float(),
             teacher.hidden[pair.teacher][real].float(),
         )  # (tokens, hidden)
+        if units is not None:
+            goal = goal[:, units.to(goal.device)]
         if project is not None:
             states = project(states)
         scale = goal.square().mean().clamp_min(1e-6) if relative else 1.0
@@ -183,6 +199,19 @@ def score_distance(student: Captured, teacher: Captured, mask: Tensor, pairing: 
     return torch.stack(terms).mean()
 
 
+def same_units(context: Context) -> tuple[int, ...] | None:
+    """The teacher's hidden units that have the origin of the student's, if those were cut and the teacher has them all."""
+    assert context.teacher is not None
+    narrow = next((site for site in context.anatomy.of_kind(Kind.HIDDEN) if site.id in context.plan.keep), None)
+    widths = {_dense_width(subject) for subject in (context.subject, context.teacher)}
+    if narrow is None or len(widths) > 1:
+        return None
+    known = context.teacher_plan.keep.get(narrow.id, range(context.teacher.anatomy.hidden_size))
+    place = {origin: unit for unit, origin in enumerate(known)}
+    origins = context.plan.keep[narrow.id]
+    return tuple(place[origin] for origin in origins) if set(origins) <= set(place) else None
+
+
 def partners(mine: Anatomy, theirs: Anatomy) -> list[int]:
     """The teacher's layer of each of the student's: evenly in a stack, the last to the last."""
     found, above = [], 0
@@ -198,7 +227,7 @@ def hidden_pairs(mine: Anatomy, theirs: Anatomy, partner: Sequence[int]) -> tupl
 
     In each stack there is one before its first layer, and one after each.
     """
-    alive = {site.layer for site in mine.sites.values()}
+    alive = {site.layer for site in mine.units}
     hidden, embedding, first, above = [], [], 0, 0
     for place, (own, other) in enumerate(zip(mine.stacks, theirs.stacks, strict=True)):
         embedding.append(Pair(first + place, above + place, own.tokens))
@@ -220,3 +249,9 @@ def _same_attention(anatomy: Anatomy, site: Site, layer: int) -> Site | None:
 def _chosen(scores: Tensor, heads: Sequence[int]) -> Tensor:
     """These heads of (batch, heads, seq, seq); without a copy if they are all."""
     return scores if tuple(heads) == tuple(range(scores.shape[1])) else scores[:, list(heads)]
+
+
+def _dense_width(subject: Subject) -> int | None:
+    """The width of the hidden states before any cut: the config knows nothing of cuts."""
+    config = subject.model.config
+    return family_of(config.model_type).width(config.to_dict())

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Kind, Site
+from slimformer.core.anatomy import Anatomy, Site
 from slimformer.core.budget import allocate
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
@@ -122,7 +122,7 @@ class Weighed:
 
 def information(context: Context, examples: int) -> dict[str, np.ndarray]:
     """Diagonal Fisher information of each head and neuron: site -> (size,), mean over examples of the squared gate gradient."""
-    sites = [site for site in context.anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
+    sites = context.anatomy.units
     total = {site.id: np.zeros(site.size) for site in sites}
     seen = 0
     with context.subject.evaluating():
@@ -190,7 +190,7 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
     absorb what earlier ones lost. Columns of units that go are zero.
     """
     anatomy = context.anatomy
-    sites = [site for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
+    sites = anatomy.units
     kept_sites = [site for site in sites if site.sublayer is None or plan.keep.get(site.sublayer) != ()]
     whole = len(kept_sites) == len(sites) and not any(site.id in plan.keep for site in kept_sites)
     if whole or not kept_sites:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy, Kind, Matrix, Site, Slice
+from slimformer.core.anatomy import Anatomy, Matrix, Site, Slice
 from slimformer.core.budget import allocate
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
@@ -241,7 +241,7 @@ def groups_of(model: nn.Module, anatomy: Anatomy, method: GroupLasso) -> list[Gr
     in O.
     """
     if method.groups == "units":
-        return [_units(model, site) for site in anatomy.sites.values() if site.kind is not Kind.SUBLAYER]
+        return [_units(model, site) for site in anatomy.units]
     groups = []
     for matrix, (down, across), share in tiled(anatomy, method):
         rows, columns = matrix.shape[0] // down, matrix.shape[1] // across

@@ -417,7 +417,7 @@ def _fill(
 
     W is the whole trained matrix, masked entries included: our choice, for its spread is then never 0.
     """
-    for site in context.anatomy.sites.values():
+    for site in context.anatomy.units:
         for piece in site.slices:
             if piece.param not in weights or not piece.param.endswith(".weight"):
                 continue

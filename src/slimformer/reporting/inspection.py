@@ -76,7 +76,7 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
     parameters, macs = cost.parameters(loaded, anatomy), cost.macs(anatomy, np.array([length]), beams=subject.beams)
 
     def layer(number: int, name: str) -> InspectedLayer:
-        sites = [site for site in anatomy.sites.values() if site.layer == number and site.kind is not Kind.SUBLAYER]
+        sites = [site for site in anatomy.units if site.layer == number]
         return InspectedLayer(
             name=name,
             heads=_units(sites, Kind.HEADS),

@@ -233,7 +233,7 @@ def _cut(bundle: Bundle, context: Context, decision: Decision, run: Run) -> Bund
 def refuse_cuts(methods: Sequence[Method], anatomy: Anatomy) -> None:
     """PlanError, before any work is done, if a method would choose among units whose matrices are factored already."""
     cutting = [name_of(method) for method in methods if method.effects().cuts]
-    for site in anatomy.sites.values() if cutting else ():
+    for site in anatomy.units if cutting else ():
         factored = anatomy.factored(site)
         if factored:
             raise PlanError(
