@@ -122,3 +122,14 @@ def accuracy(features: Features) -> Callable[[Any], float]:
         return float((model(**batch).logits.argmax(-1) == labels).float().mean())
 
     return of
+
+
+def without_dropout(model: Any) -> Any:
+    """The model with every dropout at 0, also those that a module applies by itself."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "activation_dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
