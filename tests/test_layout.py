@@ -15,7 +15,7 @@ import slimformer
 PACKAGE = Path(slimformer.__file__).parent
 # A room may import from itself and from those before it; what stands in one line may import each other, file by file.
 ORDER = (
-    ("errors", "rules", "digests", "files", "log", "registry", "options", "describing"),
+    ("errors", "rules", "digests", "files", "log", "registry", "options", "describing", "decoding"),
     ("core",),
     ("forms",),
     ("quantizing", "hooks"),

@@ -16,7 +16,7 @@ from slimformer.core import cost
 from slimformer.core.anatomy import Kind, PointRole, Tokens
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink, unshrink
-from slimformer.errors import ExportError, PlanError, TargetError
+from slimformer.errors import PlanError, TargetError
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture, capturing
 from slimformer.hooks.feeding import unpadded
@@ -247,15 +247,6 @@ def test_a_whole_side_cannot_go():
     gates = registry.find("methods", "gates")(keep=0.02, neuron_multiple=1)
     with pytest.raises(TargetError, match="nothing of the (en|de)coder would be left"):
         gates.check(context.anatomy, context.cost)
-
-
-def test_files_and_classification_are_refused_in_one_line(tmp_path: Path):
-    model = tiny("bart")
-    onnx = registry.find("exporters", "onnx")()
-    inputs = {name: value.numpy() for name, value in batch(model).items()}
-    with pytest.raises(ExportError, match="BartForConditionalGeneration is an encoder-decoder"):
-        onnx.export(model, [inputs], tmp_path / "model.onnx", "float")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_layer_of_a_decoder_has_two_attentions_in_the_records():

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+from slimformer.decoding import DECODER, ENCODER, decoder_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,23 +80,35 @@ FILES: Mapping[str, FileKind] = {
         "model_int8.onnx", "int8 static", "static int8 (QDQ): ONNX Runtime and OpenVINO", int8=True, folder="onnx"
     ),
 }
+# An encoder-decoder is two files, named by its encoder; the decoder lies beside it (`decoder_beside`).
+PAIRS: Mapping[str, FileKind] = {
+    variant: replace(kind, name=kind.name.replace("model", ENCODER, 1), about=f"{kind.about}; with {DECODER}{kind.name[5:]}")
+    for variant, kind in FILES.items()
+}
 SHIPPED = tuple(variant for variant, kind in FILES.items() if kind.shipped)
 
 
 def variant_of(file: str) -> str | None:
     """The variant of an ONNX file by its name in a delivered folder; None for any other name."""
-    return next((variant for variant, kind in FILES.items() if kind.name == file), None)
+    return next((variant for kinds in (FILES, PAIRS) for variant, kind in kinds.items() if kind.name == file), None)
+
+
+def is_pair(path: Path) -> bool:
+    """Whether a file is the encoder of an encoder-decoder, which stands for both of its files."""
+    return path.name.startswith(ENCODER) and path.suffix == ".onnx"
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """A model file, and the files beside it that hold its weights: they must be copied with it.
+    """A model file, and the files beside it that belong to it and must be copied with it: its weights, and a decoder.
 
     Protobuf ends at 2 GB, so that larger ONNX models keep their weights beside the file, and OpenVINO's .xml always does.
     """
     beside = (
         [path.with_suffix(".bin")] if path.suffix == ".xml" else [path.with_name(path.name + end) for end in WEIGHTS_BESIDE]
     )
-    return (path, *(file for file in beside if file.is_file()))
+    own = (path, *(file for file in beside if file.is_file()))
+    decoder = decoder_beside(path)
+    return (*own, *files_of(decoder)) if is_pair(path) and decoder.is_file() else own
 
 
 @dataclass(frozen=True)

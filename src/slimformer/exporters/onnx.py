@@ -8,7 +8,7 @@ behind if anything disagrees. docs/decisions/0002-onnx-graphs.md says which grap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
@@ -31,7 +31,9 @@ from slimformer.exporters._onnx.graph import (
     strip,
 )
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding, quantized_matrices
+from slimformer.exporters._onnx.noting import check_count, in_model, needed_runtime, zeros
 from slimformer.exporters._onnx.rewrite import fused_attentions
+from slimformer.exporters._onnx.speaking import SpeakingDraft
 from slimformer.exporters._onnx.storing import ONE_FILE_BYTES, open_graph, open_model, save_graph, weights_name
 from slimformer.exporters.base import (
     FILES,
@@ -55,12 +57,10 @@ if TYPE_CHECKING:
 
     from slimformer.core.anatomy import Point
 
-__all__ = ["Onnx", "fused_attentions", "quantized_matrices"]
+__all__ = ["Onnx", "fused_attentions", "needed_runtime", "quantized_matrices"]
 
 FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
 INT8 = {variant for variant, kind in FILES.items() if kind.int8}
-RUNTIMES = {17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17"}  # the first ONNX Runtime that reads an opset
-MANY_ZEROS = 0.3  # share of the weights; `saving/sparse.py` stores a matrix with as many without them
 
 
 @final
@@ -125,9 +125,11 @@ class Onnx(Exporter):
         batches: Sequence[Arrays],
         outputs: Sequence[str] = ("logits",),
         ranges: Ranges | None = None,
-    ) -> OnnxDraft:
+    ) -> Draft:
         if not batches:
             raise ExportError("no batches to check the file with.", help="give export() some real inputs.")
+        if model.config.is_encoder_decoder:
+            return SpeakingDraft(self, model, batches, ranges)
         return OnnxDraft(self, model, batches, outputs, ranges)
 
 
@@ -148,11 +150,6 @@ class OnnxDraft(Draft):
     ) -> None:
         self.options, self.batches, self.ranges = options, batches, ranges
         self.subject = subject_of(model)
-        if len(self.subject.anatomy.stacks) > 1:
-            raise ExportError(
-                f"{type(model).__name__} is an encoder-decoder, and ONNX files are made of encoders only.",
-                help="use the folder that `slimformer.save` writes, in PyTorch.",
-            )
         self._forms = trace.forms_in(model)
         self._float_forms = [name for name, form in self._forms.items() if form.form.reads is None]
         linears = sum(isinstance(module, nn.Linear) for module in model.modules())
@@ -192,7 +189,7 @@ class OnnxDraft(Draft):
                 )
             if self._has_learned_ranges(variant):
                 notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
-        notes += _zeros(self.subject.model)
+        notes += zeros(self.subject.model)
         notes.append(needed_runtime(program))
         if len(files_of(path)) > 1:
             notes.append(
@@ -275,13 +272,13 @@ class OnnxDraft(Draft):
         graph = program.graph
         axes = SEQ_FIRST if variant in FUSED else BATCH_FIRST
         attentions = len(self.subject.anatomy.attentions)
-        _check_count("attentions", rewrite.flatten_attentions(graph), attentions)
+        check_count("attentions", rewrite.flatten_attentions(graph), attentions)
         if axes == BATCH_FIRST:
             rewrite.unturn(graph)
         narrowed = rewrite.read_only_first(graph, axes)
-        _check_count("attentions", rewrite.lower_attentions(graph, axes, fused=variant in FUSED), attentions)
-        _check_count("matrices in other forms", rewrite.lower_forms(graph, self._forms), len(self._forms))
-        _check_count("matrices", len(products(graph)), self._matrices)
+        check_count("attentions", rewrite.lower_attentions(graph, axes, fused=variant in FUSED), attentions)
+        check_count("matrices in other forms", rewrite.lower_forms(graph, self._forms), len(self._forms))
+        check_count("matrices", len(products(graph)), self._matrices)
         rewrite.plain_gemms(graph)
         notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
         if self._forms:
@@ -324,14 +321,14 @@ class OnnxDraft(Draft):
 
     def _form_of(self, product: Product) -> str | None:
         """The name of the module in another form that a product belongs to; None for a plain matrix."""
-        weight = _in_model(product.name)
+        weight = in_model(product.name)
         return next((name for name in self._forms if weight.startswith(f"{name}.")), None)
 
     def _point(self, product: Product) -> str | None:
         """The point at which a product reads."""
         form = self._form_of(product)
         if form is None:
-            reader = _in_model(product.name).removesuffix(".weight")
+            reader = in_model(product.name).removesuffix(".weight")
         else:
             reader = f"{form}.{self._forms[form].form.reads}".removesuffix(".")
         return next((point.id for point in self.points if reader in point.modules), None)
@@ -349,7 +346,7 @@ class OnnxDraft(Draft):
             count = int8.int8_dynamic(graph, coding, left)
         else:
             count = int8.int8_static(graph, self._codings(program, left, start), coding, variant in FUSED, left)
-        _check_count("int8 matrices", count, expected)
+        check_count("int8 matrices", count, expected)
         bits = learned.embedding_bits
         tables = int8.int8_embeddings(graph, WeightCoding(bits, one_scale)) if bits is not None else 0
         return f"int8: {count} of {self._matrices} matrices, {tables} embedding tables; the classifier stays in fp32"
@@ -368,28 +365,3 @@ class OnnxDraft(Draft):
         how, percentile = self.options.calibration, self.options.percentile
         ranges = {name: calibrate.range_of(samples[name], how, percentile) for name in sorted(missing)}
         return codings | {name: Coding(*span.grid(8)) for name, span in ranges.items()}
-
-
-def _in_model(weight: str) -> str:
-    """The name of a weight in the model, from its name in the graph: the tracer holds the model as `model`."""
-    return weight.removeprefix("model.").removesuffix(".transposed").removesuffix(".smooth")
-
-
-def _zeros(model: nn.Module) -> Iterator[str]:
-    """A note on matrices that are full of zeros, for users who expect zeros to give speed."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    share = sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
-    if share > MANY_ZEROS:
-        yield f"{share:.0%} of the matrices' weights are 0: zeros are stored and give no speed here"
-
-
-def needed_runtime(path: Path | onnx_ir.Model) -> str:
-    """Which ONNX Runtime reads an exported file: "opset 17, IR version 8: ONNX Runtime 1.12 or newer"."""
-    program = onnx_ir.load(path) if isinstance(path, Path) else path
-    opset = program.graph.opset_imports[""]
-    return f"opset {opset}, IR version {program.ir_version}: needs ONNX Runtime {RUNTIMES[opset]} or newer"
-
-
-def _check_count(what: str, count: int, expected: int) -> None:
-    if count != expected:
-        raise ExportError(f"the graph has {count} {what}, the model has {expected}.", help=parity.REPORT)

@@ -6,10 +6,14 @@ The layer adds the residual itself, so that a sublayer is taken out by an addend
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from slimformer.core.anatomy import Skip
-from slimformer.families._skeleton import Attention, FeedForward, Skeleton, StackTable
+from slimformer.families._skeleton import Attention, FeedForward, Skeleton, StackTable, Surroundings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def encoder_decoder(*, pre_norm: bool, embedding_norm: str | None, norm: str | None = None) -> Skeleton:
@@ -30,6 +34,18 @@ def tiny_sizes() -> dict[str, Any]:
     sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
     return {**sizes, "encoder_attention_heads": 4, "decoder_attention_heads": 4, **ids}
+
+
+def around(model: PreTrainedModel, first_position: int) -> Surroundings:
+    """What each of them computes around its layers; `first_position`: the row of a table of positions that the first token gets."""
+    config = model.config
+    return Surroundings(
+        activation=config.activation_function,
+        positions=("model.encoder.embed_positions", "model.decoder.embed_positions"),
+        first_position=first_position,
+        word_scale=math.sqrt(config.d_model) if config.scale_embedding else 1.0,
+        last_bias="final_logits_bias",
+    )
 
 
 def _stack(name: str, pre_norm: bool, embedding_norm: str | None, norm: str | None) -> dict[str, Any]:

@@ -100,3 +100,21 @@ class Skeleton(StackTable):
     last: tuple[str, ...] = ("classifier", "qa_outputs")
     decoder: StackTable | None = None
     pieces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What an encoder-decoder computes around its layers, as a file for another runtime must know it.
+
+    `activation`: transformers' name of the function between the matrices of a feed-forward block. `positions`: the modules whose
+    tables are added to the words of the encoder and of the decoder, from the row `first_position` on; none if positions are
+    in a bias of the scores. Words are multiplied by `word_scale` before that, the decoder's last state by `last_scale` before
+    the last matrix. `last_bias`: the buffer that is added to the scores of all words, if there is one.
+    """
+
+    activation: str
+    positions: tuple[str, str] | None = None
+    first_position: int = 0
+    word_scale: float = 1.0
+    last_scale: float = 1.0
+    last_bias: str | None = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from slimformer.families._bart import encoder_decoder, tiny_sizes
-from slimformer.families.base import SETTLED_DECODING, Family, Skeleton
+from slimformer.families._bart import around, encoder_decoder, tiny_sizes
+from slimformer.families.base import SETTLED_DECODING, Family, Skeleton, Surroundings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @final
@@ -22,6 +25,9 @@ class Bart(Family):
         "unk_token": "<unk>",
     }
     decoder_start: ClassVar[str] = "eos_token"
+
+    def surroundings(self, model: PreTrainedModel) -> Surroundings:
+        return around(model, first_position=2)
 
     def tiny(self, model_type: str) -> dict[str, Any]:
         return tiny_sizes()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slimformer import registry
 from slimformer.core.anatomy import Anatomy, Skip
 from slimformer.errors import ModelError
-from slimformer.families._skeleton import Attention, FeedForward, Skeleton, StackTable
+from slimformer.families._skeleton import Attention, FeedForward, Skeleton, StackTable, Surroundings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "Skip",
     "StackTable",
     "Subject",
+    "Surroundings",
     "anatomy_of",
     "family_of",
     "find_family",
@@ -86,6 +87,10 @@ class Family(ABC):
     def decodes(self) -> bool:
         """Whether its models have a decoder beside the encoder."""
         return self.skeleton.decoder is not None
+
+    def surroundings(self, model: PreTrainedModel) -> Surroundings:
+        """What a model computes around its layers; ModelError for a family without a decoder."""
+        raise ModelError(f"{type(model).__name__} is no encoder-decoder: it writes no text.")
 
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Names of the model's inputs."""

@@ -5,10 +5,13 @@ embeddings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from slimformer.families._bart import encoder_decoder, tiny_sizes
-from slimformer.families.base import SETTLED_DECODING, Family, Skeleton
+from slimformer.families._bart import around, encoder_decoder, tiny_sizes
+from slimformer.families.base import SETTLED_DECODING, Family, Skeleton, Surroundings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @final
@@ -18,6 +21,9 @@ class Marian(Family):
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SETTLED_DECODING, "normalize_before": (False,)}
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     special_tokens: ClassVar[Mapping[str, str]] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+    def surroundings(self, model: PreTrainedModel) -> Surroundings:
+        return around(model, first_position=0)
 
     def tiny(self, model_type: str) -> dict[str, Any]:
         return tiny_sizes() | {"decoder_start_token_id": 1}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from slimformer.families._bart import encoder_decoder, tiny_sizes
-from slimformer.families.base import SETTLED_DECODING, Family, Skeleton
+from slimformer.families._bart import around, encoder_decoder, tiny_sizes
+from slimformer.families.base import SETTLED_DECODING, Family, Skeleton, Surroundings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @final
@@ -15,6 +18,9 @@ class MBart(Family):
     skeleton: ClassVar[Skeleton] = encoder_decoder(pre_norm=True, embedding_norm="layernorm_embedding", norm="layer_norm")
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SETTLED_DECODING, "normalize_before": (True,)}
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+
+    def surroundings(self, model: PreTrainedModel) -> Surroundings:
+        return around(model, first_position=2)
 
     def tiny(self, model_type: str) -> dict[str, Any]:
         return tiny_sizes()

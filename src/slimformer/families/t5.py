@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from slimformer.families.base import SETTLED_DECODING, Attention, Family, FeedForward, Skeleton, Skip, StackTable
+from slimformer.families.base import SETTLED_DECODING, Attention, Family, FeedForward, Skeleton, Skip, StackTable, Surroundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +82,12 @@ class T5(Family):
 
     def skeleton_of(self, model: PreTrainedModel) -> Skeleton:
         return self.gated if model.config.is_gated_act else self.skeleton
+
+    def surroundings(self, model: PreTrainedModel) -> Surroundings:
+        config = model.config
+        return Surroundings(
+            activation=config.dense_act_fn, last_scale=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        )
 
     def positions(self, config: Mapping[str, Any]) -> int | None:
         return None  # distances have no end

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +39,9 @@ class Session:
         return self.runner(batch)
 
 
-def installed_runtime(name: str) -> Runtime:
+def installed_runtime(name: str, generation: Mapping[str, Any] | None = None) -> Runtime:
     """The runtime of that name; ExtraError if its engine is not installed, RecipeError if there is no such runtime."""
-    runtime: Runtime = registry.find("runtimes", name)()
+    runtime: Runtime = registry.find("runtimes", name)(**({"generation": generation} if generation else {}))
     if not runtime.available():
         extra = f"slimformer[{runtime.extra}]" if runtime.extra else name
         raise ExtraError(f"the runtime '{name}' is not installed.", help=f"pip install '{extra}'")
@@ -57,11 +58,15 @@ def runtime_for(path: Path) -> str:
     raise ModelError(f"no runtime that is installed accepts {path}.", help=f"known runtimes: {', '.join(names)}.")
 
 
-def open_session(path: Path, threads: int, runtime: str | None = None) -> Session:
+def open_session(path: Path, threads: int, runtime: str | None = None, generation: Mapping[str, Any] | None = None) -> Session:
     """A model file, opened with that many threads in a runtime, by default in `runtime_for` it.
+
+    The encoder's file of an encoder-decoder stands for both of its files, and the session gives the texts that they write: the
+    folder must hold config.json, generation_config.json and tokenizer.json. `generation`: options of the search that go before
+    those of generation_config.json, such as num_beams.
 
     ExtraError if the runtime is not installed.
     """
     name = runtime or runtime_for(path)
-    engine = installed_runtime(name)
+    engine = installed_runtime(name, generation)
     return Session(engine.load(path, threads), Engine(name, engine.version(), threads), path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
+from slimformer.exporters.base import is_pair
 from slimformer.runtimes._inputs import Port, fit
+from slimformer.runtimes._texts import writing_by_files
 from slimformer.runtimes.base import Runner, Runtime
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ NUMBERS = re.compile(
 @final
 @dataclass(frozen=True)
 class OnnxRuntime(Runtime):
-    """ONNX Runtime's CPU provider."""
+    """ONNX Runtime's CPU provider. The encoder of an encoder-decoder stands for both of its files: they write texts.
+
+    `generation`: options of the search for a text that go before those of generation_config.json.
+    """
+
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     extra: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "tokenizers", "numpy")
@@ -49,17 +56,10 @@ class OnnxRuntime(Runtime):
     def load(self, path: Path, threads: int) -> Runner:
         if not self.available():
             raise ExtraError("the runtime 'onnxruntime' is not installed.", help="pip install onnxruntime")
-        import onnxruntime
-
-        try:
-            session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
-            ports, made = _ports(session.get_inputs()), _ports(session.get_outputs())  # their names may be no UTF-8
-        except Exception as error:  # its exceptions have no common public type
-            raise ModelError(
-                f"ONNX Runtime {self.version()} cannot load {path}.",
-                facts=str(error).strip().splitlines()[:1],
-                help=_advice(str(error), path),
-            ) from error
+        if is_pair(path):
+            return writing_by_files(path, threads, self.generation, self._open, self._failed)
+        session = self._open(path, threads)
+        ports, made = _ports(session.get_inputs()), _ports(session.get_outputs())
         made = [item for item in made if NUMBERS.fullmatch(item.type)]
         outputs = [item.name for item in made]
 
@@ -67,16 +67,33 @@ class OnnxRuntime(Runtime):
             try:
                 return dict(zip(outputs, session.run(outputs, inputs), strict=True))
             except Exception as error:
-                raise ModelError(
-                    f"ONNX Runtime {self.version()} cannot run {path}.",
-                    facts=[
-                        *str(error).strip().splitlines()[:1],
-                        *(f"{name}: {array.dtype} of shape {list(array.shape)}" for name, array in inputs.items()),
-                    ],
-                    help=_advice(str(error), path),
-                ) from error
+                raise self._failed(error, path, inputs) from error
 
         return fit(path, ports, made, call)
+
+    def _open(self, path: Path, threads: int) -> Any:
+        import onnxruntime
+
+        try:
+            session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+            _ports([*session.get_inputs(), *session.get_outputs()])  # their names may be no UTF-8
+        except Exception as error:  # its exceptions have no common public type
+            raise ModelError(
+                f"ONNX Runtime {self.version()} cannot load {path}.",
+                facts=str(error).strip().splitlines()[:1],
+                help=_advice(str(error), path),
+            ) from error
+        return session
+
+    def _failed(self, error: Exception, path: Path, inputs: Mapping[str, np.ndarray]) -> ModelError:
+        return ModelError(
+            f"ONNX Runtime {self.version()} cannot run {path}.",
+            facts=[
+                *str(error).strip().splitlines()[:1],
+                *(f"{name}: {array.dtype} of shape {list(array.shape)}" for name, array in inputs.items()),
+            ],
+            help=_advice(str(error), path),
+        )
 
     def snippet(self, task: Task, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
         return task.snippet(folder, file, texts, max_length)

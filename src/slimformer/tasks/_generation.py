@@ -22,6 +22,7 @@ from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_grou
 from slimformer.errors import DataError, RecipeError, nearest, shown
 from slimformer.log import remark, remarks_on
 from slimformer.tasks._losses import kl_divergence
+from slimformer.tasks._snippet import python_literal
 from slimformer.tasks.base import IGNORED, Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
@@ -214,6 +215,17 @@ class Generation(Task):
         """KL(teacher || student) of the next token, the mean over tokens to be written; padding takes no part."""
         real = batch["labels"] != IGNORED  # (batch, target)
         return kl_divergence(student["logits"][real].float(), teacher["logits"][real].float(), temperature)
+
+    def snippet(self, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+        """It needs decode.py beside the file: the search of `slimformer.decoding`, which stands alone."""
+        prefix = f", prefix={python_literal(self.prefix)}" if self.prefix else ""
+        return "\n".join(
+            (
+                "from decode import TextWriter  # decode.py lies beside the files",
+                f'write = TextWriter(".", {python_literal(file)}, threads=2, max_input={max_length}{prefix})',
+                f"print(write([{', '.join(python_literal(text[0]) for text in texts)}]))",
+            )
+        )
 
     # ---- judging
 

@@ -5,7 +5,7 @@ Only real tokens count, padding does not. The ways to find a range, but for the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir
@@ -38,6 +38,18 @@ def samples(
         return {}  # to run a session for no outputs is to run it for all
     copy.graph.outputs.extend(value for value in watched.values() if not value.is_graph_output())
     session = open_graph(copy, one_file_bytes)
+    turned = {str(value.name) for value in turned_values(copy.graph)}
+
+    def run(batch: Arrays) -> Iterator[tuple[str, np.ndarray]]:
+        real = real_tokens(batch)  # (batch, seq)
+        for name, value in zip(watched, session.run(list(watched), fill_inputs(names, batch)), strict=True):
+            yield name, _unpadded(value, real.T if name in turned else real)
+
+    return gather(batches, run)
+
+
+def gather(batches: Sequence[Arrays], run: Callable[[Arrays], Iterable[tuple[str, np.ndarray]]]) -> dict[str, Sample]:
+    """Samples of what `run` gives for each batch: names with rows for real tokens, (tokens, width)."""
     chosen: list[Arrays] = []
     for batch in (item for item in batches if real_tokens(item).any()):
         if sum(len(item["input_ids"]) for item in chosen) < CALIBRATION_ROWS:
@@ -45,22 +57,19 @@ def samples(
     if not chosen:
         raise ExportError("the calibration data is empty: no batch holds a real token.", help="give export() some real inputs.")
     share = -(-SAMPLE_ROWS // len(chosen))
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in watched}
-    ends: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in watched}
-    turned = {str(value.name) for value in turned_values(copy.graph)}
+    rows: dict[str, list[np.ndarray]] = {}
+    ends: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for batch in chosen:
-        real = real_tokens(batch)  # (batch, seq)
-        for name, value in zip(watched, session.run(list(watched), fill_inputs(names, batch)), strict=True):
-            flat = _unpadded(value, real.T if name in turned else real)  # (tokens, width)
-            rows[name].append(flat[:: max(1, len(flat) // share)].copy())
-            ends[name].append((flat.min(axis=0), flat.max(axis=0)))
+        for name, flat in run(batch):
+            rows.setdefault(name, []).append(flat[:: max(1, len(flat) // share)].copy())
+            ends.setdefault(name, []).append((flat.min(axis=0), flat.max(axis=0)))
     return {
         name: Sample(
             np.concatenate(rows[name]),
             np.min([low for low, _ in ends[name]], axis=0),
             np.max([high for _, high in ends[name]], axis=0),
         )
-        for name in watched
+        for name in rows
     }
 
 
