@@ -131,7 +131,8 @@ def information(context: Context, examples: int) -> dict[str, np.ndarray]:
             gates = {site.id: torch.ones(rows, site.size, device=device, requires_grad=True) for site in sites}
             with torch.enable_grad(), gated(context.model, context.anatomy, gates), quick_autocast(device):
                 output = context.model(**context.subject.feed(batch))
-                loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
+                # a sum, so that each row's gradient is its own: that of all its text, if it writes one
+                loss = context.task.loss(output, batch) * context.task.terms(batch)
             gradients = torch.autograd.grad(loss, list(gates.values()))
             for name, gradient in zip(gates, gradients, strict=True):
                 total[name] += gradient.double().square().sum(0).cpu().numpy()  # (units,)
@@ -156,12 +157,12 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
         return {name: output[name].float() for name in task.outputs}
 
     def damage(gates: Mapping[str, Tensor]) -> float:
-        total = rows = 0.0
+        total = terms = 0.0
         with gated(model, anatomy, gates):
             for index, (batch, expected) in enumerate(zip(batches, whole, strict=True)):
-                total += float(task.divergence(outputs(index), expected, batch, 1.0)) * len(batch["input_ids"])
-                rows += len(batch["input_ids"])
-        return total / rows
+                total += float(task.divergence(outputs(index), expected, batch, 1.0)) * task.terms(batch)
+                terms += task.terms(batch)
+        return total / terms
 
     worth = {}
     with context.subject.evaluating(), torch.no_grad(), quick_autocast(device):
@@ -269,7 +270,7 @@ def _targets(model: nn.Module, context: Context, sites: list[Site], batch: Batch
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             stack.enter_context(watching(model, context.anatomy, site, seen))
-        loss = context.task.loss(model(**context.subject.feed(batch)), batch) * len(batch["input_ids"])
+        loss = context.task.loss(model(**context.subject.feed(batch)), batch) * context.task.terms(batch)
         gradients = torch.autograd.grad(loss, [seen[f"{site.id}/y"] for site in sites])
     targets = {}
     for site, gradient in zip(sites, gradients, strict=True):

@@ -109,7 +109,8 @@ def gain(context: Context, sites: list[Site], examples: int) -> dict[str, np.nda
             gates = {site.id: torch.ones(rows, site.size, device=device, requires_grad=True) for site in sites}
             with torch.enable_grad(), gated(context.model, context.anatomy, gates), quick_autocast(device):
                 output = context.model(**context.subject.feed(batch))
-                loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
+                # a sum, so that each row's gradient is its own: that of all its text, if it writes one
+                loss = context.task.loss(output, batch) * context.task.terms(batch)
             gradients = torch.autograd.grad(loss, list(gates.values()))
             for name, gradient in zip(gates, gradients, strict=True):
                 total[name] += gradient.double().abs().sum(0).cpu().numpy()  # (units,)
@@ -123,12 +124,12 @@ def left_out(context: Context, sites: list[Site], examples: int) -> dict[str, np
     device = context.subject.device
 
     def loss() -> float:
-        total = rows = 0.0
+        total = terms = 0.0
         for batch in batches:
             output = context.model(**context.subject.feed(batch))
-            total += float(context.task.loss(output, batch)) * len(batch["input_ids"])
-            rows += len(batch["input_ids"])
-        return total / max(1.0, rows)
+            total += float(context.task.loss(output, batch)) * context.task.terms(batch)
+            terms += context.task.terms(batch)
+        return total / max(1.0, terms)
 
     rises = {}
     with context.subject.evaluating(), torch.no_grad():

@@ -5,11 +5,12 @@ Paper: Prato, Charlaix, Rezagholizadeh: Fully Quantized Transformer for Machine 
 Idea: Weights are put on grids from their own extremes in every pass, activations on grids from running extremes. Gradients go
 straight through, but not where a value was clamped. It is switched on after a short start in float.
 
-Differs: Our models are encoders; the paper's translate. Weight grids are symmetric and 0 lies on every grid by default
+Differs: Weight grids are symmetric and 0 lies on every grid by default
 (`quantizing/grids.py`: integer kernels want both). The start is a share of the steps by default. A denominator's grid begins
 at the smallest one seen, so that none becomes 0. Of Kronecker factors the larger is quantized, and the terms of a sum share one
 range (`Quantization` tells why). A pass is quantized with the ranges of the steps before it. What is read after a dropout is
-quantized after it: train with `dropout: false`.
+quantized after it: train with `dropout: false`. A table that the last Linear reads too has one grid, a bucket per word, for both:
+the paper has a bucket for each row of a weight, and an integer product takes a scale for each output, which is a word.
 
 Choose when: post-training int8 loses too much, or for 6 and 4 bits; with `distillation` from the float model beside it.
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Point, PointRole, Tokens
 from slimformer.core.plan import Decision
-from slimformer.core.ranges import Ranges
+from slimformer.core.ranges import Range, Ranges
 from slimformer.forms.base import Formed, shape_of, weight_of
 from slimformer.hooks.points import touched
 from slimformer.hooks.weights import Change, changed_weights
@@ -58,6 +59,8 @@ class Quantization(Method):
       grid).
     - `exact_zero`: whether 0 lies on every affine grid. Without it, as in the paper, a file moves each range by up to half a
       step.
+    - `denominators`: "own" begins the grid of a denominator at the smallest one seen. "from_zero" begins it at 0, as that of any
+      other value that is never negative. That is the naive quantizer, which the paper saw diverge: what is rounded to 0 divides.
     - `start`: share of the steps in float, in which ranges settle; the paper takes some hundred of 100,000. `start_step`, if
       given, overrides it: the step from which on values are quantized.
 
@@ -75,6 +78,7 @@ class Quantization(Method):
     activation_buckets: Literal["tensor", "feature"] = "tensor"
     grid: Literal["symmetric", "affine"] = "symmetric"
     exact_zero: bool = True
+    denominators: Literal["own", "from_zero"] = "own"
     start: ProperFraction = 0.1
     start_step: Count | None = None
     momentum: ProperFraction = MOMENTUM  # momentum of the running ranges: the higher, the slower they follow the batches
@@ -109,13 +113,14 @@ class Quantization(Method):
         state = cast(_State, state)
         state.settle()
         parameters = dict(context.model.named_parameters(remove_duplicate=False))
-        changed = {name: fake(parameters[name], self.weight_grid(parameters[name])) for name in (*state.weights, *state.gains)}
-        changed |= {name: fake(parameters[name], self.table_grid(parameters[name])) for name in (*state.tables, *state.factors)}
+        on_grids: dict[str, Callable[[Tensor], Grid]] = dict.fromkeys((*state.weights, *state.gains), self.weight_grid)
+        on_grids |= dict.fromkeys((*state.tables, *state.factors, *state.readers), self.table_grid)
+        changed = {name: fake(parameters[name], grid(parameters[name])) for name, grid in on_grids.items()}
         own = {id(parameter): name for name, parameter in context.model.named_parameters()}  # of tied ones the first
         changed = {own[id(parameters[name])]: values for name, values in changed.items()}
-        seen = [(point.id, running) for point, running in zip(state.points, state.each(), strict=True) if bool(running.seen)]
-        ranges = {name: running.ranges()[0] for name, running in seen if running.low.ndim == 0}
-        features = {name: running.ranges() for name, running in seen if running.low.ndim}
+        seen = [(point, running) for point, running in zip(state.points, state.each(), strict=True) if bool(running.seen)]
+        ranges = {point.id: state.ends(point, running)[0] for point, running in seen if running.low.ndim == 0}
+        features = {point.id: state.ends(point, running) for point, running in seen if running.low.ndim}
         # matrices that were not trained on a grid are stored as ever
         bits = self.weights if PointRole.MATRIX in self.roles else 8
         learned = Ranges(ranges, bits, self.activations, self.embeddings, self.buckets, features, self.exact_zero)
@@ -126,9 +131,8 @@ class Quantization(Method):
         return weight_grid(weight, self.weights, rows=rows, even=self.grid == "symmetric", exact_zero=self.exact_zero)
 
     def table_grid(self, rows: Tensor) -> Grid:
-        assert self.embeddings is not None
-        even = self.grid == "symmetric"
-        return weight_grid(rows, self.embeddings, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
+        even, bits = self.grid == "symmetric", self.weights if self.embeddings is None else self.embeddings
+        return weight_grid(rows, bits, rows=self.buckets == "row", even=even, exact_zero=self.exact_zero)
 
 
 # -- State ---------------------------------------------------------------------------------------------------------------------
@@ -147,9 +151,22 @@ class _State(State):
         self.on: Tensor  # a buffer, so that a resumed run knows it
         self.register_buffer("on", torch.tensor(False))
         self._on, self._masks = False, dict[Tokens, Tensor | None]()
+        self._padding: int | None = getattr(model.config, "pad_token_id", None)
         readers = [module for point in self.points if point.role in READING for module in point.modules]
         self.weights = [weight_of(model, reader) for reader in readers]
-        self.tables = _tables(model) if method.embeddings is not None else {}
+        tables, parameters = _tables(model), dict(model.named_parameters(remove_duplicate=False))
+        read = {id(parameters[name]) for name in self.weights}
+        self.tables = {
+            name: table for name, table in tables.items() if method.embeddings is not None or id(parameters[name]) in read
+        }
+        # Linears that read a table which is quantized: one tensor, so one grid
+        words = {id(parameters[name]) for name in self.tables}
+        self.readers = [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and id(module.weight) in words
+        ]
+        self.weights = [name for name in self.weights if name not in self.readers]
         self.factors = _factors(model) if method.embeddings is not None else []
         self.gains = [f"{point.modules[0]}.weight" for point in self.points if point.role is PointRole.NORM and _last(point)]
         stack = ExitStack()
@@ -157,7 +174,7 @@ class _State(State):
         stack.callback(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
         stack.enter_context(touched(model, context.anatomy, {point.id: self._read(i) for i, point in enumerate(self.points)}))
         stack.enter_context(changed_weights(model, dict.fromkeys((*self.weights, *self.gains), self._weigh)))
-        stack.enter_context(changed_weights(model, dict.fromkeys(self.factors, self._weigh_table)))
+        stack.enter_context(changed_weights(model, dict.fromkeys((*self.factors, *self.readers), self._weigh_table)))
         for table in self.tables.values():
             stack.callback(table.register_forward_hook(self._look_up).remove)
 
@@ -179,7 +196,14 @@ class _State(State):
 
     def _begin_pass(self, _: nn.Module, __: Any, given: Mapping[str, Any]) -> None:
         """Once per forward pass: asking a GPU at each point would stall it."""
-        self._on, self._masks = bool(self.on), {tokens: given.get(tokens.mask) for tokens in Tokens}
+        self._on, self._masks = bool(self.on), {tokens: self._mask(given, tokens) for tokens in Tokens}
+
+    def _mask(self, given: Mapping[str, Any], tokens: Tokens) -> Tensor | None:
+        """1 at real tokens; without a mask of what was said, ids of padding tell it, but for the first: some decoders start with it."""
+        mask, ids = given.get(tokens.mask), given.get(tokens.ids)
+        if mask is not None or ids is None or self._padding is None or tokens is Tokens.SOURCE:
+            return mask
+        return torch.cat([torch.ones_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != self._padding], 1)
 
     def _read(self, index: int) -> Change:
         running, point = self.each()[index], self.points[index]
@@ -202,12 +226,23 @@ class _State(State):
         """Quantizes the rows that were read: the same as quantizing the table, which is much larger."""
         if not self._on:
             return rows
-        by_row = self.method.buckets == "row"
-        return fake(rows, self.method.table_grid(rows if by_row else cast(nn.Embedding, table).weight))
+        if self.method.buckets == "row":
+            return fake(rows, self.method.table_grid(rows))
+        scale = float(getattr(table, "embed_scale", 1.0))  # BART's tables multiply by it what they give
+        return fake(rows, self.method.table_grid(cast(nn.Embedding, table).weight * scale))
+
+    def ends(self, point: Point, running: RunningRange) -> tuple[Range, ...]:
+        """The ranges of a point as its grids have them."""
+        zero = self._from_zero(point)
+        return tuple(Range(0.0, item.high) if zero else item for item in running.ranges())
+
+    def _from_zero(self, point: Point) -> bool:
+        return self.method.denominators == "from_zero" and point.side == "denominator"
 
     def grid(self, point: Point, running: RunningRange) -> Grid:
         """The grid of a point as it stands now."""
-        return point_grid(point, running.low, running.high, self.method.activations, exact_zero=self.method.exact_zero)
+        low = torch.zeros_like(running.low) if self._from_zero(point) else running.low
+        return point_grid(point, low, running.high, self.method.activations, exact_zero=self.method.exact_zero)
 
 
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------

@@ -166,8 +166,8 @@ def training_of(stage: Train, bundle: Bundle, run: Run) -> Training:
     model = copy.deepcopy(bundle.subject.model)
     if not stage.dropout:
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+            for name in _dropouts(module):
+                setattr(module, name, 0.0)
     budgets = [method.cost for method in stage.methods if method.effects().chooses]
     context = context_of(bundle, run, replace(bundle.subject, model=model), budgets[0] if budgets else "macs")
     return Training(context, training_rows(stage, bundle, run), stage, run.seed)
@@ -195,10 +195,18 @@ def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
 
 def _copy_dropout(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """Gives each dropout of `target` the rate it has in `source`; sublayers that were cut have none any more."""
-    rates = {name: module.p for name, module in source.named_modules() if isinstance(module, nn.Dropout)}
-    for name, module in target.named_modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rates[name]
+    before = dict(source.named_modules())
+    for path, module in target.named_modules():
+        for name in _dropouts(module):
+            setattr(module, name, getattr(before[path], name))
+
+
+def _dropouts(module: nn.Module) -> list[str]:
+    """The attributes of a module that are rates of dropout: BART and its relatives drop by functions, without a module."""
+    if isinstance(module, nn.Dropout):
+        return ["p"]
+    names = ("dropout", "attention_dropout", "activation_dropout")
+    return [name for name in names if isinstance(getattr(module, name, None), float)]
 
 
 # -- Calibrate -----------------------------------------------------------------------------------------------------------------

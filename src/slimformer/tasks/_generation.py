@@ -205,6 +205,9 @@ class Generation(Task):
             logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, label_smoothing=self.label_smoothing
         )
 
+    def terms(self, batch: Mapping[str, torch.Tensor]) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
     def divergence(
         self,
         student: Mapping[str, torch.Tensor],

@@ -125,6 +125,10 @@ class Task(ABC):
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss of a batch: a scalar."""
 
+    def terms(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """How many numbers `loss` and `divergence` are the mean of: one for each row, unless a task says otherwise."""
+        return len(batch["input_ids"])
+
     @abstractmethod
     def divergence(
         self,

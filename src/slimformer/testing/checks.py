@@ -415,6 +415,9 @@ class TinyTask:
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output["logits"].movedim(-1, 1), batch["labels"])
 
+    def terms(self, batch: Any) -> int:
+        return int((batch["labels"] >= 0).sum())
+
     def divergence(self, student: Any, teacher: Any, batch: Any, temperature: float) -> torch.Tensor:
         return (student["logits"] - teacher["logits"]).square().mean() * temperature**2
 
