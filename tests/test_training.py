@@ -514,7 +514,7 @@ def test_what_is_kept_is_read_also_where_there_is_no_room_any_more(tmp_path: Pat
     ],
 )
 def test_what_is_kept_is_what_a_live_teacher_shows(tmp_path: Path, cut: dict[str, tuple[int, ...]]) -> None:
-    features, some, needs = rows(40, longest=9), [3, 17, 29], {Capture.HIDDEN, Capture.SCORES}
+    features, some, needs = rows(40, longest=9), [3, 17, 29], {Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS}
     dense = tiny("bert", seed=5)
     model = shrink(dense, anatomy_of(dense), Plan(cut))
     around = context(model, features)
@@ -533,7 +533,8 @@ def test_what_is_kept_is_what_a_live_teacher_shows(tmp_path: Path, cut: dict[str
     for site, theirs in live.scores.items():
         assert kept.scores[site].shape == theirs.shape
         torch.testing.assert_close(kept.scores[site] * pairs, theirs * pairs, atol=1e-3, rtol=1e-3)
-    for theirs, ours in zip(live.hidden, kept.hidden, strict=True):
+    assert len(live.relations) == (0 if len(cut) == 3 else 3)
+    for theirs, ours in zip((*live.hidden, *live.relations), (*kept.hidden, *kept.relations), strict=True):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-3, rtol=1e-3)
 
 

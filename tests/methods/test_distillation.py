@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -12,12 +12,23 @@ from tiny import batch, tiny
 from tiny_folder import write_data
 from toy_task import with_model
 
+from slimformer.core.anatomy import Kind
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
+from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of, subject_of
-from slimformer.hooks.capture import Capture, Captured, capturing
+from slimformer.hooks.capture import Capture, Captured, capturing, related_width
 from slimformer.methods.base import Progress, Step
-from slimformer.methods.distillation import Distillation, Heads, Pair, score_distance
+from slimformer.methods.distillation import (
+    Distillation,
+    Heads,
+    Pair,
+    cheap_first,
+    patient_distance,
+    relation_distance,
+    score_distance,
+    transport,
+)
 from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import tiny_context
 
@@ -221,3 +232,87 @@ def test_the_logit_term_by_hand(tmp_path):
         assert right != pytest.approx(weight * expected(theirs, ours, temperature), rel=0.01)  # the direction matters
     assert found(student, teacher) == pytest.approx(expected(ours, theirs, Distillation().temperature), rel=1e-5)
     assert found(teacher, teacher) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_relations_by_hand_with_heads_cut_and_padding_left_out():
+    context = tiny_context()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    generator = torch.Generator().manual_seed(0)
+    own = tuple(torch.randn(2, 4, 8, generator=generator) for _ in range(3))  # two heads of four dimensions left
+    goal = tuple(torch.randn(2, 4, 32, generator=generator) for _ in range(3))
+    by_hand, count = 0.0, 0
+    for mine, theirs in zip(own, goal, strict=True):
+        for row, length in ((0, 3), (1, 2)):
+            for head in range(4):
+                p, q = (
+                    torch.softmax(part @ part.T / part.shape[1] ** 0.5, dim=1)
+                    for part in (
+                        theirs[row, :length, head * 8 : head * 8 + 8],
+                        mine[row, :length, head * 2 : head * 2 + 2],
+                    )
+                )
+                by_hand += float((p * (p / q).log()).sum())
+                count += length
+    loss = relation_distance(Captured({}, relations=own), Captured({}, relations=goal), mask, 4)
+    assert loss.item() == pytest.approx(by_hand / count, rel=1e-5)
+    assert relation_distance(Captured({}, relations=goal), Captured({}, relations=goal), mask, 4).item() == pytest.approx(
+        0, abs=1e-6
+    )
+    assert Distillation(logits=0, hidden=0, relations=1).effects().needs == {Capture.RELATIONS}
+    with pytest.raises(TargetError, match="does not divide the student's last attention, which is 32 wide"):
+        Distillation(relations=1, relation_heads=5).attach(context)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "bart", "t5"])
+def test_relations_are_those_of_the_encoders_last_attention(model_type):
+    model = tiny(model_type)
+    anatomy, inputs = anatomy_of(model), batch(model)
+    last = next(site for site in reversed(anatomy.of_kind(Kind.HEADS)) if site.id.startswith("encoder"))
+    plan = Plan({last.sublayer: (), "encoder.1.heads": (0, 3)})
+    for each, width in ((model, 32), (shrink(model, anatomy, plan), 16)):
+        now = anatomy_of(each)
+        with torch.no_grad(), capturing(each, now, {Capture.RELATIONS}) as recorder:
+            each(**inputs)
+            seen = recorder.take({}).relations
+        assert [tuple(item.shape) for item in seen] == [(*inputs["input_ids"].shape, width)] * 3
+        assert related_width(now) == width
+
+
+def test_the_patient_term_by_hand():
+    zero, unit = torch.zeros(1, 2, 32), torch.eye(32)[None, :2]  # first tokens (1, 0, ...), second ones (0, 1, ...)
+    turned = unit.flip(1) * 5  # the first token points elsewhere; lengths do not count
+    pairs = [Pair(1, 1), Pair(2, 2), Pair(3, 3)]
+    student = Captured({}, hidden=(zero, turned, unit * 3, turned))
+    teacher = Captured({}, hidden=(zero, unit, unit, unit))
+    assert patient_distance(student, teacher, pairs, None, None).item() == pytest.approx(
+        (2 + 0) / 2
+    )  # the last layer is left out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_flow_is_the_cheapest_of_all(seed):
+    random = np.random.default_rng(seed)
+    costs = random.random((3, 3))
+    flow = transport(costs, np.full(3, 1 / 3), np.full(3, 1 / 3))
+    np.testing.assert_allclose(flow.sum(0), 1 / 3)
+    np.testing.assert_allclose(flow.sum(1), 1 / 3)
+    best = min(sum(costs[i, j] for i, j in enumerate(order)) / 3 for order in permutations(range(3)))
+    assert (flow * costs).sum() == pytest.approx(best)  # with equal weights a permutation is best (Birkhoff)
+
+
+def test_each_layer_learns_from_many_and_cheap_layers_count_more():
+    context = tiny_context()
+    method = Distillation(logits=0, hidden=1.0, layers="many", relative=False)
+    state = method.attach(context)
+    mask = torch.ones(1, 2, dtype=torch.long)
+    layers = [torch.full((1, 2, 32), value) for value in (0.0, 1.0, 2.0, 4.0)]
+    student = Captured({}, hidden=(layers[0], layers[3], layers[1], layers[2]))  # the teacher's, in another order
+    teacher = Captured({}, hidden=tuple(layers))
+    assert method.penalty(state, step(context, student, teacher, mask)).item() == pytest.approx(0, abs=1e-6)
+    student = Captured({}, hidden=(layers[0], layers[1], layers[2], layers[3] + 3))
+    assert method.penalty(state, step(context, student, teacher, mask)).item() == pytest.approx(9 / 3)
+    method.advance(state, Progress(1, 2))
+    assert state.own_0.sum().item() == pytest.approx(1)
+    assert state.own_0[0] > state.own_0[2]
+    assert torch.isfinite(cheap_first(torch.zeros(3))).all()
+    assert cheap_first(torch.tensor([1.0, 1.0])).tolist() == [0.5, 0.5]

@@ -1,4 +1,4 @@
-"""Looks into a forward pass: outputs, hidden states and attention scores, if a method asks for them.
+"""Looks into a forward pass: outputs, hidden states, attention scores, queries, keys and values, if a method asks for them.
 
 Hidden states come from forward hooks on the modules that an anatomy names, scores from `attention.py`; both are gone
 when the context ends. `output_hidden_states=True` is never used: transformers then leaves its own hooks on the model
@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import Anatomy
+from slimformer.core.anatomy import Anatomy, Kind, Role, Tokens
 from slimformer.hooks.attention import Slot, attending
+
+RELATED = (Role.QUERY, Role.KEY, Role.VALUE)
 
 
 class Capture(StrEnum):
@@ -26,6 +28,7 @@ class Capture(StrEnum):
     LOGITS = "logits"  # the task's outputs
     HIDDEN = "hidden"  # after the embedding and after each layer
     SCORES = "scores"  # attention logits before the softmax, per attention
+    RELATIONS = "relations"  # queries, keys and values of the encoder's last attention
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Captured:
     output: Mapping[str, Tensor]  # task.outputs -> tensor
     hidden: tuple[Tensor, ...] = ()  # of each stack, layers + 1 of (batch, seq, hidden)
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # heads site -> (batch, heads, seq, seq), scaled, unmasked
+    relations: tuple[Tensor, ...] = ()  # queries, keys and values: three of (batch, seq, heads * size of a head)
 
 
 class Recorder:
@@ -45,6 +49,7 @@ class Recorder:
         self.listening = True
         self._hidden: list[Tensor | None] = [None] * states
         self._scores: dict[str, Tensor] = {}
+        self._relations: dict[Role, Tensor] = {}
 
     def take(self, output: Mapping[str, Tensor]) -> Captured:
         """Everything seen since the last call, in float32, together with the task's outputs; the recorder is then empty."""
@@ -53,9 +58,11 @@ class Recorder:
         wanted = len(self._hidden) if Capture.HIDDEN in self.needs else 0
         if len(hidden) != wanted:
             raise RuntimeError(f"{len(hidden)} of {wanted} hidden states were seen: no forward pass came before take()")
+        relations = tuple(_float(self._relations[role]) for role in RELATED if role in self._relations)
         self._hidden = [None] * len(self._hidden)
-        self._scores = {}
-        return Captured(output={name: _float(value) for name, value in output.items()}, hidden=hidden, scores=scores)
+        self._scores, self._relations = {}, {}
+        outputs = {name: _float(value) for name, value in output.items()}
+        return Captured(output=outputs, hidden=hidden, scores=scores, relations=relations)
 
     def see_hidden(self, index: int, state: Tensor) -> None:
         if self.listening:
@@ -64,6 +71,10 @@ class Recorder:
     def see_scores(self, heads: str, scores: Tensor) -> None:
         if self.listening:
             self._scores[heads] = scores
+
+    def see_relation(self, role: Role, values: Tensor) -> None:
+        if self.listening:
+            self._relations[role] = values
 
 
 @contextmanager
@@ -74,11 +85,29 @@ def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) ->
         if Capture.HIDDEN in recorder.needs:
             for hook in _hidden_hooks(model, anatomy, recorder):
                 context.callback(hook.remove)
+        if Capture.RELATIONS in recorder.needs:
+            for role, name in related(anatomy).items():
+                context.callback(model.get_submodule(name).register_forward_hook(partial(_see_output, recorder, role)).remove)
         if Capture.SCORES in recorder.needs:
             attentions = anatomy.attentions.items()
             slots = {module: Slot(see_scores=partial(recorder.see_scores, heads)) for heads, module in attentions}
             context.enter_context(attending(model, slots))
         yield recorder
+
+
+def related(anatomy: Anatomy) -> dict[Role, str]:
+    """The modules that give the queries, keys and values of the encoder's last attention; none if all attentions are gone."""
+    encoder = [site for site in anatomy.of_kind(Kind.HEADS) if anatomy.stack_of(site.layer).tokens is Tokens.SOURCE]
+    if not encoder:
+        return {}
+    inside = [matrix for matrix in anatomy.matrices.values() if matrix.sublayer == encoder[-1].sublayer]
+    return {role: next(matrix.module for matrix in inside if matrix.role is role) for role in RELATED}
+
+
+def related_width(anatomy: Anatomy) -> int:
+    """The width of the queries of that attention: that of all its heads; 0 if there is none."""
+    names = set(related(anatomy).values())
+    return next((matrix.shape[0] for matrix in anatomy.matrices.values() if matrix.module in names), 0)
 
 
 def state_count(anatomy: Anatomy) -> int:
@@ -100,6 +129,10 @@ def _hidden_hooks(model: nn.Module, anatomy: Anatomy, recorder: Recorder) -> Ite
 
 def _see_input(recorder: Recorder, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
     recorder.see_hidden(index, args[0])
+
+
+def _see_output(recorder: Recorder, role: Role, _: nn.Module, __: Any, output: Tensor) -> None:
+    recorder.see_relation(role, output)
 
 
 def _hidden_hook(recorder: Recorder, index: int) -> Any:

@@ -1,15 +1,16 @@
-"""Distillation: the student learns the teacher's outputs, hidden states and attention scores.
+"""Distillation: the student learns the teacher's outputs, hidden states, attention scores, and relations between tokens.
 
-Paper: Hinton, Vinyals, Dean (2015) for outputs with temperature; Kurtic et al. (ZipLM, NeurIPS 2023), token loss, and Sun et
-al. (PKD, 2019) for hidden states after every layer; Jiao et al. (TinyBERT, 2020) for attention scores before the softmax and
-the embedding's output.
+Paper: Hinton, Vinyals, Dean (2015) for outputs with temperature; Kurtic et al. (ZipLM, NeurIPS 2023), token loss, for hidden
+states after every layer; Jiao et al. (TinyBERT, 2020) for attention scores before the softmax and the embedding's output; Sun et
+al. (PKD, EMNLP 2019), eq. 6, for the first token's; Wang et al. (MiniLMv2, Findings of ACL 2021), section 3, for relations; Li et
+al. (BERT-EMD, EMNLP 2020), sections 3.2 and 3.3, for a map of many layers to many.
 
 Idea: Student and teacher see the same batch; the loss grows by how far the student's numbers are from the teacher's.
 
 Differs: The hidden terms are divided by the teacher's mean square, so that one weight fits all layers and models. Padding never
 counts. A student head learns from the teacher head of the same origin: the plans of both tell it, because a teacher may be cut
-too. A head whose origin the teacher lacks learns no scores, and the log says so; nor do a decoder's attentions. If layers are
-gone, the one before them learns what the last of them gave.
+too. A head whose origin the teacher lacks learns no scores, and the log says so; nor do a decoder's attentions. Relations are
+those of the last attention of each. The flow of BERT-EMD is exact, and its layers' weights have a temperature of their number.
 
 Choose when: anything was cut: train on with it after any cut. With no cut it is plain task-specific distillation.
 
@@ -20,20 +21,22 @@ each layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast, final
+from typing import Literal, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Kind, Site, Tokens
+from slimformer.errors import TargetError
 from slimformer.families.base import Subject, family_of
-from slimformer.hooks.capture import Capture, Captured
+from slimformer.hooks.capture import Capture, Captured, related_width
 from slimformer.hooks.feeding import unpadded
-from slimformer.methods.base import Context, Effects, Method, State, Step
-from slimformer.rules import NotNegative, Positive
+from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
+from slimformer.rules import Count, NotNegative, Positive
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,14 @@ class Distillation(Method):
     `hidden` and `scores` are means over layers. TinyBERT, SparseBERT and KroneckerBERT have sums of plain mean squared errors:
     for these set the weight to the number of layers, with `relative: false`.
 
+    `patient` is PKD's loss: only the first token's states, brought to length 1, all layers but the last. `relations` is MiniLMv2's:
+    the student's last attention learns with what weight each token's query meets every other token's query, and so for keys and
+    values (scaled dot products after a softmax, in `relation_heads` parts); widths may differ, so heads may be cut. MiniLM itself
+    is `scores` and values alone.
+
+    `layers`: "one" pairs each layer's hidden state with one of the teacher's, evenly. "many" is BERT-EMD's: each learns from all of
+    them, by the cheapest flow between the two models' layers; after each step layers that are cheap to match count more.
+
     Example:
         >>> from slimformer import Train
         >>> Train(methods=(Distillation(temperature=1.0, scores=6.0),)).methods[0].effects().needs_teacher
@@ -57,15 +68,27 @@ class Distillation(Method):
     hidden: NotNegative = 1.0  # weight of the hidden states, a mean over layers
     scores: NotNegative = 0.0  # weight of the attention scores before the softmax, a mean over layers
     embedding: NotNegative = 0.0  # weight of the hidden state before the first layer
+    patient: NotNegative = (
+        0.0  # weight of the first token's hidden states, each of length 1: squared distance, a mean over layers
+    )
+    relations: NotNegative = 0.0  # weight of the last attention's relations: query to query, key to key, value to value
+    relation_heads: Count = (
+        12  # parts that queries, keys and values are split into for them; must divide the width of both models'
+    )
+    layers: Literal["one", "many"] = "one"  # the teacher's layers that a layer's hidden state learns from
     relative: bool = True  # hidden and embedding terms over the teacher's mean square
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.logits + self.hidden + self.scores + self.embedding:
-            raise ValueError("one of logits, hidden, scores and embedding must be above 0")
+        if not self.logits + self.hidden + self.scores + self.embedding + self.patient + self.relations:
+            raise ValueError("one of logits, hidden, scores, embedding, patient and relations must be above 0")
+        if self.layers == "many" and not self.hidden:
+            raise ValueError("layers: many says how hidden states are paired, and hidden is 0")
 
     def effects(self) -> Effects:
-        seen = {Capture.LOGITS: self.logits, Capture.HIDDEN: self.hidden + self.embedding, Capture.SCORES: self.scores}
+        states = self.hidden + self.embedding + self.patient
+        seen = {Capture.LOGITS: self.logits, Capture.HIDDEN: states, Capture.SCORES: self.scores}
+        seen[Capture.RELATIONS] = self.relations
         return Effects(needs=frozenset(capture for capture, weight in seen.items() if weight > 0), needs_teacher=True)
 
     def attach(self, context: Context) -> State:
@@ -86,8 +109,11 @@ class Distillation(Method):
                 heads[site.id] = Heads(source.id, *map(tuple, zip(*pairs, strict=True)))
         if alone and self.scores:
             _log.info("distillation: %d heads have no counterpart in the teacher; they learn no attention scores.", alone)
+        if self.relations:
+            self._check_relations(mine, theirs)
         hidden, embedding = hidden_pairs(mine, theirs, partner)
-        return _State(hidden, embedding, heads, (mine.hidden_size, theirs.hidden_size), same_units(context))
+        many = every_layer(hidden, theirs) if self.layers == "many" else []
+        return _State(hidden, embedding, heads, (mine.hidden_size, theirs.hidden_size), same_units(context), many)
 
     def penalty(self, state: State, step: Step) -> Tensor | None:
         state = cast(_State, state)
@@ -100,13 +126,33 @@ class Distillation(Method):
         distance = partial(
             hidden_distance, student, teacher, masks, units=state.units, project=state.project, relative=self.relative
         )
-        if self.hidden:
+        if self.hidden and self.layers == "many":
+            total = total + self.hidden * state.transported(distance)
+        elif self.hidden:
             total = total + self.hidden * distance(state.hidden)
         if self.embedding:
             total = total + self.embedding * distance(state.embedding)
         if self.scores and state.heads:
             total = total + self.scores * score_distance(student, teacher, mask, state.heads)
+        if self.patient:
+            total = total + self.patient * patient_distance(student, teacher, state.hidden, state.units, state.project)
+        if self.relations:
+            total = total + self.relations * relation_distance(student, teacher, mask, self.relation_heads)
         return total
+
+    def advance(self, state: State, progress: Progress) -> None:
+        if self.layers == "many":
+            cast(_State, state).weigh()
+
+    def _check_relations(self, mine: Anatomy, theirs: Anatomy) -> None:
+        for whose, width in (("student", related_width(mine)), ("teacher", related_width(theirs))):
+            if width == 0 or width % self.relation_heads:
+                raise TargetError(
+                    f"relation_heads {self.relation_heads} does not divide the {whose}'s last attention, which is {width} wide."
+                    if width
+                    else f"the {whose} has no attention left whose relations could be learned.",
+                    help="choose a number of relation_heads that divides the width of both models' last attention.",
+                )
 
 
 # -- State ---------------------------------------------------------------------------------------------------------------------
@@ -130,6 +176,15 @@ class Pair:
     tokens: Tokens = Tokens.SOURCE
 
 
+@dataclass(frozen=True)
+class StackLayers:
+    """The hidden states of one stack that learn, and all of the teacher's that they learn from."""
+
+    students: tuple[int, ...]
+    teachers: tuple[int, ...]
+    tokens: Tokens
+
+
 class _State(State):
     """Which of the teacher's hidden states, units and heads the student's learn from; a projection if units have no common origin."""
 
@@ -140,6 +195,7 @@ class _State(State):
         heads: dict[str, Heads],
         widths: tuple[int, int],
         units: Sequence[int] | None,
+        many: Sequence[StackLayers] = (),
     ) -> None:
         super().__init__()
         self.units: Tensor | None  # the teacher's hidden units that the student's learn, if it was cut
@@ -147,8 +203,38 @@ class _State(State):
         self.hidden, self.embedding = hidden, embedding
         self.tokens = {pair.tokens for pair in embedding}
         self.heads = heads
+        self.many = many
+        for index, layers in enumerate(
+            many
+        ):  # how much each layer counts: they sum to 1; buffers, so that a resumed run knows them
+            self.register_buffer(f"own_{index}", torch.full((len(layers.students),), 1 / len(layers.students)))
+            self.register_buffer(f"other_{index}", torch.full((len(layers.teachers),), 1 / len(layers.teachers)))
+        self._unit_costs: dict[str, Tensor] = {}
         apart = units is None and widths[0] != widths[1]
         self.project = nn.Linear(widths[0], widths[1], bias=False) if apart else None
+
+    def transported(self, distance: Callable[[Sequence[Pair]], Tensor]) -> Tensor:
+        """The mean over stacks of what the cheapest flow from the student's layers to the teacher's costs (BERT-EMD, eq. 4 to 6)."""
+        terms = []
+        for index, layers in enumerate(self.many):
+            pairs = [[Pair(own, other, layers.tokens) for other in layers.teachers] for own in layers.students]
+            gaps = torch.stack([torch.stack([distance([pair]) for pair in row]) for row in pairs])  # (students, teachers)
+            own, other = self.get_buffer(f"own_{index}"), self.get_buffer(f"other_{index}")
+            flow = transport(*(value.detach().double().cpu().numpy() for value in (gaps, own, other)))
+            moved = gaps * torch.from_numpy(flow).to(gaps)
+            self._unit_costs[f"own_{index}"] = moved.detach().sum(1) / own
+            self._unit_costs[f"other_{index}"] = moved.detach().sum(0) / other
+            terms.append(moved.sum())
+        return torch.stack(terms).mean()
+
+    def pool(self, gather: Callable[[Tensor], Tensor]) -> None:
+        self._unit_costs = {name: gather(cost).mean(0) for name, cost in self._unit_costs.items()}
+
+    def weigh(self) -> None:
+        """Layers that cost little to match count more from now on."""
+        for name, cost in self._unit_costs.items():
+            self.get_buffer(name).copy_(cheap_first(cost))
+        self._unit_costs = {}
 
 
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
@@ -197,6 +283,68 @@ def score_distance(student: Captured, teacher: Captured, mask: Tensor, pairing: 
         gap = (gap - gap.sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)) * pairs
         terms.append(gap.square().sum() / (pairs.sum() * gap.shape[1]).clamp_min(1.0))
     return torch.stack(terms).mean()
+
+
+def patient_distance(
+    student: Captured, teacher: Captured, pairs: Sequence[Pair], units: Tensor | None, project: nn.Module | None
+) -> Tensor:
+    """Mean over layers but the last, and over rows, of |h_s / |h_s| - h_t / |h_t||^2 at the first token (PKD, eq. 6)."""
+    terms = []
+    for pair in pairs[:-1] or pairs:
+        states, goal = student.hidden[pair.student][:, 0].float(), teacher.hidden[pair.teacher][:, 0].float()  # (batch, hidden)
+        goal = goal if units is None else goal[:, units.to(goal.device)]
+        states = states if project is None else project(states)
+        gap = torch.nn.functional.normalize(states, dim=-1) - torch.nn.functional.normalize(goal, dim=-1)
+        terms.append(gap.square().sum(-1).mean())
+    return torch.stack(terms).mean()
+
+
+def relation_distance(student: Captured, teacher: Captured, mask: Tensor, heads: int) -> Tensor:
+    """Mean over queries, keys and values, heads and real tokens of KL(teacher || student) of their relations (MiniLMv2, eq. 4-6).
+
+    A relation of vectors A is softmax(A A^T / sqrt(d)) within each of `heads` parts of width d, over real tokens.
+    """
+    real = mask.bool()
+    terms = []
+    for mine, theirs in zip(student.relations, teacher.relations, strict=True):
+        own, goal = (_relation(vectors.float(), real, heads) for vectors in (mine, theirs))  # (batch, heads, seq, seq) in logs
+        gap = (goal.exp() * (goal - own)).sum(-1)  # (batch, heads, seq)
+        rows = real[:, None, :].expand_as(gap)
+        terms.append(gap[rows].mean())
+    return torch.stack(terms).mean()
+
+
+def transport(costs: np.ndarray, supply: np.ndarray, demand: np.ndarray) -> np.ndarray:
+    """The flow (n, m), not negative, that takes `supply` (n,) to `demand` (m,), both of sum 1, at the least `costs` (n, m) in all."""
+    from scipy.optimize import linprog
+
+    rows, columns = costs.shape
+    leaves = np.kron(np.eye(rows), np.ones(columns))  # (n, n m): the flow out of each
+    enters = np.kron(np.ones(rows), np.eye(columns))
+    solved = linprog(
+        costs.ravel(), A_eq=np.vstack([leaves, enters[:-1]]), b_eq=np.concatenate([supply, demand[:-1]]) / supply.sum()
+    )
+    return np.asarray(solved.x).reshape(rows, columns)
+
+
+def cheap_first(costs: Tensor) -> Tensor:
+    """Weights of sum 1 for layers whose mass costs so much to move: softmax of (sum of costs / cost) over their number.
+
+    BERT-EMD, eq. 8 and 9, with their number as its temperature: at equal costs and at few layers it hardly moves.
+    """
+    share = costs.sum() / costs.clamp_min(1e-6 * float(costs.sum()) + 1e-12)  # (layers,)
+    return torch.softmax(share.clamp_max(10.0 * len(costs)) / len(costs), dim=0)
+
+
+def every_layer(pairs: Sequence[Pair], theirs: Anatomy) -> list[StackLayers]:
+    """For each stack the student's states of `pairs`, and the teacher's states after each of its layers."""
+    found, above = [], 0
+    for place, stack in enumerate(theirs.stacks):
+        states = tuple(above + place + 1 + layer for layer in range(len(stack.layers)))
+        own = tuple(pair.student for pair in pairs if pair.teacher in states)
+        found.append(StackLayers(own, states, stack.tokens))
+        above += len(stack.layers)
+    return found
 
 
 def same_units(context: Context) -> tuple[int, ...] | None:
@@ -249,6 +397,13 @@ def _same_attention(anatomy: Anatomy, site: Site, layer: int) -> Site | None:
 def _chosen(scores: Tensor, heads: Sequence[int]) -> Tensor:
     """These heads of (batch, heads, seq, seq); without a copy if they are all."""
     return scores if tuple(heads) == tuple(range(scores.shape[1])) else scores[:, list(heads)]
+
+
+def _relation(vectors: Tensor, real: Tensor, heads: int) -> Tensor:
+    """Logs of the relations of `vectors` (batch, seq, width): (batch, heads, seq, seq)."""
+    parts = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)  # (batch, heads, seq, d)
+    products = parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5
+    return torch.log_softmax(products.masked_fill(~real[:, None, None, :], -1e4), dim=-1)
 
 
 def _dense_width(subject: Subject) -> int | None:

@@ -26,7 +26,7 @@ from slimformer.data.material import features_digest
 from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, whole_folder
-from slimformer.hooks.capture import Capture, Captured, Recorder, capturing, state_count
+from slimformer.hooks.capture import RELATED, Capture, Captured, Recorder, capturing, related_width, state_count
 from slimformer.log import Log
 from slimformer.methods.base import Batch
 from slimformer.saving.tensors import fixed_digest
@@ -35,7 +35,7 @@ from slimformer.tasks.base import Features, Task
 TEACHER_FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter of that if scores are read, which take most of the memory
 LAYOUT = 3  # a version number of the files below; it is part of their digest, so that another layout fills its cache anew
-LARGE = frozenset({Capture.HIDDEN, Capture.SCORES})  # these outputs may not fit
+LARGE = frozenset({Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS})  # these outputs may not fit
 PADDING = -1e4  # outputs with a value per token have this at padding; tasks leave padding out
 CACHE_FACTS = "facts.json"
 
@@ -112,9 +112,9 @@ class CachedTeacher(TeacherOutputs):
         self._first_pair: np.ndarray = np.load(folder / "pair.npy", allow_pickle=False)  # row -> its first pair of tokens
         self._outputs = {name: np.load(folder / f"output-{name}.npy", allow_pickle=False) for name in self._per_token}
         self._heads: dict[str, int] = facts["heads"]  # site -> its heads; empty if scores are not kept
-        self._hidden, self._scores = (
+        self._hidden, self._scores, self._relations = (
             np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
-            for file in (folder / "hidden.npy", folder / "scores.npy")
+            for file in (folder / f"{kind}.npy" for kind in (Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS))
         )
 
     def see(self, rows: Sequence[int], batch: Batch) -> Captured:
@@ -128,7 +128,11 @@ class CachedTeacher(TeacherOutputs):
         hidden: tuple[Tensor, ...] = ()
         if self._hidden is not None:
             hidden = self._padded(self._hidden, rows, width, 0.0).unbind(2)  # layers + 1 of (batch, seq, hidden)
-        return Captured(output, hidden, self._scores_of(self._scores, rows, width) if self._scores is not None else {})
+        scores = self._scores_of(self._scores, rows, width) if self._scores is not None else {}
+        relations: tuple[Tensor, ...] = ()
+        if self._relations is not None and self._relations.shape[-1]:
+            relations = self._padded(self._relations, rows, width, 0.0).unbind(2)  # three of (batch, seq, width of all heads)
+        return Captured(output, hidden, scores, relations)
 
     def _padded(self, tokens: np.ndarray, rows: Sequence[int], width: int, fill: float) -> Tensor:
         out = np.full((len(rows), width, *tokens.shape[1:]), fill, dtype=np.float32)
@@ -165,7 +169,9 @@ def cached_bytes(anatomy: Anatomy, lengths: np.ndarray, needs: Collection[Captur
     tokens = lengths.astype(np.int64)
     hidden = int(tokens.sum()) * state_count(anatomy) * anatomy.hidden_size
     scores = int((tokens**2).sum()) * sum(_heads(anatomy).values())
-    return 2 * ((hidden if Capture.HIDDEN in needs else 0) + (scores if Capture.SCORES in needs else 0))
+    relations = int(tokens.sum()) * len(RELATED) * related_width(anatomy)
+    sizes = {Capture.HIDDEN: hidden, Capture.SCORES: scores, Capture.RELATIONS: relations}
+    return 2 * sum(size for kind, size in sizes.items() if kind in needs)
 
 
 @contextmanager
@@ -237,6 +243,7 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
     shapes = {
         Capture.HIDDEN: (int(lengths.sum()), state_count(teacher.subject.anatomy), teacher.subject.anatomy.hidden_size),
         Capture.SCORES: (int((lengths**2).sum()) * sum(heads.values()),),
+        Capture.RELATIONS: (int(lengths.sum()), len(RELATED), related_width(teacher.subject.anatomy)),
     }
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.kept}
     remove_parts(home.parent)
@@ -260,6 +267,9 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
             if Capture.HIDDEN in files:
                 real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
                 files[Capture.HIDDEN].write(real.half().cpu().numpy().tobytes())
+            if Capture.RELATIONS in files and seen.relations:
+                real = torch.stack(seen.relations, dim=2)[batch["attention_mask"].bool()]  # (tokens, 3, width of all heads)
+                files[Capture.RELATIONS].write(real.half().cpu().numpy().tobytes())
             if Capture.SCORES in files and heads:
                 every = torch.cat([seen.scores[site] for site in heads], dim=1).half().cpu().numpy()
                 for scores, row in zip(every, rows, strict=True):  # (heads of all layers, seq, seq)
