@@ -68,6 +68,8 @@ def preflight(recipe: Recipe) -> Checked:
     training = [stage for stage in recipe.stages if isinstance(stage, Train)]
     for stage in training:
         check_trackers(stage.trackers)
+        if stage.targets == "teacher" and not task.stand_in:
+            raise RecipeError(f"the task {name_of(task)} writes no texts.", help="leave out targets: teacher.")
         if stage.augment_model:
             check_masked_model(Path(stage.augment_model), source)
     for split in Split:

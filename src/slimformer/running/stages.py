@@ -45,6 +45,7 @@ from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.processes import train_together
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
+from slimformer.training.written import written_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,6 +185,11 @@ def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
         features = encode_text(Path(stage.text), load_tokenizer(material.source), material.max_length)
     if stage.rows is not None:
         features = spaced_rows(features, stage.rows)
+    if stage.targets == "teacher":
+        longest = getattr(material.task, "max_target_length", None)
+        if longest is None:
+            raise RecipeError(f"the task {name_of(material.task)} writes no texts: targets is for those that do.")
+        return written_by(bundle.teacher, features, longest, run.cache or run.root, run.log)
     if not stage.augment:
         return features
     masked = checkpoint.load_dense(Path(stage.augment_model)) if stage.augment_model else None

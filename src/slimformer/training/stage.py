@@ -83,6 +83,9 @@ class Train(Stage):
     `augment`: copies of each row in which words are replaced by similar ones, taken from the embedding table or from the masked
     language model in the folder `augment_model`. An epoch is then 1 + augment times as long. It is meant for distillation,
     because the labels of the copies may no longer fit.
+    `targets`: "teacher" trains on the texts that the teacher writes for the rows by beam search, instead of the task's own
+    (sequence-level distillation); for tasks that write texts. They are written once, before the first step, and kept. It goes with
+    `distillation`, which then learns each word of them from the teacher too.
     `rows`: at most so many of the rows train, evenly spaced over all of them; an epoch is a pass over these.
 
     `methods`: those that take part; at most one of them decides what is cut.
@@ -111,6 +114,7 @@ class Train(Stage):
     augment_model: str | None = None
     steps: Count | None = None
     rows: Count | None = None
+    targets: Literal["task", "teacher"] = "task"
     clip: NotNegative = 1.0
 
     kind: ClassVar[str] = "train"
@@ -124,6 +128,10 @@ class Train(Stage):
         wrong = mistakes_in(self)
         if self.augment_model is not None and self.augment == 0:
             wrong.append("augment_model says how words are replaced: set augment too")
+        if self.targets == "teacher" and (self.text is not None or self.augment):
+            wrong.append(
+                f"targets: the teacher writes for the task's own rows; leave out {'augment' if self.augment else 'text'}"
+            )
         if wrong:
             raise RecipeError("these training options cannot be used.", facts=wrong, help="correct these values.")
 
@@ -134,7 +142,7 @@ class Train(Stage):
 
     @property
     def leading(self) -> bool:
-        return not self.methods
+        return not self.methods and self.targets == "task"
 
     @property
     def files(self) -> tuple[Path, ...]:
