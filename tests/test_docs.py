@@ -127,7 +127,13 @@ def test_the_example_of_squads_form_and_of_natural_questions_can_be_read(tmp_pat
 
 def test_concepts_show_a_recipe_with_every_stage() -> None:
     (text,) = (text for name, text in shown_recipes() if name == "concepts.md")
-    assert {next(iter(stage)) for stage in yaml.safe_load(text)["stages"]} == {"train", "calibrate", "export", "bench"}
+    assert {next(iter(stage)) for stage in yaml.safe_load(text)["stages"]} == {
+        "train",
+        "calibrate",
+        "trim_vocabulary",
+        "export",
+        "bench",
+    }
 
 
 def test_the_stages_of_the_tables_are_in_an_order_that_makes_sense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from slimformer.saving.checkpoint import load, load_plan, save, save_dense
     from slimformer.testing.checks import check
     from slimformer.training.callback import SlimCallback
-    from slimformer.training.stage import Calibrate, Train
+    from slimformer.training.stage import Calibrate, Train, TrimVocabulary
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ _PLACES = {
     "Result": "running.result",
     "SlimCallback": "training.callback",
     "Train": "training.stage",
+    "TrimVocabulary": "training.stage",
     "allocate": "core.budget",
     "anatomy_of": "families.base",
     "bench": "running.bench",
@@ -84,6 +85,7 @@ __all__ = [
     "Result",
     "SlimCallback",
     "Train",
+    "TrimVocabulary",
     "allocate",
     "anatomy_of",
     "bench",

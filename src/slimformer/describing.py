@@ -20,7 +20,12 @@ from slimformer import registry
 from slimformer.errors import RecipeError, nearest
 from slimformer.rules import rules_of
 
-STAGES = {"train": "training.stage.Train", "export": "running.recipe.Export", "bench": "running.recipe.Bench"}
+STAGES = {
+    "train": "training.stage.Train",
+    "trim_vocabulary": "training.stage.TrimVocabulary",
+    "export": "running.recipe.Export",
+    "bench": "running.recipe.Bench",
+}
 COMMON_MEANINGS = {  # options that mean the same wherever they are
     "keep": "The share that may stay.",
     "cost": "What `keep` is a share of.",

@@ -77,7 +77,7 @@ def unlabelled(features: Features) -> Features:
 
 def check_text(file: Path) -> None:
     """DataError where a file of texts cannot be read or holds none."""
-    if next(_lines(file), None) is None:
+    if next(read_texts(file), None) is None:
         raise DataError(f"{file} holds no text.", help="put one text on each line.")
 
 
@@ -85,7 +85,7 @@ def encode_text(file: Path, tokenizer: Tokenizer, max_length: int) -> Features:
     """A row of token ids for each line of a file that is not blank, without labels; what exceeds `max_length` is left out."""
     rows: list[np.ndarray] = []
     truncated = 0
-    lines = _lines(file)
+    lines = read_texts(file)
     with cutting(tokenizer, max_length):
         while some := list(islice(lines, LINES)):
             for row in tokenizer.encode_batch_fast(some):
@@ -94,7 +94,8 @@ def encode_text(file: Path, tokenizer: Tokenizer, max_length: int) -> Features:
     return Features({"input_ids": rows}, range(len(rows)), truncated, pad_id_of(tokenizer))
 
 
-def _lines(file: Path) -> Iterator[str]:
+def read_texts(file: Path) -> Iterator[str]:
+    """The lines of a file that are not blank; DataError if it cannot be read."""
     try:
         if os.path.exists(file) and not os.path.isfile(file):
             raise ValueError("it is no ordinary file")

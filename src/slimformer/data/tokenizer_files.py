@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 OTHER_FORMS = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 _JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_SIDES = ("source.spm", "target.spm")  # of a Marian: they hold the pieces of the two languages
 _SIDE_FILES = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json", "merges.txt")
 _AS_THE_FILE = {"PreTrainedTokenizer", "TokenizersBackend"}  # classes that take tokenizer.json as it is, "Fast" left out
 _BERTS = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"}
@@ -61,23 +62,30 @@ def tokenizer_text(folder: Path) -> str:
     return _settle(folder.absolute(), tuple(stamps))
 
 
-def write_tokenizer(source: Path, folder: Path) -> None:
+def named_tokens(folder: Path) -> set[str]:
+    """The tokens of a folder's tokenizer that its files name: special ones, and those that were added."""
+    data = json.loads(tokenizer_text(folder))
+    return (_said_tokens(folder) | set(_special_tokens(folder, data).values())) & (_words(data) | _added(data))
+
+
+def write_tokenizer(source: Path, folder: Path, cut: str | None = None) -> None:
     """Writes the tokenizer of `source` into `folder`: as tokenizer.json, with settings under which transformers gives the same ids.
 
-    Files of other forms that were copied there are removed: transformers would add their tokens once more.
+    Files of other forms that were copied there are removed: transformers would add their tokens once more. `cut`: the tokenizer.json with
+    fewer pieces that is written in the place of its own.
     """
-    text = tokenizer_text(source)
+    text = cut or tokenizer_text(source)
     write_text(folder / _JSON, text)
     settings, data = read_json(source / _CONFIG), json.loads(text)
     for name in _OF_THE_SOURCE:
         settings.pop(name, None)
-    if _may_differ(source, data) or not settings.get("tokenizer_class"):
+    if cut or _may_differ(source, data) or not settings.get("tokenizer_class"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # for this, old and new versions read tokenizer.json as it is
         segments = (read_json(source / "config.json").get("type_vocab_size") or 1) > 1
         settings["model_input_names"] = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
     for name, token in _special_tokens(source, data).items():
         settings.setdefault(name, token)
-    for name in ("special_tokens_map.json", "added_tokens.json", "merges.txt", *OTHER_FORMS):
+    for name in ("special_tokens_map.json", "added_tokens.json", "merges.txt", *OTHER_FORMS, *(_SIDES if cut else ())):
         (folder / name).unlink(missing_ok=True)
     write_text(folder / _CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
@@ -89,7 +97,7 @@ def _settle(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     text = _chosen(folder) if _JSON in there else _converted(folder, [name for name in OTHER_FORMS if name in there])
     text = _within_rows(folder, text)
     with encoding_errors(folder):
-        tokenizer = _parse(text)
+        tokenizer = parsed_tokenizer(text)
         for probe in ("", *_PROBES):
             tokenizer.encode(probe)
             tokenizer.encode(probe, probe)
@@ -134,7 +142,7 @@ def _chosen(folder: Path) -> str:
     file = folder / _JSON
     try:
         text = read_small(file).decode("utf-8")
-        ours, data = _parse(text), json.loads(text)  # the two parsers do not agree on all that is no JSON
+        ours, data = parsed_tokenizer(text), json.loads(text)  # the two parsers do not agree on all that is no JSON
     except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
         raise ModelError(
             f"{file} cannot be read as a tokenizer: {_first_line(error)}.",
@@ -470,7 +478,7 @@ def _base_type(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type") or "").removeprefix("slimformer_")
 
 
-def _parse(text: str) -> Tokenizer:
+def parsed_tokenizer(text: str) -> Tokenizer:
     """The tokenizer, without the padding and cutting that a file may ask for."""
     from tokenizers import Tokenizer
 

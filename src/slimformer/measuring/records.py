@@ -65,6 +65,18 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class VocabularyFacts:
+    """What is left of a vocabulary that was cut, and how it splits texts that it was not cut for."""
+
+    pieces: int
+    pieces_of: int
+    held: int  # texts of the dev examples, from which no piece was taken
+    otherwise: int  # of them: split in other pieces than before
+    unreadable: int  # of them: with an unknown piece that was none before
+    longer: float  # times as many pieces in all of them
+
+
+@dataclass(frozen=True)
 class Goal:
     """What was asked for: times faster than the baseline at batch 32, and points of the metric that may be lost."""
 
@@ -130,6 +142,7 @@ class Record:
         size_bytes: Bytes of the model file.
         macs: Multiply-accumulates of the encoder for an average example. This is theory, never to be read as speed.
         layers: What is left of each layer.
+        vocabulary: What is left of the vocabulary, if it was cut.
         timings: The raw times, a `Timing` for each workload.
         baseline: The name of the row of the same run that speeds and losses compare with.
         speed: Times faster than the baseline, by the workload's name.
@@ -178,6 +191,7 @@ class Record:
     size_bytes: int | None = None
     macs: int | None = None
     layers: tuple[Layer, ...] = ()
+    vocabulary: VocabularyFacts | None = None
     timings: tuple[Timing, ...] = ()
     baseline: str = ""
     speed: Mapping[str, Ratio] = field(default_factory=dict)
@@ -256,6 +270,7 @@ class Facts:
     threads: int | None = None
     peak_rss_bytes: int | None = None
     layers: tuple[Layer, ...] = ()
+    vocabulary: VocabularyFacts | None = None
     recipe: str = ""
     plan: str = ""
     fitted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -265,7 +280,7 @@ class Facts:
         """The fields that the records of all these files share."""
         sizes = ("params", "encoder_params", "encoder_nonzero", "weights_bytes", "macs")
         making = ("seed", "train_examples", "minutes", "threads", "peak_rss_bytes")
-        return {name: getattr(self, name) for name in (*sizes, *making, "layers", "recipe", "plan")}
+        return {name: getattr(self, name) for name in (*sizes, *making, "layers", "vocabulary", "recipe", "plan")}
 
 
 def today() -> str:

@@ -46,6 +46,7 @@ class Effects:
 
     cuts: bool = False  # `decide` takes units, or single weights, away: no matrix may be factored before
     factors: bool = False  # `decide` stores matrices in other forms: nothing can be cut afterwards
+    factors_table: bool = False  # it may do so with the word table: the vocabulary can no longer be cut
     rewrites: bool = False  # `decide` takes nothing away, but gives new weights
     zeros: Zeros = Zeros.NONE  # zeros of the method's own making
     holds_zeros: bool = False  # zeros that the method meets are still there when its stage has trained

@@ -78,7 +78,8 @@ class KroneckerFactors(Method):
 
     def effects(self) -> Effects:
         # with a share of 1 the word table alone is factored: the matrices, and zeros in them, stay as they are
-        return Effects(factors=True, one_shot=True, refills=self.shapes is not None or self.share < 1)
+        refills = self.shapes is not None or self.share < 1
+        return Effects(factors=True, factors_table=self.embedding != 0, one_shot=True, refills=refills)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         forms = self._given(anatomy)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from slimformer.measuring.machine import Environment, Load
 from slimformer.measuring.records import Record
 from slimformer.measuring.timing import Timing
+from slimformer.reporting.words import vocabulary_text
 
 Fact = tuple[str, str]  # label, value
 
@@ -14,6 +15,8 @@ Fact = tuple[str, str]  # label, value
 def cost_facts(record: Record) -> tuple[Fact, ...]:
     """What it took to make a model, as far as it is known."""
     facts = []
+    if record.vocabulary is not None:
+        facts.append(("Vocabulary", vocabulary_text(record.vocabulary)))
     if record.minutes is not None:
         threads = f" on {record.threads} thread{'s' * (record.threads != 1)}" if record.threads else ""
         facts.append(("Compression took", f"{record.minutes:.1f} minutes{threads}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimformer.measuring.records import Interval, Record
+from slimformer.measuring.records import Interval, Record, VocabularyFacts
 
 MEGABYTE = 1e6  # bytes in the MB that is shown
 
@@ -124,3 +124,17 @@ def layers_text(record: Record) -> str:
     gone = sum((layer.heads == 0) + (layer.neurons == 0) for layer in record.layers)
     removed = f" {gone} of {2 * len(record.layers)} sublayers are gone altogether." if gone else ""
     return f"{heads} of {heads_of} heads and {neurons:,} of {neurons_of:,} FFN neurons are kept.{removed}"
+
+
+def vocabulary_text(facts: VocabularyFacts) -> str:
+    """What was cut of a vocabulary, and what that does to texts that it was not cut for.
+
+    >>> from slimformer.measuring.records import VocabularyFacts
+    >>> vocabulary_text(VocabularyFacts(900, 3000, 200, 10, 0, 1.004))
+    '900 of 3,000 word pieces stay; of 200 dev texts 10 (5.0 %) are split otherwise, 0 have unknown words, 0.4 % more pieces'
+    """
+    share = f" ({100 * facts.otherwise / facts.held:.1f} %)" if facts.held else ""
+    return (
+        f"{facts.pieces:,} of {facts.pieces_of:,} word pieces stay; of {facts.held:,} dev texts {facts.otherwise:,}{share} are split "
+        f"otherwise, {facts.unreadable:,} have unknown words, {100 * (facts.longer - 1):.1f} % more pieces"
+    )

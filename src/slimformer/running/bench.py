@@ -21,6 +21,7 @@ from typing import Any
 from slimformer import registry
 from slimformer.data.batching import collate, in_order
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
+from slimformer.data.trimming import SAMPLE_TEXTS, UNREADABLE, unknown_share
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError, readable, shown
 from slimformer.exporters.base import FILES, OPENVINO, Variant, variant_of
 from slimformer.measuring.machine import Load, Quiet, cores
@@ -320,6 +321,19 @@ def _installed(*names: str) -> bool:
 # -- From model files to entries ---------------------------------------------------------------------------------------------
 
 
+def _warn_unknown(folder: Path, tokenizer: str, examples: Sequence[Example]) -> None:
+    """Says so if most words of the texts are unknown to a tokenizer."""
+    share, text = unknown_share(tokenizer, [text for example in examples[:SAMPLE_TEXTS] for text in example.texts])
+    if share > UNREADABLE:
+        _log.warning(
+            "%s: %.0f%% of the words of these texts are unknown to its tokenizer, such as in %s: is it for another language or "
+            "script, or was its vocabulary cut to other texts?",
+            folder,
+            100 * share,
+            shown(text, 60),
+        )
+
+
 class _Encoder:
     """Encodes the examples for one model after the other; models with equal tokenizers and labels share their rows."""
 
@@ -335,6 +349,7 @@ class _Encoder:
         key = (tokenizer.to_str(), json.dumps([config.get("id2label"), config.get("problem_type")], sort_keys=True))
         if key not in self._encoded:
             bound = self.task.bind(config)
+            _warn_unknown(folder, key[0], self.examples)
             self._encoded[key] = (bound, bound.encode(self.examples, tokenizer, self.max_length))
         return self._encoded[key]
 

@@ -12,6 +12,7 @@ from slimformer.digests import digest
 from slimformer.families.base import Subject
 from slimformer.log import Log
 from slimformer.measuring.machine import Quiet
+from slimformer.measuring.records import VocabularyFacts
 from slimformer.saving.tensors import fixed_digest
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Bundle:
         tuned_here: If it is true, the teacher has not seen the validation examples.
         teacher_plan: What is cut of the teacher, as `plan` says of the student.
         ranges: The ranges of activations, if the last stage learned them.
+        whole: The bundle before its vocabulary was cut, with the teacher as its student; None if it was not. Student and teacher of
+            this one have the same vocabulary.
+        vocabulary: What was cut of the vocabulary, and what that does to the dev texts.
 
     Example:
         >>> from slimformer import Bundle, Plan
@@ -51,6 +55,8 @@ class Bundle:
     tuned_here: bool = False
     teacher_plan: Plan = field(default_factory=Plan)
     ranges: Ranges | None = None
+    whole: Bundle | None = None
+    vocabulary: VocabularyFacts | None = None
 
     def digest(self) -> str:
         """Names student and teacher, what was cut of them, the task, and what its rows hold, dev left out.
@@ -73,8 +79,8 @@ class Bundle:
 
     @property
     def uncut(self) -> Bundle:
-        """The bundle with the teacher in the place of the student; every search and every rival starts from it."""
-        return replace(self, subject=self.teacher, plan=self.teacher_plan, ranges=None)
+        """The bundle with the teacher in the place of the student, and the whole vocabulary; every rival starts from it."""
+        return self.whole or replace(self, subject=self.teacher, plan=self.teacher_plan, ranges=None)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def candidate_of(
     """Exports all files that ship into a folder under `folder` and tries them; a resumed run reads what it tried."""
     exporter = exporter or plain_exporter()
     kinds, bundle = exporter.files, made.bundle
+    judge = judge.reading(bundle.material)
     home = folder / bundle.digest()  # the data may have changed since a kill, and with them the model
     files = home / "files"
     shipped = [variant for variant, kind in kinds.items() if kind.shipped]
@@ -74,8 +75,13 @@ def candidate_of(
 
 def teacher_candidate(made: Made, judge: Judge, run: Run, *, seconds: float = TRIAL_SECONDS) -> Candidate:
     """The bundle whose student is still the teacher, in int8: a search may always fall back on it. Its files are not written."""
-    files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
-    trials = remembered(
-        run.root / "whole" / made.bundle.digest() / "int8.json", lambda: judge.try_out(files, seconds=seconds), list[Trial]
-    )
+    bundle, home = made.bundle, run.root / "whole" / made.bundle.digest()
+
+    def tried() -> list[Trial]:
+        files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
+        if bundle.whole is not None:  # the teacher's own file has the whole vocabulary
+            files = export_files(bundle.subject, bundle.material, home / "int8", list(files), run.log)
+        return judge.try_out(files, seconds=seconds)
+
+    trials = remembered(home / "int8.json", tried, list[Trial])
     return Candidate(made, (), FILES, tuple(trials))

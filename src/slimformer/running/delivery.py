@@ -70,7 +70,7 @@ def finish(candidate: Candidate, rivals: Sequence[Contestant], order: Order, jud
     measurement = measure(
         entries,
         made.bundle.material.examples[Split.DEV],
-        Heading(order.model_name, order.task_name, teacher=fixed_digest(made.bundle.teacher.model)),
+        Heading(order.model_name, order.task_name, teacher=fixed_digest(made.bundle.uncut.teacher.model)),
         rounds=Rounds(30, seconds=bench.seconds),
         load=run.quiet.load(),
         seed=run.seed,
@@ -124,7 +124,7 @@ def _openvino_home(run: Run) -> Path:
 
 
 def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
-    material = candidate.made.bundle.material
+    material = item.material or candidate.made.bundle.material
     session = open_session(item.path, threads, item.runtime)
     chosen_by = [trial.forecast for trial in candidate.trials if trial.variant == item.variant and item.facts.get("chosen")]
     return Entry(
@@ -198,7 +198,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
             runtime.snippet(task, part, chosen.file, texts, material.max_length),
             base_model=base,
             data=data if isinstance(data, str) else "",
-            **told_of(source),
+            **told_of(bundle.uncut.material.source),
             notes=notes,
             stored=stored,
             kinds=tuple(kind for _, kind in delivered),
@@ -221,8 +221,9 @@ def deliver_model(made: Made, order: Order, run: Run, out: Path, *, headless: bo
     """
     bundle, export = made.bundle, order.recipe.export
     material, source = bundle.material, bundle.material.source
-    names = ({} if headless else {"the teacher": bundle.teacher}) | {"the model": bundle.subject}
-    scores = {name: dev_scores(subject, material) for name, subject in names.items()}
+    whole = bundle.uncut
+    names = ({} if headless else {"the teacher": (whole.teacher, whole.material)}) | {"the model": (bundle.subject, material)}
+    scores = {name: dev_scores(*read) for name, read in names.items()}
     told = [
         f"{name}: {', '.join(f'{metric} {value:.4g}' for metric, value in found.items())}" for name, found in scores.items()
     ]

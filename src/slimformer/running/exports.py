@@ -81,6 +81,7 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[str, Path]:
 
     Exported once a run, or once a cache.
     """
+    bundle = bundle.uncut  # what is told is told of the teacher with its whole vocabulary
     folder = _teacher_home(bundle, run)
     variants = [Variant.FUSED, Variant.INT8_DYNAMIC, *([Variant.FLOAT] if has_nncf() else [])]
     with teacher_turn(folder, run):

@@ -28,6 +28,7 @@ def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> d
         "weights_bytes": size_bytes(weights, values, checkpoint.heads(model)),
         "macs": round(cost.macs(anatomy, rows.lengths(), rows.target_lengths(), bundle.subject.beams).dense),
         "layers": kept_layers(bundle.teacher.anatomy, bundle.plan),
+        "vocabulary": bundle.vocabulary,
         "minutes": round(effort.minutes, 2),
         "threads": effort.threads,
         "peak_rss_bytes": effort.peak_rss_bytes,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from slimformer.methods.base import Method, Zeros
 from slimformer.registry import name_of
-from slimformer.training.stage import Stage
+from slimformer.training.stage import Stage, Train, TrimVocabulary
 
 
 def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
@@ -15,6 +15,11 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     factoring = next((name_of(method) for method in earlier if method.effects().factors), None)
     closing = next((name_of(method) for method in earlier if method.effects().learns_grids), None)
     zeros = _zeros_after(before)
+    if isinstance(stage, Train) and stage.augment_model and any(isinstance(item, TrimVocabulary) for item in before):
+        yield "augment_model reads the ids of the whole vocabulary, which trim_vocabulary has cut before: train first, trim after"
+    table = next((name_of(method) for method in earlier if method.effects().factors_table), None)
+    if isinstance(stage, TrimVocabulary) and table:
+        yield f"trim_vocabulary cannot cut the word table, which {table} may have factored before: trim first, factor after"
     for method in stage.methods:
         name = name_of(method)
         if factoring and method.effects().cuts:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.core import cost
+from slimformer.core.anatomy import VOCABULARY_SITE
 from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.tokenizer_files import OTHER_FORMS
@@ -22,12 +23,13 @@ from slimformer.registry import name_of
 from slimformer.running.order import conflicts, leading_stages
 from slimformer.running.recipe import Recipe
 from slimformer.running.stages import refuse_cuts
+from slimformer.running.vocabulary import check_table, choose_pieces, refuse_strange_texts
 from slimformer.runtimes.openvino import require_nncf
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task
 from slimformer.training.devices import check_trackers
-from slimformer.training.stage import TASK_TEXT, Stage, Train
+from slimformer.training.stage import TASK_TEXT, Stage, Train, TrimVocabulary
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def preflight(recipe: Recipe) -> Checked:
             check_text(Path(str(stage.text)))
     load_tokenizer(source)
     max_length_of(source)
+    _check_vocabulary(recipe, source, task)
     _check_first_cut(recipe, source, task)
     _check_points(recipe, source, task)
     return Checked(recipe, source, teacher)
@@ -206,6 +209,18 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
         rows = sampled_rows(task, source)
         counted = cost.macs(subject.anatomy, rows.lengths(), rows.target_lengths(), subject.beams)
     first.check(subject.anatomy, counted)
+
+
+def _check_vocabulary(recipe: Recipe, source: Path, task: Task) -> None:
+    """RecipeError, DataError or ModelError if the vocabulary cannot be cut where a recipe says so, or was cut for other texts."""
+    if VOCABULARY_SITE in checkpoint.load_plan(source).keep:
+        refuse_strange_texts(source, task.split(Split.TRAIN))
+    for stage in recipe.stages:
+        if isinstance(stage, TrimVocabulary):
+            if stage.text is not None:
+                check_text(Path(stage.text))
+            check_table(subject_of(checkpoint.skeleton(source, task.auto_class)))
+            choose_pieces(stage, task, source, quick=stage.at_least == 1)
 
 
 def _check_points(recipe: Recipe, source: Path, task: Task) -> None:

@@ -19,7 +19,7 @@ from slimformer.running.order import conflicts
 from slimformer.running.places import read_in
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.saving.hub import HUB_MODEL
-from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
+from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, TrimVocabulary
 
 SEED = rules_of(Recipe)["seed"]
 MOST_BYTES = 1 << 20  # of a recipe file
@@ -144,6 +144,7 @@ def parse_task(data: Any) -> Any:
     return task
 
 
+_STAGES = ("train", "calibrate", "trim_vocabulary", "export", "bench")
 EVERY_EXPORT = ("to", "choose_within", "values", "openvino")  # these options of `export` suit every exporter
 
 
@@ -203,7 +204,7 @@ class _Reader:
         for index, entry in enumerate(data):
             place = f"stages[{index}]"
             if not isinstance(entry, Mapping) or len(entry) != 1:
-                self.mistakes.append(f"{place}: must be one of train, calibrate, export, bench with its options")
+                self.mistakes.append(f"{place}: must be one of {', '.join(_STAGES)} with its options")
                 continue
             kind, options = next(iter(entry.items()))
             place = f"{place}.{kind}"
@@ -212,12 +213,14 @@ class _Reader:
                 made = self.train(options, place)
             elif kind == "calibrate":
                 made = self.calibrate(options, place)
+            elif kind == "trim_vocabulary":
+                made = self.trim(options, place)
             elif kind == "export":
                 export = self.export(options, place) or export
             elif kind == "bench":
                 bench = self.build(Bench, options, place) or bench
             else:
-                self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), ('train', 'calibrate', 'export', 'bench'))}")
+                self.mistakes.append(f"{place}: unknown stage; {nearest(str(kind), _STAGES)}")
             if made is not None:
                 self.mistakes += [f"{place}: {mistake}" for mistake in conflicts(made, found)]
                 found.append(made)
@@ -272,6 +275,12 @@ class _Reader:
         if method is not None and not method.effects().one_shot:
             self.mistakes.append(f"{place}.method: '{registry.name_of(method)}' has to train; put it in a train stage")
         return Calibrate(method) if method is not None else None
+
+    def trim(self, options: Any, place: str) -> TrimVocabulary | None:
+        if isinstance(options, Mapping) and isinstance(options.get("text"), str):
+            options = {**options, "text": self.path(options["text"])}
+        stage: TrimVocabulary | None = self.build(TrimVocabulary, options, place)
+        return stage
 
     def named(self, data: Any, kind: str, place: str) -> Any:
         """{use: name, option: value, ...} as an instance; a bare string is a name without options."""

@@ -29,7 +29,7 @@ from slimformer.running.fresh import Fresh
 from slimformer.running.places import options_seen_from, seen_from
 from slimformer.saving.sparse import Values
 from slimformer.tasks.base import Task
-from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train
+from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, TrimVocabulary
 
 if TYPE_CHECKING:
     from slimformer.exporters.base import Exporter
@@ -147,7 +147,7 @@ class Recipe:
     Attributes:
         model: A folder, an id on the hub ("owner/name", "owner/name@revision"), or a `Fresh` model that is built from scratch.
         task: Where the examples come from, and how they are scored.
-        stages: `Train` and `Calibrate` stages, in order.
+        stages: `Train`, `Calibrate` and `TrimVocabulary` stages, in order.
         teacher: Another model to learn from; by default the model itself after the leading stages of plain fine-tuning.
         seed: The seed of all random numbers.
         export: Which files to write.
@@ -201,6 +201,8 @@ class Recipe:
                 stages.append({"train": options})
             elif isinstance(stage, Calibrate):
                 stages.append({"calibrate": {"method": named_options(stage.method)}})
+            else:
+                stages.append({stage.kind: changed_options(stage)})
         export = changed_options(replace(self.export, options={})) | dict(self.export.options)
         stages += [{"export": export}, {"bench": changed_options(self.bench)}]
         data: dict[str, Any] = {
@@ -232,6 +234,8 @@ class Recipe:
         """
 
         def stage_from(stage: Stage) -> Stage:
+            if isinstance(stage, TrimVocabulary):
+                return replace(stage, text=stage.text and seen_from(folder, stage.text))
             if not isinstance(stage, Train):
                 return stage
             text = seen_from(folder, stage.text) if stage.text not in (None, TASK_TEXT) else stage.text

@@ -36,6 +36,7 @@ def rescue(
     None unless a rescued file meets `allowed` and beats every file that already does, or if the exporter has no mixed precision.
     The reason for each matrix goes into the log, and into the notes of the files that are kept.
     """
+    judge = judge.reading(candidate.made.bundle.material)
     float_trial = next((trial for trial in candidate.trials if trial.variant == Variant.FLOAT), None)
     if float_trial is None or float_trial.loss > allowed:
         return None  # the model itself loses too much: no int8 file can lose less

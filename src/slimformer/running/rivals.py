@@ -10,6 +10,7 @@ from typing import Any
 from slimformer import registry
 from slimformer.core import cost
 from slimformer.core.plan import Plan
+from slimformer.data.material import Material
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
 from slimformer.registry import name_of
@@ -34,14 +35,15 @@ class Contestant:
     facts: Mapping[str, Any] = field(default_factory=dict)
     made: Made | None = None  # the smaller dense model, which may be delivered itself
     stages: tuple[Stage, ...] = ()  # they made it from the teacher
+    material: Material | None = None  # the data as its tokenizer splits them; None: as that of the candidate does
 
 
 def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge: Judge, run: Run) -> list[Contestant]:
     """The baseline first, then the rivals that are wanted and can run here."""
-    bundle, teacher = made.bundle, judge.teacher
-    facts = facts_of(Made(bundle.uncut), run, "") | {"minutes": None, "threads": None, "peak_rss_bytes": None}
+    bundle, teacher, uncut = made.bundle, judge.teacher, made.bundle.uncut
+    facts = facts_of(Made(uncut), run, "") | {"minutes": None, "threads": None, "peak_rss_bytes": None}
     whole = "dense"
-    if bundle.teacher_plan != Plan():
+    if uncut.teacher_plan != Plan():
         whole = "given"
         run.log.say(
             "the model to compare with is cut already: speeds and losses are against it as it was given, not against the dense model. "
@@ -54,14 +56,14 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
     if "openvino-int8" in wanted and has_nncf():
         home = teacher[Variant.FLOAT].parent
         with teacher_turn(home, run):
-            path = openvino_int8(teacher[Variant.FLOAT], bundle.teacher, bundle.material, home / "openvino")
+            path = openvino_int8(teacher[Variant.FLOAT], uncut.teacher, uncut.material, home / "openvino")
         name, variant = f"{whole} OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
     # with zeros alone our model is as large as the teacher
     smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan and not drops_layers(stages)
     if "small-dense" in wanted and smaller:
         rivals.append(small_dense(made, stages, equal_layers(bundle), run))
-    return rivals
+    return [replace(rival, material=uncut.material) for rival in rivals]
 
 
 def small_dense(made: Made, stages: Sequence[Stage], count: int, run: Run) -> Contestant:

@@ -536,6 +536,7 @@ class _Search:
                 )
                 layers, tries = layers + 1, tries + 1
                 small = small_dense(chosen.made, chosen.stages, layers, self.state)
+                small = replace(small, material=chosen.made.bundle.uncut.material)
                 rivals.append(small)
         return chosen, rivals
 
@@ -566,7 +567,8 @@ class _Search:
         """The cut model as a rival."""
         best = chosen.best_int8(self.wanted.max_loss)
         facts = facts_of(chosen.made, self.state, "")
-        return Contestant("cut model int8", Standing.CUT, chosen.files[best.variant], best.variant, facts=facts)
+        own = chosen.made.bundle.material
+        return Contestant("cut model int8", Standing.CUT, chosen.files[best.variant], best.variant, facts=facts, material=own)
 
     @property
     def rival_names(self) -> tuple[RivalName, ...]:

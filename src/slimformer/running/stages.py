@@ -39,12 +39,13 @@ from slimformer.measuring.machine import peak_rss_bytes
 from slimformer.measuring.scoring import evaluate
 from slimformer.methods.base import Context, Method
 from slimformer.registry import name_of
+from slimformer.running import vocabulary
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.saving import checkpoint
 from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.training.processes import train_together
-from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training
+from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, Training, TrimVocabulary
 from slimformer.training.written import written_by
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
         folder = run.folder / f"{number}-{stage.kind}-{digest(*names)[:10]}"
         done, facts = folder / "made", folder / "made" / "effort.json"
         if facts.is_file():
-            bundle, effort = _restored(bundle, done), remembered(facts, Effort, Effort)
+            bundle, effort = _restored(stage, bundle, done), remembered(facts, Effort, Effort)
             run.log.say(f"stage {number} ({stage.kind}) is done already; going on from it.")
             continue
         if any((other / "made").is_dir() for other in run.folder.glob(f"{number}-{stage.kind}-*")):
@@ -80,6 +81,8 @@ def advance(stages: Sequence[Stage], bundle: Bundle, run: Run) -> Made:
         with whole_folder(done) as part:
             source, ranges = bundle.material.source, bundle.ranges
             checkpoint.write(bundle.subject.model, bundle.plan, part, tokenizer_from=source, ranges=ranges)
+            if isinstance(stage, TrimVocabulary):
+                bundle = vocabulary.settle(bundle, part, done)
             remembered(part / facts.name, lambda effort=effort: effort, Effort)  # type: ignore[misc]
         for item in folder.iterdir():
             if item != done:
@@ -101,10 +104,15 @@ def run_stage(stage: Stage, bundle: Bundle, run: Run) -> Bundle:
     """One stage, from the beginning or from the last state of a training that was killed."""
     if isinstance(stage, Train):
         return _train(stage, bundle, run)
+    if isinstance(stage, TrimVocabulary):
+        run.log.say("trim_vocabulary: choosing the word pieces that the texts need.")
+        return vocabulary.trim(stage, bundle, run)
     return _calibrate(cast(Calibrate, stage), bundle, run)
 
 
-def _restored(bundle: Bundle, folder: Path) -> Bundle:
+def _restored(stage: Stage, bundle: Bundle, folder: Path) -> Bundle:
+    if isinstance(stage, TrimVocabulary):
+        bundle = vocabulary.read_back(bundle, folder)
     subject = subject_of(checkpoint.load(folder))
     return replace(bundle, subject=subject, plan=checkpoint.load_plan(folder), ranges=checkpoint.load_ranges(folder))
 

@@ -6,7 +6,7 @@ All choices are made by these trials, never on the dev examples that are reporte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Judge:
-    """Tries files beside the teacher's fp32 file; the same for all candidates of a run."""
+    """Tries files beside the teacher's fp32 file; the same for all candidates of a run.
+
+    `material`: the data as the files read them. The teacher has scored them with its own tokenizer, which may be another.
+    """
 
     material: Material
     teacher: Mapping[str, Path]
@@ -68,6 +71,10 @@ class Judge:
     threads: int
     quiet: machine.Quiet
     log: Log
+
+    def reading(self, material: Material) -> Judge:
+        """The judge of files that read other rows of the same examples."""
+        return replace(self, material=material)
 
     def loss_of(self, session: Session) -> tuple[float, float]:
         """A file's score on validation examples, and the points that it loses there to the teacher."""
@@ -120,7 +127,7 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
     """The judge of a run: the teacher's files, and its scores on validation and training examples, kept beside the files."""
     if machine.saturates(machine.environment().flags):
         run.log.say_once(SATURATES)
-    files, material = teacher_files(bundle, run), bundle.material
+    files, material = teacher_files(bundle, run), bundle.uncut.material
     splits = (Split.VALIDATION,) if bundle.tuned_here else (Split.VALIDATION, Split.TRAIN)
     fused = files[Variant.FUSED]
     kept = fused.with_name(f"scores-{digest(repr((material.task, [material.examples[split] for split in splits])))}.json")
@@ -131,7 +138,7 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
 
     with teacher_turn(fused.parent, run):
         validation, *seen = remembered(kept, scores, list[float])
-    return Judge(material, files, Reference(validation, seen[0] if seen else None), run.threads, run.quiet, run.log)
+    return Judge(bundle.material, files, Reference(validation, seen[0] if seen else None), run.threads, run.quiet, run.log)
 
 
 def _score(session: Session, material: Material, split: Split) -> float:

@@ -45,6 +45,7 @@ class Generation(Task):
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     stand_in: ClassVar[str] = "token_accuracy"
+    piece_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     paths: ClassVar[tuple[str, ...]] = ("data", "target_data", "dev", "targets")
     metrics: ClassVar[tuple[str, ...]] = ()
 

@@ -98,6 +98,8 @@ class Task(ABC):
     # of tasks whose `metric` judges texts that a model writes: the key of `score` that counts where it only read the right ones
     stand_in: ClassVar[str] = ""
     paths: ClassVar[tuple[str, ...]] = ()  # options that may be paths; in a recipe they are relative to its file
+    # columns of rows that hold word pieces as they stand in the texts, nothing drawn at random among them
+    piece_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # short names of this task and the options each one settles
 
     metric: str  # the key of `score` that counts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, final, get_args
 
+from slimformer.data.trimming import Characters
 from slimformer.errors import RecipeError
 from slimformer.hooks.precision import PrecisionChoice
 from slimformer.methods.base import Context, Method, Zeros
@@ -194,6 +195,51 @@ class Calibrate(Stage):
     @property
     def methods(self) -> tuple[Method, ...]:
         return (self.method,)
+
+
+@final
+@dataclass(frozen=True)
+class TrimVocabulary(Stage):
+    """Cuts the vocabulary, and the word table with it, to the pieces that the task's training texts need; nothing is trained.
+
+    Texts whose pieces stay are read as before and get the same answers, bit for bit. Other words are split into smaller pieces.
+    After Ushio et al. 2023 (An Efficient Multilingual Language Model Compression through Vocabulary Trimming), who keep the pieces
+    of a corpus in one language. Differences: the texts are the task's own, and a safety net of special tokens, byte pieces, digits,
+    signs and letters stays, so that words that were not seen are split rather than unknown.
+
+    `text`: a file with a text on each line that is to be read as before, too: such as texts that the model will meet.
+    `at_least`: a piece stays if it occurs so many times in all these texts. Above 1, words with rarer pieces are split otherwise in
+    training texts too.
+    `characters`: the single letters that stay: those of the scripts that the texts have ("seen"), or all ("all").
+    `common`: so many of the most common pieces of the whole vocabulary stay, in these scripts, whether a text has them or not.
+
+    Raises:
+        RecipeError: It lists every option with a value out of range.
+
+    Example:
+        >>> TrimVocabulary().kind
+        'trim_vocabulary'
+    """
+
+    text: str | None = None
+    at_least: Count = 1
+    characters: Characters = "seen"
+    common: CountOrZero = 0
+
+    kind: ClassVar[str] = "trim_vocabulary"
+
+    def __post_init__(self) -> None:
+        wrong = mistakes_in(self)
+        if wrong:
+            raise RecipeError("these options cannot be used.", facts=wrong, help="correct these values.")
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return () if self.text is None else (Path(self.text),)
 
 
 @dataclass(frozen=True)
