@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from slimformer.errors import ExtraError, ModelError
-from slimformer.kernels import library
+from slimformer import Plan, anatomy_of, shrink
+from slimformer.core.anatomy import Kind
+from slimformer.errors import ExportError, ExtraError, ModelError
+from slimformer.families.base import subject_of
+from slimformer.kernels import library, session
+from slimformer.kernels.model_file import save_model_file
+from slimformer.kernels.packing import best_block_rows, pack_encoder
+from slimformer.testing.tiny import batch, tiny
 
 PATHS = ("scalar", "avx2", "avxvnni", "avx512vnni256", "avx512vnni", "neon")
 
@@ -151,3 +160,174 @@ def test_what_cannot_be_packed_or_multiplied_is_refused() -> None:
         linear(np.ones((2, 8), np.float32), np.ones(3), np.zeros(3, np.uint8))
     with pytest.raises(ModelError, match="go together"):
         linear(np.ones((2, 8), np.float32), np.ones(1))
+
+
+# -- Whole encoders ------------------------------------------------------------------------------------------------------------
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModel")
+
+
+def packed_encoder(model: Any, **options: Any) -> library.Encoder:
+    return library.Encoder(pack_encoder(model, **({"first_only": False} | options)))
+
+
+def random_plan(model: Any, rng: np.random.Generator) -> Plan:
+    """Some heads, neurons and sublayers gone."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for site in anatomy_of(model).sites.values():
+        if site.kind is Kind.SUBLAYER:
+            if rng.random() < 0.25:
+                keep[site.id] = ()
+        elif site.sublayer not in keep:
+            count = int(rng.integers(1, site.size + 1))
+            keep[site.id] = tuple(sorted(rng.choice(site.size, count, replace=False).tolist()))
+    return Plan(keep)
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_encoder_is_that_of_pytorch_whatever_was_cut(model_type: str) -> None:
+    rng = np.random.default_rng(FAMILIES.index(model_type))
+    dense = tiny(model_type)
+    for plan in (Plan(), random_plan(dense, rng), random_plan(dense, rng)):
+        model = shrink(dense, anatomy_of(dense), plan)
+        inputs = batch(model, rows=4, seq=19)
+        ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
+        with torch.no_grad():
+            exact = model.base_model(**inputs).last_hidden_state.numpy()
+        got = packed_encoder(model)(ids, mask)
+        assert (got[mask == 0] == 0).all()
+        assert np.sqrt(((got - exact)[mask > 0] ** 2).mean()) < 0.03  # hidden states are of size 1: int8 is all that differs
+        assert np.array_equal(packed_encoder(model, first_only=True)(ids, mask), got[:, 0])
+        assert np.array_equal(packed_encoder(model, block_rows=1)(ids, mask), got)
+
+
+@built
+@pytest.mark.slow
+def test_an_encoder_gives_the_same_bits_on_every_path_at_every_batch_size_order_and_padding(paths: list[str]) -> None:
+    rng = np.random.default_rng(5)
+    model = tiny("bert", max_position_embeddings=256)
+    encoder = packed_encoder(model)
+    lengths = rng.integers(1, 200, 12)
+    texts = [rng.integers(5, 99, length) for length in lengths]
+
+    def run(chosen: Sequence[int], columns: int) -> list[np.ndarray]:
+        ids, mask = np.zeros((len(chosen), columns), np.int64), np.zeros((len(chosen), columns), np.int64)
+        for row, index in enumerate(chosen):
+            ids[row, : lengths[index]], mask[row, : lengths[index]] = texts[index], 1
+        return [hidden[: lengths[index]] for index, hidden in zip(chosen, encoder(ids, mask), strict=True)]
+
+    library.set_processor_path("scalar")
+    alone = [run([index], int(lengths[index]))[0] for index in range(12)]
+    for path in paths:
+        library.set_processor_path(path)
+        for columns in (int(lengths.max()), 220):
+            order = rng.permutation(12).tolist()
+            for index, hidden in zip(order, run(order, columns), strict=True):
+                assert np.array_equal(hidden, alone[index]), (path, columns, index)
+
+
+@built
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
+def test_a_file_runs_in_onnxruntime_with_its_threads(model_type: str, head: str, tmp_path: Path) -> None:
+    model = tiny(model_type, auto_class=head, **({"num_labels": 2} if head.endswith("Answering") else {}))
+    save_model_file(model, tmp_path / "model.onnx")
+    inputs = batch(model, rows=6, seq=40)
+    if "token_type_ids" in subject_of(model).inputs:
+        inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
+    with torch.no_grad():
+        output = model(**inputs)
+    results = []
+    for threads in (1, 3):
+        opened = session(tmp_path / "model.onnx", threads)
+        names = [item.name for item in opened.get_outputs()]
+        results.append(opened.run(names, {name: value.numpy() for name, value in inputs.items()}))
+        for name, got in zip(names, results[-1], strict=True):
+            exact = output[name].numpy()
+            real = slice(None) if got.ndim == 2 and got.shape[1] != 40 else inputs["attention_mask"].numpy() > 0
+            assert np.abs(got - exact)[real].max() < 0.08 * max(1.0, float(np.abs(exact).max()))
+    assert all(np.array_equal(one, three) for one, three in zip(*results, strict=True))
+
+
+@built
+def test_a_single_operator_serves_graphs_of_ones_own(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(6)
+    weights = sparse_weights(rng, 48, 64, 4, 0.8)
+    packed = library.pack_weights(weights, np.full(48, 0.01), rng.normal(size=48), 4)
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    gain, shift = (rng.normal(size=48).astype(np.float32) for _ in range(2))
+    constants = [numpy_helper.from_array(array, name) for name, array in (("w", packed), ("g", gain), ("s", shift))]
+    node = helper.make_node("Linear", ["x", "w", "r", "g", "s"], ["y"], domain="slimformer", activation=2, epsilon=1e-5)
+    floats = [helper.make_tensor_value_info(name, 1, ["a", "b", size]) for name, size in (("x", 64), ("r", 48), ("y", 48))]
+    graph = helper.make_graph([node], "one", floats[:2], floats[2:], constants)
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("slimformer", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=versions, ir_version=8), tmp_path / "one.onnx")
+    x, residual = rng.normal(size=(2, 150, 64)).astype(np.float32), rng.normal(size=(2, 150, 48)).astype(np.float32)
+    got = session(tmp_path / "one.onnx", 2).run(None, {"x": x, "r": residual})[0]
+    linear = library.Linear(packed)
+    for row in range(2):
+        assert np.array_equal(got[row], linear(x[row], activation="gelu", residual=residual[row], norm=(gain, shift, 1e-5)))
+
+
+@built
+def test_bad_ids_and_damaged_files_end_in_one_line(tmp_path: Path) -> None:
+    model = tiny("bert")
+    save_model_file(model, tmp_path / "model.onnx")
+    opened = session(tmp_path / "model.onnx", 1)
+    ids = np.full((1, 3), 99)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    with pytest.raises(Exception, match="token id 99 lies outside of the vocabulary of 99"):
+        opened.run(None, feeds)
+    with pytest.raises(Exception, match="token type 2"):
+        opened.run(None, feeds | {"input_ids": ids - 1, "token_type_ids": np.full_like(ids, 2)})
+    long = {name: np.zeros((1, 65), np.int64) for name in feeds} | {"attention_mask": np.ones((1, 65), np.int64)}
+    with pytest.raises(Exception, match="longer than the 64 positions"):
+        opened.run(None, long)
+    content = bytearray((tmp_path / "model.onnx").read_bytes())
+    content[content.index(b"SLIMENCO") + 5000] ^= 1
+    (tmp_path / "damaged.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match="cannot open") as caught:
+        session(tmp_path / "damaged.onnx")
+    assert "damaged" in str(caught.value)
+    with pytest.raises(ModelError, match="no file"):
+        session(tmp_path / "missing.onnx")
+
+
+@built
+def test_hostile_encoders_end_in_an_error() -> None:
+    sound = pack_encoder(tiny("bert"), first_only=False)
+    ids = np.full((2, 5), 7)
+    refused = 0
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        packed = library.aligned(len(sound))
+        packed[:] = sound
+        # the header's numbers and the directory, above all; the digest agrees with the change
+        at = int(rng.integers(8, 56)) if rng.random() < 0.4 else int(rng.integers(64, 64 + 16 * 26))
+        packed[at] = rng.integers(0, 256)
+        packed[56:64] = np.array([library.encoder_digest(packed)], np.uint64).view(np.uint8)
+        try:
+            library.Encoder(packed)(ids)
+        except ModelError:
+            refused += 1
+    assert refused > 200
+
+
+@built
+def test_kinds_that_the_kernels_do_not_compute_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="do not project"):
+        pack_encoder(tiny("electra"), first_only=True)
+    with pytest.raises(ExportError, match="post-norm"):
+        pack_encoder(tiny("marian"), first_only=True)
+    with pytest.raises(ExportError, match="no head of BertForMaskedLM"):
+        save_model_file(tiny("bert", auto_class="AutoModelForMaskedLM"), tmp_path / "model.onnx")
+
+
+def test_blocks_are_taken_where_they_are_expected_to_be_faster() -> None:
+    rng = np.random.default_rng(8)
+    for block, zeros, expected in ((1, 0.0, 0), (1, 0.1, 0), (1, 0.8, 1), (4, 0.8, 4), (2, 0.5, 2)):
+        assert best_block_rows(sparse_weights(rng, 64, 128, block, zeros)) == expected

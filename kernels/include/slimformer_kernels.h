@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define SFK_API __attribute__((visibility("default")))
-#define SFK_INTERFACE 1 /* grows when a declaration below changes */
+#define SFK_INTERFACE 2 /* grows when a declaration below changes */
 
 typedef enum {
   SFK_OK = 0,
@@ -81,6 +81,29 @@ typedef struct {
 } sfk_product;
 
 SFK_API sfk_status sfk_multiply(const sfk_linear *linear, const sfk_product *product);
+
+/* A whole encoder of the BERT kind (post-norm; layers and heads may differ, sublayers may be missing), packed as src/encoder.cc
+ * describes: token ids in, hidden states out. Rows are computed without their padding, and each result depends on its row alone. */
+typedef struct sfk_encoder sfk_encoder;
+
+typedef struct {
+  int64_t rows, columns;
+  const int64_t *ids;   /* (rows, columns) */
+  const int64_t *mask;  /* likewise: 0 is padding; NULL: there is none */
+  const int64_t *types; /* likewise; NULL: all 0 */
+  float *hidden;        /* (rows, columns, hidden size), 0 where the mask is; or (rows, hidden size): that of each first column */
+  sfk_parallel parallel;
+  void *pool;
+  int threads;
+} sfk_texts;
+
+SFK_API sfk_status sfk_encoder_open(const void *packed, size_t bytes, sfk_encoder **encoder);
+SFK_API void sfk_encoder_close(sfk_encoder *encoder);
+SFK_API int64_t sfk_encoder_hidden(const sfk_encoder *encoder);
+SFK_API int sfk_encoder_first_only(const sfk_encoder *encoder);
+SFK_API sfk_status sfk_encoder_run(const sfk_encoder *encoder, const sfk_texts *texts);
+/* The digest that a packed encoder carries in its header. */
+SFK_API uint64_t sfk_digest(const void *packed, size_t bytes);
 
 /* Operations per second of a loop of dot products in registers, and bytes per second read from a buffer: for rooflines. One thread. */
 SFK_API double sfk_peak_operations(void);

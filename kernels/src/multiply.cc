@@ -88,7 +88,7 @@ void write_codes(const Job& job, int64_t index, const float* y, int64_t first, i
   int32_t zero[MAX_WIDTH];
   uint8_t codes[PANEL * MAX_WIDTH];
   for (int t = 0; t < job.width; t++) scale[t] = p.y_scale, zero[t] = p.y_zero;
-  job.path.quantize(y, PANEL, job.width, scale, zero, codes);
+  job.path.quantize(y, PANEL, job.width, job.width, scale, zero, codes);
   for (int t = 0; t < job.rows(index); t++)
     for (int64_t j = 0; j < count; j++)
       p.y_codes[(job.first_row(index) + t) * job.w.outputs + first + j] = codes[(j / 4 * job.width + t) * 4 + j % 4];
@@ -128,7 +128,7 @@ void multiply_panels(const Job& job, int64_t index, const Tile& tile, int64_t fr
 void norm_tile(const Job& job, int64_t index, const Tile& tile) {
   if (!tile.out) return;
   const sfk_product& p = job.p;
-  job.path.layer_norm(tile.out, job.w.outputs, job.width, p.norm_gain, p.norm_shift, p.norm_epsilon, nullptr, nullptr);
+  job.path.layer_norm(tile.out, job.w.outputs, job.width, job.width, p.norm_gain, p.norm_shift, p.norm_epsilon, nullptr, nullptr);
   for (int64_t panel = 0; panel < job.w.panels; panel++)
     write_panel(job, index, panel, tile.out + panel * PANEL * job.width);
 }

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <new>
 
+#include "digest.h"
 #include "packed.h"
 #include "status.h"
 
@@ -79,21 +80,7 @@ sfk_status measure(int block_rows, int64_t outputs, int64_t inputs, sfk_linear* 
   return SFK_OK;
 }
 
-uint64_t digest_of(const unsigned char* bytes, size_t count) {
-  Header header;
-  std::memcpy(&header, bytes, sizeof header);
-  header.digest = 0;
-  uint64_t h = 0x9e3779b97f4a7c15u;
-  auto take = [&h](const void* at) {
-    uint64_t word;
-    std::memcpy(&word, at, 8);
-    h = (h ^ word) * 0xff51afd7ed558ccdu;
-    h ^= h >> 32;
-  };
-  for (size_t i = 0; i < sizeof header; i += 8) take(reinterpret_cast<const unsigned char*>(&header) + i);
-  for (size_t i = sizeof header; i + 8 <= count; i += 8) take(bytes + i);  // all sections are multiples of 64
-  return h;
-}
+uint64_t digest_of(const void* bytes, size_t count) { return digest(bytes, count, offsetof(Header, digest)); }
 
 // The four weights of one output and one quad, with zeros beyond the matrix.
 void four_of(const sfk_linear& m, const int8_t* weights, int64_t output, int64_t quad, int8_t four[4]) {
@@ -200,7 +187,7 @@ sfk_status sfk_pack(int block_rows, int64_t outputs, int64_t inputs, const int8_
   header.outputs = static_cast<uint32_t>(outputs), header.inputs = static_cast<uint32_t>(inputs);
   header.blocks = static_cast<uint64_t>(m.blocks), header.bytes = bytes;
   std::memcpy(packed, &header, sizeof header);
-  header.digest = digest_of(static_cast<unsigned char*>(packed), bytes);
+  header.digest = digest_of(packed, bytes);
   std::memcpy(packed, &header, sizeof header);
   return SFK_OK;
 }
@@ -226,7 +213,7 @@ sfk_status sfk_open(const void* packed, size_t bytes, sfk_linear** linear) {
   const Sections from = sections_of(m);
   if (header.bytes != from.end || bytes != from.end)
     return fail(SFK_BAD_FILE, "the packed matrix should have %zu bytes and has %zu", from.end, bytes);
-  if (digest_of(static_cast<const unsigned char*>(packed), bytes) != header.digest)
+  if (digest_of(packed, bytes) != header.digest)
     return fail(SFK_BAD_FILE, "the digest of the packed matrix does not agree: the file is damaged");
 
   const void* base = packed;

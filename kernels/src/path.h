@@ -26,12 +26,22 @@ struct Path {
   void (*finish_sums)(const sfk_linear&, int64_t panel, int32_t* sums, int width, const int32_t* x_zero);
   // From extremes to the grid: low and high of each lane become scale and zero.
   void (*grid)(const float* low, const float* high, int width, float* scale, int32_t* zero);
-  void (*quantize)(const float* tile, int64_t features, int width, const float* scale, const int32_t* zero, uint8_t* codes);
+  // Of `lanes` tokens (a multiple of 16) of a tile; codes begin where those tokens do.
+  void (*quantize)(const float* tile, int64_t features, int width, int lanes, const float* scale, const int32_t* zero,
+                   uint8_t* codes);
+  void (*range)(const float* tile, int64_t features, int width, int lanes, float* low, float* high);
   void (*quantize_row)(const float* row, int64_t count, float scale, int32_t zero, uint8_t* codes);
   void (*range_row)(const float* row, int64_t count, float* low, float* high);
-  // Over the features of each token, in place; low and high as in Finish.
-  void (*layer_norm)(float* tile, int64_t features, int width, const float* gain, const float* shift, float epsilon, float* low,
-                     float* high);
+  // Over the features of each token, in place; low and high: the extremes of the result, 0 among them, or null.
+  void (*layer_norm)(float* tile, int64_t features, int width, int lanes, const float* gain, const float* shift, float epsilon,
+                     float* low, float* high);
+  // One head of one sequence: q, k and v are [head_dim][width], `keys` tokens wide; q is scaled so that 2^(q k) are the weights.
+  // `lanes` queries (16 to 64) at a time; scores: room for [keys][lanes]; out: [head_dim][lanes].
+  void (*attend)(const float* q, int q_width, const float* k, const float* v, int kv_width, int head_dim, int keys, int lanes,
+                 float* scores, float* out);
+  // y = codes * scale + position (+ type, unless null)
+  void (*embed)(const int8_t* codes, float scale, const float* position, const float* type, int64_t count, float* y);
+  void (*copy)(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int count);
   // to[j][i] = from[i][j] for 32-bit items
   void (*transpose)(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride, int64_t rows, int64_t columns);
   double (*peak)(long rounds);  // operations done by `rounds` rounds of dot products in registers

@@ -7,5 +7,5 @@
 #include "vector_avx2.h"
 #include "kernels.inc"
 
-const Path AVX2_PATH = {"avx2",  accumulate, finish,     finish_sums, grid, quantize, quantize_row,
-                          range_row, layer_norm, transpose,   peak};
+const Path AVX2_PATH = {"avx2", accumulate, finish, finish_sums, grid, quantize, range, quantize_row, range_row,
+                        layer_norm, attend, embed, copy, transpose, peak};

@@ -10,5 +10,5 @@
 #include "vector_avx2.h"
 #include "kernels.inc"
 
-const Path AVX512VNNI256_PATH = {"avx512vnni256", accumulate, finish,     finish_sums, grid, quantize, quantize_row,
-                                 range_row,       layer_norm, transpose,   peak};
+const Path AVX512VNNI256_PATH = {"avx512vnni256", accumulate, finish, finish_sums, grid, quantize, range, quantize_row, range_row,
+                                 layer_norm, attend, embed, copy, transpose, peak};

@@ -9,5 +9,5 @@
 #include "vector_avx2.h"
 #include "kernels.inc"
 
-const Path AVXVNNI_PATH = {"avxvnni",  accumulate, finish,     finish_sums, grid, quantize, quantize_row,
-                          range_row, layer_norm, transpose,   peak};
+const Path AVXVNNI_PATH = {"avxvnni", accumulate, finish, finish_sums, grid, quantize, range, quantize_row, range_row,
+                           layer_norm, attend, embed, copy, transpose, peak};

@@ -68,10 +68,19 @@ uint8_t code_of(float x, float scale, int32_t zero) {
   return static_cast<uint8_t>(std::lrintf(most(least(code, 255.0f), 0.0f)));
 }
 
-void quantize(const float* tile, int64_t features, int width, const float* scale, const int32_t* zero, uint8_t* codes) {
+void quantize(const float* tile, int64_t features, int width, int lanes, const float* scale, const int32_t* zero,
+              uint8_t* codes) {
   for (int64_t k = 0; k < (features + 3) / 4 * 4; k++)
-    for (int t = 0; t < width; t++)
+    for (int t = 0; t < lanes; t++)
       codes[(k / 4 * width + t) * 4 + k % 4] = k < features ? code_of(tile[k * width + t], scale[t], zero[t]) : uint8_t{0};
+}
+
+void range(const float* tile, int64_t features, int width, int lanes, float* low, float* high) {
+  for (int t = 0; t < lanes; t++) {
+    low[t] = high[t] = 0.0f;
+    for (int64_t k = 0; k < features; k++)
+      low[t] = least(low[t], tile[k * width + t]), high[t] = most(high[t], tile[k * width + t]);
+  }
 }
 
 void quantize_row(const float* row, int64_t count, float scale, int32_t zero, uint8_t* codes) {
@@ -83,9 +92,9 @@ void range_row(const float* row, int64_t count, float* low, float* high) {
   for (int64_t i = 0; i < count; i++) *low = least(*low, row[i]), *high = most(*high, row[i]);
 }
 
-void layer_norm(float* tile, int64_t features, int width, const float* gain, const float* shift, float epsilon, float* low,
-                float* high) {
-  for (int t = 0; t < width; t++) {
+void layer_norm(float* tile, int64_t features, int width, int lanes, const float* gain, const float* shift, float epsilon,
+                float* low, float* high) {
+  for (int t = 0; t < lanes; t++) {
     float* at = tile + t;
     const float count = static_cast<float>(features);
     float sum = 0.0f, squares = 0.0f;
@@ -108,6 +117,47 @@ void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t 
     for (int64_t j = 0; j < columns; j++) std::memcpy(to + j * to_stride + i, from + i * from_stride + j, 4);
 }
 
+float power_of_two(float x) {
+  x = most(x, EXP2_LEAST);
+  const int32_t whole = static_cast<int32_t>(std::lrintf(x));
+  const float f = x - static_cast<float>(whole);
+  float y = EXP2_TERM[EXP2_TERMS - 1];
+  for (int i = EXP2_TERMS - 2; i >= 0; i--) y = std::fmaf(y, f, EXP2_TERM[i]);
+  uint32_t bits;
+  std::memcpy(&bits, &y, 4);
+  bits += static_cast<uint32_t>(whole) << 23;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+void attend(const float* q, int q_width, const float* k, const float* v, int kv_width, int head_dim, int keys, int lanes,
+            float* scores, float* out) {
+  for (int t = 0; t < lanes; t++) {
+    float top = 0.0f, sum = 0.0f;
+    for (int j = 0; j < keys; j++) {
+      float score = 0.0f;
+      for (int d = 0; d < head_dim; d++) score = std::fmaf(q[d * q_width + t], k[d * kv_width + j], score);
+      scores[j * lanes + t] = score;
+      top = j ? most(top, score) : score;
+    }
+    for (int j = 0; j < keys; j++) sum += scores[j * lanes + t] = power_of_two(scores[j * lanes + t] - top);
+    for (int d = 0; d < head_dim; d++) {
+      float y = 0.0f;
+      for (int j = 0; j < keys; j++) y = std::fmaf(scores[j * lanes + t], v[d * kv_width + j], y);
+      out[d * lanes + t] = y * (1.0f / sum);
+    }
+  }
+}
+
+void embed(const int8_t* codes, float scale, const float* position, const float* type, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; i++) y[i] = std::fmaf(codes[i], scale, type ? position[i] + type[i] : position[i]);
+}
+
+void copy(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int count) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int i = 0; i < count; i++) to[r * to_stride + i] = from[r * from_stride + i];
+}
+
 double peak(long rounds) {
   int32_t sum = 0;
   for (long k = 0; k < rounds; k++) {
@@ -119,5 +169,5 @@ double peak(long rounds) {
 
 }  // namespace
 
-const Path SCALAR_PATH = {"scalar",  accumulate, finish,    finish_sums, grid, quantize, quantize_row,
-                          range_row, layer_norm, transpose, peak};
+const Path SCALAR_PATH = {"scalar", accumulate, finish, finish_sums, grid, quantize, range, quantize_row, range_row,
+                          layer_norm, attend, embed, copy, transpose, peak};

@@ -34,6 +34,13 @@ inline void store_bytes(uint8_t* p, vi a) {
   __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
 }
+inline vf load_signed(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// The first `count` lanes, fewer than all; the rest is neither read nor written.
+inline vi first_lanes(int count) { return _mm256_cmpgt_epi32(all(int32_t{count}), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline vf load_part(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+inline void store_part(float* p, vf a, int count) { _mm256_maskstore_ps(p, first_lanes(count), a); }
 
 #ifdef HAVE_VNNI
 struct codes_t {

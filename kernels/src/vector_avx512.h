@@ -30,6 +30,12 @@ inline vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
 inline vf as_float(vi a) { return _mm512_castsi512_ps(a); }
 inline vi as_int(vf a) { return _mm512_castps_si512(a); }
 inline void store_bytes(uint8_t* p, vi a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+inline vf load_signed(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// The first `count` lanes, fewer than all; the rest is neither read nor written.
+inline vf load_part(const float* p, int count) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p); }
+inline void store_part(float* p, vf a, int count) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), a); }
 
 struct codes_t {
   vi a;

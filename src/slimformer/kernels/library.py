@@ -7,6 +7,7 @@ is needed to run a model: ONNX Runtime calls the library itself.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
 
-INTERFACE = 1
+INTERFACE = 2
 _PACKAGE = "slimformer_kernels"
 Activation = Literal["none", "relu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "gelu_tanh")
@@ -43,6 +44,22 @@ class _Product(ctypes.Structure):
         ("y_codes", ctypes.c_void_p),
         ("y_scale", ctypes.c_float),
         ("y_zero", ctypes.c_uint8),
+        ("parallel", ctypes.c_void_p),
+        ("pool", ctypes.c_void_p),
+        ("threads", ctypes.c_int),
+    )
+
+
+class _Texts(ctypes.Structure):
+    """sfk_texts."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("types", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
         ("parallel", ctypes.c_void_p),
         ("pool", ctypes.c_void_p),
         ("threads", ctypes.c_int),
@@ -117,13 +134,10 @@ class Linear:
         self._packed = np.ascontiguousarray(packed, np.uint8)
         self._handle = ctypes.c_void_p()
         _check(_library().sfk_open(_pointer(self._packed), self._packed.nbytes, ctypes.byref(self._handle)))
+        weakref.finalize(self, _library().sfk_close, self._handle)
         self.outputs = int(_library().sfk_outputs(self._handle))
         self.inputs = int(_library().sfk_inputs(self._handle))
         self.blocks = int(_library().sfk_blocks(self._handle))
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            _library().sfk_close(self._handle)
 
     def __call__(
         self,
@@ -177,6 +191,34 @@ class Linear:
         return result
 
 
+class Encoder:
+    """A packed encoder that is ready to run, in this thread; ModelError if the bytes are damaged or of a newer format."""
+
+    def __init__(self, packed: np.ndarray) -> None:
+        self._packed = np.ascontiguousarray(packed, np.uint8)
+        self._handle = ctypes.c_void_p()
+        _check(_library().sfk_encoder_open(_pointer(self._packed), self._packed.nbytes, ctypes.byref(self._handle)))
+        weakref.finalize(self, _library().sfk_encoder_close, self._handle)
+        self.hidden = int(_library().sfk_encoder_hidden(self._handle))
+        self.first_only = bool(_library().sfk_encoder_first_only(self._handle))
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None, types: np.ndarray | None = None) -> np.ndarray:
+        """Hidden states, (rows, columns, hidden), 0 where the mask is; or (rows, hidden) of the first columns."""
+        inputs = [None if item is None else np.ascontiguousarray(item, np.int64) for item in (ids, mask, types)]
+        shape = np.shape(ids)
+        if len(shape) != 2 or any(item is not None and item.shape != shape for item in inputs):
+            raise ModelError("ids, mask and types must have the same shape, (rows, columns).")
+        result = np.empty((shape[0], self.hidden) if self.first_only else (*shape, self.hidden), np.float32)
+        texts = _Texts(shape[0], shape[1], *(_pointer(item) for item in inputs), _pointer(result))
+        _check(_library().sfk_encoder_run(self._handle, ctypes.byref(texts)))
+        return result
+
+
+def encoder_digest(packed: np.ndarray) -> int:
+    """The digest that belongs in the header of a packed encoder."""
+    return int(_library().sfk_digest(_pointer(packed), packed.nbytes))
+
+
 def peak_operations() -> float:
     """Integer operations a second of one thread, two for each product, in a loop of dot products that stays in registers."""
     return float(_library().sfk_peak_operations())
@@ -209,6 +251,12 @@ def _library() -> Any:
         "inputs": (whole, [pointer]),
         "blocks": (whole, [pointer]),
         "multiply": (ctypes.c_int, [pointer, pointer]),
+        "encoder_open": (ctypes.c_int, [pointer, size, pointer]),
+        "encoder_close": (None, [pointer]),
+        "encoder_hidden": (whole, [pointer]),
+        "encoder_first_only": (ctypes.c_int, [pointer]),
+        "encoder_run": (ctypes.c_int, [pointer, pointer]),
+        "digest": (ctypes.c_uint64, [pointer, size]),
         "peak_operations": (ctypes.c_double, []),
         "peak_bytes": (ctypes.c_double, [size]),
     }

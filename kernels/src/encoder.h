@@ -1,0 +1,35 @@
+// A checked view of one packed encoder. The format: see encoder_file.cc.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "packed.h"
+
+struct Norm {
+  const float* gain = nullptr;
+  const float* shift = nullptr;
+};
+
+// A sublayer that was cut has no matrices: what comes in goes out.
+struct Layer {
+  sfk_linear *query = nullptr, *key_value = nullptr, *out = nullptr, *into = nullptr, *down = nullptr;
+  Norm attention_norm, ffn_norm;
+  int heads = 0;
+};
+
+struct sfk_encoder {
+  int64_t hidden, head_dim, vocabulary, positions, types;
+  int64_t first_position;
+  bool first_only;         // only the hidden state of the first column is wanted
+  bool positions_by_mask;  // positions count what is no padding, not columns
+  int activation;
+  float epsilon;
+  const int8_t* words;       // [vocabulary][hidden]
+  const float* word_scale;   // [vocabulary]
+  const float* position;     // [positions][hidden]
+  const float* type;         // [types][hidden], or null
+  Norm embedding_norm;
+  std::vector<Layer> layers;
+  int64_t widest = 0;  // inputs of the widest matrix
+  void* copy = nullptr;
+};
