@@ -29,7 +29,9 @@ from slimformer.running.bundle import Run
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, parse_task, read_recipe
+from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run
+from slimformer.running.search import Wanted, compress
 from slimformer.running.stages import advance, torch_outputs
 from slimformer.running.vocabulary import choose_pieces
 from slimformer.saving import checkpoint
@@ -450,3 +452,28 @@ def test_texts_in_another_script_are_told_from_those_of_the_trimmed_vocabulary(m
     with pytest.raises(DataError, match=r"was cut to the pieces of other texts: 100% of the words .* such as 'жжж ж жж'"):
         preflight(parse_recipe(recipe_of(folder, tmp_path, {"train": {"steps": 1}})))
     preflight(parse_recipe(recipe_of(folder, data, {"train": {"steps": 1}})))
+
+
+# -- compress ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compress_trims_if_it_is_asked_to(model: Path, data: Path, tmp_path: Path) -> None:
+    task = parse_task({"use": "classification", "data": str(data)})
+    options = {"speedup": 1.01, "max_loss": 100, "epochs": 1, "tries": 1, "rivals": (), "threads": 1, "wait_seconds": 0}
+    result = compress(model, task, tmp_path / "out", vocabulary="trim", **options)
+    ours = next(record for record in result.records if record.chosen)
+    assert ours.vocabulary is not None
+    assert ours.vocabulary.pieces < ours.vocabulary.pieces_of
+    assert load(tmp_path / "out").config.vocab_size == ours.vocabulary.pieces
+    assert read_recipe(tmp_path / "out" / "recipe.yaml").stages[0] == TrimVocabulary()
+
+
+def test_a_choice_of_vocabulary_that_is_none_is_a_mistake(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="options cannot be used") as caught:
+        compress(model, {"use": "classification", "data": str(data)}, tmp_path / "out", vocabulary="half")  # type: ignore[arg-type]
+    assert "vocabulary" in caught.value.facts[0]
+    assert Wanted().purpose(Recipe("a", parse_task("intents"), ())) == Wanted(vocabulary="whole").purpose(
+        Recipe("a", parse_task("intents"), ())
+    )
+    assert "vocabulary" in Wanted(vocabulary="trim").purpose(Recipe("a", parse_task("intents"), ()))

@@ -163,6 +163,10 @@ def compress_command(
             help="Minutes for everything, rivals and the final measurement included; it says what is left out or shortened for it."
         ),
     ] = None,
+    vocabulary: Annotated[
+        str,
+        typer.Option(help="'trim' cuts the word table to the pieces that the training texts need; 'whole' leaves it as it is."),
+    ] = "whole",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
@@ -186,6 +190,7 @@ def compress_command(
         tries=tries,
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
         minutes=minutes,
+        vocabulary=vocabulary,  # type: ignore[arg-type]
         command=_command(),
         threads=threads,
         wait_seconds=wait,

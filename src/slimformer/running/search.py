@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from slimformer import registry
 from slimformer.core.shrink import shrink
@@ -69,7 +69,7 @@ from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split, Task, refuse_pretraining
 from slimformer.training.estimate import estimate
 from slimformer.training.processes import shared
-from slimformer.training.stage import Calibrate, Train
+from slimformer.training.stage import Calibrate, Train, TrimVocabulary
 from slimformer.training.teacher import cached_bytes
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; a
 
 Speedup = Annotated[float, real_number("above 1 and at most 100", lambda value: 1 < value <= 100, 1.0, 101.0)]
 Minutes = Annotated[float, real_number("above 0", lambda value: value > 0, 0.0, 1e5)]
+VocabularyChoice = Literal["whole", "trim"]
+LARGE_TABLE = 0.5  # a share of the parameters that is worth a line
 CHANGEABLE = ("speedup", "max_loss", "tries")  # these may change when a run resumes: earlier results stay valid
 
 
@@ -104,6 +106,7 @@ class Wanted:
     tries: Count = TRIES
     rivals: Rivals = RIVALS
     minutes: Minutes | None = None
+    vocabulary: VocabularyChoice = "whole"
 
     def __post_init__(self) -> None:
         for name in ("speedup", "max_loss", "epochs", "lr", "minutes"):  # 2 and 2.0 are the same purpose
@@ -116,6 +119,8 @@ class Wanted:
     def purpose(self, recipe: Recipe) -> str:
         """The purpose of a folder."""
         fixed = {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
+        if self.vocabulary == "whole":
+            del fixed["vocabulary"]  # as before there was a choice
         options = {"model": recipe.model, "task": repr(recipe.task), **fixed}
         return f"compress {json.dumps(options, sort_keys=True, default=str)}"
 
@@ -136,6 +141,7 @@ def compress(
     tries: int = TRIES,
     rivals: RivalName | Sequence[RivalName] = RIVALS,
     minutes: float | None = None,
+    vocabulary: VocabularyChoice = "whole",
     log: Log | None = None,
     command: str = "",
     threads: int | None = None,
@@ -162,6 +168,8 @@ def compress(
         rivals: The baselines to measure; "small-dense" trains as long as the result itself.
         minutes: A budget for everything, rivals and the final measurement included. What is left out or shortened for it is said
             before it starts. Without one everything is as thorough as the size of the data asks for.
+        vocabulary: "trim" cuts the word table to the pieces that the training texts need, before the search (`TrimVocabulary`). No
+            file becomes faster by that; other texts may be split otherwise, and the card says how many of dev are.
         log: As in `run`, like `command`, `threads` and `wait_seconds`.
 
     Returns:
@@ -183,7 +191,16 @@ def compress(
     """
     began = time.monotonic()
     wanted = Wanted(
-        speedup, max_loss, epochs, lr, batch_size, seed, tries, (rivals,) if isinstance(rivals, str) else tuple(rivals), minutes
+        speedup,
+        max_loss,
+        epochs,
+        lr,
+        batch_size,
+        seed,
+        tries,
+        (rivals,) if isinstance(rivals, str) else tuple(rivals),
+        minutes,
+        vocabulary,
     )
     if wanted.minutes is not None:
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
@@ -205,7 +222,8 @@ def _compress_named(
     tune = Train(lr=_tune_lr(source), batch_size=wanted.batch_size)
     tuned = checkpoint.is_tuned(source, task.auto_class)
     recipe = Recipe(model, task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
-    checked = preflight(recipe)
+    trim = (TrimVocabulary(),) if wanted.vocabulary == "trim" else ()
+    checked = replace(preflight(replace(recipe, stages=(*recipe.stages, *trim))), recipe=recipe)
     check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
     wish = partial(wish_of, task, options)
     with open_run(out, wanted.purpose(recipe), wanted.seed, conditions, wish=wish) as run:
@@ -227,6 +245,7 @@ def _compress(
         checked = replace(checked, recipe=replace(checked.recipe, stages=(tune,)))
     with schedule.part(Part.TUNING):
         bundle, _ = teach_bundle(first, checked, run)
+    bundle = _trimmed(bundle, wanted, run)
     with Clock(run.root) as clock:  # of the search and all budgets tried: what the user waits for, without the rivals
         search = _Search(bundle, checked.recipe, wanted, outline, schedule, run)
         chosen = search.run().after(clock.minutes)
@@ -235,6 +254,19 @@ def _compress(
     order = Order(recipe, model_name(recipe.model), task.title(), Goal(wanted.speedup, wanted.max_loss), command)
     with schedule.part(Part.MEASURING):
         return finish(chosen, rivals, order, search.judge, run, out)
+
+
+def _trimmed(bundle: Bundle, wanted: Wanted, run: Run) -> Bundle:
+    """The bundle with the vocabulary that is wanted; of a large table that stays whole, a line says so."""
+    if wanted.vocabulary == "trim":
+        return advance((TrimVocabulary(),), bundle, run.under("vocabulary")).bundle
+    tables = sum(matrix.parameters for matrix in bundle.subject.anatomy.matrices.values() if matrix.table)
+    share = tables / bundle.subject.model.num_parameters()
+    if share > LARGE_TABLE:
+        run.log.say(
+            f"the word table has {share:.0%} of the parameters: `--vocabulary trim` keeps the pieces that your texts need."
+        )
+    return bundle
 
 
 # -- What the sizes of model and data decide -----------------------------------------------------------------------------------
@@ -602,7 +634,8 @@ class _Search:
         export = replace(self.recipe.export, floats=chosen.floats)
         rivals = _without_small_dense(self.rival_names) if dense else self.rival_names
         bench = replace(self.recipe.bench, seconds=self.bench_seconds(), rivals=rivals)
-        return replace(self.recipe, stages=(*lead, *chosen.stages), latency=levels, export=export, bench=bench)
+        trim = (TrimVocabulary(),) if chosen.made.bundle.vocabulary is not None else ()
+        return replace(self.recipe, stages=(*lead, *trim, *chosen.stages), latency=levels, export=export, bench=bench)
 
 
 def _without_small_dense(names: Sequence[RivalName]) -> tuple[RivalName, ...]:
