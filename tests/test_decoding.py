@@ -117,14 +117,19 @@ def test_rules_bar_and_demand_words_by_hand() -> None:
     assert scores.tolist() == [[-2.0, 2.0, 3.0]]
 
 
-@pytest.mark.parametrize("words", [3, 64, 1000, 1027])
-def test_the_best_words_are_those_of_a_full_sort(words: int) -> None:
-    scores = np.random.default_rng(0).normal(size=(7, words)).astype(np.float32)
-    scores[3, words // 2 :] = -np.inf
-    count = min(3, words)
-    found = np.sort(decoding._best_words(scores, count), axis=1)
-    wanted = np.sort(np.argsort(-scores, axis=1)[:, :count], axis=1)
-    assert np.take_along_axis(scores, found, 1).tolist() == np.take_along_axis(scores, wanted, 1).tolist()
+@pytest.mark.parametrize(("words", "beams"), [(3, 1), (64, 2), (1000, 3), (1027, 2), (4000, 1)])
+def test_the_best_words_are_those_of_a_full_sort(words: int, beams: int) -> None:
+    draw = np.random.default_rng(0)
+    scores = draw.normal(size=(3 * beams, words)).astype(np.float32)
+    scores[beams, words // 2 :] = -np.inf
+    shift = draw.normal(size=(3 * beams, 1)).astype(np.float32)
+    count = min(4, words * beams)
+    values, places = decoding._best_words(scores, shift, 3, count)
+    every = (scores + shift).reshape(3, -1)
+    wanted = np.sort(np.argsort(-every, axis=1)[:, :count], axis=1)
+    assert np.sort(places, axis=1).tolist() == wanted.tolist()
+    assert values.tolist() == np.take_along_axis(every, places, 1).tolist()
+    assert decoding._log_sums(scores)[:, 0] == pytest.approx(np.log(np.exp(scores).sum(axis=1)), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ This file stands alone: it needs numpy, onnxruntime and tokenizers, and lies as 
 How it searches stands in generation_config.json, as transformers reads it; `Settings` lists the options that are honoured. An option
 that would change the result and is not honoured raises ValueError. Beam search follows transformers 5 (`GenerationMixin._beam_search`):
 the K = `num_beams` likeliest continuations go on, those among them that end are kept apart with log p / length^length_penalty, and
-a sentence is done when no running one can be better. Differences: sentences that are done leave the batch; ties go to the smaller
-token.
+a sentence is done when no running one can be better. Differences: sentences that are done leave the batch; ties go to the
+smaller token, as far as they are looked at.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # how the names of the two files begin; the rest is the same
 _NONE = np.float32(-1e9)  # the score of a beam that is none, as in transformers
 WORDS_AT_ONCE = 64  # words that are searched by their maximum first
+ROWS_AT_ONCE = 8  # rows of scores whose exponentials are added up at once
 LEAVING = 8  # sentences that are done leave the batch when they are one in so many
 
 
@@ -196,8 +197,8 @@ class Rules:
         self.phrases = [words for words in bad if len(words) > 1]
         self.ends = np.asarray(settings.eos_token_id, np.int64)
 
-    def __call__(self, scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Scores of all words (rows, words), changed in place, after tokens (rows, said)."""
+    def __call__(self, scores: np.ndarray, tokens: np.ndarray, sure: np.ndarray | float = 0.0) -> np.ndarray:
+        """Scores of all words (rows, words), changed in place, after tokens (rows, said); `sure`: that of a word without another."""
         settings, said = self.settings, tokens.shape[1]
         rows = np.arange(len(scores))
         if settings.repetition_penalty != 1.0:
@@ -219,9 +220,9 @@ class Rules:
         if said < settings.min_length and len(self.ends):
             scores[:, self.ends] = -np.inf
         if settings.forced_bos_token_id is not None and said == 1:
-            _demand(scores, settings.forced_bos_token_id)
+            _demand(scores, settings.forced_bos_token_id, sure)
         if settings.forced_eos_token_id is not None and said == settings.max_length - 1:
-            _demand(scores, settings.forced_eos_token_id)
+            _demand(scores, settings.forced_eos_token_id, sure)
         begin = 1 if settings.forced_bos_token_id is None else 2
         if settings.begin_suppress_tokens and said == begin:
             scores[:, list(settings.begin_suppress_tokens)] = -np.inf
@@ -236,13 +237,15 @@ class Rules:
             or len(self.barred)
             or self.phrases
             or said < settings.min_length
-            or said in (1, 2, settings.max_length - 1)
+            or (settings.begin_suppress_tokens and said <= 2)
+            or (settings.forced_bos_token_id is not None and said == 1)
+            or (settings.forced_eos_token_id is not None and said == settings.max_length - 1)
         )
 
 
-def _demand(scores: np.ndarray, words: int | tuple[int, ...]) -> None:
+def _demand(scores: np.ndarray, words: int | tuple[int, ...], sure: np.ndarray | float) -> None:
     scores[:] = -np.inf
-    scores[:, _numbers(words)] = 0.0
+    scores[:, _numbers(words)] = sure
 
 
 # -- The search --------------------------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def _greedy(speech: Speech, sentences: int, settings: Settings) -> list[np.ndarr
         if rules.bars(tokens.shape[1]):
             scores = rules(scores, tokens)
         tokens = np.concatenate([tokens, scores.argmax(axis=1)[:, None]], axis=1)
-        ended = np.isin(tokens[:, -1], settings.eos_token_id) | (tokens.shape[1] >= settings.max_length)
+        ended = _among(tokens[:, -1], settings.eos_token_id) | (tokens.shape[1] >= settings.max_length)
         found.update({int(open_[row]): tokens[row] for row in np.flatnonzero(ended)})
         rows = np.flatnonzero(~ended)
         if not len(rows):
@@ -310,7 +313,7 @@ def _beams(speech: Speech, sentences: int, settings: Settings) -> list[np.ndarra
         words = logits.shape[1]
         beam, word = places // words, places % words
         longer = np.concatenate([running[here, beam], word[:, :, None]], axis=2)  # (sentences, wide, said + 1)
-        ends = np.isin(word, settings.eos_token_id) | (said + 1 >= settings.max_length)
+        ends = _among(word, settings.eos_token_id) | (said + 1 >= settings.max_length)
         # Those that end do not go on.
         going = values + np.where(ends, _NONE, np.float32(0))
         best = _top(going, beams)
@@ -358,47 +361,61 @@ def _candidates(
     logits: np.ndarray, tokens: np.ndarray, scores: np.ndarray, count: int, rules: Rules
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `count` best continuations of each sentence, best first: their scores, and beam * words + word: (sentences, count) twice."""
-    sentences, beams = scores.shape
-    words = logits.shape[1]
-    shift = _log_sums(logits)
-    if rules.bars(tokens.shape[1]):
-        np.subtract(logits, shift, out=logits)
-        logits = rules(logits, tokens)
-        shift = _log_sums(logits) if rules.settings.renormalize_logits else np.zeros_like(shift)
-    width = min(count, words)
-    few = _best_words(logits, width)  # (rows, width)
-    values = np.take_along_axis(logits, few, axis=1) - shift  # log probabilities
-    values = (values.reshape(sentences, beams, width) + scores[:, :, None]).reshape(sentences, -1)
-    places = (few.reshape(sentences, beams, width) + np.arange(beams)[:, None] * words).reshape(sentences, -1)
-    best = _top(values, count)
-    return np.take_along_axis(values, best, axis=1), np.take_along_axis(places, best, axis=1)
+    settings, bars = rules.settings, rules.bars(tokens.shape[1])
+    penalized = bars and settings.repetition_penalty != 1.0
+    normalized = bars and settings.renormalize_logits
+    sums = np.zeros((len(logits), 1), np.float32) if normalized and not penalized else _log_sums(logits)
+    if penalized:  # it changes log probabilities; all other rules may as well see scores
+        np.subtract(logits, sums, out=logits)
+        sums[:] = 0
+    if bars:
+        logits = rules(logits, tokens, sums)
+    if normalized:
+        sums = _log_sums(logits)
+    values, places = _best_words(logits, scores.reshape(-1, 1) - sums, len(scores), count)
+    best = np.lexsort((places, -values), axis=1)[:, :count]
+    here = np.arange(len(scores))[:, None]
+    return values[here, best], places[here, best]
 
 
 def _log_sums(logits: np.ndarray) -> np.ndarray:
-    """The logarithm of the sum of the exponentials of each row: (rows, 1)."""
+    """The logarithm of the sum of the exponentials of each row: (rows, 1); some rows at a time, which stay in the cache."""
     top = np.maximum(logits.max(axis=1, keepdims=True), np.finfo(np.float32).min)  # of a row without a word that may follow
-    return np.asarray(
-        top + np.log(np.maximum(np.exp(logits - top).sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)), np.float32
-    )
+    sums = np.empty_like(top)
+    some = np.empty_like(logits[:ROWS_AT_ONCE])
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        shifted = np.subtract(logits[part], top[part], out=some[: len(top[part])])
+        sums[part] = np.exp(shifted, out=shifted).sum(axis=1, keepdims=True)
+    return np.asarray(top + np.log(np.maximum(sums, np.finfo(np.float32).tiny)), np.float32)
 
 
-def _best_words(logits: np.ndarray, count: int) -> np.ndarray:
-    """The `count` best words of each row, in the order of the words: (rows, count).
+def _best_words(logits: np.ndarray, shift: np.ndarray, sentences: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """At least the `count` best words after the beams of each sentence: their logits + shift, and beam * words + word.
 
-    Words are looked at in blocks: the best ones lie in the `count` blocks with the largest maxima.
+    Words are looked at in blocks: the best ones lie in the `count` blocks of a sentence with the largest maxima.
     """
-    rows, words = logits.shape
+    (rows, words), beams = logits.shape, len(logits) // sentences
     blocks = words // WORDS_AT_ONCE
-    if blocks <= 2 * count:
-        return np.sort(_unordered(logits, count), axis=1)
+    here, first = np.arange(sentences)[:, None], np.arange(beams)[:, None] * words  # the place of a beam's first word
+    if beams * blocks <= 2 * count:
+        values, places = (logits + shift).reshape(sentences, -1), np.arange(beams * words)
+        best = _unordered(values, count)
+        return values[here, best], places[best]
     whole = logits[:, : blocks * WORDS_AT_ONCE].reshape(rows, blocks, WORDS_AT_ONCE)
-    chosen = np.sort(_unordered(whole.max(axis=2), count), axis=1)  # (rows, count)
-    inside = np.take_along_axis(whole, chosen[:, :, None], axis=1).reshape(rows, -1)
-    names = (chosen[:, :, None] * WORDS_AT_ONCE + np.arange(WORDS_AT_ONCE)).reshape(rows, -1)
+    chosen = _unordered((whole.max(axis=2) + shift).reshape(sentences, -1), count)  # (sentences, count)
+    beam, block = chosen // blocks, chosen % blocks
+    row = here * beams + beam
+    values = (whole[row, block] + shift[row]).reshape(sentences, -1)
+    places = ((beam * words + block * WORDS_AT_ONCE)[:, :, None] + np.arange(WORDS_AT_ONCE)).reshape(sentences, -1)
     rest = np.arange(blocks * WORDS_AT_ONCE, words)
-    inside = np.concatenate([inside, logits[:, rest]], axis=1)
-    names = np.concatenate([names, np.broadcast_to(rest, (rows, len(rest)))], axis=1)
-    return np.sort(np.take_along_axis(names, _unordered(inside, count), axis=1), axis=1)
+    if len(rest):
+        values = np.concatenate([values, (logits[:, rest] + shift).reshape(sentences, -1)], axis=1)
+        places = np.concatenate(
+            [places, np.broadcast_to((first + rest).reshape(1, -1), (sentences, beams * len(rest)))], axis=1
+        )
+    best = _unordered(values, count)
+    return values[here, best], places[here, best]
 
 
 def _unordered(values: np.ndarray, count: int) -> np.ndarray:
@@ -406,6 +423,14 @@ def _unordered(values: np.ndarray, count: int) -> np.ndarray:
     if count >= values.shape[1]:
         return np.broadcast_to(np.arange(values.shape[1]), values.shape)
     return np.argpartition(values, -count, axis=1)[:, -count:]
+
+
+def _among(words: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    """Which words are one of a few."""
+    found = np.zeros(words.shape, bool)
+    for end in ends:
+        found |= words == end
+    return found
 
 
 def _top(values: np.ndarray, count: int) -> np.ndarray:
@@ -436,29 +461,36 @@ class Halves:
 class OnnxSpeech:
     """`Speech` by the merged decoder: keys and values of the sentences are computed once, those of the texts go round."""
 
-    def __init__(self, pair: Halves, hidden: np.ndarray, mask: np.ndarray) -> None:
-        self.pair, self.hidden, self.mask = pair, hidden, mask
-        self.past: dict[str, np.ndarray] = {}
-        self.asked: dict[str, np.ndarray] = {}
+    def __init__(self, halves: Halves, hidden: np.ndarray, mask: np.ndarray) -> None:
+        self.halves, self.hidden, self.mask = halves, hidden, mask
+        self.past: dict[str, np.ndarray] = {}  # of the texts: (rows, heads, said, size)
+        self.asked: dict[str, np.ndarray] = {}  # of the sentences: (sentences, heads, tokens, size)
 
     def first(self, ids: np.ndarray) -> np.ndarray:
         empty = {}
-        for name in self.pair.past:
-            shape = [size if isinstance(size, int) else 1 for size in self.pair.kinds[name].shape]
+        for name in self.halves.past:
+            shape = [size if isinstance(size, int) else 1 for size in self.halves.kinds[name].shape]
             empty[name] = np.zeros((0, shape[1], 0, shape[3]), np.float32)
-        return self._run(ids, empty, again=False)
+        logits, got = self._run(ids, empty, self.halves.past, again=False)
+        self.past = {name: value for name, value in got.items() if ".decoder." in name}
+        self.asked = {name: value for name, value in got.items() if ".encoder." in name}
+        return logits
 
     def next(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         past = self.past
         if len(rows) != len(next(iter(past.values()))) or (rows != np.arange(len(rows))).any():
             past = {name: value[rows] for name, value in past.items()}
-        return self._run(ids, {**past, **self.asked}, again=True)
+        logits, self.past = self._run(ids, {**past, **self.asked}, list(past), again=True)
+        return logits
 
     def keep(self, sentences: np.ndarray) -> None:
         self.hidden, self.mask = self.hidden[sentences], self.mask[sentences]
         self.asked = {name: value[sentences] for name, value in self.asked.items()}
 
-    def _run(self, ids: np.ndarray, past: Mapping[str, np.ndarray], again: bool) -> np.ndarray:
+    def _run(
+        self, ids: np.ndarray, past: Mapping[str, np.ndarray], wanted: Sequence[str], again: bool
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The scores of all words (rows, words), and the new values of the `wanted` inputs."""
         feeds = {
             "input_ids": ids[:, None],
             "encoder_attention_mask": self.mask,
@@ -466,14 +498,9 @@ class OnnxSpeech:
             "use_cache_branch": np.asarray([again]),
             **past,
         }
-        present = [name.replace("past_key_values.", "present.") for name in self.pair.past]
-        wanted = [name for name in present if not (again and ".encoder." in name)]
-        logits, *values = self.pair.decoder.run(["logits", *wanted], feeds)
-        got = {name.replace("present.", "past_key_values."): value for name, value in zip(wanted, values, strict=True)}
-        self.past = {name: value for name, value in got.items() if ".decoder." in name}
-        if not again:
-            self.asked = {name: value for name, value in got.items() if ".encoder." in name}
-        return np.asarray(logits[:, -1])
+        present = [name.replace("past_key_values.", "present.") for name in wanted]
+        logits, *values = self.halves.decoder.run(["logits", *present], feeds)
+        return np.asarray(logits[:, -1]), dict(zip(wanted, values, strict=True))
 
 
 def decoder_beside(encoder: Path) -> Path:

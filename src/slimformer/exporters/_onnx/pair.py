@@ -31,7 +31,8 @@ from slimformer.forms.base import Formed
 GraphPart = Literal["encoder", "first", "next"]
 GRAPH_PARTS: tuple[GraphPart, ...] = ("encoder", "first", "next")
 CACHE_FLAG = "use_cache_branch"  # names as optimum and transformers.js have them
-LAST = "model.lm_head.weight"  # the matrix that gives the scores of words, and often the table of words too
+LAST = "model.lm_head.weight"  # the matrix that gives the scores of words,
+LAST_TABLE = "model.lm_head.table"  # and the table of words that it often is
 HIDDEN, ENCODED, MASK = "last_hidden_state", "encoder_hidden_states", "encoder_attention_mask"
 ROWS, SENTENCES, SOURCE, TARGET, SAID = (
     "batch_size",
@@ -163,7 +164,7 @@ class _Writer:
             elif not again:
                 self.count_source(mask, layer)
             state = self.feed_forward(state, path)
-        self.scores(self.normed(state, self.table.norm, top=True), ids)
+        self.scores(self.normed(state, self.table.norm, top=True))
         self.nodes.outputs.insert(0, self.nodes.outputs.pop())
 
     def past_inputs(self, layer: int) -> dict[tuple[str, str], ir.Value]:
@@ -300,27 +301,24 @@ class _Writer:
         for what in ("key", "value"):
             self.cache(self.op("Mul", [wide, self.number(0.0)]), layer, "encoder", what)
 
-    def scores(self, state: ir.Value, ids: ir.Value) -> None:
+    def scores(self, state: ir.Value) -> None:
         """The score of each word for each token: (batch, seq, words)."""
         if self.around.last_scale != 1.0:
             state = self.op("Mul", [state, self.number(self.around.last_scale)])
         name, last = "lm_head", self.net.get_output_embeddings()
-        flat = self.op("Reshape", [state, self.numbers(-1, self.width)])
-        flat.type = ir.TensorType(ir.DataType.FLOAT)
+        state.type = state.type or ir.TensorType(ir.DataType.FLOAT)
         if not isinstance(last, nn.Linear):
             raise ExportError(
                 f"the last matrix of {type(self.net).__name__} is a {type(last).__name__}, which no file is made of.",
                 help="leave the word table in its plain form.",
             )
-        self.name_source(flat, name)
+        self.name_source(state, name)
         words = int(last.weight.shape[0])
-        inputs = [flat, self.parameter(LAST, last.weight)]
+        result = self.op("MatMul", [state, self.parameter(LAST, last.weight, turned=True)])
         bias = self.last_bias(last)
         if bias is not None:
-            inputs.append(self.constant(bias, f"model.{name}.bias"))
-        result = self.op("Gemm", inputs, transB=1)
-        shape = self.op("Concat", [self.op("Shape", [ids]), self.numbers(words)], axis=0)
-        self.output(self.op("Reshape", [result, shape]), "logits", (ROWS, 1 if self.part == "next" else TARGET, words))
+            result = self.op("Add", [result, self.constant(bias, f"model.{name}.bias")])
+        self.output(result, "logits", (ROWS, 1 if self.part == "next" else TARGET, words))
 
     def last_bias(self, last: nn.Linear) -> np.ndarray | None:
         """What is added to the scores of all words; None if that is nothing."""
@@ -340,7 +338,7 @@ class _Writer:
             state = self.op(TABLE[1], [ids, *parts], TABLE[0], module=path)
         else:
             tied = self.part != "encoder" and isinstance(last, nn.Linear) and last.weight is module.weight
-            table = self.parameter(LAST if tied else f"model.{path}.weight", module.weight)
+            table = self.parameter(LAST_TABLE if tied else f"model.{path}.weight", module.weight)
             state = self.op("Gather", [table, ids])
         if self.around.word_scale != 1.0:
             state = self.op("Mul", [state, self.number(self.around.word_scale)])
@@ -600,6 +598,8 @@ def merge(first: ir.Model, again: ir.Model, empty: Mapping[str, tuple[int, int]]
     outs = [(str(value.name), value.shape, value.type) for value in first.graph.outputs]
     for part, graph in (("first", first.graph), ("next", again.graph)):
         _lift(graph, part, inputs, outer)
+    for end in ("", ".int8"):
+        _store_once(outer, LAST + end, LAST_TABLE + end)
     node = ir.node("If", [flag], {"then_branch": again.graph, "else_branch": first.graph}, num_outputs=len(outs))
     outer.append(node)
     for value, (name, shape, kind) in zip(node.outputs, outs, strict=True):
@@ -630,6 +630,20 @@ def _lift(graph: ir.Graph, part: str, inputs: Mapping[str, ir.Value], outer: ir.
     for node in graph:
         for number, value in enumerate(node.outputs):
             value.name = f"{part}.{value.name or number}"
+
+
+def _store_once(graph: ir.Graph, matrix: str, table: str) -> None:
+    """Makes a matrix the transpose of a table, if it is: runtimes turn it once, when they load the file."""
+    one, other = (graph.initializers.get(name) for name in (matrix, table))
+    if one is None or other is None or one.const_value is None or other.const_value is None:
+        return
+    if not np.array_equal(one.const_value.numpy().T, other.const_value.numpy()):
+        return
+    node = ir.node("Transpose", [other], {"perm": [1, 0]})
+    graph.append(node)
+    one.replace_all_uses_with(node.outputs[0])
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{matrix}.turned", one.shape, one.type
+    del graph.initializers[matrix]
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -22,7 +22,7 @@ from slimformer.core.ranges import Ranges
 from slimformer.decoding import decoder_beside
 from slimformer.errors import ExportError, ModelError, nearest
 from slimformer.exporters._onnx import calibrate, int8, mixed, parity
-from slimformer.exporters._onnx.graph import Editor, Product, Unexpected, products, strip
+from slimformer.exporters._onnx.graph import Product, Unexpected, products, strip
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding
 from slimformer.exporters._onnx.noting import check_count, in_model, needed_runtime, zeros
 from slimformer.exporters._onnx.pair import (
@@ -279,7 +279,7 @@ class SpeakingDraft(Draft):
                 name: value for name, value in feeds.items() if name in {item.name for item in sessions["first"].get_inputs()}
             }
             for name, value in zip(names["first"], sessions["first"].run(names["first"], feeds), strict=True):
-                yield name, value[written.reshape(-1) if value.ndim == 2 else written]
+                yield name, value[written]
 
         return calibrate.gather(self.batches, run)
 
@@ -327,9 +327,7 @@ class SpeakingDraft(Draft):
                 check_count("int8 matrices", count, expected)
                 counts[part] = (count, every)
                 if learned.embedding_bits is not None:
-                    shared = learned.embedding_bits == coding.bits and _share_table(graph)
-                    bits = WeightCoding(learned.embedding_bits, one_scale)
-                    found = shared + int8.int8_embeddings(graph, bits)
+                    found = int8.int8_embeddings(graph, WeightCoding(learned.embedding_bits, one_scale))
                     tables += found if part != "next" else 0
         count, every = (sum(counts[part][place] for part in ("encoder", "first")) for place in (0, 1))
         return f"int8: {count} of {every} matrices, {tables} embedding tables"
@@ -481,29 +479,13 @@ def _branches(session: Any, batch: Arrays, hidden: np.ndarray, steps: int) -> It
 @contextmanager
 def _inside(graph: ir.Graph) -> Iterator[None]:
     """Hides a graph's outputs: no product is then the last one, which other exports leave in float."""
-    outputs = list(graph.outputs)
+    outputs = {str(value.name): value for value in graph.outputs}
     graph.outputs.clear()
     try:
         yield
     finally:
-        graph.outputs.extend(outputs)
-
-
-def _share_table(graph: ir.Graph) -> int:
-    """Reads the words of a decoder out of its last matrix, if the two are one table: an int8 column and its scale for each word."""
-    editor = Editor(graph)
-    small, scale = (graph.initializers.get(f"{LAST}.{kind}") for kind in ("int8", "scale"))
-    shared = [node for node in graph if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name == LAST]
-    if small is None or scale is None:
-        return 0
-    for node in shared:
-        ids = node.inputs[1]
-        columns = editor.one(node, "Transpose", [editor.one(node, "Gather", [small, ids], axis=1)], perm=[1, 2, 0])
-        got = editor.one(node, "Cast", [columns], to=int(ir.DataType.FLOAT))
-        factor = editor.one(node, "Unsqueeze", [editor.one(node, "Gather", [scale, ids]), editor.constant([-1], np.int64)])
-        editor.replace(node.outputs[0], editor.one(node, "Mul", [got, factor]))
-        editor.remove(node)
-    return len(shared)
+        there = {str(value.name): value for node in graph for value in node.outputs}
+        graph.outputs.extend(there.get(name, value) for name, value in outputs.items())
 
 
 def _whole(size: Any) -> int:
