@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import generation
 import numerics
 import published
 import structured
@@ -247,6 +248,7 @@ def main(arguments: Sequence[str]) -> int:
         **structured.pages(),
         **numerics.pages(),
         **published.pages(),
+        **generation.pages(),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

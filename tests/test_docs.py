@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +18,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_hub import cached
+from tiny_pairs import speaker, write_joint_tokenizer, write_pairs
 
 from slimformer import registry
 from slimformer.measuring.machine import Environment, Load
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
 from slimformer.reporting.ledger import append_record
+from slimformer.running.fresh import Fresh
 from slimformer.running.given import given_models
 from slimformer.running.order import conflicts
 from slimformer.running.preflight import preflight
@@ -182,10 +183,12 @@ RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 def test_a_recipe_of_the_clone_names_nothing_outside_of_it(file: Path) -> None:
     """Models and data come from the hub, are built in, or are what another recipe leaves under runs/."""
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert isinstance(data["model"], dict) or HUB_MODEL.fullmatch(data["model"])  # or built there
+    named = [data[name] for name in ("model", "teacher") if isinstance(data.get(name), str)]
+    assert isinstance(data["model"], dict) or named
+    made = [name for name in named if not HUB_MODEL.fullmatch(name)]
     assert f"slimformer run recipes/{file.name} --out runs/{file.stem}" in file.read_text(encoding="utf-8")
-    if "teacher" in data:
-        made_by = (file.parent / data["teacher"]).resolve().relative_to(ROOT / "runs")
+    for name in made:
+        made_by = (file.parent / name).resolve().relative_to(ROOT / "runs")
         assert (ROOT / "recipes" / f"{made_by}.yaml").is_file()
     assert data["task"] == {"use": "intents"} or re.fullmatch(
         r"glue/\w+|squad|squad_v2|bentrevett/multi30k", data["task"]["data"]
@@ -217,9 +220,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (home / version).mkdir()
         for split in ("train", "dev"):
             (home / version / f"{split}.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
-    (home / "parallel").mkdir()
-    for split, side in product(("train", "val"), ("en", "de")):
-        (home / "parallel" / f"{split}.{side}").write_text("\n".join(f"{text} {side}" for text in texts), encoding="utf-8")
+    write_pairs(home / "parallel")
+    words = write_joint_tokenizer(home / "translator")  # what recipes/multi30k-train.yaml leaves
+    speaker("marian", words.get_vocab_size(), activation_function="relu").save_pretrained(home / "translator")
     snapshot = cached(home, "sentence-transformers/all-MiniLM-L6-v2", encoder())
     teacher = home / "teacher"  # what recipes/mrpc-tune.yaml leaves, as far as the checks look at it
     teacher.mkdir()
@@ -247,7 +250,8 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         task = replace(task, data=str(hub / task.version), train_ids=None)
     elif isinstance(task, Translation):
         task = replace(task, data=str(hub / "parallel"))
-        recipe = replace(recipe, model=replace(recipe.model, vocabulary=300))
+        fresh = isinstance(recipe.model, Fresh)
+        recipe = replace(recipe, model=replace(recipe.model, vocabulary=300) if fresh else str(hub / "translator"))
     recipe = replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None)
     with given_models(recipe, None, tmp_path) as given:
         preflight(given)
