@@ -11,8 +11,9 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from tiny import ENCODERS, MODEL_TYPES, batch, tiny
+from tiny import ENCODERS, MODEL_TYPES, WEIGHT_BITS, batch, tiny
 
+from slimformer.core.anatomy import PointRole
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.decoding import Halves, Settings, search
@@ -20,6 +21,9 @@ from slimformer.errors import ExportError, ModelError
 from slimformer.exporters.base import PAIRS, Variant, files_of, variant_of
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of
+from slimformer.hooks.points import quantized_inputs
+from slimformer.methods.quantization import Quantization
+from slimformer.testing.checks import tiny_context
 
 SPEAKING = tuple(kind for kind in MODEL_TYPES if kind not in ENCODERS)
 # Heads, neurons and whole blocks of either side; the first attention of the decoder, which counts the tokens, is gone.
@@ -174,3 +178,56 @@ def test_bad_input_is_refused_before_a_file_is_left(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="gives no finite"):
         Onnx().export(broken, batches, path, Variant.FLOAT)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "bits", "options"),
+    [
+        ("marian", 8, {"roles": ("matrix", "head")}),
+        ("marian", 6, {"roles": ("matrix", "head"), "embeddings": None}),
+        ("bart", 4, {"roles": ("matrix", "head"), "embeddings": 8}),
+        ("mbart", 8, {"roles": ("matrix",)}),
+        ("t5", 6, {"roles": "all", "embeddings": 6}),
+    ],
+)
+def test_a_file_from_learned_ranges_is_the_model_that_was_trained(
+    kind: str, bits: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same words; most scores differ by rounding alone, and none by more than a few steps of one activation."""
+    around = tiny_context(kind)
+    method = Quantization(weights=bits, activations=min(bits, WEIGHT_BITS), **options)
+    state = method.attach(around)
+    state.train()
+    (columns,) = around.batches(4)
+    with torch.no_grad():
+        around.model(**around.subject.feed(columns))
+        decision = method.decide(state, around)
+        state.close()
+    small = shrink(around.model, around.anatomy, decision)
+    assert decision.ranges is not None
+    spans = {name: span for name, span in decision.ranges.activations.items() if name.endswith(".memory")}
+    assert len(spans) == 3
+    batches = arrays(small, ((3, 7), (12, 9)))
+    artifact = Onnx(agreement=0.9).export(
+        small, batches, tmp_path / PAIRS[Variant.INT8_FUSED].name, Variant.INT8_FUSED, ranges=decision.ranges
+    )
+    assert any("differs from the model with fake quantization by" in note for note in artifact.notes)
+    encoder, decoder = (onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in artifact.files)
+    roles = (PointRole.MATRIX, PointRole.HEAD)
+    with torch.no_grad(), quantized_inputs(small, anatomy_of(small), decision.ranges, roles=roles):
+        output = small(**{name: torch.as_tensor(value) for name, value in batches[1].items()})
+    hidden = encoder.run(None, {name: batches[1][name] for name in ("input_ids", "attention_mask")})[0]
+    feeds = {"input_ids": batches[1]["decoder_input_ids"], "encoder_attention_mask": batches[1]["attention_mask"]}
+    feeds |= {"encoder_hidden_states": hidden, "use_cache_branch": np.asarray([False])}
+    for item in decoder.get_inputs():
+        if item.name not in feeds:
+            feeds[item.name] = np.zeros([size if isinstance(size, int) else 1 for size in item.shape], np.float32)
+    scores = decoder.run(["logits"], feeds)[0][batches[1]["decoder_attention_mask"] == 1]
+    wanted = output.logits.numpy()[batches[1]["decoder_attention_mask"] == 1]
+    error = np.abs(scores - wanted).max(axis=1) / np.abs(wanted).max()
+    if "head" in str(options) or options["roles"] == "all":
+        assert (error < 1e-5).mean() > 0.6
+        assert error.max() < 0.03
+    else:  # the last matrix was trained in float
+        assert error.max() < 0.05

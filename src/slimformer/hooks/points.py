@@ -51,13 +51,18 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
 
 
 def quantized_inputs(
-    model: nn.Module, anatomy: Anatomy, ranges: Ranges, floats: Collection[str] = ()
+    model: nn.Module,
+    anatomy: Anatomy,
+    ranges: Ranges,
+    floats: Collection[str] = (),
+    roles: Collection[PointRole] = (PointRole.MATRIX,),
 ) -> AbstractContextManager[None]:
     """Quantizes the inputs of a model's Linears while the context lasts, so that it computes as its int8 files do.
 
-    The weights must be on their grids already. `floats`: points whose matrices stay in float.
+    The weights must be on their grids already. `floats`: points whose matrices stay in float. `roles`: of an encoder the last
+    Linear stays in float too, of an encoder-decoder it does not.
     """
-    chosen = [point for point in anatomy.points.values() if point.role is PointRole.MATRIX and point.id not in floats]
+    chosen = [point for point in anatomy.points.values() if point.role in roles and point.id not in floats]
     return _quantized(model, anatomy, ranges, [point for point in chosen if point.id in ranges.activations], True)
 
 

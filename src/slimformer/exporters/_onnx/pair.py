@@ -55,14 +55,18 @@ def present_name(layer: int, side: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class Writing:
-    """How graphs are written: `fused` with operators that ONNX Runtime alone has, where they are faster."""
+    """How graphs are written: `fused` with operators that ONNX Runtime alone has, where they are faster.
+
+    `apart`: each layer of the decoder reads the encoder's output under a name of its own, because each has a range of its own.
+    """
 
     subject: Subject
     fused: bool
+    apart: bool = False
 
     def graph(self, part: GraphPart) -> ir.Model:
         """One of the graphs, a whole model: it can be run as it is."""
-        return _Writer(self.subject, self.fused, part).model()
+        return _Writer(self, part).model()
 
 
 def forms_of(model: nn.Module) -> dict[str, Formed]:
@@ -73,8 +77,9 @@ def forms_of(model: nn.Module) -> dict[str, Formed]:
 class _Writer:
     """Writes one graph, from its inputs on. Hidden states are (batch, seq, hidden), in a fused encoder (seq, batch, hidden)."""
 
-    def __init__(self, subject: Subject, fused: bool, part: GraphPart) -> None:
-        self.subject, self.fused, self.part = subject, fused, part
+    def __init__(self, how: Writing, part: GraphPart) -> None:
+        self.subject, self.fused, self.apart, self.part = how.subject, how.fused, how.apart, part
+        subject = how.subject
         self.net: Any = subject.model
         self.around = subject.family.surroundings(self.net)
         skeleton = subject.family.skeleton_of(self.net)
@@ -85,7 +90,7 @@ class _Writer:
         self.prefix = "" if self.net.base_model is self.net else f"{self.net.base_model_prefix}."
         self.modules: Mapping[str, Any] = dict(self.net.named_modules())
         self.nodes = ir.Graph([], [], nodes=[], opset_imports={"": OLDEST_OPSET}, name=part)
-        self.turned = fused and part == "encoder"
+        self.turned = self.fused and part == "encoder"
         self.layers = [
             f"{self.prefix}{self.table.layers}.{name}"
             for name, _ in self.modules[self.prefix + self.table.layers].named_children()
@@ -255,6 +260,7 @@ class _Writer:
             k, v = past["encoder", "key"], past["encoder", "value"]
         else:
             split = self.numbers(0, 0, heads, size)
+            encoded = self.op("Identity", [encoded]) if self.apart else encoded
             k, v = (
                 self.op("Transpose", [self.op("Reshape", [self.product(encoded, name), split])], perm=[0, 2, 1, 3])
                 for name in (block.key, block.value)

@@ -22,7 +22,7 @@ from slimformer.core.ranges import Ranges
 from slimformer.decoding import decoder_beside
 from slimformer.errors import ExportError, ModelError, nearest
 from slimformer.exporters._onnx import calibrate, int8, mixed, parity
-from slimformer.exporters._onnx.graph import Product, Unexpected, products, strip
+from slimformer.exporters._onnx.graph import Product, Unexpected, products, strip, turns
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding
 from slimformer.exporters._onnx.noting import check_count, in_model, needed_runtime, zeros
 from slimformer.exporters._onnx.pair import (
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 _FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
 _INT8 = {variant for variant, kind in FILES.items() if kind.int8}
+READ_ONCE: tuple[GraphPart, ...] = ("encoder", "first")  # graphs that hold every matrix once
+_ROLES = (PointRole.MATRIX, PointRole.HEAD)  # of points that int8 products read
 _STEPS = 12  # tokens that the second branch is compared on, one by one,
 _STEPPED = 3  # in so many batches: its cost is a run for each
 
@@ -102,8 +104,7 @@ class SpeakingDraft(Draft):
     @property
     def points(self) -> tuple[Point, ...]:
         """Points whose matrices become int8 unless they are named in `floats`: the last matrix too."""
-        roles = (PointRole.MATRIX, PointRole.HEAD)
-        return tuple(point for point in self.subject.anatomy.points.values() if point.role in roles)
+        return tuple(point for point in self.subject.anatomy.points.values() if point.role in _ROLES)
 
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
         encoder, decoder, notes = self._files(variant, floats, floats)
@@ -193,7 +194,7 @@ class SpeakingDraft(Draft):
         """What the files should give: the model's outputs, with activations on their grids if those were learned."""
         if self.ranges is None or not self._has_learned_ranges(variant):
             return self.reference
-        with self.subject.evaluating(), quantized_inputs(self.subject.model, self.subject.anatomy, self.ranges, floats):
+        with self.subject.evaluating(), quantized_inputs(self.subject.model, self.subject.anatomy, self.ranges, floats, _ROLES):
             return [self._said(batch) for batch in self.batches]
 
     # -- graphs
@@ -227,7 +228,7 @@ class SpeakingDraft(Draft):
         return parts["encoder"], decoder, [f"{attentions} of {attentions} attentions {how}", *notes]
 
     def _parts(self, fused: bool) -> dict[GraphPart, ir.Model]:
-        writing = Writing(self.subject, fused)
+        writing = Writing(self.subject, fused, apart=self.ranges is not None)
         parts = {part: writing.graph(part) for part in GRAPH_PARTS}
         for program in parts.values():
             strip(program)
@@ -257,13 +258,14 @@ class SpeakingDraft(Draft):
 
     def _samples(self, parts: Mapping[GraphPart, ir.Model]) -> dict[str, Sample]:
         """What the products read while the model's own texts pass, by name: the same in both branches of the decoder."""
-        turned = parts["encoder"].graph.inputs and any(node.op_type == "FusedMatMul" for node in parts["encoder"].graph)
-        sessions, names = {}, {}
-        for part in ("encoder", "first"):
-            copy = parts[part].clone()  # type: ignore[index]
+        turned = any(turns(node) for node in parts["encoder"].graph)
+        sessions, names, asking = {}, {}, set[str]()
+        for part in READ_ONCE:
+            copy = parts[part].clone()
             with _inside(copy.graph):
                 watched = int8.quantizable_inputs(copy.graph)
             names[part] = [name for name in watched if name != ENCODED]
+            asking |= {name for name, value in watched.items() if _is_copy_of(value, ENCODED)}
             copy.graph.outputs.extend(watched[name] for name in names[part] if not watched[name].is_graph_output())
             sessions[part] = open_graph(copy, self.options.one_file_bytes)
 
@@ -279,7 +281,7 @@ class SpeakingDraft(Draft):
                 name: value for name, value in feeds.items() if name in {item.name for item in sessions["first"].get_inputs()}
             }
             for name, value in zip(names["first"], sessions["first"].run(names["first"], feeds), strict=True):
-                yield name, value[written]
+                yield name, value[read if name in asking else written]
 
         return calibrate.gather(self.batches, run)
 
@@ -310,8 +312,13 @@ class SpeakingDraft(Draft):
         """Int8 for every product but those at `floats`, and for the word tables, in place; says how many."""
         learned = self.ranges or Ranges()
         one_scale = learned.weight_buckets == "tensor"
-        coding = WeightCoding(min(self.options.weight_bits, learned.weight_bits), one_scale)
-        counts = {"encoder": (0, 0), "first": (0, 0), "next": (0, 0)}
+        bits, table_bits = learned.weight_bits, learned.embedding_bits
+        tied = self._ties_words
+        if table_bits is None and tied and any(self._is_last(point) for point in learned.activations):
+            table_bits = bits  # the table was trained on the grid of the matrix that it is
+        coding = WeightCoding(min(self.options.weight_bits, bits), one_scale)
+        last = WeightCoding(min(self.options.weight_bits, table_bits), one_scale) if tied and table_bits is not None else coding
+        counts: dict[GraphPart, tuple[int, int]] = {}
         tables = 0
         codings = {} if variant == Variant.INT8_DYNAMIC else self._codings(parts, floats, samples)
         for part, program in parts.items():
@@ -320,17 +327,31 @@ class SpeakingDraft(Draft):
             every = len(products(graph))
             expected = sum(product.name not in left for product in products(graph))
             with _inside(graph):
-                if variant == Variant.INT8_DYNAMIC:
-                    count = int8.int8_dynamic(graph, coding, left)
-                else:
-                    count = int8.int8_static(graph, codings, coding, variant in _FUSED, left)
+                count = 0
+                for some, others in ((coding, {LAST}), (last, set[str]())):
+                    if variant == Variant.INT8_DYNAMIC:
+                        count += int8.int8_dynamic(graph, some, others.union(left))
+                    else:
+                        count += int8.int8_static(graph, codings, some, variant in _FUSED, others.union(left))
                 check_count("int8 matrices", count, expected)
                 counts[part] = (count, every)
-                if learned.embedding_bits is not None:
-                    found = int8.int8_embeddings(graph, WeightCoding(learned.embedding_bits, one_scale))
+                if table_bits is not None:
+                    found = int8.int8_embeddings(graph, WeightCoding(last.bits if tied else table_bits, one_scale))
                     tables += found if part != "next" else 0
-        count, every = (sum(counts[part][place] for part in ("encoder", "first")) for place in (0, 1))
+        count, every = (sum(counts[part][place] for part in READ_ONCE) for place in (0, 1))
         return f"int8: {count} of {every} matrices, {tables} embedding tables"
+
+    @property
+    def _ties_words(self) -> bool:
+        """Whether the last matrix is the decoder's table of words."""
+        last = self.subject.model.get_output_embeddings()
+        return any(
+            last.weight is getattr(module, "weight", None) for module in self.subject.model.modules() if module is not last
+        )
+
+    def _is_last(self, point: str) -> bool:
+        here = self.subject.anatomy.points.get(point)
+        return here is not None and here.role is PointRole.HEAD
 
     def _codings(
         self, parts: Mapping[GraphPart, ir.Model], floats: Sequence[str], samples: Mapping[str, Sample]
@@ -486,6 +507,11 @@ def _inside(graph: ir.Graph) -> Iterator[None]:
     finally:
         there = {str(value.name): value for node in graph for value in node.outputs}
         graph.outputs.extend(there.get(name, value) for name, value in outputs.items())
+
+
+def _is_copy_of(value: ir.Value, name: str) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "Identity" and node.inputs[0] is not None and node.inputs[0].name == name
 
 
 def _whole(size: Any) -> int:
