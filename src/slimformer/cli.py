@@ -374,8 +374,10 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
         fitting = [
             name for name, cls in tasks.items() if "--data" in cls.flags() and checkpoint.is_tuned(folder, cls.auto_class)
         ]
+        kind = checkpoint.base_type(checkpoint.read_config(folder))
     except ModelError:
         return DEFAULT_TASK
+    fitting = [name for name in fitting if kind in tasks[name].usual_for] or fitting
     if len(fitting) > 1 and DEFAULT_TASK not in fitting:
         raise RecipeError(f"{model} could be for {' or '.join(fitting)}.", help="name one of them: --task " + fitting[0])
     return fitting[0] if fitting and DEFAULT_TASK not in fitting else DEFAULT_TASK

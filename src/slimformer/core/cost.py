@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Tokens, is_shared
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -171,15 +171,23 @@ def unit_count(anatomy: Anatomy, kind: Kind) -> Cost:
     return Cost(str(kind), 0.0, curves)
 
 
-def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[Kind, Mapping[int, float]]) -> Cost:
-    """Milliseconds per example from measured levels: kind -> {units: ms of one sublayer}, linear in between.
+def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[str, Mapping[int, float]]) -> Cost:
+    """Milliseconds per example from measured levels: group -> {units: ms of one sublayer}, linear in between.
 
     0 units cost nothing, and a level never costs less than a smaller one: timings that say so are noise.
     """
     curves = {}
     for site in anatomy.units:
-        levels = {0: 0.0, **table[site.kind]}
+        levels = {0: 0.0, **table[group(anatomy, site)]}
         units = np.array(sorted(levels))
         ms = np.maximum.accumulate(np.array([levels[count] for count in units]))
         curves[site.id] = np.interp(np.arange(site.size + 1), units, ms)
     return Cost("ms", fixed_ms, curves)
+
+
+def group(anatomy: Anatomy, site: Site) -> str:
+    """What sites that cost alike have in common: their kind, and "decoder_heads", "cross_heads" or "decoder_neurons" in a decoder."""
+    if anatomy.stack_of(site.layer) is anatomy.stacks[0]:
+        return str(site.kind)
+    own = site.id.rpartition(".")[2]
+    return own if own == "cross_heads" else f"decoder_{site.kind}"

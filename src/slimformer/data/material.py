@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from slimformer.data.batching import collate
-from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
+from slimformer.data.tokenizer import cutting, load_target_tokenizer, load_tokenizer, max_length_of, pad_id_of
 from slimformer.digests import Content, digest, digest_all
 from slimformer.errors import DataError
 from slimformer.tasks.base import Example, Features, Split, Task
@@ -109,12 +109,20 @@ def read_texts(file: Path) -> Iterator[str]:
         ) from None
 
 
+def encode_rows(task: Task, examples: Sequence[Example], source: Path, max_length: int) -> Features:
+    """Examples as rows of tokens of the model in `source`, whose written texts may have a tokenizer of their own."""
+    tokenizer, writer = load_tokenizer(source), load_target_tokenizer(source) if task.stand_in else None
+    if writer is None:
+        return task.encode(examples, tokenizer, max_length)
+    rows: Features = cast(Any, task).encode(examples, tokenizer, max_length, writer)
+    return rows
+
+
 def prepare(task: Task, source: Path) -> Material:
     """Reads and encodes all splits of a task that is bound to its model's labels."""
-    tokenizer = load_tokenizer(source)
     max_length = min(task.max_length, max_length_of(source))
     examples = {split: task.split(split) for split in Split}
-    features = {split: task.encode(examples[split], tokenizer, max_length) for split in Split}
+    features = {split: encode_rows(task, examples[split], source, max_length) for split in Split}
     return Material(task, source, max_length, examples, features)
 
 
@@ -122,7 +130,7 @@ def sampled_rows(task: Task, source: Path) -> Features:
     """The rows that some of the training examples give, evenly spaced; encoding them all would take long."""
     examples = task.split(Split.TRAIN)
     some = examples[:: max(1, len(examples) // SAMPLE)]
-    return task.encode(some, load_tokenizer(source), min(task.max_length, max_length_of(source)))
+    return encode_rows(task, some, source, min(task.max_length, max_length_of(source)))
 
 
 def spaced_rows(features: Features, limit: int) -> Features:

@@ -23,6 +23,7 @@ from slimformer.data.parallel import (
     is_language,
     read_lines,
     read_parallel,
+    refuse_alone,
 )
 from slimformer.data.sources import Format, Stamp, data_homes, read_sources, settle_dev, stamp
 from slimformer.data.texts import repair_text, stem_of, suffix_of
@@ -51,6 +52,10 @@ class Targets:
 
     references: tuple[str, ...]
     train: str
+
+    def __str__(self) -> str:
+        """The references, as a page shows them."""
+        return " | ".join(self.references)
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,7 @@ def _of_corpora(place: Place, folder: Path, corpora: Sequence[Corpus]) -> tuple[
         chosen = {kind: corpus for kind, corpus in chosen.items() if kind == "train"} | {"dev": titles[str(place.dev)]}
     else:
         chosen = by_split(folder, corpora)
+    refuse_alone(folder, [name for name in (place.source, place.target) if name], chosen)
     if "train" not in chosen and not chosen:
         raise DataError(
             f"{folder} holds parallel texts, and none is called as training data.",

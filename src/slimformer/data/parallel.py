@@ -57,6 +57,34 @@ def is_language(name: str) -> bool:
 
 def find_corpora(folder: Path, names: Sequence[str] = ()) -> list[Corpus]:
     """The parallel texts of a folder, and of folders in it that are called as splits; `names` are sides that a user named."""
+    groups, directions = _grouped(folder, names)
+    return [
+        Corpus(title, files, directions.get(title))
+        for title, files in groups.items()
+        if len(files) > 1 and not _NO_TEXTS & Corpus(title, files).tokens()
+    ]
+
+
+def refuse_alone(folder: Path, names: Sequence[str], found: Mapping[str, Corpus]) -> None:
+    """DataError if a text is called as training or dev data, has a side, and lacks its other side; `found`: the whole ones by split."""
+    groups, _ = _grouped(folder, names)
+    whole = {file for files in groups.values() if len(files) > 1 for file in files.values()}
+    for kind, (known, pattern) in (("train", _SPLITS[0]), ("dev", _SPLITS[1])):
+        for title, files in groups.items() if kind not in found else ():
+            (side, file), *more = files.items()
+            called = any(part in known or re.fullmatch(pattern, part) for part in Corpus(title, files).tokens())
+            if called and not more and file not in whole:
+                others = sorted({other for corpus in found.values() for other in corpus.files} - {side})
+                raise DataError(
+                    f"{file} has no other side: "
+                    + ("without references nothing can be scored." if kind == "dev" else "there is nothing to learn to write."),
+                    facts=[f"looked for: {title}.{others[0]}"] if others else [],
+                    help="put the other side beside it, or take this file away: dev data are then drawn from the training data.",
+                )
+
+
+def _grouped(folder: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, Path]], dict[str, tuple[str, str]]]:
+    """Files by title and side, in each way that their names can be read, and the direction that a title tells."""
     groups: dict[str, dict[str, Path]] = {}
     directions: dict[str, tuple[str, str]] = {}
     for file, told in _texts(folder):
@@ -67,11 +95,7 @@ def find_corpora(folder: Path, names: Sequence[str] = ()) -> list[Corpus]:
             groups.setdefault(title, {})[side] = file
             if pair:
                 directions[title] = (pair[1], pair[2])
-    return [
-        Corpus(title, files, directions.get(title))
-        for title, files in groups.items()
-        if len(files) > 1 and not _NO_TEXTS & Corpus(title, files).tokens()
-    ]
+    return groups, directions
 
 
 def _texts(folder: Path) -> list[tuple[Path, str]]:

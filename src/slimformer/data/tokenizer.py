@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimformer.data.tokenizer_files import encoding_errors, read_json, tokenizer_text
+from slimformer.data.tokenizer_files import encoding_errors, read_json, target_text, tokenizer_text
 from slimformer.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -31,6 +31,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(tokenizer_text(folder))
+
+
+def load_target_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of what a model writes; None if it is that of what it reads. ModelError if it cannot be read."""
+    from tokenizers import Tokenizer
+
+    text = target_text(folder)
+    if text is None:
+        return None
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception for whatever is wrong
+        raise ModelError(
+            f"the tokenizer of what the model in {folder} writes cannot be read: {error}.", help="copy its files again."
+        ) from None
 
 
 def max_length_of(folder: Path) -> int:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimformer.data.two_sided import SIDES, TARGET, is_two_sided, lone_side, side_text
 from slimformer.errors import ExtraError, ModelError, shown
 from slimformer.files import read_small, write_text
 
@@ -54,7 +55,7 @@ def tokenizer_text(folder: Path) -> str:
     """
     folder = Path(folder)
     stamps = []
-    for name in (_JSON, *_SIDE_FILES, *OTHER_FORMS):
+    for name in (_JSON, *_SIDE_FILES, *OTHER_FORMS, *SIDES):
         file = folder / name
         if file.is_file():
             status = file.stat()
@@ -76,6 +77,8 @@ def write_tokenizer(source: Path, folder: Path, cut: str | None = None) -> None:
     """
     text = cut or tokenizer_text(source)
     write_text(folder / _JSON, text)
+    if (written := target_text(source)) is not None:
+        write_text(folder / TARGET, written)
     settings, data = read_json(source / _CONFIG), json.loads(text)
     for name in _OF_THE_SOURCE:
         settings.pop(name, None)
@@ -90,11 +93,25 @@ def write_tokenizer(source: Path, folder: Path, cut: str | None = None) -> None:
     write_text(folder / _CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
+def target_text(folder: Path) -> str | None:
+    """The tokenizer of what a model writes, if it is another one than that of what it reads; else None."""
+    if is_two_sided(folder):
+        return side_text(folder, SIDES[1])
+    file = Path(folder) / TARGET
+    try:
+        return read_small(file).decode("utf-8") if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", help="copy it again from where the model came from.") from None
+
+
 @lru_cache(maxsize=8)
 def _settle(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     there = {name for name, *_ in stamps}
     _refuse_strangers(folder, sorted(there))
-    text = _chosen(folder) if _JSON in there else _converted(folder, [name for name in OTHER_FORMS if name in there])
+    if is_two_sided(folder):
+        text = side_text(folder, SIDES[0])
+    else:
+        text = _chosen(folder) if _JSON in there else _converted(folder, [name for name in OTHER_FORMS if name in there])
     text = _within_rows(folder, text)
     with encoding_errors(folder):
         tokenizer = parsed_tokenizer(text)
@@ -282,6 +299,12 @@ def _auto_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
 
 def _converted(folder: Path, there: list[str]) -> str:
     """The tokenizer of a folder without tokenizer.json."""
+    if missing := lone_side(folder):
+        raise ModelError(
+            f"{folder} holds a part of a Marian's tokenizer, and no {missing}.",
+            facts=[f"needed: {', '.join(SIDES)}, vocab.json"],
+            help="copy all three from where the model came from.",
+        )
     if not there:
         raise ModelError(
             f"{folder} holds no tokenizer.",

@@ -182,6 +182,10 @@ class Exporter(ABC):
 
     files: ClassVar[Mapping[str, FileKind]]
 
+    def kinds_for(self, model: PreTrainedModel) -> Mapping[str, FileKind]:
+        """`files`, as they are called for this model: an encoder-decoder may be more than one file."""
+        return self.files
+
     @abstractmethod
     def export(
         self,

@@ -37,6 +37,7 @@ from slimformer.exporters._onnx.speaking import SpeakingDraft
 from slimformer.exporters._onnx.storing import ONE_FILE_BYTES, open_graph, open_model, save_graph, weights_name
 from slimformer.exporters.base import (
     FILES,
+    PAIRS,
     SEARCH_SECONDS,
     Arrays,
     Artifact,
@@ -95,6 +96,9 @@ class Onnx(Exporter):
         check_bits("weight_bits", self.weight_bits)
         check_calibration(self.calibration)
         check_percentile(self.percentile)
+
+    def kinds_for(self, model: PreTrainedModel) -> Mapping[str, FileKind]:
+        return PAIRS if model.config.is_encoder_decoder else FILES
 
     def export(
         self,

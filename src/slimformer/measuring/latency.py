@@ -4,26 +4,31 @@ Short models with a few sublayers of one kind (8 heads, 1 head, none, ...) are e
 files; the cost of one sublayer at a level is the difference to the model with none. Only the dense files hold all layers, because
 tracing takes seconds and grows with the layers. It is an estimate for a search: what a finished model really takes is always
 measured on its own file.
+
+Of an encoder-decoder both halves are timed, and each of the decoder's two attentions: whole texts of the usual length are written on
+the model's own beams, because a decoder's time is that of its steps.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from slimformer import registry
 from slimformer.core.anatomy import Anatomy, Kind, Site
-from slimformer.core.cost import Cost, latency
+from slimformer.core.cost import Cost, group, latency
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.data.material import Material, subset
+from slimformer.errors import TargetError
 from slimformer.exporters.base import Variant
-from slimformer.families.base import Subject
+from slimformer.families.base import Subject, subject_of
 from slimformer.log import Log
+from slimformer.measuring.beside import make_readable
 from slimformer.measuring.machine import Quiet
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, workloads
@@ -32,6 +37,7 @@ from slimformer.tasks.base import Split
 
 # Levels of each kind, as shares of its units: a product takes some time for a call, and some for each unit.
 SHARES = (1.0, 0.08, 0.0)
+GROUPS = ("heads", "neurons", "decoder_heads", "cross_heads", "decoder_neurons")  # of sites that cost alike; fields of `Levels`
 PROBED = 2  # sublayers of a kind that a short model has
 SECONDS = 8.0  # of timing, all levels together
 
@@ -40,17 +46,24 @@ SECONDS = 8.0  # of timing, all levels together
 class Levels:
     """What was timed: int8 milliseconds per example of one sublayer, by kind and units kept; a recipe may carry it.
 
-    `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32.
+    `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32. `heads` and `neurons` are the
+    encoder's; a decoder has its own, and `cross_heads` that ask the encoder.
     """
 
     fixed_ms: NotNegative
     dense_fp32_ms: Positive
     heads: Mapping[int, float]
     neurons: Mapping[int, float]
+    decoder_heads: Mapping[int, float] = field(default_factory=dict)
+    cross_heads: Mapping[int, float] = field(default_factory=dict)
+    decoder_neurons: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name, times in (("heads", self.heads), ("neurons", self.neurons)):
+        for name in GROUPS:
+            times = getattr(self, name)
+            if not times and name not in GROUPS[:2]:
+                continue
             if not times or not all(0 <= units <= 1e9 and 0 <= ms <= 1e9 for units, ms in times.items()):
                 raise ValueError(f"{name} must hold a time in milliseconds, from 0 on, for each number of units")
 
@@ -66,7 +79,14 @@ class Latency:
     @staticmethod
     def of(anatomy: Anatomy, levels: Levels) -> Latency:
         """The curves that these levels give for a model of this anatomy."""
-        table = {Kind.HEADS: levels.heads, Kind.NEURONS: levels.neurons}
+        table = {name: getattr(levels, name) for name in GROUPS}
+        groups = {group(anatomy, site) for site in anatomy.units}
+        lacking = sorted(name for name in groups if not table[name])
+        if lacking:
+            raise TargetError(
+                f"the latency table tells nothing of {lacking[0].replace('_', ' ')}: it was measured for another kind of model.",
+                help="leave `latency` out of the recipe: the table is measured anew.",
+            )
         return Latency(latency(anatomy, levels.fixed_ms, table), levels.dense_fp32_ms, levels)
 
 
@@ -85,71 +105,101 @@ def measure_levels(
     """
     anatomy, model = subject.anatomy, subject.model
     exporter = registry.find("exporters", "onnx")(agreement=0.0)  # the answers of a model cut like this are of no interest
+    kinds, length = exporter.kinds_for(model), usual_length(subject, material)
     batches = material.batches(subject.inputs)[:4]
     plans = _short_plans(anatomy)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as name:
         if dense is None:
-            dense = {variant: Path(name) / f"{variant}.onnx" for variant in (Variant.FUSED, Variant.INT8_DYNAMIC)}
+            dense = {variant: Path(name) / kinds[variant].name for variant in (Variant.FUSED, Variant.INT8_DYNAMIC)}
             exporter.export_all(model, batches, dense, material.task.outputs)
+            make_readable(subject, material.source, Path(name))
         files = {"fp32": dense[Variant.FUSED], "int8": dense[Variant.INT8_DYNAMIC]}
         with log.track("timing levels", len(plans)) as advance:
             for done, (level, plan) in enumerate(plans.items()):
-                files[level] = Path(name) / f"{level}.onnx"
-                small = shrink(model, anatomy, plan)
-                exporter.export(small, batches, files[level], Variant.INT8_DYNAMIC, material.task.outputs)
+                files[level] = Path(name) / level / kinds[Variant.INT8_DYNAMIC].name
+                files[level].parent.mkdir()
+                small = subject_of(shrink(model, anatomy, plan))
+                exporter.export(small.model, batches, files[level], Variant.INT8_DYNAMIC, material.task.outputs)
+                make_readable(small, material.source, files[level].parent)
                 advance(done + 1)
-        sessions = {level: open_session(file, threads) for level, file in files.items()}
+        sessions = {level: open_session(file, threads, generation=length) for level, file in files.items()}
         features, _ = subset(material, Split.VALIDATION, 640)
         workload = workloads(features, limit=12)[1]
         timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet.load())
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
     ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}
-    table: dict[Kind, dict[int, float]] = {Kind.HEADS: {}, Kind.NEURONS: {}}
-    for kind in _kinds(anatomy):
-        count = len(_probed(anatomy, kind))
-        table[kind] = {
-            units: max(0.0, (ms[f"{kind}-{units}"] - ms["last"]) / count) for units in _levels(anatomy, kind) if units
-        }
-    inside = sum(len(anatomy.of_kind(kind)) * table[kind][max(table[kind])] for kind in _kinds(anatomy))
+    sites = _groups(anatomy)
+    table: dict[str, dict[int, float]] = {}
+    for part, every in sites.items():
+        count, base = len(_probed(anatomy, every)), ms["last" if _has_last(anatomy) else "none"]
+        table[part] = {units: max(0.0, (ms[f"{part}-{units}"] - base) / count) for units in _levels(every) if units}
+    inside = sum(len(every) * table[part][max(table[part])] for part, every in sites.items())
     fixed = max(0.0, min(ms["none"], ms["int8"]))
-    share = (
-        (ms["int8"] - fixed) / inside if inside else 1.0
-    )  # the last layer of a classifier computes one token only: it costs less
-    scaled = {kind: {units: round(share * value, 7) for units, value in levels.items()} for kind, levels in table.items()}
-    return Levels(round(fixed, 7), round(fp32, 7), scaled[Kind.HEADS], scaled[Kind.NEURONS])
+    # the last layer of a classifier computes one token only: it costs less
+    share = (ms["int8"] - fixed) / inside if inside else 1.0
+    scaled = {part: {units: round(share * value, 7) for units, value in levels.items()} for part, levels in table.items()}
+    return Levels(round(fixed, 7), round(fp32, 7), **scaled)
+
+
+def usual_length(subject: Subject, material: Material) -> dict[str, int] | None:
+    """The options with which every text gets the mean length of the task's; None if the model writes none.
+
+    A model that was cut and not trained yet says what it likes, and may never end: only at one length for all are times comparable.
+    """
+    lengths = material.features[Split.TRAIN].target_lengths()
+    if subject.beams is None or lengths is None:
+        return None
+    mean = max(1, round(float(lengths.mean())))
+    return {"min_new_tokens": mean, "max_new_tokens": mean}
 
 
 def _short_plans(anatomy: Anatomy) -> dict[str, Plan]:
-    """The models that are timed, by name: nothing at all, the last sublayer of attention alone, and at each level some before it."""
-    every = {site.sublayer for kind in _kinds(anatomy) for site in anatomy.of_kind(kind) if site.sublayer is not None}
-    last = anatomy.of_kind(_kinds(anatomy)[0])[-1]
+    """The models that are timed, by name: nothing at all, and at each level some sublayers of a group.
+
+    Of an encoder alone the last attention stays in them, which reads all tokens; it is timed by itself.
+    """
+    groups = _groups(anatomy)
+    every = {site.sublayer for sites in groups.values() for site in sites if site.sublayer is not None}
+    last = next(iter(groups.values()))[-1:] if _has_last(anatomy) else ()
 
     def keeping(sites: Sequence[Site], units: int) -> Plan:
-        """Only the last sublayer of attention, which reads all tokens, and these sites with so many units."""
-        gone = every - {site.sublayer for site in (*sites, last)}
+        """Only these sites with so many units, and the last attention of an encoder."""
+        gone = every - {site.sublayer for site in (*sites, *last)}
         cut = {site.id: tuple(range(units)) for site in sites if units < site.size}
         return Plan({**dict.fromkeys(sorted(gone), ()), **cut})
 
-    plans = {"none": Plan(dict.fromkeys(sorted(every), ())), "last": keeping((), 0)}
-    for kind in _kinds(anatomy):
-        for units in _levels(anatomy, kind):
+    plans = {"none": Plan(dict.fromkeys(sorted(every), ()))}
+    if last:
+        plans["last"] = keeping((), 0)
+    for part, sites in groups.items():
+        for units in _levels(sites):
             if units:
-                plans[f"{kind}-{units}"] = keeping(_probed(anatomy, kind), units)
+                plans[f"{part}-{units}"] = keeping(_probed(anatomy, sites), units)
     return plans
 
 
-def _probed(anatomy: Anatomy, kind: Kind) -> Sequence[Site]:
-    """The sites of a kind that are timed: the first ones, but not the last layer, which may compute one token only."""
-    return anatomy.of_kind(kind)[: max(1, min(PROBED, len(anatomy.of_kind(kind)) - 1))]
+def _has_last(anatomy: Anatomy) -> bool:
+    """Whether the last layer may compute one token only, as that of a classifier does."""
+    return len(anatomy.stacks) == 1
 
 
-def _kinds(anatomy: Anatomy) -> list[Kind]:
-    return [kind for kind in (Kind.HEADS, Kind.NEURONS) if anatomy.of_kind(kind)]
+def _groups(anatomy: Anatomy) -> dict[str, list[Site]]:
+    """The sites that cost alike, in the order of their layers; heads first."""
+    found: dict[str, list[Site]] = {}
+    for kind in (Kind.HEADS, Kind.NEURONS):
+        for site in anatomy.of_kind(kind):
+            found.setdefault(group(anatomy, site), []).append(site)
+    return found
 
 
-def _levels(anatomy: Anatomy, kind: Kind) -> list[int]:
+def _probed(anatomy: Anatomy, sites: Sequence[Site]) -> Sequence[Site]:
+    """The sites of a group that are timed: the first ones, but not the last layer of an encoder, which may compute one token only."""
+    return sites[: max(1, min(PROBED, len(sites) - _has_last(anatomy)))]
+
+
+def _levels(sites: Sequence[Site]) -> list[int]:
     """Units of each level: rounded to what matrix kernels like, at least one, and none."""
-    size = max(site.size for site in anatomy.of_kind(kind))
-    step = 16 if kind is Kind.NEURONS and size >= 64 else 1
+    size = max(site.size for site in sites)
+    step = 16 if sites[0].kind is Kind.NEURONS and size >= 64 else 1
     return sorted({min(size, max(step, round(share * size / step) * step)) if share else 0 for share in SHARES})

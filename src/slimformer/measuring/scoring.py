@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Entry:
     """One model in a comparison: an open file, the task bound to its labels, and its rows of the examples.
 
     `precision` is a Variant of the exporter, or "torch". `facts` are fields of `Record` that are known already (params, macs,
-    minutes, plan, ...); they win over what is measured here.
+    minutes, plan, ...); they win over what is measured here. `beams`: of a model that writes texts, how many it follows at once;
+    `greedy` is then the same file that follows one, and is scored and timed too.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Entry:
     task: Task
     features: Features
     facts: Mapping[str, Any] = field(default_factory=dict)
+    beams: int | None = None
+    greedy: Session | None = None
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,8 @@ def measure(
         if strangers:
             _say_doubts(entry, outputs, examples)
         scored[entry.name] = Scored.of(entry, outputs, examples)
+        if entry.greedy is not None:
+            scored[entry.name] = _beside_greedy(scored[entry.name], examples)
     timings = _time(entries, rounds, load or Quiet().load())
     rivals = [entry.name for entry in entries if Standing(entry.role).is_rival]
     against = {entry.name: rivals if entry.role == Standing.OURS else [] for entry in entries}
@@ -367,8 +372,20 @@ def measure(
     return Measurement(tuple(map(record, entries)), scored)
 
 
+def _beside_greedy(scored: Scored, examples: Sequence[Example]) -> Scored:
+    """The same with the metric of the texts that one beam writes."""
+    entry = scored.entry
+    assert entry.greedy is not None
+    outputs = evaluate(entry.greedy.runner, entry.features)
+    score = float(entry.task.score(outputs, entry.features, examples)[entry.task.metric])
+    return replace(scored, scores={**scored.scores, f"{entry.task.metric}_at_1_beam": score})
+
+
 def _time(entries: Sequence[Entry], rounds: Rounds, load: Load) -> dict[str, tuple[Timing, ...]]:
-    """The two workloads, timed side by side; batches are sorted by the lengths that the first entry's tokenizer gives."""
+    """The two workloads, timed side by side; batches are sorted by the lengths that the first entry's tokenizer gives.
+
+    Models that write texts are timed on their own beams, then on one.
+    """
     lengths = entries[0].features.lengths()
     if any(len(entry.features) != len(lengths) for entry in entries):
         raise RecipeError(
@@ -377,11 +394,19 @@ def _time(entries: Sequence[Entry], rounds: Rounds, load: Load) -> dict[str, tup
         )
     features = {id(entry.features): entry.features for entry in entries}
     works = {key: workloads(item, lengths=lengths) for key, item in features.items()}
+    places = [{entry.name: works[id(entry.features)][place] for entry in entries} for place in (0, 1)]
     sessions = {entry.name: entry.session for entry in entries}
-    single, batched = (
-        compare(sessions, {entry.name: works[id(entry.features)][place] for entry in entries}, rounds, load) for place in (0, 1)
-    )
-    return {entry.name: (single[entry.name], batched[entry.name]) for entry in entries}
+    found = [compare(sessions, place, rounds, load) for place in places]
+    beams = {entry.name: entry.beams for entry in entries}
+    timings = [{name: replace(timing, beams=beams[name]) for name, timing in one.items()} for one in found]
+    if all(entry.greedy is not None for entry in entries):
+        greedy = {entry.name: entry.greedy for entry in entries if entry.greedy is not None}
+        for place in places:
+            one = compare(greedy, place, rounds, load)
+            timings.append(
+                {name: replace(timing, beams=1, workload=f"{timing.workload}, 1 beam") for name, timing in one.items()}
+            )
+    return {entry.name: tuple(one[entry.name] for one in timings) for entry in entries}
 
 
 def shipped_bytes(path: Path) -> int:

@@ -121,7 +121,7 @@ class Timing:
     """Raw wall times of one model on one workload, and the circumstances.
 
     `samples_ms` (rounds, batches) holds the milliseconds of each whole batch, `sizes` (batches,) the examples in it. `warmup`
-    counts the rounds that were run before and thrown away.
+    counts the rounds that were run before and thrown away. `beams`: of a model that writes texts, how many it followed at once.
     """
 
     workload: str
@@ -138,6 +138,12 @@ class Timing:
     load: Load
     sizes: tuple[int, ...]
     samples_ms: tuple[tuple[float, ...], ...]
+    beams: int | None = None
+
+    @property
+    def per_second(self) -> float:
+        """Examples a second: the median over rounds."""
+        return 1000 * sum(self.sizes) / float(np.median(self.round_ms()))
 
     @property
     def rounds(self) -> int:

@@ -75,20 +75,19 @@ class Layers(Method):
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:
             least = itertools.product(*layers_of(anatomy))  # one of each stack
-            self.choose(anatomy, cost, least if self.which == "chosen" else self._sets(layers_of(anatomy)))
+            self.choose(anatomy, cost, least if self.which == "chosen" else self.sets(layers_of(anatomy)))
 
     def decide(self, state: State, context: Context) -> Decision:
         stacks = layers_of(context.anatomy)
         decoder = self.first == "decoder"
-        sets = one_by_one(context, stacks, self.examples, decoder) if self.which == "chosen" else self._sets(stacks)
+        sets = one_by_one(context, stacks, self.examples, decoder) if self.which == "chosen" else self.sets(stacks)
         return Decision(self.choose(context.anatomy, context.cost, sets))
 
     def choose(self, anatomy: Anatomy, cost: Cost, sets: Iterable[Sequence[int]]) -> Plan:
         """The plan of the first of these `sets` of layers that fits; TargetError if none does."""
-        sublayers = anatomy.of_kind(Kind.SUBLAYER)
         least = np.inf
         for stay in sets:
-            plan = Plan({site.id: () for site in sublayers if site.layer not in stay})
+            plan = leaving(anatomy, stay)
             needed = cost.of(plan, anatomy)
             if needed <= self.keep * cost.dense or all(len(layers) == 1 for layers in layers_of(anatomy)):
                 return plan
@@ -96,7 +95,7 @@ class Layers(Method):
         share = f"{least / cost.dense:.0%}"
         raise TargetError(f"even one layer costs {share} of the dense {cost.unit}.", help=f"ask to keep {share} or more.")
 
-    def _sets(self, stacks: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    def sets(self, stacks: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """The layers that stay, ever fewer, by a way that looks at no data; each stack keeps one."""
         for left in depths([len(layers) for layers in stacks], decoder_first=self.first == "decoder"):
             ways = [WAYS[self.which](many, len(layers)) for many, layers in zip(left, stacks, strict=True)]
@@ -111,6 +110,11 @@ def layers_of(anatomy: Anatomy) -> list[list[int]]:
     alive = sorted({site.layer for site in anatomy.of_kind(Kind.SUBLAYER)})
     stacks = [[layer for layer in alive if anatomy.stack_of(layer) is stack] for stack in anatomy.stacks]
     return [layers for layers in stacks if layers]
+
+
+def leaving(anatomy: Anatomy, stay: Sequence[int]) -> Plan:
+    """The plan that takes all layers but these, whole."""
+    return Plan({site.id: () for site in anatomy.of_kind(Kind.SUBLAYER) if site.layer not in stay})
 
 
 def depths(whole: Sequence[int], *, decoder_first: bool) -> list[list[int]]:

@@ -18,9 +18,11 @@ from slimformer.files import write_text
 from slimformer.measuring.records import Facts, Record
 from slimformer.measuring.scoring import shipped_bytes
 from slimformer.reporting.circumstances import circumstances, cost_facts
+from slimformer.reporting.sections import written_rows
 from slimformer.reporting.verdicts import against, doubts, judge, worthless
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
+from slimformer.tasks._text_metrics import ROUGE
 
 _HUB_METRICS = {
     "exact": "exact_match",
@@ -28,6 +30,7 @@ _HUB_METRICS = {
     "pearson": "pearsonr",
     "spearman": "spearmanr",
     "f1_macro": "f1",
+    **dict.fromkeys(ROUGE, "rouge"),
 }
 _PIPELINES = {
     "ForSequenceClassification": "text-classification",
@@ -35,6 +38,7 @@ _PIPELINES = {
     "ForTokenClassification": "token-classification",
     "ForConditionalGeneration": "text2text-generation",
 }
+_WRITERS = {"bleu": "translation", "chrf": "translation", **dict.fromkeys(ROUGE, "summarization")}  # by metric
 _NEEDED = re.compile(r"needs ONNX Runtime ([\d.]+\d)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`", folder="model")
@@ -103,7 +107,7 @@ def _metadata(folder: Path, card: Card) -> Any:
     record = card.record
     model_class = str((read_config(folder).get("architectures") or [""])[0])
     useless = worthless(record, card.records)
-    pipeline = next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
+    pipeline = _WRITERS.get(record.metric) or next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     int8 = "int8" in record.precision
     on_hub = _HUB_NAME.fullmatch(card.base_model) is not None and not os.path.exists(card.base_model)
@@ -159,6 +163,7 @@ def _body(folder: Path, card: Card) -> str:
         several=sum(kind.int8 for kind in kinds) > 1,
         packages=" ".join(_needed(card)),
         rows=[_cells(record) for record in card.records],
+        written=[(_markdown(name), *cells) for name, *cells in written_rows(card.records)],
         layers=layers_text(card.record),
         about=(*cost_facts(card.record), *circumstances([card.record])),
     )

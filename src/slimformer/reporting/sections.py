@@ -66,6 +66,7 @@ class Section:
     columns: Cells
     rows: tuple[tuple[str, Cells], ...]
     counted: tuple[Cells, ...]
+    written: tuple[Cells, ...]
     seeds: tuple[Cells, ...]
     runs: tuple[tuple[str, Verdict, str], ...]
     doubts: tuple[str, ...]
@@ -119,6 +120,7 @@ def section_of(records: Sequence[Record], *, weights: bool = False) -> Section:
             )
             for record in counted
         ),
+        written=written_rows(records, several),
         seeds=_seeds(records),
         cost=cost_facts(ours) if ours else (),
         circumstances=circumstances(records),
@@ -223,6 +225,31 @@ def _cells(record: Record) -> tuple[str, ...]:
         spent(32),
         spent(1),
     )
+
+
+def written_rows(records: Sequence[Record], several: bool = False) -> tuple[Cells, ...]:
+    """Of models that write texts, for each number of beams: its score, texts a second, and p50 and p95 of the milliseconds of one.
+
+    `several`: their names begin with that of their run. Without such a model there is no row.
+    """
+    rows = []
+    for record in records:
+        beams = dict.fromkeys(timing.beams for timing in record.timings if timing.beams is not None)
+        for count in beams:
+            own = [timing for timing in record.timings if timing.beams == count]
+            large, single = (next((timing for timing in own if (timing.batch_size == 1) == one), None) for one in (False, True))
+            first = count == next(iter(beams))
+            score = record.score if first else record.scores.get(f"{record.metric}_at_{count}_beam")
+            rows.append(
+                (
+                    f"{record.run}: {record.name}" if several else record.name,
+                    str(count),
+                    NONE if score is None else f"{score:.4f}",
+                    *(NONE if timing is None else f"{timing.per_second:.1f}" for timing in (large, single)),
+                    *(NONE if timing is None else f"{timing.p50_ms:.2f} / {timing.p95_ms:.2f}" for timing in (large, single)),
+                )
+            )
+    return tuple(rows)
 
 
 def _seeds(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:

@@ -317,21 +317,24 @@ def draw_bars(panels: Sequence[tuple[str, Sequence[Bar]]], width: int, columns: 
         x, y = (number % columns) * (panel_width + gap), (number // columns) * panel_height
         parts.append(f'<text class="panel" x="{x:.1f}" y="{y + 14}">{escape(title)}</text>')
         widest = max((len(f"{kept} of {of}") for _, kept, of in rows), default=0) * CHAR
-        length = panel_width - 26 - widest - 14
+        label = max(16.0, max((len(name) for name, *_ in rows), default=0) * 1.15 * CHAR)
+        length = panel_width - label - 10 - widest - 14
         for place, row in enumerate(rows):
-            parts += _bar(row, title, x, y + head + place * _BAR, length)
+            parts += _bar(row, title, (x + label, y + head + place * _BAR), length)
     return _svg(width, math.ceil(len(panels) / columns) * panel_height, "What is kept in each layer", parts)
 
 
 _BAR = 24  # height of a bar with the space below it
 
 
-def _bar(row: Bar, unit: str, x: float, top: float, length: float) -> list[str]:
+def _bar(row: Bar, unit: str, corner: tuple[float, float], length: float) -> list[str]:
+    """A bar with its name to the left of `corner`."""
     name, kept, of = row
-    start, filled = x + 26, max(2.0, length * (kept / of if of else 0.0))
+    end, top = corner
+    start, filled = end + 10, max(2.0, length * (kept / of if of else 0.0))
     parts = [
         f"<g><title>layer {escape(name)}: {kept} of {of} {escape(unit)}</title>",
-        f'<text class="tick" x="{x + 16:.1f}" y="{top + 13}" text-anchor="end">{escape(name)}</text>',
+        f'<text class="tick" x="{end:.1f}" y="{top + 13}" text-anchor="end">{escape(name)}</text>',
         f'<rect class="of" x="{start:.1f}" y="{top}" width="{length:.1f}" height="16" rx="2"/>',
     ]
     if kept:

@@ -20,10 +20,13 @@ from typing import Any
 
 from slimformer import registry
 from slimformer.data.batching import collate, in_order
+from slimformer.data.material import encode_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.trimming import SAMPLE_TEXTS, UNREADABLE, unknown_share
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError, readable, shown
-from slimformer.exporters.base import FILES, OPENVINO, Variant, variant_of
+from slimformer.exporters.base import FILES, OPENVINO, PAIRS, Variant, is_pair, variant_of
+from slimformer.families.base import subject_of
+from slimformer.measuring.beside import make_readable
 from slimformer.measuring.machine import Load, Quiet, cores
 from slimformer.measuring.records import Facts, FileFacts, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
@@ -31,6 +34,7 @@ from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
+from slimformer.runtimes._texts import settings_of
 from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, read_config
 from slimformer.tasks.base import Example, Features, Split, Task, refuse_pretraining
 
@@ -219,7 +223,7 @@ def _model_files(folder: Path) -> list[Path]:
     Other tools put them at the top or into a folder `onnx`. If none has a name that is known, the only ONNX file is taken.
     """
     facts = read_facts(folder)
-    known = [FILES[variant].name for variant in _FASTEST_FIRST]
+    known = [kinds[variant].name for variant in _FASTEST_FIRST for kinds in (FILES, PAIRS)]
     places = [item.name for item in facts.files if item.name != OPENVINO.place] if facts else []
     places += [*known, *(f"{ONNX_FOLDER}/{name}" for name in known)]
     files = [folder / place for place in dict.fromkeys(places) if (folder / place).is_file()]
@@ -297,13 +301,15 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
     check_weights(folder)
     model = load(folder)
     examples = task.split(Split.DEV)[:40]
-    features = task.bind(config).encode(examples, load_tokenizer(folder), max_length or max_length_of(folder))
+    features = encode_rows(task.bind(config), examples, folder, max_length or max_length_of(folder))
     groups = [in_order(len(features), 1)[0], *in_order(len(features), 8)]
     batches = [collate(features, group, model_inputs(features)) for group in groups]
     _log.info("%s holds no ONNX file: exporting it to a temporary folder.", folder)
     scratch.mkdir(parents=True)
-    file = scratch / FILES[Variant.FUSED].name
-    registry.find("exporters", "onnx")().export(model, batches, file, Variant.FUSED, task.outputs)
+    exporter = registry.find("exporters", "onnx")()
+    file = scratch / exporter.kinds_for(model)[Variant.FUSED].name
+    exporter.export(model, batches, file, Variant.FUSED, task.outputs)
+    make_readable(subject_of(model), folder, scratch)
     for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
@@ -350,7 +356,7 @@ class _Encoder:
         if key not in self._encoded:
             bound = self.task.bind(config)
             _warn_unknown(folder, key[0], self.examples)
-            self._encoded[key] = (bound, bound.encode(self.examples, tokenizer, self.max_length))
+            self._encoded[key] = (bound, encode_rows(bound, self.examples, folder, self.max_length))
         return self._encoded[key]
 
 
@@ -366,8 +372,15 @@ def _entries(models: Sequence[_Model], encoder: _Encoder, runtimes: Sequence[str
             name = model.name if len(runtimes) == 1 else f"{model.name}, {runtime}"
             dense = baseline and not model.int8
             role = Standing.TEACHER_FP32 if dense else Standing.OTHER
-            yield Entry(name, role, model.precision, open_session(model.file, threads, runtime), task, features, model.known)
+            session, beams = open_session(model.file, threads, runtime), _beams(model)
+            greedy = None if beams in (None, 1) else open_session(model.file, threads, runtime, {"num_beams": 1})
+            yield Entry(name, role, model.precision, session, task, features, model.known, beams, greedy)
             baseline = False
+
+
+def _beams(model: _Model) -> int | None:
+    """On how many beams a model writes its texts; None if it writes none."""
+    return settings_of(model.file.parent, {}).num_beams if is_pair(model.file) else None
 
 
 def _fitted(task: Task, model: _Model) -> Task:

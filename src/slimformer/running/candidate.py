@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slimformer.exporters.base import FILES, Exporter, FileKind, Variant
+from slimformer.exporters.base import Exporter, FileKind, Variant
 from slimformer.files import remembered
 from slimformer.running.bundle import Made, Run
 from slimformer.running.exports import export_files, plain_exporter
@@ -58,8 +58,8 @@ def candidate_of(
 ) -> Candidate:
     """Exports all files that ship into a folder under `folder` and tries them; a resumed run reads what it tried."""
     exporter = exporter or plain_exporter()
-    kinds, bundle = exporter.files, made.bundle
-    judge = judge.reading(bundle.material)
+    bundle = made.bundle
+    kinds, judge = exporter.kinds_for(bundle.subject.model), judge.reading(bundle.material)
     home = folder / bundle.digest()  # the data may have changed since a kill, and with them the model
     files = home / "files"
     shipped = [variant for variant, kind in kinds.items() if kind.shipped]
@@ -84,4 +84,4 @@ def teacher_candidate(made: Made, judge: Judge, run: Run, *, seconds: float = TR
         return judge.try_out(files, seconds=seconds)
 
     trials = remembered(home / "int8.json", tried, list[Trial])
-    return Candidate(made, (), FILES, tuple(trials))
+    return Candidate(made, (), plain_exporter().kinds_for(bundle.subject.model), tuple(trials))

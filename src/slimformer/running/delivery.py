@@ -15,8 +15,9 @@ from pathlib import Path
 from slimformer import registry
 from slimformer.data.tokenizer_files import write_tokenizer
 from slimformer.digests import digest
-from slimformer.exporters.base import FILES, OPENVINO, Variant, files_of
+from slimformer.exporters.base import OPENVINO, Variant, files_of, is_pair
 from slimformer.files import whole_folder, write_text
+from slimformer.measuring.beside import write_decoder
 from slimformer.measuring.records import Facts, FileFacts, Goal, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session, runtime_for
@@ -28,7 +29,7 @@ from slimformer.reporting.ledger import LEDGER, append_record, write_facts
 from slimformer.reporting.page import Details, write_page
 from slimformer.running.bundle import Made, Run
 from slimformer.running.candidate import Candidate
-from slimformer.running.exports import export_files, openvino_int8, read_notes
+from slimformer.running.exports import export_files, openvino_int8, plain_exporter, read_notes
 from slimformer.running.facts import facts_of
 from slimformer.running.places import options_seen_from
 from slimformer.running.recipe import Recipe
@@ -110,7 +111,7 @@ def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Conte
     if recipe.bench.fused:
         assert candidate.folder is not None
         made = export_files(bundle.subject, bundle.material, candidate.folder, [Variant.FUSED], run.log)
-        kind = FILES[Variant.FUSED]
+        kind = plain_exporter().kinds_for(bundle.subject.model)[Variant.FUSED]
         files.append(ours(Variant.FUSED, made[Variant.FUSED], kind.label, kind.place))
     if recipe.export.openvino:
         run.log.say("making OpenVINO's int8 file by NNCF.")
@@ -126,6 +127,8 @@ def _openvino_home(run: Run) -> Path:
 def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
     material = item.material or candidate.made.bundle.material
     session = open_session(item.path, threads, item.runtime)
+    beams = candidate.made.bundle.teacher.beams
+    greedy = None if beams in (None, 1) else open_session(item.path, threads, item.runtime, {"num_beams": 1})
     chosen_by = [trial.forecast for trial in candidate.trials if trial.variant == item.variant and item.facts.get("chosen")]
     return Entry(
         name=item.name,
@@ -135,6 +138,8 @@ def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
         task=tuned_task(session, material),
         features=material.features[Split.DEV],
         facts={**item.facts, "forecast": next(iter(chosen_by), None)},
+        beams=beams,
+        greedy=greedy,
     )
 
 
@@ -182,6 +187,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
             write_tokenizer(source, part / folder)
         for name, path in files.items():
             _copy(path, part / candidate.kinds[name].place)
+        for folder in {"", *(candidate.kinds[name].folder for name in files)} if is_pair(best) else ():
+            write_decoder(part / folder)
         if export.openvino:
             _copy(_openvino_home(run) / OPENVINO.name, part / OPENVINO.place)
         write_facts(part, facts)

@@ -19,11 +19,12 @@ from slimformer.core.ranges import Ranges
 from slimformer.data.batching import collate
 from slimformer.data.material import Material, features_digest
 from slimformer.digests import digest
-from slimformer.exporters.base import FILES, OPENVINO, Artifact, Exporter, Variant
+from slimformer.exporters.base import OPENVINO, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, write_text
 from slimformer.log import Log
 from slimformer.measuring import machine
+from slimformer.measuring.beside import make_readable
 from slimformer.running.bundle import Bundle, Run
 from slimformer.runtimes.openvino import nncf_int8
 from slimformer.saving.tensors import fixed_digest
@@ -49,8 +50,10 @@ def export_files(
     """
     exporter = exporter or plain_exporter()
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {variant: folder / exporter.files[variant].name for variant in variants}
+    kinds = exporter.kinds_for(subject.model)
+    paths = {variant: folder / kinds[variant].name for variant in variants}
     made = exporter.export_all(subject.model, material.batches(subject.inputs), paths, material.task.outputs, ranges)
+    make_readable(subject, material.source, folder)
     keep_notes(folder, made.values(), log)
     return paths
 
@@ -82,13 +85,14 @@ def teacher_files(bundle: Bundle, run: Run) -> dict[str, Path]:
     Exported once a run, or once a cache.
     """
     bundle = bundle.uncut  # what is told is told of the teacher with its whole vocabulary
-    folder = _teacher_home(bundle, run)
-    variants = [Variant.FUSED, Variant.INT8_DYNAMIC, *([Variant.FLOAT] if has_nncf() else [])]
+    folder, kinds = _teacher_home(bundle, run), plain_exporter().kinds_for(bundle.teacher.model)
+    float_too = has_nncf() and bundle.teacher.beams is None
+    variants = [Variant.FUSED, Variant.INT8_DYNAMIC, *([Variant.FLOAT] if float_too else [])]
     with teacher_turn(folder, run):
-        missing = [variant for variant in variants if not (folder / FILES[variant].name).is_file()]
+        missing = [variant for variant in variants if not (folder / kinds[variant].name).is_file()]
         if missing:
             export_files(bundle.teacher, bundle.material, folder, missing, run.log)
-    return {variant: folder / FILES[variant].name for variant in variants}
+    return {variant: folder / kinds[variant].name for variant in variants}
 
 
 def _teacher_home(bundle: Bundle, run: Run) -> Path:

@@ -49,7 +49,7 @@ def preflight(recipe: Recipe) -> Checked:
     assert isinstance(recipe.model, str), "given_models builds a fresh model before this"
     source, teacher = local_folder(recipe.model), local_folder(recipe.teacher) if recipe.teacher else None
     for folder in filter(None, (source, teacher)):
-        family_of(checkpoint.base_type(checkpoint.read_config(folder)))
+        _check_kind(folder, recipe.task)
         checkpoint.check_weights(folder)
         checkpoint.skeleton(folder, recipe.task.auto_class)  # its weights have the names and shapes that its config says
     check_kept(source, recipe.stages)
@@ -85,6 +85,22 @@ def preflight(recipe: Recipe) -> Checked:
     _check_first_cut(recipe, source, task)
     _check_points(recipe, source, task)
     return Checked(recipe, source, teacher)
+
+
+def _check_kind(folder: Path, task: Task) -> None:
+    """ModelError for an encoder that is to write texts, and for an encoder-decoder where none are to be written."""
+    kind = checkpoint.base_type(checkpoint.read_config(folder))
+    if family_of(kind).decodes == bool(task.stand_in):
+        return
+    if task.stand_in:
+        raise ModelError(
+            f"{folder} is an encoder ({kind}): it cannot write a text, and the task {name_of(task)} needs a model that does.",
+            help="start from an encoder-decoder, such as Helsinki-NLP/opus-mt-en-de, facebook/bart-base or google-t5/t5-small.",
+        )
+    raise ModelError(
+        f"{folder} is an encoder-decoder ({kind}), and the task {name_of(task)} needs an encoder.",
+        help="name a model such as a BERT, or choose the task translation or summarization.",
+    )
 
 
 def _check_order(stages: Sequence[Stage]) -> None:
@@ -196,11 +212,6 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     if first is None:
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))
-    if len(subject.anatomy.stacks) > 1 and task.auto_class != subject.family.auto_class:
-        raise ModelError(
-            f"{source} is an encoder-decoder ({type(subject.model).__name__}), and this task needs an encoder.",
-            help="name a model such as a BERT; an encoder-decoder can be cut in Python (docs/concepts.md).",
-        )
     refuse_cuts((first,), subject.anatomy)
     counted = None  # measuring latency needs the weights, and a minute
     if first.cost == "parameters":

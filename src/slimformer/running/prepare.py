@@ -40,6 +40,7 @@ def load_bundle(checked: Checked, run: Run) -> Bundle:
         )
     material = prepare(task, checked.source)
     _tell(material, run.log)
+    _settle_texts(student, material, run.log)
     return Bundle(student, plan, material, student, teacher_plan=plan, ranges=ranges)
 
 
@@ -84,6 +85,22 @@ def _fresh_student(checked: Checked, seed: int) -> tuple[Task, Subject, Plan, No
         task = task.bind(checkpoint.model_config(checked.teacher))
     model = checkpoint.load_as(checked.source, task.auto_class, task.configure(), seed, checked.teacher)
     return task.bind(model.config.to_dict()), subject_of(model), checkpoint.load_plan(checked.source), None
+
+
+def _settle_texts(subject: Subject, material: Material, log: Log) -> None:
+    """Says how a model writes its texts; one that does not say how long they may be gets the limit of the task."""
+    if subject.beams is None:
+        return
+    said, longest = subject.model.generation_config, getattr(material.task, "max_target_length", None)
+    if said.max_length is None and said.max_new_tokens is None and longest is not None:
+        said.max_length = longest
+        log.say(
+            f"{material.source} does not say how long a text may be, in generation_config.json or config.json: at most {longest} tokens, "
+            "as the task has them."
+        )
+    limit = said.max_length if said.max_new_tokens is None else said.max_new_tokens + 1
+    count = f"{subject.beams} beam{'s' * (subject.beams > 1)}"
+    log.say(f"texts are written on {count}, with at most {limit} tokens, as its generation_config has it.")
 
 
 def _teacher(folder: Path, student: Subject, task: Task, seed: int) -> Subject:

@@ -215,7 +215,7 @@ class Recipe:
         if self.seed != 17:
             data["seed"] = self.seed
         if self.latency is not None:
-            data["latency"] = asdict(self.latency)
+            data["latency"] = {name: part for name, part in asdict(self.latency).items() if part != {}}
         return data
 
     def seen_from(self, folder: Path) -> Recipe:

@@ -9,10 +9,12 @@ from typing import Any
 
 from slimformer import registry
 from slimformer.core import cost
+from slimformer.core.anatomy import Anatomy
 from slimformer.core.plan import Plan
 from slimformer.data.material import Material
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
+from slimformer.methods.layers import layers_of, leaving
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.exports import export_files, has_nncf, openvino_int8, teacher_turn
@@ -53,7 +55,7 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
     if "teacher-int8" in wanted:
         int8 = Variant.INT8_DYNAMIC
         rivals.append(Contestant(f"{whole} int8", Standing.TEACHER_INT8, teacher[int8], int8, facts=facts))
-    if "openvino-int8" in wanted and has_nncf():
+    if "openvino-int8" in wanted and has_nncf() and bundle.subject.beams is None:
         home = teacher[Variant.FLOAT].parent
         with teacher_turn(home, run):
             path = openvino_int8(teacher[Variant.FLOAT], uncut.teacher, uncut.material, home / "openvino")
@@ -72,29 +74,54 @@ def small_dense(made: Made, stages: Sequence[Stage], count: int, run: Run) -> Co
     small = advance(training, made.bundle.uncut, run.under("rival" if count == equal_layers(made.bundle) else f"rival-{count}"))
     bundle, variant = small.bundle, Variant.INT8_DYNAMIC
     files = export_files(bundle.subject, bundle.material, run.root / f"small-{count}", [variant], run.log, ranges=bundle.ranges)
-    name = f"{count} dense layer{'s' if count > 1 else ''} int8"
+    name = f"{depth_text(bundle.subject.anatomy, count)} int8"
     return Contestant(
         name, Standing.SMALL_DENSE, files[variant], variant, facts=facts_of(small, run, ""), made=small, stages=training
     )
 
 
+def depth_text(anatomy: Anatomy, count: int) -> str:
+    """What a smaller dense model is called: "3 dense layers", or "6 + 2 dense layers" of an encoder-decoder."""
+    numbers = " + ".join(str(len(layers)) for layers in layers_of(anatomy)) if len(anatomy.stacks) > 1 else str(count)
+    return f"{numbers} dense layer{'s' if count > 1 else ''}"
+
+
 def equal_layers(bundle: Bundle) -> int:
-    """How many whole layers of the teacher have about as many multiply-accumulates as the bundle's model; not all, if there are more."""
-    anatomy, rows = bundle.teacher.anatomy, bundle.material.features[Split.TRAIN]
-    mine, whole = (
-        cost.macs(one, rows.lengths(), rows.target_lengths(), bundle.teacher.beams).dense
-        for one in (bundle.subject.anatomy, anatomy)
-    )
-    share = mine / whole
-    total = len(anatomy.layers)
-    return max(1, min(total - 1, round(share * total)))
+    """How many whole layers of the teacher have about as many multiply-accumulates as the bundle's model; not all, if there are more.
+
+    An encoder-decoder loses those of its decoder first.
+    """
+    share = _macs(bundle, bundle.subject.anatomy).dense / _macs(bundle, bundle.teacher.anatomy).dense
+    if bundle.teacher.beams is None:
+        total = len(bundle.teacher.anatomy.layers)
+        return max(1, min(total - 1, round(share * total)))
+    shares = _shares(bundle)
+    smaller = {count: own for count, own in shares.items() if count < max(shares)} or shares
+    return min(smaller, key=lambda count: abs(smaller[count] - share))
+
+
+def _macs(bundle: Bundle, anatomy: Anatomy) -> cost.Cost:
+    rows = bundle.material.features[Split.TRAIN]
+    return cost.macs(anatomy, rows.lengths(), rows.target_lengths(), bundle.teacher.beams)
+
+
+def _shares(bundle: Bundle) -> dict[int, float]:
+    """The shallower models of an encoder-decoder, by the number of their layers, and the share of its cost that each has."""
+    anatomy, counted = bundle.teacher.anatomy, _macs(bundle, bundle.teacher.anatomy)
+    sets = registry.find("methods", "layers")(first="decoder").sets(layers_of(anatomy))
+    return {len(stay): counted.of(leaving(anatomy, stay), anatomy) / counted.dense for stay in sets}
 
 
 def small_dense_stages(bundle: Bundle, stages: Sequence[Stage], count: int, run: Run) -> tuple[Stage, ...]:
-    """What makes the smaller dense model: whole layers are dropped evenly down to `count`, then the same training follows."""
-    total = len(bundle.teacher.anatomy.layers)
+    """What makes the smaller dense model: whole layers are dropped evenly down to `count`, then the same training follows.
+
+    An encoder-decoder loses those of its decoder first: it stays a deep encoder with a shallow decoder.
+    """
+    total, decodes = len(bundle.teacher.anatomy.layers), bundle.teacher.beams is not None
     run.log.say(f"training the smaller dense model ({count} of {total} layers) with the same budget.")
-    layers = registry.find("methods", "layers")(keep=min(1.0, round(count / total + 1e-4, 4)))
+    share = _shares(bundle)[count] if decodes else count / total
+    options = {"first": "decoder"} if decodes else {}
+    layers = registry.find("methods", "layers")(keep=min(1.0, round(share + 1e-4, 4)), **options)
     return (Calibrate(layers), *(without_cuts(stage) for stage in stages if isinstance(stage, Train)))
 
 

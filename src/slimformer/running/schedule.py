@@ -62,6 +62,7 @@ class Sizes:
     validation_tokens: int  # of the examples that a file is tried on
     dev_tokens: int
     tuned: bool
+    searches: int = 1  # ways to write the texts that are scored and timed at the end: the model's own beams, and one
 
     @property
     def row_tokens(self) -> float:
@@ -101,7 +102,9 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
         Part.DISTILLING: distil,
         Part.TRYING: trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + trial,
         Part.RIVAL: teaching(sizes, pace, diet.passes, True, student) - distil + contest if diet.rival else 0.0,
-        Part.MEASURING: 6 * sizes.dev_tokens * pace.read / 2 + timing(sizes.dev_tokens, pace, diet.bench_seconds) + 6.0,
+        Part.MEASURING: sizes.searches
+        * (6 * sizes.dev_tokens * pace.read / 2 + timing(sizes.dev_tokens, pace, diet.bench_seconds))
+        + 6.0,
     }
 
 

@@ -23,9 +23,11 @@ from slimformer.core.shrink import shrink
 from slimformer.data.material import spaced_rows, subset
 from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import SEARCH_SECONDS, Variant
-from slimformer.families.base import family_of, subject_of
+from slimformer.families.base import Subject, family_of, subject_of
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
+from slimformer.measuring.beside import make_readable
+from slimformer.measuring.latency import usual_length
 from slimformer.measuring.records import Goal, Standing
 from slimformer.measuring.scoring import Measurement
 from slimformer.measuring.sessions import open_session
@@ -62,11 +64,11 @@ from slimformer.running.schedule import (
     passes_within,
     savings,
 )
-from slimformer.running.stages import VALIDATION_ROWS, Clock, advance, context_of, latency_of, training_of
-from slimformer.running.trials import Judge, Trial, judge_of
+from slimformer.running.stages import Clock, advance, context_of, latency_of, training_of
+from slimformer.running.trials import Judge, Trial, judge_of, tried_rows
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
-from slimformer.tasks.base import Split, Task, refuse_pretraining
+from slimformer.tasks.base import Features, Split, Task, refuse_pretraining
 from slimformer.training.estimate import estimate
 from slimformer.training.processes import shared
 from slimformer.training.stage import Calibrate, Train, TrimVocabulary
@@ -83,6 +85,7 @@ PROBES = 4  # so many untrained exports find the budget for a speed; each takes 
 PROBE_SECONDS = 4.0  # of timing each
 DISTIL_TOKENS = 3_000_000  # the distillation sees so many by default: minutes on two cores for a small model
 TUNE_TOKENS = 1_000_000
+SAID = 3  # reads of a token among others take about as long as saying one on a beam
 WAIT_SHARE = 0.05  # of a budget that may go into waiting for a quiet machine
 CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; above it, attention scores are not distilled
 
@@ -302,6 +305,8 @@ def _distillation(bundle: Bundle, wanted: Wanted, passes: float) -> Train:
     text's length; if they do not fit on disk, the student learns outputs and hidden states alone.
     """
     source, features = bundle.material.source, bundle.material.features[Split.TRAIN]
+    if bundle.subject.beams is not None:
+        return _word_level(bundle, wanted, passes)
     copies = copies_of(passes)
     rows = None if passes >= PASSES else max(1, round(len(features) * passes / PASSES))
     distillation = registry.find("methods", "distillation")
@@ -320,6 +325,25 @@ def _distillation(bundle: Bundle, wanted: Wanted, passes: float) -> Train:
         freeze="embeddings",
         rows=rows,
         augment=copies,
+    )
+
+
+def _word_level(bundle: Bundle, wanted: Wanted, passes: float) -> Train:
+    """The distillation of a model that writes texts: the next word after the right ones (Kim and Rush 2016), and hidden states.
+
+    Nothing is augmented: another word in what is read asks for another text. The teacher runs beside the student, because what it says
+    of a whole vocabulary at each token would fill the disk.
+    """
+    rows = None if passes >= PASSES else max(1, round(len(bundle.material.features[Split.TRAIN]) * passes / PASSES))
+    method = registry.find("methods", "distillation")(temperature=1.0)
+    return Train(
+        methods=(method,),
+        epochs=round(PASSES if rows else passes, 2),
+        lr=wanted.lr or max(2 * _tune_lr(bundle.material.source), 0.5 * _fast_lr(bundle.material.source)),
+        batch_size=wanted.batch_size,
+        task_weight=0.1,
+        dropout=False,
+        rows=rows,
     )
 
 
@@ -350,15 +374,16 @@ def _outline(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tun
 def _planned(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tuned: bool) -> _Outline:
     material = first.material
     features = {split: material.features[split] for split in Split}
-    chosen, _ = subset(material, Split.VALIDATION, VALIDATION_ROWS)
+    chosen, _ = subset(material, Split.VALIDATION, tried_rows(material.task))
     tokens = int(features[Split.TRAIN].lengths().sum())
     sizes = Sizes(
         layers=len(first.subject.anatomy.layers),
         train_tokens=tokens,
         train_rows=len(features[Split.TRAIN]),
-        validation_tokens=int(chosen.lengths().sum()) * (2 if tuned else 1),
-        dev_tokens=int(features[Split.DEV].lengths().sum()),
+        validation_tokens=_read_tokens(chosen, first.subject) * (2 if tuned else 1),
+        dev_tokens=_read_tokens(features[Split.DEV], first.subject),
         tuned=tuned,
+        searches=1 if first.subject.beams in (None, 1) else 2,
     )
     full = _full(first, wanted, sizes)
     distil = _distillation(first, wanted, full.passes)
@@ -371,8 +396,15 @@ def _planned(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tun
     )
     learnt = _distillation(first, wanted, diet.passes)
     lengths = features[Split.TRAIN].lengths()[: learnt.rows]
-    needs = learnt.methods[0].effects().needs
+    needs = learnt.methods[0].effects().needs if first.subject.beams is None else ()
     return _Outline(sizes, pace, diet, (1 + learnt.augment) * cached_bytes(first.teacher.anatomy, lengths, needs))
+
+
+def _read_tokens(features: Features, subject: Subject) -> int:
+    """The tokens of these rows; of texts that are to be written, what saying them on each beam takes as long as to read."""
+    targets = features.target_lengths()
+    said = 0 if targets is None else SAID * (subject.beams or 1) * int(targets.sum())
+    return int(features.lengths().sum()) + said
 
 
 def _full(first: Bundle, wanted: Wanted, sizes: Sizes) -> Diet:
@@ -408,7 +440,12 @@ def _announce(outline: _Outline, full: Diet, first: Bundle, wanted: Wanted, sche
         say(f"if too much is lost, each further budget takes {duration(again)}.")
     busy = f"up to {run.quiet.left:.0f} seconds more if the machine is busy; " if run.quiet.left else ""
     say(
-        f"{busy}about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, {size_text(outline.disk_bytes)} of disk for the teacher's outputs."
+        f"{busy}about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, "
+        + (
+            f"{size_text(outline.disk_bytes)} of disk for the teacher's outputs."
+            if first.subject.beams is None
+            else "and the teacher runs beside the student."
+        )
     )
     if wanted.minutes is not None and diet != full:
         say(f"to fit {wanted.minutes:g} minutes: {'; '.join(savings(full, diet, distil.rows, sizes))}.")
@@ -716,12 +753,15 @@ class _Scale:
         except TargetError:
             raise _out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
         with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
-            small = subject_of(shrink(self.bundle.subject.model, anatomy, plan))
-            batches, file = material.batches(small.inputs)[:4], Path(name) / "probe.onnx"  # its answers are of no interest
-            plain_exporter().export(small.model, batches, file, Variant.INT8_FUSED, material.task.outputs)
+            small, exporter = subject_of(shrink(self.bundle.subject.model, anatomy, plan)), plain_exporter()
+            file = Path(name) / exporter.kinds_for(small.model)[Variant.INT8_FUSED].name
+            batches = material.batches(small.inputs)[:4]  # its answers are of no interest
+            exporter.export(small.model, batches, file, Variant.INT8_FUSED, material.task.outputs)
+            make_readable(small, material.source, file.parent)
+            length = usual_length(small, material)
             sessions = {
-                "ours": open_session(file, run.threads),
-                "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads),
+                "ours": open_session(file, run.threads, generation=length),
+                "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads, generation=length),
             }
             features, _ = subset(material, Split.VALIDATION, 640)
             workload = workloads(features, limit=20)[1]

@@ -25,6 +25,7 @@ from slimformer.running.exports import teacher_files, teacher_turn
 from slimformer.running.stages import VALIDATION_ROWS
 from slimformer.tasks.base import Split, Task
 
+WRITTEN_ROWS = 500  # texts are written for so many validation examples when a file is tried
 TRIAL_SECONDS = 10.0  # of timing, for each of the two workloads
 SATURATES = (
     "this processor has no VNNI: its int8 sums can overflow, which costs accuracy that other processors do not lose. All losses are "
@@ -141,8 +142,13 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
     return Judge(bundle.material, files, Reference(validation, seen[0] if seen else None), run.threads, run.quiet, run.log)
 
 
+def tried_rows(task: Task) -> int:
+    """How many examples a file is tried on at most; writing a text for each takes long."""
+    return WRITTEN_ROWS if task.stand_in else VALIDATION_ROWS
+
+
 def _score(session: Session, material: Material, split: Split) -> float:
-    features, examples = subset(material, split, VALIDATION_ROWS)
+    features, examples = subset(material, split, tried_rows(material.task))
     outputs = evaluate(session, features, 32)
     return material.task.counted(material.task.tune(outputs, features, examples).score(outputs, features, examples))
 

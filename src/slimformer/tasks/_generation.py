@@ -165,11 +165,35 @@ class Generation(Task):
         if isinstance(room, int) and 0 < room < longest and kind != "t5":
             remark(f"{self.data}: the model has {room} positions, so texts of at most {room} tokens are written.")
             longest = room
+        self._tell_task_params(said)
         end = end[0] if isinstance(end, list) and end else end
         return replace(self, start_id=start, end_id=end if isinstance(end, int) else None, max_target_length=longest)
 
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Features:
+    def _tell_task_params(self, config: Mapping[str, Any]) -> None:
+        """Says what config.json holds for this task alone: pipelines of transformers 4 applied it, `generate` and ours do not."""
+        params = config.get("task_specific_params")
+        names = [name for name in params if name.startswith(self._name())] if isinstance(params, Mapping) else []
+        exact = f"{self._name()}_{self.source}_to_{self.target}"
+        name = exact if exact in names else names[0] if len(names) == 1 else ""
+        if not name or not isinstance(params[name], Mapping) or not params[name]:  # type: ignore[index]
+            return
+        own = dict(params[name])  # type: ignore[index]
+        prefix = own.pop("prefix", "")
+        told = [f"put {', '.join(f'{key}: {value}' for key, value in own.items())} into generation_config.json"] if own else []
+        told += [f"give --prefix {str(prefix)!r}"] if prefix and prefix != self.prefix else []
+        if told:
+            remark(
+                f"{self.data}: config.json has task_specific_params for {name}, which are not applied: if the model was tuned with them, "
+                f"{' and '.join(told)}."
+            )
+
+    def encode(
+        self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, writer: Tokenizer | None = None
+    ) -> Features:
+        """`writer`: the tokenizer of what is written, if it is another one than that of what is read."""
         from slimformer.data.tokenizer import cutting, pad_id_of
+
+        writer = writer or tokenizer
 
         _refuse_language_codes(tokenizer)
         special = _special_tokens(tokenizer)
@@ -177,14 +201,14 @@ class Generation(Task):
         targets = _without(special, [item.answer.train for item in examples], self.data)
         with cutting(tokenizer, max_length):
             read, cut = _ids(tokenizer, sources)
-        with cutting(tokenizer, self.max_target_length):
-            written, shortened = _ids(tokenizer, targets)
+        with cutting(writer, self.max_target_length):
+            written, shortened = _ids(writer, targets)
         if shortened:
             remark(
                 f"{self.data}: {shortened:,} of {len(examples):,} texts to be written are cut off at {self.max_target_length} tokens."
             )
-        for ids, side in ((read, "read"), (written, "written")):
-            _check_unknown(tokenizer, ids, side, self.data)
+        _check_unknown(tokenizer, read, "read", self.data)
+        _check_unknown(writer, written, "written", self.data)
         if self.end_id is not None and any(row[-1] != self.end_id for row in written):
             raise DataError(
                 f"the tokenizer does not end a text with the model's end token, id {self.end_id} ({tokenizer.id_to_token(self.end_id)}): "

@@ -97,6 +97,7 @@ class Task(ABC):
     pretraining: ClassVar[bool] = False  # whether it teaches language from plain text, before any task: see `Task`
     # of tasks whose `metric` judges texts that a model writes: the key of `score` that counts where it only read the right ones
     stand_in: ClassVar[str] = ""
+    usual_for: ClassVar[tuple[str, ...]] = ()  # model types that are made for it, where several tasks have models of one class
     paths: ClassVar[tuple[str, ...]] = ()  # options that may be paths; in a recipe they are relative to its file
     # columns of rows that hold word pieces as they stand in the texts, nothing drawn at random among them
     piece_columns: ClassVar[tuple[str, ...]] = ("input_ids",)

@@ -51,6 +51,7 @@ class Translation(Generation):
     """
 
     metrics: ClassVar[tuple[str, ...]] = CORPUS_METRICS
+    usual_for: ClassVar[tuple[str, ...]] = ("marian",)
 
     metric: str = option("bleu", "The metric that counts: bleu or chrf.")
     tokenize: str = "auto"
