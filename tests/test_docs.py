@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_hub import cached
-from tiny_pairs import speaker, write_joint_tokenizer, write_pairs
+from tiny_pairs import pairs, speaker, write_joint_tokenizer, write_pairs
 
 from slimformer import registry
 from slimformer.measuring.machine import Environment, Load
@@ -191,7 +191,7 @@ def test_a_recipe_of_the_clone_names_nothing_outside_of_it(file: Path) -> None:
         made_by = (file.parent / name).resolve().relative_to(ROOT / "runs")
         assert (ROOT / "recipes" / f"{made_by}.yaml").is_file()
     assert data["task"] == {"use": "intents"} or re.fullmatch(
-        r"glue/\w+|squad|squad_v2|bentrevett/multi30k", data["task"]["data"]
+        r"glue/\w+|squad|squad_v2|bentrevett/multi30k|allenai/scitldr:Abstract", data["task"]["data"]
     )
     assert not any(isinstance(value, str) and "/" in value for key, value in data["task"].items() if key != "data")
     assert {stage["train"].get("text", "task") for stage in data["stages"] if "train" in stage} <= {"task"}
@@ -252,6 +252,13 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         task = replace(task, data=str(hub / "parallel"))
         fresh = isinstance(recipe.model, Fresh)
         recipe = replace(recipe, model=replace(recipe.model, vocabulary=300) if fresh else str(hub / "translator"))
+    elif isinstance(task, Summarization):
+        texts = {
+            "source": [f"{text}. It is a long one." for text, _ in pairs(60, 1)],
+            "target": [text for _, text in pairs(60, 1)],
+        }
+        task = replace(task, data=texts)
+        recipe = replace(recipe, model=replace(recipe.model, vocabulary=290))
     recipe = replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None)
     with given_models(recipe, None, tmp_path) as given:
         preflight(given)
