@@ -142,6 +142,8 @@ class Record:
         size_bytes: Bytes of the model file.
         macs: Multiply-accumulates of the encoder for an average example. This is theory, never to be read as speed.
         layers: What is left of each layer.
+        hidden_units: The width of the hidden states, if it was cut; `hidden_units_of` is what it was before.
+        hidden_units_of: See `hidden_units`.
         vocabulary: What is left of the vocabulary, if it was cut.
         timings: The raw times, a `Timing` for each workload.
         baseline: The name of the row of the same run that speeds and losses compare with.
@@ -191,6 +193,8 @@ class Record:
     size_bytes: int | None = None
     macs: int | None = None
     layers: tuple[Layer, ...] = ()
+    hidden_units: int | None = None
+    hidden_units_of: int | None = None
     vocabulary: VocabularyFacts | None = None
     timings: tuple[Timing, ...] = ()
     baseline: str = ""
@@ -270,6 +274,8 @@ class Facts:
     threads: int | None = None
     peak_rss_bytes: int | None = None
     layers: tuple[Layer, ...] = ()
+    hidden_units: int | None = None
+    hidden_units_of: int | None = None
     vocabulary: VocabularyFacts | None = None
     recipe: str = ""
     plan: str = ""
@@ -280,7 +286,10 @@ class Facts:
         """The fields that the records of all these files share."""
         sizes = ("params", "encoder_params", "encoder_nonzero", "weights_bytes", "macs")
         making = ("seed", "train_examples", "minutes", "threads", "peak_rss_bytes")
-        return {name: getattr(self, name) for name in (*sizes, *making, "layers", "vocabulary", "recipe", "plan")}
+        return {
+            name: getattr(self, name)
+            for name in (*sizes, *making, "layers", "hidden_units", "hidden_units_of", "vocabulary", "recipe", "plan")
+        }
 
 
 def today() -> str:

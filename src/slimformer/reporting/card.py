@@ -109,6 +109,7 @@ def _metadata(folder: Path, card: Card) -> Any:
     useless = worthless(record, card.records)
     pipeline = _WRITERS.get(record.metric) or next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
+    pruned = pruned or record.hidden_units is not None
     int8 = "int8" in record.precision
     on_hub = _HUB_NAME.fullmatch(card.base_model) is not None and not os.path.exists(card.base_model)
     metric = _HUB_METRICS.get(record.metric, record.metric)

@@ -185,7 +185,7 @@ def _mistakes(record: Record) -> Iterator[str]:
 def _numbers(record: Record) -> Iterator[tuple[str, float | None]]:
     """The numbers of a record that are 0 or above, by name."""
     names = ("examples", "seed", "train_examples", "params", "encoder_params", "encoder_nonzero", "weights_bytes", "size_bytes")
-    for name in (*names, "macs", "minutes", "threads", "peak_rss_bytes"):
+    for name in (*names, "hidden_units", "hidden_units_of", "macs", "minutes", "threads", "peak_rss_bytes"):
         yield name, getattr(record, name)
     yield from (("cores", record.environment.cores), ("memory_bytes", record.environment.memory_bytes))
     if record.target:

@@ -123,7 +123,10 @@ def layers_text(record: Record) -> str:
     neurons, neurons_of = sum(layer.neurons for layer in record.layers), sum(layer.neurons_of for layer in record.layers)
     gone = sum((layer.heads == 0) + (layer.neurons == 0) for layer in record.layers)
     removed = f" {gone} of {2 * len(record.layers)} sublayers are gone altogether." if gone else ""
-    return f"{heads} of {heads_of} heads and {neurons:,} of {neurons_of:,} FFN neurons are kept.{removed}"
+    kept = [f"{heads} of {heads_of} heads", f"{neurons:,} of {neurons_of:,} FFN neurons"]
+    if record.hidden_units is not None:
+        kept.append(f"{record.hidden_units:,} of {record.hidden_units_of or record.hidden_units:,} hidden units")
+    return f"{', '.join(kept[:-1])} and {kept[-1]} are kept.{removed}"
 
 
 def vocabulary_text(facts: VocabularyFacts) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimformer.core import cost
-from slimformer.core.anatomy import Matrix
+from slimformer.core.anatomy import Kind, Matrix
 from slimformer.measuring.records import kept_layers
 from slimformer.running.bundle import Made, Run
 from slimformer.saving import checkpoint
@@ -21,6 +21,7 @@ def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> d
     inside = anatomy.encoder_matrices()
     rows = bundle.material.features[Split.DEV]
     weights = checkpoint.unshared(model)
+    narrow = any(site.id in bundle.plan.keep for site in bundle.teacher.anatomy.of_kind(Kind.HIDDEN))
     return {
         "params": model.num_parameters(),
         "encoder_params": sum(matrix.parameters for matrix in inside),
@@ -28,6 +29,8 @@ def facts_of(made: Made, run: Run, recipe: str, values: Values = "float32") -> d
         "weights_bytes": size_bytes(weights, values, checkpoint.heads(model)),
         "macs": round(cost.macs(anatomy, rows.lengths(), rows.target_lengths(), bundle.subject.beams).dense),
         "layers": kept_layers(bundle.teacher.anatomy, bundle.plan),
+        "hidden_units": anatomy.hidden_size if narrow else None,
+        "hidden_units_of": bundle.teacher.anatomy.hidden_size if narrow else None,
         "vocabulary": bundle.vocabulary,
         "minutes": round(effort.minutes, 2),
         "threads": effort.threads,
