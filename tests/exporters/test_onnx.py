@@ -263,6 +263,25 @@ def test_a_model_without_any_layer_left_still_exports(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, answers(bare, inputs)["logits"], atol=1e-5)
 
 
+def test_equal_matrices_are_stored_once(tmp_path: Path) -> None:
+    """Layers that share weights take the bytes of one, in float and in int8."""
+    apart, shared = tiny("bert", intermediate_size=512), tiny("bert", intermediate_size=512)
+    with torch.no_grad():
+        first = dict(shared.bert.encoder.layer[0].named_parameters())
+        for layer in shared.bert.encoder.layer[1:]:
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(first[name])
+    sizes = {}
+    for name, model in (("apart", apart), ("shared", shared)):
+        inputs = [{key: value.numpy() for key, value in batch(model, rows=4, seed=seed).items()} for seed in range(2)]
+        paths = {variant: tmp_path / f"{name}-{variant}.onnx" for variant in (Variant.FUSED, Variant.INT8_DYNAMIC)}
+        Onnx(agreement=0.0).export_all(model, inputs, paths)
+        sizes[name] = {variant: path.stat().st_size for variant, path in paths.items()}
+    layer = sum(parameter.numel() for parameter in shared.bert.encoder.layer[0].parameters())
+    assert sizes["apart"][Variant.FUSED] - sizes["shared"][Variant.FUSED] > 0.95 * 2 * 4 * layer
+    assert sizes["apart"][Variant.INT8_DYNAMIC] - sizes["shared"][Variant.INT8_DYNAMIC] > 0.8 * 2 * layer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", Variant)
 def test_weights_of_a_large_model_lie_beside_the_file(variant: Variant, traced: Any, tmp_path: Path) -> None:

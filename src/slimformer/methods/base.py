@@ -52,6 +52,7 @@ class Effects:
     holds_zeros: bool = False  # zeros that the method meets are still there when its stage has trained
     refills: bool = False  # matrices get new values, so that no zero in them survives
     learns_grids: bool = False  # later training or cutting would lose the grids and ranges; only the same method may come again
+    shares: bool = False  # layers have one set of weights: later training would part them, and a cut would make them differ
     one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
     neutral: bool = True  # attaching changes no output (law 7)
     needs: frozenset[Capture] = frozenset()  # what the method asks to see of student and teacher in each step

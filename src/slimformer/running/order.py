@@ -14,6 +14,7 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     earlier = [method for item in before for method in item.methods]
     factoring = next((name_of(method) for method in earlier if method.effects().factors), None)
     closing = next((name_of(method) for method in earlier if method.effects().learns_grids), None)
+    sharing = next((name_of(method) for method in earlier if method.effects().shares), None)
     zeros = _zeros_after(before)
     if isinstance(stage, Train) and stage.augment_model and any(isinstance(item, TrimVocabulary) for item in before):
         yield "augment_model reads the ids of the whole vocabulary, which trim_vocabulary has cut before: train first, trim after"
@@ -22,6 +23,8 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
         yield f"trim_vocabulary cannot cut the word table, which {table} may have factored before: trim first, factor after"
     for method in stage.methods:
         name = name_of(method)
+        if sharing and method.effects().cuts:
+            yield f"{name} would cut layers differently that {sharing} has made one: cut first, share after"
         if factoring and method.effects().cuts:
             yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
         if zeros and method.effects().refills:
@@ -29,6 +32,8 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
                 f"{name} gives matrices new values, and the zeros that {name_of(zeros)} left would be gone: leave out "
                 "one of the two"
             )
+    if sharing and isinstance(stage, Train) and not any(method.effects().shares for method in stage.methods):
+        yield f"training would part the layers that {sharing} has made one: add {sharing} to the methods of this stage"
     if closing and not any(method.effects().learns_grids for method in stage.methods):
         yield f"{closing} has learned grids and ranges, which this stage would lose: make {closing} the last stage"
     if zeros and zeros.effects().zeros is Zeros.RESULT and stage.trains_over_zeros:

@@ -1,4 +1,4 @@
-"""Stores a graph as one file, or as two if it is large, and opens it in ONNX Runtime.
+"""Stores a graph as one file, or as two if it is large, and opens it in ONNX Runtime. Equal matrices are stored once.
 
 A protobuf message ends at 2 GB. The weights of a larger graph lie beside its file as "external data", under the name that other
 exporters give them; whoever copies the file copies both.
@@ -10,8 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir
 import onnxruntime
+from onnx_ir.passes.common import DeduplicateHashedInitializersPass
 
 from slimformer.exporters.base import WEIGHTS_BESIDE
 
@@ -26,6 +28,7 @@ def weights_name(file: str) -> str:
 
 def save_graph(program: onnx_ir.Model, path: Path, one_file_bytes: int) -> None:
     """Writes a graph to `path`, with its weights beside it if they take more than `one_file_bytes`."""
+    _store_equal_ones_once(program)
     if _weights_bytes(program) <= one_file_bytes:
         onnx_ir.save(program, path)
     else:
@@ -47,6 +50,14 @@ def open_model(model: bytes | Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _store_equal_ones_once(program: onnx_ir.Model) -> None:
+    for value in program.graph.initializers.values():
+        array = None if value.const_value is None else value.const_value.numpy()
+        if array is not None and not array.flags.c_contiguous:  # the pass reads the memory as it lies
+            value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
+    DeduplicateHashedInitializersPass()(program)
 
 
 def _weights_bytes(program: onnx_ir.Model) -> int:
