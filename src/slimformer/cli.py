@@ -271,16 +271,53 @@ def report_command(
 @app.command("inspect")
 def inspect_command(
     model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
-    length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens per example, for the MACs.")] = 128,
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(help="With --profile: .onnx files of the model, and folders of compressed ones, to profile beside it."),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=1_000_000, help="Tokens per example, 128 by default; with --profile it may be given several times."
+        ),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure where time and bytes go, by component and layer, instead.")
+    ] = False,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, max=4096, help="With --profile: texts in a run; 1 and 32 by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --profile: folder for profile.html.")] = None,
+    threads: Threads = None,
 ) -> None:
-    """Show what can be cut: sites, parameters and MACs per layer."""
+    """Show what can be cut: sites, parameters and MACs per layer; or, with --profile, where the time goes."""
     _need_train()
     from rich.console import Console
 
+    lengths = tuple(length or (128,))
+    if profile:
+        from slimformer.reporting.profiles import draw_profiles, write_profiles
+        from slimformer.running.profiling import profile_model
+
+        found = profile_model(model, others or (), lengths=lengths, batches=tuple(batch or (1, 32)), threads=threads)
+        for table in draw_profiles(found):
+            Console().print(table, "")
+        if out is not None:
+            typer.echo(f"page: {write_profiles(found, out)}")
+        return
+    _refuse_extras(others, lengths, batch, out)
     from slimformer.reporting.inspection import inspect
     from slimformer.reporting.terminal import draw_inspection
 
-    Console().print(draw_inspection(inspect(model, length)))
+    Console().print(draw_inspection(inspect(model, lengths[0])))
+
+
+def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: list[int] | None, out: Path | None) -> None:
+    """RecipeError for what only a profile has."""
+    from slimformer.errors import RecipeError
+
+    if others or len(lengths) > 1 or batch or out is not None:
+        raise RecipeError("several files or lengths, --batch and --out are of a profile.", help="add --profile.")
 
 
 @app.command("list", epilog="Example: slimformer list gates")

@@ -99,6 +99,27 @@ class OnnxRuntime(Runtime):
         return task.snippet(folder, file, texts, max_length)
 
 
+def open_plain(file: Path, threads: int, profile: Path | None = None) -> Any:
+    """ONNX Runtime's own session of a file. `profile`: where its profile goes (a prefix), and, with .onnx, the graph that it runs.
+
+    ModelError if the file cannot be loaded.
+    """
+    import onnxruntime
+
+    options = _options(threads)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.optimized_model_filepath = f"{profile}.onnx"
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}.",
+            facts=str(error).strip().splitlines()[:1],
+            help=_advice(str(error), file),
+        ) from error
+
+
 def _ports(items: Iterable[Any]) -> list[Port]:
     return [Port(item.name, item.type, item.shape) for item in items]
 
