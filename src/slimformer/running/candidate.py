@@ -76,12 +76,13 @@ def candidate_of(
 def teacher_candidate(made: Made, judge: Judge, run: Run, *, seconds: float = TRIAL_SECONDS) -> Candidate:
     """The bundle whose student is still the teacher, in int8: a search may always fall back on it. Its files are not written."""
     bundle, home = made.bundle, run.root / "whole" / made.bundle.digest()
+    kinds = plain_exporter().kinds_for(bundle.subject.model)
 
     def tried() -> list[Trial]:
         files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
         if bundle.whole is not None:  # the teacher's own file has the whole vocabulary
             files = export_files(bundle.subject, bundle.material, home / "int8", list(files), run.log)
-        return judge.try_out(files, seconds=seconds)
+        return judge.try_out(files, kinds, seconds=seconds)
 
     trials = remembered(home / "int8.json", tried, list[Trial])
-    return Candidate(made, (), plain_exporter().kinds_for(bundle.subject.model), tuple(trials))
+    return Candidate(made, (), kinds, tuple(trials))

@@ -617,7 +617,7 @@ class _Search:
         pair = f"{chosen.made.bundle.digest()}-{small.made.bundle.digest()}.json"
         mine, its = remembered(
             self.state.root / "contest" / pair,
-            lambda: self.judge.try_out(files, seconds=self.diet.trial_seconds),
+            lambda: self.judge.try_out(files, chosen.kinds, seconds=self.diet.trial_seconds),
             list[Trial],
         )
         return mine, its
@@ -649,7 +649,7 @@ class _Search:
         if self.wanted.minutes is None:
             return self.diet.bench_seconds
         idle = forecast(self.outline.sizes, self.outline.pace, replace(self.diet, bench_seconds=0.0), self.wanted.speedup)
-        free = (self.schedule.left - idle[Part.MEASURING]) / 2
+        free = (self.schedule.left - idle[Part.MEASURING]) / (2 * self.outline.sizes.searches)
         planned = remembered(self.state.root / "bench.json", lambda: min(FULL_BENCH, max(SHORTEST_BENCH, free)), float)
         return round(planned, 1)
 
