@@ -124,9 +124,7 @@ def test_int8_files_hold_integers_for_every_matrix_and_table_once(kind: str, tmp
         }
         tables = [name for name, array in wide.items() if 99 in array.shape]
         assert tables == ["model.lm_head.table.int8"]
-        assert all(
-            array.dtype == np.int8 for name, array in wide.items() if "embed_positions" not in name and "bias" not in name
-        )
+        assert all(array.dtype == np.int8 for array in wide.values())
 
 
 def test_the_decoder_has_the_names_that_others_look_for(tmp_path: Path) -> None:
@@ -155,6 +153,18 @@ def test_the_decoder_has_the_names_that_others_look_for(tmp_path: Path) -> None:
     again = {"input_ids": np.full((2, 1), 9), "use_cache_branch": np.asarray([True])}
     later = dict(zip(got, decoder.run(None, feeds | again), strict=True))
     assert later["present.2.encoder.key"].shape[0] == 0  # what was handed in stays as it was
+
+
+@pytest.mark.slow
+def test_weights_of_large_files_lie_beside_both(tmp_path: Path) -> None:
+    model = tiny("marian")
+    path = tmp_path / "encoder_model.onnx"
+    artifact = Onnx(one_file_bytes=1000).export(model, arrays(model), path, Variant.FUSED)
+    names = ("encoder_model.onnx", "encoder_model.onnx_data", "decoder_model_merged.onnx", "decoder_model_merged.onnx_data")
+    assert tuple(file.name for file in artifact.files) == names
+    assert artifact.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    inputs = {name: value for name, value in batch(model, 3, 6).items() if not name.startswith("decoder_")}
+    assert written(model, path, inputs, SEARCHES[1]) == texts_of(model, inputs, SEARCHES[1])
 
 
 def test_bad_input_is_refused_before_a_file_is_left(tmp_path: Path) -> None:

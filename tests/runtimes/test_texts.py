@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx
 from slimformer.measuring import scoring
 from slimformer.measuring.sessions import open_session
+from slimformer.measuring.timing import time_halves, workloads
 from slimformer.tasks.base import Example
 from slimformer.tasks.translation import Translation
 
@@ -77,6 +79,25 @@ def test_a_session_of_files_writes_what_the_model_does(folder: Path) -> None:
         assert texts[0] == texts[1]
         assert len(set(texts[0])) > 1
         assert all(len(text.split()) <= 4 for text in texts[0]) == (generation is not None and "max_new_tokens" in generation)
+
+
+def test_the_encoder_is_timed_once_and_the_decoder_for_each_token(folder: Path) -> None:
+    """By a clock that moves by one second whenever it is read: each measured run takes one."""
+    ticks = iter(range(10_000))
+    rows = (
+        Translation(data="x", source="en", target="de")
+        .bind({"is_encoder_decoder": True, "decoder_start_token_id": 1})
+        .encode(examples(3), tokenizer(), 32)
+    )
+    session = open_session(folder / "encoder_model.onnx", 1, generation={"num_beams": 2, "min_length": 4, "max_length": 5})
+    workload = workloads(rows)[1]
+    times = time_halves(session, workload, rounds=2, clock=lambda: float(next(ticks)))
+    assert (times.steps, times.tokens) == (4, 4)  # a run for each of four tokens
+    assert times.encoder_ms == pytest.approx(1000 / 3)  # one run for three texts
+    assert times.decoder_ms == pytest.approx(4 * 1000 / (3 * 4))
+    assert times.search_ms == pytest.approx((5 + 1) * 1000 / 3)  # what passes between the readings
+    with pytest.raises(ModelError, match="no encoder and decoder whose times"):
+        time_halves(replace(session, runner=dict), workload)
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 
 from slimformer.data.batching import collate, in_order, sorted_by_length
-from slimformer.errors import DataError
+from slimformer.errors import DataError, ModelError
 from slimformer.measuring.machine import Load
 from slimformer.measuring.sessions import Session
+from slimformer.runtimes._texts import TextRunner
 from slimformer.tasks.base import Features
 
 _T = TypeVar("_T")
@@ -302,6 +303,47 @@ class _Race:
             sizes=work.sizes,
             samples_ms=samples,
         )
+
+
+# -- The two halves of a model that writes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HalfTimes:
+    """What a model that writes takes on a workload, each the median over rounds: the encoder and the search per text, the decoder per
+    token of the texts that it wrote, all beams together. `steps`: runs of the decoder for a batch, on average.
+    """
+
+    encoder_ms: float
+    decoder_ms: float
+    search_ms: float
+    tokens: float  # written, per text
+    steps: float
+
+
+def time_halves(
+    session: Session, workload: Workload, rounds: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> HalfTimes:
+    """Times the encoder, which runs once, and the decoder, which runs for each token, of a session's files that write.
+
+    ModelError for a session that writes no texts. A time alone says little on a shared machine: `compare` gives ratios.
+    """
+    runner = session.runner
+    if not isinstance(runner, TextRunner):
+        raise ModelError(f"{session.path or 'the session'} has no encoder and decoder whose times could be told apart.")
+    with _no_collection():
+        every = [[runner.timed(batch, clock) for batch in workload.batches] for _ in range(rounds)]
+    texts, written = workload.examples, sum(item.written for item in every[0])
+    sums = [
+        (sum(item.encoder for item in spent), sum(item.decoder for item in spent), sum(item.whole for item in spent))
+        for spent in every
+    ]
+    encoder, decoder, search = (
+        float(np.median(values)) * 1000
+        for values in zip(*((read, said, whole - read - said) for read, said, whole in sums), strict=True)
+    )
+    steps = sum(item.steps for item in every[0]) / len(every[0])
+    return HalfTimes(encoder / texts, decoder / max(1, written), search / texts, written / texts, steps)
 
 
 @contextmanager

@@ -3,48 +3,93 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimformer.decoding import Halves, Settings, decoder_beside, read_settings, search
+from slimformer.decoding import Halves, Settings, Speech, decoder_beside, read_settings, search
 from slimformer.errors import ModelError
-from slimformer.runtimes.base import Runner
 
 NEEDED = ("config.json", "generation_config.json", "tokenizer.json")  # beside the files: how to write, and in which words
 
 
-def writing_by_files(
-    path: Path,
-    threads: int,
-    generation: Mapping[str, Any],
-    opening: Callable[[Path, int], Any],
-    failed: Callable[[Exception, Path, Mapping[str, np.ndarray]], ModelError],
-) -> Runner:
-    """A runner that gives "text" for each row, and "written": the number of its tokens, the first one left out.
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one batch: in the encoder, which runs once, in the decoder, which runs `steps` times, and in all; tokens written."""
+
+    encoder: float
+    decoder: float
+    whole: float
+    steps: int
+    written: int
+
+
+class TextRunner:
+    """Gives "text" for each row, and "written": the number of its tokens, the first one left out.
 
     ModelError if the decoder, the tokenizer or the way to write is not there, or is not one that is known.
     """
-    if not decoder_beside(path).is_file():
-        raise ModelError(
-            f"{path.name} is half of an encoder-decoder, and {decoder_beside(path).name} does not lie beside it.",
-            help="copy both files of the model.",
-        )
-    tokenizer, settings = read_tokenizer(path.parent), settings_of(path.parent, generation)
-    pair = Halves(path, threads, opening)
 
-    def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        generation: Mapping[str, Any],
+        opening: Callable[[Path, int], Any],
+        failed: Callable[[Exception, Path, Mapping[str, np.ndarray]], ModelError],
+    ) -> None:
+        if not decoder_beside(path).is_file():
+            raise ModelError(
+                f"{path.name} is half of an encoder-decoder, and {decoder_beside(path).name} does not lie beside it.",
+                help="copy both files of the model.",
+            )
+        self.path, self.failed = path, failed
+        self.tokenizer, self.settings = read_tokenizer(path.parent), settings_of(path.parent, generation)
+        self.halves = Halves(path, threads, opening)
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return texts_of(self.tokenizer, self._rows(inputs, lambda read: read()))
+
+    def timed(self, inputs: Mapping[str, np.ndarray], clock: Callable[[], float] = time.perf_counter) -> Spent:
+        """Writes the texts of a batch once, and tells what each half took; the rest of the whole is the search."""
+        spent = {"encoder": 0.0, "decoder": 0.0}
+        steps = 0
+
+        def measured(half: str, run: Callable[..., Any], *given: Any) -> Any:
+            begin = clock()
+            result = run(*given)
+            spent[half] += clock() - begin
+            return result
+
+        class Watched:
+            def __init__(self, speech: Speech) -> None:
+                self.speech, self.keep = speech, speech.keep
+
+            def first(self, ids: np.ndarray) -> np.ndarray:
+                nonlocal steps
+                steps += 1
+                return np.asarray(measured("decoder", self.speech.first, ids))
+
+            def next(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+                nonlocal steps
+                steps += 1
+                return np.asarray(measured("decoder", self.speech.next, rows, ids))
+
+        begin = clock()
+        rows = self._rows(inputs, lambda read: Watched(measured("encoder", read)))
+        return Spent(spent["encoder"], spent["decoder"], clock() - begin, steps, sum(len(row) - 1 for row in rows))
+
+    def _rows(self, inputs: Mapping[str, np.ndarray], reading: Callable[[Callable[[], Speech]], Speech]) -> list[np.ndarray]:
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", np.ones_like(ids))
         try:
-            rows = search(pair.read(ids, mask), len(ids), settings)
+            return search(reading(lambda: self.halves.read(ids, mask)), len(ids), self.settings)
         except Exception as error:  # those of ONNX Runtime have no common public type
-            raise failed(error, path, inputs) from error
-        return texts_of(tokenizer, rows)
-
-    return run
+            raise self.failed(error, self.path, inputs) from error
 
 
 def texts_of(tokenizer: Any, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 from slimformer.errors import ExtraError, ModelError
 from slimformer.exporters.base import is_pair
 from slimformer.runtimes._inputs import Port, fit
-from slimformer.runtimes._texts import writing_by_files
+from slimformer.runtimes._texts import TextRunner
 from slimformer.runtimes.base import Runner, Runtime
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class OnnxRuntime(Runtime):
         if not self.available():
             raise ExtraError("the runtime 'onnxruntime' is not installed.", help="pip install onnxruntime")
         if is_pair(path):
-            return writing_by_files(path, threads, self.generation, self._open, self._failed)
+            return TextRunner(path, threads, self.generation, self._open, self._failed)
         session = self._open(path, threads)
         ports, made = _ports(session.get_inputs()), _ports(session.get_outputs())
         made = [item for item in made if NUMBERS.fullmatch(item.type)]

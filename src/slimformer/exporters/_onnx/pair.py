@@ -563,10 +563,7 @@ class _Writer:
         unique, count = name, 1
         while unique in self.nodes.initializers:
             unique, count = f"{name}_{count}", count + 1
-        tensor = ir.tensor(values, name=unique)
-        value = ir.Value(name=unique, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.nodes.register_initializer(value)
-        return value
+        return _initializer_of(self.nodes, values, unique)
 
 
 def numbers_in(tensor: torch.Tensor) -> np.ndarray:
@@ -604,7 +601,7 @@ def merge(first: ir.Model, again: ir.Model, empty: Mapping[str, tuple[int, int]]
     outs = [(str(value.name), value.shape, value.type) for value in first.graph.outputs]
     for part, graph in (("first", first.graph), ("next", again.graph)):
         _lift(graph, part, inputs, outer)
-    for end in ("", ".int8"):
+    for end in ("", ".int8", ".scale"):
         _store_once(outer, LAST + end, LAST_TABLE + end)
     node = ir.node("If", [flag], {"then_branch": again.graph, "else_branch": first.graph}, num_outputs=len(outs))
     outer.append(node)
@@ -639,17 +636,28 @@ def _lift(graph: ir.Graph, part: str, inputs: Mapping[str, ir.Value], outer: ir.
 
 
 def _store_once(graph: ir.Graph, matrix: str, table: str) -> None:
-    """Makes a matrix the transpose of a table, if it is: runtimes turn it once, when they load the file."""
+    """Makes a matrix the transpose of a table, if it is, or their scales one: runtimes turn it once, when they load the file."""
     one, other = (graph.initializers.get(name) for name in (matrix, table))
     if one is None or other is None or one.const_value is None or other.const_value is None:
         return
-    if not np.array_equal(one.const_value.numpy().T, other.const_value.numpy()):
+    values = one.const_value.numpy()
+    if not np.array_equal(values.T.reshape(other.const_value.shape.numpy()), other.const_value.numpy()):
         return
-    node = ir.node("Transpose", [other], {"perm": [1, 0]})
+    if values.ndim == 2:
+        node = ir.node("Transpose", [other], {"perm": [1, 0]})
+    else:
+        node = ir.node("Squeeze", [other, _initializer_of(graph, np.asarray([1], np.int64), "axis")])
     graph.append(node)
     one.replace_all_uses_with(node.outputs[0])
     node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{matrix}.turned", one.shape, one.type
     del graph.initializers[matrix]
+
+
+def _initializer_of(graph: ir.Graph, values: np.ndarray, name: str) -> ir.Value:
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _equal(one: Any, other: Any) -> bool:

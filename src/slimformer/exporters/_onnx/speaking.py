@@ -1,7 +1,7 @@
 """The files of an encoder-decoder: its encoder, and beside it one decoder with two branches, for the first tokens and for the rest.
 
 Both branches are written (`pair`), made int8 alike, compared with PyTorch, and merged; weights are stored once. An artifact is named
-by its encoder. docs/decisions/0021-files-that-write.md says why it is one file and not two.
+by its encoder. docs/decisions/0023-files-that-write.md says why it is one file and not two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slimformer.core.ranges import Ranges
 from slimformer.decoding import decoder_beside
 from slimformer.errors import ExportError, ModelError, nearest
 from slimformer.exporters._onnx import calibrate, int8, mixed, parity
-from slimformer.exporters._onnx.graph import Product, Unexpected, products, strip, turns
+from slimformer.exporters._onnx.graph import Editor, Product, Unexpected, constant_of, products, strip, turns
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding
 from slimformer.exporters._onnx.noting import check_count, in_model, needed_runtime, zeros
 from slimformer.exporters._onnx.pair import (
@@ -42,7 +42,7 @@ from slimformer.exporters.base import FILES, SEARCH_SECONDS, Arrays, Artifact, D
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
 from slimformer.hooks.points import quantized_inputs
-from slimformer.quantizing.calibration import Calibration
+from slimformer.quantizing.calibration import TABLE_ROWS, Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -336,7 +336,10 @@ class SpeakingDraft(Draft):
                 check_count("int8 matrices", count, expected)
                 counts[part] = (count, every)
                 if table_bits is not None:
-                    found = int8.int8_embeddings(graph, WeightCoding(last.bits if tied else table_bits, one_scale))
+                    coded = WeightCoding(last.bits if tied else table_bits, one_scale)
+                    found = int8.int8_embeddings(graph, coded)
+                    if learned.embedding_bits is not None:
+                        found += _int8_positions(graph, WeightCoding(table_bits, one_scale))
                     tables += found if part != "next" else 0
         count, every = (sum(counts[part][place] for part in READ_ONCE) for place in (0, 1))
         return f"int8: {count} of {every} matrices, {tables} embedding tables"
@@ -507,6 +510,25 @@ def _inside(graph: ir.Graph) -> Iterator[None]:
     finally:
         there = {str(value.name): value for node in graph for value in node.outputs}
         graph.outputs.extend(there.get(name, value) for name, value in outputs.items())
+
+
+def _int8_positions(graph: ir.Graph, coding: WeightCoding) -> int:
+    """Stores tables of positions in int8 with a scale per row, like `int8_embeddings`; gives their number."""
+    editor = Editor(graph)
+    count = 0
+    for node in [node for node in graph if node.op_type == "Slice"]:
+        table, *where = node.inputs
+        rows = constant_of(table)
+        if table is None or rows is None or rows.ndim != 2 or rows.dtype != np.float32 or len(rows) < TABLE_ROWS:
+            continue
+        values, scales = int8.quantize_weight(rows, 0, coding)
+        small = editor.constant(values, np.int8, f"{table.name}.int8")
+        scale = editor.constant(scales[:, None], np.float32, f"{table.name}.scale")
+        got = editor.one(node, "Cast", [editor.one(node, "Slice", [small, *where])], to=int(ir.DataType.FLOAT))
+        editor.replace(node.outputs[0], editor.one(node, "Mul", [got, editor.one(node, "Slice", [scale, *where])]))
+        editor.remove(node)
+        count += 1
+    return count
 
 
 def _is_copy_of(value: ir.Value, name: str) -> bool:
