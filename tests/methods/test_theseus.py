@@ -11,7 +11,8 @@ from slimformer.core import cost
 from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
-from slimformer.methods.base import Progress
+from slimformer.hooks.capture import Captured
+from slimformer.methods.base import Progress, Step
 from slimformer.methods.theseus import Theseus, dropping, grouped
 from slimformer.testing.checks import tiny_context
 
@@ -80,7 +81,7 @@ def test_the_coin_falls_as_often_as_the_rate_says():
     torch.manual_seed(0)
     for _ in range(1000):
         state._draw(True)
-        draws.append(list(state._replaced))
+        draws.append(list(state.replaced))
     state.close()
     assert torch.tensor(draws).float().mean(0).tolist() == pytest.approx([0.3, 0.3], abs=0.05)
 
@@ -114,3 +115,20 @@ def test_the_rate_rises_in_a_line():
     state.close()
     assert seen == pytest.approx([0.3, 0.65, 1.0, 1.0])
     assert dropping(around.anatomy, [[0, 1], [2]]).keep == {"encoder.1.attention": (), "encoder.1.ffn": ()}
+
+
+def test_a_step_in_which_no_coin_falls_changes_nothing_and_is_no_error():
+    around = tiny_context()
+    model = around.model
+    method = Theseus(keep=0.67, start=0.0, ramp=0.0)
+    state = method.attach(around)
+    model.train()
+    some = next(iter(around.batches(4)))
+    state._draw(True)
+    loss = around.task.loss(model(**around.subject.feed(some)), some)
+    step = Step(model, some, Captured({}), None, Progress(0, 1), around.task)
+    (loss + method.penalty(state, step)).backward()
+    assert all(float(successor.grad.abs().sum()) == 0 for successor in state.successors)
+    state.replaced = [True, False]
+    assert method.penalty(state, step) is None
+    state.close()

@@ -34,7 +34,7 @@ from slimformer.errors import TargetError
 from slimformer.hooks.gating import gated
 from slimformer.hooks.weights import changed_weights
 from slimformer.methods._schedules import linear_ramp
-from slimformer.methods.base import Context, Effects, Method, Progress, State
+from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.rules import Fraction, Share
 
 
@@ -67,6 +67,12 @@ class Theseus(Method):
     def attach(self, context: Context) -> State:
         return _State(context, grouped(context.anatomy, context.cost, self.keep), self.start)
 
+    def penalty(self, state: State, step: Step) -> Tensor | None:
+        state = cast(_State, state)
+        if any(state.replaced):
+            return None
+        return 0.0 * torch.stack([successor.sum() for successor in state.successors]).sum()  # nothing trains in this step
+
     def advance(self, state: State, progress: Progress) -> None:
         done = linear_ramp(progress, self.ramp) if self.ramp else 0.0
         cast(_State, state).rate.fill_(self.start + (1 - self.start) * done)
@@ -92,7 +98,7 @@ class _State(State):
         self.together = groups
         self.rate: Tensor  # a buffer, so that a resumed run knows it
         self.register_buffer("rate", torch.tensor(start))
-        self._replaced = [True] * len(groups)
+        self.replaced = [True] * len(groups)
         parameters, owners = dict(model.named_parameters()), list[int]()
         self.names: list[str] = []
         for index, group in enumerate(groups):
@@ -117,13 +123,13 @@ class _State(State):
 
     def _draw(self, training: bool) -> None:
         coins = torch.rand(len(self.together)).tolist()
-        self._replaced = [not training or coin < float(self.rate) for coin in coins]
+        self.replaced = [not training or coin < float(self.rate) for coin in coins]
 
     def _stand_in(self, place: int, owner: int) -> Callable[[Tensor], Tensor]:
-        return lambda weight: self.successors[place] if self._replaced[owner] else weight
+        return lambda weight: self.successors[place] if self.replaced[owner] else weight
 
     def _reader(self, index: int) -> Callable[[], Tensor]:
-        return lambda: self.rate.new_zeros(1) if self._replaced[index] else self.rate.new_ones(1)
+        return lambda: self.rate.new_zeros(1) if self.replaced[index] else self.rate.new_ones(1)
 
 
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
