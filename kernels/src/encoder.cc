@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t GROUP_TOKENS = 128;  // about; a longer text is a group of its own
+constexpr int64_t GROUP_TOKENS = 192;  // about; a longer text is a group of its own
 constexpr int SLACK = MAX_WIDTH;       // floats behind a tile that whole vectors may read
 
 struct Text {
@@ -27,10 +27,10 @@ struct Token {
   int64_t id, type, position, column;
 };
 
-// Activations of some tokens in all stages. Tile t begins at t * (features * width).
+// Activations of some tokens in all stages. All tiles but the last have the same width; tile t begins at t * (features * width).
 struct Tokens {
   int64_t tiles = 0;
-  int width = 0;
+  int width = 0, last_width = 0;
   float* hidden = nullptr;   // [hidden][width]
   float* query = nullptr;    // [heads * head_dim][width]; the attention's result takes its place
   float* inner = nullptr;    // [neurons][width]
@@ -38,7 +38,8 @@ struct Tokens {
   float *scale = nullptr, *low = nullptr, *high = nullptr;  // [width]
   int32_t* zero = nullptr;
 
-  int64_t lanes() const { return tiles * width; }
+  int64_t lanes() const { return (tiles - 1) * width + last_width; }
+  int width_of(int64_t tile) const { return tile + 1 < tiles ? width : last_width; }
 };
 
 struct Group {
@@ -61,9 +62,10 @@ struct Run {
 int64_t panels_of(int64_t features) { return (features + PANEL - 1) / PANEL * PANEL; }
 
 void layout(const sfk_encoder& e, Tokens* tokens, int64_t count, bool has_inner, Parts* parts) {
-  tokens->tiles = (count + MAX_WIDTH - 1) / MAX_WIDTH;
-  tokens->width = static_cast<int>(((count + tokens->tiles - 1) / tokens->tiles + PANEL - 1) / PANEL * PANEL);
-  tokens->tiles = (count + tokens->width - 1) / tokens->width;
+  const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
+  tokens->tiles = (padded + MAX_WIDTH - 1) / MAX_WIDTH;
+  tokens->width = static_cast<int>(std::min<int64_t>(padded, MAX_WIDTH));
+  tokens->last_width = static_cast<int>(padded - (tokens->tiles - 1) * tokens->width);
   const size_t lanes = static_cast<size_t>(tokens->lanes());
   const size_t widest = static_cast<size_t>(panels_of(e.widest));
   tokens->hidden = parts->next<float>(static_cast<size_t>(panels_of(e.hidden)) * lanes + SLACK);
@@ -118,17 +120,22 @@ class Worker {
   // Lanes are independent of each other, so stages along the lanes are split into vectors if threads share a group.
   template <class Piece>
   void by_lanes(Tokens& x, Piece piece) {
-    const int lanes = team_.alone() ? x.width : PANEL;
-    const int64_t parts = x.width / lanes;
-    team_.each(x.tiles * parts, [&](int64_t i) { piece(i / parts, static_cast<int>(i % parts) * lanes, lanes); });
+    const int most = team_.alone() ? x.width : PANEL;
+    const int64_t parts = x.width / most;
+    team_.each(x.tiles * parts, [&](int64_t i) {
+      const int64_t tile = i / parts;
+      const int lane = static_cast<int>(i % parts) * most, lanes = std::min(most, x.width_of(tile) - lane);
+      if (lanes > 0) piece(tile, lane, lanes);
+    });
   }
 
   void norm_lanes(Tokens& x, int64_t tile, int lane, int lanes, const Norm& norm) {
     const int64_t at = tile * x.width + lane;
+    const int width = x.width_of(tile);
     float* hidden = x.hidden + tile * e_.hidden * x.width + lane;
-    p_.layer_norm(hidden, e_.hidden, x.width, lanes, norm.gain, norm.shift, e_.epsilon, x.low + at, x.high + at);
+    p_.layer_norm(hidden, e_.hidden, width, lanes, norm.gain, norm.shift, e_.epsilon, x.low + at, x.high + at);
     p_.grid(x.low + at, x.high + at, lanes, x.scale + at, x.zero + at);
-    p_.quantize(hidden, e_.hidden, x.width, lanes, x.scale + at, x.zero + at, codes(x, tile, e_.hidden) + lane * 4);
+    p_.quantize(hidden, e_.hidden, width, lanes, x.scale + at, x.zero + at, codes(x, tile, e_.hidden) + lane * 4);
   }
 
   static uint8_t* codes(const Tokens& x, int64_t tile, int64_t features) {
@@ -150,7 +157,8 @@ class Worker {
                  e_.type ? e_.type + token.type * e_.hidden : nullptr, e_.hidden, rows + t * e_.hidden);
       }
       float* hidden = x.hidden + tile * e_.hidden * x.width + lane;
-      p_.transpose(reinterpret_cast<const uint32_t*>(rows), e_.hidden, reinterpret_cast<uint32_t*>(hidden), x.width, lanes, e_.hidden);
+      p_.transpose(reinterpret_cast<const uint32_t*>(rows), e_.hidden, reinterpret_cast<uint32_t*>(hidden), x.width_of(tile), lanes,
+                   e_.hidden);
       norm_lanes(x, tile, lane, lanes, e_.embedding_norm);
     });
   }
@@ -163,49 +171,49 @@ class Worker {
   void quantize(Tokens& x, const float* values, int64_t features, bool find) {
     by_lanes(x, [&](int64_t tile, int lane, int lanes) {
       const int64_t at = tile * x.width + lane;
+      const int width = x.width_of(tile);
       const float* from = values + tile * panels_of(features) * x.width + lane;
-      if (find) p_.range(from, features, x.width, lanes, x.low + at, x.high + at);
+      if (find) p_.range(from, features, width, lanes, x.low + at, x.high + at);
       p_.grid(x.low + at, x.high + at, lanes, x.scale + at, x.zero + at);
-      p_.quantize(from, features, x.width, lanes, x.scale + at, x.zero + at, codes(x, tile, features) + lane * 4);
+      p_.quantize(from, features, width, lanes, x.scale + at, x.zero + at, codes(x, tile, features) + lane * 4);
     });
   }
 
-  // Alone, one piece is a whole tile, and the extremes of the results are collected on the way.
+  // A piece is some panels; the tiles go through each of them in turn, so weights are fetched once for all. Alone, the extremes of
+  // activations are collected on the way.
   void multiply(const sfk_linear& w, Tokens& x, float* to, int activation, const float* residual) {
-    int64_t parts = 1;
-    if (!team_.alone()) parts = std::max<int64_t>(1, std::min<int64_t>(w.panels, 6 * run_.t.threads / x.tiles));
-    const int64_t features = residual ? e_.hidden : w.panels * PANEL;
-    team_.each(x.tiles * parts, [&](int64_t i) {
-      const int64_t tile = i / parts, part = i % parts;
-      alignas(64) int32_t sums[PANEL * MAX_WIDTH];
-      alignas(64) float beyond[PANEL * MAX_WIDTH];
-      Finish how{x.scale + tile * x.width, x.zero + tile * x.width, activation, nullptr, nullptr, nullptr};
-      if (team_.alone() && activation) {
-        how.low = x.low + tile * x.width, how.high = x.high + tile * x.width;
-        std::memset(how.low, 0, static_cast<size_t>(x.width) * 4);
-        std::memset(how.high, 0, static_cast<size_t>(x.width) * 4);
-      }
-      const uint8_t* in = codes(x, tile, w.inputs);
-      for (int64_t panel = w.panels * part / parts; panel < w.panels * (part + 1) / parts; panel++) {
-        const int64_t at = (tile * features + panel * PANEL) * x.width;
-        const int64_t rows = std::min<int64_t>(PANEL, w.outputs - panel * PANEL);
-        p_.accumulate(w, panel, in, x.width, sums);
-        // The hidden state has no rows beyond its size: the last panel of it takes a detour.
-        const bool detour = residual && rows < PANEL;
-        if (residual) how.residual = residual + at;
-        p_.finish(w, panel, sums, x.width, how, detour ? beyond : to + at);
-        if (detour) std::memcpy(to + at, beyond, static_cast<size_t>(rows * x.width) * 4);
-      }
+    const bool collect = team_.alone() && activation;
+    if (collect) std::fill_n(x.low, x.lanes(), 0.0f), std::fill_n(x.high, x.lanes(), 0.0f);
+    const int64_t parts = team_.alone() ? 1 : std::min<int64_t>(w.panels, 6 * run_.t.threads);
+    team_.each(parts, [&](int64_t part) {
+      for (int64_t panel = w.panels * part / parts; panel < w.panels * (part + 1) / parts; panel++)
+        for (int64_t tile = 0; tile < x.tiles; tile++) multiply_panel(w, x, tile, panel, to, activation, residual, collect);
     });
   }
 
-  // Columns [lane, lane + count) of the rows of a text, wherever tiles cut it.
-  void gather(const float* tiles, int width, int64_t tile_rows, int64_t first_row, int64_t rows, int64_t first, int64_t count, float* to,
-              int64_t to_stride) {
+  void multiply_panel(const sfk_linear& w, Tokens& x, int64_t tile, int64_t panel, float* to, int activation, const float* residual,
+                      bool collect) {
+    alignas(64) int32_t sums[PANEL * MAX_WIDTH];
+    alignas(64) float beyond[PANEL * MAX_WIDTH];
+    const int width = x.width_of(tile);
+    const int64_t first_lane = tile * x.width, rows = std::min<int64_t>(PANEL, w.outputs - panel * PANEL);
+    const int64_t features = residual ? e_.hidden : w.panels * PANEL, at = tile * features * x.width + panel * PANEL * width;
+    p_.accumulate(w, panel, codes(x, tile, w.inputs), width, sums);
+    // The hidden state has no rows beyond its size: the last panel of it takes a detour.
+    const bool detour = residual && rows < PANEL;
+    const Finish how{x.scale + first_lane, x.zero + first_lane, activation, residual ? residual + at : nullptr,
+                     collect ? x.low + first_lane : nullptr, collect ? x.high + first_lane : nullptr};
+    p_.finish(w, panel, sums, width, how, detour ? beyond : to + at);
+    if (detour) std::memcpy(to + at, beyond, static_cast<size_t>(rows * width) * 4);
+  }
+
+  // `count` columns of some rows of tiles with `tile_rows` rows, from column `first` on, wherever tiles cut them.
+  void gather(const Tokens& x, const float* tiles, int64_t tile_rows, int64_t first_row, int64_t rows, int64_t first, int64_t count,
+              float* to, int64_t to_stride) {
     for (int64_t done = 0; done < count;) {
-      const int64_t tile = (first + done) / width, lane = (first + done) % width;
-      const int take = static_cast<int>(std::min<int64_t>(count - done, width - lane));
-      p_.copy(tiles + (tile * tile_rows + first_row) * width + lane, width, to + done, to_stride, rows, take);
+      const int64_t tile = (first + done) / x.width, lane = (first + done) % x.width;
+      const int width = x.width_of(tile), take = static_cast<int>(std::min<int64_t>(count - done, width - lane));
+      p_.copy(tiles + tile * tile_rows * x.width + first_row * width + lane, width, to + done, to_stride, rows, take);
       done += take;
     }
   }
@@ -234,9 +242,9 @@ class Worker {
         }
         if (!q) return run_.out_of_memory.store(true);
         std::memset(q, 0, (static_cast<size_t>(d * padded) + SLACK) * 4);
-        gather(own.query, own.width, query_rows, head * d, d, begin, queries, q, padded);
-        gather(g_.key_value, g_.all.width, kv_rows, head * d, d, text.first, keys, k, padded);
-        gather(g_.key_value, g_.all.width, kv_rows, (layer.heads + head) * d, d, text.first, keys, v, padded);
+        gather(own, own.query, query_rows, head * d, d, begin, queries, q, padded);
+        gather(g_.all, g_.key_value, kv_rows, head * d, d, text.first, keys, k, padded);
+        gather(g_.all, g_.key_value, kv_rows, (layer.heads + head) * d, d, text.first, keys, v, padded);
         for (int64_t done = 0; done < queries; done += MAX_WIDTH) {
           const int64_t take = std::min<int64_t>(MAX_WIDTH, queries - done);
           const int lanes = static_cast<int>((take + PANEL - 1) / PANEL * PANEL);
@@ -244,8 +252,8 @@ class Worker {
                     scores, out);
           for (int64_t sent = 0; sent < take;) {
             const int64_t at = begin + done + sent, tile = at / own.width, lane = at % own.width;
-            const int part = static_cast<int>(std::min<int64_t>(take - sent, own.width - lane));
-            p_.copy(out + sent, lanes, own.query + (tile * query_rows + head * d) * own.width + lane, own.width, d, part);
+            const int width = own.width_of(tile), part = static_cast<int>(std::min<int64_t>(take - sent, width - lane));
+            p_.copy(out + sent, lanes, own.query + tile * query_rows * own.width + head * d * width + lane, width, d, part);
             sent += part;
           }
         }
@@ -266,11 +274,13 @@ class Worker {
         const int64_t at = g_.texts[static_cast<size_t>(i)].first, tile = at / from.width, lane = at % from.width;
         const int64_t to_tile = i / to.width, to_lane = i % to.width;
         to.scale[i] = from.scale[at], to.zero[i] = from.zero[at];
+        const int to_width = to.width_of(to_tile), width = from.width_of(tile);
         for (int64_t k = 0; k < e_.hidden; k++)
-          to.hidden[(to_tile * e_.hidden + k) * to.width + to_lane] = from.hidden[(tile * e_.hidden + k) * from.width + lane];
+          to.hidden[to_tile * e_.hidden * to.width + k * to_width + to_lane] =
+              from.hidden[tile * e_.hidden * from.width + k * width + lane];
         for (int64_t k = 0; k < quads; k++)
-          std::memcpy(codes(to, to_tile, e_.hidden) + (k * to.width + to_lane) * 4,
-                      codes(from, tile, e_.hidden) + (k * from.width + lane) * 4, 4);
+          std::memcpy(codes(to, to_tile, e_.hidden) + (k * to_width + to_lane) * 4,
+                      codes(from, tile, e_.hidden) + (k * width + lane) * 4, 4);
       }
     });
   }
@@ -294,7 +304,7 @@ class Worker {
 
   void write_run(const Tokens& x, int64_t first, int64_t count, float* to) {
     const float* from = x.hidden + first / x.width * e_.hidden * x.width + first % x.width;
-    p_.transpose(reinterpret_cast<const uint32_t*>(from), x.width, reinterpret_cast<uint32_t*>(to), e_.hidden, e_.hidden, count);
+    p_.transpose(reinterpret_cast<const uint32_t*>(from), x.width_of(first / x.width), reinterpret_cast<uint32_t*>(to), e_.hidden, e_.hidden, count);
   }
 
   const Run& run_;
