@@ -100,7 +100,7 @@ def our_graph(inputs: int, outputs: int, block_rows: int, zeros: float) -> onnx.
 def their_graph(inputs: int, outputs: int) -> onnx.ModelProto:
     """The same product by ONNX Runtime's own int8 operators."""
     draw = np.random.default_rng(0)
-    constants = {
+    constants: dict[str, np.ndarray] = {
         "step": np.array(0.03, np.float32),
         "zero": np.array(128, np.uint8),
         "w": draw.integers(-127, 128, (inputs, outputs)).astype(np.int8),
