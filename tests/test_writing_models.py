@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_compression import REFUSE, events, hurry, said
 from tiny import tiny
 from tiny_pairs import speaker, write_joint_tokenizer, write_pairs, write_speaker
@@ -30,6 +31,8 @@ from slimformer.reporting.sections import section_of
 from slimformer.running.candidate import teacher_candidate
 from slimformer.running.preflight import preflight
 from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.saving import checkpoint
+from slimformer.tasks.translation import Translation
 
 pytestmark = pytest.mark.slow
 
@@ -252,3 +255,42 @@ def test_a_model_that_does_not_say_how_long_its_texts_are_gets_the_tasks_limit(h
         usual_length(bundle.subject, bundle.material)["max_new_tokens"]
         == usual_length(bundle.subject, bundle.material)["min_new_tokens"]
     )
+
+
+def test_a_model_of_language_codes_is_refused_by_its_name(tmp_path: Path, call: Callable[..., Any], monkeypatch: Any) -> None:
+    write_pairs(tmp_path / "data", train=40, dev=10)
+    (tmp_path / "nllb").mkdir()
+    (tmp_path / "nllb" / "config.json").write_text('{"model_type": "m2m_100", "is_encoder_decoder": true}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = call("compress", "nllb", "--task", "translation", "--data", "data", "--out", "out")
+    assert status == 2
+    assert "no family knows the architecture 'm2m_100'" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_config_holds_for_a_task_alone_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = str(write_pairs(tmp_path / "data", train=40, dev=10))
+    config = speaker("t5", 40).config.to_dict()
+    config["task_specific_params"] = {
+        "translation_en_to_de": {"num_beams": 4, "prefix": "translate English to German: "},
+        "translation_en_to_fr": {"num_beams": 3, "prefix": "translate English to French: "},
+        "summarization": {"num_beams": 2},
+    }
+    with caplog.at_level("INFO"):
+        Translation(data=data, source="en", target="de").bind(config)
+    assert "task_specific_params for translation_en_to_de, which are not applied" in caplog.text
+    assert "put num_beams: 4 into generation_config.json and give --prefix 'translate English to German: '" in caplog.text
+
+
+def test_an_old_t5_names_a_class_that_is_gone(tmp_path: Path) -> None:
+    """The config.json of t5-small did so for years; its last matrix is its word table, and no tensor of a head is there."""
+    model = speaker("t5", 40)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["T5WithLMHeadModel"]}), encoding="utf-8")
+    assert checkpoint.is_tuned(tmp_path, "AutoModelForSeq2SeqLM")
+    loaded = checkpoint.load(tmp_path)
+    assert type(loaded) is type(model)
+    inputs = {"input_ids": torch.tensor([[5, 6, 1]]), "decoder_input_ids": torch.tensor([[0, 7]])}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)

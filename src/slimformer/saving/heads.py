@@ -125,7 +125,8 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
             parts = better
             if own is None or own.head or better.cls is not own.cls:
                 said = f"names {stated}" if stated else "names no class"
-                head = f"the head of {better.cls.__name__} ({min(better.head)})"
+                named = min(better.head, default="tied to the word table")
+                head = f"the head of {better.cls.__name__} ({named})"
                 remarks.append(f"{folder}: config.json {said}, and the weights hold {head}: that is used.")
         elif parts is None or (parts.head and not parts.head & set(tops)):
             if parts is not None:
