@@ -34,6 +34,7 @@ kernels-check: $(VENV)/.installed
 		-DSFK_TESTS=ON -DSFK_SANITIZE=ON
 	$(VENV)/bin/cmake --build $(VENV)/kernels-check
 	$(VENV)/kernels-check/check 10000
+	$(VENV)/kernels-check/check_encoder 300
 	$(VENV)/kernels-check/fuzz_packed 100000
 endif
 

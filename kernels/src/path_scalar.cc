@@ -46,7 +46,7 @@ void finish(const sfk_linear& w, int64_t panel, const int32_t* sums, int width, 
       if (f.activation >= 2) y = gelu(y, GELU_TERM[f.activation - 2]);
       if (f.residual && n < w.outputs) y += f.residual[r * width + t];
       out[r * width + t] = y;
-      if (f.low) f.low[t] = least(f.low[t], y), f.high[t] = most(f.high[t], y);
+      if (f.low && n < w.outputs) f.low[t] = least(f.low[t], y), f.high[t] = most(f.high[t], y);
     }
 }
 
