@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for profile.html")
     given = parser.parse_args()
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("bert", num_hidden_layers=given.layers)
+    config = transformers.BertConfig(num_hidden_layers=given.layers)
     subject = subject_of(transformers.BertForSequenceClassification(config).eval())
     texts = [Texts(batch, length) for length in given.lengths for batch in given.batches]
     with tempfile.TemporaryDirectory() as scratch:
