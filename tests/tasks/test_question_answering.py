@@ -901,7 +901,7 @@ def test_exported_files_give_both_logits_of_every_token(model_type: str, tmp_pat
 
     dense = tiny(model_type, auto_class="AutoModelForQuestionAnswering", num_labels=2)
     anatomy = anatomy_of(dense)
-    assert not any("qa_outputs" in piece.param for site in anatomy.sites.values() for piece in site.slices)
+    assert not any("qa_outputs" in piece.param for site in anatomy.units for piece in site.slices)
     model = shrink(dense, anatomy, Plan({"encoder.0.heads": (1, 2), "encoder.1.attention": (), "encoder.2.neurons": (0, 5, 9)}))
     names = family_of(model_type).inputs(model)
 

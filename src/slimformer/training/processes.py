@@ -87,7 +87,8 @@ def train_together(
     """`train`, with the help of the other processes if there are any."""
     if _leading:
         context = training.context
-        sent = replace(context, generator=cast(torch.Generator, None), memo={}, cost=replace(context.cost, matrix=None))
+        cost = replace(context.cost, matrix=None, narrow=None)
+        sent = replace(context, generator=cast(torch.Generator, None), memo={}, cost=cost)
         _send(_Job(replace(training, context=sent), context.generator.get_state(), folder, cache, evaluate is not None))
     return train(training, folder, log, evaluate=evaluate, cache=cache)
 
