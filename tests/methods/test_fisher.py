@@ -17,14 +17,15 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.gating import gated
-from slimformer.methods import fisher
+from slimformer.methods import _gradients, fisher
 from slimformer.methods.base import State
 from slimformer.methods.fisher import Fisher
 from slimformer.testing.checks import tiny_context
 
 
 def test_information_is_the_mean_square_of_each_examples_gradient(monkeypatch):
-    monkeypatch.setattr(fisher, "quick_autocast", lambda _: nullcontext())  # float32: bfloat16 is for speed alone
+    for module in (fisher, _gradients):
+        monkeypatch.setattr(module, "quick_autocast", lambda _: nullcontext())  # float32: bfloat16 is for speed alone
     context = tiny_context()
     found = fisher.information(context, 8)
     expected = {name: np.zeros(len(value)) for name, value in found.items()}
@@ -143,7 +144,8 @@ def test_the_repair_is_the_weighted_ridge_solution():
 
 
 def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
-    monkeypatch.setattr(fisher, "quick_autocast", lambda _: nullcontext())
+    for module in (fisher, _gradients):
+        monkeypatch.setattr(module, "quick_autocast", lambda _: nullcontext())
     context = tiny_context()
     importance = fisher.information(context, 32)
     worth = fisher.worths(context, importance, 32)
@@ -165,7 +167,8 @@ def test_worth_is_the_measured_damage_and_rises_to_nothing_lost(monkeypatch):
 @pytest.mark.parametrize("name", ["encoder.1.neurons", "encoder.2.heads"])
 def test_worth_at_each_size_is_what_the_best_units_alone_lose(monkeypatch, name):
     """Measured at a few sizes with a cut model; between them it falls as the information that is cut."""
-    monkeypatch.setattr(fisher, "quick_autocast", lambda _: nullcontext())
+    for module in (fisher, _gradients):
+        monkeypatch.setattr(module, "quick_autocast", lambda _: nullcontext())
     context = tiny_context()
     units = fisher.information(context, 16)[name]
     size, ranking = len(units), np.argsort(-units)

@@ -18,7 +18,7 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.gating import gated
-from slimformer.methods import importance
+from slimformer.methods import _gradients, importance
 from slimformer.methods.base import State
 from slimformer.methods.importance import Importance
 from slimformer.testing.checks import tiny_context
@@ -57,7 +57,7 @@ def mean_loss(model, context, examples):
 
 
 def test_gain_is_the_mean_absolute_finite_difference_of_each_example(monkeypatch):
-    monkeypatch.setattr(importance, "quick_autocast", lambda _: nullcontext())  # bfloat16 is for speed alone
+    monkeypatch.setattr(_gradients, "quick_autocast", lambda _: nullcontext())  # bfloat16 is for speed alone
     context = tiny_context()
     context.model.double()
     found = importance.gain(context, sites_of(context, Kind.HEADS, Kind.NEURONS), 8)

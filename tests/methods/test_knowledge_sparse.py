@@ -16,10 +16,11 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
+from slimformer.methods._ranking import highest
 from slimformer.methods.base import Method, Progress, State
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.keep_zeros import KeepZeros
-from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, highest, measure_curvature, woodbury
+from slimformer.methods.knowledge_sparse import KnowledgeSparse, Pattern, curvature, measure_curvature, woodbury
 from slimformer.saving.tensors import model_digest
 from slimformer.testing.checks import tiny_context
 from slimformer.training import loop as training

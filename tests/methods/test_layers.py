@@ -16,8 +16,9 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
+from slimformer.methods._depth import layers_of
 from slimformer.methods.base import State
-from slimformer.methods.layers import WAYS, Layers, layers_of
+from slimformer.methods.layers import WAYS, Layers
 from slimformer.testing.checks import tiny_context
 
 

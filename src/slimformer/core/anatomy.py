@@ -382,7 +382,7 @@ class Anatomy:
         """
         plan.check(self)
         gone = self.gone(plan)
-        left = tuple(f"{skip.module}." for name in gone for skip in self.sites[name].skips)
+        left = self.inside(gone)
         sites = {}
         for site in self.sites.values():
             if site.id in gone or site.sublayer in gone:
@@ -432,6 +432,10 @@ class Anatomy:
             {'encoder.1.ffn'}
         """
         return {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
+
+    def inside(self, sublayers: Iterable[str]) -> tuple[str, ...]:
+        """What the names of all parameters in these sublayers begin with: the modules that go with them, each with a dot."""
+        return tuple(f"{skip.module}." for name in sublayers for skip in self.sites[name].skips)
 
     def factored(self, site: Site) -> tuple[Matrix, ...]:
         """Matrices of a site that are no longer dense: no row or column can be taken out of them.

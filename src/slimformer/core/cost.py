@@ -94,7 +94,7 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
             for piece in site.slices if site.id in plan.keep and site.sublayer not in gone else ():
                 if piece.param in sizes:
                     sizes[piece.param][piece.dim] = len(plan.keep[site.id]) * piece.unit * piece.parts
-        left = tuple(f"{skip.module}." for name in gone for skip in anatomy.sites[name].skips)
+        left = anatomy.inside(gone)
         stay = (name for name in sizes if is_shared(name) or not name.startswith(left))
         return float(sum(math.prod(sizes[name]) for name in stay))
 
@@ -102,8 +102,7 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     inside = 0
     for site in anatomy.units:
         per_unit = sum(shapes[piece.param].numel() // site.size for piece in site.slices if piece.param in shapes)
-        skips = anatomy.sites[site.sublayer].skips if site.sublayer else ()
-        owners = tuple(f"{skip.module}." for skip in skips)
+        owners = anatomy.inside([site.sublayer] if site.sublayer else [])
         total = sum(shape.numel() for name, shape in shapes.items() if name.startswith(owners) and not is_shared(name))
         curve = total + per_unit * (np.arange(site.size + 1) - site.size)  # (size + 1,)
         curve[0] = 0

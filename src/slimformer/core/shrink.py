@@ -272,7 +272,7 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
         if matrix.sublayer not in gone:
             whole = cast(Any, small.get_submodule(matrix.module)).matrix().detach()
             have |= dict.fromkeys(filter(None, (f"{matrix.module}.weight", matrix.decoder)), whole)
-    cut = _cut_parameters(anatomy, gone)
+    cut = anatomy.inside(gone)
     state: dict[str, Tensor] = {}
     for name, slot in dense.state_dict().items():
         if name in have:
@@ -285,11 +285,6 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     dense.load_state_dict(state, strict=True, assign=True)
     dense.tie_weights(missing_keys=set(), recompute_mapping=False)  # but what is not equal
     return dense.eval()
-
-
-def _cut_parameters(anatomy: Anatomy, gone: set[str]) -> tuple[str, ...]:
-    """The modules whose parameters go with the sublayers `gone`."""
-    return tuple(f"{skip.module}." for name in anatomy.sites if name in gone for skip in anatomy.sites[name].skips)
 
 
 def _spread(values: Tensor, name: str, shape: tuple[int, ...], anatomy: Anatomy, plan: Plan) -> Tensor:

@@ -32,7 +32,7 @@ from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
 from slimformer.hooks.gating import gated
-from slimformer.hooks.precision import quick_autocast
+from slimformer.methods._gradients import gate_gradients
 from slimformer.methods._schedules import linear_ramp
 from slimformer.methods.base import Context, Effects, Method, Progress, State
 from slimformer.rules import Count, Fraction, Share
@@ -123,16 +123,9 @@ def kept_units(size: int, share: float, multiple: int) -> int:
 def hidden_information(context: Context, site: Site, examples: int) -> np.ndarray:
     """Diagonal Fisher information of each hidden unit: (units,), the mean over examples of the squared gradient of its gate."""
     total, seen = np.zeros(site.size), 0
-    with context.subject.evaluating():
-        for batch in context.batches(examples):
-            rows, device = len(batch["input_ids"]), batch["input_ids"].device
-            gate = torch.ones(rows, site.size, device=device, requires_grad=True)
-            with torch.enable_grad(), gated(context.model, context.anatomy, {site.id: gate}), quick_autocast(device):
-                output = context.model(**context.subject.feed(batch))
-                loss = context.task.loss(output, batch) * rows  # a sum, so that each row's gradient is its own
-            (gradient,) = torch.autograd.grad(loss, [gate])
-            total += gradient.double().square().sum(0).cpu().numpy()
-            seen += rows
+    for gradients in gate_gradients(context, [site], examples):
+        total += gradients[site.id].square().sum(0).numpy()
+        seen += len(gradients[site.id])
     return total / max(1, seen)
 
 

@@ -32,7 +32,7 @@ from slimformer.core.budget import strongest
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.gating import gated
-from slimformer.hooks.precision import quick_autocast
+from slimformer.methods._gradients import gate_gradients
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.rules import Count, Share
 
@@ -103,18 +103,10 @@ def gain(context: Context, sites: list[Site], examples: int) -> dict[str, np.nda
     """Mean over examples of |d loss / d gate| with all gates at 1: site -> (size,)."""
     total = {site.id: np.zeros(site.size) for site in sites}
     seen = 0
-    with context.subject.evaluating():
-        for batch in context.batches(examples):
-            rows, device = len(batch["input_ids"]), batch["input_ids"].device
-            gates = {site.id: torch.ones(rows, site.size, device=device, requires_grad=True) for site in sites}
-            with torch.enable_grad(), gated(context.model, context.anatomy, gates), quick_autocast(device):
-                output = context.model(**context.subject.feed(batch))
-                # a sum, so that each row's gradient is its own: that of all its text, if it writes one
-                loss = context.task.loss(output, batch) * context.task.terms(batch)
-            gradients = torch.autograd.grad(loss, list(gates.values()))
-            for name, gradient in zip(gates, gradients, strict=True):
-                total[name] += gradient.double().abs().sum(0).cpu().numpy()  # (units,)
-            seen += rows
+    for gradients in gate_gradients(context, sites, examples):
+        for name, gradient in gradients.items():
+            total[name] += gradient.abs().sum(0).numpy()  # (units,)
+        seen += len(next(iter(gradients.values()), ()))
     return {name: value / max(1, seen) for name, value in total.items()}
 
 

@@ -36,6 +36,7 @@ from slimformer.core.anatomy import Anatomy, Matrix
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision
 from slimformer.hooks.weights import expand, grid_of, masked_weights
+from slimformer.methods._ranking import highest
 from slimformer.methods._schedules import cubic_decay, updates_due
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Zeros
 from slimformer.rules import Count, Positive, ProperFraction, Rule, Share
@@ -260,15 +261,6 @@ class Pattern:
 
 
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """True at exactly `count` of the highest scores, the first of equal ones; scores and mask are flat."""
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    last = scores.kthvalue(len(scores) - count + 1).values
-    above, equal = scores > last, scores == last
-    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
 def woodbury(inverse: Tensor, gradients: Tensor, count: int) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from slimformer.core.plan import Decision
 from slimformer.hooks.weights import masked_weights
+from slimformer.methods._ranking import highest
 from slimformer.methods._schedules import updates_due
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Zeros
 from slimformer.rules import Count, Positive, ProperFraction, Share
@@ -144,12 +145,8 @@ def pushed(weight: Tensor, amount: Tensor) -> Tensor:
 
 def largest(weights: Sequence[Tensor], keep: float, *, whole: bool) -> list[Tensor]:
     """True at the share `keep` of largest absolute value, of each weight or of all together; the first of equal ones."""
-    parts = [torch.cat([weight.abs().flatten() for weight in weights])] if whole and weights else None
-    masks = []
-    for flat in parts or [weight.abs().flatten() for weight in weights]:
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[torch.argsort(flat, descending=True, stable=True)[: max(1, round(keep * len(flat)))]] = True
-        masks.append(mask)
-    if parts:
-        masks = list(masks[0].split([weight.numel() for weight in weights]))
+    flats = [weight.abs().flatten() for weight in weights]
+    parts = [torch.cat(flats)] if whole and flats else flats
+    opened = torch.cat([highest(part, max(1, round(keep * len(part)))) for part in parts]) if parts else torch.empty(0)
+    masks = opened.split([len(flat) for flat in flats])
     return [mask.view_as(weight) for mask, weight in zip(masks, weights, strict=True)]

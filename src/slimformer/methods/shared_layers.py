@@ -31,6 +31,7 @@ from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision
 from slimformer.errors import TargetError
 from slimformer.hooks.weights import changed_weights
+from slimformer.methods._depth import layers_of
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.rules import Count
 
@@ -70,9 +71,7 @@ class SharedLayers(Method):
 
     def groups_of(self, anatomy: Anatomy) -> list[list[int]]:
         """The layers that share, by place among the layers of all stacks; a layer of which nothing is left is in none."""
-        alive = sorted({site.layer for site in anatomy.of_kind(Kind.SUBLAYER)})
-        stacks = [[layer for layer in alive if anatomy.stack_of(layer) is stack] for stack in anatomy.stacks]
-        return [group for layers in stacks if layers for group in grouped_layers(layers, self.distinct, self.order)]
+        return [group for layers in layers_of(anatomy) for group in grouped_layers(layers, self.distinct, self.order)]
 
 
 # -- State ---------------------------------------------------------------------------------------------------------------------

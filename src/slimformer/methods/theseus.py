@@ -33,6 +33,7 @@ from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
 from slimformer.hooks.gating import gated
 from slimformer.hooks.weights import changed_weights
+from slimformer.methods._depth import depths, layers_of, leaving
 from slimformer.methods._schedules import linear_ramp
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.rules import Fraction, Share
@@ -140,17 +141,11 @@ def grouped(anatomy: Anatomy, cost: Cost, keep: float) -> list[list[int]]:
 
     Of several stacks each has its share of the groups, and one at least. TargetError if not even that fits.
     """
-    alive = sorted({site.layer for site in anatomy.of_kind(Kind.SUBLAYER)})
-    stacks = [[layer for layer in alive if anatomy.stack_of(layer) is stack] for stack in anatomy.stacks]
-    stacks = [layers for layers in stacks if layers]
-    most = max(map(len, stacks), default=0)
+    stacks = layers_of(anatomy)
     least = 1.0
-    for count in range(most, 0, -1):
-        groups = [
-            [int(layer) for layer in part]
-            for layers in stacks
-            for part in np.array_split(layers, max(1, round(count * len(layers) / most)))
-        ]
+    for left in depths([len(layers) for layers in stacks], decoder_first=False):
+        parts = [part for layers, count in zip(stacks, left, strict=True) for part in np.array_split(layers, count)]
+        groups = [[int(layer) for layer in part] for part in parts]
         least = cost.of(dropping(anatomy, groups), anatomy) / cost.dense
         if least <= keep:
             return groups
@@ -159,7 +154,7 @@ def grouped(anatomy: Anatomy, cost: Cost, keep: float) -> list[list[int]]:
 
 def dropping(anatomy: Anatomy, groups: Sequence[Sequence[int]]) -> Plan:
     """The plan by which only the first layer of each group stays."""
-    return Plan({site: () for group in groups for site in _sublayers(anatomy, group[1:])})
+    return leaving(anatomy, [group[0] for group in groups])
 
 
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from slimformer.core.plan import Plan
 from slimformer.data.material import Material
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Standing
-from slimformer.methods.layers import layers_of, leaving
+from slimformer.methods._depth import layers_of, leaving
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.exports import export_files, has_nncf, openvino_int8, teacher_turn
