@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from pages import Run, bullets, row_times, table, wrapped
 from sweep import AROUND, Job, main
+from tokenizers import Tokenizer
 from work import (
     DATA,
     EXPORT,
     ROOT,
-    SIMULATED,
+    Runner,
     as_trained,
     dense,
     folder_of,
@@ -39,18 +40,16 @@ from work import (
     plain_in,
     recipe_link,
     series,
+    simulated,
     still_to_run,
     write,
 )
 
-from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import RecipeError
 from slimformer.exporters.base import Variant
-from slimformer.families.base import subject_of
+from slimformer.families.base import Subject
 from slimformer.files import whole_folder, write_text
-from slimformer.hooks.points import quantized_points
-from slimformer.measuring.records import Record, Standing, today
-from slimformer.measuring.scoring import Entry, Scored, evaluate, paired_interval, resampled
+from slimformer.measuring.records import Record
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -60,14 +59,11 @@ from slimformer.methods.layers import Layers
 from slimformer.methods.movement import Movement
 from slimformer.methods.peaks import Peaks
 from slimformer.methods.quantization import Quantization
-from slimformer.reporting.ledger import LEDGER, append_record, read_records
 from slimformer.reporting.words import mb_text
 from slimformer.running.fresh import Fresh
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.runner import train_stages
-from slimformer.saving import checkpoint
-from slimformer.saving.folders import MODEL_FOLDER
-from slimformer.tasks.base import Split
+from slimformer.tasks.base import Task
 from slimformer.tasks.translation import Translation
 from slimformer.training.stage import Calibrate, Stage, Train
 
@@ -205,7 +201,7 @@ def _job(target: str, name: str, stages: Stages, forecast: float) -> Translating
         share=0.5,
         needs=start.folder,
         before=(lambda: _try(f"{target}/{name}")) if name.startswith("naive") else None,
-        more=simulated if quantized else None,
+        more=partial(simulated, runner=writing) if quantized else None,
         forecast=forecast,
     )
 
@@ -234,14 +230,8 @@ def _try(name: str) -> None:
         raise
 
 
-def simulated(job: Job) -> None:
-    """Adds a row for the model of a finished run as it was trained: in PyTorch, all that has a grid on it while it writes."""
-    folder = job.scratch / MODEL_FOLDER
-    subject, ranges = subject_of(checkpoint.load(folder)), checkpoint.load_ranges(folder)
-    assert ranges is not None, f"{folder} has no ranges"
-    task = cast(Translation, job.recipe.task.bind(subject.model.config))
-    tokenizer, examples = load_tokenizer(folder), task.split(Split.DEV)
-    features = task.encode(examples, tokenizer, min(task.max_length, max_length_of(folder)))
+def writing(subject: Subject, _: Task, tokenizer: Tokenizer) -> Runner:
+    """The texts that the model writes."""
 
     def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.as_tensor(batch[name]) for name in ("input_ids", "attention_mask")}
@@ -250,27 +240,7 @@ def simulated(job: Job) -> None:
         texts = tokenizer.decode_batch(rows.tolist(), skip_special_tokens=True)
         return {"text": np.asarray(texts, dtype=object)}
 
-    with subject.evaluating(), quantized_points(subject.model, subject.anatomy, ranges):
-        outputs = evaluate(runner, features, 64)
-    rows = read_records([job.scratch / LEDGER])
-    plain = next(row for row in rows if row.role == Standing.OURS and row.precision == Variant.FLOAT)
-    whole = next(row for row in rows if row.name == plain.baseline)
-    entry = Entry(SIMULATED, Standing.OTHER, "torch", cast(Any, None), task, features)  # nothing is timed
-    scored = Scored.of(entry, outputs, examples)
-    again = resampled(scored, examples)
-    nothing = {"file": "", "chosen": False, "timings": (), "speed": {}, "size_bytes": None, "forecast": None}
-    row = replace(
-        plain,
-        name=SIMULATED,
-        role=Standing.OTHER,
-        precision="torch",
-        scores=scored.scores,
-        resampled=tuple(round(float(value), 5) for value in again),
-        date=today(),
-        **cast(Any, nothing),
-    )
-    gap = paired_interval(whole.score - row.score, np.asarray(whole.resampled) - again)
-    append_record(job.scratch / LEDGER, replace(row, loss=gap.scaled(100)))
+    return runner
 
 
 # -- The page ------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from pages import Run, bullets, runs_of, table, wrapped
 from sweep import Job
+from tokenizers import Tokenizer
 
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.exporters.base import Variant
-from slimformer.families.base import subject_of
+from slimformer.families.base import Subject, subject_of
 from slimformer.hooks.points import quantized_points
 from slimformer.measuring.records import Interval, Record, Standing, today
 from slimformer.measuring.scoring import Entry, Scored, evaluate, paired_interval, resampled
@@ -29,7 +30,7 @@ from slimformer.reporting.words import count_text, interval_text, mb_text, signe
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.saving import checkpoint
 from slimformer.saving.folders import MODEL_FOLDER
-from slimformer.tasks.base import Split
+from slimformer.tasks.base import Split, Task
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
 from slimformer.training.stage import Train
@@ -98,22 +99,30 @@ def folder_of(job: Job) -> str:
     return str(job.scratch.relative_to(ROOT))
 
 
-def simulated(job: Job) -> None:
-    """Adds a row for the model of a finished run as it was trained: in PyTorch, with everything on its grid that has one."""
-    folder = job.scratch / MODEL_FOLDER
-    subject, ranges = subject_of(checkpoint.load(folder)), checkpoint.load_ranges(folder)
-    assert ranges is not None, f"{folder} has no ranges"
-    task = job.recipe.task.bind(subject.model.config)
-    examples = task.split(Split.DEV)
-    features = task.encode(examples, load_tokenizer(folder), min(task.max_length, max_length_of(folder)))
+Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def answering(subject: Subject, task: Task, _: Tokenizer) -> Runner:
+    """The task's outputs, by one pass of the model."""
 
     def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.no_grad():
             output = subject.model(**subject.feed(batch))
         return {name: output[name].float().numpy() for name in task.outputs}
 
+    return runner
+
+
+def simulated(job: Job, runner: Callable[[Subject, Task, Tokenizer], Runner] = answering) -> None:
+    """Adds a row for the model of a finished run as it was trained: in PyTorch, with everything on its grid that has one."""
+    folder = job.scratch / MODEL_FOLDER
+    subject, ranges = subject_of(checkpoint.load(folder)), checkpoint.load_ranges(folder)
+    assert ranges is not None, f"{folder} has no ranges"
+    task = job.recipe.task.bind(subject.model.config)
+    tokenizer, examples = load_tokenizer(folder), task.split(Split.DEV)
+    features = task.encode(examples, tokenizer, min(task.max_length, max_length_of(folder)))
     with subject.evaluating(), quantized_points(subject.model, subject.anatomy, ranges):
-        outputs = evaluate(runner, features, 64)
+        outputs = evaluate(runner(subject, task, tokenizer), features, 64)
     rows = read_records([job.scratch / LEDGER])
     plain = next(row for row in rows if row.role == Standing.OURS and row.precision == Variant.FLOAT)
     whole = next(row for row in rows if row.name == plain.baseline)
