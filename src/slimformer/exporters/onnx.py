@@ -7,8 +7,7 @@ behind if anything disagrees. docs/decisions/0002-onnx-graphs.md says which grap
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
@@ -18,12 +17,12 @@ from torch import nn
 
 from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Ranges, check_bits
-from slimformer.errors import ExportError, nearest
-from slimformer.exporters._onnx import calibrate, int8, mixed, parity, rewrite, trace
+from slimformer.errors import ExportError
+from slimformer.exporters._onnx import calibrate, int8, parity, rewrite, trace
+from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, smoothing_notes
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
     SEQ_FIRST,
-    Product,
     Unexpected,
     classifiers,
     lower_versions,
@@ -31,20 +30,18 @@ from slimformer.exporters._onnx.graph import (
     strip,
 )
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding, quantized_matrices
-from slimformer.exporters._onnx.noting import check_count, in_model, needed_runtime, zeros
+from slimformer.exporters._onnx.noting import check_count, needed_runtime, zeros
 from slimformer.exporters._onnx.rewrite import fused_attentions
 from slimformer.exporters._onnx.speaking import SpeakingDraft
 from slimformer.exporters._onnx.storing import ONE_FILE_BYTES, open_graph, open_model, save_graph, weights_name
 from slimformer.exporters.base import (
     FILES,
     PAIRS,
-    SEARCH_SECONDS,
     Arrays,
     Artifact,
     Draft,
     Exporter,
     FileKind,
-    MixedPrecision,
     Variant,
     files_of,
 )
@@ -56,12 +53,8 @@ from slimformer.quantizing.calibration import Calibration, check_calibration, ch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.core.anatomy import Point
 
 __all__ = ["Onnx", "fused_attentions", "needed_runtime", "quantized_matrices"]
-
-FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
-INT8 = {variant for variant, kind in FILES.items() if kind.int8}
 
 
 @final
@@ -146,8 +139,11 @@ class _FloatGraph:
     notes: tuple[str, ...]
 
 
-class OnnxDraft(Draft):
+class OnnxDraft(OnnxDrafting):
     """A traced model. Graphs in float are kept, because int8 files of one order of the axes begin with the same one."""
+
+    roles: ClassVar = (PointRole.MATRIX,)
+    mixed_name: ClassVar = "mixed.onnx"
 
     def __init__(
         self, options: Onnx, model: PreTrainedModel, batches: Sequence[Arrays], outputs: Sequence[str], ranges: Ranges | None
@@ -155,7 +151,6 @@ class OnnxDraft(Draft):
         self.options, self.batches, self.ranges = options, batches, ranges
         self.subject = subject_of(model)
         self._forms = trace.forms_in(model)
-        self._float_forms = [name for name, form in self._forms.items() if form.form.reads is None]
         linears = sum(isinstance(module, nn.Linear) for module in model.modules())
         self._factored = sum(len(form.form.products(form.shape)) for form in self._forms.values() if not form.table)
         self._matrices = linears + self._factored
@@ -163,11 +158,6 @@ class OnnxDraft(Draft):
             self.reference = [parity.run_model(self.subject, batch, outputs) for batch in batches]
             self._traced = trace.trace_model(self.subject, outputs)
         self._float_graphs: dict[tuple[bool, frozenset[str]], _FloatGraph] = {}
-
-    @property
-    def points(self) -> tuple[Point, ...]:
-        """Points whose matrices become int8 unless they are named in `floats`."""
-        return tuple(point for point in self.subject.anatomy.points.values() if point.role is PointRole.MATRIX)
 
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
         program, notes = self._graph(variant, floats, floats)
@@ -186,13 +176,7 @@ class OnnxDraft(Draft):
         if variant in INT8:
             rows = sum(len(next(iter(outputs.values()))) for outputs in reference)
             notes.append(f"{agreeing:.1%} of {rows} rows answer as before")
-            if self.ranges is not None and self.options.weight_bits < self.ranges.weight_bits:
-                notes.append(
-                    f"weights that were trained on {self.ranges.weight_bits} bits are rounded again, to {self.options.weight_bits}: "
-                    "the file is not the model that was trained"
-                )
-            if self._has_learned_ranges(variant):
-                notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
+            notes += self._int8_notes(variant, difference)
         notes += zeros(self.subject.model)
         notes.append(needed_runtime(program))
         if len(files_of(path)) > 1:
@@ -201,40 +185,11 @@ class OnnxDraft(Draft):
             )
         return Artifact(path, variant, sum(file.stat().st_size for file in files_of(path)), difference, tuple(notes))
 
-    def mix(
-        self,
-        loss: Callable[[Path], float],
-        allowed: float,
-        *,
-        tokens: int,
-        threads: int,
-        folder: Path,
-        seconds: float = SEARCH_SECONDS,
-    ) -> MixedPrecision:
-        file = folder / "mixed.onnx"
-
-        def loss_with(floats: Sequence[str]) -> float:
-            try:
-                self.write(file, Variant.INT8_FUSED, floats)
-            except ExportError:
-                return math.inf  # its outputs are no numbers
-            return loss(file)
-
-        def error_with(floats: Sequence[str]) -> float:
-            return self.error(Variant.INT8_FUSED, floats)
-
-        products = {point.id: mixed.products_at(self.subject.model, point.modules) for point in self.points}
-        speedups = dict(zip(products, mixed.int8_speedups(products.values(), tokens, threads, folder), strict=True))
-        return mixed.search_floats(speedups, error_with, loss_with, allowed, seconds=seconds)
-
     def error(self, variant: str, floats: Sequence[str] = ()) -> float:
         """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
         program, _ = self._graph(variant, floats, ())
         session = open_graph(program, self.options.one_file_bytes)
         return parity.squared_error(session, self.batches, self.subject.inputs, self.reference)
-
-    def _has_learned_ranges(self, variant: str) -> bool:
-        return self.ranges is not None and variant in (Variant.INT8_FUSED, Variant.INT8_STATIC)
 
     def _expected(self, variant: str, floats: Sequence[str]) -> Sequence[parity.GraphOutputs]:
         """What the file should give: the model's outputs, with activations on their grids if those were learned."""
@@ -246,10 +201,7 @@ class OnnxDraft(Draft):
 
     def _graph(self, variant: str, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:
         """The variant's graph, and what was counted. `rough`: points that smoothing leaves alone."""
-        unknown = sorted(set(floats) - {point.id for point in self.points})
-        if unknown:
-            known = [point.id for point in self.points]
-            raise ExportError(f"there is no matrix '{unknown[0]}' to leave in float.", help=nearest(unknown[0], known))
+        self._check_floats(floats)
         try:
             if variant in INT8:
                 start = self._float_graph(variant, rough)
@@ -305,37 +257,12 @@ class OnnxDraft(Draft):
                 left = self._weights_of(program.graph, rough)
                 smoothed = int8.smooth(program.graph, samples, self.options.weight_bits, left)
                 samples |= smoothed
-                notes.append(f"{len(smoothed)} inputs smoothed")
-                still = sum(sample.low.min() == sample.high.max() for sample in samples.values())
-                if still:
-                    notes.append(f"{still} inputs are constant on the calibration data, their ranges a guess")
+                notes += smoothing_notes(smoothed, samples)
             self._float_graphs[key] = _FloatGraph(program, samples, tuple(notes))
         return self._float_graphs[key]
 
     def _samples(self, program: onnx_ir.Model) -> dict[str, Sample]:
         return calibrate.samples(program, self.batches, self.subject.inputs, self.options.one_file_bytes)
-
-    def _weights_of(self, graph: onnx_ir.Graph, points: Sequence[str]) -> list[str]:
-        """Names of the weights that stay in float: of the products that read these points, and of forms without an integer product."""
-        return [
-            product.name
-            for product in products(graph)
-            if self._point(product) in points or self._form_of(product) in self._float_forms
-        ]
-
-    def _form_of(self, product: Product) -> str | None:
-        """The name of the module in another form that a product belongs to; None for a plain matrix."""
-        weight = in_model(product.name)
-        return next((name for name in self._forms if weight.startswith(f"{name}.")), None)
-
-    def _point(self, product: Product) -> str | None:
-        """The point at which a product reads."""
-        form = self._form_of(product)
-        if form is None:
-            reader = in_model(product.name).removesuffix(".weight")
-        else:
-            reader = f"{form}.{self._forms[form].form.reads}".removesuffix(".")
-        return next((point.id for point in self.points if reader in point.modules), None)
 
     def _quantize(self, program: onnx_ir.Model, variant: str, floats: Sequence[str], start: _FloatGraph) -> str:
         """Int8 for every product but the classifier and `floats`, and for the embeddings, in place; says how many."""

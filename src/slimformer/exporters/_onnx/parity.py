@@ -44,6 +44,17 @@ def run_graph(session: Any, names: Sequence[str], batch: Arrays, outputs: Sequen
     return dict(zip(outputs, session.run(list(outputs), fill_inputs(names, batch)), strict=True))
 
 
+def check_finite(reference: Sequence[GraphOutputs]) -> None:
+    """ModelError if the model's own outputs are not finite."""
+    for expected in reference:
+        strange = next((name for name, value in expected.items() if not np.isfinite(value).all()), None)
+        if strange is not None:
+            raise ModelError(
+                f"the model itself gives no finite '{strange}' (NaN or infinity) on real examples, before anything is exported.",
+                help="its weights are damaged or its training diverged: train it again with a lower learning rate, or copy it again.",
+            )
+
+
 def check_parity(
     session: Any,
     variant: str,
@@ -60,13 +71,7 @@ def check_parity(
     differs by more than `tolerance` of the largest output; or, with no tolerance, if the share of rows is below `agreement`.
     """
     outputs = list(reference[0])
-    for expected in reference:
-        strange = next((name for name in outputs if not np.isfinite(expected[name]).all()), None)
-        if strange is not None:
-            raise ModelError(
-                f"the model itself gives no finite '{strange}' (NaN or infinity) on real examples, before anything is exported.",
-                help="its weights are damaged or its training diverged: train it again with a lower learning rate, or copy it again.",
-            )
+    check_finite(reference)
     worst, worst_shape, agreeing, rows = 0.0, (0, 0), 0, 0
     top = max(float(np.abs(value).max()) for item in reference for value in item.values())
     pairs = list(zip(batches, reference, strict=True))

@@ -6,12 +6,11 @@ by its encoder. docs/decisions/0023-files-that-write.md says why it is one file 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -20,11 +19,12 @@ import torch
 from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Ranges
 from slimformer.decoding import decoder_beside
-from slimformer.errors import ExportError, ModelError, nearest
-from slimformer.exporters._onnx import calibrate, int8, mixed, parity
-from slimformer.exporters._onnx.graph import Editor, Product, Unexpected, constant_of, products, strip, turns
+from slimformer.errors import ExportError
+from slimformer.exporters._onnx import calibrate, int8, parity
+from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, Options, smoothing_notes
+from slimformer.exporters._onnx.graph import Editor, Unexpected, constant_of, products, strip, turns
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding
-from slimformer.exporters._onnx.noting import check_count, in_model, needed_runtime, zeros
+from slimformer.exporters._onnx.noting import check_count, needed_runtime, zeros
 from slimformer.exporters._onnx.pair import (
     CACHE_FLAG,
     ENCODED,
@@ -38,19 +38,16 @@ from slimformer.exporters._onnx.pair import (
     merge,
 )
 from slimformer.exporters._onnx.storing import open_graph, open_model, save_graph, weights_name
-from slimformer.exporters.base import FILES, SEARCH_SECONDS, Arrays, Artifact, Draft, MixedPrecision, Variant, files_of
+from slimformer.exporters.base import Arrays, Artifact, Variant, files_of
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
 from slimformer.hooks.points import quantized_inputs
-from slimformer.quantizing.calibration import TABLE_ROWS, Calibration
+from slimformer.quantizing.calibration import TABLE_ROWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slimformer.core.anatomy import Point
 
-_FUSED = {Variant.FUSED, Variant.INT8_DYNAMIC, Variant.INT8_FUSED}
-_INT8 = {variant for variant, kind in FILES.items() if kind.int8}
 READ_ONCE: tuple[GraphPart, ...] = ("encoder", "first")  # graphs that hold every matrix once
 _ROLES = (PointRole.MATRIX, PointRole.HEAD)  # of points that int8 products read
 _STEPS = 12  # tokens that the second branch is compared on, one by one,
@@ -59,23 +56,6 @@ _STEPPED = 3  # in so many batches: its cost is a run for each
 Said = Mapping[
     str, np.ndarray
 ]  # the model's outputs on a batch: HIDDEN (batch, source, hidden), "logits" (batch, target, words)
-
-
-class Options(Protocol):
-    """The fields of the exporter that are read here."""
-
-    @property
-    def weight_bits(self) -> int: ...
-    @property
-    def tolerance(self) -> float: ...
-    @property
-    def agreement(self) -> float: ...
-    @property
-    def calibration(self) -> Calibration: ...
-    @property
-    def percentile(self) -> float: ...
-    @property
-    def one_file_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -87,8 +67,11 @@ class _Graphs:
     notes: tuple[str, ...] = ()
 
 
-class SpeakingDraft(Draft):
+class SpeakingDraft(OnnxDrafting):
     """An encoder-decoder and its outputs on real batches, from which any variant is written."""
+
+    roles: ClassVar = _ROLES
+    mixed_name: ClassVar = "encoder_model_mixed.onnx"
 
     def __init__(self, options: Options, model: PreTrainedModel, batches: Sequence[Arrays], ranges: Ranges | None) -> None:
         self.options, self.ranges = options, ranges
@@ -96,15 +79,9 @@ class SpeakingDraft(Draft):
         self.batches = [_inputs(batch) for batch in batches]
         self.subject.family.surroundings(model)
         self._forms = forms_of(model)
-        self._float_forms = [name for name, form in self._forms.items() if form.form.reads is None]
         with self.subject.evaluating():
             self.reference = [self._said(batch) for batch in self.batches]
         self._written: dict[tuple[bool, frozenset[str]], _Graphs] = {}
-
-    @property
-    def points(self) -> tuple[Point, ...]:
-        """Points whose matrices become int8 unless they are named in `floats`: the last matrix too."""
-        return tuple(point for point in self.subject.anatomy.points.values() if point.role in _ROLES)
 
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
         encoder, decoder, notes = self._files(variant, floats, floats)
@@ -118,47 +95,15 @@ class SpeakingDraft(Draft):
             save_graph(encoder, part, self.options.one_file_bytes)
             save_graph(decoder, decoder_beside(part), self.options.one_file_bytes)
             sessions = open_model(part), open_model(decoder_beside(part))
-            tolerance = None if variant in _INT8 else self.options.tolerance
+            tolerance = None if variant in INT8 else self.options.tolerance
             difference, agreeing, tokens = self._check(sessions, variant, reference, tolerance)
-        if variant in _INT8:
+        if variant in INT8:
             notes.append(f"{agreeing:.1%} of {tokens} tokens are as before")
-            if self.ranges is not None and self.options.weight_bits < self.ranges.weight_bits:
-                notes.append(
-                    f"weights that were trained on {self.ranges.weight_bits} bits are rounded again, to {self.options.weight_bits}: "
-                    "the file is not the model that was trained"
-                )
-            if self._has_learned_ranges(variant):
-                notes.append(f"differs from the model with fake quantization by {difference:.2g} at most")
+            notes += self._int8_notes(variant, difference)
         notes += [*zeros(self.subject.model), needed_runtime(decoder)]
         if weights_name(beside.name) in {file.name for file in files_of(path)}:
             notes.append("a protobuf file ends at 2 GB: weights lie in files beside these, which belong to them")
         return Artifact(path, variant, sum(file.stat().st_size for file in files_of(path)), difference, tuple(notes))
-
-    def mix(
-        self,
-        loss: Callable[[Path], float],
-        allowed: float,
-        *,
-        tokens: int,
-        threads: int,
-        folder: Path,
-        seconds: float = SEARCH_SECONDS,
-    ) -> MixedPrecision:
-        file = folder / "encoder_model_mixed.onnx"
-
-        def loss_with(floats: Sequence[str]) -> float:
-            try:
-                self.write(file, Variant.INT8_FUSED, floats)
-            except ExportError:
-                return math.inf  # its outputs are no numbers
-            return loss(file)
-
-        def error_with(floats: Sequence[str]) -> float:
-            return self.error(Variant.INT8_FUSED, floats)
-
-        read = {point.id: mixed.products_at(self.subject.model, point.modules) for point in self.points}
-        speedups = dict(zip(read, mixed.int8_speedups(read.values(), tokens, threads, folder), strict=True))
-        return mixed.search_floats(speedups, error_with, loss_with, allowed, seconds=seconds)
 
     def error(self, variant: str, floats: Sequence[str] = ()) -> float:
         """Squared error of an int8 variant's scores on the batches, as a share of their square; writes no file."""
@@ -187,9 +132,6 @@ class SpeakingDraft(Draft):
         named = {HIDDEN: output.encoder_last_hidden_state, "logits": output.logits}
         return {name: value.float().cpu().numpy() for name, value in named.items()}
 
-    def _has_learned_ranges(self, variant: str) -> bool:
-        return self.ranges is not None and variant in (Variant.INT8_FUSED, Variant.INT8_STATIC)
-
     def _expected(self, variant: str, floats: Sequence[str]) -> Sequence[Said]:
         """What the files should give: the model's outputs, with activations on their grids if those were learned."""
         if self.ranges is None or not self._has_learned_ranges(variant):
@@ -201,19 +143,16 @@ class SpeakingDraft(Draft):
 
     def _files(self, variant: str, floats: Sequence[str], rough: Sequence[str]) -> tuple[ir.Model, ir.Model, list[str]]:
         """The encoder's graph, the decoder's, and what was counted. `rough`: points that smoothing leaves alone."""
-        known = [point.id for point in self.points]
-        unknown = sorted(set(floats) - set(known))
-        if unknown:
-            raise ExportError(f"there is no matrix '{unknown[0]}' to leave in float.", help=nearest(unknown[0], known))
+        self._check_floats(floats)
         try:
-            if variant in _INT8:
-                start = self._float_graphs(variant in _FUSED, rough)
+            if variant in INT8:
+                start = self._float_graphs(variant in FUSED, rough)
                 parts = {part: program.clone() for part, program in start.parts.items()}
                 notes = [*start.notes, self._quantize(parts, variant, floats, start.samples)]
                 if floats:
                     notes.append(f"in float: {', '.join(floats)}")
             else:
-                parts, notes = self._parts(variant in _FUSED), []
+                parts, notes = self._parts(variant in FUSED), []
         except Unexpected as reason:
             raise ExportError(f"the graph is not as expected: {reason}.", help=parity.REPORT) from None
         for program in parts.values():
@@ -224,7 +163,7 @@ class SpeakingDraft(Draft):
         empty = {name: (_whole(shape[1]), _whole(shape[3])) for name, shape in sizes.items()}
         decoder = merge(parts["first"], parts["next"], empty)
         attentions = len(self.subject.anatomy.attentions)
-        how = "fused" if variant in _FUSED else "in standard operators"
+        how = "fused" if variant in FUSED else "in standard operators"
         return parts["encoder"], decoder, [f"{attentions} of {attentions} attentions {how}", *notes]
 
     def _parts(self, fused: bool) -> dict[GraphPart, ir.Model]:
@@ -240,7 +179,7 @@ class SpeakingDraft(Draft):
         if key not in self._written:
             parts = self._parts(fused)
             samples: dict[str, Sample] = {}
-            notes = []
+            notes: list[str] = []
             if self.ranges is None:
                 samples = self._samples(parts)
                 smoothed: dict[str, Sample] = {}
@@ -249,10 +188,7 @@ class SpeakingDraft(Draft):
                     with _inside(program.graph):
                         smoothed |= int8.smooth(program.graph, samples, self.options.weight_bits, left)
                 samples |= smoothed
-                notes.append(f"{len(smoothed)} inputs smoothed")
-                still = sum(sample.low.min() == sample.high.max() for sample in samples.values())
-                if still:
-                    notes.append(f"{still} inputs are constant on the calibration data, their ranges a guess")
+                notes += smoothing_notes(smoothed, samples)
             self._written[key] = _Graphs(parts, samples, tuple(notes))
         return self._written[key]
 
@@ -285,27 +221,6 @@ class SpeakingDraft(Draft):
 
         return calibrate.gather(self.batches, run)
 
-    def _weights_of(self, graph: ir.Graph, points: Sequence[str]) -> list[str]:
-        """Names of the weights that stay in float: of the products that read these points, and of forms without an integer product."""
-        return [
-            product.name
-            for product in products(graph)
-            if self._point(product) in points or self._form_of(product) in self._float_forms
-        ]
-
-    def _form_of(self, product: Product) -> str | None:
-        weight = in_model(product.name)
-        return next((name for name in self._forms if weight.startswith(f"{name}.")), None)
-
-    def _point(self, product: Product) -> str | None:
-        """The point at which a product reads."""
-        form = self._form_of(product)
-        if form is None:
-            reader = in_model(product.name).removesuffix(".weight")
-        else:
-            reader = f"{form}.{self._forms[form].form.reads}".removesuffix(".")
-        return next((point.id for point in self.points if reader in point.modules), None)
-
     def _quantize(
         self, parts: Mapping[GraphPart, ir.Model], variant: str, floats: Sequence[str], samples: Mapping[str, Sample]
     ) -> str:
@@ -332,7 +247,7 @@ class SpeakingDraft(Draft):
                     if variant == Variant.INT8_DYNAMIC:
                         count += int8.int8_dynamic(graph, some, others.union(left))
                     else:
-                        count += int8.int8_static(graph, codings, some, variant in _FUSED, others.union(left))
+                        count += int8.int8_static(graph, codings, some, variant in FUSED, others.union(left))
                 check_count("int8 matrices", count, expected)
                 counts[part] = (count, every)
                 if table_bits is not None:
@@ -386,13 +301,7 @@ class SpeakingDraft(Draft):
 
         ModelError if the model's own outputs are not finite, ExportError if the files do not give them, as for encoders.
         """
-        for expected in reference:
-            strange = next((name for name, value in expected.items() if not np.isfinite(value).all()), None)
-            if strange is not None:
-                raise ModelError(
-                    f"the model itself gives no finite '{strange}' (NaN or infinity) on real examples, before anything is exported.",
-                    help="its weights are damaged or its training diverged: train it again with a lower learning rate, or copy it again.",
-                )
+        parity.check_finite(reference)
         top = max(float(np.abs(item["logits"]).max()) for item in reference)
         worst, where, agreeing, tokens = 0.0, "", 0, 0
         for number, (batch, expected) in enumerate(zip(self.batches, reference, strict=True)):
