@@ -204,12 +204,9 @@ def _cut_pieces(model: PreTrainedModel, site: Site, keep: tuple[int, ...]) -> No
             rows = old.index_select(piece.dim, torch.tensor(keep, dtype=torch.long, device=old.device))
             cut[id(old)] = nn.Parameter(rows, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else rows
         setattr(module, name, cut[id(old)])
-        if isinstance(module, nn.Embedding):
-            module.num_embeddings = len(keep)
-            if module.padding_idx is not None:
-                module.padding_idx = keep.index(module.padding_idx) if module.padding_idx in keep else None
-        elif isinstance(module, nn.Linear) and name == "weight":
-            module.out_features = len(keep)
+        _note_shape(module)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.padding_idx = keep.index(module.padding_idx) if module.padding_idx in keep else None
 
 
 def _holders(model: nn.Module, parameter: str, value: Tensor) -> list[tuple[nn.Module, str]]:
