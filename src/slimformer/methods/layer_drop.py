@@ -10,7 +10,7 @@ authors also try. Sublayers may drop apart (`units`), as their ablation does. A 
 so training is not faster.
 
 Choose when: you want several depths of one model, or do not know the depth yet: a stage with it, then `layers` once for each
-depth. For one known depth, `layers` first and training after it has always been the better use of the same steps here.
+depth. For one known depth compare it with `layers` first and training after it, for as many steps.
 
 Cost: nothing to speak of.
 """

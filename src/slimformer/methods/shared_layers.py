@@ -7,7 +7,7 @@ Idea: Layers are put into groups, and each group has the weights of its first la
 model computes as many layers as before, and has the numbers of a few.
 
 Differs: ALBERT is trained so from scratch, and shares all layers; here a model that came trained shares from one step to the next,
-and distillation is to repair it. Norms are shared with the rest. ALBERT's factorised embedding is a form of its own (`low_rank`).
+and distillation is to repair it. Norms are shared with the rest. ALBERT's factorised embedding is left out.
 
 Choose when: bytes count, and milliseconds do not: an ONNX file holds equal matrices once, and computes no faster. Fewer layers are
 faster too: compare `layers` at the same number of weights.
