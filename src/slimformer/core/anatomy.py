@@ -434,7 +434,20 @@ class Anatomy:
         return {site.id for site in self.of_kind(Kind.SUBLAYER) if plan.keep.get(site.id) == ()}
 
     def inside(self, sublayers: Iterable[str]) -> tuple[str, ...]:
-        """What the names of all parameters in these sublayers begin with: the modules that go with them, each with a dot."""
+        """What the names of all parameters in some sublayers begin with.
+
+        Args:
+            sublayers: Ids of SUBLAYER sites.
+
+        Returns:
+            The modules that go with them, each with a dot behind it.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy_of(tiny("bert")).inside(["encoder.0.attention"])
+            ('bert.encoder.layer.0.attention.',)
+        """
         return tuple(f"{skip.module}." for name in sublayers for skip in self.sites[name].skips)
 
     def factored(self, site: Site) -> tuple[Matrix, ...]:
