@@ -39,10 +39,10 @@ kernels-check: $(VENV)/.installed
 endif
 
 test: install
-	$(PYTHON) -m pytest -n auto
+	$(PYTHON) -m pytest -n auto --dist loadgroup
 
 fast: install
-	$(PYTHON) -m pytest -n auto -m 'not slow'
+	$(PYTHON) -m pytest -n auto --dist loadgroup -m 'not slow'
 
 check: install
 	$(VENV)/bin/ruff check

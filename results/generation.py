@@ -49,7 +49,7 @@ from slimformer.errors import RecipeError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import Subject
 from slimformer.files import whole_folder, write_text
-from slimformer.measuring.records import Record
+from slimformer.measuring.records import Record, Standing
 from slimformer.methods.base import Method
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
@@ -70,7 +70,7 @@ from slimformer.training.stage import Calibrate, Stage, Train
 TABLE = "generation"
 COMMAND = "python results/generation.py"
 PAIRS = {"de": "English to German", "fr": "English to French"}
-BENCH = Bench(rivals=("teacher-int8",), seconds=8.0)
+BENCH = Bench(rivals=("teacher-int8", "ctranslate2-int8"), seconds=8.0)
 SIZES: dict[str, Any] = {
     "d_model": 192,
     "encoder_layers": 4,
@@ -252,8 +252,14 @@ READING = (
     "**Points** are those of BLEU, lost against the dense model in fp32, with the 95 % interval of the paired bootstrap.",
     "**as trained**: the model with everything on its grid that was trained so, simulated in PyTorch while it writes. Files compute "
     "products of matrices in integers, and the rest in float.",
-    "**×** is times as fast as the dense model in fp32, both in ONNX Runtime, in texts written to their end.",
+    "**×** is times as fast as the dense model in fp32, both in ONNX Runtime, in texts written to their end. Files that share a run were timed in turn; **texts a second** tell of the machine too, and so are "
+    "to be compared within a run alone.",
 )
+BESIDE: dict[str, str] = {
+    Standing.TEACHER_FP32: "dense, fp32",
+    Standing.TEACHER_INT8: "dense, int8",
+    Standing.CTRANSLATE2_INT8: "dense, CTranslate2 int8",
+}
 ROWS = {
     "quantization": "Prato et al.: every operation on a grid of so many bits, trained for 3 passes on the data's texts. In the paper 8 "
     "bits score 26.38 against 26.46 on WMT14 English-German, 6 bits 26.98, 4 bits 18.32.",
@@ -335,7 +341,38 @@ def _pair(target: str, title: str, groups: Mapping[str, list[Run]]) -> list[str]
         "MB",
         "minutes",
     )
-    return [f"## {title}", "", *(table(head, rows) if rows else ["Not run yet."]), ""]
+    return [f"## {title}", "", *(table(head, rows) if rows else ["Not run yet."]), "", *_speeds(target, groups)]
+
+
+def _speeds(target: str, groups: Mapping[str, list[Run]]) -> list[str]:
+    """Texts a second and their waits, each run's file beside the dense ones of the same comparison."""
+    rows = []
+    for name in ("teacher", "quantization-8", "small", "shallow", "narrow"):
+        for run in groups.get(f"{target}/{name}", [])[:1]:
+            ours = _integers(run)
+            beside = [record for role in BESIDE for record in run.records if record.role == role]
+            for record in (*beside, *([ours] if ours else [])):
+                told = {(timing.batch_size, timing.beams): timing for timing in record.timings}
+                rows.append(
+                    (
+                        recipe_link(TABLE, f"{target}/{name}") if record is beside[0] else "",
+                        BESIDE.get(record.role, "our int8 file"),
+                        f"{100 * record.score:.2f}",
+                        *(f"{timing.per_second:.0f}" if (timing := told.get((32, beams))) else "" for beams in (5, 1)),
+                        *(
+                            f"{timing.p50_ms:.0f} / {timing.p95_ms:.0f}" if (timing := told.get((1, beams))) else ""
+                            for beams in (5, 1)
+                        ),
+                        row_times(record, 32),
+                        row_times(record, 1),
+                        mb_text(record.size_bytes),
+                    )
+                )
+    head = (
+        *("run", "file", "BLEU", "texts a second, batch 32, 5 beams", "1 beam"),
+        *("ms, batch 1, 5 beams, p50 / p95", "1 beam", "× batch 32", "× batch 1", "MB"),
+    )
+    return [*table(head, rows), ""] if rows else []
 
 
 def _integers(run: Run) -> Record | None:

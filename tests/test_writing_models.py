@@ -31,10 +31,11 @@ from slimformer.reporting.sections import section_of
 from slimformer.running.candidate import teacher_candidate
 from slimformer.running.preflight import preflight
 from slimformer.running.reader import parse_recipe, read_recipe
+from slimformer.runtimes.ctranslate2 import CTranslate2
 from slimformer.saving import checkpoint
 from slimformer.tasks.translation import Translation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("a Marian that is compressed")]
 
 OPTIONS = ("--data", "data", "--speedup", "1.5", "--max-loss", "100", "--epochs", "1", "--tries", "1", "--threads", "1")
 DELIVERED = {
@@ -67,6 +68,7 @@ def done(home: Path) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
+        patch.setattr("slimformer.running.recipe.RIVALS", ("teacher-int8", "small-dense", "ctranslate2-int8"))
         patch.setattr("slimformer.running.search.teacher_candidate", never_fast)
         patch.setattr("slimformer.measuring.latency.SECONDS", 0.5)
         patch.setattr("slimformer.running.search.PROBE_SECONDS", 0.5)
@@ -104,7 +106,8 @@ def test_the_rows_hold_bleu_on_two_beams_and_one_with_times_of_both(done: Simple
         assert row.times_faster(32) == row.speed["batch 32, sorted by length"]
         assert all(timing.per_second > 0 for timing in row.timings)
         assert len(row.resampled) == 500
-    assert {row.role for row in done.records} == {"teacher-fp32", "teacher-int8", "small-dense", "ours"}
+    there = {"ctranslate2-int8"} if CTranslate2().available() else set()
+    assert {row.role for row in done.records} == {"teacher-fp32", "teacher-int8", "small-dense", "ours", *there}
     small = next(row for row in done.records if row.role == Standing.SMALL_DENSE)
     assert re.fullmatch(r"\d \+ \d dense layers? int8", small.name)
     assert all(row.loss is not None for row in done.records[1:])

@@ -22,7 +22,18 @@ FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "i8mm"),
 )
-PACKAGES = ("slimformer", "numpy", "onnxruntime", "openvino", "nncf", "onnx", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "slimformer",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "ctranslate2",
+    "onnx",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

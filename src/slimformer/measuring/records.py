@@ -24,6 +24,7 @@ class Standing(StrEnum):
     TEACHER_FP32 = "teacher-fp32"  # the baseline of every ratio
     TEACHER_INT8 = "teacher-int8"
     OPENVINO_INT8 = "openvino-int8"
+    CTRANSLATE2_INT8 = "ctranslate2-int8"  # of models that write
     SMALL_DENSE = "small-dense"  # of fewer whole layers, trained as ours was
     CUT = "cut"  # the model that was cut inside its layers, if the smaller dense one is delivered
     OURS = "ours"
@@ -32,7 +33,7 @@ class Standing(StrEnum):
     @property
     def is_rival(self) -> bool:
         """Whether ours has to beat such a row."""
-        return self in (Standing.TEACHER_INT8, Standing.OPENVINO_INT8, Standing.SMALL_DENSE, Standing.CUT)
+        return self not in (Standing.TEACHER_FP32, Standing.OURS, Standing.OTHER)
 
 
 @dataclass(frozen=True)

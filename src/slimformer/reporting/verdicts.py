@@ -17,6 +17,7 @@ from slimformer.reporting.words import MEGABYTE, interval_text, lost_text, point
 RIVAL_WORDS = {
     Standing.TEACHER_INT8: "the teacher in ONNX Runtime dynamic int8",
     Standing.OPENVINO_INT8: "the teacher in OpenVINO int8",
+    Standing.CTRANSLATE2_INT8: "the teacher in CTranslate2 int8",
     Standing.SMALL_DENSE: "a smaller dense model distilled with the same budget",
     Standing.CUT: "the model that was cut inside its layers, distilled with the same budget",
 }

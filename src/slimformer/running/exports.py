@@ -26,6 +26,7 @@ from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.measuring.beside import make_readable
 from slimformer.running.bundle import Bundle, Run
+from slimformer.runtimes.ctranslate2 import TRANSLATOR_FILE, ctranslate2_file
 from slimformer.runtimes.openvino import nncf_int8
 from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Split
@@ -123,3 +124,14 @@ def openvino_int8(path: Path, subject: Subject, material: Material, folder: Path
         rows = [int(row) for row in np.linspace(0, len(features) - 1, min(300, len(features)))]
         nncf_int8(path, [collate(features, [row], subject.inputs) for row in rows], folder)
     return made
+
+
+def has_ctranslate2() -> bool:
+    """Whether CTranslate2 can be measured here."""
+    return find_spec("ctranslate2") is not None
+
+
+def ctranslate2_int8(subject: Subject, home: Path) -> Path:
+    """CTranslate2's int8 file of a model that writes and is not cut, beside its other files in `home`; made once."""
+    made = home / "ctranslate2" / TRANSLATOR_FILE
+    return made if made.is_file() else ctranslate2_file(subject.model, home, made.parent)

@@ -34,8 +34,8 @@ from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, TrimVo
 if TYPE_CHECKING:
     from slimformer.exporters.base import Exporter
 
-RivalName = Literal["teacher-int8", "small-dense", "openvino-int8"]
-RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8")
+RivalName = Literal["teacher-int8", "small-dense", "openvino-int8", "ctranslate2-int8"]
+RIVALS: tuple[RivalName, ...] = ("teacher-int8", "small-dense", "openvino-int8", "ctranslate2-int8")
 Rivals = Annotated[tuple[RivalName, ...], some_of(*RIVALS, none=True)]
 
 
@@ -119,8 +119,8 @@ class Bench:
     """The baselines to measure, and the time for each of the two workloads.
 
     Attributes:
-        rivals: The baselines to measure: "teacher-int8", "small-dense", "openvino-int8" (only if OpenVINO is installed). The teacher
-            in fp32 is always measured.
+        rivals: The baselines to measure: "teacher-int8", "small-dense", "openvino-int8" (only if OpenVINO is installed),
+            "ctranslate2-int8" (only if CTranslate2 is installed and the model writes). The teacher in fp32 is always measured.
         seconds: The time for each workload (batch 1 and batch 32), in seconds.
         openvino: Our own files of standard operators are measured in OpenVINO too.
         fused: Our model in fp32 is measured with fused operators too, as the teacher's fp32 file is. It shows the effect of the cut

@@ -17,10 +17,11 @@ from slimformer.measuring.records import Standing
 from slimformer.methods._depth import layers_of, leaving
 from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Made, Run
-from slimformer.running.exports import export_files, has_nncf, openvino_int8, teacher_turn
+from slimformer.running.exports import ctranslate2_int8, export_files, has_ctranslate2, has_nncf, openvino_int8, teacher_turn
 from slimformer.running.facts import facts_of
 from slimformer.running.stages import advance
 from slimformer.running.trials import Judge
+from slimformer.runtimes.ctranslate2 import convertible
 from slimformer.tasks.base import Split
 from slimformer.training.stage import Calibrate, Stage, Train
 
@@ -61,6 +62,12 @@ def rivals_of(made: Made, stages: Sequence[Stage], wanted: Sequence[str], judge:
             path = openvino_int8(teacher[Variant.FLOAT], uncut.teacher, uncut.material, home / "openvino")
         name, variant = f"{whole} OpenVINO int8", Variant.INT8_STATIC
         rivals.append(Contestant(name, Standing.OPENVINO_INT8, path, variant, "openvino", facts))
+    if "ctranslate2-int8" in wanted and has_ctranslate2() and whole == "dense" and convertible(uncut.teacher.model):
+        home = teacher[Variant.FUSED].parent
+        with teacher_turn(home, run):
+            path = ctranslate2_int8(uncut.teacher, home)
+        name, variant = f"{whole} CTranslate2 int8", Variant.INT8_DYNAMIC
+        rivals.append(Contestant(name, Standing.CTRANSLATE2_INT8, path, variant, "ctranslate2", facts))
     # with zeros alone our model is as large as the teacher
     smaller = any(stage.cuts for stage in stages) and bundle.plan != bundle.teacher_plan and not drops_layers(stages)
     if "small-dense" in wanted and smaller:

@@ -20,11 +20,13 @@ Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # inputs i
 class Runtime(ABC):
     """Final frozen dataclasses that import their engine only when they run, so that a lean installation can list them.
 
-    `extra`: the extra of slimformer that installs the engine; `packages`: what `snippet` needs.
+    `extra`: the extra of slimformer that installs the engine; `packages`: what `snippet` needs; `foreign`: it runs files that no
+    exporter writes, of a rival.
     """
 
     extra: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("slimformer",)
+    foreign: ClassVar[bool] = False
 
     @abstractmethod
     def available(self) -> bool:
