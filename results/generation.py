@@ -252,8 +252,8 @@ READING = (
     "**Points** are those of BLEU, lost against the dense model in fp32, with the 95 % interval of the paired bootstrap.",
     "**as trained**: the model with everything on its grid that was trained so, simulated in PyTorch while it writes. Files compute "
     "products of matrices in integers, and the rest in float.",
-    "**×** is times as fast as the dense model in fp32, both in ONNX Runtime, in texts written to their end. Files that share a run were timed in turn; **texts a second** tell of the machine too, and so are "
-    "to be compared within a run alone.",
+    "**×** is times as fast as the dense model in fp32, both in ONNX Runtime, in texts written to their end. Files that share a run "
+    "were timed in turn; **texts a second** tell of the machine too, and are to be compared within a run alone.",
 )
 BESIDE: dict[str, str] = {
     Standing.TEACHER_FP32: "dense, fp32",
