@@ -116,6 +116,8 @@ def test_the_rows_hold_bleu_on_two_beams_and_one_with_times_of_both(done: Simple
     assert all(re.fullmatch(r"[\d.]+ / [\d.]+", row[-1]) for row in section.written)
     page = (done.out / "report.html").read_text(encoding="utf-8")
     assert "Texts a second" in page
+    assert "Not measured" not in page
+
     assert "Targets(" not in page
 
 

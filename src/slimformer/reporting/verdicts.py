@@ -271,12 +271,14 @@ def against(ours: Record, records: Sequence[Record]) -> list[Verdict]:
     Qualities count as equal if the 95 % interval of their paired difference holds zero, speeds if the `likely` ratio of the two holds 1.
     """
     verdicts, run = [], [record for record in records if record.run == ours.run]
-    other = (
-        Standing.SMALL_DENSE if any(record.role == Standing.CUT for record in run) else Standing.CUT
-    )  # ours is one of the two
+    writes = any(timing.beams is not None for record in run for timing in record.timings)
+    other = {
+        Standing.SMALL_DENSE if any(record.role == Standing.CUT for record in run) else Standing.CUT,  # ours is one of the two
+        Standing.OPENVINO_INT8 if writes else Standing.CTRANSLATE2_INT8,  # it runs no such models
+    }
     for standing, words in RIVAL_WORDS.items():
         rivals = {record.name: record for record in run if record.role == standing}
-        if not rivals and standing != other:
+        if not rivals and standing not in other:
             verdicts.append(Verdict(None, f"Not measured: {words}."))
         verdicts.extend(_duel(ours, rival, f"{words} ({rival.name})", records) for rival in rivals.values())
     return verdicts
