@@ -17,6 +17,7 @@ import generation
 import numerics
 import published
 import structured
+import survey
 from pages import HOME, METHODS, Run, bullets, interval, row_times, runs_of, safe, spread, table, wrapped
 
 from slimformer.measuring.records import Record, Standing
@@ -249,6 +250,7 @@ def main(arguments: Sequence[str]) -> int:
         **numerics.pages(),
         **published.pages(),
         **generation.pages(),
+        **survey.pages(),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

@@ -1,0 +1,345 @@
+"""Every branch of the survey by Ganesh et al. side by side: the jobs behind docs/methods/survey.md, and the page itself.
+
+    python results/survey.py --plan           # the jobs, which of them are done, how many hours
+    python results/survey.py --only mrpc/     # run them; stop and start at will
+    python results/survey.py --draw           # only draw the page from the rows that stand
+
+One encoder, one teacher for each task, as many passes over the rows for each method, one machine: what the survey's own table lacks.
+A branch has one row first, and then its ablations; MRPC comes before SST-2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pages import Run, bullets, row_times, table, wrapped
+from sweep import Job, main
+from work import (
+    DISTIL,
+    ENCODERS,
+    EXPORT,
+    ROOT,
+    SST2_TEACHER,
+    dense,
+    folder_of,
+    found_in,
+    glue,
+    interval_of,
+    left,
+    lost,
+    minutes,
+    ours_in,
+    plain_in,
+    series,
+    still_to_run,
+    teacher,
+    write,
+)
+
+from slimformer.exporters.base import Variant
+from slimformer.measuring.records import Record
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.fisher import Fisher
+from slimformer.methods.gates import Gates
+from slimformer.methods.hidden_width import HiddenWidth
+from slimformer.methods.keep_zeros import KeepZeros
+from slimformer.methods.knowledge_sparse import KnowledgeSparse
+from slimformer.methods.kronecker import KroneckerFactors
+from slimformer.methods.layer_drop import LayerDrop
+from slimformer.methods.layers import Layers
+from slimformer.methods.movement import Movement
+from slimformer.methods.quantization import Quantization
+from slimformer.methods.reweighted_proximal import ReweightedProximal
+from slimformer.methods.shared_layers import SharedLayers
+from slimformer.methods.theseus import Theseus
+from slimformer.methods.weight_squeezing import WeightSqueezing
+from slimformer.reporting.words import mb_text
+from slimformer.running.recipe import Bench, Recipe
+from slimformer.training.stage import Calibrate, Stage, Train, TrimVocabulary
+
+TABLE = "survey"
+COMMAND = "python results/survey.py"
+BENCH = Bench(rivals=("teacher-int8",), seconds=6.0, fused=True)
+TASKS = ("mrpc", "sst2")
+PASSES = {"mrpc": 8.0, "sst2": 3.0}  # over the rows, all stages together
+SUMS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)  # as sparse and factored students learn best
+HALF = 0.5 + 1e-9
+Stages = tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's row: its branch, what the survey or the paper claims of it, and its stages for a number of passes."""
+
+    branch: str
+    name: str
+    claim: str
+    stages: Callable[[float], Stages]
+    share: float = 1.0  # of the cost that is left after the first cut
+    ablation: bool = False
+
+
+def learnt(passes: float, *methods: Any, **changes: Any) -> Train:
+    """Distillation beside some methods, as every cut student has it."""
+    return replace(DISTIL, methods=(*methods, *DISTIL.methods), epochs=passes, **changes)
+
+
+def closely(passes: float, *methods: Any, **changes: Any) -> Train:
+    """The same by hidden states and attention scores of all layers, at a higher rate: for students as deep as their teacher."""
+    return replace(DISTIL, methods=(*methods, SUMS), epochs=passes, lr=8e-4, task_weight=0.0, **changes)
+
+
+def shallow(passes: float, loss: Distillation) -> Stages:
+    """Half of the layers, with one way to distil."""
+    return (Calibrate(Layers(keep=HALF, which="even")), replace(DISTIL, methods=(loss,), epochs=passes))
+
+
+def theseus(passes: float) -> Stages:
+    """Replacing, then fine-tuning, as in the paper: without a teacher's answers."""
+    return (
+        Train(methods=(Theseus(keep=HALF),), lr=1.6e-4, epochs=passes * 5 / 8),
+        Train(lr=8e-5, epochs=passes * 3 / 8),
+    )
+
+
+def proximal(passes: float) -> Stages:
+    """The penalty, then the weights that are left."""
+    return (
+        Train(methods=(ReweightedProximal(keep=0.1),), lr=1.6e-4, epochs=passes * 3 / 4),
+        Train(methods=(KeepZeros(),), lr=8e-5, epochs=passes / 4),
+    )
+
+
+def dropped(passes: float) -> Stages:
+    """Structured dropout while it is tuned, then half of the layers without any training."""
+    return (Train(methods=(LayerDrop(rate=0.5),), lr=8e-5, epochs=passes), Calibrate(Layers(keep=HALF, which="even")))
+
+
+ROWS = (
+    Row(
+        "quantization",
+        "q8bert",
+        "Q8BERT: a quarter of the bytes, at most 1 % relative lost on GLUE",
+        lambda passes: (Train(methods=(Quantization(),), lr=4e-5, epochs=min(2.0, passes), dropout=False),),
+    ),
+    Row(
+        "unstructured pruning",
+        "reweighted_proximal-10",
+        "RPP: 59 % of the encoder's weights, nothing lost on SQuAD",
+        proximal,
+    ),
+    Row(
+        "unstructured pruning",
+        "knowledge_sparse-10",
+        "SparseBERT with distillation (Xu et al.): 20 × fewer weights, 1.4 points lost",
+        lambda passes: (closely(passes, KnowledgeSparse(keep=0.1)),),
+    ),
+    Row(
+        "structured pruning: heads and neurons",
+        "fisher-50",
+        "DynaBERT with distillation: 12 % of the encoder, 8.7 × on a CPU, 1.0 points lost",
+        lambda passes: (Calibrate(Fisher(keep=0.5, cost="macs")), learnt(passes)),
+        0.5,
+    ),
+    Row(
+        "structured pruning: heads and neurons",
+        "gates-50",
+        "McCarley et al.: 1.9 × on a GPU, 1.5 F1 lost on SQuAD",
+        lambda passes: (learnt(passes / 2, Gates(keep=0.5)), learnt(passes / 2)),
+        0.5,
+    ),
+    Row(
+        "structured pruning: heads and neurons",
+        "movement-50",
+        "Lagunas et al.: 2.4 × on a GPU, 1.0 F1 lost on SQuAD",
+        lambda passes: (learnt(passes * 3 / 4, Movement(keep=0.5)), learnt(passes / 4)),
+        0.5,
+    ),
+    Row(
+        "structured pruning: layers",
+        "layers-even",
+        "Sajjad et al.: half of the layers, up to 2 % of the score lost",
+        lambda passes: (Calibrate(Layers(keep=HALF, which="even")), learnt(passes)),
+        0.5,
+    ),
+    Row("structured pruning: layers", "theseus", "BERT-of-Theseus: half of the layers, 98 % of the score", theseus, 0.5),
+    Row("structured pruning: layers", "layer_drop", "LayerDrop: any depth from one training", dropped),
+    Row(
+        "structured pruning: width",
+        "hidden_width-67",
+        "schuBERT: 39 % of the parameters, 2.8 × on a CPU, 1.9 points lost",
+        lambda passes: (closely(passes, HiddenWidth(keep_hidden=0.67), freeze="nothing"),),
+        0.67,
+    ),
+    Row(
+        "structured pruning: width",
+        "hidden_width-50",
+        "the same, half of the width",
+        lambda passes: (closely(passes, HiddenWidth(keep_hidden=0.5), freeze="nothing"),),
+        0.5,
+        ablation=True,
+    ),
+    Row(
+        "distillation",
+        "logits",
+        "DistilBERT: half of the layers, 1.7 × on a CPU, 1.7 points lost",
+        lambda passes: shallow(passes, Distillation(hidden=0.0)),
+        0.5,
+    ),
+    Row(
+        "distillation",
+        "attention",
+        "MiniLM: half of the layers, 1.7 × on a CPU, 0.1 points lost",
+        lambda passes: shallow(passes, Distillation(hidden=0.0, relations=1.0)),
+        0.5,
+    ),
+    Row(
+        "distillation",
+        "patient",
+        "PKD: half of the layers, 2.3 points lost",
+        lambda passes: shallow(passes, Distillation(hidden=0.0, patient=1.0)),
+        0.5,
+        ablation=True,
+    ),
+    Row(
+        "distillation",
+        "many",
+        "BERT-EMD: layers mapped many to many",
+        lambda passes: shallow(passes, Distillation(layers="many")),
+        0.5,
+        ablation=True,
+    ),
+    Row(
+        "decomposition of matrices",
+        "kronecker-7.7x",
+        "KroneckerBERT: 7.7 × smaller, at least 97 % of the score",
+        lambda passes: (Calibrate(KroneckerFactors(shapes="7.7x")), closely(passes)),
+    ),
+    Row(
+        "sharing",
+        "shared_layers-2",
+        "ALBERT: a ninth of the parameters, 1.2 × on a CPU, 0.6 points lost",
+        lambda passes: (closely(passes, SharedLayers(distinct=2)),),
+    ),
+    Row(
+        "sharing",
+        "weight_squeezing-50",
+        "weight squeezing: better than distillation alone at small sizes",
+        lambda passes: (Calibrate(Fisher(keep=0.5, cost="macs")), learnt(passes, WeightSqueezing())),
+        0.5,
+    ),
+    Row(
+        "vocabulary",
+        "trim_vocabulary",
+        "Ushio et al.: a vocabulary of one language, nothing lost",
+        lambda _: (TrimVocabulary(),),
+    ),
+)
+
+
+def teacher_of(task: str) -> tuple[str, str]:
+    """The folder of a task's dense model, and the job that makes it, if one does."""
+    if task == "sst2":
+        return SST2_TEACHER, ""
+    job = teacher("minilm", task)
+    return folder_of(job), job.folder
+
+
+@cache
+def jobs() -> tuple[Job, ...]:
+    """All jobs, those of MRPC first, ablations behind the branches' own rows."""
+    found: list[Job] = [teacher("minilm", "mrpc")]
+    for task in TASKS:
+        folder, needs = teacher_of(task)
+        for row in sorted(ROWS, key=lambda item: item.ablation):
+            recipe = Recipe(folder, glue(task), row.stages(PASSES[task]), export=EXPORT, bench=BENCH)
+            found.append(Job(f"{TABLE}/{task}/{row.name}", recipe, row.share, needs))
+    return tuple(found)
+
+
+# -- The page ------------------------------------------------------------------------------------------------------------------
+
+READING = (
+    "The survey compares figures of papers, which were measured on different devices, tasks and dense models. Here all rows start "
+    f"from one encoder of six layers ({Path(ENCODERS['minilm']).name}: MiniLM, which was distilled already) and see the rows of the "
+    "task equally often, all stages together: 8 times on MRPC, 3 times on 20,000 rows of SST-2; `q8bert` twice.",
+    "**encoder**: the numbers of the encoder's matrices that are not 0, of those of the dense model. **MB**: the int8 file for ONNX "
+    "Runtime, whole. **×**: times as fast as the dense model in fp32, both with fused operators, in ONNX Runtime, with 80 % of the "
+    "rounds; of our fp32 file and of our int8 file. **lost**: points of the metric, with the 95 % interval of the paired bootstrap.",
+    "Zeros give small files when they are packed (`model.safetensors`) and no speed in ONNX Runtime.",
+)
+
+
+def pages() -> dict[Path, str]:
+    """The page, as the ledgers give it."""
+    return {ROOT / "docs" / "methods" / f"{TABLE}.md": _page(series(found_in(TABLE)))}
+
+
+def _page(groups: Mapping[str, list[Run]]) -> str:
+    drawn = (
+        f"Drawn from the ledgers under [`results/methods/{TABLE}/`](../../results/README.md) by `{COMMAND} --draw`. Without that option "
+        "it first runs the jobs that are missing; it can be stopped and started at any time."
+    )
+    own = [job for job in jobs() if job.folder.startswith(f"{TABLE}/")]
+    lines = ["# Every branch of the survey", "", *wrapped(drawn), "", *bullets(READING), "", *still_to_run(own, COMMAND)]
+    for task in TASKS:
+        lines += _task(task, groups)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
+    rows = []
+    branch = ""
+    for row in ROWS:
+        some = groups.get(f"{task}/{row.name}")
+        if some is None:
+            continue
+        whole, plain, integers = dense(some[0]), plain_in(some[0]), _integers(some[0])
+        assert plain is not None, f"{task}/{row.name} has no fp32 row"
+        rows.append(
+            (
+                row.branch if row.branch != branch else "",
+                f"[{row.name}](../../results/methods/{TABLE}/{task}/{row.name}/recipe.yaml)",
+                f"{100 * left(plain, whole):.0f} %",
+                mb_text(integers.size_bytes) if integers else "",
+                *(row_times(plain, batch) for batch in (32, 1)),
+                *(row_times(integers, batch) if integers else "" for batch in (32, 1)),
+                interval_of(lost(some, plain_in)),
+                interval_of(lost(some, _integers)),
+                minutes(plain),
+                row.claim,
+            )
+        )
+        branch = row.branch
+    if not rows:
+        return [f"## {task}", "", "Not run yet.", ""]
+    first = next(groups[f"{task}/{row.name}"] for row in ROWS if f"{task}/{row.name}" in groups)[0]
+    base = dense(first)
+    intro = (
+        f"The dense model has {base.metric.replace('_', ' ')} {base.score:.4f} on {base.examples:,} examples, and "
+        f"{mb_text(base.size_bytes)} MB in fp32."
+    )
+    head = (
+        *("branch", "run", "encoder", "MB", "× batch 32, fp32", "× batch 1", "× batch 32, int8", "× batch 1"),
+        *("lost, fp32", "lost, int8", "minutes", "the paper's claim"),
+    )
+    return [f"## {task}", "", intro, "", *table(head, rows), ""]
+
+
+def _integers(run: Run) -> Record | None:
+    """Our int8 file with fused operators, or the plainer one."""
+    return ours_in(run, Variant.INT8_FUSED) or ours_in(run, Variant.INT8_DYNAMIC)
+
+
+def draw() -> None:
+    """Writes the page."""
+    write(pages())
+
+
+if __name__ == "__main__":
+    sys.exit(main(jobs(), draw, sys.argv[1:]))
