@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Literal, Protocol
 
 from slimformer.core.form import DENSE, Form, Shape
+from slimformer.core.junction import Exit
 
 
 class Kind(StrEnum):
@@ -254,6 +255,9 @@ class PlanLike(Protocol):
     @property
     def forms(self) -> Mapping[str, Form]: ...
 
+    @property
+    def junctions(self) -> Mapping[str, Exit]: ...
+
     def check(self, anatomy: Anatomy) -> None: ...
 
 
@@ -272,6 +276,7 @@ class Anatomy:
         points: The places where an activation passes, by id.
         vocabulary: The site of the word pieces. No gate masks them and no budget chooses among them, so it is not one of `sites`;
             None if there are several vocabularies, or if the table is factored and so has no rows.
+        junctions: What stands behind layers, by the ids of these, in their order.
 
     Example:
         >>> from slimformer import Plan, anatomy_of
@@ -290,6 +295,7 @@ class Anatomy:
     hidden_size: int
     points: Mapping[str, Point] = field(default_factory=dict)
     vocabulary: Site | None = None
+    junctions: Mapping[str, Exit] = field(default_factory=dict)
 
     @property
     def every_site(self) -> Mapping[str, Site]:
@@ -300,6 +306,29 @@ class Anatomy:
     def layers(self) -> tuple[str, ...]:
         """The layers of all stacks, the encoder's first: the module whose output is the hidden state after each."""
         return tuple(name for stack in self.stacks for name in stack.layers)
+
+    @property
+    def layer_modules(self) -> Mapping[str, str]:
+        """The module of each layer, by the layer's id, such as "encoder.2"."""
+        return {f"{stack.name}.{place}": name for stack in self.stacks for place, name in enumerate(stack.layers)}
+
+    def passed(self, layers: Iterable[str]) -> list[int]:
+        """How many layers are computed up to each of some layers, and in all; those that are gone do not count.
+
+        Args:
+            layers: Their ids, such as "encoder.1".
+
+        Returns:
+            A number for each of them, and one for all.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy_of(tiny("bert")).passed(["encoder.1"])
+            [2, 3]
+        """
+        alive, names = {site.layer for site in self.of_kind(Kind.SUBLAYER)}, list(self.layer_modules)
+        return [sum(layer <= names.index(name) for layer in alive) for name in layers] + [len(alive)]
 
     def stack_of(self, layer: int) -> Stack:
         """The stack that a layer stands in.
@@ -406,6 +435,7 @@ class Anatomy:
         elif words is not None and pieces is not None:
             words = replace(words, size=len(pieces))
         width = next((site.size for site in sites.values() if site.kind is Kind.HIDDEN), self.hidden_size)
+        junctions = {**self.junctions, **plan.junctions}
         return replace(
             self,
             sites=sites,
@@ -414,6 +444,7 @@ class Anatomy:
             hidden_size=width,
             points=points,
             vocabulary=words,
+            junctions={layer: junctions[layer] for layer in self.layer_modules if layer in junctions},
         )
 
     def gone(self, plan: PlanLike) -> set[str]:

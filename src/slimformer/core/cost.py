@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
+from slimformer.core.junction import Exit
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -33,7 +34,7 @@ class Cost:
 
     `matrix` gives the cost of one matrix in its form; it is None if only a measurement could. `piece`: what a piece of the vocabulary
     costs, within the fixed part. `narrow`: the cost of a plan that cuts hidden units, without its forms: every curve changes with
-    their number.
+    their number. `junction`: what an exit adds at a width of the hidden states; None if it counts for nothing, as heads do.
     """
 
     unit: str  # "parameters", "MACs", "ms", "heads", "neurons"
@@ -42,12 +43,17 @@ class Cost:
     matrix: Callable[[Matrix], float] | None = None
     piece: float = 0.0
     narrow: Callable[[Plan], float] | None = None
+    junction: Callable[[Exit, int], float] | None = None
 
     def of(self, plan: Plan, anatomy: Anatomy) -> float:
         """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
         narrower = any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN))
         total = self._narrowed(plan) if narrower else self._added_up(plan, anatomy)
-        return total - self._saved(plan, anatomy) if plan.forms else total
+        total -= self._saved(plan, anatomy) if plan.forms else 0.0
+        if self.junction is not None and plan.junctions:
+            width = anatomy.after(Plan(plan.keep)).hidden_size
+            total += sum(self.junction(junction, width) for junction in plan.junctions.values())
+        return total
 
     def _added_up(self, plan: Plan, anatomy: Anatomy) -> float:
         total = self.fixed
@@ -113,7 +119,7 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     piece = (
         0.0 if words is None else sum(shapes[item.param].numel() for item in words.slices if item.param in shapes) / words.size
     )
-    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters, piece, narrow)
+    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters, piece, narrow, Exit.parameters)
 
 
 def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None, beams: int | None = None) -> Cost:

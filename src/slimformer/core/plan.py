@@ -1,8 +1,8 @@
 """A plan: the units of a model that are kept, and the form of its matrices. A saved model remembers no more.
 
-A `Plan` names, for each site, the units that stay, in the numbering of the *original* model, and the form of each
-matrix that is not dense. Within a plan cuts come first and forms after, in the shapes that the cuts leave. Plans
-compose with `then`, are checked against an anatomy before anything is changed, and have a digest. A `Decision` is a
+A `Plan` names, for each site, the units that stay, in the numbering of the *original* model, the form of each matrix that
+is not dense, and the junctions behind layers. Within a plan cuts come first, then forms, in the shapes that the cuts leave,
+then junctions. Plans compose with `then`, are checked against an anatomy before anything is changed, and have a digest. A `Decision` is a
 plan with the numbers that a method wants folded into the weights. Neither changes a model: that is `shrink.py`.
 """
 
@@ -12,10 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind
 from slimformer.core.form import DENSE, Form, form_from_data
+from slimformer.core.junction import Exit, junction_from_data
 from slimformer.core.ranges import Ranges
 from slimformer.digests import digest
 from slimformer.errors import PlanError, nearest
@@ -23,7 +24,7 @@ from slimformer.errors import PlanError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSIONS = (1, 2)  # of plan.json: 1 knows no forms, and a plan without forms is still written so
+VERSIONS = (1, 2, 3)  # of plan.json: 1 knows no forms, 2 no junctions; a plan without them is still written so
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Plan:
     Attributes:
         keep: Site -> the units that stay, rising; an absent site keeps everything.
         forms: Matrix -> its form.
+        junctions: Layer, such as "encoder.2" -> what stands behind it: an exit.
 
     Example:
         >>> from slimformer import Plan
@@ -46,18 +48,20 @@ class Plan:
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
+    junctions: Mapping[str, Exit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         frozen = {site: tuple(int(unit) for unit in units) for site, units in sorted(self.keep.items())}
         object.__setattr__(self, "keep", MappingProxyType(frozen))
         forms = {matrix: form for matrix, form in sorted(self.forms.items()) if form != DENSE}
         object.__setattr__(self, "forms", MappingProxyType(forms))
+        object.__setattr__(self, "junctions", MappingProxyType(dict(sorted(self.junctions.items()))))
 
-    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, tuple[int, ...]], dict[str, Form]]]:
-        return Plan, (dict(self.keep), dict(self.forms))  # a MappingProxyType cannot be pickled
+    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, tuple[int, ...]], dict[str, Form], dict[str, Exit]]]:
+        return Plan, (dict(self.keep), dict(self.forms), dict(self.junctions))  # a MappingProxyType cannot be pickled
 
     def __hash__(self) -> int:
-        return hash((tuple(self.keep.items()), tuple(self.forms.items())))
+        return hash((tuple(self.keep.items()), tuple(self.forms.items()), tuple(self.junctions.items())))
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by `later`, which speaks in the numbering that this one leaves.
@@ -91,7 +95,12 @@ class Plan:
                     f"matrix '{matrix}' has the form {self.forms[matrix]}, the later plan gives it another.",
                     help="a matrix changes its form once.",
                 )
-        return Plan(keep, {**self.forms, **later.forms})
+        for layer in later.junctions:
+            if layer in self.junctions:
+                raise PlanError(
+                    f"layer '{layer}' has an exit, the later plan puts another there.", help="a layer has one exit."
+                )
+        return Plan(keep, {**self.forms, **later.forms}, {**self.junctions, **later.junctions})
 
     def within_layers(self) -> Plan:
         """This plan without what it says of the vocabulary: a saved config.json has the vocabulary as it was cut.
@@ -104,7 +113,7 @@ class Plan:
             >>> Plan({"encoder.1.ffn": (), "vocabulary": (0, 2)}).within_layers() == Plan({"encoder.1.ffn": ()})
             True
         """
-        return Plan({site: units for site, units in self.keep.items() if site != VOCABULARY_SITE}, self.forms)
+        return Plan({site: units for site, units in self.keep.items() if site != VOCABULARY_SITE}, self.forms, self.junctions)
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises an error unless the plan fits a model.
@@ -159,7 +168,29 @@ class Plan:
                     facts=["a unit is a row or column of a matrix, and a factored matrix has none of its own."],
                     help="cut first, factor after.",
                 )
+            if site.kind is Kind.HIDDEN and anatomy.junctions and len(units) < site.size:
+                raise PlanError(
+                    f"site '{name}' cannot be cut: exits read the hidden states.", help="cut first, then train exits."
+                )
         self._check_forms(anatomy)
+        self._check_junctions(anatomy)
+
+    def _check_junctions(self, anatomy: Anatomy) -> None:
+        for layer, junction in self.junctions.items():
+            if layer not in anatomy.layer_modules:
+                raise PlanError(
+                    f"the plan puts an exit behind the layer '{layer}', which this model does not have.",
+                    help=nearest(layer, anatomy.layer_modules),
+                )
+            if layer in anatomy.junctions:
+                raise PlanError(f"layer '{layer}' has an exit already.", help="a layer has one exit.")
+            if anatomy.layer_modules[layer] == anatomy.layers[-1] or len(anatomy.stacks) > 1:
+                raise PlanError(
+                    f"there can be no exit behind '{layer}': it is the end of the model, or the model writes texts."
+                )
+            problem = junction.problem()
+            if problem is not None:
+                raise PlanError(f"there can be no exit behind '{layer}': {problem}.")
 
     def _check_forms(self, anatomy: Anatomy) -> None:
         gone = anatomy.gone(self)
@@ -212,10 +243,13 @@ class Plan:
             '{"keep": {"encoder.0.heads": [1, 3]}, "version": 1}'
         """
         keep = {site: list(units) for site, units in self.keep.items()}
-        if not self.forms:
-            return json.dumps({"version": 1, "keep": keep}, sort_keys=True)
-        forms = {matrix: form.to_data() for matrix, form in self.forms.items()}
-        return json.dumps({"version": 2, "keep": keep, "forms": forms}, sort_keys=True)
+        data: dict[str, Any] = {"version": 1, "keep": keep}
+        if self.forms or self.junctions:
+            data |= {"version": 2, "forms": {matrix: form.to_data() for matrix, form in self.forms.items()}}
+        if self.junctions:
+            junctions = {layer: junction.to_data() for layer, junction in self.junctions.items()}
+            data |= {"version": 3, "junctions": junctions}
+        return json.dumps(data, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -247,8 +281,9 @@ class Plan:
                 f"the plan has version {version!r}, this slimformer reads {' and '.join(map(str, VERSIONS))}.",
                 help="install the slimformer that wrote it, or make the model again.",
             )
-        forms = data.get("forms", {})
-        if set(data) != {"version", "keep"} | ({"forms"} if version > 1 else set()) or not isinstance(forms, dict):
+        parts = ("keep", "forms", "junctions")[:version]
+        forms, junctions = data.get("forms", {}), data.get("junctions", {})
+        if set(data) != {"version", *parts} or not isinstance(forms, dict) or not isinstance(junctions, dict):
             raise PlanError(
                 f"the plan is not what version {version} holds: {', '.join(sorted(data))}.",
                 help="it should be a plan.json that save() wrote.",
@@ -259,6 +294,7 @@ class Plan:
         return Plan(
             {site: tuple(units) for site, units in data["keep"].items()},
             {matrix: form_from_data(form, matrix) for matrix, form in forms.items()},
+            {layer: junction_from_data(junction, layer) for layer, junction in junctions.items()},
         )
 
 
@@ -269,8 +305,9 @@ class Decision:
     `plan`: what is kept. `scales`: site -> (size,), multiplied at the site's taps, in the numbering before the cut. `weights`:
     parameter name -> new values, in shapes before the cut, from a method that repairs the units that stay. The parameters of
     a new form have names there too, "<module>.a" for instance; a parameter that is left out comes nearest to the matrix as it
-    is after the cut. `ranges`: the ranges of activations, if a method learned them; they hold for the model as it then
-    is, and the next stage drops them. `notes`: sentences that the user should read.
+    is after the cut. So have those of an exit, "<layer>.exit.out.weight"; one that is left out is 0. `ranges`: the ranges of
+    activations, if a method learned them; they hold for the model as it then is, and the next stage drops them. `notes`: sentences
+    that the user should read.
 
     >>> import torch
     >>> from slimformer import Decision, Plan, anatomy_of, shrink

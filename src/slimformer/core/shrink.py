@@ -1,6 +1,6 @@
 """The only code that changes shapes and forms: a model and a plan go in, a smaller copy comes out; `unshrink` goes back.
 
-Cuts come first, then forms. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
+Cuts come first, then forms, then exits. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
 then the weights are loaded strictly.
 """
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, PointRole, Site
+from slimformer.core.deciding import put_exits
 from slimformer.core.form import Form
+from slimformer.core.junction import EXIT
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
 from slimformer.core.standing import stand_in, take_part
@@ -61,8 +63,9 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
     forms = {anatomy.matrices[name]: form for name, form in decision.plan.forms.items()}
     forms = {matrix: form for matrix, form in forms.items() if matrix.sublayer not in gone}
     factors = _factors(small, forms, decision.weights)
+    exits = _exit_weights(anatomy, decision)
     with torch.no_grad():
-        _replace(small, {name: value for name, value in decision.weights.items() if name not in factors})
+        _replace(small, {name: value for name, value in decision.weights.items() if name not in factors | exits})
         for name, scale in decision.scales.items():
             _fold(small, anatomy, _site(anatomy, name), scale)
         for name, keep in decision.plan.keep.items():
@@ -78,6 +81,9 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
         if name in gone:
             for skip in anatomy.sites[name].skips:
                 stand_in(small, skip)
+    if decision.plan.junctions:
+        with torch.no_grad():
+            put_exits(small, anatomy.after(decision.plan), decision.plan.junctions, exits)
     before = cuts_of(model)
     if before is not None:
         remember_cuts(small, before.plan.then(decision.plan), decision.ranges)
@@ -117,6 +123,12 @@ def _factors(model: nn.Module, forms: Mapping[Matrix, Form], weights: Mapping[st
     there = {name for name, _ in model.named_parameters()}
     modules = {matrix.module for matrix in forms}
     return {name: value for name, value in weights.items() if name not in there and name.rpartition(".")[0] in modules}
+
+
+def _exit_weights(anatomy: Anatomy, decision: Decision) -> dict[str, Tensor]:
+    """Those of the decision's weights that belong to exits which it is about to put in."""
+    inside = tuple(f"{anatomy.layer_modules[layer]}.{EXIT}." for layer in decision.plan.junctions)
+    return {name: value for name, value in decision.weights.items() if name.startswith(inside)}
 
 
 def _put(model: nn.Module, path: str, form: Form, factors: Mapping[str, Tensor]) -> None:
@@ -261,6 +273,11 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     if any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN)):
         raise PlanError(
             "no plain weights give the same answers with hidden units put back: a norm would count their zeros.",
+            help="use the files that were exported.",
+        )
+    if plan.junctions:
+        raise PlanError(
+            "no plain weights give the same answers as a model with exits: a plain model has none.",
             help="use the files that were exported.",
         )
     have, gone = small.state_dict(), anatomy.gone(plan)

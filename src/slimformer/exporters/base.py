@@ -28,6 +28,7 @@ WEIGHTS_BESIDE = (
     "_data",
     ".data",
 )  # ends of the names of files with an ONNX file's weights: ours and optimum's, then PyTorch's
+LAYERS = "layers"  # an output of files with exits: how many layers were computed for each input
 SEARCH_SECONDS = 180.0  # a search for matrices that stay in float takes at most about this long
 
 

@@ -7,10 +7,11 @@ behind if anything disagrees. docs/decisions/0002-onnx-graphs.md says which grap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import onnx_ir
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import calibrate, int8, parity, rewrite, trace
+from slimformer.exporters._onnx import calibrate, exits, int8, parity, rewrite, trace
 from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, smoothing_notes
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
@@ -148,7 +149,7 @@ class OnnxDraft(OnnxDrafting):
     def __init__(
         self, options: Onnx, model: PreTrainedModel, batches: Sequence[Arrays], outputs: Sequence[str], ranges: Ranges | None
     ) -> None:
-        self.options, self.batches, self.ranges = options, batches, ranges
+        self.options, self.batches, self.ranges, self._outputs = options, batches, ranges, tuple(outputs)
         self.subject = subject_of(model)
         self._forms = trace.forms_in(model)
         linears = sum(isinstance(module, nn.Linear) for module in model.modules())
@@ -164,8 +165,9 @@ class OnnxDraft(OnnxDrafting):
         reference = self._expected(variant, floats)
         with whole_group(path, [weights_name(path.name)]) as part:
             save_graph(program, part, self.options.one_file_bytes)
+            flat = open_model(part)
             difference, agreeing = parity.check_parity(
-                open_model(part),
+                flat,
                 variant,
                 self.batches,
                 self.subject.inputs,
@@ -173,6 +175,8 @@ class OnnxDraft(OnnxDrafting):
                 tolerance=None if variant in INT8 else self.options.tolerance,
                 agreement=self.options.agreement,
             )
+            if self.subject.anatomy.junctions:
+                notes.append(self._stop(program, part, flat, variant))
         if variant in INT8:
             rows = sum(len(next(iter(outputs.values()))) for outputs in reference)
             notes.append(f"{agreeing:.1%} of {rows} rows answer as before")
@@ -185,6 +189,20 @@ class OnnxDraft(OnnxDrafting):
             )
         return Artifact(path, variant, sum(file.stat().st_size for file in files_of(path)), difference, tuple(notes))
 
+    def _stop(self, program: onnx_ir.Model, path: Path, flat: Any, variant: str) -> str:
+        """Makes a flat graph one that stops at its exits, in its file, and says where the batches' rows leave."""
+        anatomy, options = self.subject.anatomy, self.options
+        passed = anatomy.passed(anatomy.junctions)
+        exits.nest(program, anatomy.junctions, passed)
+        save_graph(program, path, options.one_file_bytes)
+        # Dynamic int8 has the ranges of the rows that are left, so that a split batch gives other numbers.
+        tolerance = math.inf if variant == Variant.INT8_DYNAMIC else options.tolerance
+        left = exits.check_stops(
+            open_model(path), flat, self.batches, self.subject.inputs, anatomy.junctions, passed, tolerance=tolerance
+        )
+        where = ", ".join(f"{count} after {layers}" for layers, count in zip(passed, left, strict=True))
+        return f"stops at exits, each input for itself; of {sum(left)} inputs, by layers that were computed: {where}"
+
     def error(self, variant: str, floats: Sequence[str] = ()) -> float:
         """Squared error of an int8 variant's outputs on the batches, as a share of their square; writes no file."""
         program, _ = self._graph(variant, floats, ())
@@ -195,7 +213,7 @@ class OnnxDraft(OnnxDrafting):
         """What the file should give: the model's outputs, with activations on their grids if those were learned."""
         if self.ranges is None or not self._has_learned_ranges(variant):
             return self.reference
-        outputs = list(self.reference[0])
+        outputs = self._outputs
         with self.subject.evaluating(), quantized_inputs(self.subject.model, self.subject.anatomy, self.ranges, floats):
             return [parity.run_model(self.subject, batch, outputs) for batch in self.batches]
 

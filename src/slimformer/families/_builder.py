@@ -28,6 +28,7 @@ from slimformer.core.anatomy import (
     Tokens,
     separate_points,
 )
+from slimformer.core.deciding import exit_of
 from slimformer.core.standing import is_skipped
 from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton, StackTable
 from slimformer.forms.base import form_of, shape_of
@@ -44,6 +45,11 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
     if skeleton.decoder is not None:
         built.add_stack("decoder", skeleton.decoder, Tokens.TARGET)
     built.add_hidden()
+    junctions = {
+        f"{stack.name}.{place}": exit_of(built.modules[name])
+        for stack in built.stacks
+        for place, name in enumerate(stack.layers)
+    }
     return Anatomy(
         sites={site.id: site for site in built.sites},
         matrices={matrix.id: matrix for matrix in built.matrices},
@@ -52,6 +58,7 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
         hidden_size=built.width,
         points=separate_points(built.points, built.matrices),
         vocabulary=built.vocabulary(),
+        junctions={layer: junction for layer, junction in junctions.items() if junction is not None},
     )
 
 

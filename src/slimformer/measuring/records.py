@@ -66,6 +66,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ExitShare:
+    """The share of the examples that a model answered after so many layers."""
+
+    layers: int
+    share: float
+
+
+@dataclass(frozen=True)
 class VocabularyFacts:
     """What is left of a vocabulary that was cut, and how it splits texts that it was not cut for."""
 
@@ -146,6 +154,7 @@ class Record:
         hidden_units: The width of the hidden states, if it was cut; `hidden_units_of` is what it was before.
         hidden_units_of: See `hidden_units`.
         vocabulary: What is left of the vocabulary, if it was cut.
+        exits: After how many layers the examples were answered, if the file stops early.
         timings: The raw times, a `Timing` for each workload.
         baseline: The name of the row of the same run that speeds and losses compare with.
         speed: Times faster than the baseline, by the workload's name.
@@ -197,6 +206,7 @@ class Record:
     hidden_units: int | None = None
     hidden_units_of: int | None = None
     vocabulary: VocabularyFacts | None = None
+    exits: tuple[ExitShare, ...] = ()
     timings: tuple[Timing, ...] = ()
     baseline: str = ""
     speed: Mapping[str, Ratio] = field(default_factory=dict)

@@ -17,9 +17,9 @@ import numpy as np
 
 from slimformer.data.batching import collate, sorted_by_length
 from slimformer.errors import DataError, ModelError, RecipeError, shown
-from slimformer.exporters.base import files_of
+from slimformer.exporters.base import LAYERS, files_of
 from slimformer.measuring.machine import Load, Quiet, environment
-from slimformer.measuring.records import Heading, Interval, Record, Standing, today
+from slimformer.measuring.records import ExitShare, Heading, Interval, Record, Standing, today
 from slimformer.measuring.sessions import Session
 from slimformer.measuring.timing import Rounds, Timing, compare, model_inputs, ratio, workloads
 from slimformer.runtimes.base import Runner
@@ -184,7 +184,12 @@ def _lowest(dtype: np.dtype[Any]) -> Any:
 def chance_score(scored: Scored, examples: Sequence[Example]) -> float | None:
     """The best score of an answer that is the same for every example; None if the model does not choose among classes."""
     logits, task = scored.outputs.get("logits"), scored.entry.task
-    if logits is None or len(scored.outputs) != 1 or logits.ndim != 2 or not 2 <= logits.shape[1] <= MOST_CLASSES:
+    if (
+        logits is None
+        or set(scored.outputs) - {"logits", LAYERS}
+        or logits.ndim != 2
+        or not 2 <= logits.shape[1] <= MOST_CLASSES
+    ):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a correlation with a constant is undefined
@@ -355,6 +360,7 @@ def measure(
             "chance": chance,
             "loss": losses.get((baseline, entry.name)),
             "resampled": _kept(resamples[entry.name]),
+            "exits": exit_shares(scored[entry.name].outputs),
             "versus": {rival: losses[rival, entry.name] for rival in against[entry.name]},
             "precision": str(entry.precision),
             "file": path.name if path else "",
@@ -370,6 +376,17 @@ def measure(
         return Record(**{**measured, **entry.facts})
 
     return Measurement(tuple(map(record, entries)), scored)
+
+
+def exit_shares(outputs: Outputs) -> tuple[ExitShare, ...]:
+    """After how many layers the examples were answered; none if the file does not say, because it computes all.
+
+    >>> import numpy as np
+    >>> exit_shares({"layers": np.array([2, 6, 2, 2])})
+    (ExitShare(layers=2, share=0.75), ExitShare(layers=6, share=0.25))
+    """
+    counts = np.unique(outputs.get(LAYERS, np.zeros(0, np.int64)), return_counts=True)
+    return tuple(ExitShare(int(layers), float(count) / len(outputs[LAYERS])) for layers, count in zip(*counts, strict=True))
 
 
 def _beside_greedy(scored: Scored, examples: Sequence[Example]) -> Scored:

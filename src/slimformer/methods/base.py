@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +54,8 @@ class Effects:
     refills: bool = False  # matrices get new values, so that no zero in them survives
     learns_grids: bool = False  # later training or cutting would lose the grids and ranges; only the same method may come again
     shares: bool = False  # layers have one set of weights: later training would part them, and a cut would make them differ
+    branches: bool = False  # the model decides input by input how much it computes: nothing may train or cut it afterwards
+    encoders_only: bool = False  # it refuses a model with a decoder
     one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
     neutral: bool = True  # attaching changes no output (law 7)
     needs: frozenset[Capture] = frozenset()  # what the method asks to see of student and teacher in each step
@@ -66,7 +69,7 @@ class Effects:
     @property
     def decides(self) -> bool:
         """Whether `decide` changes the model at all: two such methods in one stage are refused."""
-        return self.chooses or self.rewrites
+        return self.chooses or self.rewrites or self.branches
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,18 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Validation examples, which no step trains on: `decide` may choose by them.
+
+    `batches`: all their rows, in order, without gradients in mind. `score`: of outputs for all rows, in this order, the task's metric
+    that counts, as a share; more is better.
+    """
+
+    batches: Callable[[], Iterator[Batch]]
+    score: Callable[[Mapping[str, np.ndarray]], float]
+
+
+@dataclass(frozen=True)
 class Context:
     """What stands around a method: the same for attach and decide."""
 
@@ -93,6 +108,7 @@ class Context:
     batches: Callable[[int], Iterator[Batch]]  # batches(n): training examples, n at most, on the model's device
     generator: torch.Generator
     teacher_plan: Plan = field(default_factory=Plan)  # cut of the teacher before, in original numbering
+    held: Held | None = None  # None if there are no validation examples
     memo: dict[str, Any] = field(default_factory=dict)  # found once in this run, under a key that names all it depends on
 
     @property
@@ -169,6 +185,10 @@ class Method(ABC):
         `attach` calls it. For the first method of a recipe that chooses it is called before anything runs, with the model's own
         anatomy; `cost` is None if it is not known then, because it is measured.
         """
+
+    def problem(self, task: Task) -> str | None:
+        """Why the method cannot work for a task, in a clause; None if it can. Asked before anything runs."""
+        return None
 
     def attach(self, context: Context) -> State:
         """What the method trains, and its hooks on the model; called before the first step."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from slimformer.measuring.machine import Environment, Load
 from slimformer.measuring.records import Record
 from slimformer.measuring.timing import Timing
-from slimformer.reporting.words import vocabulary_text
+from slimformer.reporting.words import exits_text, vocabulary_text
 
 Fact = tuple[str, str]  # label, value
 
@@ -17,6 +17,8 @@ def cost_facts(record: Record) -> tuple[Fact, ...]:
     facts = []
     if record.vocabulary is not None:
         facts.append(("Vocabulary", vocabulary_text(record.vocabulary)))
+    if record.exits:
+        facts.append(("Layers computed", exits_text(record)))
     if record.minutes is not None:
         threads = f" on {record.threads} thread{'s' * (record.threads != 1)}" if record.threads else ""
         facts.append(("Compression took", f"{record.minutes:.1f} minutes{threads}"))

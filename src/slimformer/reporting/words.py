@@ -129,6 +129,16 @@ def layers_text(record: Record) -> str:
     return f"{', '.join(kept[:-1])} and {kept[-1]} are kept.{removed}"
 
 
+def exits_text(record: Record) -> str:
+    """After how many layers a file answered the examples; empty if it computes all."""
+    if not record.exits:
+        return ""
+    depth = sum(layer.heads > 0 or layer.neurons > 0 for layer in record.layers)
+    mean = sum(item.layers * item.share for item in record.exits)
+    where = ", ".join(f"{item.layers}: {100 * item.share:.0f} %" for item in record.exits)
+    return f"{mean:.2f}{f' of {depth}' if depth else ''} on average; by layers: {where}"
+
+
 def vocabulary_text(facts: VocabularyFacts) -> str:
     """What was cut of a vocabulary, and what that does to texts that it was not cut for.
 

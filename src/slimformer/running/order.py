@@ -15,7 +15,13 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     factoring = next((name_of(method) for method in earlier if method.effects().factors), None)
     closing = next((name_of(method) for method in earlier if method.effects().learns_grids), None)
     sharing = next((name_of(method) for method in earlier if method.effects().shares), None)
+    exits = next((name_of(method) for method in earlier if method.effects().branches), None)
     zeros = _zeros_after(before)
+    if exits and (isinstance(stage, Train) or stage.methods):
+        yield f"{exits} has fitted exits to the model as it is, and this stage would change it: make {exits} the last stage"
+    branching = [name_of(method) for method in stage.methods if method.effects().branches]
+    if branching and isinstance(stage, Train) and stage.text is not None:
+        yield f"{branching[0]} chooses and learns by labels, which texts have not: leave out text"
     if isinstance(stage, Train) and stage.augment_model and any(isinstance(item, TrimVocabulary) for item in before):
         yield "augment_model reads the ids of the whole vocabulary, which trim_vocabulary has cut before: train first, trim after"
     table = next((name_of(method) for method in earlier if method.effects().factors_table), None)
@@ -32,7 +38,8 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
                 f"{name} gives matrices new values, and the zeros that {name_of(zeros)} left would be gone: leave out "
                 "one of the two"
             )
-    if sharing and isinstance(stage, Train) and not any(method.effects().shares for method in stage.methods):
+    parts = isinstance(stage, Train) and stage.freeze not in ("encoder", "everything")
+    if sharing and parts and not any(method.effects().shares for method in stage.methods):
         yield f"training would part the layers that {sharing} has made one: add {sharing} to the methods of this stage"
     if closing and not any(method.effects().learns_grids for method in stage.methods):
         yield f"{closing} has learned grids and ranges, which this stage would lose: make {closing} the last stage"

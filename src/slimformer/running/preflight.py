@@ -76,6 +76,7 @@ def preflight(recipe: Recipe) -> Checked:
             check_masked_model(Path(stage.augment_model), source)
     for split in Split:
         task.split(split)
+    _check_branches(recipe, task)
     for stage in training:
         if stage.text not in (None, TASK_TEXT):
             check_text(Path(str(stage.text)))
@@ -112,9 +113,24 @@ def _check_order(stages: Sequence[Stage]) -> None:
         )
 
 
+def _check_branches(recipe: Recipe, task: Task) -> None:
+    """RecipeError if a method cannot work for the task, or if the export asks for files that cannot stop early."""
+    methods = [(number, method) for number, stage in enumerate(recipe.stages) for method in stage.methods]
+    problems = [(number, method, method.problem(task)) for number, method in methods]
+    facts = [f"stages[{number}]: {name_of(method)}: {why}" for number, method, why in problems if why]
+    branching = next((name_of(method) for _, method in methods if method.effects().branches), None)
+    for option in ("dense", "openvino") if branching else ():
+        if getattr(recipe.export, option):
+            facts.append(f"export.{option}: such a file cannot stop at the exits of {branching}: leave it out")
+    if facts:
+        raise RecipeError(f"the stages do not suit the task {name_of(task)}.", facts=facts, help="correct them.")
+
+
 def check_kept(source: Path, stages: Sequence[Stage]) -> None:
     """RecipeError if these stages would destroy the model's saved zeros or learned ranges."""
     lost = []
+    if stages and checkpoint.load_plan(source).junctions:
+        lost.append("it has exits that were fitted to it: begin with the model before they were")
     if (
         stages
         and checkpoint.load_ranges(source) is not None
@@ -208,7 +224,9 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
 
     A later method can be checked only once the model has been cut.
     """
-    first = next((method for stage in recipe.stages for method in stage.methods if method.effects().chooses), None)
+    cutting = (method for stage in recipe.stages for method in stage.methods if method.effects().chooses)
+    branching = (method for stage in recipe.stages for method in stage.methods if method.effects().branches)
+    first = next(cutting, None) or next(branching, None)  # a cut comes before exits
     if first is None:
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))

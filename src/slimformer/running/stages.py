@@ -37,7 +37,7 @@ from slimformer.hooks.precision import quick_autocast
 from slimformer.measuring.latency import Latency, Levels, measure_levels
 from slimformer.measuring.machine import peak_rss_bytes
 from slimformer.measuring.scoring import evaluate
-from slimformer.methods.base import Context, Method
+from slimformer.methods.base import Context, Held, Method
 from slimformer.registry import name_of
 from slimformer.running import vocabulary
 from slimformer.running.bundle import Bundle, Effort, Made, Run
@@ -276,8 +276,27 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
         teacher_plan=bundle.teacher_plan,
         batches=_Samples(bundle.material.features[Split.TRAIN], student, run.seed),
         generator=torch.Generator().manual_seed(run.seed),
+        held=held_of(student, bundle.material),
         memo=run.memo,
     )
+
+
+def held_of(subject: Subject, material: Material) -> Held:
+    """The validation examples for methods that choose by them; a few thousand at most."""
+    features, examples = subset(material, Split.VALIDATION, VALIDATION_ROWS)
+    task, sign = material.task, 1 if material.task.higher_is_better else -1
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(features), 64):
+            rows = range(start, min(start + 64, len(features)))
+            arrays = collate(features, rows, (*subject.inputs, "labels"))
+            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def score(outputs: Mapping[str, np.ndarray]) -> float:
+        fitted = task.tune(outputs, features, examples)
+        return sign * float(task.counted(fitted.score(outputs, features, examples)))
+
+    return Held(batches, score)
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,17 @@ class OpenVINO(Runtime):
 
 
 def _standard(path: Path) -> bool:
-    """Whether an ONNX file names no operators of ONNX Runtime's own; reads the nodes, not the weights. `load` refuses a broken file."""
+    """Whether an ONNX file names no operators of ONNX Runtime's own, and does not branch; reads the nodes, not the weights.
+
+    `load` refuses a broken file. Files that stop early were never tried in OpenVINO.
+    """
     import onnx_ir
 
     try:
         graph = onnx_ir.load(path).graph
     except Exception:  # protobuf's, Python's and its own, for whatever is wrong with the file
         return True
-    return all(node.domain in {"", "ai.onnx"} for node in graph)
+    return all(node.domain in {"", "ai.onnx"} and node.op_type != "If" for node in graph)
 
 
 def require_nncf() -> None:

@@ -34,7 +34,7 @@ from slimformer.forms.base import Form, Formed
 from slimformer.hooks.capture import Capture, Captured, capturing
 from slimformer.hooks.gating import gated
 from slimformer.measuring import machine
-from slimformer.methods.base import Batch, Context, Method, Progress, Step
+from slimformer.methods.base import Batch, Context, Held, Method, Progress, Step
 from slimformer.options import named_options
 from slimformer.rules import rules_of
 from slimformer.runtimes.base import Runtime
@@ -437,6 +437,13 @@ def tiny_context(model_type: str = "bert", unit: str = "macs", most: int = 8) ->
             else:
                 yield inputs | {"labels": torch.arange(4) % 3}
 
+    def held() -> Iterator[dict[str, torch.Tensor]]:
+        return batches(8)
+
+    def score(outputs: Mapping[str, np.ndarray]) -> float:
+        labels = np.concatenate([inputs["labels"].numpy() for inputs in held()])
+        return float((outputs["logits"].argmax(-1) == labels).mean())
+
     return Context(
         subject=student,
         plan=Plan(),
@@ -445,6 +452,7 @@ def tiny_context(model_type: str = "bert", unit: str = "macs", most: int = 8) ->
         teacher=teacher,
         batches=batches,
         generator=torch.Generator().manual_seed(0),
+        held=Held(held, score),
     )
 
 
@@ -514,11 +522,19 @@ def decides_what_fits(cls: type[Method]) -> None:
 
 
 def works_on_decoders(cls: type[Method]) -> None:
-    """does the same on an encoder-decoder of each family: steps, a plan within the budget, nothing left on the model."""
+    """does the same on an encoder-decoder of each family, or refuses it: steps, a plan within the budget, nothing left on the model."""
     for name in registry.names("families"):
         family = registry.find("families", name)
-        if family().decodes:
+        if not family().decodes:
+            continue
+        if not cls().effects().encoders_only:
             _decides(cls(), family.model_types[0], most=2)
+            continue
+        try:
+            cls().attach(tiny_context(family.model_types[0]))
+        except SlimformerError:
+            continue
+        raise AssertionError(f"says that it is for encoders only, and takes a {family.model_types[0]}")
 
 
 def _decides(method: Method, model_type: str, most: int = 8) -> None:
@@ -552,7 +568,8 @@ def _decides(method: Method, model_type: str, most: int = 8) -> None:
     with torch.no_grad():
         assert bool(torch.isfinite(small(**batch(small)).logits).all()), f"the cut {model_type} gives no finite numbers"
     if not effects.chooses:
-        assert decision.plan == Plan(), "cuts although it says that it does not choose"
+        assert Plan(junctions=decision.plan.junctions) == decision.plan, "cuts although it says that it does not choose"
+        assert effects.branches or not decision.plan.junctions, "puts exits in although it says that nothing branches"
         return
     if method.keep is not None:
         left = context.cost.of(decision.plan, context.anatomy) / context.cost.dense

@@ -185,12 +185,18 @@ def turns(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0, 2]
 
 
+def picks_token(node: ir.Node, axes: Axes) -> bool:
+    """Whether a node takes one token out of a hidden state in this order: what it gives has the batch first."""
+    index = constant_of(node.inputs[1]) if node.op_type == "Gather" else None
+    return index is not None and index.shape == () and node.attributes["axis"].as_int() == axes.seq
+
+
 def turned_values(graph: ir.Graph) -> set[ir.Value]:
     """Values in SEQ_FIRST order: those between the transpose after the embedding and the one before the head."""
     turned: set[ir.Value] = set()
     for node in graph:
         inside = any(value in turned for value in node.inputs)
-        if inside != turns(node):
+        if inside != turns(node) and not (inside and picks_token(node, SEQ_FIRST)):
             turned.update(node.outputs)
     return turned
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from slimformer.core.deciding import answers_apart
 from slimformer.errors import ExportError, ModelError
 from slimformer.exporters.base import Arrays
 from slimformer.families.base import Subject
@@ -27,16 +28,22 @@ def fill_inputs(names: Sequence[str], batch: Arrays) -> dict[str, np.ndarray]:
     return {name: np.asarray(batch.get(name, np.full_like(ids, FILLING.get(name, 0))), dtype=np.int64) for name in names}
 
 
+def exit_output(layer: str) -> str:
+    """The name of the output of an exit, in a graph that does not stop and among the model's outputs."""
+    return f"exit.{layer}"
+
+
 def real_tokens(batch: Arrays) -> np.ndarray:
     """Which tokens of a batch are no padding: (batch, seq)."""
     return fill_inputs(("attention_mask",), batch)["attention_mask"] == 1
 
 
 def run_model(subject: Subject, batch: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named outputs of the PyTorch model on a batch."""
-    with torch.no_grad():
+    """The named outputs of the PyTorch model on a batch; of a model with exits what its end says, and what each exit says."""
+    with torch.no_grad(), answers_apart(subject.model) as said:
         result = subject.model(**subject.feed(fill_inputs(subject.inputs, batch)), return_dict=True)
-    return {name: result[name].float().cpu().numpy() for name in outputs}
+        every = {name: result[name] for name in outputs} | {exit_output(layer): logits for layer, logits in said().items()}
+    return {name: value.float().cpu().numpy() for name, value in every.items()}
 
 
 def run_graph(session: Any, names: Sequence[str], batch: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:

@@ -18,12 +18,12 @@ import onnx_ir as ir
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
     MICROSOFT,
-    SEQ_FIRST,
     Axes,
     Editor,
     Unexpected,
     constant_of,
     is_transposed,
+    picks_token,
     products,
     rank_of,
     required,
@@ -144,10 +144,8 @@ def read_only_first(graph: ir.Graph, axes: Axes) -> int:
     This is exact: after the last attention a token depends on no other. Queries, attention output and feed-forward of the last layer
     then cost one token instead of a sentence. A head that reads every token (question answering) changes nothing.
     """
-    pick = _first_token_pick(graph, axes)
-    if pick is None:
-        return 0
-    narrow: dict[ir.Node, tuple[int, ...]] = {pick: (0,)}
+    picks = _first_token_picks(graph, axes)
+    narrow: dict[ir.Node, tuple[int, ...]] = dict.fromkeys(picks, (0,))
     for node in reversed(list(graph)):
         operands = _rowwise_operands(node)
         if node in narrow or not operands or node.outputs[0].is_graph_output():
@@ -161,15 +159,15 @@ def read_only_first(graph: ir.Graph, axes: Axes) -> int:
     for node in list(graph):
         for index in narrow.get(node, ()):
             value = node.inputs[index]
-            if value is None or value.producer() in narrow:
+            if value is None or value.producer() in narrow or node in picks:
                 continue
             if value not in cuts:
                 cuts[value] = editor.one(node, "Slice", [value, start, stop, axis])
                 cuts[value].type, cuts[value].shape = value.type, _narrowed(value, axes)
             node.replace_input_with(index, cuts[value])
-        if node in narrow and node is not pick:
+        if node in narrow and node not in picks:
             node.outputs[0].shape = _narrowed(node.outputs[0], axes)
-    return len(narrow) - 1
+    return len(narrow) - len(picks)
 
 
 def _narrowed(value: ir.Value, axes: Axes) -> ir.Shape | None:
@@ -178,26 +176,22 @@ def _narrowed(value: ir.Value, axes: Axes) -> ir.Shape | None:
     return ir.Shape([1 if axis == axes.seq else size for axis, size in enumerate(value.shape)])
 
 
-def _first_token_pick(graph: ir.Graph, axes: Axes) -> ir.Node | None:
-    """The one node that takes token 0 of a hidden state, changed to read the sequence axis of `axes`; None if there are others."""
-    picks = [node for node in graph if node.op_type == "Gather" and _picks_zero(node) and rank_of(node.inputs[0]) == 3]
-    if len(picks) != 1:
-        return None
-    pick = picks[0]
-    source = pick.inputs[0].producer() if pick.inputs[0] is not None else None
-    if axes == SEQ_FIRST:
-        if source is None or not turns(source):
-            return None
+def _first_token_picks(graph: ir.Graph, axes: Axes) -> list[ir.Node]:
+    """The nodes that take token 0 of a hidden state, changed to read the sequence axis of `axes`: one of the head, one of each exit."""
+    picks = [node for node in graph if picks_token(node, BATCH_FIRST) and rank_of(node.inputs[0]) == 3]
+    picks = [node for node in picks if not np.any(constant_of(node.inputs[1]))]
+    if axes == BATCH_FIRST:
+        return picks
+    sources = [required(pick.inputs[0]).producer() for pick in picks]
+    if any(source is None or not turns(source) for source in sources):
+        return []
+    for pick, source in zip(picks, sources, strict=True):
+        assert source is not None
         pick.replace_input_with(0, source.inputs[0])
         pick.attributes["axis"] = ir.AttrInt64("axis", axes.seq)
         if not source.outputs[0].uses():
             graph.remove(source, safe=True)
-    return pick
-
-
-def _picks_zero(node: ir.Node) -> bool:
-    index = constant_of(node.inputs[1])
-    return index is not None and index.shape == () and int(index) == 0 and node.attributes["axis"].as_int() == 1
+    return picks
 
 
 def _rowwise_operands(node: ir.Node) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def open_model(model: bytes | Path) -> Any:
 
 
 def _store_equal_ones_once(program: onnx_ir.Model) -> None:
-    for value in program.graph.initializers.values():
+    for value in _constants(program):
         array = None if value.const_value is None else value.const_value.numpy()
         if array is not None and not array.flags.c_contiguous:  # the pass reads the memory as it lies
             value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
@@ -61,5 +61,9 @@ def _store_equal_ones_once(program: onnx_ir.Model) -> None:
 
 
 def _weights_bytes(program: onnx_ir.Model) -> int:
-    values = program.graph.initializers.values()
-    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    return sum(value.const_value.nbytes for value in _constants(program) if value.const_value is not None)
+
+
+def _constants(program: onnx_ir.Model) -> list[onnx_ir.Value]:
+    """Those of the graph and of the branches in it."""
+    return [value for graph in program.graphs() for value in graph.initializers.values()]

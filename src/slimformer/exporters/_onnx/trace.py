@@ -16,8 +16,9 @@ import onnx_ir
 import torch
 from torch import nn
 
+from slimformer.core.deciding import answers_apart
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx.parity import FILLING, REPORT
+from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
 from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, TABLE
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
@@ -34,7 +35,10 @@ CHATTER = (  # known and harmless; any other warning is heard
 
 
 def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
-    """The model as a SEQ_FIRST graph with markers; batch and sequence may have any length. ExportError if PyTorch cannot trace it."""
+    """The model as a SEQ_FIRST graph with markers; batch and sequence may have any length. ExportError if PyTorch cannot trace it.
+
+    Each exit has an output of its own, behind the model's.
+    """
     model, names = subject.model, subject.inputs
 
     class Flat(nn.Module):
@@ -46,13 +50,20 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             result = self.model(**dict(zip(names, inputs, strict=True)), return_dict=True)
-            return tuple(result[name] for name in outputs)
+            return (*(result[name] for name in outputs), *said().values())
 
     # One tensor per input: the tracer would take one object given twice for one input.
     example = tuple(torch.full((2, 8), FILLING.get(name, 0), dtype=torch.int64, device=subject.device) for name in names)
     longest = subject.family.positions(model.config.to_dict())
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=longest)
-    with _marked(subject), _distinct_biases(model) as biases, _quiet(), torch.no_grad():
+    ends = [*outputs, *map(exit_output, subject.anatomy.junctions)]
+    with (
+        _marked(subject),
+        _distinct_biases(model) as biases,
+        answers_apart(model, turned=True) as said,
+        _quiet(),
+        torch.no_grad(),
+    ):
         try:
             program = torch.onnx.export(
                 Flat().eval(),
@@ -60,7 +71,7 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
                 dynamo=True,
                 verbose=False,
                 input_names=list(names),
-                output_names=list(outputs),
+                output_names=ends,
                 dynamic_shapes={"inputs": tuple({0: batch, 1: seq} for _ in names)},
             )
         except Exception as error:  # whatever tracing raises means the same to a user: this model cannot be exported
