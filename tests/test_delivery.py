@@ -21,12 +21,19 @@ from slimformer.exporters._onnx import int8
 from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.files import remembered
+from slimformer.kernels import session
+from slimformer.kernels.library import installed
 from slimformer.log import Log
-from slimformer.measuring.machine import Quiet
+from slimformer.measuring.machine import Quiet, environment
+from slimformer.measuring.records import Record
+from slimformer.measuring.scoring import Measurement
 from slimformer.measuring.sessions import open_session
+from slimformer.measuring.timing import SINGLE, SORTED, Ratio
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
-from slimformer.running import exports, rivals, trials
+from slimformer.reporting.ledger import read_facts
+from slimformer.running import delivery, exports, rivals, trials
+from slimformer.running.bench import bench
 from slimformer.running.bundle import Bundle, Effort, Made, Run
 from slimformer.running.exports import export_files, read_notes, teacher_files
 from slimformer.running.reader import parse_recipe
@@ -280,3 +287,64 @@ def test_without_the_extra_its_install_line_is_told_before_anything_is_made(
     with pytest.raises(ExtraError, match=r"pip install 'slimformer\[openvino\]'"):
         run_recipe(recipe_for_openvino(tmp_path), tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()
+
+
+def recipe_for_kernels(folder: Path) -> Recipe:
+    data = {
+        "model": str(write_model(folder / "model")),
+        "task": {"use": "classification", "data": str(write_data(folder / "data"))},
+        "stages": [{"export": {}}, {"bench": {"seconds": 0.1, "rivals": []}}],
+    }
+    return parse_recipe(data)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed(), reason="slimformer-kernels is not installed: `make kernels` builds it")
+def test_a_file_for_the_kernels_is_measured_and_ships_if_it_is_the_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+    for fastest in (True, False):
+        monkeypatch.setattr("slimformer.running.delivery._slim_ships", lambda _, ships=fastest: ships)
+        out = tmp_path / str(fastest)
+        made = run_recipe(
+            recipe_for_kernels(tmp_path / f"from-{fastest}"), out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0
+        )
+        (ours,) = (record for record in made.records if record.precision == "int8_kernels")
+        assert (ours.name, ours.role, ours.chosen) == ("slimformer int8 kernels", "ours", False)
+        assert ours.timings
+        file = out / "onnx/model_slim.onnx"
+        assert file.exists() is fastest
+        assert ("model_slim.onnx" in (out / "README.md").read_text(encoding="utf-8")) is fastest
+        names = [item.name for item in read_facts(out).files]
+        assert ("onnx/model_slim.onnx" in names) is fastest
+    out = tmp_path / "True"
+    assert session(out / "onnx/model_slim.onnx", 1).get_outputs()[0].name == "logits"
+    there = [row.file for row in bench([out], seconds=0.05, wait_seconds=0).records]
+    assert "onnx/model_slim.onnx" in there
+    monkeypatch.setattr("slimformer.running.bench.installed", lambda: False)
+    assert [row.file for row in bench([out], seconds=0.05, wait_seconds=0).records] == [
+        name for name in there if name != "onnx/model_slim.onnx"
+    ]
+
+
+def test_the_kernels_file_ships_only_if_it_is_faster_than_every_other_of_ours() -> None:
+    about = ("my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.9}, "2026-01-02", environment())
+
+    def measured(*speeds: tuple[str, float, float]) -> Measurement:
+        rows = tuple(
+            Record(
+                name,
+                "ours",
+                *about,
+                precision=name,
+                speed={SORTED: Ratio(at_32, at_32, at_32), SINGLE: Ratio(at_1, at_1, at_1)},
+            )
+            for name, at_32, at_1 in speeds
+        )
+        return Measurement(rows, {})
+
+    assert delivery._slim_ships(measured(("int8_fused", 2.0, 3.0), ("int8_kernels", 3.0, 2.0)))
+    assert delivery._slim_ships(measured(("int8_fused", 2.0, 2.0), ("float", 1.0, 1.5), ("int8_kernels", 1.5, 2.5)))
+    assert not delivery._slim_ships(measured(("int8_fused", 2.0, 3.0), ("float", 1.0, 1.5), ("int8_kernels", 1.5, 2.5)))
+    assert not delivery._slim_ships(measured(("int8_fused", 2.0, 3.0)))

@@ -1,4 +1,4 @@
-"""The command line: compress | run | bench | report | inspect | list | check | demo.
+"""The command line: compress | run | bench | verify | report | inspect | list | check | demo.
 
 Each command is a few lines over a function that Python users call too. Errors a person can act on become one message and exit
 status 2; anything else is a bug and keeps its traceback. Heavy imports stand inside commands, and the options of tasks are collected
@@ -248,6 +248,54 @@ def bench_command(
         wait_seconds=wait,
     )
     Console().print(draw_table(measurement.records))
+
+
+@app.command(
+    "verify", cls=_TaskCommand, epilog="Example: slimformer verify ./small --against ./my-bert --data ./reviews --max-loss 1"
+)
+def verify_command(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="The small model: a folder, or an .onnx file.")],
+    against: Annotated[Path, typer.Option(help="The model that it stands in for.")],
+    max_loss: Annotated[float | None, typer.Option(help="Points of the metric that may be lost.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="How many times as fast it has to be.")] = None,
+    max_mb: Annotated[float | None, typer.Option(help="Megabytes that its file may have.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="The batch whose speed counts: 1 or 32.")] = 32,
+    sure: Annotated[
+        bool, typer.Option("--sure", help="The intervals have to lie within the bounds, not the values alone.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the verdict there, for a program.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write it there as a table, for a pull request.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens an input may have; what the models allow by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds to time each of the two workloads.")] = 20.0,
+    threads: Threads = None,
+    wait: Wait = 60.0,
+) -> None:
+    """Answer for a pipeline whether a small model is still good enough: the exit status is 0 if so, else 1."""
+    from slimformer.files import write_text
+    from slimformer.running.verify import verify
+
+    found = verify(
+        model,
+        against,
+        _task(context.obj, str(model)) if context.obj else None,
+        max_loss=max_loss,
+        min_speedup=min_speedup,
+        max_mb=max_mb,
+        batch=batch,
+        sure=sure,
+        max_length=max_length,
+        threads=threads,
+        seconds=seconds,
+        wait_seconds=wait,
+    )
+    for file, text in ((json_file, found.as_json()), (markdown, found.as_markdown())):
+        if file is not None:
+            write_text(file, text)
+    for line in found.lines():
+        typer.echo(line)
+    if not found.met:
+        raise typer.Exit(1)
 
 
 @app.command("report")

@@ -40,6 +40,12 @@ class Variant(StrEnum):
     INT8_DYNAMIC = "int8_dynamic"  # fused attention, dynamic int8: ONNX Runtime only
     INT8_FUSED = "int8_fused"  # the same with ranges from the batches: an answer does not depend on its neighbours in a batch
     INT8_STATIC = "int8_static"  # unfused, static QDQ: ONNX Runtime and OpenVINO
+    INT8_KERNELS = "int8_kernels"  # the encoder as one operator: ONNX Runtime with slimformer-kernels; no exporter's
+
+    @property
+    def int8(self) -> bool:
+        """Whether its matrices are in int8."""
+        return self.startswith("int8")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,15 @@ OPENVINO = FileKind(
     int8=True,
     folder="openvino",
 )
+KERNELS_DOMAIN = "slimformer"  # of their operators in ONNX files
+SLIM = FileKind(  # written beside the exporter's files, where the kernels are installed and it is the fastest
+    "model_slim.onnx",
+    "int8 kernels",
+    "int8 for the kernels, which skip zeros and padding: ONNX Runtime with `slimformer-kernels`, opened by "
+    "`slimformer.kernels.session`",
+    int8=True,
+    folder="onnx",
+)
 # Files are named and placed as other tools look for them (optimum, transformers.js, sentence-transformers): onnx/model_quantized.onnx.
 # The int8 file for ONNX Runtime has fixed ranges, not dynamic ones: docs/decisions/0002-onnx-graphs.md
 FILES: Mapping[str, FileKind] = {
@@ -89,9 +104,10 @@ PAIRS: Mapping[str, FileKind] = {
 SHIPPED = tuple(variant for variant, kind in FILES.items() if kind.shipped)
 
 
-def variant_of(file: str) -> str | None:
+def variant_of(file: str) -> Variant | None:
     """The variant of an ONNX file by its name in a delivered folder; None for any other name."""
-    return next((variant for kinds in (FILES, PAIRS) for variant, kind in kinds.items() if kind.name == file), None)
+    every = (FILES, PAIRS, {Variant.INT8_KERNELS: SLIM})
+    return next((Variant(variant) for kinds in every for variant, kind in kinds.items() if kind.name == file), None)
 
 
 def is_pair(path: Path) -> bool:

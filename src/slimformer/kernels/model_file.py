@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from slimformer.errors import ExportError
+from slimformer.exporters.base import KERNELS_DOMAIN
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
 from slimformer.kernels.packing import pack_encoder
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-DOMAIN = "slimformer"
 OPSET, IR_VERSION = 17, 8
 # The Linears of heads that read the first token, in order, and the operator between them.
 FIRST_TOKEN_HEADS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -76,7 +76,7 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         raise ExportError(f"the kernels know no head of {kind}.", help="export standard files, or the base model.")
     constants["packed"] = pack_encoder(model, first_only=first_only, block_rows=block_rows)
     sources = ["input_ids", "packed", "attention_mask", *(["token_type_ids"] if "token_type_ids" in inputs else [])]
-    encoder = helper.make_node("Encoder", sources, ["hidden"], domain=DOMAIN)
+    encoder = helper.make_node("Encoder", sources, ["hidden"], domain=KERNELS_DOMAIN)
     graph = helper.make_graph(
         [encoder, *nodes],
         "slimformer",
@@ -84,7 +84,7 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constants.items()],
     )
-    versions = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    versions = [helper.make_opsetid("", OPSET), helper.make_opsetid(KERNELS_DOMAIN, 1)]
     proto = helper.make_model(graph, opset_imports=versions, ir_version=IR_VERSION, producer_name="slimformer")
     with whole_group(Path(path), []) as part:
         save(proto, str(part))

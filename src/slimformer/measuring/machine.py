@@ -24,6 +24,7 @@ FLAGS = (
 )
 PACKAGES = (
     "slimformer",
+    "slimformer-kernels",
     "numpy",
     "onnxruntime",
     "openvino",

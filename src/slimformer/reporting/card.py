@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimformer.exporters.base import FILES, OPENVINO, FileKind
+from slimformer.exporters.base import FILES, OPENVINO, SLIM, FileKind
 from slimformer.files import write_text
 from slimformer.measuring.records import Facts, Record
 from slimformer.measuring.scoring import shipped_bytes
@@ -63,7 +63,7 @@ class Card:
     language: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stored: str = ""
-    kinds: tuple[FileKind, ...] = (*FILES.values(), OPENVINO)
+    kinds: tuple[FileKind, ...] = (*FILES.values(), SLIM, OPENVINO)
     runtime: str = "onnxruntime"
     packages: tuple[str, ...] = ("onnxruntime", "tokenizers", "numpy")
 

@@ -24,8 +24,9 @@ from slimformer.data.material import encode_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.trimming import SAMPLE_TEXTS, UNREADABLE, unknown_share
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError, readable, shown
-from slimformer.exporters.base import FILES, OPENVINO, PAIRS, Variant, is_pair, variant_of
+from slimformer.exporters.base import FILES, OPENVINO, PAIRS, SLIM, Variant, is_pair, variant_of
 from slimformer.families.base import subject_of
+from slimformer.kernels.library import installed
 from slimformer.measuring.beside import make_readable
 from slimformer.measuring.machine import Load, Quiet, cores
 from slimformer.measuring.records import Facts, FileFacts, Heading, Standing
@@ -224,7 +225,8 @@ def _model_files(folder: Path) -> list[Path]:
     """
     facts = read_facts(folder)
     known = [kinds[variant].name for variant in _FASTEST_FIRST for kinds in (FILES, PAIRS)]
-    places = [item.name for item in facts.files if item.name != OPENVINO.place] if facts else []
+    elsewhere = {OPENVINO.place} if installed() else {OPENVINO.place, SLIM.place}  # other engines run these
+    places = [item.name for item in facts.files if item.name not in elsewhere] if facts else []
     places += [*known, *(f"{ONNX_FOLDER}/{name}" for name in known)]
     files = [folder / place for place in dict.fromkeys(places) if (folder / place).is_file()]
     if files:
@@ -242,7 +244,7 @@ def _model_files(folder: Path) -> list[Path]:
 def _model(file: Path, name: str) -> _Model:
     facts, _ = _facts_of(file)
     variant = variant_of(file.name) or Variant.FLOAT
-    item = _named_in(facts, file) or FileFacts(file.name, variant, FILES[variant].int8)
+    item = _named_in(facts, file) or FileFacts(file.name, variant, variant.int8)
     known = {} if facts is None else facts.of_record() | {"file": item.name}
     return _Model(name, file, _home_of(file), item.precision, item.int8, facts, known)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from slimformer import registry
 from slimformer.data.tokenizer_files import write_tokenizer
 from slimformer.digests import digest
-from slimformer.exporters.base import OPENVINO, Variant, files_of, is_pair
+from slimformer.exporters.base import OPENVINO, SLIM, Variant, files_of, is_pair
 from slimformer.files import whole_folder, write_text
 from slimformer.measuring.beside import write_decoder
 from slimformer.measuring.records import Facts, FileFacts, Goal, Heading, Standing
@@ -29,7 +29,7 @@ from slimformer.reporting.ledger import LEDGER, append_record, write_facts
 from slimformer.reporting.page import Details, write_page
 from slimformer.running.bundle import Made, Run
 from slimformer.running.candidate import Candidate
-from slimformer.running.exports import export_files, openvino_int8, plain_exporter, read_notes
+from slimformer.running.exports import export_files, kernels_int8, openvino_int8, plain_exporter, read_notes
 from slimformer.running.facts import facts_of
 from slimformer.running.places import options_seen_from
 from slimformer.running.recipe import Recipe
@@ -117,11 +117,30 @@ def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Conte
         run.log.say("making OpenVINO's int8 file by NNCF.")
         path = openvino_int8(candidate.files[Variant.FLOAT], bundle.subject, bundle.material, _openvino_home(run))
         files.append(ours(Variant.INT8_STATIC, path, OPENVINO.label, OPENVINO.place, "openvino"))
+    slim = kernels_int8(bundle.subject, _slim_home(run), run.log)
+    if slim is not None:
+        files.append(ours(Variant.INT8_KERNELS, slim, SLIM.label, SLIM.place))
     return files
 
 
 def _openvino_home(run: Run) -> Path:
     return run.root / "openvino"
+
+
+def _slim_home(run: Run) -> Path:
+    return run.root / "kernels"
+
+
+def _slim_ships(measurement: Measurement) -> bool:
+    """Whether the kernels' file is the fastest of ours, at batch 32 or at batch 1."""
+    ours = [record for record in measurement.records if record.role == Standing.OURS]
+    slim = next((record for record in ours if record.precision == Variant.INT8_KERNELS), None)
+    if slim is None:
+        return False
+    speeds = {
+        batch: {record.name: speed.median for record in ours if (speed := record.times_faster(batch))} for batch in (32, 1)
+    }
+    return any(slim.name == max(found, key=found.__getitem__) for found in speeds.values() if found)
 
 
 def _entry(item: Contestant, candidate: Candidate, threads: int) -> Entry:
@@ -152,6 +171,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
     chosen = next(record for record in measurement.records if record.chosen)
     delivered = [(variant, candidate.kinds[variant]) for variant in files]
     delivered += [(Variant.INT8_STATIC, OPENVINO)] if export.openvino else []
+    slim = _slim_ships(measurement)
+    delivered += [(Variant.INT8_KERNELS, SLIM)] if slim else []
     fitted = {kind.place: fitted_options(material.task, tasks[kind.place]) for _, kind in delivered}
     text = order.recipe.seen_from(out).to_yaml()
     facts = Facts(
@@ -191,6 +212,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
             write_decoder(part / folder)
         if export.openvino:
             _copy(_openvino_home(run) / OPENVINO.name, part / OPENVINO.place)
+        if slim:
+            _copy(_slim_home(run) / SLIM.name, part / SLIM.place)
         write_facts(part, facts)
         write_text(part / "recipe.yaml", text)
         texts = [example.texts for example in material.examples[Split.DEV][:2]]

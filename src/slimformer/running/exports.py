@@ -19,9 +19,12 @@ from slimformer.core.ranges import Ranges
 from slimformer.data.batching import collate
 from slimformer.data.material import Material, features_digest
 from slimformer.digests import digest
-from slimformer.exporters.base import OPENVINO, Artifact, Exporter, Variant
+from slimformer.errors import ExportError
+from slimformer.exporters.base import OPENVINO, SLIM, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, write_text
+from slimformer.kernels.library import installed
+from slimformer.kernels.model_file import save_model_file
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.measuring.beside import make_readable
@@ -135,3 +138,18 @@ def ctranslate2_int8(subject: Subject, home: Path) -> Path:
     """CTranslate2's int8 file of a model that writes and is not cut, beside its other files in `home`; made once."""
     made = home / "ctranslate2" / TRANSLATOR_FILE
     return made if made.is_file() else ctranslate2_file(subject.model, home, made.parent)
+
+
+def kernels_int8(subject: Subject, folder: Path, log: Log) -> Path | None:
+    """The model in int8 for the kernels, made once in `folder`; None if they are not installed, or do not know all of its parts."""
+    if not installed():
+        return None
+    made = folder / SLIM.name
+    if not made.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_model_file(subject.model, made)
+        except ExportError as error:
+            log.say(f"no {SLIM.name}: {error.what}")
+            return None
+    return made
