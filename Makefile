@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 # The compiled kernels need a C++ compiler; all else works without.
 HAS_COMPILER := $(shell command -v $(CXX) 2>/dev/null)
 
-.PHONY: install test fast check demo docs mutants clean kernels kernels-check
+.PHONY: install test fast check demo docs mutants clean kernels kernels-check kernels-check-arm
 
 install: $(VENV)/.installed kernels
 
@@ -27,15 +27,29 @@ kernels: $(VENV)/.kernels
 $(VENV)/.kernels: $(VENV)/.installed $(shell find kernels -type f)
 	@$(PIP) ./kernels && touch $@ || echo "the kernels did not build; everything else works"
 
-# 10,000 random cases on every processor path, and damaged files, under the address and undefined-behaviour sanitizers.
+# 10,000 random cases on every processor path, and damaged files, under the address and undefined-behaviour sanitizers; then threads
+# under the thread sanitizer, and the path of ARM under an emulator, where a cross compiler and qemu are installed.
+BUILD = $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -S kernels -DSFK_TESTS=ON
+ARM = aarch64-linux-gnu
 kernels-check: $(VENV)/.installed
 	$(PIP) 'cmake>=3.20' ninja
-	$(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -S kernels -B $(VENV)/kernels-check \
-		-DSFK_TESTS=ON -DSFK_SANITIZE=ON
+	$(BUILD) -B $(VENV)/kernels-check -DSFK_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(VENV)/kernels-check
 	$(VENV)/kernels-check/check 10000
 	$(VENV)/kernels-check/check_encoder 300
 	$(VENV)/kernels-check/fuzz_packed 100000
+	$(BUILD) -B $(VENV)/kernels-threads -DSFK_SANITIZE=thread
+	$(VENV)/bin/cmake --build $(VENV)/kernels-threads --target check_encoder
+	$(VENV)/kernels-threads/check_encoder 40
+	@if command -v $(ARM)-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then $(MAKE) kernels-check-arm; \
+	else echo "no $(ARM)-g++ or qemu-aarch64-static: the path of ARM is not checked"; fi
+
+kernels-check-arm: $(VENV)/.installed
+	$(PIP) 'cmake>=3.20' ninja
+	$(BUILD) -B $(VENV)/kernels-arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM)-g++
+	$(VENV)/bin/cmake --build $(VENV)/kernels-arm --target check check_encoder
+	qemu-aarch64-static -L /usr/$(ARM) $(VENV)/kernels-arm/check 1000
+	qemu-aarch64-static -L /usr/$(ARM) $(VENV)/kernels-arm/check_encoder 60
 endif
 
 test: install

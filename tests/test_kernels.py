@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from slimformer import Plan, anatomy_of, shrink
 from slimformer.core.anatomy import Kind
 from slimformer.errors import ExportError, ExtraError, ModelError
+from slimformer.exporters._onnx.parity import fill_inputs
 from slimformer.families.base import subject_of
 from slimformer.kernels import library, session
 from slimformer.kernels.model_file import save_model_file
@@ -331,3 +333,17 @@ def test_blocks_are_taken_where_they_are_expected_to_be_faster() -> None:
     rng = np.random.default_rng(8)
     for block, zeros, expected in ((1, 0.0, 0), (1, 0.1, 0), (1, 0.8, 1), (4, 0.8, 4), (2, 0.5, 2)):
         assert best_block_rows(sparse_weights(rng, 64, 128, block, zeros)) == expected
+
+
+@built
+def test_a_thousand_runs_of_one_session_at_a_time_give_what_one_by_one_gives(tmp_path: Path) -> None:
+    model = tiny("bert")
+    save_model_file(model, tmp_path / "model.onnx")
+    opened = session(tmp_path / "model.onnx", threads=2)
+    names = [item.name for item in opened.get_inputs()]
+    rows = [{name: part.numpy() for name, part in batch(model, 1 + seed % 5, 3 + seed, seed).items()} for seed in range(10)]
+    batches = [fill_inputs(names, given) for given in rows]
+    expected = [opened.run(None, given)[0].tobytes() for given in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: opened.run(None, batches[number % 10])[0].tobytes(), range(1000)))
+    assert all(got == expected[number % 10] for number, got in enumerate(found))
