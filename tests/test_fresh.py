@@ -110,7 +110,7 @@ def test_yaml_names_a_fresh_model() -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"use": "bert"}, "'bert' cannot be built from scratch"),
+        ({"use": "bert"}, "a bert is made from a teacher"),
         ({"use": "marain"}, "did you mean 'marian'"),
         ({"use": "marian", "vocabulary": 0}, "model.vocabulary must be from 1"),
         ({"use": "marian", "config": {"d_modle": 32}}, "config.d_modle: unknown field"),

@@ -19,7 +19,7 @@ ORDER = (
     ("core",),
     ("forms",),
     ("quantizing", "hooks"),
-    ("families",),
+    ("families", "students"),
     ("saving",),
     ("data", "tasks"),
     ("methods",),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from slimformer import registry
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
+from slimformer.families._student import StudentFamily
 from slimformer.families.base import family_of, subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.measuring import machine
@@ -18,6 +19,7 @@ __all__ = [
     "HEAD_DIM",
     "LAYERS",
     "MODEL_TYPES",
+    "STUDENTS",
     "VOCABULARY",
     "WEIGHT_BITS",
     "batch",
@@ -26,8 +28,10 @@ __all__ = [
     "tiny_config",
 ]
 
-MODEL_TYPES = tuple(kind for name in registry.names("families") for kind in registry.find("families", name).model_types)
-ENCODERS = tuple(kind for kind in MODEL_TYPES if family_of(kind).skeleton.decoder is None)
+_EVERY = tuple(kind for name in registry.names("families") for kind in registry.find("families", name).model_types)
+STUDENTS = tuple(kind for kind in _EVERY if isinstance(family_of(kind), StudentFamily))  # they have no layers
+MODEL_TYPES = tuple(kind for kind in _EVERY if kind not in STUDENTS)
+ENCODERS = tuple(kind for kind in MODEL_TYPES if not family_of(kind).decodes)
 HEADS, HEAD_DIM, LAYERS = 4, 8, 3  # of all of them
 # Of int8 files whose numbers a test compares: on a processor whose int8 sums saturate, 8 bits give other numbers than the graph says.
 WEIGHT_BITS = 7 if machine.saturates(machine.environment().flags) else 8

@@ -43,6 +43,7 @@ class Role(StrEnum):
     ATTENTION_OUT = "attention_out"
     FFN_IN = "ffn_in"
     FFN_OUT = "ffn_out"
+    FILTERS = "filters"  # of a convolution over words
     EMBEDDING = "embedding"
     CLASSIFIER = "classifier"
 
@@ -277,6 +278,7 @@ class Anatomy:
         vocabulary: The site of the word pieces. No gate masks them and no budget chooses among them, so it is not one of `sites`;
             None if there are several vocabularies, or if the table is factored and so has no rows.
         junctions: What stands behind layers, by the ids of these, in their order.
+        recurrent: How many weights of an LSTM each token meets; they are in no matrix here.
 
     Example:
         >>> from slimformer import Plan, anatomy_of
@@ -296,6 +298,7 @@ class Anatomy:
     points: Mapping[str, Point] = field(default_factory=dict)
     vocabulary: Site | None = None
     junctions: Mapping[str, Exit] = field(default_factory=dict)
+    recurrent: int = 0
 
     @property
     def every_site(self) -> Mapping[str, Site]:

@@ -165,8 +165,10 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         curve = per_unit * np.arange(site.size + 1)
         curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve
+    loose = (matrix for matrix in anatomy.matrices.values() if matrix.sublayer is None)
+    fixed = means[Tokens.SOURCE] * anatomy.recurrent + sum(work(matrix) for matrix in loose)
     return Cost(
-        "MACs", 0.0, curves, work, narrow=lambda plan: macs(anatomy.after(Plan(plan.keep)), lengths, targets, beams).dense
+        "MACs", fixed, curves, work, narrow=lambda plan: macs(anatomy.after(Plan(plan.keep)), lengths, targets, beams).dense
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PLAIN = {  # of a model without attentions
+    variant: replace(kind, about=kind.about.replace("fused attention", "operators of its own"))
+    for variant, kind in FILES.items()
+}
+
 __all__ = ["Onnx", "fused_attentions", "needed_runtime", "quantized_matrices"]
 
 
@@ -92,7 +97,9 @@ class Onnx(Exporter):
         check_percentile(self.percentile)
 
     def kinds_for(self, model: PreTrainedModel) -> Mapping[str, FileKind]:
-        return PAIRS if model.config.is_encoder_decoder else FILES
+        if model.config.is_encoder_decoder:
+            return PAIRS
+        return FILES if subject_of(model).anatomy.attentions else PLAIN
 
     def export(
         self,
@@ -249,12 +256,17 @@ class OnnxDraft(OnnxDrafting):
         check_count("attentions", rewrite.flatten_attentions(graph), attentions)
         if axes == BATCH_FIRST:
             rewrite.unturn(graph)
+        recurrences = rewrite.lower_recurrences(graph)
+        check_count("LSTMs", recurrences, len(trace.recurrent_in(self.subject.model)))
         narrowed = rewrite.read_only_first(graph, axes)
         check_count("attentions", rewrite.lower_attentions(graph, axes, fused=variant in FUSED), attentions)
         check_count("matrices in other forms", rewrite.lower_forms(graph, self._forms), len(self._forms))
         check_count("matrices", len(products(graph)), self._matrices)
         rewrite.plain_gemms(graph)
-        notes = [f"{attentions} of {attentions} attentions {'fused' if variant in FUSED else 'in standard operators'}"]
+        notes = []
+        if attentions:
+            how = "fused" if variant in FUSED else "in standard operators"
+            notes.append(f"{attentions} of {attentions} attentions {how}")
         if self._forms:
             tables = sum(form.table for form in self._forms.values())
             notes.append(f"{self._factored} products of factored matrices, {tables} factored tables")
@@ -298,7 +310,9 @@ class OnnxDraft(OnnxDrafting):
         check_count("int8 matrices", count, expected)
         bits = learned.embedding_bits
         tables = int8.int8_embeddings(graph, WeightCoding(bits, one_scale)) if bits is not None else 0
-        return f"int8: {count} of {self._matrices} matrices, {tables} embedding tables; the classifier stays in fp32"
+        stored = int8.int8_recurrences(graph, coding)
+        told = f", {stored} matrices of LSTMs that are computed in float" if stored else ""
+        return f"int8: {count} of {self._matrices} matrices, {tables} embedding tables{told}; the classifier stays in fp32"
 
     def _codings(self, program: onnx_ir.Model, left: Sequence[str], start: _FloatGraph) -> dict[str, Coding]:
         """How the input of each int8 product is stored: by its learned range if there is one, else by that of its sample."""

@@ -6,6 +6,7 @@ an architecture stands in its file. Reading a family needs no torch; only its an
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,7 +64,8 @@ class Family(ABC):
     content of config.json. `settled`: fields of config.json with the values for which the anatomy describes what a model computes,
     the usual one first; a model with another is refused. `auto_class`: what transformers calls the models that the checks run on.
     `special_tokens`: role -> token, in the order of their ids, for a vocabulary that is trained for a model from scratch; none if that
-    makes no sense. `decoder_start`: the role of the token that its decoder starts with.
+    makes no sense. `decoder_start`: the role of the token that its decoder starts with. `classes`: the module that defines the classes
+    of its configs and models; one that is not transformers' own registers them with the Auto classes when it is imported.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -72,6 +74,7 @@ class Family(ABC):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     special_tokens: ClassVar[Mapping[str, str]] = {}
     decoder_start: ClassVar[str] = "pad_token"
+    classes: ClassVar[str] = "transformers"
 
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         """The anatomy of a model of this family, dense or already cut."""
@@ -82,6 +85,10 @@ class Family(ABC):
     def skeleton_of(self, model: PreTrainedModel) -> Skeleton:
         """The table for a model, if its config decides between two."""
         return self.skeleton
+
+    def model_class(self, name: str) -> Any:
+        """What its `classes` have under a name; None if there is no such thing. Afterwards the Auto classes know its models."""
+        return getattr(importlib.import_module(self.classes), name, None)
 
     @property
     def decodes(self) -> bool:

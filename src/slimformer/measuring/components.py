@@ -47,6 +47,7 @@ _OF_ROLE = {
     Role.ATTENTION_OUT: Component.LINEAR_AFTER,
     Role.FFN_IN: Component.FFN,
     Role.FFN_OUT: Component.FFN,
+    Role.FILTERS: Component.FFN,
     Role.EMBEDDING: Component.EMBEDDING,
     Role.CLASSIFIER: Component.HEAD,
 }

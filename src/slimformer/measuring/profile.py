@@ -126,6 +126,11 @@ def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
             f"{type(subject.model).__name__} is an encoder-decoder, and only encoders are profiled.",
             help="leave --profile out, or name an encoder such as a BERT.",
         )
+    if not subject.anatomy.layers:
+        raise ModelError(
+            f"{type(subject.model).__name__} has no layers to tell apart.",
+            help="leave --profile out: `bench` times the whole model.",
+        )
     most = subject.family.positions(subject.model.config.to_dict())
     longest = max(load.length for load in loads)
     if most is not None and longest > most:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ from slimformer.running.fresh import Fresh
 from slimformer.running.reader import parse_recipe, parse_task, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.saving.building import without_bars
+from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -162,20 +163,24 @@ def _written(out: Path, name: str, called: str, purpose: str, write: Callable[[P
 @contextmanager
 def given_models(recipe: Recipe, tokenizer: Any, out: Path) -> Iterator[Recipe]:
     """The recipe with a name or path for each of its models, as `given_model` gives it."""
-    built = recipe.model
-    if isinstance(built, Fresh):
-        purpose = f"{built.use} {built.digest(recipe.task, recipe.seed)}"
-        begun: AbstractContextManager[str] = _written(
-            out, GIVEN, built.use, purpose, lambda part: built.write(recipe.task, recipe.seed, part)
-        )
-    else:
-        begun = given_model(built, tokenizer, out)
-    with begun as model:
-        if recipe.teacher is None:
-            yield replace(recipe, model=model)
-            return
-        with given_model(recipe.teacher, tokenizer, out, f"{GIVEN}-teacher") as teacher:
-            yield replace(recipe, model=model, teacher=teacher)
+    with ExitStack() as stack:
+        teacher = recipe.teacher
+        if teacher is not None:
+            teacher = stack.enter_context(given_model(teacher, tokenizer, out, f"{GIVEN}-teacher"))
+        built = recipe.model
+        if isinstance(built, Fresh):
+            model = stack.enter_context(_built(built, replace(recipe, teacher=teacher), out))
+        else:
+            model = stack.enter_context(given_model(built, tokenizer, out))
+        yield replace(recipe, model=model, teacher=teacher)
+
+
+def _built(fresh: Fresh, recipe: Recipe, out: Path) -> AbstractContextManager[str]:
+    """The folder of a model that is built, if that is not there already."""
+    task, seed = recipe.task, recipe.seed
+    teacher = local_folder(recipe.teacher) if recipe.teacher and fresh.is_student else None
+    purpose = f"{fresh.use} {fresh.digest(task, seed, teacher)}"
+    return _written(out, GIVEN, fresh.use, purpose, lambda part: fresh.write(task, seed, part, teacher, recipe.stages))
 
 
 def _inner(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Any]:

@@ -23,6 +23,7 @@ from slimformer.registry import name_of
 from slimformer.running.order import conflicts, leading_stages
 from slimformer.running.recipe import Recipe
 from slimformer.running.stages import refuse_cuts
+from slimformer.running.students import check_stages
 from slimformer.running.vocabulary import check_table, choose_pieces, refuse_strange_texts
 from slimformer.runtimes.openvino import require_nncf
 from slimformer.saving import checkpoint
@@ -53,6 +54,9 @@ def preflight(recipe: Recipe) -> Checked:
         checkpoint.check_weights(folder)
         checkpoint.skeleton(folder, recipe.task.auto_class)  # its weights have the names and shapes that its config says
     check_kept(source, recipe.stages)
+    kind = checkpoint.base_type(checkpoint.read_config(source))
+    if family_of(kind).classes != "transformers":
+        check_stages(kind, recipe.stages)
     task = recipe.task
     task.split(Split.DEV)
     if task.pretraining:

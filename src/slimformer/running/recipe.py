@@ -145,7 +145,7 @@ class Recipe:
     """A model, a task and the stages that make the model small; `run` carries it out, `read_recipe` reads one from YAML.
 
     Attributes:
-        model: A folder, an id on the hub ("owner/name", "owner/name@revision"), or a `Fresh` model that is built from scratch.
+        model: A folder, an id on the hub ("owner/name", "owner/name@revision"), or a `Fresh` model that is built.
         task: Where the examples come from, and how they are scored.
         stages: `Train`, `Calibrate` and `TrimVocabulary` stages, in order.
         teacher: Another model to learn from; by default the model itself after the leading stages of plain fine-tuning.
@@ -178,6 +178,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         wrong = mistakes_in(self)
+        if isinstance(self.model, Fresh) and self.model.is_student and self.teacher is None:
+            wrong.append(f"model.use: a {self.model.use} is made from a teacher, and the recipe names no `teacher:`")
         if wrong:
             raise RecipeError("this recipe cannot be used.", facts=wrong, help="correct these values.")
 
@@ -206,7 +208,7 @@ class Recipe:
         export = changed_options(replace(self.export, options={})) | dict(self.export.options)
         stages += [{"export": export}, {"bench": changed_options(self.bench)}]
         data: dict[str, Any] = {
-            "model": self.model if isinstance(self.model, str) else asdict(self.model),
+            "model": self.model if isinstance(self.model, str) else _plain(self.model),
             "task": named_options(self.task),
             "stages": stages,
         }
@@ -265,3 +267,9 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_data(), sort_keys=False, width=120)
+
+
+def _plain(model: Fresh) -> dict[str, Any]:
+    """A model to be built, as plain data."""
+    data = asdict(model)
+    return data if model.vocabulary is not None else {name: value for name, value in data.items() if name != "vocabulary"}

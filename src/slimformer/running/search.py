@@ -65,6 +65,7 @@ from slimformer.running.schedule import (
     savings,
 )
 from slimformer.running.stages import Clock, advance, context_of, latency_of, training_of
+from slimformer.running.students import refuse_student
 from slimformer.running.trials import Judge, Trial, judge_of, tried_rows
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
@@ -227,6 +228,7 @@ def _compress_named(
     recipe = Recipe(model, task, () if tuned else (tune,), seed=wanted.seed, bench=Bench(rivals=wanted.rivals))
     trim = (TrimVocabulary(),) if wanted.vocabulary == "trim" else ()
     checked = replace(preflight(replace(recipe, stages=(*recipe.stages, *trim))), recipe=recipe)
+    refuse_student(source)
     check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
     wish = partial(wish_of, task, options)
     with open_run(out, wanted.purpose(recipe), wanted.seed, conditions, wish=wish) as run:

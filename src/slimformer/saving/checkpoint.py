@@ -738,6 +738,7 @@ def register_auto_classes() -> None:
     suffixes = ("", *(f"For{purpose}" for purpose in ("SequenceClassification", "QuestionAnswering", "TokenClassification")))
     suffixes += ("ForMaskedLM", "ForPreTraining", "ForSeq2SeqLM")
     for name in registry.names("families"):
+        registry.find("families", name)().model_class("")  # imports those that are not transformers' own
         for kind in registry.find("families", name).model_types:
             base = type(transformers.AutoConfig.for_model(kind))
             own = type(f"Slim{base.__name__}", (base,), {"model_type": PREFIX + kind, "__module__": __name__})

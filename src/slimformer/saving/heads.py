@@ -176,7 +176,7 @@ def class_named(name: str | None, kind: str) -> type[PreTrainedModel] | None:
     """The class of transformers of that name, if it is one for models of this kind."""
     import transformers
 
-    cls = getattr(transformers, name, None) if name and name.isidentifier() else None
+    cls = family_of(kind).model_class(name) if name and name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         return None
     return cls if getattr(cls.config_class, "model_type", None) == kind else None

@@ -15,6 +15,7 @@ VOCABULARY = 99
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """The tiny config that the family of `model_type` declares, with `changes`."""
+    family_of(model_type).model_class("")  # the Auto classes now know it
     common = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 1}
     return AutoConfig.for_model(model_type, **(common | family_of(model_type).tiny(model_type) | changes))
 

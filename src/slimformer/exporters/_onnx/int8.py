@@ -216,6 +216,28 @@ def int8_embeddings(graph: ir.Graph, coding: WeightCoding = WeightCoding(), rows
     return count
 
 
+def int8_recurrences(graph: ir.Graph, coding: WeightCoding = WeightCoding()) -> int:
+    """Stores the matrices of LSTMs in int8 with a scale per row; gives their number.
+
+    Runtimes multiply the scales in when they load the file, and compute in float: no LSTM with integer products has fixed ranges.
+    """
+    editor = Editor(graph)
+    count = 0
+    for node in [node for node in graph if node.op_type == "LSTM"]:
+        for index in (1, 2):
+            weight = constant_of(node.inputs[index])
+            if weight is None or weight.dtype != np.float32:
+                continue
+            name, rows = required(node.inputs[index]).name, weight.reshape(-1, weight.shape[-1])  # (2 * 4 units, in)
+            values, scales = quantize_weight(rows, 0, coding)
+            small = editor.constant(values.reshape(weight.shape), np.int8, f"{name}.int8")
+            scale = editor.constant(scales.reshape(*weight.shape[:2], 1), np.float32, f"{name}.scale")
+            wide = editor.one(node, "Cast", [small], to=int(ir.DataType.FLOAT))
+            node.replace_input_with(index, editor.one(node, "Mul", [wide, scale]))
+            count += 1
+    return count
+
+
 def quantized_matrices(path: Path) -> int:
     """Number of Linears in a file with int8 weights; embeddings are not counted."""
     count = 0

@@ -38,6 +38,10 @@ ATTENTION = (
 )  # (query, key, value, mask): each (a, b, heads, dim); which of a, b is the batch: `Axes`
 FORMED = ("slimformer", "Formed")  # (x, its parameters) with the name of its `module`: (., ., in) -> (., ., out)
 TABLE = ("slimformer", "Table")  # (ids, its parameters) with the name of its `module`: (., .) -> (., ., width)
+RECURRENT = (
+    "slimformer",
+    "Recurrent",
+)  # (words, mask, weights and biases of torch's LSTM, one direction after the other): (batch, seq, in) -> its states, and the last ones
 MASKED = -10_000.0  # exp() of it is 0 in fp32, and it survives fp16; the smallest float does not
 
 _ELEMENTWISE = {"Gelu", "Tanh", "Relu", "Erf", "Sigmoid", "Softplus", "Cast", "Identity"}
@@ -258,6 +262,52 @@ def lower_forms(graph: ir.Graph, forms: Mapping[str, Formed]) -> int:
             editor.remove(node)
             count += 1
     return count
+
+
+# -------------------------------------------------------------------------------------------------------------------- LSTMs
+
+
+def lower_recurrences(graph: ir.Graph) -> int:
+    """Puts ONNX's LSTM in the place of the marker of each layer; gives their number.
+
+    It reads each text to its own end. ONNX has the gates in another order (input, output, forget, cell) than torch (input, forget, cell,
+    output), and time as the first axis.
+    """
+    editor = Editor(graph)
+    nodes = [node for node in graph if (node.domain, node.op_type) == RECURRENT]
+    lengths: dict[ir.Value, ir.Value] = {}
+    for node in nodes:
+        words, mask, *weights = (required(value) for value in node.inputs)
+        units = node.attributes["units"].as_int()
+        name = str(weights[0].name).removesuffix(".weight_ih_l0")
+        into, back, bias, other = (
+            np.stack([_in_order(weights[direction + part], units) for direction in (0, 4)]) for part in range(4)
+        )
+        if mask not in lengths:
+            count = editor.one(node, "ReduceSum", [mask, editor.constant([1], np.int64)], keepdims=0)
+            count = editor.one(node, "Max", [count, editor.constant(1, np.int64)])
+            lengths[mask] = editor.one(node, "Cast", [count], to=int(ir.DataType.INT32))
+        constants = {"into": into, "back": back, "bias": np.concatenate([bias, other], 1)}
+        inputs = [editor.constant(values, np.float32, f"{name}.{part}") for part, values in constants.items()]
+        turned = editor.one(node, "Transpose", [words], perm=[1, 0, 2])  # (seq, batch, in)
+        states, last = editor.node(
+            node, "LSTM", [turned, *inputs, lengths[mask]], outputs=2, direction="bidirectional", hidden_size=units
+        )  # (seq, 2, batch, units), (2, batch, units)
+        join = [editor.constant([0, 0, 2 * units], np.int64), editor.constant([0, 2 * units], np.int64)]
+        states = editor.one(node, "Reshape", [editor.one(node, "Transpose", [states], perm=[2, 0, 1, 3]), join[0]])
+        last = editor.one(node, "Reshape", [editor.one(node, "Transpose", [last], perm=[1, 0, 2]), join[1]])
+        for old, new in zip(node.outputs, (states, last), strict=True):
+            editor.replace(old, new)
+        editor.remove(node)
+    return len(nodes)
+
+
+def _in_order(weight: ir.Value, units: int) -> np.ndarray:
+    """A weight or bias of torch's LSTM, (4 units, ...), with its gates in ONNX's order."""
+    values = constant_of(weight)
+    if values is None:
+        raise Unexpected("a weight of an LSTM is no constant")
+    return np.concatenate([values[gate * units : (gate + 1) * units] for gate in (0, 3, 1, 2)])
 
 
 # ------------------------------------------------------------------------------------------------------------------- norms

@@ -1,6 +1,7 @@
 """The trace: a model as an ONNX graph, with a marker in the place of each attention and of each matrix in another form.
 
 The model is traced as transformers runs it, except that the layers compute in (seq, batch, hidden), the order that fast graphs need.
+A layer of an LSTM leaves a marker too: the tracer would write out as many steps as the example has.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import nn
 from slimformer.core.deciding import answers_apart
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
-from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, TABLE
+from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, RECURRENT, TABLE
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
+from slimformer.students.recurrent import Recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +92,11 @@ def forms_in(model: nn.Module) -> dict[str, Formed]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Formed)}
 
 
+def recurrent_in(model: nn.Module) -> list[Recurrent]:
+    """The layers of LSTMs."""
+    return [module for module in model.modules() if isinstance(module, Recurrent)]
+
+
 def _mark_attention(
     module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[Any, None]:
@@ -122,6 +129,22 @@ def _mark_form(name: str, module: Formed) -> Any:
     return forward
 
 
+def _mark_recurrent(module: Recurrent) -> Any:
+    """A forward pass for a layer of an LSTM that leaves a marker with its words, the mask, and its weights, direction after direction."""
+    names = [f"{part}_l0{end}" for end in ("", "_reverse") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+
+    def forward(words: torch.Tensor, mask: torch.Tensor) -> Any:
+        weights = [module.lstm.get_parameter(name) for name in names]
+        batch, seq, _ = words.shape
+        shapes = ((batch, seq, 2 * module.units), (batch, 2 * module.units))
+        attributes: dict[str, Any] = {"units": module.units}
+        return torch.onnx.ops.symbolic_multi_out(
+            "::".join(RECURRENT), [words, mask, *weights], attributes, dtypes=(words.dtype,) * 2, shapes=shapes
+        )
+
+    return forward
+
+
 @contextmanager
 def _marked(subject: Subject) -> Iterator[None]:
     """Lets attentions and matrices in other forms leave markers, and the layers compute in (seq, batch, hidden)."""
@@ -143,9 +166,12 @@ def _marked(subject: Subject) -> Iterator[None]:
         for name, module in forms_in(model).items():
             stack.callback(delattr, module, "forward")
             module.forward = _mark_form(name, module)
+        for layer in recurrent_in(model):
+            stack.callback(delattr, layer, "forward")
+            layer.forward = _mark_recurrent(layer)  # type: ignore[method-assign]
         (encoder,) = subject.anatomy.stacks
         assert encoder.embedding is not None, "an encoder's embedding is a module"
-        for name in (encoder.embedding, encoder.layers[-1]):
+        for name in (encoder.embedding, encoder.layers[-1]) if encoder.layers else ():
             stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
 
