@@ -14,11 +14,11 @@ import torch
 from slimformer import Plan, anatomy_of, shrink
 from slimformer.core.anatomy import Kind
 from slimformer.errors import ExportError, ExtraError, ModelError
+from slimformer.exporters._kernels.model_file import save_model_file
+from slimformer.exporters._kernels.packing import best_block_rows, pack_encoder
 from slimformer.exporters._onnx.parity import fill_inputs
 from slimformer.families.base import subject_of
 from slimformer.kernels import library, session
-from slimformer.kernels.model_file import save_model_file
-from slimformer.kernels.packing import best_block_rows, pack_encoder
 from slimformer.testing.tiny import batch, tiny
 
 PATHS = ("scalar", "avx2", "avxvnni", "avx512vnni256", "avx512vnni", "neon")

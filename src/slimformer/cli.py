@@ -167,6 +167,10 @@ def compress_command(
         str,
         typer.Option(help="'trim' cuts the word table to the pieces that the training texts need; 'whole' leaves it as it is."),
     ] = "whole",
+    engine: Annotated[
+        str,
+        typer.Option(help="'kernels' searches for the compiled kernels, which skip zeros; 'onnx' for ONNX Runtime alone."),
+    ] = "onnx",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
@@ -191,6 +195,7 @@ def compress_command(
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
         minutes=minutes,
         vocabulary=vocabulary,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
         command=_command(),
         threads=threads,
         wait_seconds=wait,

@@ -198,6 +198,17 @@ class Exporter(ABC):
     """
 
     files: ClassVar[Mapping[str, FileKind]]
+    quick_variant: ClassVar[str] = Variant.INT8_FUSED  # whose speed a search goes by
+
+    def available(self) -> bool:
+        """Whether what it needs is installed."""
+        return True
+
+    def check(self, kind: str, *, branches: bool) -> None:
+        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits (`branches`).
+
+        ExtraError if what it needs is not installed, ExportError for a model.
+        """
 
     def kinds_for(self, model: PreTrainedModel) -> Mapping[str, FileKind]:
         """`files`, as they are called for this model: an encoder-decoder may be more than one file."""

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
-from slimformer.runtimes.onnxruntime import KERNELS_HELP
 
 INTERFACE = 2
 _PACKAGE = "slimformer_kernels"
@@ -75,7 +74,10 @@ def installed() -> bool:
 def library_path() -> str:
     """The compiled library; ExtraError if it is not installed."""
     if not installed():
-        raise ExtraError("the compiled kernels are not installed.", help=KERNELS_HELP)
+        raise ExtraError(
+            "the compiled kernels are not installed.",
+            help="pip install 'slimformer[kernels]', or `make kernels` in a clone of the repository.",
+        )
     import slimformer_kernels
 
     return str(slimformer_kernels.library_path())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimformer.errors import ModelError
-from slimformer.kernels.library import processor_path
-from slimformer.runtimes.onnxruntime import open_with_kernels
+from slimformer.errors import ExtraError, ModelError
+from slimformer.kernels.library import library_path, processor_path
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -30,4 +29,15 @@ def session(path: str | Path, threads: int = 0, options: SessionOptions | None =
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return open_with_kernels(Path(path), options)
+    try:
+        options.register_custom_ops_library(library_path())
+    except Exception as error:  # its exceptions have no common public type
+        raise ExtraError(
+            f"ONNX Runtime {onnxruntime.__version__} refuses the kernels.",
+            facts=str(error).strip().splitlines()[:1],
+            help="pip install -U onnxruntime: 1.17 or newer is needed.",
+        ) from error
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime cannot open {path}.", facts=str(error).strip().splitlines()[:1]) from error

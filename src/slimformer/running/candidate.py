@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slimformer.exporters.base import Exporter, FileKind, Variant
+from slimformer.exporters.base import FILES, Exporter, FileKind, Variant
 from slimformer.files import remembered
 from slimformer.running.bundle import Made, Run
 from slimformer.running.exports import export_files, plain_exporter
@@ -73,15 +73,19 @@ def candidate_of(
     return Candidate(made, tuple(stages), kinds, tuple(tried), files)
 
 
-def teacher_candidate(made: Made, judge: Judge, run: Run, *, seconds: float = TRIAL_SECONDS) -> Candidate:
+def teacher_candidate(
+    made: Made, judge: Judge, run: Run, exporter: Exporter | None = None, *, seconds: float = TRIAL_SECONDS
+) -> Candidate:
     """The bundle whose student is still the teacher, in int8: a search may always fall back on it. Its files are not written."""
     bundle, home = made.bundle, run.root / "whole" / made.bundle.digest()
-    kinds = plain_exporter().kinds_for(bundle.subject.model)
+    exporter = exporter or plain_exporter()
+    kinds = exporter.kinds_for(bundle.subject.model)
+    own = exporter.quick_variant if exporter.quick_variant not in FILES else Variant.INT8_DYNAMIC
 
     def tried() -> list[Trial]:
-        files: dict[str, Path] = {Variant.INT8_DYNAMIC: judge.teacher[Variant.INT8_DYNAMIC]}
-        if bundle.whole is not None:  # the teacher's own file has the whole vocabulary
-            files = export_files(bundle.subject, bundle.material, home / "int8", list(files), run.log)
+        files: dict[str, Path] = {own: judge.teacher[own]} if own in judge.teacher else {}
+        if bundle.whole is not None or not files:  # the teacher's own file has the whole vocabulary
+            files = export_files(bundle.subject, bundle.material, home / "int8", [own], run.log, exporter=exporter)
         return judge.try_out(files, kinds, seconds=seconds)
 
     trials = remembered(home / "int8.json", tried, list[Trial])

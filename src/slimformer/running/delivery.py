@@ -117,7 +117,7 @@ def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Conte
         run.log.say("making OpenVINO's int8 file by NNCF.")
         path = openvino_int8(candidate.files[Variant.FLOAT], bundle.subject, bundle.material, _openvino_home(run))
         files.append(ours(Variant.INT8_STATIC, path, OPENVINO.label, OPENVINO.place, "openvino"))
-    slim = kernels_int8(bundle.subject, _slim_home(run), run.log)
+    slim = None if Variant.INT8_KERNELS in candidate.files else kernels_int8(bundle.subject, _slim_home(run), run.log)
     if slim is not None:
         files.append(ours(Variant.INT8_KERNELS, slim, SLIM.label, SLIM.place))
     return files
@@ -171,7 +171,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
     chosen = next(record for record in measurement.records if record.chosen)
     delivered = [(variant, candidate.kinds[variant]) for variant in files]
     delivered += [(Variant.INT8_STATIC, OPENVINO)] if export.openvino else []
-    slim = _slim_ships(measurement)
+    slim = Variant.INT8_KERNELS not in files and _slim_ships(measurement)
     delivered += [(Variant.INT8_KERNELS, SLIM)] if slim else []
     fitted = {kind.place: fitted_options(material.task, tasks[kind.place]) for _, kind in delivered}
     text = order.recipe.seen_from(out).to_yaml()

@@ -20,11 +20,11 @@ from slimformer.data.batching import collate
 from slimformer.data.material import Material, features_digest
 from slimformer.digests import digest
 from slimformer.errors import ExportError
+from slimformer.exporters._kernels.model_file import save_model_file
 from slimformer.exporters.base import OPENVINO, SLIM, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, write_text
 from slimformer.kernels.library import installed
-from slimformer.kernels.model_file import save_model_file
 from slimformer.log import Log
 from slimformer.measuring import machine
 from slimformer.measuring.beside import make_readable

@@ -57,6 +57,8 @@ def preflight(recipe: Recipe) -> Checked:
     kind = checkpoint.base_type(checkpoint.read_config(source))
     if family_of(kind).classes != "transformers":
         check_stages(kind, recipe.stages)
+    branches = any(method.effects().branches for stage in recipe.stages for method in stage.methods)
+    recipe.export.exporter().check(kind, branches=branches)
     task = recipe.task
     task.split(Split.DEV)
     if task.pretraining:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from slimformer.errors import ExtraError, ModelError
-from slimformer.exporters.base import KERNELS_DOMAIN, is_pair
+from slimformer.exporters.base import KERNELS_DOMAIN, SLIM, is_pair
+from slimformer.kernels import sessions as kernels
 from slimformer.runtimes._inputs import Port, fit
 from slimformer.runtimes._texts import TextRunner
 from slimformer.runtimes.base import Runner, Runtime
@@ -24,7 +25,6 @@ from slimformer.runtimes.base import Runner, Runtime
 if TYPE_CHECKING:
     from slimformer.tasks.base import Task
 
-KERNELS_HELP = "pip install 'slimformer[kernels]', or `make kernels` in a clone of the repository."
 NUMBERS = re.compile(
     r"tensor\((float|float16|double|u?int\d+)\)"
 )  # types of outputs that are read; a few files give texts or maps too
@@ -80,7 +80,7 @@ class OnnxRuntime(Runtime):
             _ports([*session.get_inputs(), *session.get_outputs()])  # their names may be no UTF-8
         except Exception as error:  # its exceptions have no common public type
             if f"{KERNELS_DOMAIN}:" in str(error):
-                return open_with_kernels(path, _options(threads))
+                return kernels.session(path, options=_options(threads))
             raise ModelError(
                 f"ONNX Runtime {self.version()} cannot load {path}.",
                 facts=str(error).strip().splitlines()[:1],
@@ -99,32 +99,9 @@ class OnnxRuntime(Runtime):
         )
 
     def snippet(self, task: Task, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
+        if Path(file).name == SLIM.name:
+            return super().snippet(task, folder, file, texts, max_length)
         return task.snippet(folder, file, texts, max_length)
-
-
-def open_with_kernels(path: Path, options: Any) -> Any:
-    """ONNX Runtime's own session of a file that calls the compiled kernels, or of any other; `options` are its SessionOptions.
-
-    ExtraError if slimformer-kernels is not installed or ONNX Runtime refuses it, ModelError if the file cannot be opened.
-    """
-    import onnxruntime
-
-    if find_spec("slimformer_kernels") is None:
-        raise ExtraError("the compiled kernels are not installed.", help=KERNELS_HELP)
-    import slimformer_kernels
-
-    try:
-        options.register_custom_ops_library(slimformer_kernels.library_path())
-    except Exception as error:  # its exceptions have no common public type
-        raise ExtraError(
-            f"ONNX Runtime {onnxruntime.__version__} refuses the kernels.",
-            facts=str(error).strip().splitlines()[:1],
-            help="pip install -U onnxruntime: 1.17 or newer is needed.",
-        ) from error
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ModelError(f"ONNX Runtime cannot open {path}.", facts=str(error).strip().splitlines()[:1]) from error
 
 
 def open_plain(file: Path, threads: int, profile: Path | None = None) -> Any:

@@ -696,7 +696,7 @@ def _exported(exporter: Any) -> tuple[_Exported, ...]:
     folder = Path(tempfile.mkdtemp(prefix="slimformer-check-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     exported: list[_Exported] = []
-    for name, model, _ in _dense_and_cut():
+    for name, model, _ in _dense_and_cut() if exporter().available() else ():
         (folder / name).mkdir()
         exported += _export(exporter, model, folder / name, tuple(exporter.files))
     return tuple(exported)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from slimformer.errors import ExportError
+from slimformer.exporters._kernels.packing import pack_encoder
 from slimformer.exporters.base import KERNELS_DOMAIN
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
-from slimformer.kernels.packing import pack_encoder
 
 if TYPE_CHECKING:
     from torch import nn

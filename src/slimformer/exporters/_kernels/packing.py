@@ -29,6 +29,7 @@ CODES_OF_ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh"
 # a block of one output loads as much as it computes, and a tile of many inputs does not fit the first cache.
 COSTS: dict[int, tuple[float, float]] = {0: (1.0, 1.0), 1: (1.35, 1.7), 2: (1.1, 1.15), 4: (1.05, 1.05)}
 WIDE_INPUTS = 512
+KERNEL_TYPES = ("bert", "electra", "distilbert", *OFFSET)
 
 
 def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | Literal["auto"] = "auto") -> np.ndarray:
@@ -39,7 +40,7 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
     """
     subject = subject_of(model)
     config = model.config
-    if config.model_type not in (*OFFSET, "bert", "electra", "distilbert"):
+    if config.model_type not in KERNEL_TYPES:
         raise ExportError(
             f"the kernels compute post-norm encoders; {config.model_type} is none.", help="export standard files."
         )
@@ -59,7 +60,11 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
     sections: list[np.ndarray | None] = [codes, scales, positions, types if has_types else None, _norm(modules, norm)]
     head_dim = next((site.slices[0].unit for site in subject.anatomy.sites.values() if site.kind is Kind.HEADS), 1)
     stack = subject.anatomy.stacks[0]
-    for index in range(len(stack.layers)):
+    for index, name in enumerate(stack.layers):
+        if not type(modules[name]).__module__.startswith("transformers."):
+            raise ExportError(
+                f"{name} decides by what it reads, and the kernels compute all layers.", help="export standard files."
+            )
         sections += _layer(subject, modules, index, head_dim, block_rows)
     activation = CODES_OF_ACTIVATIONS.get(str(getattr(config, "hidden_act", None) or getattr(config, "activation", "")))
     if activation is None:

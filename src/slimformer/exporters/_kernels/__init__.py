@@ -1,0 +1,1 @@
+"""How a model becomes a file for the compiled kernels: its encoder packed, its head of standard operators."""
