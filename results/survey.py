@@ -59,6 +59,7 @@ from slimformer.methods.shared_layers import SharedLayers
 from slimformer.methods.theseus import Theseus
 from slimformer.methods.weight_squeezing import WeightSqueezing
 from slimformer.reporting.words import mb_text
+from slimformer.running.fresh import Fresh
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.training.stage import Calibrate, Stage, Train, TrimVocabulary
 
@@ -83,6 +84,7 @@ class Row:
     stages: Callable[[float], Stages]
     share: float = 1.0  # of the cost that is left after the first cut
     ablation: bool = False
+    student: Fresh | None = None  # what is trained, if it is no copy of the dense model
 
 
 def learnt(passes: float, *methods: Any, **changes: Any) -> Train:
@@ -225,6 +227,31 @@ ROWS = (
         0.5,
         ablation=True,
     ),
+    *(
+        Row(
+            "other students",
+            kind,
+            claim,
+            lambda passes: (Train(methods=(Distillation(hidden=0.0),), lr=1e-3, epochs=passes, task_weight=0.5),),
+            student=Fresh(kind, config=sizes),
+        )
+        for kind, claim, sizes in (
+            ("static", "model2vec: hundreds of times as fast, many points lost", {"hidden_size": 256, "head_size": 256}),
+            ("bilstm", "MKD: 3 % of the encoder, 8.6 × on a CPU, 3.0 points lost", {}),
+            ("cnn", "Chia et al.: as good as a BiLSTM, faster", {}),
+        )
+    ),
+    Row(
+        "other students",
+        "bert-3x192",
+        "Turc et al.: pre-trained small models, then distilled",
+        lambda passes: (Train(methods=(Distillation(hidden=0.0),), lr=4e-4, epochs=passes, task_weight=0.1, dropout=False),),
+        0.1,
+        ablation=True,
+        student=Fresh(
+            "bert", config={"num_hidden_layers": 3, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768}
+        ),
+    ),
     Row(
         "decomposition of matrices",
         "kronecker-7.7x",
@@ -285,7 +312,8 @@ def jobs() -> tuple[Job, ...]:
     for task in TASKS:
         folder, needs = teacher_of(task)
         for row in sorted(ROWS, key=lambda item: item.ablation):
-            recipe = Recipe(folder, glue(task), row.stages(PASSES[task]), export=EXPORT, bench=BENCH)
+            start = {"model": folder} if row.student is None else {"model": row.student, "teacher": folder}
+            recipe = Recipe(**start, task=glue(task), stages=row.stages(PASSES[task]), export=EXPORT, bench=BENCH)
             found.append(Job(f"{TABLE}/{task}/{row.name}", recipe, row.share, needs))
     large = teacher("e5", "mrpc")  # its word table is 46 % of it
     recipe = Recipe(folder_of(large), glue("mrpc"), (TrimVocabulary(),), export=EXPORT, bench=BENCH)
