@@ -52,7 +52,9 @@ class CnnModel(StudentModel):
             for step in range(width):  # what the filter's word number `step` adds at the place where the filter begins
                 total = total + parts[:, step : step - beyond or None, place : place + self.count]  # (batch, seq, count)
                 place += self.count
-            found.append((torch.relu(total) * real).amax(1))
+            found.append(
+                torch.relu(total).amax(1)
+            )  # a filter that begins behind the last word answers 0, which no answer is below
         return torch.cat(found, -1)
 
 
