@@ -360,7 +360,7 @@ def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
         if some is None:
             continue
         whole, plain, integers = dense(some[0]), plain_in(some[0]), _integers(some[0])
-        slim = ours_in(some[0], Variant.INT8_KERNELS)
+        slim = _slim(some[0])
         assert plain is not None, f"{task}/{row.name} has no fp32 row"
         rows.append(
             (
@@ -373,6 +373,7 @@ def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
                 *(row_times(slim, batch) if slim else "" for batch in (32, 1)),
                 interval_of(lost(some, plain_in)),
                 interval_of(lost(some, _integers)),
+                interval_of(lost(some, _slim)),
                 minutes(plain),
                 row.claim,
             )
@@ -388,7 +389,7 @@ def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
     )
     head = (
         *("branch", "run", "encoder", "MB", "× batch 32, fp32", "× batch 1", "× batch 32, int8", "× batch 1"),
-        *("× batch 32, kernels", "× batch 1", "lost, fp32", "lost, int8", "minutes", "the paper's claim"),
+        *("× batch 32, kernels", "× batch 1", "lost, fp32", "lost, int8", "lost, kernels", "minutes", "the paper's claim"),
     )
     return [f"## {task}", "", intro, "", *table(head, rows), ""]
 
@@ -396,6 +397,11 @@ def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
 def _integers(run: Run) -> Record | None:
     """Our int8 file with fused operators, or the plainer one."""
     return ours_in(run, Variant.INT8_FUSED) or ours_in(run, Variant.INT8_DYNAMIC)
+
+
+def _slim(run: Run) -> Record | None:
+    """Our file for the compiled kernels, if it was measured."""
+    return ours_in(run, Variant.INT8_KERNELS)
 
 
 def draw() -> None:
