@@ -123,6 +123,11 @@ def dropped(passes: float) -> Stages:
     return (Train(methods=(LayerDrop(rate=0.5),), lr=8e-5, epochs=passes), Calibrate(Layers(keep=HALF, which="even")))
 
 
+def cut_and_blocks(passes: float) -> Stages:
+    """A cut of heads and neurons, then a fifth of the blocks of what is left."""
+    return (Calibrate(Fisher(keep=0.4, cost="macs")), closely(passes, KnowledgeSparse(keep=0.2, pattern="4x4")))
+
+
 ROWS = (
     Row(
         "quantization",
@@ -287,6 +292,13 @@ ROWS = (
             Train(methods=(EarlyExit(confidence="patience", max_loss=0.5, lr=5e-4),), lr=4e-5, epochs=min(3.0, passes)),
         ),
         ablation=True,
+    ),
+    Row(
+        "compound",
+        "fisher-40-blocks-20",
+        "for the kernels: heads and neurons cut, then blocks of zeros, int8",
+        cut_and_blocks,
+        0.4,
     ),
     Row(
         "vocabulary",
