@@ -47,6 +47,7 @@ METHODS = (
     "knowledge_sparse",
     "kronecker",
     "layers",
+    "low_rank",
     "movement",
     "quantization",
 )
@@ -60,6 +61,7 @@ TESTS = {  # file -> its own tests
     **{f"methods/{name}.py": f"tests/methods/test_{name}.py" for name in METHODS},
     "forms/base.py": "tests/forms/test_forms.py",
     "forms/kronecker.py": "tests/forms/test_forms.py",
+    "forms/low_rank.py": "tests/forms/test_low_rank_form.py",
     "hooks/gating.py": "tests/test_laws.py",
 }
 LINES, LEAST, MOST = 10, 15, 30  # a mutant for each so many lines of a file, within these bounds

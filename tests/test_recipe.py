@@ -301,6 +301,8 @@ INTEGERS = {"train": {"methods": ["quantization", "distillation"]}}
 KEEPS = {"train": {"methods": ["keep_zeros", "distillation"]}}
 PLAIN_TRAIN = {"train": {"methods": ["distillation"]}}
 FACTORS = {"calibrate": {"method": "kronecker"}}
+THIN = {"calibrate": {"method": "low_rank"}}
+SHARED = {"train": {"methods": ["shared_layers"]}}
 TABLE = {"calibrate": {"method": {"use": "kronecker", "keep": 1.0, "embedding": 8}}}
 CUT = {"calibrate": {"method": "fisher"}}
 FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
@@ -326,6 +328,9 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
         ([FILLED, FACTORS], None),
         ([UNITS, FACTORS], None),
         ([SPARSE, TABLE], None),  # the word table alone
+        ([SPARSE, THIN], "low_rank gives matrices new values, and the zeros that knowledge_sparse left would be gone"),
+        ([SHARED, THIN], "low_rank would store layers differently that shared_layers has made one: factor first, share after"),
+        ([THIN, CUT], "fisher cannot cut what low_rank has factored before: cut first, factor after"),
         ([SPARSE, KEEPS, FACTORS], "the zeros that knowledge_sparse left"),
         (
             [SPARSE, PLAIN_TRAIN],
@@ -457,6 +462,9 @@ HOPELESS = {
     "importance": ("importance", {"keep": 0.01}, "the budget of .* MACs cannot be reached"),
     "a share of kronecker": ("kronecker", {"keep": 0.01}, r"1.0% of the parameters cannot be reached: [\d.]+% remain"),
     "a factor": ("kronecker", {"embedding": 5}, "a factor of 1 x 5 does not divide"),
+    "a share of low_rank": ("low_rank", {"keep": 0.01}, r"1.0% of the MACs cannot be reached: [\d.]+% remain"),
+    "a rank": ("low_rank", {"rank": 500}, "rank 500 pays for no matrix"),
+    "numbers of a word": ("low_rank", {"embedding": 32}, "rank 32 is no fewer numbers than its .* only ranks up to"),
     "layers": ("layers", {"keep": 0.01}, "even one layer costs 33%"),
     "fisher without sublayers": ("fisher", {"keep": 0.01, "sublayers": False}, "the budget of .* MACs cannot be reached"),
 }

@@ -8,6 +8,7 @@ from slimformer.core.shrink import shrink
 from slimformer.families._student import StudentFamily
 from slimformer.families.base import family_of, subject_of
 from slimformer.forms.kronecker import Kronecker
+from slimformer.forms.low_rank import LowRank
 from slimformer.measuring import machine
 from slimformer.methods.base import Context
 from slimformer.testing.checks import tiny_context
@@ -38,7 +39,8 @@ WEIGHT_BITS = 7 if machine.saturates(machine.environment().flags) else 8
 
 
 def factored_context(model_type: str) -> Context:
-    """A context around a tiny model with a factored word table and matrices in every order of their steps, in sums too."""
+    """A context around a tiny model with a factored word table, matrices in every order of their steps, in sums too, and of low
+    rank."""
     around = tiny_context(model_type)
     forms = {
         "embeddings.word": Kronecker((VOCABULARY, 8)),
@@ -46,6 +48,8 @@ def factored_context(model_type: str) -> Context:
         "encoder.0.key": Kronecker((16, 2), 2),
         "encoder.0.attention_out": Kronecker((2, 2)),
         "encoder.0.ffn_in": Kronecker((8, 2), 2),
+        "encoder.1.key": LowRank(5),
+        "encoder.1.ffn_out": LowRank(7),
         "encoder.2.value": Kronecker((2, 16)),
         "encoder.2.ffn_out": Kronecker((2, 6), 3),
     }

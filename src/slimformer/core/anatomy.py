@@ -196,13 +196,21 @@ class Matrix:
         return self.form.parameters(self.shape)
 
     @property
-    def point(self) -> Point | None:
-        """The point where a factored matrix reads the input of its integer product; None if it is dense or has no such
-        product."""
-        if self.dense or self.form.reads is None:
-            return None
-        module = f"{self.module}.{self.form.reads}"
-        return Point(f"{self.id}.factor.input", (module,), "input", PointRole.MATRIX, self.sublayer, self.tokens)
+    def points(self) -> Mapping[str, Point]:
+        """The points where a factored matrix reads the inputs of its integer products, by its form's `reads`; none if it is dense."""
+        readers = () if self.dense else self.form.reads
+        names = {reader: "factor" if len(readers) == 1 else reader for reader in readers}
+        return {
+            reader: Point(
+                f"{self.id}.{name}.input",
+                (f"{self.module}.{reader}",),
+                "input",
+                PointRole.MATRIX,
+                self.sublayer,
+                self.tokens,
+            )
+            for reader, name in names.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -232,7 +240,7 @@ class Stack:
 
 
 def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
-    """Points by id; a factored matrix leaves the point that it shares with other readers of a tensor and has one of its own."""
+    """Points by id; a factored matrix leaves the point that it shares with other readers of a tensor and has its own."""
     factored = {matrix.module: matrix for matrix in matrices if not matrix.dense}
     separate: dict[str, Point] = {}
     for point in points:
@@ -242,8 +250,8 @@ def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict
         dense = tuple(module for module in point.modules if module not in factored)
         if dense:
             separate[point.id] = replace(point, modules=dense)
-        inner = (factored[module].point for module in point.modules if module in factored)
-        separate |= {item.id: item for item in inner if item is not None}
+        inner = (item for module in point.modules if module in factored for item in factored[module].points.values())
+        separate |= {item.id: item for item in inner}
     return separate
 
 

@@ -33,11 +33,11 @@ class ProductShape(NamedTuple):
 class Form(ABC):
     """Questions about one matrix; none of them touches a model. `table` says that the matrix is an Embedding's, not a Linear's.
 
-    `reads`: the submodule whose input is quantized for int8; "" is the module itself, and with None the matrix stays in
-    float.
+    `reads`: the submodules whose inputs are quantized for int8, in the order in which they compute; "" is the module itself, and
+    without any the matrix stays in float.
     """
 
-    reads: ClassVar[str | None] = None
+    reads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def problem(self, shape: Shape, *, table: bool = False) -> str | None:
@@ -63,10 +63,15 @@ class Form(ABC):
         """The products that an exported Linear of this shape computes with constant matrices, in integers if `reads` says so."""
         return (ProductShape(1, shape[1], shape[0]),)
 
+    def products_at(self, reader: str, shape: Shape) -> tuple[ProductShape, ...]:
+        """Those of the `products` that read the input of one of `reads`: all if it is the only one, else one for each in turn."""
+        every = self.products(shape)
+        return every if len(self.reads) == 1 else (every[self.reads.index(reader)],)
+
     @classmethod
     @abstractmethod
     def example(cls, shape: Shape, *, table: bool = False) -> Form:
-        """Some form of this kind that a matrix of this shape can take; the contract checks try it out."""
+        """Some form of this kind that a matrix of this shape can take, for the contract checks; any, if it can take none."""
 
     def to_data(self) -> dict[str, Any]:
         """The form as plain data; `form_from_data` gives it back."""
@@ -78,7 +83,7 @@ class Form(ABC):
 class Dense(Form):
     """A plain matrix."""
 
-    reads: ClassVar[str | None] = ""
+    reads: ClassVar[tuple[str, ...]] = ("",)
 
     def problem(self, shape: Shape, *, table: bool = False) -> str | None:
         return None

@@ -53,9 +53,9 @@ class StudentFamily(Family):
         """What each Linear reads."""
         for name in self.filters:
             matrix = matrices[name]
-            point = Point(f"{name}.input", (matrix.module,), "input", PointRole.MATRIX) if matrix.dense else matrix.point
-            if point is not None:
-                yield point
+            if matrix.dense:
+                yield Point(f"{name}.input", (matrix.module,), "input", PointRole.MATRIX)
+            yield from matrix.points.values()
         if model.base_model is not model:
             if model.config.head_size:
                 yield Point("dense.input", ("dense",), "input", PointRole.MATRIX)

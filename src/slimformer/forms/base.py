@@ -53,9 +53,8 @@ class Formed(nn.Module, ABC):
     form: Form
     shape: Shape  # of the matrix it stands for
     table: ClassVar[bool] = False  # whether it stands for an Embedding
-    integers: str | None = (
-        None  # the parameter that int8 files store as integers: the one multiplied at `reads`, or a table's rows
-    )
+    # the parameters that int8 files store as integers: one for each of the form's `reads`, or a table's rows
+    integers: tuple[str, ...] = ()
 
     def lower(self, graph: GraphWriter, source: Any) -> Any:
         """Writes what an exported graph computes in its place, the bias left out: by default the product with `matrix()`.
@@ -66,6 +65,14 @@ class Formed(nn.Module, ABC):
         if self.table:
             return graph.apply("Gather", graph.constant(matrix, "weight"), source, axis=0)
         return graph.apply("MatMul", source, graph.constant(matrix.T, "weight"))
+
+    def reader_of(self, part: str) -> str:
+        """The one of the form's `reads` whose product multiplies by a part of the matrix: a parameter, or what was written with it.
+
+        The last product has the name of the bias behind it, and so no part's.
+        """
+        readers = self.form.reads or ("",)
+        return dict(zip(self.integers, readers, strict=False)).get(part, readers[-1])
 
     def __getattr__(self, name: str) -> Any:
         """None for the weight of the matrix it stands for: a T5 asks one of its Linears for its type."""
@@ -122,11 +129,13 @@ def formed_around(model: nn.Module, reader: str) -> Formed | None:
 
 
 def weight_of(model: nn.Module, reader: str) -> str:
-    """The name of the parameter that a point's module multiplies by: a Linear's weight, or the `integers` of a form's module."""
+    """The name of the parameter that a point's module multiplies by: a Linear's weight, or one of the `integers` of a form's
+    module."""
     formed = formed_around(model, reader)
     if formed is None:
         return f"{reader}.weight"
-    return f"{reader if formed is model.get_submodule(reader) else reader.rpartition('.')[0]}.{formed.integers}"
+    path, _, part = (reader, "", "") if formed is model.get_submodule(reader) else reader.rpartition(".")
+    return f"{path}.{formed.integers[formed.form.reads.index(part)]}"
 
 
 def numbers_of(values: Tensor) -> np.ndarray:

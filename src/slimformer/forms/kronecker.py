@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimformer.forms._nearest import energies, nearest_factors
 from slimformer.forms.base import Form, Formed, GraphWriter, ProductShape, Shape, numbers_of
 
 
@@ -34,7 +35,7 @@ class Kronecker(Form):
     a: Shape
     terms: int = 1
 
-    reads: ClassVar[str | None] = "large"
+    reads: ClassVar[tuple[str, ...]] = ("large",)
 
     def __post_init__(self) -> None:
         whole = isinstance(self.a, (tuple, list)) and len(self.a) == 2 and all(type(n) is int and n >= 1 for n in self.a)
@@ -106,7 +107,9 @@ class Kronecker(Form):
 
     def weights(self, weight: Tensor, *, table: bool = False) -> Mapping[str, Tensor]:
         shape = (int(weight.shape[0]), int(weight.shape[1]))
-        left, right = _leading(rearranged(weight.detach().double(), self.a), self.terms)  # (m1 n1, terms), (terms, m2 n2)
+        left, right = nearest_factors(
+            rearranged(weight.detach().double(), self.a), self.terms
+        )  # (m1 n1, terms), (terms, m2 n2)
         a = left.T.reshape(self.terms, *self.a)
         if table:
             a = a.transpose(0, 1).flatten(1)[None]  # (1, words, terms n1)
@@ -128,26 +131,7 @@ def rearranged(weight: Tensor, a: Shape) -> Tensor:
 
 def squares(weight: Tensor, a: Shape) -> Tensor:
     """Squared singular values of the rearranged matrix, the largest first: each further term takes the next one off the squared error."""
-    return torch.linalg.eigvalsh(_gram(rearranged(weight.detach(), a))).flip(0).clamp_min(0)
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-
-
-def _leading(matrix: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of that rank as a product (rows, terms) (terms, columns), each pair of equal norm.
-
-    It uses the eigenvectors of the smaller Gram matrix: this is cheap for a word table, and all terms together are exact.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        right, left = _leading(matrix.T, terms)
-        return left.T, right.T
-    unit = torch.linalg.eigh(_gram(matrix)).eigenvectors.flip(1)[:, :terms]  # (rows, terms)
-    other = unit.T @ matrix  # (terms, columns)
-    size = other.norm(dim=1)  # (terms,): the singular values
-    share = torch.where(size > 0, size.sqrt(), 1.0)  # one side of a term that is 0 stays alive, so that it can still learn
-    return unit * share, other / share[:, None]
+    return energies(rearranged(weight.detach(), a))
 
 
 class _Factors(Formed):
@@ -185,7 +169,7 @@ class KroneckerLinear(_Factors):
         super().__init__(form, dense.weight, (form.terms, *form.a))
         self.bias = dense.bias
         self.large = LargeProduct("b" if form.b_is_large(self.shape) else "a")
-        self.integers = self.large.factor
+        self.integers = (self.large.factor,)
 
     def matrix(self) -> Tensor:
         return torch.stack([torch.kron(a, b) for a, b in zip(self.a, self.b, strict=True)]).sum(0)
@@ -258,7 +242,7 @@ class KroneckerEmbedding(_Factors):
     def __init__(self, form: Kronecker, dense: nn.Embedding) -> None:
         words, n1 = form.a
         super().__init__(form, dense.weight, (1, words, form.terms * n1))
-        self.integers = "a"
+        self.integers = ("a",)
         self.padding_idx = dense.padding_idx
 
     def matrix(self) -> Tensor:

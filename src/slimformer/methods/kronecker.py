@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import ATTENTION_ROLES, Anatomy, Matrix, Role
-from slimformer.core.budget import best_levels
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
-from slimformer.errors import PlanError, TargetError
+from slimformer.errors import PlanError
 from slimformer.forms.base import DENSE, Form, Shape
 from slimformer.forms.kronecker import Kronecker, squares
+from slimformer.methods._forming import best_forms, room_for
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.rules import Count, CountOrZero, Share
 
@@ -86,9 +86,7 @@ class KroneckerFactors(Method):
         Plan(forms=forms).check(anatomy)
         if self.shapes is None and cost is not None:
             choices = self._choices(anatomy, cost, forms)
-            room, least = self._room(choices, anatomy, cost, forms)
-            if least > room:
-                raise self._too_little(least - room, cost)
+            room_for([choice.costs for choice in choices], self.share, anatomy, cost, forms)
 
     def decide(self, state: State, context: Context) -> Decision:
         forms = self._given(context.anatomy)
@@ -153,26 +151,15 @@ class KroneckerFactors(Method):
             choices.append(_Choice(group, forms, costs))
         return choices
 
-    def _room(self, choices: Sequence[_Choice], anatomy: Anatomy, cost: Cost, given: Mapping[str, Form]) -> tuple[float, float]:
-        """What the choices may cost together, and what the smallest factors of all cost."""
-        rest = cost.of(Plan(forms=given), anatomy) - float(sum(choice.costs[0] for choice in choices))
-        return self.share * cost.dense - rest, float(sum(choice.costs.min() for choice in choices))
-
-    def _too_little(self, missing: float, cost: Cost) -> TargetError:
-        least = self.share + missing / cost.dense
-        return TargetError(
-            f"{self.share:.1%} of the {cost.unit} cannot be reached: {least:.1%} remain with the smallest factors.",
-            help=f"ask to keep {least * 1.02:.1%} or more; the word table counts too, whether it is factored or not.",
-        )
-
     def _searched(self, context: Context, given: Mapping[str, Form]) -> dict[str, Form]:
         """The shapes of least relative error within the budget; dense if that is best."""
         choices = self._choices(context.anatomy, context.cost, given)
-        room, least = self._room(choices, context.anatomy, context.cost, given)
-        lost = [sum(relative_errors(_weight(context, matrix), choice.forms) for matrix in choice.group) for choice in choices]
-        picks = best_levels([choice.costs for choice in choices], [-np.asarray(errors) for errors in lost], room)
-        if picks is None:
-            raise self._too_little(least - room, context.cost)
+        lost = [
+            np.sum([relative_errors(_weight(context, matrix), choice.forms) for matrix in choice.group], axis=0)
+            for choice in choices
+        ]
+        costs = [choice.costs for choice in choices]
+        picks = best_forms(costs, lost, self.share, context.anatomy, context.cost, given)
         return {matrix.id: choice.forms[pick] for choice, pick in zip(choices, picks, strict=True) for matrix in choice.group}
 
 

@@ -271,7 +271,7 @@ def _tables(model: nn.Module) -> dict[str, nn.Embedding]:
 def _factors(model: nn.Module) -> list[str]:
     """The parameters that hold a row for each word of a table in another form: as long as the table, and looked up like one."""
     tables = {name: module for name, module in model.named_modules() if isinstance(module, Formed) and module.table}
-    return [f"{name}.{table.integers}" for name, table in tables.items() if table.integers and table.shape[0] >= TABLE_ROWS]
+    return [f"{name}.{part}" for name, table in tables.items() if table.shape[0] >= TABLE_ROWS for part in table.integers]
 
 
 def _last(point: Point) -> bool:

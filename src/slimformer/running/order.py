@@ -31,6 +31,8 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
         name = name_of(method)
         if sharing and method.effects().cuts:
             yield f"{name} would cut layers differently that {sharing} has made one: cut first, share after"
+        if sharing and method.effects().factors:
+            yield f"{name} would store layers differently that {sharing} has made one: factor first, share after"
         if factoring and method.effects().cuts:
             yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
         if zeros and method.effects().refills:

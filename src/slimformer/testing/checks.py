@@ -136,8 +136,9 @@ def random_plan(anatomy: Anatomy, generator: np.random.Generator, *, forms: bool
     kinds = [registry.find("forms", name) for name in registry.names("forms")]
     cut = [anatomy.cut(matrix, Plan(keep)) for matrix in anatomy.matrices.values() if matrix.dense and matrix.tied is None]
     some = [matrix for matrix in cut if generator.random() < 0.3]
-    drawn = [kinds[int(generator.integers(len(kinds)))] for _ in some]
-    return Plan(keep, {m.id: kind.example(m.shape, table=m.table) for m, kind in zip(some, drawn, strict=True)})
+    drawn = [kinds[int(generator.integers(len(kinds)))].example(matrix.shape, table=matrix.table) for matrix in some]
+    suits = [form.problem(matrix.shape, table=matrix.table) is None for matrix, form in zip(some, drawn, strict=True)]
+    return Plan(keep, {matrix.id: form for matrix, form, fits in zip(some, drawn, suits, strict=True) if fits})
 
 
 # -- Laws of families --------------------------------------------------------------------------------------------------
@@ -327,13 +328,17 @@ def points_are_reached(family: type[Family]) -> None:
             points = after.points
             if not points:
                 return  # a family need not have points; its models cannot be trained with fake quantization then
-            factored = [item for item in after.matrices.values() if item.form.reads and not item.table]
-            inner = {f"{item.id}.factor.input": item for item in factored}
+            factored = [item for item in after.matrices.values() if not item.dense and not item.table]
+            inner = {
+                point.id: len(item.form.products_at(reader, item.shape))
+                for item in factored
+                for reader, point in item.points.items()
+            }
             read = [
                 name for point in points.values() if point.role in (PointRole.MATRIX, PointRole.HEAD) for name in point.modules
             ]
             linears = [name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)]
-            linears += [f"{item.module}.{item.form.reads}" for item in factored]
+            linears += [f"{item.module}.{reader}" for item in factored for reader in item.form.reads]
             assert sorted(read) == sorted(linears), f"points read {sorted(set(read) ^ set(linears))} or not"
             seen: list[str] = []
 
@@ -349,15 +354,11 @@ def points_are_reached(family: type[Family]) -> None:
                 expected = small(**inputs).logits
                 with touched(small, anatomy_of(small), {name: passed(name) for name in points}):
                     found = small(**inputs).logits
-                due = [name for name in points for _ in range(_products(inner[name]) if name in inner else 1)]
+                due = [name for name in points for _ in range(inner.get(name, 1))]
                 assert sorted(seen) == sorted(due), f"passed {sorted(set(points) - set(seen))[:3]} not, or some too often"
                 assert torch.allclose(found, expected, atol=1e-5), "passing changed the output"
                 assert torch.equal(small(**inputs).logits, expected), "something was left"
             assert _hooks(small) == hooks, "hooks are left"
-
-
-def _products(matrix: Matrix) -> int:
-    return len(matrix.form.products(matrix.shape))
 
 
 def config_is_read(family: type[Family]) -> None:

@@ -111,7 +111,7 @@ class OnnxDrafting(Draft):
 
     def _weights_of(self, graph: onnx_ir.Graph, points: Sequence[str]) -> list[str]:
         """Names of the weights that stay in float: of the products that read these points, and of forms without an integer product."""
-        float_forms = [name for name, form in self._forms.items() if form.form.reads is None]
+        float_forms = [name for name, form in self._forms.items() if not form.form.reads]
         return [
             product.name
             for product in products(graph)
@@ -129,7 +129,8 @@ class OnnxDrafting(Draft):
         if form is None:
             reader = in_model(product.name).removesuffix(".weight")
         else:
-            reader = f"{form}.{self._forms[form].form.reads}".removesuffix(".")
+            part = in_model(product.name).removeprefix(f"{form}.").partition(".")[0]
+            reader = f"{form}.{self._forms[form].reader_of(part)}".removesuffix(".")
         return next((point.id for point in self.points if reader in point.modules), None)
 
 

@@ -5,6 +5,7 @@ Everything here is arithmetic on one graph and its constants; the ranges of acti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +131,15 @@ def int8_dynamic(graph: ir.Graph, weights: WeightCoding, floats: Collection[str]
     """
     editor = Editor(graph)
     chosen = quantizable(graph, floats)
-    readers: dict[ir.Value, int] = {}
-    for item in chosen:
-        readers[item.source] = readers.get(item.source, 0) + 1
+    # by name, which the result of a swap takes over: one product may read what another gives
+    readers = Counter(str(item.source.name) for item in chosen)
     shared: dict[ir.Value, list[ir.Value]] = {}
     for item in chosen:
         node, source, name = item.node, item.source, item.name
         values, scales = quantize_weight(item.weight, 1, weights)
         weight = editor.constant(values, np.int8, f"{name}.int8")
         scale = editor.constant(scales, np.float32, f"{name}.scale")
-        if readers[source] == 1:
+        if readers[str(source.name)] == 1:
             inputs = [source, weight, scale, None, item.bias]
             result = editor.one(node, "DynamicQuantizeMatMul", inputs, MICROSOFT)
         else:

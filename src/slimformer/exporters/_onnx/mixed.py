@@ -97,7 +97,8 @@ def products_at(model: nn.Module, modules: Sequence[str]) -> Products:
             out, width = model.get_parameter(f"{name}.weight").shape
             shapes.append(ProductShape(1, int(width), int(out)))
         else:
-            shapes.extend(formed.form.products(formed.shape))
+            reader = "" if formed is model.get_submodule(name) else name.rpartition(".")[2]
+            shapes.extend(formed.form.products_at(reader, formed.shape))
     return tuple(shapes)
 
 

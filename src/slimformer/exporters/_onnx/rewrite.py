@@ -8,7 +8,7 @@ exporter can compare that number with the model. docs/decisions/0002-onnx-graphs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,7 @@ class Writer:
     editor: Editor
     marker: ir.Node
     name: str
+    steps: list[ir.Value] = field(default_factory=list)  # what was written so far
 
     def constant(self, values: np.ndarray, name: str) -> ir.Value:
         return self.editor.constant(values, np.float32, f"{self.name}.{name}")
@@ -244,7 +245,10 @@ class Writer:
         if operator == "MatMul" and (self.marker.domain, self.marker.op_type) == FORMED:
             for value in inputs:  # calibration makes an output of what a product reads, and an output has a type
                 value.type = value.type or source.type
-        return self.editor.one(self.marker, operator, inputs, **attributes)
+        result = self.editor.one(self.marker, operator, inputs, **attributes)
+        result.name = f"{self.name}.step.{len(self.steps)}"  # the same in each graph that the module is in
+        self.steps.append(result)
+        return result
 
 
 def lower_forms(graph: ir.Graph, forms: Mapping[str, Formed]) -> int:

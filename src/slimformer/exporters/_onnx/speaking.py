@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from slimformer.core.anatomy import PointRole
+from slimformer.core.anatomy import PointRole, Tokens
 from slimformer.core.ranges import Ranges
 from slimformer.decoding import decoder_beside
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx import calibrate, int8, parity
 from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, Options, smoothing_notes
-from slimformer.exporters._onnx.graph import Editor, Unexpected, constant_of, products, strip, turns
+from slimformer.exporters._onnx.graph import Editor, Product, Unexpected, constant_of, products, strip, turns
 from slimformer.exporters._onnx.int8 import Coding, Sample, WeightCoding
 from slimformer.exporters._onnx.noting import check_count, needed_runtime, zeros
 from slimformer.exporters._onnx.pair import (
@@ -201,7 +201,8 @@ class SpeakingDraft(OnnxDrafting):
             with _inside(copy.graph):
                 watched = int8.quantizable_inputs(copy.graph)
             names[part] = [name for name in watched if name != ENCODED]
-            asking |= {name for name, value in watched.items() if _is_copy_of(value, ENCODED)}
+            if part == "first":
+                asking = {str(item.source.name) for item in products(copy.graph) if self._reads_sentence(item)}
             copy.graph.outputs.extend(watched[name] for name in names[part] if not watched[name].is_graph_output())
             sessions[part] = open_graph(copy, self.options.one_file_bytes)
 
@@ -210,14 +211,14 @@ class SpeakingDraft(OnnxDrafting):
             feeds = {name: batch[name] for name in ("input_ids", "attention_mask")}
             hidden, *values = sessions["encoder"].run([HIDDEN, *names["encoder"]], feeds)
             for name, value in zip(names["encoder"], values, strict=True):
-                yield name, value[read.T if turned else read]
+                yield name, _rows(value, read.T if turned else read)
             yield ENCODED, hidden[read]
             feeds = {"input_ids": batch["decoder_input_ids"], MASK: batch["attention_mask"], ENCODED: hidden}
             feeds = {
                 name: value for name, value in feeds.items() if name in {item.name for item in sessions["first"].get_inputs()}
             }
             for name, value in zip(names["first"], sessions["first"].run(names["first"], feeds), strict=True):
-                yield name, value[read if name in asking else written]
+                yield name, _rows(value, read if name in asking else written)
 
         return calibrate.gather(self.batches, run)
 
@@ -258,6 +259,11 @@ class SpeakingDraft(OnnxDrafting):
                     tables += found if part != "next" else 0
         count, every = (sum(counts[part][place] for part in READ_ONCE) for place in (0, 1))
         return f"int8: {count} of {every} matrices, {tables} embedding tables"
+
+    def _reads_sentence(self, product: Product) -> bool:
+        """Whether a product in the decoder has a row for each token that the encoder read."""
+        point = self._point(product)
+        return point is not None and self.subject.anatomy.points[point].tokens is Tokens.SOURCE
 
     @property
     def _ties_words(self) -> bool:
@@ -440,9 +446,9 @@ def _int8_positions(graph: ir.Graph, coding: WeightCoding) -> int:
     return count
 
 
-def _is_copy_of(value: ir.Value, name: str) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "Identity" and node.inputs[0] is not None and node.inputs[0].name == name
+def _rows(value: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Rows of an activation that stand for real tokens: (rows, width)."""
+    return np.asarray(value[real]).reshape(-1, value.shape[-1])
 
 
 def _whole(size: Any) -> int:
