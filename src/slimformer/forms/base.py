@@ -35,7 +35,7 @@ class GraphWriter(Protocol):
     """Writes ONNX's standard operators into an exported graph; values are opaque to a form."""
 
     def constant(self, values: np.ndarray, name: str) -> Any:
-        """A float32 constant; `name` says which part of the matrix it is."""
+        """A constant, whole numbers as they are and all others in float32; `name` says which part of the matrix it is."""
 
     def numbers(self, *values: int) -> Any:
         """A constant of whole numbers, such as a shape."""
@@ -83,6 +83,10 @@ class Formed(nn.Module, ABC):
     @abstractmethod
     def matrix(self) -> Tensor:
         """The matrix it stands for, multiplied out: `shape`."""
+
+    def wrong_codes(self) -> str | None:
+        """What is wrong with whole numbers that it stores, as a sentence; None if all are in their bounds."""
+        return None
 
     def decode(self, states: Tensor) -> Tensor:
         """Of a table: the product of states (..., width) with the row of each word: (..., words)."""

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from slimformer.core.plan import Plan
@@ -39,7 +40,7 @@ from slimformer.saving.resaving import GENERATION, PLAN_FILE, PREFIX, keep_savin
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
     from transformers import PretrainedConfig, PreTrainedModel
 
 OWN_FILES = (PLAN_FILE, RANGES_FILE)  # these stand beside config and weights of a model that we saved
@@ -403,13 +404,15 @@ def _load_cut(folder: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
     stored = weights_of(folder)
     design = _design_of(folder, raw, stored)
     skeleton = design.empty()
-    state = _read_state(stored, {name: tensor.shape for name, tensor in skeleton.state_dict().items()}, {})
+    state = _read_state(stored, {name: tensor.shape for name, tensor in skeleton.state_dict().items()}, {}, _codes_of(skeleton))
     _check_names(folder, skeleton, state)
     return _filled(design, state, load_ranges(folder))
 
 
 def _filled(design: _Design, state: dict[str, Tensor], ranges: Ranges | None) -> PreTrainedModel:
     """The cut model with these weights, of which tied ones may stand there once, and computed ones be missing."""
+    from slimformer.forms.base import Formed  # needs torch
+
     model = design.empty(buffers=True)
     lacking = set(model.state_dict()) - set(state)
     for name, source in _tied(model).items():
@@ -418,6 +421,12 @@ def _filled(design: _Design, state: dict[str, Tensor], ranges: Ranges | None) ->
         state |= _computed(model, set(model.state_dict()) - set(state))
         model.load_state_dict(state, strict=True, assign=True)
         model.tie_weights(missing_keys=lacking, recompute_mapping=False)  # two that are stored apart stay apart
+    for path, module in model.named_modules():
+        wrong = module.wrong_codes() if isinstance(module, Formed) else None
+        if wrong is not None:
+            raise ModelError(
+                f"{design.folder}: '{path}' holds codes that are wrong: {wrong}.", help="copy the whole folder again."
+            )
     _take_generation(model, design.folder)
     _say(design.remarks)
     keep_saving(model, design.plan, ranges)
@@ -459,7 +468,9 @@ def _load_cut_as(
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     have = {name: tensor.shape for name, tensor in own.empty().state_dict().items()}
     state = {
-        name: tensor for name, tensor in _read_state(stored, have, {}).items() if name in wanted and name.startswith(prefix)
+        name: tensor
+        for name, tensor in _read_state(stored, have, {}, _codes_of(skeleton)).items()
+        if name in wanted and name.startswith(prefix)
     }
     new = {name for name in wanted if not name.startswith(prefix) or ".pooler." in name} | set(_tied(skeleton))
     _compare(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, new, "config.json and plan.json")
@@ -676,8 +687,20 @@ def head_problems(folder: Path) -> list[str]:
 # -- Weights -------------------------------------------------------------------------------------------------------------------
 
 
-def _read_state(stored: StoredWeights, shapes: Mapping[str, Sequence[int]], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _codes_of(model: PreTrainedModel) -> dict[str, dtype]:
+    """The parameters that hold whole numbers: codes of a form."""
+    return {name: tensor.dtype for name, tensor in model.named_parameters() if not tensor.is_floating_point()}
+
+
+def _read_state(
+    stored: StoredWeights,
+    shapes: Mapping[str, Sequence[int]],
+    names: Mapping[str, str],
+    codes: Mapping[str, dtype] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """The tensors of a folder as float32. `names`: the model's name of each -> the file's; without any, all under the file's names.
+
+    Those that `codes` names stay the whole numbers that they are.
 
     ModelError if one has another type than a float: no rounding makes weights of it.
     """
@@ -686,6 +709,7 @@ def _read_state(stored: StoredWeights, shapes: Mapping[str, Sequence[int]], name
         state |= read_tensors(file, shapes)
     if names:
         state = {name: state[own] for name, own in names.items()}
+    coded = {name: state.pop(name) for name, kind in codes.items() if name in state and state[name].dtype == kind}
     whole = [name for name in sorted(state) if not state[name].is_floating_point() or state[name].element_size() < 2]
     if whole:
         kind = str(state[whole[0]].dtype).removeprefix("torch.")
@@ -704,7 +728,7 @@ def _read_state(stored: StoredWeights, shapes: Mapping[str, Sequence[int]], name
                 f"{stored.folder}: {len(strange)} tensors hold values that are not finite (nan or inf), the first is {strange[0]}."
             ]
         )
-    return state
+    return state | coded
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:

@@ -235,7 +235,8 @@ class Writer:
     steps: list[ir.Value] = field(default_factory=list)  # what was written so far
 
     def constant(self, values: np.ndarray, name: str) -> ir.Value:
-        return self.editor.constant(values, np.float32, f"{self.name}.{name}")
+        kind = values.dtype if values.dtype.kind in "iu" else np.float32
+        return self.editor.constant(values, kind, f"{self.name}.{name}")
 
     def numbers(self, *values: int) -> ir.Value:
         return self.editor.constant(values, np.int64)
