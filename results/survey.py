@@ -42,6 +42,7 @@ from work import (
 
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record
+from slimformer.methods.codebook import CodebookWords
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.fisher import Fisher
@@ -52,7 +53,9 @@ from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.kronecker import KroneckerFactors
 from slimformer.methods.layer_drop import LayerDrop
 from slimformer.methods.layers import Layers
+from slimformer.methods.low_rank import LowRankFactors
 from slimformer.methods.movement import Movement
+from slimformer.methods.outliers import Outliers
 from slimformer.methods.quantization import Quantization
 from slimformer.methods.reweighted_proximal import ReweightedProximal
 from slimformer.methods.shared_layers import SharedLayers
@@ -126,6 +129,18 @@ def dropped(passes: float) -> Stages:
 def cut_and_blocks(passes: float) -> Stages:
     """A cut of heads and neurons, then a fifth of the blocks of what is left."""
     return (Calibrate(Fisher(keep=0.4, cost="macs")), closely(passes, KnowledgeSparse(keep=0.2, pattern="4x4")))
+
+
+def smallest(passes: float) -> Stages:
+    """Whatever makes the int8 file smaller: the vocabulary, the width, heads and neurons, and at last the word table as codes."""
+    return (
+        TrimVocabulary(),
+        closely(passes * 3 / 8, HiddenWidth(keep_hidden=0.5), freeze="nothing"),
+        Calibrate(Fisher(keep=0.25, cost="parameters")),
+        learnt(passes / 2, freeze="nothing"),
+        Calibrate(CodebookWords()),
+        learnt(passes / 8, freeze="nothing"),
+    )
 
 
 ROWS = (
@@ -264,6 +279,25 @@ ROWS = (
         lambda passes: (Calibrate(KroneckerFactors(shapes="7.7x")), closely(passes)),
     ),
     Row(
+        "decomposition of matrices",
+        "low_rank-40",
+        "Noach and Goldberg: 60 % of the parameters, 0.1 points lost",
+        lambda passes: (Calibrate(LowRankFactors(keep=0.4)), learnt(passes)),
+        0.4,
+    ),
+    Row(
+        "decomposition of matrices",
+        "codebook",
+        "Prakash et al.: a word table of codes",
+        lambda passes: (Calibrate(CodebookWords()), learnt(passes / 3, freeze="nothing")),
+    ),
+    Row(
+        "quantization of other kinds",
+        "outliers",
+        "GOBO: 5.5 % of the encoder's bytes, 0.9 points lost, nothing trained",
+        lambda _: (Calibrate(Outliers(entries=16)),),
+    ),
+    Row(
         "sharing",
         "shared_layers-2",
         "ALBERT: a ninth of the parameters, 1.2 × on a CPU, 0.6 points lost",
@@ -299,6 +333,13 @@ ROWS = (
         "for the kernels: heads and neurons cut, then blocks of zeros, int8",
         cut_and_blocks,
         0.4,
+    ),
+    Row(
+        "compound",
+        "smallest",
+        "the bytes of every part: words that are needed, their table as codes, half of the width, fewer neurons",
+        smallest,
+        0.3,
     ),
     Row(
         "vocabulary",
