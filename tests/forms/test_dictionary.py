@@ -24,7 +24,12 @@ from slimformer.forms.dictionary import Dictionary, centroids, nearest_values, u
 from slimformer.saving import checkpoint
 from slimformer.testing.checks import assert_equal
 
-FORMS = {"embeddings.word": Dictionary(16, 3), "encoder.0.ffn_in": Dictionary(8, 5), "encoder.1.key": Dictionary(16)}
+FORMS = {
+    "embeddings.word": Dictionary(16, 3),
+    "encoder.0.ffn_in": Dictionary(8, 5),
+    "encoder.1.key": Dictionary(16),
+    "encoder.2.value": Dictionary(4, 1, 4),
+}
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,7 +43,7 @@ def test_codes_are_digits_of_a_number() -> None:
     assert Dictionary(8).packed(codes.clamp_max(7)).dtype == torch.int16
 
 
-@pytest.mark.parametrize("entries", [8, 16])
+@pytest.mark.parametrize("entries", [4, 8, 16, 256])
 @pytest.mark.parametrize("count", [1, 2, 5, 9, 320])
 def test_what_is_packed_comes_back(entries: Any, count: int) -> None:
     codes = torch.randint(entries, (count,), generator=torch.Generator().manual_seed(count))
@@ -88,6 +93,26 @@ def test_outliers_are_those_of_little_density() -> None:
     assert unlikely(torch.ones(5)) == 0
 
 
+def test_groups_of_rows_have_values_of_their_own() -> None:
+    weight = torch.cat([noise(4, 10), 50 + noise(4, 10, seed=1)])
+    dense = nn.Linear(10, 8)
+    dense.weight.data = weight
+    form = Dictionary(4, 0, 2)
+    module: Any = form.module(dense)
+    with torch.no_grad():
+        for name, value in form.weights(weight).items():
+            module.get_parameter(name).copy_(value)
+    halves = [Dictionary(4).weights(half)["values"] for half in weight.chunk(2)]
+    torch.testing.assert_close(module.values.detach(), torch.cat(halves))
+    expected = [own[(half[..., None] - own).abs().argmin(-1)] for own, half in zip(halves, weight.chunk(2), strict=True)]
+    torch.testing.assert_close(module.matrix().detach(), torch.cat(expected))
+    assert "3 groups do not divide its 8 rows" in str(Dictionary(4, 0, 3).problem((8, 10)))
+
+
+def test_bits_are_those_of_the_packed_codes() -> None:
+    assert [Dictionary(entries).bits for entries in (4, 8, 16, 256)] == [2, 3.2, 4, 8]
+
+
 @pytest.mark.parametrize("outliers", [0, 3])
 def test_a_matrix_is_its_values_and_its_outliers(outliers: int) -> None:
     dense = nn.Linear(9, 7)
@@ -109,7 +134,7 @@ def test_a_matrix_is_its_values_and_its_outliers(outliers: int) -> None:
     assert module.codes.grad is None
 
 
-@pytest.mark.parametrize(("entries", "outliers"), [(4, 0), (8.0, 0), (True, 0), (16, -1), (16, 1.5)])
+@pytest.mark.parametrize(("entries", "outliers"), [(5, 0), (8.0, 0), (True, 0), (16, -1), (16, 1.5)])
 def test_options_are_whole(entries: Any, outliers: Any) -> None:
     with pytest.raises(ValueError, match="must be"):
         Dictionary(entries, outliers)

@@ -1,8 +1,8 @@
-"""A matrix as codes of 8 or 16 values, packed, with its outliers apart in float.
+"""A matrix as codes of a few values, packed, with its outliers apart in float.
 
-Zadeh, Edo, Awad, Moshovos: GOBO (MICRO 2020), section IV. Two codes of 16 values fill a byte, five of 8 values two bytes: 4 and 3.2
-bits a number. The exported file holds them so; a runtime makes a plain matrix of them once, when it loads the file, with standard
-operators.
+Zadeh, Edo, Awad, Moshovos: GOBO (MICRO 2020); groups of rows with values of their own: Shen et al.: Q-BERT (AAAI 2020).
+Four codes of 4 values, two of 16 or one of 256 fill a byte, five of 8 values two bytes: 2, 4, 8 and 3.2 bits a number.
+The exported file holds them so; a runtime makes a plain matrix of them once, when it loads the file, with standard operators.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, final
+from typing import Any, ClassVar, cast, final
 
 import numpy as np
 import torch
@@ -19,8 +19,13 @@ from torch.nn import functional
 
 from slimformer.forms.base import Form, Formed, GraphWriter, ProductShape, Shape, numbers_of
 
-PACKING = {8: (5, torch.int16), 16: (2, torch.uint8)}  # entries -> codes in one number, and its type
-UNLIKELY = -4.0  # the logarithm of the density below which a number is an outlier (section IV-B)
+PACKING = {
+    4: (4, torch.uint8),
+    8: (5, torch.int16),
+    16: (2, torch.uint8),
+    256: (1, torch.uint8),
+}  # entries -> codes in one number, and its type
+UNLIKELY = -4.0  # the logarithm of the density below which a number is an outlier, in the paper
 
 
 @final
@@ -29,33 +34,44 @@ class Dictionary(Form):
     """Codes of a few values.
 
     Attributes:
-        entries: The number of values, 8 or 16.
+        entries: The number of values: 4, 8, 16 or 256.
         outliers: How many numbers are kept apart as they are.
+        groups: Groups of rows that follow one another, each with values of its own.
     """
 
-    entries: Literal[8, 16]
+    entries: int
     outliers: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if type(self.entries) is not int or self.entries not in PACKING:
-            raise ValueError(f"entries must be 8 or 16, got {self.entries!r}")
+            raise ValueError(f"entries must be 4, 8, 16 or 256, got {self.entries!r}")
         if type(self.outliers) is not int or self.outliers < 0:
             raise ValueError(f"outliers must be a whole number from 0, got {self.outliers!r}")
+        if type(self.groups) is not int or self.groups < 1:
+            raise ValueError(f"groups must be a whole number from 1, got {self.groups!r}")
 
     @property
     def per_number(self) -> int:
         """Codes that are packed into one number."""
         return PACKING[self.entries][0]
 
+    @property
+    def bits(self) -> float:
+        """Bits of a code in a file."""
+        return 8 * torch.empty(0, dtype=PACKING[self.entries][1]).element_size() / self.per_number
+
     def problem(self, shape: Shape, *, table: bool = False) -> str | None:
         rows, columns = shape
+        if rows % self.groups:
+            return f"{self.groups} groups do not divide its {rows} rows"
         if self.parameters(shape) >= rows * columns:
             return f"with {self.outliers} outliers it would hold no fewer numbers than its {rows} x {columns}"
         return None
 
     def parameters(self, shape: Shape) -> int:
         """Numbers stored, of which most are packed codes: a byte or two each."""
-        return math.ceil(shape[0] * shape[1] / self.per_number) + self.entries + 2 * self.outliers
+        return math.ceil(shape[0] * shape[1] / self.per_number) + self.groups * self.entries + 2 * self.outliers
 
     def macs(self, shape: Shape) -> int:
         return shape[0] * shape[1]
@@ -75,8 +91,10 @@ class Dictionary(Form):
         places = far.topk(self.outliers).indices.sort().values
         inside = torch.ones_like(flat, dtype=torch.bool)
         inside[places] = False
-        values = centroids(flat[inside], self.entries)
-        parts = {"values": values.to(weight.dtype), "codes": self.packed(nearest_values(flat, values))}
+        numbers, there = flat.chunk(self.groups), inside.chunk(self.groups)  # rows of a group follow one another
+        values = [centroids(own[kept], self.entries) for own, kept in zip(numbers, there, strict=True)]
+        codes = torch.cat([nearest_values(own, its) for own, its in zip(numbers, values, strict=True)])
+        parts = {"values": torch.cat(values).to(weight.dtype), "codes": self.packed(codes)}
         if self.outliers:
             parts |= {"apart": flat[places].to(weight.dtype), "places": places.to(torch.int32)}
         return parts
@@ -114,7 +132,7 @@ def centroids(values: Tensor, entries: int) -> Tensor:
     """The values that stand for all, rising: (entries,).
 
     They begin as means of bins with as many numbers each. In each round a number goes to the nearest, and each value becomes the mean
-    of its own; it ends when the sum of distances does not get smaller (section IV-C: no k-means, which minimises squares).
+    of its own; it ends when the sum of distances does not get smaller: no k-means, which minimises squares.
     """
     flat = values.double().sort().values
     if not len(flat):
@@ -140,7 +158,7 @@ def nearest_values(values: Tensor, sorted_entries: Tensor) -> Tensor:
 
 
 class _Coded(Formed):
-    """The parameters `values` (entries,), `codes`, packed, and if there are outliers `apart` and `places`, in the flat matrix."""
+    """The parameters `values` (groups * entries,), `codes`, packed, and if there are outliers `apart` and `places` in the flat matrix."""
 
     def __init__(self, form: Dictionary, weight: Tensor) -> None:
         super().__init__()
@@ -150,13 +168,15 @@ class _Coded(Formed):
         def empty(count: int, kind: torch.dtype | None = None) -> nn.Parameter:
             return nn.Parameter(weight.new_empty(count, dtype=kind), requires_grad=weight.requires_grad and kind is None)
 
-        self.values = empty(form.entries)
+        self.values = empty(form.groups * form.entries)
         self.codes = empty(math.ceil(weight.numel() / form.per_number), PACKING[form.entries][1])
         if form.outliers:
             self.apart, self.places = empty(form.outliers), empty(form.outliers, torch.int32)
 
     def matrix(self) -> Tensor:
-        flat = self.values[self.form.unpacked(self.codes, math.prod(self.shape))]
+        codes = self.form.unpacked(self.codes, math.prod(self.shape)).view(self.form.groups, -1)
+        begin = torch.arange(self.form.groups, device=codes.device) * self.form.entries
+        flat = self.values[(codes + begin[:, None]).flatten()]
         if self.form.outliers:
             flat = flat.scatter(0, self.places.long(), self.apart)
         return flat.view(self.shape)
@@ -176,17 +196,21 @@ class _Coded(Formed):
         steps = np.array([[self.form.entries**digit for digit in range(self.form.per_number)]], dtype=np.int32)
         digits = graph.apply("Div", packed, graph.constant(steps, "steps"))
         digits = graph.apply("Mod", digits, graph.constant(np.array([self.form.entries], dtype=np.int32), "entries"))
-        flat = graph.apply("Gather", graph.constant(numbers_of(self.values), "values"), digits, axis=0)
-        flat = graph.apply("Reshape", flat, graph.numbers(-1))
+        codes = graph.apply("Reshape", digits, graph.numbers(-1))
         if count % self.form.per_number:
-            flat = graph.apply("Slice", flat, graph.numbers(0), graph.numbers(count))
+            codes = graph.apply("Slice", codes, graph.numbers(0), graph.numbers(count))
+        if self.form.groups > 1:
+            begin = np.arange(self.form.groups, dtype=np.int32)[:, None] * np.int32(self.form.entries)
+            codes = graph.apply("Reshape", codes, graph.numbers(self.form.groups, -1))
+            codes = graph.apply("Reshape", graph.apply("Add", codes, graph.constant(begin, "begin")), graph.numbers(-1))
+        flat = graph.apply("Gather", graph.constant(numbers_of(self.values), "values"), codes, axis=0)
         if self.form.outliers:
             places = graph.constant(self.places.detach().cpu().numpy(), "places")
             flat = graph.apply("ScatterElements", flat, places, graph.constant(numbers_of(self.apart), "apart"), axis=0)
         return graph.apply("Reshape", flat, graph.numbers(*self.shape))
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, entries={self.form.entries}, outliers={self.form.outliers}"
+        return f"{self.shape}, entries={self.form.entries}, outliers={self.form.outliers}, groups={self.form.groups}"
 
 
 class DictionaryLinear(_Coded):

@@ -28,11 +28,11 @@ from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError
 from slimformer.forms.base import Form
-from slimformer.forms.dictionary import PACKING, UNLIKELY, Dictionary, unlikely
+from slimformer.forms.dictionary import UNLIKELY, Dictionary, unlikely
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.rules import one_of, real_number
 
-_Entries = Annotated[int, one_of(*PACKING)]
+_Entries = Annotated[int, one_of(8, 16)]
 Threshold = Annotated[float, real_number("from -100 to -1", lambda value: -100 <= value <= -1, 0.0, -101.0)]
 
 
