@@ -399,6 +399,30 @@ def test_decides_the_threshold_by_which_the_fewest_layers_are_computed(confidenc
     assert f"{mine:.2f} of 3 layers" in decision.notes[0]
 
 
+def test_each_exit_may_have_a_threshold_of_its_own():
+    """The first exit is right where it is nearly sure, the second always: one threshold for both lets wrong rows leave, or none."""
+    around = tiny_context()
+    labels = torch.arange(100) % 2
+    right, wrong = 2.0 * labels - 1, 1 - 2.0 * labels
+    early = torch.where(torch.arange(100) < 50, 6 * right, 1.5 * wrong)  # sure and right, or rather sure and wrong
+    said = [torch.stack([torch.zeros(100), margin], 1) for margin in (early, 1.0 * right)]
+    last = torch.stack([torch.zeros(100), 8 * right], 1)
+    held = Held(lambda: iter(()), lambda outputs: float((outputs["logits"].argmax(-1) == labels.numpy()).mean()))
+    found = {}
+    for thresholds in ("one", "each"):
+        method = EarlyExit(confidence="maximum", thresholds=thresholds, max_loss=0.0)
+        state = method.attach(around)
+        state.exit = replace(state.exit, outputs=2)
+        found[thresholds] = method._found(state, said, last, held)
+        state.close()
+    assert (found["one"].counts, found["one"].loss) == ((50, 0, 50), 0.0)
+    assert (found["each"].counts, found["each"].loss) == ((50, 50, 0), 0.0)
+    first, second = found["each"].exits
+    assert 0.82 < first.threshold <= 0.998
+    assert second.threshold <= 0.7311
+    assert f"probability from {first.threshold:g}, {second.threshold:g};" in found["each"].told(3, 100)
+
+
 def test_no_exits_if_nothing_may_leave_or_reaches_the_threshold():
     around = tiny_context()
 
@@ -427,7 +451,7 @@ def test_exits_learn_at_their_own_rate():
 
 
 def test_outcome_counts_layers():
-    outcome = Outcome(Exit(2, "entropy", 0.25), (1, 2, 1), (1, 3, 4), 0.5)
+    outcome = Outcome((Exit(2, "entropy", 0.25),) * 2, (1, 2, 1), (1, 3, 4), 0.5)
     assert outcome.mean == (1 + 6 + 4) / 4
     told = "early_exit: entropy up to 0.25; 2.75 of 4 layers on average over 4 validation examples, and 0.50 points lost"
     assert outcome.told(4, 4) == f"{told}; by layers: 1: 25%, 3: 50%, 4: 25%."
@@ -484,6 +508,8 @@ def test_models_that_can_have_no_exits_are_refused():
 def test_options_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="patience counts exits"):
         EarlyExit(patience=2)
+    with pytest.raises(ValueError, match="leave out threshold"):
+        EarlyExit(thresholds="each", threshold=0.5)
     around = replace(tiny_context(), held=None)
     with pytest.raises(TargetError, match="give a threshold"):
         EarlyExit().attach(around)

@@ -9,8 +9,9 @@ low (DeeBERT), its largest probability high, or if several exits in a row agree 
 Differs: DeeBERT trains exits after the model, which is frozen; PABEE trains both together, weighted by depth. Here the stage says
 which: `freeze: everything` is the first. The loss is PABEE's weighted mean in both. The threshold is not set by hand: it is the one by
 which the fewest layers are computed on validation examples, of those that lose at most `max_loss` points of the task's metric there,
-against the last layer. DeeBERT starts the poolers of exits from the model's own; here they start at random. In a batch, rows that are
-sure leave it, and the others go on without them, so that no answer depends on its neighbours.
+against the last layer. `thresholds: each` gives each exit one of its own, where the papers have one for all. DeeBERT starts the poolers
+of exits from the model's own; here they start at random. In a batch, rows that are sure leave it, and the others go on without them,
+so that no answer depends on its neighbours.
 
 Choose when: inputs come one by one, and many are easy. In large batches the gain is smaller: products of few rows are less
 efficient, and an exit costs as much at batch 1 as a part of a layer. The model does not get smaller, but a little larger.
@@ -20,7 +21,8 @@ Cost: training a few small matrices, or a training run; then some passes over th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, cast, final
 
@@ -40,6 +42,8 @@ from slimformer.rules import Count, NotNegative, Points, Positive, Rule
 from slimformer.tasks.base import Task
 
 CANDIDATES = 200  # thresholds that are tried on validation examples
+EACH = 20  # of each exit, if each has its own
+PRICES = (0.5, 1.0, 2.0, 4.0, 8.0)  # layers that a point of the metric is worth, in turn
 LayerNumbers = Annotated[
     tuple[int, ...],
     Rule(
@@ -63,6 +67,7 @@ class EarlyExit(Method):
     `threshold` and `patience` are chosen on validation examples if they are not given: by them as few layers are computed as
     possible, with at most `max_loss` points lost. A score has no classes: it needs "patience", and `threshold` is how far two scores in
     a row may differ.
+    `thresholds`: "one" for all exits, or one for "each", which lets an early exit be stricter than a late one.
     `layers`: those with an exit behind them, counted from 1; without it all but the last.
     `head`: an exit is one matrix ("linear"), or has a matrix and tanh before it, as BERT's pooler has.
     `learn`: exits learn the "labels", or what the last layer gives ("model").
@@ -79,6 +84,7 @@ class EarlyExit(Method):
     confidence: Confidence = "entropy"
     threshold: NotNegative | None = None
     patience: Count | None = None
+    thresholds: Literal["one", "each"] = "one"
     max_loss: Points = 0.5
     layers: LayerNumbers | None = None
     head: Literal["linear", "pooler"] = "pooler"
@@ -91,6 +97,10 @@ class EarlyExit(Method):
         if self.patience is not None and self.confidence != "patience":
             raise ValueError(
                 f"patience counts exits that agree, and confidence is '{self.confidence}': leave out one of the two"
+            )
+        if self.thresholds == "each" and (self.threshold is not None or self.confidence == "patience"):
+            raise ValueError(
+                "thresholds: each exit's is chosen by entropy or maximum; leave out threshold, or take one for all"
             )
 
     def effects(self) -> Effects:
@@ -151,9 +161,9 @@ class EarlyExit(Method):
             depth, examples = state.passed[-1], len(last)
             if found is None:
                 return Decision(notes=(_nothing(self, examples),))
-            exits, note = [found.exit] * len(exits), found.told(depth, examples)
+            exits, note = list(found.exits), found.told(depth, examples)
         else:
-            exits = [self._with(state.exit, self.threshold or 0.0, self.patience or 0)] * len(exits)
+            exits = [replace(state.exit, threshold=self.threshold or 0.0, patience=self.patience or 0)] * len(exits)
         plan = Plan(junctions={names[place]: exit for place, exit in zip(state.places, exits, strict=True)})
         weights = {
             f"{context.anatomy.layers[place]}.{EXIT}.{name}": value.detach()
@@ -170,27 +180,51 @@ class EarlyExit(Method):
         )
 
     def _with(self, exit: Exit, threshold: float, patience: int) -> Exit:
-        return replace(exit, threshold=float(f"{threshold:.4g}"), patience=patience)
+        return replace(exit, threshold=rounded(threshold, up=self.confidence != "maximum"), patience=patience)
 
     def _found(self, state: _State, said: Sequence[Tensor], last: Tensor, held: Held) -> Outcome | None:
         """The choice by which the fewest layers are computed, of those that lose at most `max_loss`, or the one that was given; None if
         no example would leave early."""
         given = [] if self.threshold is None else [self.threshold]
         tried = [
-            self._with(state.exit, threshold, patience)
+            replace(state.exit, threshold=threshold, patience=patience)
+            if given
+            else self._with(state.exit, threshold, patience)
             for threshold, patience in candidates_of(state.exit, said, given, self.patience)
         ]
         allowed = np.inf if self._settled(state.exit.outputs) else self.max_loss
         whole = held.score({"logits": last.numpy()})
-        outcomes = []
-        for exit in dict.fromkeys(tried):
-            if exit.problem() is None:
-                answer, place = choose([exit] * len(said), said, last)
-                counts = torch.bincount(place, minlength=len(said) + 1).tolist()
-                loss = 100 * (whole - held.score({"logits": answer.numpy()}))
-                outcomes.append(Outcome(exit, tuple(counts), tuple(state.passed), loss))
+
+        def outcome(exits: Sequence[Exit]) -> Outcome:
+            answer, place = choose(exits, said, last)
+            counts = torch.bincount(place, minlength=len(said) + 1).tolist()
+            loss = 100 * (whole - held.score({"logits": answer.numpy()}))
+            return Outcome(tuple(exits), tuple(counts), tuple(state.passed), loss)
+
+        outcomes = [outcome([exit] * len(said)) for exit in dict.fromkeys(tried) if exit.problem() is None]
+        if self.thresholds == "each" and outcomes:
+            outcomes += list(self._each(outcome, min(outcomes, key=lambda item: (item.loss > allowed, item.mean)), said))
         early = [item for item in outcomes if item.loss <= allowed + 1e-9 and item.counts[-1] < sum(item.counts)]
         return min(early, key=lambda item: (item.mean, item.loss), default=None)
+
+    def _each(self, outcome: Callable[[Sequence[Exit]], Outcome], start: Outcome, said: Sequence[Tensor]) -> Iterator[Outcome]:
+        """Outcomes with a threshold for each exit: one after the other is moved to where layers and loss together are least.
+
+        A point of loss is weighed as so many layers, from few to many; the caller takes the best that it may.
+        """
+        grids = [
+            [self._with(start.exits[0], value, 0) for value in _quantiles(doubt(start.exits[0], logits), EACH)]
+            for logits in said
+        ]
+        never = replace(start.exits[0], threshold=1e-6 if self.confidence == "entropy" else 1 - 1e-6)
+        for price in PRICES:
+            best = start
+            for _ in range(2):
+                for place, grid in enumerate(grids):
+                    moves = [exit for exit in dict.fromkeys([*grid, never]) if exit.problem() is None]
+                    tried = [outcome([*best.exits[:place], exit, *best.exits[place + 1 :]]) for exit in moves]
+                    best = min([best, *tried], key=lambda item: item.mean + price * max(0.0, item.loss))
+                    yield best
 
 
 # -- State ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +252,7 @@ class _State(State):
 class Outcome:
     """What becomes of the validation examples with an exit behind each layer: how many leave at each, and at the end."""
 
-    exit: Exit
+    exits: tuple[Exit, ...]
     counts: tuple[int, ...]
     layers: tuple[int, ...]  # that were computed when they leave there
     loss: float  # points of the metric
@@ -230,12 +264,13 @@ class Outcome:
 
     def told(self, depth: int, examples: int) -> str:
         """The outcome in a sentence."""
+        first = self.exits[0]
+        limits = ", ".join(f"{exit.threshold:g}" for exit in (self.exits if len(set(self.exits)) > 1 else self.exits[:1]))
         rule = {
-            "entropy": f"entropy up to {self.exit.threshold:g}",
-            "maximum": f"probability from {self.exit.threshold:g}",
-            "patience": f"patience {self.exit.patience}"
-            + (f", up to {self.exit.threshold:g} apart" * (self.exit.outputs == 1)),
-        }[self.exit.confidence]
+            "entropy": f"entropy up to {limits}",
+            "maximum": f"probability from {limits}",
+            "patience": f"patience {first.patience}" + (f", up to {limits} apart" * (first.outputs == 1)),
+        }[first.confidence]
         total = sum(self.counts)
         where = ", ".join(f"{layers}: {count / total:.0%}" for count, layers in zip(self.counts, self.layers, strict=True))
         return (
@@ -278,6 +313,18 @@ def exit_places(anatomy: Anatomy, layers: Sequence[int] | None) -> list[int]:
     return able if layers is None else [layer - 1 for layer in layers]
 
 
+def rounded(value: float, *, up: bool) -> float:
+    """Four figures of a threshold, rounded so that the example it was taken from still leaves.
+
+    >>> rounded(0.731059, up=False), rounded(0.02345678, up=True)
+    (0.731, 0.02346)
+    """
+    if value <= 0:
+        return 0.0
+    factor = 10.0 ** (3 - math.floor(math.log10(value)))
+    return (math.ceil(value * factor) if up else math.floor(value * factor)) / factor
+
+
 def candidates_of(
     exit: Exit, said: Sequence[Tensor], thresholds: Sequence[float], patience: int | None
 ) -> Iterator[tuple[float, int]]:
@@ -294,8 +341,8 @@ def candidates_of(
             yield threshold, count
 
 
-def _quantiles(values: Tensor) -> list[float]:
-    return [float(value) for value in np.quantile(values.numpy(), np.linspace(0, 1, CANDIDATES + 1))]
+def _quantiles(values: Tensor, count: int = CANDIDATES) -> list[float]:
+    return [float(value) for value in np.quantile(values.numpy(), np.linspace(0, 1, count + 1))]
 
 
 @torch.no_grad()
