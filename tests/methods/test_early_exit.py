@@ -20,7 +20,7 @@ from slimformer.core.deciding import answers_apart, choose
 from slimformer.core.junction import Exit, junction_from_data, unreachable
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
-from slimformer.errors import ExportError, PlanError, RecipeError, TargetError
+from slimformer.errors import ExportError, ModelError, PlanError, RecipeError, TargetError
 from slimformer.exporters._onnx import exits as stopping
 from slimformer.exporters._onnx.parity import fill_inputs
 from slimformer.exporters.base import Variant
@@ -28,16 +28,24 @@ from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture, capturing
 from slimformer.log import Log
+from slimformer.measuring.machine import environment
+from slimformer.measuring.profile import Texts, check_profiled
+from slimformer.measuring.records import ExitShare, Layer, Record
 from slimformer.measuring.scoring import exit_shares
 from slimformer.methods.base import Context, Held, Progress, Step
+from slimformer.methods.distillation import Distillation
 from slimformer.methods.early_exit import EarlyExit, Outcome, exit_places
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.shared_layers import SharedLayers
+from slimformer.reporting.circumstances import cost_facts
+from slimformer.reporting.inspection import inspect
+from slimformer.reporting.ledger import append_record, read_records
 from slimformer.running.bundle import Run
 from slimformer.running.order import conflicts
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Export, Recipe
+from slimformer.running.rivals import without_cuts
 from slimformer.running.stages import advance, context_of
 from slimformer.runtimes.openvino import OpenVINO
 from slimformer.saving import checkpoint
@@ -531,6 +539,32 @@ def replace_task(auto_class):
     return type("Other", (Toy,), {"auto_class": auto_class, "configure": lambda _: {"num_labels": 3}})()
 
 
+# -- What is shown ---------------------------------------------------------------------------------------------------------------
+
+
+def test_reports_say_after_how_many_layers_examples_were_answered(tmp_path):
+    layers = (*tuple(Layer(str(number), 4, 4, 24, 24) for number in range(2)), Layer("2", 0, 4, 0, 24))
+    about = ("my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.9}, "2026-01-02", environment())
+    record = Record("int8", "ours", *about, layers=layers, exits=(ExitShare(1, 0.25), ExitShare(2, 0.75)))
+    assert ("Layers computed", "1.75 of 2 on average; by layers: 1: 25 %, 2: 75 %") in cost_facts(record)
+    assert "Layers computed" not in dict(cost_facts(replace(record, exits=())))
+    append_record(tmp_path / "ledger.jsonl", record)
+    assert read_records([tmp_path / "ledger.jsonl"]) == [record]
+
+
+def test_a_model_with_exits_says_so_and_is_not_profiled(tmp_path):
+    model, plan = with_exits(keep={"encoder.0.attention": (), "encoder.0.ffn": ()})
+    checkpoint.save(model, plan, tmp_path / "model", tokenizer_from=tmp_path)
+    assert inspect(tmp_path / "model").exits == (0, 1)
+    with pytest.raises(ModelError, match="computes other layers for each text"):
+        check_profiled(subject_of(model), [Texts(1, 8)])
+
+
+def test_a_rival_gets_no_exits():
+    stage = without_cuts(Train(methods=(EarlyExit(), Distillation()), freeze="everything"))
+    assert stage.methods == (Distillation(),)
+
+
 # -- In a recipe -----------------------------------------------------------------------------------------------------------------
 
 
@@ -567,7 +601,9 @@ def test_held_examples_are_those_for_validation(recipe, tmp_path):
     bundle, _ = prepare_bundle(preflight(recipe), run)
     held = context_of(bundle, run, bundle.subject, "macs").held
     labels = np.concatenate([inputs["labels"].numpy() for inputs in held.batches()])
-    assert labels.tolist() == list(bundle.material.features[Split.VALIDATION].columns["labels"])
+    assert sorted(labels) == sorted(bundle.material.features[Split.VALIDATION].columns["labels"])
+    widths = [inputs["input_ids"].shape[1] for inputs in held.batches()]
+    assert widths == sorted(widths) or widths == sorted(widths, reverse=True), "short texts share batches, and take less time"
     logits = np.eye(2, dtype=np.float32)[labels]
     assert held.score({"logits": logits}) == 1.0
     logits[0] = logits[0, ::-1]

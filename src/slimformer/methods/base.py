@@ -88,8 +88,8 @@ class Progress:
 class Held:
     """Validation examples, which no step trains on: `decide` may choose by them.
 
-    `batches`: all their rows, in order, without gradients in mind. `score`: of outputs for all rows, in this order, the task's metric
-    that counts, as a share; more is better.
+    `batches`: all their rows, always in the same order. `score`: of outputs for all rows, in that order, the task's metric that
+    counts, as a share; more is better.
     """
 
     batches: Callable[[], Iterator[Batch]]

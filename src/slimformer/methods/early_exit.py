@@ -67,7 +67,8 @@ class EarlyExit(Method):
     `threshold` and `patience` are chosen on validation examples if they are not given: by them as few layers are computed as
     possible, with at most `max_loss` points lost. A score has no classes: it needs "patience", and `threshold` is how far two scores in
     a row may differ.
-    `thresholds`: "one" for all exits, or one for "each", which lets an early exit be stricter than a late one.
+    `thresholds`: "one" for all exits, or one for "each", which lets an early exit be stricter than a late one, and fits the validation
+    examples more closely than others.
     `layers`: those with an exit behind them, counted from 1; without it all but the last.
     `head`: an exit is one matrix ("linear"), or has a matrix and tanh before it, as BERT's pooler has.
     `learn`: exits learn the "labels", or what the last layer gives ("model").
@@ -180,7 +181,7 @@ class EarlyExit(Method):
         )
 
     def _with(self, exit: Exit, threshold: float, patience: int) -> Exit:
-        return replace(exit, threshold=rounded(threshold, up=self.confidence != "maximum"), patience=patience)
+        return replace(exit, threshold=four_figures(threshold, up=self.confidence != "maximum"), patience=patience)
 
     def _found(self, state: _State, said: Sequence[Tensor], last: Tensor, held: Held) -> Outcome | None:
         """The choice by which the fewest layers are computed, of those that lose at most `max_loss`, or the one that was given; None if
@@ -313,10 +314,10 @@ def exit_places(anatomy: Anatomy, layers: Sequence[int] | None) -> list[int]:
     return able if layers is None else [layer - 1 for layer in layers]
 
 
-def rounded(value: float, *, up: bool) -> float:
+def four_figures(value: float, *, up: bool) -> float:
     """Four figures of a threshold, rounded so that the example it was taken from still leaves.
 
-    >>> rounded(0.731059, up=False), rounded(0.02345678, up=True)
+    >>> four_figures(0.731059, up=False), four_figures(0.02345678, up=True)
     (0.731, 0.02346)
     """
     if value <= 0:

@@ -45,6 +45,7 @@ class Inspection:
     sites_cut: int
     matrices_factored: int
     beams: int | None = None
+    exits: tuple[int, ...] = ()  # inputs may leave after so many layers
 
 
 def inspect(model: str | Path, length: int = 128) -> Inspection:
@@ -96,6 +97,7 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
         model_parameters=loaded.num_parameters(),
         sites_cut=len(plan.keep),
         matrices_factored=len(plan.forms),
+        exits=tuple(anatomy.passed(anatomy.junctions)[:-1]),
         beams=subject.beams,
     )
 

@@ -84,6 +84,8 @@ def draw_inspection(found: Inspection) -> Table:
         notes.append(f"{found.sites_cut} sites are cut already.")
     if found.matrices_factored:
         notes.append(f"{found.matrices_factored} matrices are factored: no unit can be cut there.")
+    if found.exits:
+        notes.append(f"Inputs may leave after {', '.join(map(str, found.exits))} layers.")
     title = escape(f"{found.name}: {found.model_class}, {found.model_parameters:,} parameters")
     table = Table(title=title, caption=" ".join(notes))
     for head in ("layer", "heads", "neurons", "parameters", "MACs", "share of MACs"):

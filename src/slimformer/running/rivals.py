@@ -138,10 +138,10 @@ def drops_layers(stages: Sequence[Stage]) -> bool:
 
 
 def without_cuts(stage: Train) -> Train:
-    """The stage without its pruning method.
+    """The stage without the method that cuts, or lets inputs leave early.
 
     If only the method's parameters were trainable, the model's own train instead, so that the rival gets as many passes.
     """
-    methods = tuple(method for method in stage.methods if not method.effects().chooses)
+    methods = tuple(method for method in stage.methods if not (method.effects().chooses or method.effects().branches))
     alone = stage.freeze == "everything" and methods != stage.methods
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)

@@ -25,7 +25,7 @@ from slimformer.core.budget import something_left
 from slimformer.core.plan import Decision
 from slimformer.core.shrink import shrink
 from slimformer.data.augmentation import augment_rows
-from slimformer.data.batching import collate, epoch_order
+from slimformer.data.batching import collate, epoch_order, sorted_by_length
 from slimformer.data.material import Material, encode_text, spaced_rows, subset, unlabelled
 from slimformer.data.tokenizer import load_tokenizer
 from slimformer.digests import digest, digest_files
@@ -285,14 +285,16 @@ def held_of(subject: Subject, material: Material) -> Held:
     """The validation examples for methods that choose by them; a few thousand at most."""
     features, examples = subset(material, Split.VALIDATION, VALIDATION_ROWS)
     task, sign = material.task, 1 if material.task.higher_is_better else -1
+    parts = sorted_by_length(features.lengths(), 64)
+    place = np.argsort([row for rows in parts for row in rows])  # of each row among the sorted ones
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(features), 64):
-            rows = range(start, min(start + 64, len(features)))
+        for rows in parts:
             arrays = collate(features, rows, (*subject.inputs, "labels"))
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def score(outputs: Mapping[str, np.ndarray]) -> float:
+        outputs = {name: array[place] for name, array in outputs.items()}
         fitted = task.tune(outputs, features, examples)
         return sign * float(task.counted(fitted.score(outputs, features, examples)))
 
