@@ -234,6 +234,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     head = {"classifier.weight": torch.zeros(2, config["hidden_size"]), "classifier.bias": torch.zeros(2)}
     weights = {f"bert.{name}": value for name, value in load_file(snapshot / "model.safetensors").items()}
     save_file(weights | head, teacher / "model.safetensors", metadata={"format": "pt"})
+    shallow = home / "shallow"  # the same with its first layer alone: it reads all words for a student without layers
+    shallow.mkdir()
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), encoding="utf-8")
+    (shallow / "tokenizer.json").symlink_to(snapshot / "tokenizer.json")
+    first = {name: value for name, value in weights.items() if ".layer." not in name or ".layer.0." in name}
+    save_file(first | head, shallow / "model.safetensors", metadata={"format": "pt"})
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
         yield home
@@ -261,7 +267,8 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         }
         task = replace(task, data=texts)
         recipe = replace(recipe, model=replace(recipe.model, vocabulary=290))
-    recipe = replace(recipe, task=task, teacher=str(hub / "teacher") if recipe.teacher else None)
+    teacher = "shallow" if isinstance(recipe.model, Fresh) else "teacher"
+    recipe = replace(recipe, task=task, teacher=str(hub / teacher) if recipe.teacher else None)
     with given_models(recipe, None, tmp_path) as given:
         preflight(given)
 
