@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -271,3 +273,9 @@ def test_an_encoder_without_a_pooler_gets_no_random_one(tmp_path):
     tiny("bert").base_model.save_pretrained(tmp_path)
     rename(tmp_path, lambda name: None if name.startswith("pooler") else name)
     assert slimformer.load(tmp_path).pooler is None
+
+
+def test_the_parts_of_a_student_are_found_by_whoever_asks_first() -> None:
+    code = "from slimformer.saving.heads import parts_for; assert parts_for('AutoModelForSequenceClassification', 'bilstm') is not None"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -262,7 +262,9 @@ def _tiny(make: Any, kind: str) -> PreTrainedModel:
     import torch
     import transformers
 
-    sizes = family_of(kind).tiny(kind) | {"vocab_size": 99, "max_position_embeddings": 64}
+    family = family_of(kind)
+    family.model_class("")  # the Auto classes know its models from here on
+    sizes = family.tiny(kind) | {"vocab_size": 99, "max_position_embeddings": 64}
     with torch.device("meta"):
         try:
             return make(transformers.AutoConfig.for_model(kind, **sizes, num_labels=_LABELS))  # type: ignore[no-any-return]
