@@ -275,7 +275,25 @@ def test_an_encoder_without_a_pooler_gets_no_random_one(tmp_path):
     assert slimformer.load(tmp_path).pooler is None
 
 
-def test_the_parts_of_a_student_are_found_by_whoever_asks_first() -> None:
-    code = "from slimformer.saving.heads import parts_for; assert parts_for('AutoModelForSequenceClassification', 'bilstm') is not None"
+FIRST = (
+    "from slimformer.saving.heads import parts_for",
+    "from transformers import MarianConfig",  # its module loads the Auto classes before it has its class
+    "import transformers; transformers.AutoConfig.for_model('marian')",
+    "from slimformer.running.fresh import Fresh; Fresh('marian')",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", FIRST)
+def test_all_types_are_known_whatever_is_imported_first(first: str) -> None:
+    code = f"""
+import slimformer
+{first}
+from slimformer.saving.heads import parts_for
+from transformers import AutoModel
+known = {{config.model_type for config in AutoModel._model_mapping._extra_content}}
+assert {{"slimformer_marian", "slimformer_t5", "slimformer_bilstm", "bilstm", "static"}} <= known, known
+assert parts_for("AutoModelForSequenceClassification", "bilstm") is not None
+"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -24,10 +24,26 @@ def watch() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def _register() -> None:
+def _register() -> bool:
     from slimformer.saving.checkpoint import register_auto_classes
 
-    register_auto_classes()
+    return register_auto_classes()
+
+
+class _Later(importlib.abc.MetaPathFinder):
+    """Tries again at each import what was not there yet, because the Auto classes were loaded amid the import of a model's own module."""
+
+    busy = False
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            if _register():
+                sys.meta_path.remove(self)
+        finally:
+            self.busy = False
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -54,4 +70,5 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        _register()
+        if not _register():
+            sys.meta_path.insert(0, _Later())

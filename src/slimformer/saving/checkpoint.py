@@ -744,10 +744,14 @@ def _say(remarks: Iterable[str]) -> None:
 # -- The Auto classes ----------------------------------------------------------------------------------------------------------
 
 
-def register_auto_classes() -> None:
-    """Teaches "slimformer_<base>" folders to AutoConfig and the AutoModel classes; done once by `import slimformer`."""
+def register_auto_classes() -> bool:
+    """Teaches "slimformer_<base>" folders to AutoConfig and the AutoModel classes; done once by `import slimformer`.
+
+    False if a type is left, because its module is being imported just then: to be called again.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from slimformer import registry
 
@@ -761,14 +765,22 @@ def register_auto_classes() -> None:
 
     suffixes = ("", *(f"For{purpose}" for purpose in ("SequenceClassification", "QuestionAnswering", "TokenClassification")))
     suffixes += ("ForMaskedLM", "ForPreTraining", "ForSeq2SeqLM")
+    missing = False
     for name in registry.names("families"):
-        registry.find("families", name)().model_class("")  # imports those that are not transformers' own
         for kind in registry.find("families", name).model_types:
-            base = type(transformers.AutoConfig.for_model(kind))
+            if PREFIX + kind in CONFIG_MAPPING:
+                continue
+            try:
+                registry.find("families", name)().model_class("")  # imports those that are not transformers' own
+                base = type(transformers.AutoConfig.for_model(kind))
+            except (ImportError, AttributeError):
+                missing = True
+                continue
             own = type(f"Slim{base.__name__}", (base,), {"model_type": PREFIX + kind, "__module__": __name__})
             transformers.AutoConfig.register(PREFIX + kind, own)
             for suffix in suffixes:
                 getattr(modeling_auto, f"AutoModel{suffix}").register(own, loader(own, suffix))
+    return not missing
 
 
 def _load_as(suffix: str, path: str | Path, options: Mapping[str, Any]) -> Any:
