@@ -289,6 +289,7 @@ def test_all_types_are_known_whatever_is_imported_first(first: str) -> None:
     code = f"""
 import slimformer
 {first}
+import wave  # whatever is imported next
 from slimformer.saving.heads import parts_for
 from transformers import AutoModel
 known = {{config.model_type for config in AutoModel._model_mapping._extra_content}}
