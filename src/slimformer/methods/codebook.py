@@ -1,6 +1,6 @@
 """Codebook: the word table becomes codes of pieces that few rows share (product quantization).
 
-Papers: Jégou, Douze, Schmid: Product Quantization for Nearest Neighbor Search (PAMI 2011); Prakash, Shashidhar, Zhao, Rongali, Khan,
+Paper: Jégou, Douze, Schmid: Product Quantization for Nearest Neighbor Search (PAMI 2011); Prakash, Shashidhar, Zhao, Rongali, Khan,
 Kayser: Compressing Transformer-Based Semantic Parsing Models using Compositional Code Embeddings (Findings of EMNLP 2020).
 
 Idea: Each row of the table is cut into pieces of `columns` numbers. k-means finds `entries` pieces that stand for all others in the same

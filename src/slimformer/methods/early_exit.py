@@ -1,6 +1,6 @@
 """Early exit: a classifier behind each layer, and an input leaves at the first one that is sure enough of its answer.
 
-Papers: Xin, Tang, Lee, Yu, Lin: DeeBERT (ACL 2020), section 3; Zhou, Xu, Ge, McAuley, Xu, Wei: BERT Loses Patience (PABEE,
+Paper: Xin, Tang, Lee, Yu, Lin: DeeBERT (ACL 2020), section 3; Zhou, Xu, Ge, McAuley, Xu, Wei: BERT Loses Patience (PABEE,
 NeurIPS 2020), section 3. Exits that learn from the last layer: Liu et al.: FastBERT (ACL 2020), section 3.
 
 Idea: Many inputs are easy. A small classifier reads the first token behind each layer but the last. If the entropy of its classes is
@@ -280,15 +280,6 @@ class Outcome:
         )
 
 
-def _nothing(method: EarlyExit, examples: int) -> str:
-    if method.threshold is None and method.patience is None:
-        why = f"no threshold lets examples leave early at a loss of at most {method.max_loss:g} points"
-    else:
-        given = f"threshold of {method.threshold:g}" if method.threshold is not None else f"patience of {method.patience}"
-        why = f"no example reaches the {given} early"
-    return f"early_exit: {why}, of {examples:,} for validation: the model gets no exits."
-
-
 # -- Formulas ------------------------------------------------------------------------------------------------------------------
 
 
@@ -342,10 +333,6 @@ def candidates_of(
             yield threshold, count
 
 
-def _quantiles(values: Tensor, count: int = CANDIDATES) -> list[float]:
-    return [float(value) for value in np.quantile(values.numpy(), np.linspace(0, 1, count + 1))]
-
-
 @torch.no_grad()
 def answers(state: _State, context: Context, held: Held) -> tuple[list[Tensor], Tensor]:
     """What each exit says of the validation examples, and what the last layer says: (examples, outputs)."""
@@ -360,3 +347,16 @@ def answers(state: _State, context: Context, held: Held) -> tuple[list[Tensor], 
             for index, (place, head) in enumerate(state.heads()):
                 said[index].append(head(seen.hidden[1 + place]).float().cpu())
     return [torch.cat(parts) for parts in said], torch.cat(last)
+
+
+def _nothing(method: EarlyExit, examples: int) -> str:
+    if method.threshold is None and method.patience is None:
+        why = f"no threshold lets examples leave early at a loss of at most {method.max_loss:g} points"
+    else:
+        given = f"threshold of {method.threshold:g}" if method.threshold is not None else f"patience of {method.patience}"
+        why = f"no example reaches the {given} early"
+    return f"early_exit: {why}, of {examples:,} for validation: the model gets no exits."
+
+
+def _quantiles(values: Tensor, count: int = CANDIDATES) -> list[float]:
+    return [float(value) for value in np.quantile(values.numpy(), np.linspace(0, 1, count + 1))]

@@ -1,6 +1,6 @@
 """Low rank: each matrix becomes two thin ones, where the loss feels it least, with a rank for each by one budget.
 
-Papers: Wang, Zheng, Wan, Zhang: SVD-LLM (ICLR 2025), section 3.1, for whitening by the inputs; Hsu, Hua, Chang, Lou, Shen, Jin:
+Paper: Wang, Zheng, Wan, Zhang: SVD-LLM (ICLR 2025), section 3.1, for whitening by the inputs; Hsu, Hua, Chang, Lou, Shen, Jin:
 Language Model Compression with Weighted Low-Rank Factorization (ICLR 2022), for weighing by the loss; Lan et al.: ALBERT (ICLR 2020),
 section 3.1, for the table.
 
@@ -87,11 +87,6 @@ class LowRankFactors(Method):
         refills = self.rank is not None or self.share < 1
         return Effects(factors=True, factors_table=self.embedding is not None, one_shot=True, refills=refills)
 
-    @property
-    def share(self) -> float:
-        """The share of the dense cost that may remain, if there is no rank for all."""
-        return KEEP_IF_UNSAID if self.keep is None else self.keep
-
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         forms = self._given(anatomy)
         Plan(forms=forms).check(anatomy)
@@ -113,6 +108,11 @@ class LowRankFactors(Method):
             parts = _parts(context, matrix, moment.mean, *weighed_factors(_weight(context, matrix), rank, moment, self.ridge))
             weights |= {f"{matrix.module}.{part}": value for part, value in parts.items()}
         return Decision(plan, weights=weights, notes=tuple(_notes(context.anatomy, plan)))
+
+    @property
+    def share(self) -> float:
+        """The share of the dense cost that may remain, if there is no rank for all."""
+        return KEEP_IF_UNSAID if self.keep is None else self.keep
 
     def _given(self, anatomy: Anatomy) -> dict[str, Form]:
         """The forms that the options name, by matrix; PlanError if there is nothing that they could make smaller."""
@@ -180,90 +180,6 @@ class Moments:
     outputs: Tensor | None = None
 
 
-# -- Formulas ------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def spectrum(weight: Tensor, moments: Moments, ridge: float) -> np.ndarray:
-    """What each further rank is worth, the most first: squared singular values of T' W S, (min(out, in),)."""
-    right, left = _root(moments.inputs, ridge), _root(moments.outputs, ridge)
-    return energies(_between(left, weight.double(), right)).cpu().numpy()
-
-
-def losses(worth: np.ndarray, forms: Sequence[Form]) -> np.ndarray:
-    """What each form loses: (forms,); a plain matrix nothing."""
-    left = np.append(np.cumsum(worth[::-1])[::-1], 0.0)  # left[r]: of all beyond rank r
-    return np.array([left[form.rank] if isinstance(form, LowRank) else 0.0 for form in forms])
-
-
-@torch.no_grad()
-def weighed_factors(weight: Tensor, rank: int, moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
-    """(out, rank) and (rank, in), of equal size, whose product comes nearest to the matrix as `moments` weigh."""
-    right, left = _root(moments.inputs, ridge), _root(moments.outputs, ridge)
-    wide, thin = nearest_factors(_between(left, weight.double(), right), rank)
-    if left is not None:
-        wide = torch.linalg.solve_triangular(left.T, wide, upper=True)
-    if right is not None:
-        thin = thin / right if right.ndim == 1 else torch.linalg.solve_triangular(right, thin, upper=False, left=False)
-    return wide, thin
-
-
-def _between(left: Tensor | None, weight: Tensor, right: Tensor | None) -> Tensor:
-    """T' W S."""
-    if right is not None:
-        weight = weight * right if right.ndim == 1 else weight @ right
-    return weight if left is None else left.T @ weight
-
-
-def _root(moment: Tensor | None, ridge: float) -> Tensor | None:
-    """The lower triangle S with S S' = the moment and its ridge; of a diagonal its root. None if nothing was seen."""
-    if moment is None:
-        return None
-    moment = moment.double()
-    if moment.ndim == 1:
-        return moment.sqrt()
-    size = float(moment.diagonal().mean())
-    if size <= 0 or not math.isfinite(size):
-        return None
-    even = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    while True:
-        root, failed = torch.linalg.cholesky_ex(moment + ridge * size * even)
-        if not failed:
-            return root
-        ridge *= 10  # sums in float32 are not exact
-
-
-def seen(context: Context, method: LowRankFactors) -> dict[str, Moments]:
-    """What passes through each matrix that may be factored, on training examples."""
-    matrices = [*_plain(context.anatomy), *(matrix for matrix in context.anatomy.matrices.values() if matrix.table)]
-    if method.embedding is None:
-        matrices = [matrix for matrix in matrices if not matrix.table]
-    if method.rank is None and method.share == 1:
-        matrices = [matrix for matrix in matrices if matrix.table]
-    if not matrices:
-        return {}
-    gradients = method.weighted == "loss"
-    sums = {matrix.id: _Sums(context, matrix, method.biases) for matrix in matrices}
-    examples = 0
-    with context.subject.evaluating(), torch.set_grad_enabled(gradients):
-        for batch in context.batches(method.examples):
-            examples += len(batch["input_ids"])
-            passed: dict[str, tuple[Tensor, Tensor]] = {}
-            with ExitStack() as stack:
-                for matrix in matrices:
-                    module = context.model.get_submodule(matrix.module)
-                    stack.callback(module.register_forward_hook(partial(_keep, passed, matrix.id)).remove)
-                output = context.model(**context.subject.feed(batch))
-                slopes: Sequence[Tensor | None] = [None] * len(matrices)
-                if gradients:
-                    # a sum, so that each row's gradient is its own
-                    loss = context.task.loss(output, batch) * context.task.terms(batch)
-                    slopes = torch.autograd.grad(loss, [passed[matrix.id][1] for matrix in matrices])
-            for matrix, slope in zip(matrices, slopes, strict=True):
-                sums[matrix.id].add(passed[matrix.id][0].detach(), slope, unpadded(batch, matrix.tokens))
-    return {name: item.moments(examples) for name, item in sums.items()}
-
-
 class _Sums:
     """The moments of one matrix so far."""
 
@@ -312,6 +228,90 @@ class _Sums:
         if self.shift is None:
             return Moments(inputs, None, outputs)
         return Moments(inputs - torch.outer(mean, mean), mean + self.shift, outputs)
+
+
+# -- Formulas ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def spectrum(weight: Tensor, moments: Moments, ridge: float) -> np.ndarray:
+    """What each further rank is worth, the most first: squared singular values of T' W S, (min(out, in),)."""
+    right, left = _root(moments.inputs, ridge), _root(moments.outputs, ridge)
+    return energies(_between(left, weight.double(), right)).cpu().numpy()
+
+
+def losses(worth: np.ndarray, forms: Sequence[Form]) -> np.ndarray:
+    """What each form loses: (forms,); a plain matrix nothing."""
+    left = np.append(np.cumsum(worth[::-1])[::-1], 0.0)  # left[r]: of all beyond rank r
+    return np.array([left[form.rank] if isinstance(form, LowRank) else 0.0 for form in forms])
+
+
+@torch.no_grad()
+def weighed_factors(weight: Tensor, rank: int, moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
+    """(out, rank) and (rank, in), of equal size, whose product comes nearest to the matrix as `moments` weigh."""
+    right, left = _root(moments.inputs, ridge), _root(moments.outputs, ridge)
+    wide, thin = nearest_factors(_between(left, weight.double(), right), rank)
+    if left is not None:
+        wide = torch.linalg.solve_triangular(left.T, wide, upper=True)
+    if right is not None:
+        thin = thin / right if right.ndim == 1 else torch.linalg.solve_triangular(right, thin, upper=False, left=False)
+    return wide, thin
+
+
+def seen(context: Context, method: LowRankFactors) -> dict[str, Moments]:
+    """What passes through each matrix that may be factored, on training examples."""
+    matrices = [*_plain(context.anatomy), *(matrix for matrix in context.anatomy.matrices.values() if matrix.table)]
+    if method.embedding is None:
+        matrices = [matrix for matrix in matrices if not matrix.table]
+    if method.rank is None and method.share == 1:
+        matrices = [matrix for matrix in matrices if matrix.table]
+    if not matrices:
+        return {}
+    gradients = method.weighted == "loss"
+    sums = {matrix.id: _Sums(context, matrix, method.biases) for matrix in matrices}
+    examples = 0
+    with context.subject.evaluating(), torch.set_grad_enabled(gradients):
+        for batch in context.batches(method.examples):
+            examples += len(batch["input_ids"])
+            passed: dict[str, tuple[Tensor, Tensor]] = {}
+            with ExitStack() as stack:
+                for matrix in matrices:
+                    module = context.model.get_submodule(matrix.module)
+                    stack.callback(module.register_forward_hook(partial(_keep, passed, matrix.id)).remove)
+                output = context.model(**context.subject.feed(batch))
+                slopes: Sequence[Tensor | None] = [None] * len(matrices)
+                if gradients:
+                    # a sum, so that each row's gradient is its own
+                    loss = context.task.loss(output, batch) * context.task.terms(batch)
+                    slopes = torch.autograd.grad(loss, [passed[matrix.id][1] for matrix in matrices])
+            for matrix, slope in zip(matrices, slopes, strict=True):
+                sums[matrix.id].add(passed[matrix.id][0].detach(), slope, unpadded(batch, matrix.tokens))
+    return {name: item.moments(examples) for name, item in sums.items()}
+
+
+def _between(left: Tensor | None, weight: Tensor, right: Tensor | None) -> Tensor:
+    """T' W S."""
+    if right is not None:
+        weight = weight * right if right.ndim == 1 else weight @ right
+    return weight if left is None else left.T @ weight
+
+
+def _root(moment: Tensor | None, ridge: float) -> Tensor | None:
+    """The lower triangle S with S S' = the moment and its ridge; of a diagonal its root. None if nothing was seen."""
+    if moment is None:
+        return None
+    moment = moment.double()
+    if moment.ndim == 1:
+        return moment.sqrt()
+    size = float(moment.diagonal().mean())
+    if size <= 0 or not math.isfinite(size):
+        return None
+    even = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(moment + ridge * size * even)
+        if not failed:
+            return root
+        ridge *= 10  # sums in float32 are not exact
 
 
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def train_together(
     if _leading:
         context = training.context
         cost = replace(context.cost, matrix=None, narrow=None)
-        sent = replace(context, generator=cast(torch.Generator, None), memo={}, cost=cost)
+        sent = replace(context, generator=cast(torch.Generator, None), memo={}, cost=cost, held=None)  # the first one decides
         _send(_Job(replace(training, context=sent), context.generator.get_state(), folder, cache, evaluate is not None))
     return train(training, folder, log, evaluate=evaluate, cache=cache)
 
