@@ -297,25 +297,25 @@ def check_stops(
         )
         there = np.stack([whole[name] for name in outputs])[found, np.arange(len(found))]  # (rows, outputs)
         off = np.abs(got[answer] - there).max(axis=-1) > tolerance * max(1.0, float(np.abs(there).max()))
-        if off.any() or ((found != place.numpy()) & ~_near(junctions, whole, outputs)).any():
+        if off.any() or ((found != place.numpy()) & ~_near(junctions, whole, outputs, max(NEXT_TO, tolerance))).any():
             raise ExportError("the graph with exits gives another answer than the model where it stops.", help=REPORT)
         for exit in found:
             left[exit] += 1
     return left
 
 
-def _near(junctions: Sequence[Exit], whole: GraphOutputs, outputs: Sequence[str]) -> np.ndarray:
+def _near(junctions: Sequence[Exit], whole: GraphOutputs, outputs: Sequence[str], gap: float) -> np.ndarray:
     """Which rows are so close to a threshold, or to another class, that the last bits decide: (rows,)."""
     near = np.zeros(len(whole[outputs[-1]]), dtype=bool)
     before: np.ndarray | None = None
     for junction, name in zip(junctions, outputs, strict=False):
         logits = whole[name]
         if junction.confidence != "patience":
-            near |= np.abs(doubt(junction, torch.from_numpy(logits)).numpy() - junction.threshold) < NEXT_TO
+            near |= np.abs(doubt(junction, torch.from_numpy(logits)).numpy() - junction.threshold) < gap
         elif junction.outputs > 1:
             best = np.sort(logits, axis=1)
-            near |= best[:, -1] - best[:, -2] < NEXT_TO
+            near |= best[:, -1] - best[:, -2] < gap
         elif before is not None:
-            near |= np.abs(np.abs(logits - before)[:, 0] - junction.threshold) < NEXT_TO
+            near |= np.abs(np.abs(logits - before)[:, 0] - junction.threshold) < gap
         before = logits
     return near
