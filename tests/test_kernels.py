@@ -13,6 +13,7 @@ import torch
 
 from slimformer import Plan, anatomy_of, shrink
 from slimformer.core.anatomy import Kind
+from slimformer.core.junction import Exit
 from slimformer.errors import ExportError, ExtraError, ModelError
 from slimformer.exporters._kernels.model_file import save_model_file
 from slimformer.exporters._kernels.packing import best_block_rows, pack_encoder
@@ -333,6 +334,16 @@ def test_blocks_are_taken_where_they_are_expected_to_be_faster() -> None:
     rng = np.random.default_rng(8)
     for block, zeros, expected in ((1, 0.0, 0), (1, 0.1, 0), (1, 0.8, 1), (4, 0.8, 4), (2, 0.5, 2)):
         assert best_block_rows(sparse_weights(rng, 64, 128, block, zeros)) == expected
+
+
+@built
+def test_a_model_with_exits_is_refused(tmp_path: Path) -> None:
+    model = tiny("bert")
+    anatomy = anatomy_of(model)
+    small = shrink(model, anatomy, Plan(junctions={"encoder.0": Exit(outputs=3)}))
+    with pytest.raises(ExportError, match="this model has exits"):
+        save_model_file(small, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
 
 
 @built

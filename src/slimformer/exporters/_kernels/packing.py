@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from slimformer.core.anatomy import Kind
+from slimformer.core.deciding import ExitHead
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.int8 import WeightCoding, quantize_weight
 from slimformer.families.base import Subject, subject_of
@@ -45,6 +46,10 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
             f"the kernels compute post-norm encoders; {config.model_type} is none.", help="export standard files."
         )
     modules = dict(model.named_modules())
+    if any(isinstance(module, ExitHead) for module in modules.values()):
+        raise ExportError(
+            "the kernels compute all layers, and this model has exits behind some.", help="export standard files."
+        )
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     if f"{prefix}embeddings_project" in modules:
         raise ExportError("the kernels do not project embeddings, as this model does.", help="export standard files.")
@@ -60,11 +65,7 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
     sections: list[np.ndarray | None] = [codes, scales, positions, types if has_types else None, _norm(modules, norm)]
     head_dim = next((site.slices[0].unit for site in subject.anatomy.sites.values() if site.kind is Kind.HEADS), 1)
     stack = subject.anatomy.stacks[0]
-    for index, name in enumerate(stack.layers):
-        if not type(modules[name]).__module__.startswith("transformers."):
-            raise ExportError(
-                f"{name} decides by what it reads, and the kernels compute all layers.", help="export standard files."
-            )
+    for index in range(len(stack.layers)):
         sections += _layer(subject, modules, index, head_dim, block_rows)
     activation = CODES_OF_ACTIVATIONS.get(str(getattr(config, "hidden_act", None) or getattr(config, "activation", "")))
     if activation is None:
