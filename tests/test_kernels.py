@@ -340,7 +340,7 @@ def test_blocks_are_taken_where_they_are_expected_to_be_faster() -> None:
 def test_a_model_with_exits_is_refused(tmp_path: Path) -> None:
     model = tiny("bert")
     anatomy = anatomy_of(model)
-    small = shrink(model, anatomy, Plan(junctions={"encoder.0": Exit(outputs=3)}))
+    small = shrink(model, anatomy, Plan(junctions={"encoder.0": Exit(3, "maximum", 0.7)}))
     with pytest.raises(ExportError, match="this model has exits"):
         save_model_file(small, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
