@@ -40,7 +40,7 @@ class Variant(StrEnum):
     INT8_DYNAMIC = "int8_dynamic"  # fused attention, dynamic int8: ONNX Runtime only
     INT8_FUSED = "int8_fused"  # the same with ranges from the batches: an answer does not depend on its neighbours in a batch
     INT8_STATIC = "int8_static"  # unfused, static QDQ: ONNX Runtime and OpenVINO
-    INT8_KERNELS = "int8_kernels"  # the encoder as one operator: ONNX Runtime with slimformer-kernels; no exporter's
+    INT8_KERNELS = "int8_kernels"  # the encoder as one operator: ONNX Runtime with slimformer-kernels
 
     @property
     def int8(self) -> bool:
@@ -73,7 +73,7 @@ OPENVINO = FileKind(
     folder="openvino",
 )
 KERNELS_DOMAIN = "slimformer"  # of their operators in ONNX files
-SLIM = FileKind(  # written beside the exporter's files, where the kernels are installed and it is the fastest
+SLIM = FileKind(  # written beside the files of `onnx`, where the kernels are installed and it is the fastest
     "model_slim.onnx",
     "int8 kernels",
     "int8 for the kernels, which skip zeros and padding: ONNX Runtime with `slimformer-kernels`, opened by "

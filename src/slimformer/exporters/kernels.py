@@ -16,7 +16,7 @@ from slimformer.errors import ExportError
 from slimformer.exporters._kernels.model_file import save_model_file
 from slimformer.exporters._kernels.packing import KERNEL_TYPES
 from slimformer.exporters._onnx.parity import check_parity, run_model
-from slimformer.exporters.base import FILES, SLIM, Arrays, Artifact, Draft, Exporter, FileKind, Variant
+from slimformer.exporters.base import FILES, SLIM, Arrays, Artifact, Exporter, FileKind, Variant
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import subject_of
 from slimformer.kernels.library import installed, library_path
@@ -83,15 +83,6 @@ class Kernels(Exporter):
         made = self.standard.export_all(model, batches, others, outputs, ranges) if others else {}
         slim = paths.get(Variant.INT8_KERNELS)
         return made if slim is None else made | {Variant.INT8_KERNELS: self._slim(model, batches, slim, outputs)}
-
-    def draft(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[Arrays],
-        outputs: Sequence[str] = ("logits",),
-        ranges: Ranges | None = None,
-    ) -> Draft | None:
-        return None
 
     def _slim(self, model: PreTrainedModel, batches: Sequence[Arrays], path: Path, outputs: Sequence[str]) -> Artifact:
         if not batches:

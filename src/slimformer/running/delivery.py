@@ -117,7 +117,11 @@ def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Conte
         run.log.say("making OpenVINO's int8 file by NNCF.")
         path = openvino_int8(candidate.files[Variant.FLOAT], bundle.subject, bundle.material, _openvino_home(run))
         files.append(ours(Variant.INT8_STATIC, path, OPENVINO.label, OPENVINO.place, "openvino"))
-    slim = None if Variant.INT8_KERNELS in candidate.files else kernels_int8(bundle.subject, _slim_home(run), run.log)
+    slim = (
+        None
+        if Variant.INT8_KERNELS in candidate.files
+        else kernels_int8(bundle.subject, bundle.material, _slim_home(run), run.log)
+    )
     if slim is not None:
         files.append(ours(Variant.INT8_KERNELS, slim, SLIM.label, SLIM.place))
     return files

@@ -20,7 +20,6 @@ from slimformer.data.batching import collate
 from slimformer.data.material import Material, features_digest
 from slimformer.digests import digest
 from slimformer.errors import ExportError
-from slimformer.exporters._kernels.model_file import save_model_file
 from slimformer.exporters.base import OPENVINO, SLIM, Artifact, Exporter, Variant
 from slimformer.families.base import Subject
 from slimformer.files import in_turn, remove_parts, write_text
@@ -140,15 +139,16 @@ def ctranslate2_int8(subject: Subject, home: Path) -> Path:
     return made if made.is_file() else ctranslate2_file(subject.model, home, made.parent)
 
 
-def kernels_int8(subject: Subject, folder: Path, log: Log) -> Path | None:
+def kernels_int8(subject: Subject, material: Material, folder: Path, log: Log) -> Path | None:
     """The model in int8 for the kernels, made once in `folder`; None if they are not installed, or do not know all of its parts."""
     if not installed():
         return None
     made = folder / SLIM.name
     if not made.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            save_model_file(subject.model, made)
+            export_files(
+                subject, material, folder, [Variant.INT8_KERNELS], log, exporter=registry.find("exporters", "kernels")()
+            )
         except ExportError as error:
             log.say(f"no {SLIM.name}: {error.what}")
             return None
