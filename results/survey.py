@@ -136,7 +136,7 @@ def smallest(passes: float) -> Stages:
     return (
         TrimVocabulary(),
         closely(passes * 3 / 8, HiddenWidth(keep_hidden=0.5), freeze="nothing"),
-        Calibrate(Fisher(keep=0.25, cost="parameters")),
+        Calibrate(Fisher(keep=0.3, cost="macs")),
         learnt(passes / 2, freeze="nothing"),
         Calibrate(CodebookWords()),
         learnt(passes / 8, freeze="nothing"),
