@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal, Protocol
 
+from slimformer.core.apart import Apart
 from slimformer.core.form import DENSE, Form, Shape
-from slimformer.core.junction import Exit
+from slimformer.core.junction import Exit, Junction
 
 
 class Kind(StrEnum):
@@ -265,7 +266,7 @@ class PlanLike(Protocol):
     def forms(self) -> Mapping[str, Form]: ...
 
     @property
-    def junctions(self) -> Mapping[str, Exit]: ...
+    def junctions(self) -> Mapping[str, Junction]: ...
 
     def check(self, anatomy: Anatomy) -> None: ...
 
@@ -305,8 +306,18 @@ class Anatomy:
     hidden_size: int
     points: Mapping[str, Point] = field(default_factory=dict)
     vocabulary: Site | None = None
-    junctions: Mapping[str, Exit] = field(default_factory=dict)
+    junctions: Mapping[str, Junction] = field(default_factory=dict)
     recurrent: int = 0
+
+    @property
+    def exits(self) -> Mapping[str, Exit]:
+        """The exits among the junctions."""
+        return {layer: junction for layer, junction in self.junctions.items() if isinstance(junction, Exit)}
+
+    @property
+    def meeting(self) -> Mapping[str, Apart]:
+        """The junction at which segments meet that attended apart in all layers up to it; empty if they attend to each other in all."""
+        return {layer: junction for layer, junction in self.junctions.items() if isinstance(junction, Apart)}
 
     @property
     def every_site(self) -> Mapping[str, Site]:

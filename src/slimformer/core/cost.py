@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
-from slimformer.core.junction import Exit
+from slimformer.core.junction import Junction
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -43,7 +43,7 @@ class Cost:
     matrix: Callable[[Matrix], float] | None = None
     piece: float = 0.0
     narrow: Callable[[Plan], float] | None = None
-    junction: Callable[[Exit, int], float] | None = None
+    junction: Callable[[Junction, int], float] | None = None
 
     def of(self, plan: Plan, anatomy: Anatomy) -> float:
         """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
@@ -119,7 +119,9 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
     piece = (
         0.0 if words is None else sum(shapes[item.param].numel() for item in words.slices if item.param in shapes) / words.size
     )
-    return Cost("parameters", fixed, curves, lambda matrix: matrix.parameters, piece, narrow, Exit.parameters)
+    return Cost(
+        "parameters", fixed, curves, lambda matrix: matrix.parameters, piece, narrow, lambda item, width: item.parameters(width)
+    )
 
 
 def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = None, beams: int | None = None) -> Cost:

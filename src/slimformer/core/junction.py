@@ -1,7 +1,8 @@
 """A junction: what stands behind a layer, where the model itself decides, input by input, how much more is computed.
 
-An `Exit` is a small classifier there: an input whose answer is sure enough leaves with it. A plan names the junctions by layer, so
-that a saved model is rebuilt with them. Only data stands here, small enough for plan.json; `deciding.py` computes.
+An `Exit` is a small classifier there: an input whose answer is sure enough leaves with it. `Apart` (`apart.py`) is the place where two
+segments meet, which attended apart in all layers before. A plan names the junctions by layer, so that a saved model is rebuilt with
+them. Only data stands here, small enough for plan.json; `deciding.py` and `dividing.py` compute.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
 
+from slimformer.core.apart import APART, Apart
 from slimformer.errors import PlanError
 
 Confidence = Literal["entropy", "maximum", "patience"]
@@ -57,19 +59,23 @@ class Exit:
         return {"use": EXIT} | dataclasses.asdict(self)
 
 
-def junction_from_data(data: Any, layer: str) -> Exit:
+Junction = Exit | Apart
+_KINDS: Mapping[str, type[Junction]] = {EXIT: Exit, APART: Apart}
+
+
+def junction_from_data(data: Any, layer: str) -> Junction:
     """The junction that `to_data` wrote for a layer; PlanError for anything else.
 
     >>> junction_from_data(Exit(3, "maximum", 0.9).to_data(), "encoder.1") == Exit(3, "maximum", 0.9)
     True
     """
-    names = {entry.name for entry in dataclasses.fields(Exit)}
-    if not isinstance(data, Mapping) or set(data) != names | {"use"} or data["use"] != EXIT:
+    kind = _KINDS.get(str(data.get("use"))) if isinstance(data, Mapping) else None
+    if kind is None or set(data) != {entry.name for entry in dataclasses.fields(kind)} | {"use"}:
         raise PlanError(
             f"layer '{layer}': this slimformer knows no such junction: {data!r:.200}.",
             help="install the slimformer that wrote it.",
         )
-    made = Exit(**{name: value for name, value in data.items() if name != "use"})
+    made = kind(**{name: value for name, value in data.items() if name != "use"})
     problem = made.problem()
     if problem is not None:
         raise PlanError(f"layer '{layer}': {problem}.")

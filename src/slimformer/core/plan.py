@@ -15,8 +15,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind
+from slimformer.core.apart import Apart
 from slimformer.core.form import DENSE, Form, form_from_data
-from slimformer.core.junction import Exit, junction_from_data
+from slimformer.core.junction import Exit, Junction, junction_from_data
 from slimformer.core.ranges import Ranges
 from slimformer.digests import digest
 from slimformer.errors import PlanError, nearest
@@ -34,7 +35,7 @@ class Plan:
     Attributes:
         keep: Site -> the units that stay, rising; an absent site keeps everything.
         forms: Matrix -> its form.
-        junctions: Layer, such as "encoder.2" -> what stands behind it: an exit.
+        junctions: Layer, such as "encoder.2" -> what stands behind it: an exit, or the place where two segments meet.
 
     Example:
         >>> from slimformer import Plan
@@ -48,7 +49,7 @@ class Plan:
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
-    junctions: Mapping[str, Exit] = field(default_factory=dict)
+    junctions: Mapping[str, Junction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         frozen = {site: tuple(int(unit) for unit in units) for site, units in sorted(self.keep.items())}
@@ -57,7 +58,7 @@ class Plan:
         object.__setattr__(self, "forms", MappingProxyType(forms))
         object.__setattr__(self, "junctions", MappingProxyType(dict(sorted(self.junctions.items()))))
 
-    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, tuple[int, ...]], dict[str, Form], dict[str, Exit]]]:
+    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, tuple[int, ...]], dict[str, Form], dict[str, Junction]]]:
         return Plan, (dict(self.keep), dict(self.forms), dict(self.junctions))  # a MappingProxyType cannot be pickled
 
     def __hash__(self) -> int:
@@ -98,7 +99,8 @@ class Plan:
         for layer in later.junctions:
             if layer in self.junctions:
                 raise PlanError(
-                    f"layer '{layer}' has an exit, the later plan puts another there.", help="a layer has one exit."
+                    f"layer '{layer}' has {_called(self.junctions[layer])}, the later plan puts another there.",
+                    help="one stands behind a layer.",
                 )
         return Plan(keep, {**self.forms, **later.forms}, {**self.junctions, **later.junctions})
 
@@ -168,29 +170,45 @@ class Plan:
                     facts=["a unit is a row or column of a matrix, and a factored matrix has none of its own."],
                     help="cut first, factor after.",
                 )
-            if site.kind is Kind.HIDDEN and anatomy.junctions and len(units) < site.size:
+            if site.kind is Kind.HIDDEN and anatomy.exits and len(units) < site.size:
                 raise PlanError(
                     f"site '{name}' cannot be cut: exits read the hidden states.", help="cut first, then train exits."
+                )
+            meeting = next(iter(anatomy.meeting.values()), None)
+            if name == VOCABULARY_SITE and meeting is not None and meeting.separator is not None and len(units) < site.size:
+                raise PlanError(
+                    f"site '{name}' cannot be cut: segments are told by the separator {meeting.separator}, whose id would change.",
+                    help="cut the vocabulary first.",
                 )
         self._check_forms(anatomy)
         self._check_junctions(anatomy)
 
     def _check_junctions(self, anatomy: Anatomy) -> None:
         for layer, junction in self.junctions.items():
+            what = _called(junction)
+            noun = what.partition(" ")[2]
             if layer not in anatomy.layer_modules:
                 raise PlanError(
-                    f"the plan puts an exit behind the layer '{layer}', which this model does not have.",
+                    f"the plan puts {what} behind the layer '{layer}', which this model does not have.",
                     help=nearest(layer, anatomy.layer_modules),
                 )
             if layer in anatomy.junctions:
-                raise PlanError(f"layer '{layer}' has an exit already.", help="a layer has one exit.")
+                raise PlanError(
+                    f"layer '{layer}' has {_called(anatomy.junctions[layer])} already.", help="one stands behind a layer."
+                )
             if anatomy.layer_modules[layer] == anatomy.layers[-1] or len(anatomy.stacks) > 1:
                 raise PlanError(
-                    f"there can be no exit behind '{layer}': it is the end of the model, or the model writes texts."
+                    f"there can be no {noun} behind '{layer}': it is the end of the model, or the model writes texts."
                 )
             problem = junction.problem()
             if problem is not None:
-                raise PlanError(f"there can be no exit behind '{layer}': {problem}.")
+                raise PlanError(f"there can be no {noun} behind '{layer}': {problem}.")
+        together = {**anatomy.junctions, **self.junctions}
+        if len(together) > 1 and any(isinstance(junction, Apart) for junction in together.values()):
+            raise PlanError(
+                f"segments that attended apart meet behind one layer, and the plan has junctions behind {len(together)}.",
+                help="such a model has no exits, and its segments meet once.",
+            )
 
     def _check_forms(self, anatomy: Anatomy) -> None:
         gone = anatomy.gone(self)
@@ -296,6 +314,10 @@ class Plan:
             {matrix: form_from_data(form, matrix) for matrix, form in forms.items()},
             {layer: junction_from_data(junction, layer) for layer, junction in junctions.items()},
         )
+
+
+def _called(junction: Junction) -> str:
+    return "an exit" if isinstance(junction, Exit) else "a place where segments meet"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The only code that changes shapes and forms: a model and a plan go in, a smaller copy comes out; `unshrink` goes back.
 
-Cuts come first, then forms, then exits. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
+Cuts come first, then forms, then junctions. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
 then the weights are loaded strictly.
 """
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, PointRole, Site
+from slimformer.core.apart import Apart
 from slimformer.core.deciding import put_exits
+from slimformer.core.dividing import divide
 from slimformer.core.form import Form
-from slimformer.core.junction import EXIT
+from slimformer.core.junction import EXIT, Exit
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
 from slimformer.core.standing import stand_in, take_part
@@ -81,9 +83,14 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
         if name in gone:
             for skip in anatomy.sites[name].skips:
                 stand_in(small, skip)
-    if decision.plan.junctions:
+    after, junctions = anatomy.after(decision.plan), decision.plan.junctions.items()
+    given = {layer: junction for layer, junction in junctions if isinstance(junction, Exit)}
+    if given:
         with torch.no_grad():
-            put_exits(small, anatomy.after(decision.plan), decision.plan.junctions, exits)
+            put_exits(small, after, given, exits)
+    for layer, junction in junctions:
+        if isinstance(junction, Apart):
+            divide(small, after, layer, junction)
     before = cuts_of(model)
     if before is not None:
         remember_cuts(small, before.plan.then(decision.plan), decision.ranges)
@@ -273,6 +280,11 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     if any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN)):
         raise PlanError(
             "no plain weights give the same answers with hidden units put back: a norm would count their zeros.",
+            help="use the files that were exported.",
+        )
+    if any(isinstance(junction, Apart) for junction in plan.junctions.values()):
+        raise PlanError(
+            "no plain weights give the same answers: in a plain model each token attends to both segments, in all layers.",
             help="use the files that were exported.",
         )
     if plan.junctions:

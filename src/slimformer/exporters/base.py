@@ -29,6 +29,8 @@ WEIGHTS_BESIDE = (
     ".data",
 )  # ends of the names of files with an ONNX file's weights: ours and optimum's, then PyTorch's
 LAYERS = "layers"  # an output of files with exits: how many layers were computed for each input
+PARTS = ("passage", "question", "joint")  # of a model whose lower layers keep two texts apart: files beside the whole one
+MODEL_DIGEST = "slimformer_model"  # the key in the metadata of these that names the whole one
 SEARCH_SECONDS = 180.0  # a search for matrices that stay in float takes at most about this long
 
 
@@ -128,6 +130,15 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (*own, *files_of(decoder)) if is_pair(path) and decoder.is_file() else own
 
 
+def part_path(whole: Path, part: str) -> Path:
+    """Where a part of a model file lies.
+
+    >>> part_path(Path("onnx/model_quantized.onnx"), "passage").name
+    'model_quantized_passage.onnx'
+    """
+    return whole.with_name(f"{whole.stem}_{part}{whole.suffix}")
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One exported file and what is known of it."""
@@ -205,7 +216,8 @@ class Exporter(ABC):
         return True
 
     def check(self, kind: str, *, branches: bool) -> None:
-        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits (`branches`).
+        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits or segments that
+        attend apart (`branches`).
 
         ExtraError if what it needs is not installed, ExportError for a model.
         """
@@ -240,6 +252,20 @@ class Exporter(ABC):
     ) -> dict[str, Artifact]:
         """Writes several variants; the others stay if one of them is refused."""
         return {name: self.export(model, batches, path, name, outputs, ranges) for name, path in paths.items()}
+
+    def export_parts(
+        self,
+        whole: Path,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        variant: str,
+        outputs: Sequence[str] = ("logits",),
+    ) -> tuple[Path, ...]:
+        """Writes the PARTS of an exported file beside it, if the lower layers of its model keep two texts apart; else nothing.
+
+        They are compared with the whole file on the pairs in `batches`. ExportError if they disagree.
+        """
+        return ()
 
     def draft(
         self,

@@ -58,7 +58,10 @@ class Kernels(Exporter):
                 help=f"export to onnx; they know {', '.join(KERNEL_TYPES)}.",
             )
         if branches:
-            raise ExportError("the kernels compute all layers, and exits leave after some.", help="export to onnx.")
+            raise ExportError(
+                "the kernels compute all layers, for all tokens alike, and exits leave after some, or segments attend apart.",
+                help="export to onnx.",
+            )
 
     def export(
         self,

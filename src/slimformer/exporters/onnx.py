@@ -19,7 +19,7 @@ from torch import nn
 from slimformer.core.anatomy import PointRole
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import calibrate, exits, int8, parity, rewrite, trace
+from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, trace
 from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, smoothing_notes
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
@@ -126,6 +126,20 @@ class Onnx(Exporter):
         draft = self.draft(model, batches, outputs, ranges)
         return {variant: draft.write(path, variant, self.floats) for variant, path in paths.items()}
 
+    def export_parts(
+        self,
+        whole: Path,
+        model: PreTrainedModel,
+        batches: Sequence[Arrays],
+        variant: str,
+        outputs: Sequence[str] = ("logits",),
+    ) -> tuple[Path, ...]:
+        subject = subject_of(model)
+        if not subject.anatomy.meeting:
+            return ()
+        tolerance = ONE_CODE if variant in INT8 else self.tolerance
+        return tuple(parts.write_parts(whole, subject, batches, outputs, tolerance).paths.values())
+
     def draft(
         self,
         model: PreTrainedModel,
@@ -184,7 +198,7 @@ class OnnxDraft(OnnxDrafting):
                 tolerance=None if variant in INT8 else self.options.tolerance,
                 agreement=self.options.agreement,
             )
-            if self.subject.anatomy.junctions:
+            if self.subject.anatomy.exits:
                 notes.append(self._stop(program, part, flat, variant))
         if variant in INT8:
             rows = sum(len(next(iter(outputs.values()))) for outputs in reference)
@@ -201,15 +215,15 @@ class OnnxDraft(OnnxDrafting):
     def _stop(self, program: onnx_ir.Model, path: Path, flat: Any, variant: str) -> str:
         """Makes a flat graph one that stops at its exits, in its file, and says where the batches' rows leave."""
         anatomy, options = self.subject.anatomy, self.options
-        passed = anatomy.passed(anatomy.junctions)
-        exits.nest(program, anatomy.junctions, passed)
+        passed = anatomy.passed(anatomy.exits)
+        exits.nest(program, anatomy.exits, passed)
         save_graph(program, path, options.one_file_bytes)
         # Dynamic int8 has the ranges of the rows that are left, so that a split batch gives other numbers. In static int8 a number
         # whose last bits differ with the size of a batch may be rounded to the next code.
         tolerances = {Variant.INT8_DYNAMIC: math.inf, Variant.INT8_STATIC: ONE_CODE}
         tolerance = tolerances.get(Variant(variant), options.tolerance)
         left = exits.check_stops(
-            open_model(path), flat, self.batches, self.subject.inputs, anatomy.junctions, passed, tolerance=tolerance
+            open_model(path), flat, self.batches, self.subject.inputs, anatomy.exits, passed, tolerance=tolerance
         )
         where = ", ".join(f"{count} after {layers}" for layers, count in zip(passed, left, strict=True))
         return f"stops at exits, each input for itself; of {sum(left)} inputs, by layers that were computed: {where}"

@@ -131,7 +131,7 @@ def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
             f"{type(subject.model).__name__} has no layers to tell apart.",
             help="leave --profile out: `bench` times the whole model.",
         )
-    if subject.anatomy.junctions:
+    if subject.anatomy.exits:
         raise ModelError(
             "a model with exits computes other layers for each text, and a profile is of all layers.",
             help="profile the model as it was before it got them.",

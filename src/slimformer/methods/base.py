@@ -55,6 +55,7 @@ class Effects:
     learns_grids: bool = False  # later training or cutting would lose the grids and ranges; only the same method may come again
     shares: bool = False  # layers have one set of weights: later training would part them, and a cut would make them differ
     branches: bool = False  # the model decides input by input how much it computes: nothing may train or cut it afterwards
+    divides: bool = False  # segments attend apart in the lower layers: of pairs of texts only, and no input leaves early
     encoders_only: bool = False  # it refuses a model with a decoder
     one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
     neutral: bool = True  # attaching changes no output (law 7)
@@ -69,7 +70,7 @@ class Effects:
     @property
     def decides(self) -> bool:
         """Whether `decide` changes the model at all: two such methods in one stage are refused."""
-        return self.chooses or self.rewrites or self.branches
+        return self.chooses or self.rewrites or self.branches or self.divides
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Inspection:
     matrices_factored: int
     beams: int | None = None
     exits: tuple[int, ...] = ()  # inputs may leave after so many layers
+    apart: int = 0  # in so many layers, the first ones, segments attend apart
 
 
 def inspect(model: str | Path, length: int = 128) -> Inspection:
@@ -97,7 +98,8 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
         model_parameters=loaded.num_parameters(),
         sites_cut=len(plan.keep),
         matrices_factored=len(plan.forms),
-        exits=tuple(anatomy.passed(anatomy.junctions)[:-1]),
+        exits=tuple(anatomy.passed(anatomy.exits)[:-1]),
+        apart=next(iter(anatomy.passed(anatomy.meeting)[:-1]), 0),
         beams=subject.beams,
     )
 

@@ -86,6 +86,8 @@ def draw_inspection(found: Inspection) -> Table:
         notes.append(f"{found.matrices_factored} matrices are factored: no unit can be cut there.")
     if found.exits:
         notes.append(f"Inputs may leave after {', '.join(map(str, found.exits))} layers.")
+    if found.apart:
+        notes.append(f"In the first {found.apart} layers, the two segments of an input attend apart.")
     title = escape(f"{found.name}: {found.model_class}, {found.model_parameters:,} parameters")
     table = Table(title=title, caption=" ".join(notes))
     for head in ("layer", "heads", "neurons", "parameters", "MACs", "share of MACs"):

@@ -29,7 +29,15 @@ from slimformer.reporting.ledger import LEDGER, append_record, write_facts
 from slimformer.reporting.page import Details, write_page
 from slimformer.running.bundle import Made, Run
 from slimformer.running.candidate import Candidate
-from slimformer.running.exports import export_files, kernels_int8, openvino_int8, plain_exporter, read_notes
+from slimformer.running.exports import (
+    export_files,
+    export_parts,
+    kernels_int8,
+    openvino_int8,
+    plain_exporter,
+    read_notes,
+    told_parts,
+)
 from slimformer.running.facts import facts_of
 from slimformer.running.places import options_seen_from
 from slimformer.running.recipe import Recipe
@@ -212,6 +220,8 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
             write_tokenizer(source, part / folder)
         for name, path in files.items():
             _copy(path, part / candidate.kinds[name].place)
+        places = {name: part / candidate.kinds[name].place for name in files}
+        parts = export_parts(bundle.subject, material, places, run.log)
         for folder in {"", *(candidate.kinds[name].folder for name in files)} if is_pair(best) else ():
             write_decoder(part / folder)
         if export.openvino:
@@ -223,7 +233,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
         task, name = tasks.get(chosen.file, material.task), runtime_for(best)
         runtime = installed_runtime(name)
-        notes = tuple(read_notes(best.parent).get(best.name, []))
+        notes = (*read_notes(best.parent).get(best.name, []), *told_parts(parts))
         given, data = str(order.recipe.model), getattr(material.task, "data", "")
         base = "" if os.path.exists(given) else given.partition("@")[0]  # a hub id may name a revision
         card = Card(

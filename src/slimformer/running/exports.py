@@ -6,7 +6,7 @@ The teacher's files are made once a run, or once for all runs that share a cache
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -59,6 +59,31 @@ def export_files(
     make_readable(subject, material.source, folder)
     keep_notes(folder, made.values(), log)
     return paths
+
+
+IN_PARTS = (
+    Variant.FLOAT,
+    Variant.INT8_FUSED,
+)  # the variants whose parts are delivered: with standard operators, and the fastest
+
+
+def export_parts(subject: Subject, material: Material, files: Mapping[str, Path], log: Log) -> list[Path]:
+    """The parts of exported files in which two texts meet only in the upper layers, beside these; none for any other model."""
+    made: list[Path] = []
+    for variant in IN_PARTS:
+        if variant in files and subject.anatomy.meeting:
+            batches = material.batches(subject.inputs)
+            made += plain_exporter().export_parts(files[variant], subject.model, batches, variant, material.task.outputs)
+    if made:
+        log.say(f"the two texts meet in the upper layers: wrote {', '.join(path.name for path in made)}.")
+    return made
+
+
+def told_parts(parts: Sequence[Path]) -> Iterator[str]:
+    """A note on delivered parts."""
+    if parts:
+        names = ", ".join(path.name for path in parts)
+        yield f"the lower layers keep the two texts apart: {names} compute a passage, a question, and the answer of both"
 
 
 def plain_exporter() -> Exporter:

@@ -22,6 +22,14 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     branching = [name_of(method) for method in stage.methods if method.effects().branches]
     if branching and isinstance(stage, Train) and stage.text is not None:
         yield f"{branching[0]} chooses and learns by labels, which texts have not: leave out text"
+    apart = next((name_of(method) for method in earlier if method.effects().divides), None)
+    dividing = [name_of(method) for method in stage.methods if method.effects().divides]
+    if dividing and isinstance(stage, Train) and stage.text is not None:
+        yield f"{dividing[0]} keeps the two texts of an input apart, and a line of text is one: leave out text"
+    if apart and (dividing or branching):
+        yield f"{apart} has divided the lower layers before: leave out {(dividing or branching)[0]}"
+    if apart and isinstance(stage, TrimVocabulary):
+        yield f"{apart} may know the end of a text by the id of a piece, which trim_vocabulary would change: trim first"
     if isinstance(stage, Train) and stage.augment_model and any(isinstance(item, TrimVocabulary) for item in before):
         yield "augment_model reads the ids of the whole vocabulary, which trim_vocabulary has cut before: train first, trim after"
     table = next((name_of(method) for method in earlier if method.effects().factors_table), None)

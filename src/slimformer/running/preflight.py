@@ -13,6 +13,8 @@ from typing import Any
 
 from slimformer.core import cost
 from slimformer.core.anatomy import VOCABULARY_SITE
+from slimformer.core.apart import Apart
+from slimformer.core.junction import Exit
 from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.tokenizer_files import OTHER_FORMS
@@ -57,7 +59,8 @@ def preflight(recipe: Recipe) -> Checked:
     kind = checkpoint.base_type(checkpoint.read_config(source))
     if family_of(kind).classes != "transformers":
         check_stages(kind, recipe.stages)
-    branches = any(method.effects().branches for stage in recipe.stages for method in stage.methods)
+    every = [method.effects() for stage in recipe.stages for method in stage.methods]
+    branches = any(effects.branches or effects.divides for effects in every)
     recipe.export.exporter().check(kind, branches=branches)
     task = recipe.task
     task.split(Split.DEV)
@@ -120,7 +123,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
 
 
 def _check_branches(recipe: Recipe, task: Task) -> None:
-    """RecipeError if a method cannot work for the task, or if the export asks for files that cannot stop early."""
+    """RecipeError if a method cannot work for the task, or if the export asks for files that cannot do as it decides."""
     methods = [(number, method) for number, stage in enumerate(recipe.stages) for method in stage.methods]
     problems = [(number, method, method.problem(task)) for number, method in methods]
     facts = [f"stages[{number}]: {name_of(method)}: {why}" for number, method, why in problems if why]
@@ -128,6 +131,9 @@ def _check_branches(recipe: Recipe, task: Task) -> None:
     for option in ("dense", "openvino") if branching else ():
         if getattr(recipe.export, option):
             facts.append(f"export.{option}: such a file cannot stop at the exits of {branching}: leave it out")
+    dividing = next((name_of(method) for _, method in methods if method.effects().divides), None)
+    if dividing and recipe.export.dense:
+        facts.append(f"export.dense: a plain model does not keep apart the segments that {dividing} does: leave it out")
     if facts:
         raise RecipeError(f"the stages do not suit the task {name_of(task)}.", facts=facts, help="correct them.")
 
@@ -135,8 +141,15 @@ def _check_branches(recipe: Recipe, task: Task) -> None:
 def check_kept(source: Path, stages: Sequence[Stage]) -> None:
     """RecipeError if these stages would destroy the model's saved zeros or learned ranges."""
     lost = []
-    if stages and checkpoint.load_plan(source).junctions:
+    junctions = checkpoint.load_plan(source).junctions.values() if stages else ()
+    if any(isinstance(junction, Exit) for junction in junctions):
         lost.append("it has exits that were fitted to it: begin with the model before they were")
+    joining = (
+        name_of(method) for stage in stages for method in stage.methods if method.effects().branches or method.effects().divides
+    )
+    second = next(joining, None)
+    if second and any(isinstance(junction, Apart) for junction in junctions):
+        lost.append(f"its lower layers keep segments apart already: leave out {second}")
     if (
         stages
         and checkpoint.load_ranges(source) is not None
@@ -232,10 +245,15 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     """
     cutting = (method for stage in recipe.stages for method in stage.methods if method.effects().chooses)
     branching = (method for stage in recipe.stages for method in stage.methods if method.effects().branches)
+    dividing = [method for stage in recipe.stages for method in stage.methods if method.effects().divides]
     first = next(cutting, None) or next(branching, None)  # a cut comes before exits
-    if first is None:
+    if first is None and not dividing:
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))
+    for method in dividing:
+        method.check(subject.anatomy, None)
+    if first is None:
+        return
     refuse_cuts((first,), subject.anatomy)
     counted = None  # measuring latency needs the weights, and a minute
     if first.cost == "parameters":

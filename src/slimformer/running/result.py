@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimformer.errors import ModelError, OutputError
-from slimformer.exporters.base import files_of
+from slimformer.exporters.base import PARTS, files_of, part_path
 from slimformer.measuring.records import Record
 from slimformer.reporting.ledger import FACTS_FILE, LEDGER, read_facts, read_records
 from slimformer.reporting.verdicts import Conclusion, choice, findings, judge
@@ -187,7 +187,8 @@ class Result:
         folders = {self.out, self.out / MODEL_FOLDER, *(file.parent for file in named)}
         beside = [folder / name for folder in folders for name in (*_ALONGSIDE, *checkpoint.TOKENIZER_FILES)]
         inner = [self.out / MODEL_FOLDER / name for name in checkpoint.OWN_FILES]
-        models = [part for file in named for part in files_of(file)]
+        whole = [*named, *(part_path(file, part) for file in named for part in PARTS)]
+        models = [part for file in whole for part in files_of(file)]
         return tuple(sorted({file for file in (*beside, *inner, *models) if file.is_file()}))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:

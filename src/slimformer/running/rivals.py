@@ -138,10 +138,11 @@ def drops_layers(stages: Sequence[Stage]) -> bool:
 
 
 def without_cuts(stage: Train) -> Train:
-    """The stage without the method that cuts, or lets inputs leave early.
+    """The stage without the method that cuts, lets inputs leave early, or segments attend apart.
 
     If only the method's parameters were trainable, the model's own train instead, so that the rival gets as many passes.
     """
-    methods = tuple(method for method in stage.methods if not (method.effects().chooses or method.effects().branches))
+    found = {method: method.effects() for method in stage.methods}
+    methods = tuple(item for item, does in found.items() if not (does.chooses or does.branches or does.divides))
     alone = stage.freeze == "everything" and methods != stage.methods
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)

@@ -118,11 +118,12 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool) -> int:
 
 
 def _mask_bias(editor: Editor, before: ir.Node, mask: ir.Value) -> ir.Value:
-    """The summand of the scores: 0 where `mask` (batch, seq) is 1, MASKED elsewhere: (batch, 1, 1, seq)."""
+    """The summand of the scores: 0 where `mask` is 1, MASKED elsewhere: (batch, 1, 1, seq) for a mask (batch, seq), and (batch, 1, seq,
+    seq) for one of pairs of tokens."""
     kept = editor.one(before, "Cast", [mask], to=int(ir.DataType.FLOAT))
     lost = editor.one(before, "Sub", [editor.constant(1.0, np.float32), kept])
     bias = editor.one(before, "Mul", [lost, editor.constant(MASKED, np.float32)])
-    return editor.one(before, "Unsqueeze", [bias, editor.constant([1, 2], np.int64)])
+    return editor.one(before, "Unsqueeze", [bias, editor.constant([1] if rank_of(mask) == 3 else [1, 2], np.int64)])
 
 
 def unturn(graph: ir.Graph) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from slimformer.core.deciding import answers_apart
+from slimformer.core.dividing import MET, SEGMENTS, meeting_seen
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
 from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, RECURRENT, TABLE
@@ -39,7 +40,8 @@ CHATTER = (  # known and harmless; any other warning is heard
 def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
     """The model as a SEQ_FIRST graph with markers; batch and sequence may have any length. ExportError if PyTorch cannot trace it.
 
-    Each exit has an output of its own, behind the model's.
+    Each exit has an output of its own, behind the model's. In a model whose segments attend apart, the values SEGMENTS and MET have these
+    names, by which `parts` finds them.
     """
     model, names = subject.model, subject.inputs
 
@@ -52,17 +54,19 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             result = self.model(**dict(zip(names, inputs, strict=True)), return_dict=True)
-            return (*(result[name] for name in outputs), *said().values())
+            return (*(result[name] for name in outputs), *said().values(), *(seen[name] for name in inner))
 
     # One tensor per input: the tracer would take one object given twice for one input.
     example = tuple(torch.full((2, 8), FILLING.get(name, 0), dtype=torch.int64, device=subject.device) for name in names)
     longest = subject.family.positions(model.config.to_dict())
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=longest)
-    ends = [*outputs, *map(exit_output, subject.anatomy.junctions)]
+    inner = (SEGMENTS, MET) if subject.anatomy.meeting else ()
+    ends = [*outputs, *map(exit_output, subject.anatomy.exits), *inner]
     with (
         _marked(subject),
         _distinct_biases(model) as biases,
         answers_apart(model, turned=True) as said,
+        meeting_seen(model) as seen,
         _quiet(),
         torch.no_grad(),
     ):
@@ -80,6 +84,9 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
             first = str(error).strip().splitlines()[:1]
             raise ExportError(f"PyTorch could not trace {type(model).__name__}.", facts=first, help=REPORT) from error
         assert program is not None
+        for name in reversed(inner):  # they were outputs so that they got their names
+            assert program.model.graph.outputs[-1].name == name
+            program.model.graph.outputs.pop()
         constants = program.model.graph.initializers
         for name, bias in biases.items():
             if f"model.{name}" in constants:
