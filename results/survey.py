@@ -61,6 +61,7 @@ from slimformer.methods.reweighted_proximal import ReweightedProximal
 from slimformer.methods.shared_layers import SharedLayers
 from slimformer.methods.theseus import Theseus
 from slimformer.methods.weight_squeezing import WeightSqueezing
+from slimformer.methods.word_elimination import WordElimination
 from slimformer.reporting.words import mb_text
 from slimformer.running.fresh import Fresh
 from slimformer.running.recipe import Bench, Recipe
@@ -129,6 +130,24 @@ def dropped(passes: float) -> Stages:
 def cut_and_blocks(passes: float) -> Stages:
     """A cut of heads and neurons, then a fifth of the blocks of what is left."""
     return (Calibrate(Fisher(keep=0.4, cost="macs")), closely(passes, KnowledgeSparse(keep=0.2, pattern="4x4")))
+
+
+def fewer_words(passes: float, method: WordElimination) -> Stages:
+    """What stays is learned, then the model learns to do without the rest: both from the dense model's answers."""
+    answers = Distillation(hidden=0.0)  # a word that left has no hidden state to follow
+    taught = replace(DISTIL, lr=8e-5)
+    return (
+        replace(taught, methods=(method, answers), epochs=passes * 3 / 8),
+        replace(taught, methods=(answers,), epochs=passes * 5 / 8),
+    )
+
+
+def narrow_and_blocks(passes: float) -> Stages:
+    """Two thirds of the width, then a fifth of the blocks of what is left."""
+    return (
+        closely(passes / 2, HiddenWidth(keep_hidden=0.67), freeze="nothing"),
+        closely(passes / 2, KnowledgeSparse(keep=0.2, pattern="4x4")),
+    )
 
 
 def smallest(passes: float) -> Stages:
@@ -328,11 +347,41 @@ ROWS = (
         ablation=True,
     ),
     Row(
+        "dynamic inference",
+        "word_elimination-40",
+        "PoWER-BERT: 2.4 × on a GPU with SST-2, up to 4.5 × elsewhere, 1 point lost",
+        lambda passes: fewer_words(passes, WordElimination(keep=0.4)),
+        0.7,
+    ),
+    Row(
+        "dynamic inference",
+        "word_elimination-threshold-40",
+        "Learned Token Pruning: 2.1 × fewer operations, 1 point lost",
+        lambda passes: fewer_words(passes, WordElimination(keep=0.4, by="threshold")),
+        0.7,
+        ablation=True,
+    ),
+    Row(
         "compound",
         "fisher-40-blocks-20",
         "for the kernels: heads and neurons cut, then blocks of zeros, int8",
         cut_and_blocks,
         0.4,
+    ),
+    Row(
+        "compound",
+        "width-67-blocks-20",
+        "for the kernels: a narrower model, then blocks of zeros, int8",
+        narrow_and_blocks,
+        0.67,
+    ),
+    Row(
+        "compound",
+        "smallest-longer",
+        "the same as `smallest`, with twice the passes",
+        lambda passes: smallest(2 * passes),
+        0.3,
+        ablation=True,
     ),
     Row(
         "compound",

@@ -97,6 +97,19 @@ Shares = Annotated[
         ({}, {"a": 0.0}, {"a": 1.1}, {"a": math.nan}, {"a": "?"}, {"": 0.5}, {1: 0.5}, ("a",), 0.5, "?", None),
     ),
 ]
+LayerNumbers = Annotated[
+    tuple[int, ...],
+    Rule(
+        "numbers of layers from 1, rising",
+        lambda value: (
+            isinstance(value, tuple)
+            and bool(value)
+            and all(type(item) is int and item >= 1 for item in value)
+            and list(value) == sorted(set(value))
+        ),
+        ((), (0,), (2, 1), (1.5,), "?"),
+    ),
+]
 # numpy and torch take such seeds.
 Seed = Annotated[int, whole_number("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32, -1, 2**32)]
 Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value <= 100, -0.1, 100.1)]  # of a metric

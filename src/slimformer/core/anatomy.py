@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 from slimformer.core.apart import Apart
 from slimformer.core.form import DENSE, Form, Shape
-from slimformer.core.junction import Exit, Junction
+from slimformer.core.junction import Exit, Junction, Sieve
 
 
 class Kind(StrEnum):
@@ -256,6 +256,15 @@ def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict
     return separate
 
 
+def heads_of(layer: str) -> str:
+    """The site of the heads in the self-attention of a layer.
+
+    >>> heads_of("encoder.1")
+    'encoder.1.heads'
+    """
+    return f"{layer}.{Kind.HEADS}"
+
+
 class PlanLike(Protocol):
     """The part of a `core.plan.Plan` that an anatomy reads; a plan in turn is checked against an anatomy."""
 
@@ -286,7 +295,7 @@ class Anatomy:
         points: The places where an activation passes, by id.
         vocabulary: The site of the word pieces. No gate masks them and no budget chooses among them, so it is not one of `sites`;
             None if there are several vocabularies, or if the table is factored and so has no rows.
-        junctions: What stands behind layers, by the ids of these, in their order.
+        junctions: What stands at layers, by the ids of these, in their order: exits, sieves, or the place where segments meet.
         recurrent: How many weights of an LSTM each token meets; they are in no matrix here.
 
     Example:
@@ -323,6 +332,22 @@ class Anatomy:
     def every_site(self) -> Mapping[str, Site]:
         """All that a plan may name: the sites, and the vocabulary."""
         return self.sites if self.vocabulary is None else {**self.sites, self.vocabulary.id: self.vocabulary}
+
+    @property
+    def sieves(self) -> Mapping[str, Sieve]:
+        """Where words leave, by the ids of layers, in their order."""
+        return {layer: junction for layer, junction in self.junctions.items() if isinstance(junction, Sieve)}
+
+    @property
+    def words_left(self) -> tuple[tuple[float, float], ...]:
+        """For each layer the share of the words that its attention reads, and of those that its feed-forward does."""
+        left, found = 1.0, []
+        for layer in self.layer_modules:
+            before = left
+            if layer in self.sieves:
+                left *= self.sieves[layer].share
+            found.append((before, left))
+        return tuple(found)
 
     @property
     def layers(self) -> tuple[str, ...]:

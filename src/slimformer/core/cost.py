@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
-from slimformer.core.junction import Junction
+from slimformer.core.junction import Junction, Sieve
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -33,8 +33,8 @@ class Cost:
     """`curves[site][n]`: cost of the site's sublayer with n units; at 0 the sublayer is gone. `fixed`: all the rest.
 
     `matrix` gives the cost of one matrix in its form; it is None if only a measurement could. `piece`: what a piece of the vocabulary
-    costs, within the fixed part. `narrow`: the cost of a plan that cuts hidden units, without its forms: every curve changes with
-    their number. `junction`: what an exit adds at a width of the hidden states; None if it counts for nothing, as heads do.
+    costs, within the fixed part. `narrow`: the cost of a plan that cuts hidden units or takes words out, without its forms: every curve
+    changes with their number. `junction`: what an exit adds at a width of the hidden states; None if it counts for nothing, as heads do.
     """
 
     unit: str  # "parameters", "MACs", "ms", "heads", "neurons"
@@ -48,6 +48,7 @@ class Cost:
     def of(self, plan: Plan, anatomy: Anatomy) -> float:
         """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
         narrower = any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN))
+        narrower |= self.narrow is not None and any(isinstance(junction, Sieve) for junction in plan.junctions.values())
         total = self._narrowed(plan) if narrower else self._added_up(plan, anatomy)
         total -= self._saved(plan, anatomy) if plan.forms else 0.0
         if self.junction is not None and plan.junctions:
@@ -145,6 +146,7 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         [1.0, 5.0]
     """
     counts = {Tokens.SOURCE: lengths, Tokens.TARGET: lengths if targets is None else targets}
+    reaching = anatomy.words_left
     times = {Tokens.SOURCE: 1, Tokens.TARGET: beams or 1}
     means = {tokens: times[tokens] * float(np.mean(count)) for tokens, count in counts.items()}
     matrices = {f"{matrix.module}.weight": matrix for matrix in anatomy.matrices.values()}
@@ -155,7 +157,8 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
     curves = {}
     for site in anatomy.units:
         inside = [matrices[piece.param] for piece in site.slices if piece.param in matrices]
-        per_unit = sum(work(matrix) for matrix in inside if matrix.dense) / site.size
+        left = reaching[site.layer][site.kind is not Kind.HEADS]
+        per_unit = left * sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
             asking, asked = (next(item.tokens for item in inside if item.role is role) for role in (Role.QUERY, Role.KEY))
             if beams is not None and asking is asked is Tokens.TARGET:
@@ -163,14 +166,18 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
             else:
                 pairs = np.multiply(counts[asking], counts[asked], dtype=np.float64)
             # scores, and their product with the values
-            per_unit += 2 * site.taps[0].unit * times[asking] * float(np.mean(pairs))
+            per_unit += left**2 * 2 * site.taps[0].unit * times[asking] * float(np.mean(pairs))
         curve = per_unit * np.arange(site.size + 1)
-        curve[1:] += sum(work(matrix) for matrix in inside if not matrix.dense)
+        curve[1:] += left * sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve
     loose = (matrix for matrix in anatomy.matrices.values() if matrix.sublayer is None)
     fixed = means[Tokens.SOURCE] * anatomy.recurrent + sum(work(matrix) for matrix in loose)
     return Cost(
-        "MACs", fixed, curves, work, narrow=lambda plan: macs(anatomy.after(Plan(plan.keep)), lengths, targets, beams).dense
+        "MACs",
+        fixed,
+        curves,
+        work,
+        narrow=lambda plan: macs(anatomy.after(Plan(plan.keep, {}, plan.junctions)), lengths, targets, beams).dense,
     )
 
 

@@ -1,8 +1,9 @@
-"""A junction: what stands behind a layer, where the model itself decides, input by input, how much more is computed.
+"""A junction: what stands at a layer, where the model itself decides, input by input, how much more is computed.
 
-An `Exit` is a small classifier there: an input whose answer is sure enough leaves with it. `Apart` (`apart.py`) is the place where two
-segments meet, which attended apart in all layers before. A plan names the junctions by layer, so that a saved model is rebuilt with
-them. Only data stands here, small enough for plan.json; `deciding.py` and `dividing.py` compute.
+An `Exit` is a small classifier behind a layer: an input whose answer is sure enough leaves with it. A `Sieve` stands between a layer's
+attention and its feed-forward: words that little attention goes to get no further. `Apart` (`apart.py`) is the place where two segments
+meet, which attended apart in all layers before. A plan names the junctions by layer, so that a saved model is rebuilt with them.
+Only data stands here, small enough for plan.json; `deciding.py`, `sieving.py` and `dividing.py` compute.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from slimformer.errors import PlanError
 
 Confidence = Literal["entropy", "maximum", "patience"]
 EXIT = "exit"  # what the module of an exit is called in its layer
+SIEVE = "sieve"
+PARTS = 10_000  # a share is counted in these, so that no rounding decides how many words stay
 
 
 @final
@@ -59,8 +62,50 @@ class Exit:
         return {"use": EXIT} | dataclasses.asdict(self)
 
 
-Junction = Exit | Apart
-_KINDS: Mapping[str, type[Junction]] = {EXIT: Exit, APART: Apart}
+@final
+@dataclass(frozen=True)
+class Sieve:
+    """Words that leave at a layer, once its attention is computed. The first one, which a classifier reads, always stays.
+
+    `share`: of the words that came so far, those that stay, rounded up; with a `threshold` it is only what was seen on examples, for
+    costs. `threshold`: a word stays if it gets so many times the attention that it would get if all words were alike, on average over
+    the heads and the words that ask.
+
+    >>> Sieve(0.5).kept(5), Sieve(0.3334).kept(3)
+    (3, 2)
+    """
+
+    share: float
+    threshold: float | None = None
+
+    def problem(self) -> str | None:
+        """Why there can be no such sieve; None if there can."""
+        if type(self.share) not in (int, float) or not 0 < self.share <= 1:
+            return "share is a number above 0, and at most 1"
+        if self.threshold is not None and (type(self.threshold) not in (int, float) or not 0 <= self.threshold < math.inf):
+            return "threshold is a number from 0, or null"
+        return None
+
+    @property
+    def parts(self) -> int:
+        """The share in `PARTS`."""
+        return max(1, round(self.share * PARTS))
+
+    def kept(self, words: int) -> int:
+        """How many of so many words stay by the share."""
+        return max(1, -(-words * self.parts // PARTS))
+
+    def parameters(self, width: int) -> int:
+        """Numbers stored: none, at any width of the hidden states."""
+        return 0
+
+    def to_data(self) -> dict[str, Any]:
+        """The sieve as plain data; `junction_from_data` gives it back."""
+        return {"use": SIEVE} | dataclasses.asdict(self)
+
+
+Junction = Exit | Sieve | Apart
+_KINDS: Mapping[str, type[Junction]] = {EXIT: Exit, SIEVE: Sieve, APART: Apart}
 
 
 def junction_from_data(data: Any, layer: str) -> Junction:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, heads_of
 from slimformer.core.apart import Apart
 from slimformer.core.form import DENSE, Form, form_from_data
-from slimformer.core.junction import Exit, Junction, junction_from_data
+from slimformer.core.junction import Exit, Junction, Sieve, junction_from_data
 from slimformer.core.ranges import Ranges
 from slimformer.digests import digest
 from slimformer.errors import PlanError, nearest
@@ -35,7 +35,7 @@ class Plan:
     Attributes:
         keep: Site -> the units that stay, rising; an absent site keeps everything.
         forms: Matrix -> its form.
-        junctions: Layer, such as "encoder.2" -> what stands behind it: an exit, or the place where two segments meet.
+        junctions: Layer, such as "encoder.2" -> what stands there: an exit, a sieve for its words, or the place where two segments meet.
 
     Example:
         >>> from slimformer import Plan
@@ -100,7 +100,7 @@ class Plan:
             if layer in self.junctions:
                 raise PlanError(
                     f"layer '{layer}' has {_called(self.junctions[layer])}, the later plan puts another there.",
-                    help="one stands behind a layer.",
+                    help="a layer has one.",
                 )
         return Plan(keep, {**self.forms, **later.forms}, {**self.junctions, **later.junctions})
 
@@ -189,13 +189,11 @@ class Plan:
             noun = what.partition(" ")[2]
             if layer not in anatomy.layer_modules:
                 raise PlanError(
-                    f"the plan puts {what} behind the layer '{layer}', which this model does not have.",
+                    f"the plan puts {what} at the layer '{layer}', which this model does not have.",
                     help=nearest(layer, anatomy.layer_modules),
                 )
             if layer in anatomy.junctions:
-                raise PlanError(
-                    f"layer '{layer}' has {_called(anatomy.junctions[layer])} already.", help="one stands behind a layer."
-                )
+                raise PlanError(f"layer '{layer}' has {_called(anatomy.junctions[layer])} already.", help="a layer has one.")
             if anatomy.layer_modules[layer] == anatomy.layers[-1] or len(anatomy.stacks) > 1:
                 raise PlanError(
                     f"there can be no {noun} behind '{layer}': it is the end of the model, or the model writes texts."
@@ -207,8 +205,21 @@ class Plan:
         if len(together) > 1 and any(isinstance(junction, Apart) for junction in together.values()):
             raise PlanError(
                 f"segments that attended apart meet behind one layer, and the plan has junctions behind {len(together)}.",
-                help="such a model has no exits, and its segments meet once.",
+                help="such a model has no exits and no sieves, and its segments meet once.",
             )
+        if len({type(junction) for junction in together.values()}) > 1:
+            raise PlanError("a model has exits or sieves, not both.", help="leave out one of the two.")
+        self._check_sieves(anatomy, together)
+
+    def _check_sieves(self, anatomy: Anatomy, junctions: Mapping[str, Junction]) -> None:
+        gone = anatomy.gone(self)
+        for layer, junction in junctions.items():
+            heads = anatomy.sites.get(heads_of(layer))
+            if isinstance(junction, Sieve) and (heads is None or heads.sublayer in gone):
+                raise PlanError(
+                    f"there can be no sieve at '{layer}' without its attention, which tells the words that stay.",
+                    help="cut layers first, then take words out.",
+                )
 
     def _check_forms(self, anatomy: Anatomy) -> None:
         gone = anatomy.gone(self)
@@ -317,7 +328,7 @@ class Plan:
 
 
 def _called(junction: Junction) -> str:
-    return "an exit" if isinstance(junction, Exit) else "a place where segments meet"
+    return {Exit: "an exit", Sieve: "a sieve"}.get(type(junction), "a place where segments meet")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from slimformer.core.form import Form
 from slimformer.core.junction import EXIT, Exit
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
+from slimformer.core.sieving import put_sieves
 from slimformer.core.standing import stand_in, take_part
 from slimformer.core.token_ids import renumber
 from slimformer.errors import PlanError
@@ -91,6 +92,8 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
     for layer, junction in junctions:
         if isinstance(junction, Apart):
             divide(small, after, layer, junction)
+    if decision.plan.junctions and after.sieves:
+        put_sieves(small, after, after.sieves)
     before = cuts_of(model)
     if before is not None:
         remember_cuts(small, before.plan.then(decision.plan), decision.ranges)
@@ -289,7 +292,7 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
         )
     if plan.junctions:
         raise PlanError(
-            "no plain weights give the same answers as a model with exits: a plain model has none.",
+            "no plain weights give the same answers as a model with exits or sieves: a plain model has none.",
             help="use the files that were exported.",
         )
     have, gone = small.state_dict(), anatomy.gone(plan)

@@ -216,7 +216,7 @@ class Exporter(ABC):
         return True
 
     def check(self, kind: str, *, branches: bool) -> None:
-        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits or segments that
+        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits, sieves or segments that
         attend apart (`branches`).
 
         ExtraError if what it needs is not installed, ExportError for a model.

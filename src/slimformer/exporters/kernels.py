@@ -59,7 +59,7 @@ class Kernels(Exporter):
             )
         if branches:
             raise ExportError(
-                "the kernels compute all layers, for all tokens alike, and exits leave after some, or segments attend apart.",
+                "the kernels compute all words in all layers alike: no exits, no sieves, no segments that attend apart.",
                 help="export to onnx.",
             )
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import onnx_ir
 from torch import nn
 
-from slimformer.core.anatomy import PointRole
+from slimformer.core.anatomy import PointRole, heads_of
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, trace
+from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, sieves, trace
 from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, smoothing_notes
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
@@ -189,12 +189,15 @@ class OnnxDraft(OnnxDrafting):
         with whole_group(path, [weights_name(path.name)]) as part:
             save_graph(program, part, self.options.one_file_bytes)
             flat = open_model(part)
+            batches, expected = self.batches, reference
+            if self.subject.anatomy.sieves and variant not in INT8:
+                batches, expected = sieves.without_close_calls(self.subject, batches, reference)
             difference, agreeing = parity.check_parity(
                 flat,
                 variant,
-                self.batches,
+                batches,
                 self.subject.inputs,
-                reference,
+                expected,
                 tolerance=None if variant in INT8 else self.options.tolerance,
                 agreement=self.options.agreement,
             )
@@ -259,6 +262,10 @@ class OnnxDraft(OnnxDrafting):
                 rewrite.lower_norms(program.graph)
                 rewrite.separate_gelus(program.graph)
             rewrite.lower_gelus(program.graph, fused=variant in FUSED)
+            anatomy = self.subject.anatomy
+            if anatomy.sieves:
+                sieves.sift(program, anatomy.sieves, {layer: anatomy.sites[heads_of(layer)].size for layer in anatomy.sieves})
+                notes.append(f"words leave at {len(anatomy.sieves)} layers")
         except Unexpected as reason:
             raise ExportError(f"the traced graph is not as expected: {reason}.", help=parity.REPORT) from None
         strip(program)
@@ -277,7 +284,9 @@ class OnnxDraft(OnnxDrafting):
         recurrences = rewrite.lower_recurrences(graph)
         check_count("LSTMs", recurrences, len(trace.recurrent_in(self.subject.model)))
         narrowed = rewrite.read_only_first(graph, axes)
-        check_count("attentions", rewrite.lower_attentions(graph, axes, fused=variant in FUSED), attentions)
+        order = list(self.subject.anatomy.attentions)
+        watched = {order.index(heads_of(layer)): sieves.shares_name(layer) for layer in self.subject.anatomy.sieves}
+        check_count("attentions", rewrite.lower_attentions(graph, axes, variant in FUSED, watched), attentions)
         check_count("matrices in other forms", rewrite.lower_forms(graph, self._forms), len(self._forms))
         check_count("matrices", len(products(graph)), self._matrices)
         rewrite.plain_gemms(graph)

@@ -30,6 +30,7 @@ from slimformer.core.anatomy import (
 )
 from slimformer.core.deciding import exit_of
 from slimformer.core.dividing import apart_of
+from slimformer.core.sieving import sieve_of
 from slimformer.core.standing import is_skipped
 from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton, StackTable
 from slimformer.forms.base import form_of, shape_of
@@ -47,7 +48,7 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
         built.add_stack("decoder", skeleton.decoder, Tokens.TARGET)
     built.add_hidden()
     junctions = {
-        f"{stack.name}.{place}": exit_of(built.modules[name]) or apart_of(built.modules[name])
+        f"{stack.name}.{place}": exit_of(built.modules[name]) or sieve_of(built.modules[name]) or apart_of(built.modules[name])
         for stack in built.stacks
         for place, name in enumerate(stack.layers)
     }

@@ -133,7 +133,7 @@ def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
         )
     if subject.anatomy.exits:
         raise ModelError(
-            "a model with exits computes other layers for each text, and a profile is of all layers.",
+            "a model with exits or sieves computes other parts of each text, and a profile is of all layers.",
             help="profile the model as it was before it got them.",
         )
     most = subject.family.positions(subject.model.config.to_dict())

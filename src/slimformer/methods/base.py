@@ -56,6 +56,7 @@ class Effects:
     shares: bool = False  # layers have one set of weights: later training would part them, and a cut would make them differ
     branches: bool = False  # the model decides input by input how much it computes: nothing may train or cut it afterwards
     divides: bool = False  # segments attend apart in the lower layers: of pairs of texts only, and no input leaves early
+    sifts: bool = False  # the model takes words out on its way: it may be trained afterwards, but no more cut
     encoders_only: bool = False  # it refuses a model with a decoder
     one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
     neutral: bool = True  # attaching changes no output (law 7)
@@ -68,9 +69,14 @@ class Effects:
         return self.cuts or self.factors
 
     @property
+    def adapts(self) -> bool:
+        """Whether the model itself will decide, input by input, how much it computes."""
+        return self.branches or self.sifts
+
+    @property
     def decides(self) -> bool:
         """Whether `decide` changes the model at all: two such methods in one stage are refused."""
-        return self.chooses or self.rewrites or self.branches or self.divides
+        return self.chooses or self.rewrites or self.adapts or self.divides
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, cast, final
+from typing import Literal, cast, final
 
 import numpy as np
 import torch
@@ -38,25 +38,12 @@ from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
 from slimformer.hooks.capture import Capture, capturing
 from slimformer.methods.base import Context, Effects, Held, Method, State, Step
-from slimformer.rules import Count, NotNegative, Points, Positive, Rule
+from slimformer.rules import Count, LayerNumbers, NotNegative, Points, Positive
 from slimformer.tasks.base import Task
 
 CANDIDATES = 200  # thresholds that are tried on validation examples
 EACH = 20  # of each exit, if each has its own
 PRICES = (0.5, 1.0, 2.0, 4.0, 8.0)  # layers that a point of the metric is worth, in turn
-LayerNumbers = Annotated[
-    tuple[int, ...],
-    Rule(
-        "numbers of layers from 1, rising",
-        lambda value: (
-            isinstance(value, tuple)
-            and bool(value)
-            and all(type(item) is int and item >= 1 for item in value)
-            and list(value) == sorted(set(value))
-        ),
-        ((), (0,), (2, 1), (1.5,), "?"),
-    ),
-]
 
 
 @final
@@ -292,7 +279,7 @@ def exit_places(anatomy: Anatomy, layers: Sequence[int] | None) -> list[int]:
     able = [layer for layer in alive[:-1] if layer < len(anatomy.layers) - 1]
     if anatomy.junctions or len(anatomy.stacks) > 1 or not able:
         why = f"it has {len(alive)} layer{'s' * (len(alive) != 1)} left"
-        why = "it has exits already" if anatomy.junctions else "it writes texts" if len(anatomy.stacks) > 1 else why
+        why = "it has exits or sieves already" if anatomy.junctions else "it writes texts" if len(anatomy.stacks) > 1 else why
         raise TargetError(
             f"early_exit cannot give this model exits: {why}.", help="start from an encoder of two layers or more."
         )

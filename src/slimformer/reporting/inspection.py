@@ -47,6 +47,7 @@ class Inspection:
     beams: int | None = None
     exits: tuple[int, ...] = ()  # inputs may leave after so many layers
     apart: int = 0  # in so many layers, the first ones, segments attend apart
+    words: tuple[float, ...] = ()  # the share of words that each feed-forward computes; none if all do
 
 
 def inspect(model: str | Path, length: int = 128) -> Inspection:
@@ -99,6 +100,7 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
         sites_cut=len(plan.keep),
         matrices_factored=len(plan.forms),
         exits=tuple(anatomy.passed(anatomy.exits)[:-1]),
+        words=tuple(left for _, left in anatomy.words_left) if anatomy.sieves else (),
         apart=next(iter(anatomy.passed(anatomy.meeting)[:-1]), 0),
         beams=subject.beams,
     )

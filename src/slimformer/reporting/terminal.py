@@ -84,6 +84,8 @@ def draw_inspection(found: Inspection) -> Table:
         notes.append(f"{found.sites_cut} sites are cut already.")
     if found.matrices_factored:
         notes.append(f"{found.matrices_factored} matrices are factored: no unit can be cut there.")
+    if found.words:
+        notes.append(f"Words that go on, layer by layer: {', '.join(f'{100 * share:.0f} %' for share in found.words)}.")
     if found.exits:
         notes.append(f"Inputs may leave after {', '.join(map(str, found.exits))} layers.")
     if found.apart:

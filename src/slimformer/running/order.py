@@ -16,6 +16,7 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     closing = next((name_of(method) for method in earlier if method.effects().learns_grids), None)
     sharing = next((name_of(method) for method in earlier if method.effects().shares), None)
     exits = next((name_of(method) for method in earlier if method.effects().branches), None)
+    sifting = next((name_of(method) for method in earlier if method.effects().sifts), None)
     zeros = _zeros_after(before)
     if exits and (isinstance(stage, Train) or stage.methods):
         yield f"{exits} has fitted exits to the model as it is, and this stage would change it: make {exits} the last stage"
@@ -26,8 +27,9 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     dividing = [name_of(method) for method in stage.methods if method.effects().divides]
     if dividing and isinstance(stage, Train) and stage.text is not None:
         yield f"{dividing[0]} keeps the two texts of an input apart, and a line of text is one: leave out text"
-    if apart and (dividing or branching):
-        yield f"{apart} has divided the lower layers before: leave out {(dividing or branching)[0]}"
+    adapting = [name_of(method) for method in stage.methods if method.effects().adapts]
+    if apart and (dividing or adapting):
+        yield f"{apart} has divided the lower layers before: leave out {(dividing or adapting)[0]}"
     if apart and isinstance(stage, TrimVocabulary):
         yield f"{apart} may know the end of a text by the id of a piece, which trim_vocabulary would change: trim first"
     if isinstance(stage, Train) and stage.augment_model and any(isinstance(item, TrimVocabulary) for item in before):
@@ -41,6 +43,8 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
             yield f"{name} would cut layers differently that {sharing} has made one: cut first, share after"
         if sharing and method.effects().factors:
             yield f"{name} would store layers differently that {sharing} has made one: factor first, share after"
+        if sifting and (method.effects().chooses or method.effects().adapts or method.effects().divides):
+            yield f"{name} would change layers whose attention tells {sifting} which words stay: first {name}, then {sifting}"
         if factoring and method.effects().cuts:
             yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
         if zeros and method.effects().refills:

@@ -14,7 +14,7 @@ from typing import Any
 from slimformer.core import cost
 from slimformer.core.anatomy import VOCABULARY_SITE
 from slimformer.core.apart import Apart
-from slimformer.core.junction import Exit
+from slimformer.core.junction import Exit, Sieve
 from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.tokenizer_files import OTHER_FORMS
@@ -60,7 +60,7 @@ def preflight(recipe: Recipe) -> Checked:
     if family_of(kind).classes != "transformers":
         check_stages(kind, recipe.stages)
     every = [method.effects() for stage in recipe.stages for method in stage.methods]
-    branches = any(effects.branches or effects.divides for effects in every)
+    branches = any(effects.adapts or effects.divides for effects in every)
     recipe.export.exporter().check(kind, branches=branches)
     task = recipe.task
     task.split(Split.DEV)
@@ -134,6 +134,9 @@ def _check_branches(recipe: Recipe, task: Task) -> None:
     dividing = next((name_of(method) for _, method in methods if method.effects().divides), None)
     if dividing and recipe.export.dense:
         facts.append(f"export.dense: a plain model does not keep apart the segments that {dividing} does: leave it out")
+    sifting = next((name_of(method) for _, method in methods if method.effects().sifts), None)
+    if sifting and recipe.export.dense:
+        facts.append(f"export.dense: a plain model computes all words, and {sifting} takes some out: leave it out")
     if facts:
         raise RecipeError(f"the stages do not suit the task {name_of(task)}.", facts=facts, help="correct them.")
 
@@ -142,14 +145,20 @@ def check_kept(source: Path, stages: Sequence[Stage]) -> None:
     """RecipeError if these stages would destroy the model's saved zeros or learned ranges."""
     lost = []
     junctions = checkpoint.load_plan(source).junctions.values() if stages else ()
+    methods = [method for stage in stages for method in stage.methods]
     if any(isinstance(junction, Exit) for junction in junctions):
         lost.append("it has exits that were fitted to it: begin with the model before they were")
-    joining = (
-        name_of(method) for stage in stages for method in stage.methods if method.effects().branches or method.effects().divides
-    )
+    joining = (name_of(method) for method in methods if method.effects().adapts or method.effects().divides)
     second = next(joining, None)
     if second and any(isinstance(junction, Apart) for junction in junctions):
         lost.append(f"its lower layers keep segments apart already: leave out {second}")
+    changing = (method.effects() for method in methods)
+    if any(effects.chooses or effects.adapts or effects.divides for effects in changing) and any(
+        isinstance(junction, Sieve) for junction in junctions
+    ):
+        lost.append(
+            "it takes words out by the attention of its layers, which these stages would change: begin with the model before"
+        )
     if (
         stages
         and checkpoint.load_ranges(source) is not None
@@ -244,9 +253,9 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     A later method can be checked only once the model has been cut.
     """
     cutting = (method for stage in recipe.stages for method in stage.methods if method.effects().chooses)
-    branching = (method for stage in recipe.stages for method in stage.methods if method.effects().branches)
+    branching = (method for stage in recipe.stages for method in stage.methods if method.effects().adapts)
     dividing = [method for stage in recipe.stages for method in stage.methods if method.effects().divides]
-    first = next(cutting, None) or next(branching, None)  # a cut comes before exits
+    first = next(cutting, None) or next(branching, None)  # a cut comes before exits and sieves
     if first is None and not dividing:
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))

@@ -143,6 +143,6 @@ def without_cuts(stage: Train) -> Train:
     If only the method's parameters were trainable, the model's own train instead, so that the rival gets as many passes.
     """
     found = {method: method.effects() for method in stage.methods}
-    methods = tuple(item for item, does in found.items() if not (does.chooses or does.branches or does.divides))
+    methods = tuple(item for item, does in found.items() if not (does.chooses or does.adapts or does.divides))
     alone = stage.freeze == "everything" and methods != stage.methods
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)

@@ -574,8 +574,8 @@ def _decides(method: Method, model_type: str, most: int = 8) -> None:
         assert bool(torch.isfinite(small(**batch(small)).logits).all()), f"the cut {model_type} gives no finite numbers"
     if not effects.chooses:
         assert Plan(junctions=decision.plan.junctions) == decision.plan, "cuts although it says that it does not choose"
-        own = effects.branches or effects.divides
-        assert own or not decision.plan.junctions, "puts junctions in although it says that nothing branches or divides"
+        own = effects.adapts or effects.divides
+        assert own or not decision.plan.junctions, "puts junctions in although it says that nothing branches, leaves or divides"
         return
     if method.keep is not None:
         left = context.cost.of(decision.plan, context.anatomy) / context.cost.dense

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from slimformer.core.anatomy import Kind
-from slimformer.core.deciding import ExitHead
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.int8 import WeightCoding, quantize_weight
 from slimformer.families.base import Subject, subject_of
@@ -46,9 +45,10 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
             f"the kernels compute post-norm encoders; {config.model_type} is none.", help="export standard files."
         )
     modules = dict(model.named_modules())
-    if any(isinstance(module, ExitHead) for module in modules.values()):
+    if subject.anatomy.junctions:
+        what = "exits behind" if subject.anatomy.exits else "sieves for words in"
         raise ExportError(
-            "the kernels compute all layers, and this model has exits behind some.", help="export standard files."
+            f"the kernels compute all words in all layers, and this model has {what} some.", help="export standard files."
         )
     if subject.anatomy.meeting:
         raise ExportError(

@@ -11,7 +11,7 @@ scores for padding, is computed again from the rows of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,10 @@ import torch
 from slimformer.core.deciding import choose, doubt
 from slimformer.core.junction import Exit
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx.graph import BATCH_FIRST, SEQ_FIRST, Editor, constant_of, turned_values
+from slimformer.exporters._onnx.graph import BATCH_FIRST, SEQ_FIRST, Editor, ancestors, constant_of, light_values, turned_values
 from slimformer.exporters._onnx.parity import REPORT, GraphOutputs, exit_output, run_graph
 from slimformer.exporters.base import LAYERS, Arrays
 
-_MATRICES = {"MatMul", "Gemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "FusedMatMul"}
 _SMALL = 64  # numbers of a constant, at most, of which each branch has its own
 NEXT_TO = 1e-4  # an input this close to a threshold may leave at either side of it
 
@@ -70,12 +69,9 @@ class _Flat:
         self.turned = turned_values(graph)
         self.piece: dict[ir.Node, int] = {}
         for number, end in enumerate(ends):
-            for node in _ancestors(end):
+            for node in ancestors(end):
                 self.piece.setdefault(node, number)
-        self.light: set[ir.Value] = set(graph.inputs)
-        for node in graph:
-            if node.op_type not in _MATRICES and all(self.is_light(value) for value in node.inputs if value is not None):
-                self.light.update(node.outputs)
+        self.light = light_values(graph)
         self.readers: dict[ir.Value, set[int]] = {}  # of a constant: the levels
         self.branches: dict[int, ir.Graph] = {}
         self._count = 0
@@ -88,26 +84,10 @@ class _Flat:
                 self.graph.initializers.pop(str(value.name))
                 self.branches[number].register_initializer(value)
 
-    def is_light(self, value: ir.Value) -> bool:
-        """Whether a value follows from the inputs without a matrix."""
-        return value in self.light or value.producer() is None
-
     def name(self) -> str:
         """A name that no other value has, in any branch."""
         self._count += 1
         return f"exit.value.{self._count}"
-
-
-def _ancestors(value: ir.Value) -> Iterator[ir.Node]:
-    """The nodes that a value needs."""
-    seen: set[ir.Node] = set()
-    todo = [value.producer()]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            todo.extend(item.producer() for item in node.inputs if item is not None)
 
 
 @dataclass

@@ -5,7 +5,7 @@ Every rewrite in this folder changes an `onnx_ir` graph through `Editor` and fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ _MORE_TYPES = {
     "Reshape",
     "Shape",
 }  # what opset 19 gave these
+_MATRICES = {"MatMul", "Gemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "FusedMatMul"}
+CUT = "sieve."  # what the names of values begin with at which a graph is cut later
 SHARED = 8  # values of a constant, at most, that equal constants share
 
 
@@ -199,6 +201,28 @@ def turned_values(graph: ir.Graph) -> set[ir.Value]:
         if inside != turns(node) and not (inside and picks_token(node, SEQ_FIRST)):
             turned.update(node.outputs)
     return turned
+
+
+def ancestors(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that a value needs."""
+    seen: set[ir.Node] = set()
+    todo = [value.producer()]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo.extend(item.producer() for item in node.inputs if item is not None)
+
+
+def light_values(graph: ir.Graph) -> set[ir.Value]:
+    """The inputs, and what follows from them and constants without a matrix."""
+    light: set[ir.Value] = set(graph.inputs)
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if node.op_type not in _MATRICES and all(value in light or value.producer() is None for value in inputs):
+            light.update(node.outputs)
+    return light
 
 
 def lower_versions(model: ir.Model) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
+    CUT,
     MICROSOFT,
     Axes,
     Editor,
@@ -77,8 +79,10 @@ def flatten_attentions(graph: ir.Graph) -> int:
     return len(attentions)
 
 
-def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool) -> int:
+def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Mapping[int, str] = MappingProxyType({})) -> int:
     """Puts real operators in the place of each (flattened) marker; gives their number.
+
+    `shares_names`: what the softmax of an attention is to be called, by its place among them.
 
     `fused` needs SEQ_FIRST: FusedMatMul reads heads out of (seq, batch, heads, dim) by strides, so that three of the four
     transposes of an attention, and the scaling, cost nothing. Without it, only standard operators are used.
@@ -86,7 +90,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool) -> int:
     editor = Editor(graph)
     biases: dict[ir.Value, ir.Value] = {}
     attentions = markers(graph)
-    for node in attentions:
+    for place, node in enumerate(attentions):
         query, key, value, mask = (required(item) for item in node.inputs)
         heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
         width = node.attributes["width"].as_int()
@@ -106,6 +110,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool) -> int:
             scores = editor.one(node, "MatMul", [q, k])
         scores = editor.one(node, "Add", [scores, biases[mask]])
         shares = editor.one(node, "Softmax", [scores], axis=-1)
+        shares.name = shares_names.get(place, shares.name)
         if fused:
             mixed = editor.one(node, "FusedMatMul", [shares, v], MICROSOFT, transBatchB=1)
         else:
@@ -131,8 +136,11 @@ def unturn(graph: ir.Graph) -> int:
     editor = Editor(graph)
     transposes = [node for node in graph if turns(node)]
     for node in transposes:
-        node.outputs[0].replace_all_uses_with(required(node.inputs[0]), replace_graph_outputs=True)
+        source, name = required(node.inputs[0]), str(node.outputs[0].name)
+        node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
         editor.remove(node)
+        if name.startswith(CUT):
+            source.name = name
     for node in graph:  # the tracer noted shapes in the other order
         for value in node.outputs:
             if value.shape is not None and value.shape.rank() == 3 and not value.is_graph_output():

@@ -17,11 +17,14 @@ import onnx_ir
 import torch
 from torch import nn
 
+from slimformer.core.anatomy import Role
 from slimformer.core.deciding import answers_apart
 from slimformer.core.dividing import MET, SEGMENTS, meeting_seen
+from slimformer.core.sieving import all_words
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
 from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, RECURRENT, TABLE
+from slimformer.exporters._onnx.sieves import END, before_name, state_name
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
 from slimformer.students.recurrent import Recurrent
@@ -41,7 +44,8 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
     """The model as a SEQ_FIRST graph with markers; batch and sequence may have any length. ExportError if PyTorch cannot trace it.
 
     Each exit has an output of its own, behind the model's. In a model whose segments attend apart, the values SEGMENTS and MET have these
-    names, by which `parts` finds them.
+    names, by which `parts` finds them. Of a model with sieves all words are computed, and the values at which `sieves.sift` cuts have
+    their names.
     """
     model, names = subject.model, subject.inputs
 
@@ -54,16 +58,20 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             result = self.model(**dict(zip(names, inputs, strict=True)), return_dict=True)
-            return (*(result[name] for name in outputs), *said().values(), *(seen[name] for name in inner))
+            inside = (*(seen[name] for name in inner), *cuts.values())
+            return (*(result[name] for name in outputs), *said().values(), *inside)
 
     # One tensor per input: the tracer would take one object given twice for one input.
     example = tuple(torch.full((2, 8), FILLING.get(name, 0), dtype=torch.int64, device=subject.device) for name in names)
     longest = subject.family.positions(model.config.to_dict())
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=longest)
     inner = (SEGMENTS, MET) if subject.anatomy.meeting else ()
-    ends = [*outputs, *map(exit_output, subject.anatomy.exits), *inner]
+    inside = (*inner, *_cut_names(subject))
+    ends = [*outputs, *map(exit_output, subject.anatomy.exits), *inside]
     with (
         _marked(subject),
+        all_words(model),
+        _seen_cuts(subject) as cuts,
         _distinct_biases(model) as biases,
         answers_apart(model, turned=True) as said,
         meeting_seen(model) as seen,
@@ -84,7 +92,7 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
             first = str(error).strip().splitlines()[:1]
             raise ExportError(f"PyTorch could not trace {type(model).__name__}.", facts=first, help=REPORT) from error
         assert program is not None
-        for name in reversed(inner):  # they were outputs so that they got their names
+        for name in reversed(inside):  # they were outputs so that they got their names
             assert program.model.graph.outputs[-1].name == name
             program.model.graph.outputs.pop()
         constants = program.model.graph.initializers
@@ -92,6 +100,49 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
             if f"model.{name}" in constants:
                 constants[f"model.{name}"].const_value = onnx_ir.tensor(bias, name=f"model.{name}")
     return program.model
+
+
+def _cut_names(subject: Subject) -> list[str]:
+    """The names of the values at which the graph is cut at sieves, in the order in which they are computed."""
+    sieves = subject.anatomy.sieves
+    if not sieves:
+        return []
+    comes_back = not type(subject.model).__name__.endswith("ForSequenceClassification")
+    kinds = [before_name, state_name] if comes_back else [state_name]
+    return [kind(layer) for layer in sieves for kind in kinds] + ([END] if comes_back else [])
+
+
+@contextmanager
+def _seen_cuts(subject: Subject) -> Iterator[dict[str, Any]]:
+    """The values that `_cut_names` names, as the latest pass computed them."""
+    names, anatomy, model = _cut_names(subject), subject.anatomy, subject.model
+    seen: dict[str, Any] = dict.fromkeys(names)
+
+    def note(name: str, value: Any) -> None:
+        if name in seen:
+            seen[name] = value if isinstance(value, torch.Tensor) else value[0]
+
+    with ExitStack() as stack:
+        for layer in anatomy.sieves:
+            module = model.get_submodule(anatomy.layer_modules[layer])
+            into = [
+                item.module
+                for item in anatomy.matrices.values()
+                if item.role is Role.FFN_IN and item.id.startswith(f"{layer}.")
+            ]
+            before, state = before_name(layer), state_name(layer)
+            hooks = [module.register_forward_pre_hook(lambda _, args, name=before: note(name, args[0]))]
+            if into:
+                inner = model.get_submodule(into[0])
+                hooks.append(inner.register_forward_pre_hook(lambda _, args, name=state: note(name, args[0])))
+            else:
+                hooks.append(module.register_forward_hook(lambda _, __, output, name=state: note(name, output)))
+            for hook in hooks:
+                stack.callback(hook.remove)
+        if END in seen:
+            last = model.get_submodule(anatomy.layers[-1])
+            stack.callback(last.register_forward_hook(lambda _, __, output: note(END, output), prepend=True).remove)
+        yield seen
 
 
 def forms_in(model: nn.Module) -> dict[str, Formed]:

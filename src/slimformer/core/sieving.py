@@ -1,0 +1,273 @@
+"""Models that take words out on their way: what a sieve keeps, and layers that compute with the words that are left.
+
+A sieve looks at the attention of its layer: how much of it each word gets from the words that are there, on average over the heads. In
+PyTorch nothing gets shorter. A word that left keeps the vector that it had before the layer, and no later word attends to it, which gives
+the same numbers for those that stay as if it were gone; exported files gather the words that stay (`exporters/_onnx/sieves.py`). Layers
+compute so by a class that goes before their own, and no hook stays on the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimformer.core.anatomy import Anatomy, Role, heads_of
+from slimformer.core.junction import PARTS, Sieve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Passing = Callable[
+    [Tensor, Tensor], Tensor
+]  # attention received and words that are there, both (batch, seq) -> those that stay
+LEAST = 1e-12  # what a word counts that counts for nothing: its logarithm is finite
+FIRST = 1e9  # more attention than a word can get: that of the first one, which always stays
+
+
+# -- The decision ----------------------------------------------------------------------------------------------------------------
+
+
+def surviving(sieve: Sieve, received: Tensor, there: Tensor) -> Tensor:
+    """The words that stay: (batch, seq) of booleans.
+
+    `received`: times the average attention that each word gets; `there`: the words that came so far: both (batch, seq). Of words that get
+    as much, the first ones stay.
+
+    >>> received = torch.tensor([[0.1, 0.9, 2.0, 1.0]])
+    >>> surviving(Sieve(0.5), received, torch.ones(1, 4, dtype=torch.bool))
+    tensor([[ True, False,  True, False]])
+    >>> surviving(Sieve(0.5, threshold=0.95), received, torch.ones(1, 4, dtype=torch.bool))
+    tensor([[ True, False,  True,  True]])
+    """
+    first = torch.arange(received.shape[1], device=received.device) == 0
+    if sieve.threshold is not None:
+        return there & (first | (received >= sieve.threshold))
+    rank = ranked(received, there)
+    words = there.sum(1, keepdim=True)
+    kept = ((words * sieve.parts + PARTS - 1) // PARTS).clamp(min=1)
+    return there & (rank < kept)
+
+
+def ranked(received: Tensor, there: Tensor) -> Tensor:
+    """Each word's place by the attention that it gets, from 0; the first word is at 0, those that are gone come last: (batch, seq)."""
+    worth = received.masked_fill(~there, -1.0)
+    worth = torch.cat([torch.full_like(worth[:, :1], FIRST), worth[:, 1:]], 1)
+    return worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def closeness(sieve: Sieve, received: Tensor, there: Tensor) -> Tensor:
+    """How much attention would have to change before another word stays: (batch,). Infinite if all words stay."""
+    stays = surviving(sieve, received, there)
+    movable = there.clone()
+    movable[:, 0] = False
+    if sieve.threshold is not None:
+        return (received - sieve.threshold).abs().masked_fill(~movable, torch.inf).amin(1)
+    lowest = received.masked_fill(~(movable & stays), torch.inf).amin(1)
+    highest = received.masked_fill(~(movable & ~stays), -torch.inf).amax(1)
+    return lowest - highest
+
+
+def attention_received(query: Tensor, key: Tensor, size: int, mask: Tensor | None, weights: Tensor) -> Tensor:
+    """How many times the average attention each word gets from the others, on average over the heads: (batch, seq).
+
+    `query` and `key`: (batch, seq, heads * size); `mask`: the summand of the scores, or None; `weights`: (batch, seq), how much each word
+    counts that asks.
+    """
+    batch, seq, width = query.shape
+    query, key = (states.view(batch, seq, width // size, size).transpose(1, 2).float() for states in (query, key))
+    scores = query @ key.transpose(2, 3) * size**-0.5  # (batch, heads, seq, seq)
+    shares = (scores if mask is None else scores + mask.float()).softmax(-1).mean(1)  # (batch, seq, seq)
+    return (weights[:, None].float() @ shares)[:, 0]
+
+
+# -- Layers ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Line(threading.local):
+    """Carries from layer to layer which words are there; each thread has its own."""
+
+    off: bool = False  # all words stay, while `all_words` lasts
+    there: Tensor | None = None  # (batch, seq)
+    margins: tuple[Tensor, ...] = ()
+    shares: tuple[Tensor, ...] = ()
+
+    def __deepcopy__(self, memo: Any) -> _Line:
+        return _Line()
+
+    def __reduce__(self) -> Any:
+        return _Line, ()
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """Where a layer's queries and keys come from: modules within it, and the size of a head."""
+
+    query: str
+    key: str
+    size: int
+
+
+class _Sifted:
+    """Goes before the class of a layer: it attends to the words that are left, and takes words out if it has a rule."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        own = cast(Any, self)
+        line: _Line = own.sieve_line
+        if line.off:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        if own.sieve_first:
+            line.there, line.margins, line.shares = _unpadded(attention_mask, hidden_states), (), ()
+        there = line.there
+        assert there is not None, "the first of these layers has noted the words"
+        mask = _narrowed(attention_mask, there, hidden_states.dtype)
+        output = super().forward(hidden_states, mask, *args, **kwargs)  # type: ignore[misc]
+        if own.sieve_rule is not None:
+            asking: _Asking = own.sieve_asking
+            query, key = (own.get_submodule(name)(hidden_states) for name in (asking.query, asking.key))
+            weights = there if there.is_floating_point() else there.float()
+            received = attention_received(query, key, asking.size, mask, weights)
+            stays = own.sieve_rule(received, there)
+            if isinstance(own.sieve_rule, _Keeping):
+                line.margins += (closeness(own.sieve_rule.sieve, received.detach(), there),)
+            line.shares += (stays.detach().float().sum(1) / weights.detach().sum(1),)
+            line.there = there = stays
+        if there.is_floating_point():
+            return output
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = torch.where(there[..., None], hidden, hidden_states)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """The rule of a sieve: words stay or leave."""
+
+    sieve: Sieve
+
+    def __call__(self, received: Tensor, there: Tensor) -> Tensor:
+        return surviving(self.sieve, received.detach(), there)
+
+
+def _unpadded(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """The words that are no padding: (batch, seq) of booleans; `mask` as transformers hands it to layers."""
+    if mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    row = mask[:, 0, 0] if mask.ndim == 4 else mask
+    return (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2).expand(hidden.shape[:2])
+
+
+def _narrowed(mask: Tensor | None, there: Tensor, dtype: torch.dtype) -> Tensor:
+    """The summand of the scores for words that are left, or that count as much as `there` says: (batch, 1, 1 or seq, seq)."""
+    lowest = torch.finfo(dtype).min
+    if mask is None:
+        summand = there.new_zeros((len(there), 1, 1, there.shape[1]), dtype=dtype)
+    elif mask.dtype == torch.bool:
+        summand = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+    else:
+        summand = mask
+    if there.dtype == torch.bool:
+        return summand.masked_fill(~there[:, None, None], lowest)
+    return (summand + there.clamp(min=LEAST).log().to(dtype)[:, None, None]).clamp(min=lowest)
+
+
+_classes: dict[type, type] = {}
+
+
+def _become(module: nn.Module) -> None:
+    base = type(module)
+    if not issubclass(base, _Sifted):
+        if base not in _classes:
+            _classes[base] = type(base.__name__, (_Sifted, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+        module.__class__ = _classes[base]
+
+
+def _unbecome(module: nn.Module) -> None:
+    if isinstance(module, _Sifted):
+        module.__class__ = type(module).__mro__[2]
+        for name in ("sieve_line", "sieve_first", "sieve_rule", "sieve_asking"):
+            delattr(module, name)
+
+
+def put_sieves(model: PreTrainedModel, anatomy: Anatomy, sieves: Mapping[str, Sieve]) -> None:
+    """Puts sieves into layers; `sieves`: all that the model is to have, by the ids of layers."""
+    _put(model, anatomy, {layer: _Keeping(sieve) for layer, sieve in sieves.items()})
+
+
+def _put(model: nn.Module, anatomy: Anatomy, rules: Mapping[str, Passing]) -> list[nn.Module]:
+    line, begun, touched = _Line(), False, []
+    for layer, name in anatomy.layer_modules.items():
+        if not begun and layer not in rules:
+            continue
+        module: Any = model.get_submodule(name)
+        module.sieve_line, module.sieve_first, module.sieve_rule = line, not begun, rules.get(layer)
+        module.sieve_asking = _asking(anatomy, layer) if layer in rules else None
+        _become(module)
+        begun = True
+        touched.append(module)
+    return touched
+
+
+def _asking(anatomy: Anatomy, layer: str) -> _Asking:
+    """Where the queries and keys of a layer's attention come from."""
+    heads = anatomy.sites[heads_of(layer)]
+    inside = f"{anatomy.layer_modules[layer]}."
+    found = {matrix.role: matrix.module for matrix in anatomy.matrices.values() if matrix.sublayer == heads.sublayer}
+    query, key = (found[role].removeprefix(inside) for role in (Role.QUERY, Role.KEY))
+    return _Asking(query, key, heads.taps[0].unit)
+
+
+def sieve_of(module: nn.Module) -> Sieve | None:
+    """The sieve of a layer."""
+    rule = getattr(module, "sieve_rule", None) if isinstance(module, _Sifted) else None
+    return rule.sieve if isinstance(rule, _Keeping) else None
+
+
+@contextmanager
+def sifting(model: nn.Module, anatomy: Anatomy, rules: Mapping[str, Passing]) -> Iterator[None]:
+    """Lets the words of a model without sieves pass these rules while the context lasts.
+
+    A rule may give numbers from 0 to 1 instead of booleans: a word then counts that much in each later softmax, and keeps its vector. It
+    gets such numbers too, for the words that came so far.
+    """
+    touched = _put(model, anatomy, rules)
+    try:
+        yield
+    finally:
+        for module in touched:
+            _unbecome(module)
+
+
+@contextmanager
+def all_words(model: nn.Module) -> Iterator[None]:
+    """While it lasts no word leaves the model."""
+    line = _line_of(model)
+    if line is None:
+        yield
+        return
+    before, line.off = line.off, True
+    try:
+        yield
+    finally:
+        line.off = before
+
+
+def latest_margins(model: nn.Module) -> Sequence[Tensor]:
+    """For each sieve how close it was to another choice in the latest pass: (batch,) each."""
+    line = _line_of(model)
+    return () if line is None else line.margins
+
+
+def latest_shares(model: nn.Module) -> Sequence[Tensor]:
+    """For each sieve the share of words that it let pass in the latest pass: (batch,) each."""
+    line = _line_of(model)
+    return () if line is None else line.shares
+
+
+def _line_of(model: nn.Module) -> _Line | None:
+    return next((cast(Any, module).sieve_line for module in model.modules() if isinstance(module, _Sifted)), None)
