@@ -501,7 +501,7 @@ def test_models_that_can_have_no_exits_are_refused():
         EarlyExit().check(cut, None)
     with pytest.raises(TargetError, match="writes texts"):
         EarlyExit().check(anatomy_of(tiny("bart")), None)
-    with pytest.raises(TargetError, match="exits already"):
+    with pytest.raises(TargetError, match="it has exits or sieves already"):
         EarlyExit().check(anatomy_of(with_exits()[0]), None)
     with pytest.raises(TargetError, match="behind layer 3"):
         EarlyExit(layers=(1, 3)).check(dense, None)
@@ -556,7 +556,7 @@ def test_a_model_with_exits_says_so_and_is_not_profiled(tmp_path):
     model, plan = with_exits(keep={"encoder.0.attention": (), "encoder.0.ffn": ()})
     checkpoint.save(model, plan, tmp_path / "model", tokenizer_from=tmp_path)
     assert inspect(tmp_path / "model").exits == (0, 1)
-    with pytest.raises(ModelError, match="computes other layers for each text"):
+    with pytest.raises(ModelError, match="computes other parts of each text"):
         check_profiled(subject_of(model), [Texts(1, 8)])
 
 
