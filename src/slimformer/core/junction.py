@@ -20,7 +20,7 @@ from slimformer.errors import PlanError
 Confidence = Literal["entropy", "maximum", "patience"]
 EXIT = "exit"  # what the module of an exit is called in its layer
 SIEVE = "sieve"
-PARTS = 10_000  # a share is counted in these, so that no rounding decides how many words stay
+SHARE_PARTS = 10_000  # a share is counted in these, so that no rounding decides how many words stay
 
 
 @final
@@ -88,12 +88,12 @@ class Sieve:
 
     @property
     def parts(self) -> int:
-        """The share in `PARTS`."""
-        return max(1, round(self.share * PARTS))
+        """The share in `SHARE_PARTS`."""
+        return max(1, round(self.share * SHARE_PARTS))
 
     def kept(self, words: int) -> int:
         """How many of so many words stay by the share."""
-        return max(1, -(-words * self.parts // PARTS))
+        return max(1, -(-words * self.parts // SHARE_PARTS))
 
     def parameters(self, width: int) -> int:
         """Numbers stored: none, at any width of the hidden states."""

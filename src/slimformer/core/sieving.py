@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Role, heads_of
-from slimformer.core.junction import PARTS, Sieve
+from slimformer.core.junction import SHARE_PARTS, Sieve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def surviving(sieve: Sieve, received: Tensor, there: Tensor) -> Tensor:
         return there & (first | (received >= sieve.threshold))
     rank = ranked(received, there)
     words = there.sum(1, keepdim=True)
-    kept = ((words * sieve.parts + PARTS - 1) // PARTS).clamp(min=1)
+    kept = ((words * sieve.parts + SHARE_PARTS - 1) // SHARE_PARTS).clamp(min=1)
     return there & (rank < kept)
 
 

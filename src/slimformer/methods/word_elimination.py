@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, heads_of
 from slimformer.core.cost import Cost
-from slimformer.core.junction import PARTS, Sieve
+from slimformer.core.junction import SHARE_PARTS, Sieve
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
 from slimformer.core.sieving import latest_shares, ranked, sifting
@@ -87,7 +87,7 @@ class WordElimination(Method):
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         places = sieve_layers(anatomy, self.layers)
         if cost is not None:
-            least = cost.of(_plan(places, [1 / PARTS] + [1.0] * (len(places) - 1)), anatomy)
+            least = cost.of(_plan(places, [1 / SHARE_PARTS] + [1.0] * (len(places) - 1)), anatomy)
             if least > self.keep * cost.dense:
                 raise TargetError(
                     f"{self.keep:.0%} of the operations cannot be reached: {least / cost.dense:.0%} remain if all words but the first "
@@ -284,14 +284,14 @@ def rising_cuts(shares: Sequence[float]) -> list[float]:
 
 
 def steps_of(shares: Sequence[float]) -> list[float]:
-    """For shares of all words the shares of those that came to each layer, in whole parts of `PARTS`.
+    """For shares of all words the shares of those that came to each layer, in whole parts of `SHARE_PARTS`.
 
     >>> steps_of([0.8, 0.8, 0.4])
     [0.8, 1.0, 0.5]
     """
     before, found = 1.0, []
     for share in shares:
-        step = max(1, math.floor(PARTS * share / before + 1e-9)) / PARTS if before > 0 else 1.0
+        step = max(1, math.floor(SHARE_PARTS * share / before + 1e-9)) / SHARE_PARTS if before > 0 else 1.0
         found.append(step)
         before *= step
     return found
@@ -307,7 +307,7 @@ def seen_shares(context: Context, sieves: Mapping[str, Sieve]) -> list[Sieve]:
             small.model(**small.feed(batch))
             totals += torch.stack([shares.sum() for shares in latest_shares(small.model)]).double().cpu()
             count += len(batch["input_ids"])
-    means = (totals / count).clamp(1 / PARTS, 1.0).tolist()
+    means = (totals / count).clamp(1 / SHARE_PARTS, 1.0).tolist()
     return [Sieve(round(mean, 6), sieve.threshold) for mean, sieve in zip(means, sieves.values(), strict=True)]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from slimformer.core.junction import PARTS, Sieve
+from slimformer.core.junction import SHARE_PARTS, Sieve
 from slimformer.core.sieving import FIRST, latest_margins
 from slimformer.exporters._onnx.graph import CUT, Editor, Unexpected, ancestors, light_values, rank_of, required, turned_values
 from slimformer.exporters._onnx.parity import GraphOutputs, fill_inputs
@@ -190,8 +190,10 @@ class _Level:
         first = self.node("Equal", [column, self.constant(0)])  # (words,)
         if cut.sieve.threshold is None:
             words = self.node("ReduceSum", [mask, self.constant([1])], keepdims=1)
-            parts = self.node("Add", [self.node("Mul", [words, self.constant(cut.sieve.parts)]), self.constant(PARTS - 1)])
-            kept = self.node("Max", [self.node("Div", [parts, self.constant(PARTS)]), self.constant(1)])  # (batch, 1)
+            parts = self.node(
+                "Add", [self.node("Mul", [words, self.constant(cut.sieve.parts)]), self.constant(SHARE_PARTS - 1)]
+            )
+            kept = self.node("Max", [self.node("Div", [parts, self.constant(SHARE_PARTS)]), self.constant(1)])  # (batch, 1)
             movable = there
         else:
             enough = self.node("GreaterOrEqual", [received, self.constant(cut.sieve.threshold, np.float32)])
