@@ -227,6 +227,37 @@ def run_command(
     _show(run(recipe, out, model=model, data=data, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
 
 
+@app.command("compare", epilog="Example: slimformer compare recipes/mrpc-*.yaml --hours 2 --out compared")
+def compare_command(
+    recipes: Annotated[list[Path], typer.Argument(help="YAML recipes for one task.")],
+    out: Out,
+    hours: Annotated[float, typer.Option(help="Hours for everything.", min=0.0)],
+    part: Annotated[
+        float, typer.Option(help="The share of its passes that a recipe has in its short run.", min=0.01, max=1.0)
+    ] = 0.25,
+    model: Annotated[
+        str | None, typer.Option(help="The tuned model for all of them; their first plain training stages are left out.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The data to take instead of those that the recipes name.")] = None,
+    students: Annotated[
+        int, typer.Option(help="Try so many students of smaller shapes of --model too, fast ones on this machine.", min=0)
+    ] = 0,
+    threads: Threads = None,
+    wait: Wait = 60.0,
+) -> None:
+    """Try several recipes within some hours; leave the models that no other beats."""
+    _need_train()
+    from slimformer.running.comparing import compare_recipes
+
+    limits: dict[str, Any] = {"hours": hours, "part": part, "threads": threads, "wait_seconds": wait}
+    found = compare_recipes(recipes, out, model=model, data=data, students=students, **limits)
+    for line in found.lines():
+        typer.echo(line)
+    if not found.kept:
+        raise typer.Exit(1)
+    typer.echo(f"page: {out / 'report.html'}")
+
+
 @app.command("bench", cls=_TaskCommand, epilog="Example: slimformer bench ./my-bert ./small --data ./reviews")
 def bench_command(
     context: typer.Context,

@@ -1,0 +1,308 @@
+"""`slimformer compare` tries several recipes within some hours, and leaves the models that no other beats.
+
+Each recipe is first run with a part of its training. Those that another one beats in everything are out; the others are run whole, as far
+as the time goes. What goes on is chosen on validation examples; the figures on the page are those of the dev split. Each run lies in a
+folder of its own and resumes, so the command may be stopped and started at will.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slimformer.errors import RecipeError, SlimformerError, readable
+from slimformer.log import Log
+from slimformer.measuring.records import Record
+from slimformer.methods.distillation import Distillation
+from slimformer.reporting.page import report
+from slimformer.reporting.words import mb_text
+from slimformer.running.fresh import Fresh
+from slimformer.running.given import moved
+from slimformer.running.order import leading_stages
+from slimformer.running.preflight import preflight
+from slimformer.running.reader import read_recipe
+from slimformer.running.recipe import Bench, Recipe
+from slimformer.running.runner import run
+from slimformer.running.shapes import timed_shapes, worth_trying
+from slimformer.running.students import check_student
+from slimformer.saving import checkpoint
+from slimformer.saving.hub import local_folder
+from slimformer.training.stage import Stage, Train
+
+TRIAL_TIME = 0.5  # of the hours, at most, are for the short runs
+SHORT_SECONDS = 5.0  # a short run is timed for so long
+SHORT, WHOLE = "short", "whole"  # folders below `out`
+CACHE = "cache"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One recipe: how far it came, why it stopped there, and what was measured last.
+
+    Attributes:
+        name: That of the recipe's file.
+        end: "kept": it was run whole; "beaten": another beats its short run in everything; "no time"; or "failed".
+        why: In a clause.
+        record: The row of its best file; None if there is none.
+        minutes: How long its runs took.
+    """
+
+    name: str
+    end: str
+    why: str = ""
+    record: Record | None = None
+    minutes: float = 0.0
+
+    @property
+    def values(self) -> tuple[float, float, float, float]:
+        """Points lost on validation examples, time at batch 32 and at batch 1 relative to the dense model, megabytes: less is better."""
+        assert self.record is not None, "only a run that ended has values"
+        return values_of(self.record)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_recipes` leaves.
+
+    Attributes:
+        out: The folder with a folder for each run that was whole, and report.html.
+        tried: One entry for each recipe, in the order in which they were named.
+    """
+
+    out: Path
+    tried: tuple[Tried, ...]
+
+    @property
+    def kept(self) -> tuple[Tried, ...]:
+        """Those that were run whole and that no other beats, the fastest at batch 32 first."""
+        whole = [item for item in self.tried if item.end == "kept"]
+        best = [item for item in whole if beaten_by(item, whole) is None]
+        return tuple(sorted(best, key=lambda item: item.values[1]))
+
+    def lines(self) -> list[str]:
+        """The outcome in lines of a terminal."""
+        width = max(len(item.name) for item in self.tried)
+        found = [f"{item.name:<{width}}  {_told(item)}" for item in self.tried]
+        names = ", ".join(item.name for item in self.kept) or "none"
+        return [*found, f"no other beats: {names}"]
+
+
+def compare_recipes(
+    recipes: Sequence[Recipe | str | Path],
+    out: str | Path,
+    *,
+    hours: float,
+    part: float = 0.25,
+    model: str | Path | None = None,
+    data: Any = None,
+    students: int = 0,
+    threads: int | None = None,
+    wait_seconds: float = 60.0,
+    log: Log | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Comparison:
+    """Tries several recipes for one task within some hours, and leaves the models that no other beats.
+
+    Args:
+        recipes: Files, or recipes. They are for one task, with the same data; each is called after its file.
+        out: The folder for the runs and the page.
+        hours: The time for all of it. Half of it at most is for short runs. A run that has begun is not stopped.
+        part: The share of each recipe's passes that its short run has.
+        model: The tuned model to take instead of the recipes' models and teachers. Their leading stages of plain fine-tuning are then
+            left out. A recipe that builds a student keeps it, and learns from this model.
+        data: The data to take instead of those that the recipes name.
+        students: How many students of smaller shapes of `model` are tried too, each distilled with as many passes as the longest recipe
+            has. Of all shapes those are taken that are fast for their size on this machine; see `shapes`.
+        threads: How many threads each timing uses; all cores by default.
+        wait_seconds: How long each run waits at most until nothing else runs on the machine.
+        log: By default the lines go to Python's logger `slimformer`; `show_log` prints them.
+        clock: What tells the seconds.
+
+    Returns:
+        What became of each recipe.
+
+    Raises:
+        RecipeError: There are fewer than two recipes, two of one name, or two for other tasks; or some have mistakes, all of which are
+            named before anything runs.
+        OutputError: `out` cannot be used.
+
+    Example:
+        >>> compare_recipes(["one.yaml", "two.yaml"], "compared", hours=2)  # doctest: +SKIP
+    """
+    place, begin = Path(out), clock()
+    chains = _named(recipes, model, data)
+    if students:
+        chains |= _students(chains, model, students, threads, log or Log(None))
+    if len(chains) < 2:
+        raise RecipeError("there is nothing to compare: name two recipes or more.", help="slimformer run is for one.")
+    _check(chains)
+    options: dict[str, Any] = {"threads": threads, "wait_seconds": wait_seconds, "cache": place / CACHE}
+    left = Budget(hours * 60, clock, begin)
+    short = {
+        name: _tried(name, short_run(recipe, part), place / SHORT / name, left, TRIAL_TIME, options)
+        for name, recipe in chains.items()
+    }
+    ended = [item for item in short.values() if item.record is not None]
+    outcome = dict(short)
+    for item in sorted(ended, key=lambda entry: entry.values[0]):
+        better = beaten_by(item, ended)
+        if better is not None:
+            outcome[item.name] = replace(item, end="beaten", why=f"{better.name} is better in everything")
+            continue
+        expected = item.minutes / part
+        whole = _tried(item.name, chains[item.name], place / WHOLE / item.name, left, 1.0, options, expected)
+        outcome[item.name] = replace(whole, record=whole.record or item.record, minutes=whole.minutes + item.minutes)
+    if any(item.end == "kept" for item in outcome.values()):
+        report([place / WHOLE], place)
+    return Comparison(place, tuple(outcome.values()))
+
+
+# -- The order of things ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Budget:
+    """The minutes for everything, and what runs have taken so far."""
+
+    minutes: float
+    clock: Callable[[], float]
+    begin: float
+    longest: float = 0.0  # minutes of the longest run so far
+
+    @property
+    def spent(self) -> float:
+        """Minutes since the beginning."""
+        return (self.clock() - self.begin) / 60
+
+    def allows(self, expected: float, share: float) -> bool:
+        """Whether a run of so many minutes would end within a share of the time."""
+        return self.spent + expected <= share * self.minutes
+
+
+def short_run(recipe: Recipe, part: float) -> Recipe:
+    """The recipe with a part of its passes, and a quick bench without rivals."""
+
+    def shorter(stage: Stage) -> Stage:
+        if not isinstance(stage, Train):
+            return stage
+        if stage.steps is not None:
+            return replace(stage, steps=max(1, round(part * stage.steps)))
+        return replace(stage, epochs=part * stage.epochs)
+
+    bench = Bench(rivals=(), seconds=min(SHORT_SECONDS, recipe.bench.seconds))
+    return replace(recipe, stages=tuple(map(shorter, recipe.stages)), bench=bench)
+
+
+def values_of(record: Record) -> tuple[float, float, float, float]:
+    """Points lost, on validation examples if the file was chosen there; relative time at batch 32 and at batch 1; megabytes."""
+    loss = record.forecast.loss if record.forecast else record.loss.value if record.loss else 0.0
+    speeds = [record.times_faster(batch) for batch in (32, 1)]
+    slow, single = (1 / speed.median if speed else 1.0 for speed in speeds)
+    return loss, slow, single, (record.size_bytes or 0) / 1e6
+
+
+def beaten_by(item: Tried, others: Sequence[Tried]) -> Tried | None:
+    """One that is as good in everything, and better in something; None if there is none."""
+    for other in others:
+        if other.record is None or other is item:
+            continue
+        pairs = list(zip(other.values, item.values, strict=True))
+        if all(theirs <= ours for theirs, ours in pairs) and any(theirs < ours for theirs, ours in pairs):
+            return other
+    return None
+
+
+def _named(recipes: Sequence[Recipe | str | Path], model: str | Path | None, data: Any) -> dict[str, Recipe]:
+    """The recipes by their names, with the model and data that are to be taken."""
+    found: dict[str, Recipe] = {}
+    for number, item in enumerate(recipes, 1):
+        name = f"recipe-{number}" if isinstance(item, Recipe) else Path(item).stem
+        recipe = item if isinstance(item, Recipe) else read_recipe(item)
+        if name in found:
+            raise RecipeError(f"two recipes are called {readable(name)}.", help="give their files other names.")
+        found[name] = _from_model(moved(recipe, None, data), model)
+    return found
+
+
+def _students(
+    chains: Mapping[str, Recipe], model: str | Path | None, count: int, threads: int | None, log: Log
+) -> dict[str, Recipe]:
+    """Recipes for students of a model, which see the rows as often as the longest of the recipes lets its model see them."""
+    if model is None or not chains:
+        raise RecipeError("students are made from a model, for the task of a recipe: name both.", help="say --model ./my-bert.")
+    first = next(iter(chains.values()))
+    teacher = local_folder(str(model))
+    passes = max(sum(stage.epochs for stage in item.stages if isinstance(stage, Train)) for item in chains.values()) or 1.0
+    answers = Train(methods=(Distillation(hidden=0.0),), lr=4e-4, epochs=passes, task_weight=0.1, dropout=False)
+    kind = checkpoint.base_type(checkpoint.read_config(teacher))
+    shapes = worth_trying(timed_shapes(teacher, first.task, log, threads=threads), count)
+    log.say("students: " + ", ".join(f"{shape.name} ({shape.ms:.2f} ms a text)" for shape in shapes))
+    return {
+        shape.name: replace(first, model=Fresh(kind, config=dict(shape.config)), teacher=str(teacher), stages=(answers,))
+        for shape in shapes
+    }
+
+
+def _from_model(recipe: Recipe, model: str | Path | None) -> Recipe:
+    if model is None:
+        return recipe
+    stages = recipe.stages[leading_stages(recipe.stages) :]
+    if isinstance(recipe.model, Fresh):
+        return replace(recipe, stages=stages or recipe.stages, teacher=str(model))
+    return replace(recipe, model=str(model), teacher=None, stages=stages)
+
+
+def _check(chains: Mapping[str, Recipe]) -> None:
+    """RecipeError with every mistake if some of the recipes could not be run, or are for other tasks."""
+    first, *others = chains
+    facts = [f"{name}: another task or other data than {first}" for name in others if chains[name].task != chains[first].task]
+    for name, recipe in chains.items():
+        try:
+            if isinstance(recipe.model, Fresh):  # it is built when it runs
+                assert recipe.teacher is not None, "Recipe asks for one"
+                check_student(recipe.model.use, local_folder(recipe.teacher), recipe.task, recipe.stages)
+            else:
+                preflight(recipe)
+        except SlimformerError as error:
+            facts.append(f"{name}: {str(error).splitlines()[0]}")
+    if facts:
+        raise RecipeError("these recipes cannot be compared.", facts=facts, help="correct them, or leave some out.")
+
+
+def _tried(
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    left: Budget,
+    share: float,
+    options: Mapping[str, Any],
+    expected: float | None = None,
+) -> Tried:
+    """Runs a recipe, if its minutes are there; `expected`: how many those are, the longest so far if that is not known."""
+    begin = left.spent
+    if not left.allows(left.longest if expected is None else expected, share):
+        return Tried(name, "no time", f"it needs some {left.longest if expected is None else expected:.0f} minutes")
+    try:
+        record = run(recipe, folder, **options).record
+    except SlimformerError as error:
+        return Tried(name, "failed", str(error).splitlines()[0], minutes=left.spent - begin)
+    minutes = left.spent - begin
+    left.longest = max(left.longest, minutes)
+    return Tried(name, "kept", "", record, minutes)
+
+
+def _told(item: Tried) -> str:
+    """What became of a recipe, in a line."""
+    figures = ""
+    if item.record is not None:
+        speeds = [item.record.times_faster(batch) for batch in (32, 1)]
+        lost = f"{item.record.loss.value:+.1f} points lost" if item.record.loss else ""
+        times = ", ".join(
+            f"{speed.median:.1f}x at batch {batch}" for speed, batch in zip(speeds, (32, 1), strict=True) if speed
+        )
+        figures = ", ".join(part for part in (lost, times, f"{mb_text(item.record.size_bytes or 0)} MB") if part)
+    ended = {"kept": "", "beaten": "short run only: ", "no time": "no time left: ", "failed": "failed: "}[item.end] + item.why
+    return "; ".join(part for part in (figures, ended) if part)
