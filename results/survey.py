@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from choosing import choosing_pages
 from pages import Run, bullets, row_times, table, wrapped
 from sweep import Job, main
 from work import (
@@ -438,8 +439,9 @@ READING = (
 
 
 def pages() -> dict[Path, str]:
-    """The page, as the ledgers give it."""
-    return {ROOT / "docs" / "methods" / f"{TABLE}.md": _page(series(found_in(TABLE)))}
+    """The table, and the page that says what follows from it, as the ledgers give them."""
+    groups = series(found_in(TABLE))
+    return {ROOT / "docs" / "methods" / f"{TABLE}.md": _page(groups), **choosing_pages(groups)}
 
 
 def _page(groups: Mapping[str, list[Run]]) -> str:
