@@ -35,6 +35,7 @@ from slimformer.saving.hub import HUB_MODEL
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.question_answering import QuestionAnswering
 from slimformer.tasks.summarization import Summarization
+from slimformer.tasks.tagging import Tagging
 from slimformer.tasks.text import Text
 from slimformer.tasks.translation import Translation
 
@@ -91,6 +92,13 @@ def test_the_options_of_plain_text_are_told() -> None:
     part = text.split("## Plain text")[1].split("\n## ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \|\s*`?([^|`]*?)`?\s*\|", part, re.MULTILINE))
     assert told == {item.name: "" if item.default in (None, "") else str(item.default).lower() for item in fields(Text)}
+
+
+def test_the_options_of_tagging_are_told() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    part = text.split("## Tagging")[1].split("\n## ")[0]
+    told = {name for cell in re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE) for name in re.findall(r"\w+", cell)}
+    assert told == {item.name for item in fields(Tagging)}
 
 
 def test_the_options_of_tasks_that_write_are_told() -> None:
@@ -191,7 +199,8 @@ def test_a_recipe_of_the_clone_names_nothing_outside_of_it(file: Path) -> None:
         made_by = (file.parent / name).resolve().relative_to(ROOT / "runs")
         assert (ROOT / "recipes" / f"{made_by}.yaml").is_file()
     assert data["task"] == {"use": "intents"} or re.fullmatch(
-        r"glue/\w+|squad|squad_v2|bentrevett/multi30k|allenai/scitldr:Abstract", data["task"]["data"]
+        r"glue/\w+|squad|squad_v2|bentrevett/multi30k|allenai/scitldr:Abstract|leondz/wnut_17@refs/convert/parquet",
+        data["task"]["data"],
     )
     assert not any(isinstance(value, str) and "/" in value for key, value in data["task"].items() if key != "data")
     assert {stage["train"].get("text", "task") for stage in data["stages"] if "train" in stage} <= {"task"}
@@ -256,6 +265,11 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         task = replace(task, data=str(hub / str(task.glue)), train_rows=None)
     elif isinstance(task, QuestionAnswering):
         task = replace(task, data=str(hub / task.version), train_ids=None)
+    elif isinstance(task, Tagging):
+        task = replace(
+            task,
+            data=[{"tokens": text.split(), "tags": ["O", "B-X", *["O"] * 9][: len(text.split())]} for text, _ in pairs(60, 1)],
+        )
     elif isinstance(task, Translation):
         task = replace(task, data=str(hub / "parallel"))
         fresh = isinstance(recipe.model, Fresh)

@@ -49,6 +49,8 @@ INNER = (
     "tasks.classification",
     "tasks.intents",
     "tasks.question_answering",
+    "tasks.tagging",
+    "tasks._tags",
 )  # other names with examples are in these modules
 
 

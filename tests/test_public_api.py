@@ -19,7 +19,7 @@ from slimformer import registry
 from slimformer.describing import options_of
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "datasets", "matplotlib", "sklearn", "pydantic", "jinja2", "rich", "sacrebleu",
-         "rouge_score")  # fmt: skip
+         "rouge_score", "seqeval")  # fmt: skip
 
 
 def test_every_name_resolves_to_what_it_says():
@@ -117,6 +117,7 @@ def test_an_unknown_name_is_an_attribute_error():
         "slimformer.cli",
         "slimformer.running.bench",
         "slimformer.tasks.classification",
+        "slimformer.tasks.tagging",
         "slimformer.families.bert",
         "slimformer.core.budget",
         "slimformer.reporting.card, slimformer.reporting.page, slimformer.reporting.terminal",

@@ -476,6 +476,8 @@ def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
     texts = {flag: text for flag, text in texts.items() if flag != "--task"}
     if name is None:
         name = _task_of_model(tasks, model) if model is not None else DEFAULT_TASK
+        claiming = [other for other, cls in tasks.items() if cls.claims(texts.get("--data", ""))]
+        name = claiming[0] if name == DEFAULT_TASK and claiming else name
     if name in tasks:
         return tasks[name].from_flags(texts)
     for cls in tasks.values():

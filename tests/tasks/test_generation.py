@@ -516,13 +516,13 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(metric: str) -> None:
 def test_the_score_of_a_resample_is_that_of_its_texts(metric: str) -> None:
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
     some, draws = task(metric=metric), [np.random.default_rng(seed).integers(0, 4, 4) for seed in range(5)]
-    quick = some.resampled(WRITTEN, GOLD, draws)
+    quick = some.resampled(WRITTEN, Features({}, (), 0, 0), GOLD, draws)
     slow = [
         some.score({"text": WRITTEN["text"][draw]}, Features({}, (), 0, 0), [GOLD[place] for place in draw])[metric]
         for draw in draws
     ]
     assert quick == pytest.approx(slow, abs=1e-12)
-    assert some.resampled({}, GOLD, draws) is None
+    assert some.resampled({}, Features({}, (), 0, 0), GOLD, draws) is None
 
 
 @pytest.mark.slow

@@ -121,12 +121,15 @@ def _parquet_columns(path: Path, file: Any) -> list[list[Any]]:
 
 
 def _arrow_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Class names that `datasets` writes into the schema of its Parquet files."""
+    """Class names that `datasets` writes into the schema of its Parquet files; those of a list are those of its items."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {
+            name: kind[0] if isinstance(kind, list) else kind.get("feature", kind) for name, kind in features.items() if kind
+        }
         return {
             name: tuple(map(str, kind["names"]))
-            for name, kind in features.items()
+            for name, kind in kinds.items()
             if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
         }
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):

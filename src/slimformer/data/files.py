@@ -26,7 +26,7 @@ SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
 _HUB_NAME = re.compile(  # ./reviews and ../reviews are paths
-    r"(?P<name>\w[\w.-]*/[\w.-]+)(?P<parts>([:@][\w.-]+){0,2})", re.ASCII
+    r"(?P<name>\w[\w.-]*/[\w.-]+)(?P<parts>(:[\w.-]+|@[\w.-]+(/[\w.-]+){0,2}){0,2})", re.ASCII
 )
 _SEPARATORS = {".tsv": "\t,;|", ".txt": "\t,;|", ".csv": ",;\t|"}
 _SEPARATOR_NAMES = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
@@ -155,7 +155,7 @@ def load_hub(name: str) -> dict[str, Any]:
         raise ExtraError("hub data sets need the package datasets.", help="pip install datasets") from None
     match = _HUB_NAME.fullmatch(name)
     hub, parts = (match["name"], match["parts"]) if match else (name, "")
-    config, revision = (re.search(rf"{mark}([\w.-]+)", parts) for mark in ":@")
+    config, revision = (re.search(pattern, parts) for pattern in (r":([\w.-]+)", r"@([\w./-]+)"))
     silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -164,6 +164,11 @@ def load_hub(name: str) -> dict[str, Any]:
         return {str(split): splits[split] for split in splits}
     except Exception as error:  # network, names and formats fail in as many ways as there are data sets
         reason = str(error).strip().splitlines()
+        if "scripts are no longer supported" in str(error):
+            raise DataError(
+                f"the hub data set '{name}' is made by a script, and such are never run.",
+                help=f"for most of them the hub keeps a copy as Parquet: {hub}@refs/convert/parquet.",
+            ) from None
         raise DataError(
             f"'{name}' is no file or folder here and could not be loaded from the hub.",
             facts=[f"{type(error).__name__}: {reason[0] if reason else ''}"],
@@ -178,7 +183,10 @@ def hub_table(where: str, data: Any) -> Table:
     """A `datasets.Dataset` as a table of its plain columns."""
     # images and audio would be decoded when read: only plain values can be texts, labels or answers
     plain = [name for name, kind in data.features.items() if type(kind).__name__ in _PLAIN or isinstance(kind, (dict, list))]
-    names = {name: tuple(data.features[name].names) for name in plain if type(data.features[name]).__name__ == "ClassLabel"}
+    kinds = {
+        name: getattr(data.features[name], "feature", data.features[name]) for name in plain
+    }  # of a list, that of its items
+    names = {name: tuple(kind.names) for name, kind in kinds.items() if type(kind).__name__ == "ClassLabel"}
     return Table(where, dict(data.with_format(None).select_columns(plain)[:]), range(1, len(data) + 1), "row", names)
 
 

@@ -65,7 +65,7 @@ def read_sources(data: str, form: Format[Data], hub: str | None = None) -> dict[
         return {"train": form.read([path])}
     if os.path.exists(path):
         raise DataError(f"{data} is no ordinary file.", help="write the data to a file and name that.")
-    if not is_hub_name(hub):
+    if not is_hub_name(hub) or suffix_of(Path(hub)) in form.suffixes:
         raise DataError(
             f"{data} does not exist.", help=f"{_neighbours(path)} Or name {form.forms}, or a hub data set: owner/name."
         )

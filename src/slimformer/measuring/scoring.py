@@ -123,20 +123,22 @@ def _check_outputs(entry: Entry, outputs: Outputs, examples: Sequence[Example]) 
             facts=[f"its outputs: {there}"],
             help=f"export the model with the output{'s' if len(task.outputs) > 1 else ''} {' and '.join(task.outputs)}.",
         )
-    lengths = features.lengths()
+    lengths, classes = features.lengths(), task.configure().get("num_labels")
     for name in task.outputs:
         array = outputs[name]
-        per_token = array.ndim == 2 and array.shape[1] == lengths.max(initial=0) and name != "logits"
-        classes = task.configure().get("num_labels")
-        if len(array) != len(features) or (name == "logits" and array.shape[1:] != (classes,)):
-            expected = [len(features), classes] if name == "logits" else f"{len(features)} rows"
+        per_token = name in task.per_token
+        shape: list[Any] = [len(features), *([int(lengths.max(initial=0))] if per_token else [])]
+        if name == "logits":
+            shape.append(classes)
+        if list(array.shape[: len(shape)]) != shape or (name == "logits" and array.ndim != len(shape)):
+            expected = shape if name == "logits" or per_token else f"{len(features)} rows"
             raise ModelError(
                 f"{file} gives '{name}' of another shape than the task needs.",
                 facts=[f"its outputs: {there}", f"needed: {name} {expected}"],
                 help="name a model that was made for this task.",
             )
-        finite = np.isfinite(array)
-        if per_token:  # what is given for padding counts for nothing
+        finite = np.isfinite(array).reshape(*array.shape[: 1 + per_token], -1).all(axis=-1)  # (rows,), or (rows, tokens)
+        if per_token:
             finite |= np.arange(array.shape[1]) >= lengths[:, None]
         wrong = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))
         if len(wrong):
@@ -271,7 +273,7 @@ def resampled(scored: Scored, examples: Sequence[Example]) -> np.ndarray:
     draws = [draw.integers(0, len(examples), len(examples)) for _ in range(METRIC_RESAMPLES)]
     if scored.is_mean:
         return np.array([scored.credit[drawn].mean() for drawn in draws])
-    quick = scored.entry.task.resampled(scored.outputs, examples, draws)
+    quick = scored.entry.task.resampled(scored.outputs, scored.entry.features, examples, draws)
     if quick is not None:
         return quick
     rows_of: list[list[int]] = [[] for _ in examples]

@@ -19,7 +19,7 @@ _BETTER = 0.3  # accuracy that another order of the classes must bring
 _GOOD = 0.6  # accuracy in another order from which that order is believed
 
 
-def check_classes(predicted: np.ndarray, wanted: np.ndarray, names: Sequence[str]) -> str:
+def check_classes(predicted: np.ndarray, wanted: np.ndarray, names: Sequence[str], what: str = "validation examples") -> str:
     """A warning about a classifier, "" if there is none: ids of shape (examples,); DataError if its classes have another order.
 
     The order is found on every other example and tried on the rest, so that it is no accident of few examples.
@@ -39,7 +39,7 @@ def check_classes(predicted: np.ndarray, wanted: np.ndarray, names: Sequence[str
         pairs = [f"class {index} ({shown(names[index], 30)}) answers {shown(names[order[index]], 30)}" for index in moved]
         mapping = json.dumps({str(index): names[place] for index, place in enumerate(order)})
         raise DataError(
-            f"the model is right on {right} of {count} validation examples, far below what it can: its classes stand in another order "
+            f"the model is right on {right} of {count} {what}, far below what it can: its classes stand in another order "
             f"than those of the data. In that order it would be right on {other}.",
             facts=["; ".join(pairs[:8])],
             help="mend the names of the classes in the model's config.json, id2label"
@@ -52,7 +52,7 @@ def check_classes(predicted: np.ndarray, wanted: np.ndarray, names: Sequence[str
     usual = shown(names[int(np.bincount(wanted).argmax())], 40)
     how = "worse than chance" if right < 0.7 * chance else "no better than chance"
     return (
-        f"warning: the model is right on {right} of {count} validation examples, {how}: always answering {usual} would be right on "
+        f"warning: the model is right on {right} of {count} {what}, {how}: always answering {usual} would be right on "
         f"{most}. What is lost against such a model proves nothing. Was it trained on these classes?"
     )
 

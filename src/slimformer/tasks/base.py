@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORED = -100  # the label of a token that no loss counts, as in torch
-# output name -> (features, ...); "logits" -> (features, classes); "text" -> (features,), texts that a model wrote
+# output name -> (features, ...); "logits" -> (features, classes), with tokens in between if each has an answer; "text" -> (features,),
+# texts that a model wrote
 Outputs = Mapping[str, "np.ndarray"]
 
 
@@ -93,6 +94,9 @@ class Task(ABC):
 
     auto_class: ClassVar[str]  # transformers' class of the task's models: "AutoModelForSequenceClassification"
     outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what such a model returns and an exported file is asked for
+    per_token: ClassVar[
+        tuple[str, ...]
+    ] = ()  # those of them that answer for each token: what they give for padding counts for nothing
     higher_is_better: ClassVar[bool] = True  # of `metric`
     pretraining: ClassVar[bool] = False  # whether it teaches language from plain text, before any task: see `Task`
     # of tasks whose `metric` judges texts that a model writes: the key of `score` that counts where it only read the right ones
@@ -166,7 +170,9 @@ class Task(ABC):
         """The score that counts: `metric`, or `stand_in` where no text was written."""
         return scores[self.metric if self.metric in scores or not self.stand_in else self.stand_in]
 
-    def resampled(self, outputs: Outputs, examples: Sequence[Example], draws: Sequence[np.ndarray]) -> np.ndarray | None:
+    def resampled(
+        self, outputs: Outputs, features: Features, examples: Sequence[Example], draws: Sequence[np.ndarray]
+    ) -> np.ndarray | None:
         """The metric on each draw of examples (indices), if there is a quicker way than `score` on each: (draws,)."""
         return None
 
@@ -235,6 +241,11 @@ class Task(ABC):
         return runtime_snippet(folder, file, texts, max_length, runtime)
 
     # ---- the command line
+
+    @classmethod
+    def claims(cls, data: str) -> bool:  # noqa: ARG003
+        """Whether `data` is surely for this task, by the names of its files: it is then taken if no task is named."""
+        return False
 
     @classmethod
     def flags(cls) -> dict[str, Field[Any]]:

@@ -94,6 +94,7 @@ class QuestionAnswering(Task):
 
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     outputs: ClassVar[tuple[str, ...]] = ("start_logits", "end_logits")
+    per_token: ClassVar[tuple[str, ...]] = outputs
     paths: ClassVar[tuple[str, ...]] = ("data", "dev", "train_ids")
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "squad": {"data": "rajpurkar/squad", "version": "v1"},

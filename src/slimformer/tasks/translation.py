@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slimformer.errors import nearest
 from slimformer.tasks._generation import Generation
 from slimformer.tasks._text_metrics import CORPUS_METRICS, TOKENS, corpus_counts, corpus_metric, of_counts
-from slimformer.tasks.base import Example, Outputs, Split, option
+from slimformer.tasks.base import Example, Features, Outputs, Split, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,9 @@ class Translation(Generation):
         alone = corpus_metric(self.metric, self._tokens(), alone=True)
         return np.asarray([of_counts(alone, counts) for counts in self._counted(self.metric, texts, examples)])
 
-    def resampled(self, outputs: Outputs, examples: Sequence[Example], draws: Sequence[np.ndarray]) -> np.ndarray | None:
+    def resampled(
+        self, outputs: Outputs, features: Features, examples: Sequence[Example], draws: Sequence[np.ndarray]
+    ) -> np.ndarray | None:
         import numpy as np
 
         if "text" not in outputs:

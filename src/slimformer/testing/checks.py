@@ -667,6 +667,7 @@ def declares_its_outputs(cls: Any) -> None:
 
     assert hasattr(transformers, cls.auto_class), f"transformers has no {cls.auto_class}"
     assert cls.outputs, "names no outputs"
+    assert set(cls.per_token) <= set(cls.outputs), "answers for each token by outputs that it does not have"
 
 
 def names_its_own_options(cls: Any) -> None:

@@ -484,6 +484,8 @@ def _task_of(model: PreTrainedModel) -> Task:
         task = classification(kind="score") if score else classification(kind="classes", labels=tuple(names))
     elif name.endswith("ForQuestionAnswering"):
         task = registry.find("tasks", "question_answering")()
+    elif name.endswith("ForTokenClassification"):
+        task = registry.find("tasks", "tagging")(labels=tuple(model_labels(config)[0]))
     if task is None:
         raise RecipeError(f"it cannot be told what a {name} is for.", help="give SlimCallback a `task`.")
     return task

@@ -72,14 +72,14 @@ def check_parity(
     tolerance: float | None,
     agreement: float,
 ) -> tuple[float, float]:
-    """The largest difference over all outputs, and the share of rows with the same answer.
+    """The largest difference over all outputs, and the share of answers that are the same: one for each row, or for each token.
 
     ModelError if the model's own outputs are not finite. ExportError if an output has another shape or is not finite; if a number
-    differs by more than `tolerance` of the largest output; or, with no tolerance, if the share of rows is below `agreement`.
+    differs by more than `tolerance` of the largest output; or, with no tolerance, if the share of answers is below `agreement`.
     """
     outputs = list(reference[0])
     check_finite(reference)
-    worst, worst_shape, agreeing, rows = 0.0, (0, 0), 0, 0
+    worst, worst_shape, agreeing, rows, kind = 0.0, (0, 0), 0, 0, "rows"
     top = max(float(np.abs(value).max()) for item in reference for value in item.values())
     pairs = list(zip(batches, reference, strict=True))
     per_token = {name for name in outputs if all(item[name].shape == batch["input_ids"].shape for batch, item in pairs)}
@@ -97,12 +97,15 @@ def check_parity(
                 worst, worst_shape = difference, batch["input_ids"].shape
         if per_token:
             got, expected = ({**item, **unpad(item, per_token, batch)} for item in (got, expected))
-        agreeing += int(np.logical_and.reduce([agree(got[name], expected[name], top) for name in outputs]).sum())
-        rows += len(expected[outputs[0]])
+        same = np.logical_and.reduce([agree(got[name], expected[name], top) for name in outputs])
+        if same.ndim > 1:  # an answer for each token
+            same, kind = same[real_tokens(batch)], "tokens"
+        agreeing += int(same.sum())
+        rows += same.size
     share = agreeing / rows
     if tolerance is None and share < agreement:
         raise ExportError(
-            f"the {variant} file answers as the model does on {share:.1%} of {rows} rows only.",
+            f"the {variant} file answers as the model does on {share:.1%} of {rows} {kind} only.",
             facts=[f"least allowed: {agreement:.0%}", f"largest difference: {worst:.3g} of {top:.3g}"],
             help="this CPU may saturate int8 sums: try weight_bits=7 (export: {reduce_range: true}); or ship the fp32 file.",
         )
@@ -133,7 +136,7 @@ def unpad(outputs: GraphOutputs, names: Iterable[str], batch: Arrays) -> dict[st
 
 
 def agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:
-    """Rows with the same answer: (rows,). Near ties, within a tenth of the largest output, count as the same."""
+    """Rows with the same answer, (rows,), or tokens, (rows, tokens). Near ties, within a tenth of the largest output, are the same."""
     if expected.shape[-1] == 1:
         return np.asarray(np.abs(got - expected).max(axis=-1) <= 0.1 * top)
     chosen = np.take_along_axis(expected, got.argmax(axis=-1)[..., None], axis=-1)[..., 0]
