@@ -265,11 +265,21 @@ def bench_command(
     max_length: Annotated[int | None, typer.Option(help="Tokens an input may have; what the models allow by default.")] = None,
     runtime: Annotated[list[str] | None, typer.Option(help="onnxruntime by default; may be given several times.")] = None,
     seconds: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds to time each of the two workloads.")] = 60.0,
+    levels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead, write here what heads and neurons of one model cost on this machine, for a recipe's `latency`."
+        ),
+    ] = None,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
     """Compare models side by side, in turn: quality, size and speed on this machine."""
     from rich.console import Console
+
+    if levels is not None:
+        _measure_levels(models, context.obj, levels, threads, wait)
+        return
 
     from slimformer.reporting.terminal import draw_table
     from slimformer.running.bench import bench
@@ -284,6 +294,20 @@ def bench_command(
         wait_seconds=wait,
     )
     Console().print(draw_table(measurement.records))
+
+
+def _measure_levels(models: list[Path], texts: Mapping[str, str], file: Path, threads: int | None, wait: float) -> None:
+    """Writes the latency table of one model; RecipeError if there are several, or no data."""
+    _need_train()
+    from slimformer.running.levels import measure_table, write_levels
+
+    if len(models) > 1:
+        raise RecipeError(f"--levels times one model, and {len(models)} are named.", help="name the model that is to be cut.")
+    if not texts:
+        raise RecipeError("--levels needs the task's texts, whose lengths count.", help="say --data ./folder.")
+    found = measure_table(models[0], _task(texts, str(models[0])), threads=threads, wait_seconds=wait)
+    write_levels(found, file, str(models[0]), threads)
+    typer.echo(f"table: {file}; name it in a recipe: `latency: {file.name}`")
 
 
 @app.command(

@@ -176,7 +176,7 @@ class _Reader:
         if not SEED.holds(seed):
             self.mistakes.append(f"seed: must be {SEED.says}, not {shown(seed)}")
         task = self.named(data["task"], "tasks", "task") if "task" in data else None
-        latency = self.build(Levels, data["latency"], "latency") if "latency" in data else None
+        latency = self.levels(data["latency"]) if "latency" in data else None
         stages, export, bench = self.stages(data.get("stages", []))
         if self.mistakes or task is None:
             self.mistakes += [
@@ -186,6 +186,18 @@ class _Reader:
         teacher = self.path(data["teacher"]) if "teacher" in data else None
         model = fresh or self.path(data["model"])
         return Recipe(model, task, tuple(stages), teacher, seed, export, bench, latency)
+
+    def levels(self, data: Any) -> Levels | None:
+        """The table that the recipe holds, or that of a file which it names."""
+        if isinstance(data, str):
+            file = Path(self.path(data))
+            try:
+                data = _yaml(_text(file), file)
+            except RecipeError as error:
+                self.mistakes.append(f"latency: {str(error).splitlines()[0].replace('the recipe', 'the table')}")
+                return None
+        found: Levels | None = self.build(Levels, data, "latency")
+        return found
 
     def path(self, name: str) -> str:
         """A path in the recipe, which is relative to the recipe's folder; a name that is no path there stays as it is."""

@@ -75,7 +75,7 @@ def shapes_of(config: Any) -> list[StudentShape]:
 
 
 def worth_trying(shapes: Sequence[StudentShape], count: int) -> list[StudentShape]:
-    """Of the shapes that none with as many weights is faster than, `count` at most, evenly over their times; the fastest first.
+    """Of the shapes that none with as many weights is faster than, `count` at most, evenly from the fastest to the slowest.
 
     >>> timed = [StudentShape(name, {}, size, ms) for name, size, ms in (("a", 10, 1.0), ("b", 9, 2.0), ("c", 30, 3.0), ("d", 40, 9.0))]
     >>> [shape.name for shape in worth_trying(timed, 2)]
@@ -90,11 +90,8 @@ def worth_trying(shapes: Sequence[StudentShape], count: int) -> list[StudentShap
         )
     ]
     front.sort(key=lambda shape: shape.ms)
-    if len(front) <= count:
-        return front
-    goals = np.geomspace(front[0].ms, front[-1].ms, count) if count > 1 else [front[0].ms]
-    chosen = {min(range(len(front)), key=lambda place: abs(np.log(front[place].ms / goal))) for goal in goals}
-    return [front[place] for place in sorted(chosen)]
+    places = {round((number + 0.5) * len(front) / count - 0.5) for number in range(count)}
+    return [shape for place, shape in enumerate(front) if place in places or len(front) <= count]
 
 
 def timed_shapes(teacher: Path, task: Task, log: Log, *, threads: int | None = None) -> list[StudentShape]:
