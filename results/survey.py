@@ -134,13 +134,8 @@ def cut_and_blocks(passes: float) -> Stages:
 
 
 def fewer_words(passes: float, method: WordElimination) -> Stages:
-    """What stays is learned, then the model learns to do without the rest: both from the dense model's answers."""
-    answers = Distillation(hidden=0.0)  # a word that left has no hidden state to follow
-    taught = replace(DISTIL, lr=8e-5)
-    return (
-        replace(taught, methods=(method, answers), epochs=passes * 3 / 8),
-        replace(taught, methods=(answers,), epochs=passes * 5 / 8),
-    )
+    """What stays is learned, then the model learns to do without the rest."""
+    return (learnt(passes * 3 / 8, method), learnt(passes * 5 / 8))
 
 
 def narrow_and_blocks(passes: float) -> Stages:

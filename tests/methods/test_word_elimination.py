@@ -14,6 +14,7 @@ from tiny import batch, tiny
 from tiny_folder import write_model
 
 from slimformer.core import cost
+from slimformer.core.anatomy import Tokens
 from slimformer.core.junction import Exit, Sieve, junction_from_data
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
@@ -25,6 +26,7 @@ from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture
 from slimformer.methods.base import Progress, Step
+from slimformer.methods.distillation import Pair, hidden_distance
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.quantization import Quantization
@@ -135,6 +137,24 @@ def test_words_that_left_keep_their_vector_and_take_a_gradient():
     second = [Sieve(0.5).kept(count) for count in first]
     assert kept == [sum(first), sum(second), sum(second)]
     assert all(parameter.grad is not None for parameter in layers.parameters())
+
+
+def test_distillation_compares_the_words_that_are_still_there():
+    dense, small = tiny("bert"), sieved()
+    inputs = batch(dense, rows=4, seq=9)
+    with torch.no_grad():
+        mine, theirs = (_seen(subject_of(model), inputs, {Capture.HIDDEN, Capture.LOGITS}) for model in (small, dense))
+    assert set(mine.words) == {1, 2, 3}
+    assert not theirs.words
+    counts = [int(mine.words[state].sum()) for state in (1, 2, 3)]
+    kept = [[Sieve(0.7).kept(count) for count in inputs["attention_mask"].sum(1).tolist()]]
+    kept.append([Sieve(0.5).kept(count) for count in kept[0]])
+    assert counts == [sum(kept[0]), sum(kept[1]), sum(kept[1])]
+    masks = {Tokens.SOURCE: inputs["attention_mask"].bool()}
+    pair = Pair(3, 3, Tokens.SOURCE)
+    found = hidden_distance(mine, theirs, masks, [pair], units=None, project=None, relative=False)
+    there = mine.words[3]
+    assert float(found) == pytest.approx(float((mine.hidden[3][there] - theirs.hidden[3][there]).square().mean()), rel=1e-5)
 
 
 def test_weights_of_0_and_1_do_what_a_sieve_does():

@@ -96,6 +96,7 @@ class _Line(threading.local):
     there: Tensor | None = None  # (batch, seq)
     margins: tuple[Tensor, ...] = ()
     shares: tuple[Tensor, ...] = ()
+    words: tuple[Tensor, ...] = ()  # of each layer from the first sieve on: the words that are there behind it
 
     def __deepcopy__(self, memo: Any) -> _Line:
         return _Line()
@@ -122,7 +123,7 @@ class _Sifted:
         if line.off:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if own.sieve_first:
-            line.there, line.margins, line.shares = _unpadded(attention_mask, hidden_states), (), ()
+            line.there, line.margins, line.shares, line.words = _unpadded(attention_mask, hidden_states), (), (), ()
         there = line.there
         assert there is not None, "the first of these layers has noted the words"
         mask = _narrowed(attention_mask, there, hidden_states.dtype)
@@ -137,6 +138,7 @@ class _Sifted:
                 line.margins += (closeness(own.sieve_rule.sieve, received.detach(), there),)
             line.shares += (stays.detach().float().sum(1) / weights.detach().sum(1),)
             line.there = there = stays
+        line.words += (there,)
         if there.is_floating_point():
             return output
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -267,6 +269,18 @@ def latest_shares(model: nn.Module) -> Sequence[Tensor]:
     """For each sieve the share of words that it let pass in the latest pass: (batch,) each."""
     line = _line_of(model)
     return () if line is None else line.shares
+
+
+def latest_words(model: nn.Module, anatomy: Anatomy) -> dict[int, Tensor]:
+    """Behind which layers, by their places, words were gone in the latest pass, and those that were there: (batch, seq) of booleans.
+
+    Empty if words only counted less, or if there are no sieves.
+    """
+    line = _line_of(model)
+    layers = [place for place, name in enumerate(anatomy.layers) if isinstance(model.get_submodule(name), _Sifted)]
+    if line is None or len(line.words) != len(layers):
+        return {}
+    return {place: words for place, words in zip(layers, line.words, strict=True) if words.dtype == torch.bool}
 
 
 def _line_of(model: nn.Module) -> _Line | None:

@@ -7,7 +7,7 @@ for good, and a module that was replaced shifts the list. If no scores are asked
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Kind, Role, Tokens
+from slimformer.core.sieving import latest_words
 from slimformer.hooks.attention import Slot, attending
 
 RELATED = (Role.QUERY, Role.KEY, Role.VALUE)
@@ -39,12 +40,14 @@ class Captured:
     hidden: tuple[Tensor, ...] = ()  # of each stack, layers + 1 of (batch, seq, hidden)
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # heads site -> (batch, heads, seq, seq), scaled, unmasked
     relations: tuple[Tensor, ...] = ()  # queries, keys and values: three of (batch, seq, heads * size of a head)
+    words: Mapping[int, Tensor] = field(default_factory=dict)  # a hidden state -> (batch, seq): its words that have not left
 
 
 class Recorder:
     """What was seen in the latest forward pass of one model. `listening = False` lets passes go by unseen."""
 
-    def __init__(self, states: int, needs: Collection[Capture]) -> None:
+    def __init__(self, states: int, needs: Collection[Capture], words: Callable[[], Mapping[int, Tensor]] = dict) -> None:
+        self._words = words
         self.needs = frozenset(needs)
         self.listening = True
         self._hidden: list[Tensor | None] = [None] * states
@@ -62,7 +65,8 @@ class Recorder:
         self._hidden = [None] * len(self._hidden)
         self._scores, self._relations = {}, {}
         outputs = {name: _float(value) for name, value in output.items()}
-        return Captured(output=outputs, hidden=hidden, scores=scores, relations=relations)
+        words = self._words() if wanted else {}
+        return Captured(output=outputs, hidden=hidden, scores=scores, relations=relations, words=words)
 
     def see_hidden(self, index: int, state: Tensor) -> None:
         if self.listening:
@@ -80,7 +84,7 @@ class Recorder:
 @contextmanager
 def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) -> Iterator[Recorder]:
     """Watches `model` while the context lasts: call it, then `recorder.take(output)`. Leaves no trace on it."""
-    recorder = Recorder(state_count(anatomy), needs)
+    recorder = Recorder(state_count(anatomy), needs, partial(_words_left, model, anatomy))
     with ExitStack() as context:
         if Capture.HIDDEN in recorder.needs:
             for hook in _hidden_hooks(model, anatomy, recorder):
@@ -93,6 +97,11 @@ def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) ->
             slots = {module: Slot(see_scores=partial(recorder.see_scores, heads)) for heads, module in attentions}
             context.enter_context(attending(model, slots))
         yield recorder
+
+
+def _words_left(model: nn.Module, anatomy: Anatomy) -> dict[int, Tensor]:
+    """For each hidden state that some words did not reach, those that did; only encoders have sieves, whose states begin at 0."""
+    return {1 + place: words for place, words in latest_words(model, anatomy).items()}
 
 
 def related(anatomy: Anatomy) -> dict[Role, str]:

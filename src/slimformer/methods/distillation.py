@@ -250,10 +250,12 @@ def hidden_distance(
     project: nn.Module | None,
     relative: bool,
 ) -> Tensor:
-    """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens; `units`: those of the teacher's that count."""
+    """Mean over pairs of layers of |h_s - h_t|^2 / mean |h_t|^2 at real tokens that have not left; `units`: the teacher's that count."""
     terms = []
     for pair in pairs:
         real = masks[pair.tokens]
+        if pair.student in student.words:
+            real = real & student.words[pair.student]
         states, goal = (
             student.hidden[pair.student][real].float(),
             teacher.hidden[pair.teacher][real].float(),
