@@ -221,6 +221,7 @@ def test_numbers_need_names_from_the_task_or_the_model() -> None:
 
 # -- Schemes and counts --------------------------------------------------------------------------------------------------------
 
+KINDS = ("PER", "creative-work")
 NAMES = {
     "BIO": ("O", "B-PER", "I-PER", "B-creative-work", "I-creative-work"),
     "IO": ("O", "I-PER", "I-creative-work"),
@@ -232,14 +233,14 @@ NAMES = {
 }
 
 
-def drawn(generator: np.random.Generator, apart: bool) -> tuple[list[tuple[str, int, int]], int]:
-    """Random spans in a sentence; `apart`, with a word between two of one type."""
+def drawn(generator: np.random.Generator, apart: tuple[str, ...] = ()) -> tuple[list[tuple[str, int, int]], int]:
+    """Random spans in a sentence; with a word between two of a type in `apart`."""
     spans: list[tuple[str, int, int]] = []
     at = 0
     while at < 12:
         at += int(generator.integers(0, 3))
-        kind, size = ("PER", "creative-work")[generator.integers(2)], int(generator.integers(1, 4))
-        if apart and spans and spans[-1][0] == kind and spans[-1][2] == at - 1:
+        kind, size = KINDS[generator.integers(2)], int(generator.integers(1, 4))
+        if kind in apart and spans and spans[-1][0] == kind and spans[-1][2] == at - 1:
             at += 1
         spans.append((kind, at, at + size - 1))
         at += size
@@ -252,7 +253,7 @@ def test_spans_survive_every_scheme(scheme: str) -> None:
     generator, tagset = np.random.default_rng(0), Tagset.of(NAMES[scheme])
     assert tagset.scheme == {"BILOU": "BIOES", "BMES": "BIOES"}.get(scheme, scheme)
     for _ in range(60):
-        spans, count = drawn(generator, apart=scheme in ("IO", "IOB1", "plain"))
+        spans, count = drawn(generator, {"IO": KINDS, "plain": KINDS, "IOB1": KINDS[1:]}.get(scheme, ()))
         tags = [tagset.names[tagset.ids[part]] for part in tagset.tags(spans, count)]
         assert tagset.spans(tags) == spans
         assert break_in(tags, tagset, tagset.scheme) is None
@@ -311,6 +312,9 @@ def test_a_model_with_another_scheme_and_order_is_bound_by_spans() -> None:
     assert any("BIO tags, which are rewritten as BIOES" in note for note in task.notes())
     lower = Tagging(data=rows).bind({"id2label": {0: "O", 1: "I-per", 2: "B-loc", 3: "I-loc", 4: "B-per"}})
     assert lower.split(Split.TRAIN)[0].answer.tags[:2] in {("B-per", "I-per"), ("B-per", "O")}
+    parts = {"train": [row for row in rows if row["tokens"][0] == "Bo"], "dev": rows[:4]}  # dev has a type that train has not
+    task = Tagging(data=parts).bind({"id2label": {0: "O", 1: "I-per", 2: "B-loc", 3: "I-loc", 4: "B-per"}})
+    assert task.split(Split.DEV)[0].answer.tags == ("B-per", "I-per", "O", "B-loc", "I-loc", "O")
     plain = Tagging(data=rows).bind({"id2label": {0: "LOC", 1: "O", 2: "PER"}})
     assert plain.split(Split.TRAIN)[0].answer.tags[:2] in {("PER", "PER"), ("PER", "O")}
 
@@ -361,7 +365,7 @@ NAMED = Tagging(labels=NAMES["BIO"], metric="f1")
 @pytest.mark.parametrize(("max_length", "stride"), [(9, 3), (12, 0), (16, 7), (200, 8)])
 def test_each_word_is_answered_once_in_the_window_with_the_most_text_around_it(max_length: int, stride: int) -> None:
     generator = np.random.default_rng(2)
-    sizes = [generator.integers(1, 8, generator.integers(1, 30)) for _ in range(12)]
+    sizes = [generator.integers(1, 8, generator.integers(1, 30)) for _ in range(40)]
     some = [example(["".join(generator.choice(list("abcdexyz"), size)) for size in row]) for row in sizes]
     tokenizer = pieces()
     features = replace(NAMED, max_length=max_length, stride=min(stride, max_length // 2)).encode(some, tokenizer, max_length)
@@ -410,7 +414,7 @@ def encoded(count: int = 30, seed: int = 3) -> tuple[list[Example], Features]:
     generator = np.random.default_rng(seed)
     some = []
     for number in range(count):
-        spans, size = drawn(generator, apart=True)
+        spans, size = drawn(generator, KINDS)
         tagset = Tagset.of(NAMES["BIO"])
         tags = [tagset.names[tagset.ids[part]] for part in tagset.tags(spans, size)]
         some.append(example(["".join(generator.choice(list("abcd"), 3)) for _ in tags], tags, str(number)))

@@ -24,10 +24,9 @@ def add_windows(columns: Mapping[str, list[Any]], windows: Sequence[Encoding], p
 
     `labels` (words,) are `IGNORED` where a word's tag is unknown to the model. Returns how many words no token stands for.
     """
-    firsts = [_first_tokens(window, places, number > 0) for number, window in enumerate(windows)]  # (words,) each
-    room = np.stack(
-        [_room(first, window, number, len(windows)) for number, (first, window) in enumerate(zip(firsts, windows, strict=True))]
-    )
+    firsts = [_first_tokens(window, places) for window in windows]  # (words,) each
+    # tokens on the poorer side, -1 without the word; ends of the text need no care, because windows share at most their halves
+    room = np.stack([np.minimum(first, len(window.ids) - 1 - first) for first, window in zip(firsts, windows, strict=True)])
     best = room.argmax(axis=0) if len(places) else np.zeros(0, dtype=np.int64)  # (words,), the first of equal ones
     for number, (first, window) in enumerate(zip(firsts, windows, strict=True)):
         mine = np.flatnonzero((first >= 0) & (best == number))
@@ -41,8 +40,11 @@ def add_windows(columns: Mapping[str, list[Any]], windows: Sequence[Encoding], p
     return int((room.max(axis=0, initial=-1) < 0).sum())
 
 
-def _first_tokens(window: Encoding, places: Places, later: bool) -> np.ndarray:
-    """The first token of each word in a window, -1 if it has none that no earlier word has: (words,)."""
+def _first_tokens(window: Encoding, places: Places) -> np.ndarray:
+    """The first token of each word in a window, -1 if it has none that no earlier word has: (words,).
+
+    A window may begin inside a word; that one has at least as much room in the window before, which holds its first token.
+    """
     real = np.flatnonzero(~np.asarray(window.special_tokens_mask, dtype=bool))
     offsets = np.asarray(window.offsets, dtype=np.int64).reshape(-1, 2)[real]  # (tokens, 2)
     real, offsets = (part[offsets[:, 1] > offsets[:, 0]] for part in (real, offsets))
@@ -53,19 +55,9 @@ def _first_tokens(window: Encoding, places: Places, later: bool) -> np.ndarray:
     there = place < len(real)
     place = np.minimum(place, len(real) - 1)
     there &= offsets[place, 0] < ends
-    if later:  # it may begin inside a word, whose first token lies in the window before
-        there &= (place > 0) | (offsets[place, 0] <= begins)
     held = np.flatnonzero(there)
     there[held[1:][place[held[1:]] == place[held[:-1]]]] = False
     return np.where(there, real[place], -1)
-
-
-def _room(first: np.ndarray, window: Encoding, number: int, count: int) -> np.ndarray:
-    """How many tokens of text a window has on the poorer side of each word, more than any at the ends of the text; -1 for no word."""
-    size = len(window.ids)
-    left = np.where(number == 0, size, first)
-    right = np.where(number == count - 1, size, size - 1 - first)
-    return np.where(first >= 0, np.minimum(left, right), -1)
 
 
 def told_tags(outputs: Outputs, features: Features, counts: Sequence[int], nothing: int) -> list[np.ndarray]:

@@ -342,16 +342,15 @@ class Tagging(Task):
             'labels = json.loads(pathlib.Path("config.json").read_text("utf-8"))["id2label"]',
             f"tags, rooms = [{python_literal(self._nothing())}] * len(words), [-1] * len(words)",
             "row = tokenizer.encode(text)",
-            "windows = [row, *row.overflowing]",
-            "for number, window in enumerate(windows):",
+            "for window in (row, *row.overflowing):",
             "    feeds = {i.name: np.array([getattr(window, names[i.name])], np.int64) for i in session.get_inputs()}",
             '    best = session.run(["logits"], feeds)[0][0].argmax(axis=1)',
             "    tokens = [(place, *window.offsets[place]) for place in range(len(best)) if not window.special_tokens_mask[place]]",
             "    for index, (start, end) in enumerate(words):  # a word has the tag of its first token",
             "        place, begin, _ = next((token for token in tokens if token[2] > start), (0, end, 0))",
-            "        left, right = place if number else len(best), len(best) - place if window is not windows[-1] else len(best)",
-            "        if begin < end and (begin <= start or not number) and min(left, right) > rooms[index]:",
-            "            tags[index], rooms[index] = labels[str(best[place])], min(left, right)",
+            "        room = min(place, len(best) - 1 - place)  # of several windows that with the most text around it counts",
+            "        if begin < end and room > rooms[index]:",
+            "            tags[index], rooms[index] = labels[str(best[place])], room",
         ]
         if not tagset.has_spans:
             return "\n".join([*lines, "print([(start, end, tag, text[start:end]) for (start, end), tag in zip(words, tags)])"])
