@@ -18,6 +18,7 @@ from slimformer.log import Log
 from slimformer.measuring.records import Record
 from slimformer.methods.distillation import Distillation
 from slimformer.reporting.page import report
+from slimformer.reporting.verdicts import worthless
 from slimformer.reporting.words import mb_text
 from slimformer.running.fresh import Fresh
 from slimformer.running.given import moved
@@ -44,7 +45,8 @@ class Tried:
 
     Attributes:
         name: That of the recipe's file.
-        end: "kept": it was run whole; "beaten": another beats its short run in everything; "no time"; or "failed".
+        end: "kept": it was run whole; "worthless": it was, and is worse than doing nothing; "beaten": another beats its short run in
+            everything; "no time"; or "failed".
         why: In a clause.
         record: The row of its best file; None if there is none.
         minutes: How long its runs took.
@@ -155,7 +157,7 @@ def compare_recipes(
         expected = item.minutes / part
         whole = _tried(item.name, chains[item.name], place / WHOLE / item.name, left, 1.0, options, expected)
         outcome[item.name] = replace(whole, record=whole.record or item.record, minutes=whole.minutes + item.minutes)
-    if any(item.end == "kept" for item in outcome.values()):
+    if any(item.end in ("kept", "worthless") for item in outcome.values()):
         report([place / WHOLE], place)
     return Comparison(place, tuple(outcome.values()))
 
@@ -286,11 +288,14 @@ def _tried(
     if not left.allows(left.longest if expected is None else expected, share):
         return Tried(name, "no time", f"it needs some {left.longest if expected is None else expected:.0f} minutes")
     try:
-        record = run(recipe, folder, **options).record
+        result = run(recipe, folder, **options)
+        record = result.record
     except SlimformerError as error:
         return Tried(name, "failed", str(error).splitlines()[0], minutes=left.spent - begin)
     minutes = left.spent - begin
     left.longest = max(left.longest, minutes)
+    if expected is not None and worthless(record, result.records):
+        return Tried(name, "worthless", "worse than doing nothing", record, minutes)
     return Tried(name, "kept", "", record, minutes)
 
 
@@ -304,5 +309,7 @@ def _told(item: Tried) -> str:
             f"{speed.median:.1f}x at batch {batch}" for speed, batch in zip(speeds, (32, 1), strict=True) if speed
         )
         figures = ", ".join(part for part in (lost, times, f"{mb_text(item.record.size_bytes or 0)} MB") if part)
-    ended = {"kept": "", "beaten": "short run only: ", "no time": "no time left: ", "failed": "failed: "}[item.end] + item.why
+    ended = {"kept": "", "worthless": "", "beaten": "short run only: ", "no time": "no time left: ", "failed": "failed: "}[
+        item.end
+    ] + item.why
     return "; ".join(part for part in (figures, ended) if part)
