@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,12 @@ def test_a_static_student_knows_what_the_teacher_makes_of_each_piece(home: Path,
         with torch.no_grad():
             states = teacher.model.bert(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         assert torch.allclose(found[piece], states[0].mean(0), atol=1e-5)
+    padding = tmp_path / "padding"
+    shutil.copytree(home / "teacher", padding)
+    tokenizer = load_tokenizer(padding)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(padding / "tokenizer.json"))
+    assert torch.equal(alone(teacher, padding), found)
     folder = folder_of(built(home, tmp_path, "static", hidden_size=32, head_size=0), tmp_path / "out")
     table = checkpoint.load(folder).embeddings.weight.detach()
     texts = [line.split("\t")[0] for line in (home / "data" / "train.tsv").read_text().splitlines()[1:]]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from slimformer.data.tokenizer import load_tokenizer, pad_id_of
+from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
 from slimformer.data.tokenizer_files import tokenizer_text, write_tokenizer
 from slimformer.data.trimming import count_pieces
 from slimformer.errors import ModelError, RecipeError
@@ -202,8 +202,7 @@ def alone(teacher: Subject, folder: Path) -> Tensor:
     """What a teacher makes of each word piece alone: the mean of its last hidden states, special tokens included: (pieces, hidden)."""
     import torch
 
-    tokenizer = load_tokenizer(folder)
-    probe = tokenizer.encode("a")
+    probe = _probe(folder)
     own = [place for place, special in enumerate(probe.special_tokens_mask) if not special] or [0]
     before, after = probe.ids[: own[0]], probe.ids[own[-1] + 1 :]
     assert teacher.anatomy.vocabulary is not None
@@ -247,7 +246,12 @@ def rarity(folder: Path, texts: Iterable[str], size: int) -> Tensor:
 
 def _special(folder: Path) -> Iterator[int]:
     """The ids that a tokenizer puts around a text, and that of padding."""
-    tokenizer = load_tokenizer(folder)
-    probe = tokenizer.encode("a")
+    probe = _probe(folder)
     yield from (piece for piece, special in zip(probe.ids, probe.special_tokens_mask, strict=True) if special)
-    yield pad_id_of(tokenizer, folder)
+    yield pad_id_of(load_tokenizer(folder), folder)
+
+
+def _probe(folder: Path) -> Any:
+    """A text of one piece with the tokens that a tokenizer puts around it, and without padding, which many files ask for."""
+    with cutting(load_tokenizer(folder), max_length_of(folder)) as tokenizer:
+        return tokenizer.encode("a")
