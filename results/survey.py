@@ -10,8 +10,10 @@ A branch has one row first, and then its ablations; MRPC comes before SST-2.
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import Any
 
 from choosing import choosing_pages
 from pages import Run, bullets, row_times, table, wrapped
-from sweep import Job, main
+from sweep import HOME, Job, main
 from work import (
+    DATA,
     DISTIL,
     EXPORT,
     ROOT,
+    SQUAD_TEACHER,
     SST2_TEACHER,
     dense,
     folder_of,
@@ -36,6 +40,7 @@ from work import (
     ours_in,
     plain_in,
     series,
+    small_squad,
     still_to_run,
     teacher,
     write,
@@ -44,6 +49,7 @@ from work import (
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record
 from slimformer.methods.codebook import CodebookWords
+from slimformer.methods.decomposed_attention import DecomposedAttention
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.fisher import Fisher
@@ -71,11 +77,13 @@ from slimformer.training.stage import Calibrate, Stage, Train, TrimVocabulary
 TABLE = "survey"
 COMMAND = "python results/survey.py"
 BENCH = Bench(rivals=("teacher-int8",), seconds=6.0, fused=True)
-TASKS = ("mrpc", "sst2")
+EVERY = ("mrpc", "sst2")
+TASKS = (*EVERY, "squad")
 LARGE_TABLE = "e5-mrpc"
-PASSES = {"mrpc": 8.0, "sst2": 3.0}  # over the rows, all stages together
+PASSES = {"mrpc": 8.0, "sst2": 3.0, "squad": 1.0}  # over the rows, all stages together
 SUMS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)  # as sparse and factored students learn best
 HALF = 0.5 + 1e-9
+PASSAGES = "passages.json"  # what benchmarks/passages.py found, beside the rows of a model whose passages can be kept
 Stages = tuple[Stage, ...]
 
 
@@ -90,6 +98,7 @@ class Row:
     share: float = 1.0  # of the cost that is left after the first cut
     ablation: bool = False
     student: Fresh | None = None  # what is trained, if it is no copy of the dense model
+    tasks: tuple[str, ...] = EVERY
 
 
 def learnt(passes: float, *methods: Any, **changes: Any) -> Train:
@@ -144,6 +153,12 @@ def narrow_and_blocks(passes: float) -> Stages:
         closely(passes / 2, HiddenWidth(keep_hidden=0.67), freeze="nothing"),
         closely(passes / 2, KnowledgeSparse(keep=0.2, pattern="4x4")),
     )
+
+
+def apart(passes: float, layers: int, **options: Any) -> Stages:
+    """Lower layers that keep two texts apart, with the paper's two losses."""
+    methods = (DecomposedAttention(layers=layers, **options), Distillation(hidden=0.0))
+    return (replace(DISTIL, methods=methods, epochs=passes),)
 
 
 def smallest(passes: float) -> Stages:
@@ -357,6 +372,24 @@ ROWS = (
         0.7,
         ablation=True,
     ),
+    *(
+        Row(
+            "attention",
+            f"decomposed_attention-{layers}",
+            "DeFormer: 3.1 × on a GPU with kept passages, 0.8 F1 lost on SQuAD",
+            lambda passes, layers=layers: apart(passes, layers),  # type: ignore[misc]
+            tasks=("squad", "mrpc"),
+        )
+        for layers in (3, 4)
+    ),
+    Row(
+        "attention",
+        "decomposed_attention-4-outputs",
+        "the same without the distance of hidden states",
+        lambda passes: apart(passes, 4, similarity=0.0),
+        ablation=True,
+        tasks=("squad",),
+    ),
     Row(
         "compound",
         "fisher-40-blocks-20",
@@ -397,8 +430,9 @@ ROWS = (
 
 def teacher_of(task: str) -> tuple[str, str]:
     """The folder of a task's dense model, and the job that makes it, if one does."""
-    if task == "sst2":
-        return SST2_TEACHER, ""
+    tuned = {"sst2": SST2_TEACHER, "squad": SQUAD_TEACHER}
+    if task in tuned:
+        return tuned[task], ""
     job = teacher("minilm", task)
     return folder_of(job), job.folder
 
@@ -409,13 +443,24 @@ def jobs() -> tuple[Job, ...]:
     found: list[Job] = [teacher("minilm", "mrpc")]
     for task in TASKS:
         folder, needs = teacher_of(task)
-        for row in sorted(ROWS, key=lambda item: item.ablation):
+        for row in sorted((row for row in ROWS if task in row.tasks), key=lambda item: item.ablation):
             start = {"model": folder} if row.student is None else {"model": row.student, "teacher": folder}
-            recipe = Recipe(**start, task=glue(task), stages=row.stages(PASSES[task]), export=EXPORT, bench=BENCH)
-            found.append(Job(f"{TABLE}/{task}/{row.name}", recipe, row.share, needs))
+            at_hand = small_squad() if task == "squad" else glue(task)
+            recipe = Recipe(**start, task=at_hand, stages=row.stages(PASSES[task]), export=EXPORT, bench=BENCH)
+            kept = {"more": keep_passages, "files": (PASSAGES,)} if task == "squad" else {}
+            found.append(Job(f"{TABLE}/{task}/{row.name}", recipe, row.share, needs, **kept))
     large = teacher("e5", "mrpc")  # its word table is 46 % of it
     recipe = Recipe(folder_of(large), glue("mrpc"), (TrimVocabulary(),), export=EXPORT, bench=BENCH)
     return (*found, large, Job(f"{TABLE}/{LARGE_TABLE}/trim_vocabulary", recipe, needs=large.folder))
+
+
+def keep_passages(job: Job) -> None:
+    """Measures a finished model as a service that keeps passages."""
+    script, ids = ROOT / "benchmarks" / "passages.py", f"{DATA}/splits/squad-v1.1-small.json"
+    given = {"--dense": SQUAD_TEACHER, "--data": f"{DATA}/squad", "--ids": ids, "--out": str(job.scratch / PASSAGES)}
+    counts = {"--questions": "300", "--rounds": "3", "--threads": "2"}
+    options = [part for pair in (given | counts).items() for part in pair]
+    subprocess.run([sys.executable, str(script), str(job.scratch), *options], check=True, cwd=ROOT)
 
 
 # -- The page ------------------------------------------------------------------------------------------------------------------
@@ -423,8 +468,8 @@ def jobs() -> tuple[Job, ...]:
 READING = (
     "The survey compares figures of papers, which were measured on different devices, tasks and dense models. Here all rows start "
     "from one encoder (all-MiniLM-L6-v2: six layers, distilled already) and see the rows of the task equally often, all stages "
-    "together: 8 times on MRPC, 3 times on 20,000 rows of SST-2; `q8bert` twice, `early_exit` three times. `e5-mrpc` is MRPC with "
-    "e5-small, whose word table is nearly half of it.",
+    "together: 8 times on MRPC, 3 times on 20,000 rows of SST-2, once on 3,800 questions of SQuAD 1.1, where only methods for pairs of "
+    "texts have rows; `q8bert` twice, `early_exit` three times. `e5-mrpc` is MRPC with e5-small, whose word table is nearly half of it.",
     "**encoder**: the numbers of the encoder's matrices that are not 0, of those of the dense model. **MB**: the int8 file for ONNX "
     "Runtime, whole. **×**: times as fast as the dense model in fp32, both with fused operators, in ONNX Runtime, with 80 % of the "
     "rounds; of our fp32 file, of our int8 file, and of the file for [the compiled kernels](../kernels.md), which skip blocks of zeros. "
@@ -490,7 +535,32 @@ def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
         *("branch", "run", "encoder", "MB", "× batch 32, fp32", "× batch 1", "× batch 32, int8", "× batch 1"),
         *("× batch 32, kernels", "× batch 1", "lost, fp32", "lost, int8", "lost, kernels", "minutes", "the paper's claim"),
     )
-    return [f"## {task}", "", intro, "", *table(head, rows), ""]
+    return [f"## {task}", "", intro, "", *table(head, rows), "", *_kept(task)]
+
+
+def _kept(task: str) -> Iterator[str]:
+    """How fast a service is that keeps passages, for each model of a task that was measured so."""
+    for row in ROWS:
+        file = HOME / "methods" / TABLE / task / row.name / PASSAGES
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            (
+                item["name"],
+                "" if item["hits"] is None else f"{item['hits']} %",
+                "{:.2f} ({:.2f} to {:.2f})".format(item["times"], *item["spread"]),
+                *(f"{item[name]:.1f}" for name in ("p50_ms", "p95_ms")),
+                f"{100 * item['f1']:.1f}",
+                "{:+.1f} ({:+.1f} to {:+.1f})".format(item["lost"], *item["interval"]),
+            )
+            for item in found["rows"]
+        ]
+        yield from wrapped(
+            f"`{row.name}` as [a service that keeps passages](../passages.md), {found['questions']} questions one by one on "
+            f"{found['threads']} threads (`benchmarks/passages.py`); **kept**: the share of questions whose passage was computed before."
+        )
+        yield from ("", *table(("file", "kept", "× dense fp32", "p50 ms", "p95 ms", "F1", "lost"), rows), "")
 
 
 def _integers(run: Run) -> Record | None:

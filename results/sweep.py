@@ -55,7 +55,8 @@ class Job:
     share: float = 1.0
     needs: str = ""  # the folder of a job that makes this one's model
     before: Callable[[], None] | None = None  # makes the model that the recipe starts from, if it does not exist
-    more: Callable[[Job], None] | None = None  # adds rows to the ledger in `scratch`, once the run is finished
+    more: Callable[[Job], None] | None = None  # adds rows to the ledger in `scratch`, or files, once the run is finished
+    files: tuple[str, ...] = ()  # the names of such files, which are kept beside the rows
 
     @property
     def home(self) -> Path:
@@ -175,6 +176,8 @@ def _keep(job: Job) -> None:
         write_text(part / "recipe.yaml", text)
         for row in rows:
             append_record(part / LEDGER, replace(row, recipe=row.recipe and digest(text)))
+        for name in job.files:
+            write_text(part / name, (job.scratch / name).read_text(encoding="utf-8"))
 
 
 def rounds(jobs: Sequence[Job], beside: int) -> list[list[Job]]:
