@@ -47,6 +47,11 @@ def sieved(model_type="bert", sieves=SIEVES, **changes):
     return shrink(model, anatomy_of(model), Plan(junctions=sieves))
 
 
+def kept_of(share, words):
+    """How many of so many words a sieve by share keeps."""
+    return max(1, math.ceil(round(share * 10_000) * words / 10_000))
+
+
 def by_hand(sieve, received, there):
     """The words that stay, one text at a time."""
     rows = []
@@ -72,7 +77,7 @@ def test_the_words_with_most_attention_stay(sieve):
     assert torch.equal(stays, by_hand(sieve, received, there))
     assert not (stays & ~there).any()
     if sieve.threshold is None:
-        assert stays.sum(1).tolist() == [sieve.kept(count) for count in there.sum(1).tolist()]
+        assert stays.sum(1).tolist() == [kept_of(sieve.share, count) for count in there.sum(1).tolist()]
 
 
 @torch.no_grad()
@@ -133,8 +138,8 @@ def test_words_that_left_keep_their_vector_and_take_a_gradient():
         hook.remove()
     kept = [int((into != out).any(-1).sum()) for into, out in states]
     words = inputs["attention_mask"].sum(1).tolist()
-    first = [Sieve(0.7).kept(count) for count in words]
-    second = [Sieve(0.5).kept(count) for count in first]
+    first = [kept_of(0.7, count) for count in words]
+    second = [kept_of(0.5, count) for count in first]
     assert kept == [sum(first), sum(second), sum(second)]
     assert all(parameter.grad is not None for parameter in layers.parameters())
 
@@ -147,8 +152,8 @@ def test_distillation_compares_the_words_that_are_still_there():
     assert set(mine.words) == {1, 2, 3}
     assert not theirs.words
     counts = [int(mine.words[state].sum()) for state in (1, 2, 3)]
-    kept = [[Sieve(0.7).kept(count) for count in inputs["attention_mask"].sum(1).tolist()]]
-    kept.append([Sieve(0.5).kept(count) for count in kept[0]])
+    kept = [[kept_of(0.7, count) for count in inputs["attention_mask"].sum(1).tolist()]]
+    kept.append([kept_of(0.5, count) for count in kept[0]])
     assert counts == [sum(kept[0]), sum(kept[1]), sum(kept[1])]
     masks = {Tokens.SOURCE: inputs["attention_mask"].bool()}
     pair = Pair(3, 3, Tokens.SOURCE)

@@ -71,8 +71,8 @@ class Sieve:
     costs. `threshold`: a word stays if it gets so many times the attention that it would get if all words were alike, on average over
     the heads and the words that ask.
 
-    >>> Sieve(0.5).kept(5), Sieve(0.3334).kept(3)
-    (3, 2)
+    >>> Sieve(0.5).problem() is None, Sieve(1.5).problem()
+    (True, 'share is a number above 0, and at most 1')
     """
 
     share: float
@@ -90,10 +90,6 @@ class Sieve:
     def parts(self) -> int:
         """The share in `SHARE_PARTS`."""
         return max(1, round(self.share * SHARE_PARTS))
-
-    def kept(self, words: int) -> int:
-        """How many of so many words stay by the share."""
-        return max(1, -(-words * self.parts // SHARE_PARTS))
 
     def parameters(self, width: int) -> int:
         """Numbers stored: none, at any width of the hidden states."""
