@@ -447,8 +447,8 @@ def jobs() -> tuple[Job, ...]:
             start = {"model": folder} if row.student is None else {"model": row.student, "teacher": folder}
             at_hand = small_squad() if task == "squad" else glue(task)
             recipe = Recipe(**start, task=at_hand, stages=row.stages(PASSES[task]), export=EXPORT, bench=BENCH)
-            kept = {"more": keep_passages, "files": (PASSAGES,)} if task == "squad" else {}
-            found.append(Job(f"{TABLE}/{task}/{row.name}", recipe, row.share, needs, **kept))
+            job = Job(f"{TABLE}/{task}/{row.name}", recipe, row.share, needs)
+            found.append(replace(job, more=keep_passages, files=(PASSAGES,)) if task == "squad" else job)
     large = teacher("e5", "mrpc")  # its word table is 46 % of it
     recipe = Recipe(folder_of(large), glue("mrpc"), (TrimVocabulary(),), export=EXPORT, bench=BENCH)
     return (*found, large, Job(f"{TABLE}/{LARGE_TABLE}/trim_vocabulary", recipe, needs=large.folder))
