@@ -418,7 +418,7 @@ def test_a_moved_folder_asks_for_its_data_and_takes_no_others(tmp_path: Path, mo
     ("task", "message"),
     [
         ({"use": "classification", "data": "../data", "colour": "red"}, "the task classification has no option colour"),
-        ({"use": "tagging", "data": "../data"}, "names the task 'tagging', which is not installed"),
+        ({"use": "parsing", "data": "../data"}, "names the task 'parsing', which is not installed"),
         ({"use": "classification", "data": "../data", "max_length": "many"}, "max_length: .*, not 'many'"),
         ({"use": "classification", "data": "../data", "labels": 5}, "labels: .*, not 5"),
         ({"use": "classification", "data": "../data", "kind": "none"}, "kind"),

@@ -174,15 +174,15 @@ def test_nothing_is_left_of_a_file_that_disagrees(traced: Any, tmp_path: Path, m
     path.write_bytes(b"what was there before")
     lower = rewrite.lower_attentions
 
-    def wrong(graph: Any, axes: Any, fused: bool) -> int:
+    def wrong(graph: Any, *options: Any) -> int:
         for node in rewrite.markers(graph):
             node.attributes["scale"] = onnx_ir.AttrFloat32("scale", 1.0)
-        return lower(graph, axes, fused)
+        return lower(graph, *options)
 
     monkeypatch.setattr(rewrite, "lower_attentions", wrong)
     with pytest.raises(ExportError, match="the fused file differs from the model by .* on a batch of"):
         Onnx().export(traced, arrays(traced), path, Variant.FUSED)
-    monkeypatch.setattr(rewrite, "lower_attentions", lambda graph, axes, fused: lower(graph, axes, fused) - 1)
+    monkeypatch.setattr(rewrite, "lower_attentions", lambda graph, *options: lower(graph, *options) - 1)
     with pytest.raises(ExportError, match="the graph has 1 attentions, the model has 2"):
         Onnx().export(traced, arrays(traced), path, Variant.FUSED)
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
