@@ -46,7 +46,8 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
         )
     modules = dict(model.named_modules())
     if subject.anatomy.junctions:
-        what = "exits behind" if subject.anatomy.exits else "sieves for words in"
+        anatomy = subject.anatomy
+        what = "exits behind" if anatomy.exits else "sieves for words in" if anatomy.sieves else "segments that attend apart in"
         raise ExportError(
             f"the kernels compute all words in all layers, and this model has {what} some.", help="export standard files."
         )
