@@ -469,7 +469,8 @@ READING = (
     "The survey compares figures of papers, which were measured on different devices, tasks and dense models. Here all rows start "
     "from one encoder (all-MiniLM-L6-v2: six layers, distilled already) and see the rows of the task equally often, all stages "
     "together: 8 times on MRPC, 3 times on 20,000 rows of SST-2, 6 times on 3,800 questions of SQuAD 1.1, where only methods for pairs "
-    "of texts have rows; `q8bert` twice, `early_exit` three times. `e5-mrpc` is MRPC with e5-small, whose word table is nearly half of it.",
+    "of texts have rows; `q8bert` twice, `early_exit` three times. `e5-mrpc` is MRPC with e5-small, whose word table is nearly "
+    "half of it.",
     "**encoder**: the numbers of the encoder's matrices that are not 0, of those of the dense model. **MB**: the int8 file for ONNX "
     "Runtime, whole. **×**: times as fast as the dense model in fp32, both with fused operators, in ONNX Runtime, with 80 % of the "
     "rounds; of our fp32 file, of our int8 file, and of the file for [the compiled kernels](../kernels.md), which skip blocks of zeros. "
