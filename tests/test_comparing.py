@@ -168,7 +168,7 @@ def test_shapes_of_students_are_timed_and_the_fast_ones_for_their_size_are_tried
     timed = timed_shapes(home / "model", first.task, Log(None))
     assert [(shape.name, shape.config["num_attention_heads"]) for shape in timed] == [("bert-2x8", 1), ("bert-2x32", 4)]
     assert all(shape.ms > 0 for shape in timed)
-    made = _students({"first": first}, home / "model", 2, None, Log(None))
+    made = _students({"first": first}, home / "model", 2, None, Log(None), home / "out")
     assert 1 <= len(made) <= 2
     for name, item in made.items():
         assert isinstance(item.model, Fresh)
@@ -176,6 +176,8 @@ def test_shapes_of_students_are_timed_and_the_fast_ones_for_their_size_are_tried
         assert item.teacher == str(home / "model")
         assert item.stages[0].epochs == 3.0  # type: ignore[union-attr]
     _check(made)
+    monkeypatch.setattr(shapes, "WIDTHS", (0.5,))  # they are not timed again
+    assert _students({"first": first}, home / "model", 2, None, Log(None), home / "out") == made
     with pytest.raises(RecipeError, match="students are made from a model"):
         compare_recipes([first, first], home / "out", hours=1, students=2)
 

@@ -8,7 +8,6 @@ the hidden states. Nothing here changes a shape: `shrink.py` does.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, PointRole
 from slimformer.core.junction import EXIT, Exit
+from slimformer.core.passing import Line, go_before
 from slimformer.errors import PlanError
 
 if TYPE_CHECKING:
@@ -92,33 +92,13 @@ class ExitHead(nn.Module):
         return cast(Tensor, self.out(first if self.dense is None else torch.tanh(self.dense(first))))
 
 
-class _Line:
-    """Carries what exits say from their layers to the model's end; each thread has its own."""
+class _Line(Line):
+    """Carries what exits say from their layers to the model's end."""
+
+    apart: str = ""  # "apart" while `answers_apart` lasts, "turned" if hidden states come as (seq, batch, hidden) then
 
     def __init__(self) -> None:
-        self._local = threading.local()
-
-    def __deepcopy__(self, memo: Any) -> _Line:
-        return _Line()
-
-    def __reduce__(self) -> Any:
-        return _Line, ()
-
-    @property
-    def said(self) -> dict[str, tuple[Exit, Tensor]]:
-        """Layer -> its exit and what that says; in the order in which layers were computed."""
-        if not hasattr(self._local, "said"):
-            self._local.said = {}
-        return cast("dict[str, tuple[Exit, Tensor]]", self._local.said)
-
-    @property
-    def apart(self) -> str:
-        """ "apart" while `answers_apart` lasts, "turned" if hidden states come as (seq, batch, hidden) then, else ""."""
-        return getattr(self._local, "apart", "")
-
-    @apart.setter
-    def apart(self, value: str) -> None:
-        self._local.apart = value
+        self.said: dict[str, tuple[Exit, Tensor]] = {}  # layer -> its exit and what that says, in the order of the layers
 
 
 class _WithExit:
@@ -149,19 +129,6 @@ class _Choosing:
         return choose([junction for junction, _ in said], [logits for _, logits in said], last)[0]
 
 
-_classes: dict[tuple[type, type], type] = {}
-
-
-def _become(module: nn.Module, first: type) -> None:
-    """Puts `first` before the class of a module, if it is not there."""
-    base = type(module)
-    if issubclass(base, first):
-        return
-    if (first, base) not in _classes:
-        _classes[first, base] = type(base.__name__, (first, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-    module.__class__ = _classes[first, base]
-
-
 def put_exits(model: PreTrainedModel, anatomy: Anatomy, exits: Mapping[str, Exit], weights: Mapping[str, Tensor]) -> None:
     """Puts exits into layers, and lets the model's last Linear pick the answers.
 
@@ -187,9 +154,9 @@ def put_exits(model: PreTrainedModel, anatomy: Anatomy, exits: Mapping[str, Exit
             if not slot.is_meta:
                 slot.zero_() if value is None else slot.copy_(value)
         module.exit, module.line, module.layer_id = exit.train(module.training), line, layer
-        _become(module, _WithExit)
+        go_before(module, _WithExit)
     head.line = line  # type: ignore[assignment]
-    _become(head, _Choosing)
+    go_before(head, _Choosing)
 
 
 def last_linear(model: PreTrainedModel, anatomy: Anatomy) -> nn.Linear:

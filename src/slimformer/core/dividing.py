@@ -8,7 +8,6 @@ shape, and no parameter is added.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy
 from slimformer.core.apart import Apart
+from slimformer.core.passing import Line, go_before, step_back
 from slimformer.errors import PlanError
 
 if TYPE_CHECKING:
@@ -77,50 +77,30 @@ def narrowed_mask(mask: Tensor | None, segments: Tensor, dtype: torch.dtype, *, 
 # -- Modules ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Line:
-    """Carries the segments of an input from the embeddings to the layers; each thread has its own."""
+class _Line(Line):
+    """Carries the segments of an input from the embeddings to the layers."""
 
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    def __deepcopy__(self, memo: Any) -> _Line:
-        return _Line()
-
-    def __reduce__(self) -> Any:
-        return _Line, ()
-
-    @property
-    def segments(self) -> Tensor:
-        """Of the tokens that the embeddings saw last: (batch, seq)."""
-        return cast(Tensor, self._local.segments)
+    segments: Tensor  # of the tokens that the embeddings saw last: (batch, seq)
+    known: tuple[Tensor | None, Tensor] | None = None  # a mask as transformers made it, and narrowed
+    seen: dict[str, Tensor] | None = None  # where an exporter that traces the model finds SEGMENTS and MET
 
     def begin(self, segments: Tensor) -> None:
         """Notes the segments of another input."""
-        self._local.segments, self._local.masks = segments, None
+        self.segments, self.known = segments, None
         if self.seen is not None:
             self.seen[SEGMENTS] = segments
 
     def narrowed(self, mask: Tensor | None, dtype: torch.dtype, *, bools: bool) -> Tensor:
         """`narrowed_mask`, once for all layers that get the same mask."""
-        known = self._local.masks
-        if known is None or known[0] is not mask:
-            known = self._local.masks = (mask, narrowed_mask(mask, self.segments, dtype, bools=bools))
-        return cast(Tensor, known[1])
+        if self.known is None or self.known[0] is not mask:
+            self.known = (mask, narrowed_mask(mask, self.segments, dtype, bools=bools))
+        return self.known[1]
 
     def end(self, hidden: Tensor) -> None:
         """Notes the hidden states in which the segments meet, and forgets the mask, which is large."""
-        self._local.masks = None
+        self.known = None
         if self.seen is not None:
             self.seen[MET] = hidden
-
-    @property
-    def seen(self) -> dict[str, Tensor] | None:
-        """Where an exporter that traces the model finds the segments, and the hidden states in which they meet; else None."""
-        return getattr(self._local, "seen", None)
-
-    @seen.setter
-    def seen(self, value: dict[str, Tensor] | None) -> None:
-        self._local.seen = value
 
 
 class _Dividing:
@@ -155,17 +135,6 @@ class _Within:
         return output
 
 
-_classes: dict[tuple[type, type], type] = {}
-
-
-def _become(module: nn.Module, first: type) -> None:
-    """Puts `first` before the class of a module."""
-    base = type(module)
-    if (first, base) not in _classes:
-        _classes[first, base] = type(base.__name__, (first, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-    module.__class__ = _classes[first, base]
-
-
 def divide(model: PreTrainedModel, anatomy: Anatomy, layer: str, junction: Apart) -> None:
     """Lets the segments attend apart up to `layer`, and within it; PlanError for a model that cannot."""
     if model.config.model_type not in TYPES:
@@ -181,11 +150,11 @@ def divide(model: PreTrainedModel, anatomy: Anatomy, layer: str, junction: Apart
             help="the plan was made for another model.",
         )
     embeddings.names, embeddings.junction, embeddings.line, embeddings.settings = names, junction, line, model.config
-    _become(embeddings, _Dividing)
+    go_before(embeddings, _Dividing)
     for name, path in anatomy.layer_modules.items():
         module: Any = model.get_submodule(path)
         module.junction, module.line, module.settings = junction if name == layer else None, line, model.config
-        _become(module, _Within)
+        go_before(module, _Within)
         if name == layer:
             break
 
@@ -193,10 +162,8 @@ def divide(model: PreTrainedModel, anatomy: Anatomy, layer: str, junction: Apart
 def unite(model: nn.Module) -> None:
     """Takes away what `divide` did."""
     for module in model.modules():
-        if isinstance(module, (_Dividing, _Within)):
-            for name in ("names", "junction", "line", "settings"):
-                module.__dict__.pop(name, None)
-            cast(Any, module).__class__ = type(module).__mro__[2]
+        for first in (_Dividing, _Within):
+            step_back(module, first, "names", "junction", "line", "settings")
 
 
 def apart_of(module: nn.Module) -> Apart | None:

@@ -8,7 +8,6 @@ compute so by a class that goes before their own, and no hook stays on the model
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Role, heads_of
 from slimformer.core.junction import SHARE_PARTS, Sieve
+from slimformer.core.passing import Line, go_before, step_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,20 +89,14 @@ def attention_received(query: Tensor, key: Tensor, size: int, mask: Tensor | Non
 # -- Layers ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Line(threading.local):
-    """Carries from layer to layer which words are there; each thread has its own."""
+class _Line(Line):
+    """Carries from layer to layer which words are there."""
 
     off: bool = False  # all words stay, while `all_words` lasts
     there: Tensor | None = None  # (batch, seq)
-    margins: tuple[Tensor, ...] = ()
+    looks: tuple[tuple[Sieve, Tensor, Tensor], ...] = ()  # of each sieve: the attention received, and the words that came
     shares: tuple[Tensor, ...] = ()
     words: tuple[Tensor, ...] = ()  # of each layer from the first sieve on: the words that are there behind it
-
-    def __deepcopy__(self, memo: Any) -> _Line:
-        return _Line()
-
-    def __reduce__(self) -> Any:
-        return _Line, ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class _Sifted:
         if line.off:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if own.sieve_first:
-            line.there, line.margins, line.shares, line.words = _unpadded(attention_mask, hidden_states), (), (), ()
+            line.there, line.looks, line.shares, line.words = _unpadded(attention_mask, hidden_states), (), (), ()
         there = line.there
         assert there is not None, "the first of these layers has noted the words"
         mask = _narrowed(attention_mask, there, hidden_states.dtype)
@@ -135,7 +129,7 @@ class _Sifted:
             received = attention_received(query, key, asking.size, mask, weights)
             stays = own.sieve_rule(received, there)
             if isinstance(own.sieve_rule, _Keeping):
-                line.margins += (closeness(own.sieve_rule.sieve, received.detach(), there),)
+                line.looks += ((own.sieve_rule.sieve, received.detach(), there),)
             line.shares += (stays.detach().float().sum(1) / weights.detach().sum(1),)
             line.there = there = stays
         line.words += (there,)
@@ -178,24 +172,6 @@ def _narrowed(mask: Tensor | None, there: Tensor, dtype: torch.dtype) -> Tensor:
     return (summand + there.clamp(min=LEAST).log().to(dtype)[:, None, None]).clamp(min=lowest)
 
 
-_classes: dict[type, type] = {}
-
-
-def _become(module: nn.Module) -> None:
-    base = type(module)
-    if not issubclass(base, _Sifted):
-        if base not in _classes:
-            _classes[base] = type(base.__name__, (_Sifted, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-        module.__class__ = _classes[base]
-
-
-def _unbecome(module: nn.Module) -> None:
-    if isinstance(module, _Sifted):
-        module.__class__ = type(module).__mro__[2]
-        for name in ("sieve_line", "sieve_first", "sieve_rule", "sieve_asking"):
-            delattr(module, name)
-
-
 def put_sieves(model: PreTrainedModel, anatomy: Anatomy, sieves: Mapping[str, Sieve]) -> None:
     """Puts sieves into layers; `sieves`: all that the model is to have, by the ids of layers."""
     _put(model, anatomy, {layer: _Keeping(sieve) for layer, sieve in sieves.items()})
@@ -209,7 +185,7 @@ def _put(model: nn.Module, anatomy: Anatomy, rules: Mapping[str, Passing]) -> li
         module: Any = model.get_submodule(name)
         module.sieve_line, module.sieve_first, module.sieve_rule = line, not begun, rules.get(layer)
         module.sieve_asking = _asking(anatomy, layer) if layer in rules else None
-        _become(module)
+        go_before(module, _Sifted)
         begun = True
         touched.append(module)
     return touched
@@ -242,7 +218,7 @@ def sifting(model: nn.Module, anatomy: Anatomy, rules: Mapping[str, Passing]) ->
         yield
     finally:
         for module in touched:
-            _unbecome(module)
+            step_back(module, _Sifted, "sieve_line", "sieve_first", "sieve_rule", "sieve_asking")
 
 
 @contextmanager
@@ -262,7 +238,7 @@ def all_words(model: nn.Module) -> Iterator[None]:
 def latest_margins(model: nn.Module) -> Sequence[Tensor]:
     """For each sieve how close it was to another choice in the latest pass: (batch,) each."""
     line = _line_of(model)
-    return () if line is None else line.margins
+    return () if line is None else tuple(closeness(*look) for look in line.looks)
 
 
 def latest_shares(model: nn.Module) -> Sequence[Tensor]:

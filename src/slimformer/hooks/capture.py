@@ -84,7 +84,8 @@ class Recorder:
 @contextmanager
 def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) -> Iterator[Recorder]:
     """Watches `model` while the context lasts: call it, then `recorder.take(output)`. Leaves no trace on it."""
-    recorder = Recorder(state_count(anatomy), needs, partial(_words_left, model, anatomy))
+    words = partial(_words_left, model, anatomy) if anatomy.sieves else dict
+    recorder = Recorder(state_count(anatomy), needs, words)
     with ExitStack() as context:
         if Capture.HIDDEN in recorder.needs:
             for hook in _hidden_hooks(model, anatomy, recorder):

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,14 @@ class Levels:
                 continue
             if not times or not all(0 <= units <= 1e9 and 0 <= ms <= 1e9 for units, ms in times.items()):
                 raise ValueError(f"{name} must hold a time in milliseconds, from 0 on, for each number of units")
+
+    def to_data(self) -> dict[str, Any]:
+        """The table as plain data, without the groups that the model lacks.
+
+        >>> Levels(0.1, 2.0, {1: 0.25}, {8: 0.5}).to_data()
+        {'fixed_ms': 0.1, 'dense_fp32_ms': 2.0, 'heads': {1: 0.25}, 'neurons': {8: 0.5}}
+        """
+        return {name: part for name, part in asdict(self).items() if part != {}}
 
 
 @dataclass(frozen=True)

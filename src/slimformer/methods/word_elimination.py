@@ -116,9 +116,7 @@ class WordElimination(Method):
 
     def decide(self, state: State, context: Context) -> Decision:
         state = cast(_State, state)
-        state.close()
-        settle = self._by_rank if self.by == "rank" else self._by_threshold
-        plan = settle(state, context)
+        plan = self._by_rank(state, context) if self.by == "rank" else self._by_threshold(state, context)
         shares = [1.0]
         for sieve in plan.junctions.values():
             shares.append(shares[-1] * cast(Sieve, sieve).share)
@@ -128,6 +126,7 @@ class WordElimination(Method):
     def _by_rank(self, state: _State, context: Context) -> Plan:
         """The learned shares of words, to a power by which the budget is met."""
         learned = rising_cuts(state.settled(context))
+        state.close()
 
         def plan(power: float) -> Plan:
             return _plan(state.layers, steps_of([share**power for share in learned]))
@@ -137,6 +136,7 @@ class WordElimination(Method):
     def _by_threshold(self, state: _State, context: Context) -> Plan:
         """The learned thresholds, times a factor by which the budget is met on examples."""
         learned = [float(value) for value in state.thresholds()]
+        state.close()  # plans are tried on the model as it is
 
         def plan(factor: float) -> Plan:
             sieves = {layer: Sieve(1.0, factor * value) for layer, value in zip(state.layers, learned, strict=True)}
@@ -148,18 +148,20 @@ class WordElimination(Method):
         """The plan with the smallest number within the budget; the larger the number, the fewer words stay."""
         budget = self.keep * context.cost.dense
 
-        def fits(number: float) -> bool:
-            return context.cost.of(plan(number), context.anatomy) <= budget
+        def fitting(number: float) -> Plan | None:
+            made = plan(number)
+            return made if context.cost.of(made, context.anatomy) <= budget else None
 
         low, high = 0.0, 1.0
-        while not fits(high):
+        while (best := fitting(high)) is None:
             low, high = high, 2 * high
             if high > 2**20:
                 raise TargetError("the layers' thresholds never reach the budget.", help="train longer, or use by: rank.")
         for _ in range(rounds):
             middle = (low + high) / 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return plan(high)
+            made = fitting(middle)
+            low, high, best = (middle, high, best) if made is None else (low, middle, made)
+        return best
 
 
 # -- State ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +181,14 @@ class _State(State):
         self.ramped: Tensor  # how far the goal has come, 0 to 1; a buffer, so that a resumed run knows it
         self.register_buffer("ramped", torch.tensor(0.0 if method.ramp else 1.0))
         self.left: dict[str, Tensor] = {}  # in the latest pass: the share of all words that goes on behind each layer
-        self._anatomy, self._cost, self._end = context.anatomy, context.cost, method.keep
+        self._end, dense = method.keep, context.cost.dense
+        self._fixed = context.cost.fixed / dense
+        self._parts: list[
+            tuple[str, float, float]
+        ] = []  # a layer's id, and the shares of the cost of its attention and of its rest
+        for place, layer in enumerate(context.anatomy.layer_modules):
+            attention, rest = _costs_of(context, place, layer)
+            self._parts.append((layer, attention / dense, rest / dense))
         rules = {layer: self._rule(index) for index, layer in enumerate(self.layers)}
         hooks = ExitStack()
         hooks.enter_context(sifting(context.model, context.anatomy, rules))
@@ -216,16 +225,12 @@ class _State(State):
 
     def expected(self) -> Tensor:
         """The cost of the latest pass, as a share of that of all words; the scores' part is counted as if it fell no faster."""
-        total, left = self.ramped.new_tensor(self._cost.fixed), self.ramped.new_ones(())
-        names = list(self._anatomy.layer_modules)
-        curves = {name: float(curve[-1]) for name, curve in self._cost.curves.items()}
-        for place, layer in enumerate(names):
-            attention = curves.get(heads_of(layer), 0.0)
-            whole = sum(curves[site.id] for site in self._anatomy.units if site.layer == place)
+        total, left = self.ramped.new_tensor(self._fixed), self.ramped.new_ones(())
+        for layer, attention, rest in self._parts:
             total = total + attention * left
             left = self.left.get(layer, left)
-            total = total + (whole - attention) * left
-        return total / self._cost.dense
+            total = total + rest * left
+        return total
 
     def goal(self) -> Tensor:
         """Where the cost should be now."""
@@ -234,10 +239,9 @@ class _State(State):
     @torch.no_grad()
     def settled(self, context: Context) -> list[float]:
         """The mean share of all words that goes on behind each layer, over training examples."""
-        rules = {layer: self._rule(index) for index, layer in enumerate(self.layers)}
         totals, count = torch.zeros(len(self.layers), dtype=torch.float64), 0
         subject = context.subject
-        with subject.evaluating(), sifting(subject.model, context.anatomy, rules):
+        with subject.evaluating():
             for batch in context.batches(SETTLED_ON):
                 subject.model(**subject.feed(batch))
                 rows = len(batch["input_ids"])
@@ -316,3 +320,10 @@ def seen_shares(context: Context, sieves: Mapping[str, Sieve]) -> list[Sieve]:
 
 def _plan(layers: Sequence[str], steps: Sequence[float]) -> Plan:
     return Plan(junctions={layer: Sieve(step) for layer, step in zip(layers, steps, strict=True)})
+
+
+def _costs_of(context: Context, place: int, layer: str) -> tuple[float, float]:
+    """What the attention of a layer costs, and all the rest of it."""
+    curves = {site.id: float(context.cost.curves[site.id][-1]) for site in context.anatomy.units if site.layer == place}
+    attention = curves.pop(heads_of(layer), 0.0)
+    return attention, sum(curves.values())

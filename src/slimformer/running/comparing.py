@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimformer.digests import digest_files
 from slimformer.errors import RecipeError, SlimformerError, readable
+from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring.records import Record
 from slimformer.methods.distillation import Distillation
@@ -27,7 +29,7 @@ from slimformer.running.preflight import preflight
 from slimformer.running.reader import read_recipe
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.runner import run
-from slimformer.running.shapes import timed_shapes, worth_trying
+from slimformer.running.shapes import StudentShape, timed_shapes, worth_trying
 from slimformer.running.students import check_student
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
@@ -137,7 +139,7 @@ def compare_recipes(
     place, begin = Path(out), clock()
     chains = _named(recipes, model, data)
     if students:
-        chains |= _students(chains, model, students, threads, log or Log(None))
+        chains |= _students(chains, model, students, threads, log or Log(None), place)
     if len(chains) < 2:
         raise RecipeError("there is nothing to compare: name two recipes or more.", help="slimformer run is for one.")
     _check(chains)
@@ -230,9 +232,12 @@ def _named(recipes: Sequence[Recipe | str | Path], model: str | Path | None, dat
 
 
 def _students(
-    chains: Mapping[str, Recipe], model: str | Path | None, count: int, threads: int | None, log: Log
+    chains: Mapping[str, Recipe], model: str | Path | None, count: int, threads: int | None, log: Log, place: Path
 ) -> dict[str, Recipe]:
-    """Recipes for students of a model, which see the rows as often as the longest of the recipes lets its model see them."""
+    """Recipes for students of a model, which see the rows as often as the longest of the recipes lets its model see them.
+
+    Their shapes are timed once and noted in `place`: timed anew, others could be chosen when the comparison resumes.
+    """
     if model is None or not chains:
         raise RecipeError("students are made from a model, for the task of a recipe: name both.", help="say --model ./my-bert.")
     first = next(iter(chains.values()))
@@ -240,7 +245,13 @@ def _students(
     passes = max(sum(stage.epochs for stage in item.stages if isinstance(stage, Train)) for item in chains.values()) or 1.0
     answers = Train(methods=(Distillation(hidden=0.0),), lr=4e-4, epochs=passes, task_weight=0.1, dropout=False)
     kind = checkpoint.base_type(checkpoint.read_config(teacher))
-    shapes = worth_trying(timed_shapes(teacher, first.task, log, threads=threads), count)
+    place.mkdir(parents=True, exist_ok=True)
+    timed = remembered(
+        place / f"shapes-{digest_files([teacher])}.json",
+        lambda: timed_shapes(teacher, first.task, log, threads=threads),
+        list[StudentShape],
+    )
+    shapes = worth_trying(timed, count)
     log.say("students: " + ", ".join(f"{shape.name} ({shape.ms:.2f} ms a text)" for shape in shapes))
     return {
         shape.name: replace(first, model=Fresh(kind, config=dict(shape.config)), teacher=str(teacher), stages=(answers,))

@@ -6,9 +6,7 @@ made on a large one: `run` then shares out the budget by the small machine's tim
 
 from __future__ import annotations
 
-import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 from slimformer.files import write_text
@@ -64,8 +62,4 @@ def write_levels(levels: Levels, file: Path, model: str, threads: int | None) ->
         "# Milliseconds of a text at batch 32 in int8, by heads or neurons that are left; for `latency:` in a recipe.",
         f"# model: {model}; machine: {machine.cpu}, {threads or cores()} of {machine.cores} cores, {machine.os}",
     ]
-    parts = json.loads(json.dumps({name: part for name, part in asdict(levels).items() if part != {}}))
-    parts = {
-        name: {int(units): ms for units, ms in part.items()} if isinstance(part, dict) else part for name, part in parts.items()
-    }
-    write_text(file, "\n".join([*head, yaml.safe_dump(parts, sort_keys=False)]))
+    write_text(file, "\n".join([*head, yaml.safe_dump(levels.to_data(), sort_keys=False)]))

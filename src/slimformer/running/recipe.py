@@ -217,7 +217,7 @@ class Recipe:
         if self.seed != 17:
             data["seed"] = self.seed
         if self.latency is not None:
-            data["latency"] = {name: part for name, part in asdict(self.latency).items() if part != {}}
+            data["latency"] = self.latency.to_data()
         return data
 
     def seen_from(self, folder: Path) -> Recipe:
