@@ -20,6 +20,7 @@ from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
 from slimformer.core.sieving import all_words, latest_shares, sifting, surviving
 from slimformer.errors import ExportError, PlanError, TargetError
+from slimformer.exporters._onnx import sieves as cutting
 from slimformer.exporters.base import Variant
 from slimformer.exporters.kernels import Kernels
 from slimformer.exporters.onnx import Onnx
@@ -295,6 +296,20 @@ def test_files_give_the_numbers_of_the_model(case, tmp_path):
         feed = {item.name: others.get(item.name, np.zeros_like(others["input_ids"])) for item in session.get_inputs()}
         for name, got in zip(outputs, session.run(list(outputs), feed), strict=True):
             np.testing.assert_allclose(got, expected[name].numpy(), atol=2e-4)
+
+
+def test_a_model_that_trains_is_exported_as_it_answers(tmp_path):
+    small = sieved(hidden_dropout_prob=0.5).train()
+    artifact = Onnx().export(small, arrays(small), tmp_path / "model.onnx", Variant.FLOAT)
+    assert artifact.max_difference < 1e-4
+    assert small.training
+
+
+def test_a_file_that_no_input_can_prove_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cutting, "TOO_CLOSE", math.inf)
+    with pytest.raises(ExportError, match="nothing can prove the file"):
+        Onnx().export(sieved(), arrays(sieved()), tmp_path / "model.onnx", Variant.FLOAT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_computes_only_the_words_that_are_left(tmp_path):

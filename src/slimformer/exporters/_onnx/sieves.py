@@ -19,10 +19,10 @@ import torch
 
 from slimformer.core.junction import SHARE_PARTS, Sieve
 from slimformer.core.sieving import FIRST, latest_margins
+from slimformer.errors import ExportError
 from slimformer.exporters._onnx.graph import CUT, Editor, Unexpected, ancestors, light_values, rank_of, required, turned_values
-from slimformer.exporters._onnx.parity import GraphOutputs, fill_inputs
+from slimformer.exporters._onnx.parity import GraphOutputs
 from slimformer.exporters.base import Arrays
-from slimformer.families.base import Subject
 
 END = f"{CUT}end"  # the hidden states that the head reads
 MASK = "attention_mask"
@@ -258,17 +258,24 @@ def _all_again(levels: Sequence[_Level], cuts: Sequence[_Cut], end: ir.Value) ->
 # -- Proving it ------------------------------------------------------------------------------------------------------------------
 
 
+def sure_rows(model: Any) -> np.ndarray:
+    """In which rows of the latest pass of a model with sieves the last bits do not decide which words stay: (batch,) of booleans."""
+    return torch.stack(list(latest_margins(model))).amin(0).cpu().numpy() > TOO_CLOSE
+
+
 def without_close_calls(
-    subject: Subject, batches: Sequence[Arrays], reference: Sequence[GraphOutputs]
+    batches: Sequence[Arrays], reference: Sequence[GraphOutputs], sure: Sequence[np.ndarray]
 ) -> tuple[list[Arrays], list[GraphOutputs]]:
-    """Batches and the model's outputs for them without the rows in which the last bits decide which words stay."""
+    """Batches and the model's outputs for them with the rows that `sure_rows` told of each; ExportError if there are none."""
     some: list[Arrays] = []
     expected: list[GraphOutputs] = []
-    for batch, outputs in zip(batches, reference, strict=True):
-        with torch.no_grad():
-            subject.model(**subject.feed(fill_inputs(subject.inputs, batch)))
-        sure = torch.stack(list(latest_margins(subject.model))).amin(0).cpu().numpy() > TOO_CLOSE
-        if sure.any():
-            some.append({name: np.asarray(values)[sure] for name, values in batch.items()})
-            expected.append({name: values[sure] for name, values in outputs.items()})
+    for batch, outputs, rows in zip(batches, reference, sure, strict=True):
+        if rows.any():
+            some.append({name: np.asarray(values)[rows] for name, values in batch.items()})
+            expected.append({name: values[rows] for name, values in outputs.items()})
+    if not some:
+        raise ExportError(
+            "in every input some words get so nearly the same attention that nothing can prove the file.",
+            help="give export() more inputs.",
+        )
     return some, expected
