@@ -19,13 +19,14 @@ from slimformer.core.junction import Exit, Sieve, junction_from_data
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
 from slimformer.core.sieving import all_words, latest_shares, sifting, surviving
-from slimformer.errors import ExportError, PlanError, TargetError
+from slimformer.errors import ExportError, ModelError, PlanError, TargetError
 from slimformer.exporters._onnx import sieves as cutting
 from slimformer.exporters.base import Variant
 from slimformer.exporters.kernels import Kernels
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture
+from slimformer.measuring.profile import Texts, check_profiled
 from slimformer.methods.base import Progress, Step
 from slimformer.methods.distillation import Pair, hidden_distance
 from slimformer.methods.early_exit import EarlyExit
@@ -402,6 +403,11 @@ def test_other_models_are_refused():
         sieve_layers(anatomy_of(sieved()), None)
     with pytest.raises(ExportError, match="sieves"):
         Kernels().check("bert", branches=True)
+
+
+def test_a_model_with_sieves_is_not_profiled():
+    with pytest.raises(ModelError, match="exits or sieves"):
+        check_profiled(subject_of(sieved()), [Texts(1, 8)])
 
 
 def test_stages_that_undo_it_are_refused():

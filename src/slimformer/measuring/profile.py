@@ -131,7 +131,7 @@ def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
             f"{type(subject.model).__name__} has no layers to tell apart.",
             help="leave --profile out: `bench` times the whole model.",
         )
-    if subject.anatomy.exits:
+    if subject.anatomy.exits or subject.anatomy.sieves:
         raise ModelError(
             "a model with exits or sieves computes other parts of each text, and a profile is of all layers.",
             help="profile the model as it was before it got them.",

@@ -85,7 +85,7 @@ class DecomposedAttention(Method):
                 f"decomposed_attention cannot divide this model: {why}.", help="start from an encoder, such as a BERT."
             )
         if anatomy.junctions:
-            why = "its segments attend apart already" if anatomy.meeting else "it has exits"
+            why = "its segments attend apart already" if anatomy.meeting else "it has exits or sieves"
             raise TargetError(
                 f"decomposed_attention cannot divide this model: {why}.", help="start from the model before that."
             )
