@@ -75,6 +75,7 @@ NEEDS = (
         ("static", "bilstm", "cnn"),
     ),
     Need("several depths of one training", "[layer_drop](methods.md#layer_drop), then `layers`", ("layer_drop",)),
+    Need("several widths and depths of one training", "[elastic](methods.md#elastic), then `leading`", ("elastic-30",)),
     Need(
         "a word table that is most of the file",
         "[trim_vocabulary](methods.md#trim_vocabulary); then codes",

@@ -378,6 +378,7 @@ METHODS = [
     ({"use": "gates"}, "gates works on layers: leave it out"),
     ({"use": "theseus", "keep": 0.5}, "theseus works on layers"),
     ({"use": "layer_drop"}, "layer_drop works on layers"),
+    ({"use": "elastic"}, "elastic works on layers"),
     ({"use": "shared_layers"}, "shared_layers works on layers"),
     ({"use": "early_exit"}, "early_exit works on layers"),
     ({"use": "weight_squeezing"}, "weight_squeezing works on layers"),

@@ -110,6 +110,19 @@ LayerNumbers = Annotated[
         ((), (0,), (2, 1), (1.5,), "?"),
     ),
 ]
+FallingShares = Annotated[
+    tuple[float, ...],
+    Rule(
+        "shares above 0 and at most 1, falling",
+        lambda value: (
+            isinstance(value, tuple)
+            and bool(value)
+            and all(_is(item, Real) and 1e-6 <= item <= 1 for item in value)
+            and list(value) == sorted(set(value), reverse=True)
+        ),
+        ((), (0.5, 1.0), (1.0, 1.0), (1.1,), (0.0,), (math.nan,), "?", None),
+    ),
+]
 # numpy and torch take such seeds.
 Seed = Annotated[int, whole_number("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32, -1, 2**32)]
 Points = Annotated[float, real_number("from 0 to 100", lambda value: 0 <= value <= 100, -0.1, 100.1)]  # of a metric
