@@ -22,6 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from slimformer.cli import prefer_environment
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
@@ -153,7 +156,11 @@ def _finish(job: Job, wait_seconds: float) -> bool:
     begin = time.monotonic()
     print(f"== {job.folder}", flush=True)
     try:
-        if not (job.scratch / LEDGER).is_file():
+        finished = (job.scratch / LEDGER).is_file()
+        if finished and _stages_in(job.scratch) != job.recipe.to_data()["stages"]:
+            print(f"   failed: {job.scratch} holds a finished run of other stages; move it away.", flush=True)
+            return False
+        if not finished:
             if job.before is not None:
                 job.before()
             command = f"slimformer run results/methods/{job.folder}/recipe.yaml"
@@ -167,6 +174,10 @@ def _finish(job: Job, wait_seconds: float) -> bool:
         _keep(job)
         print(f"   {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
     return True
+
+
+def _stages_in(folder: Path) -> Any:
+    return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["stages"]
 
 
 def _keep(job: Job) -> None:
