@@ -373,6 +373,19 @@ ROWS = (
     ),
     Row(
         "dynamic inference",
+        "early_exit-three",
+        "the same with exits behind three layers alone, each of one matrix",
+        lambda passes: (
+            Train(
+                methods=(EarlyExit(confidence="entropy", max_loss=0.5, lr=5e-4, layers=(2, 3, 4), head="linear"),),
+                lr=4e-5,
+                epochs=min(3.0, passes),
+            ),
+        ),
+        ablation=True,
+    ),
+    Row(
+        "dynamic inference",
         "word_elimination-40",
         "PoWER-BERT: 2.4 × on a GPU with SST-2, up to 4.5 × elsewhere, 1 point lost",
         lambda passes: fewer_words(passes, WordElimination(keep=0.4)),

@@ -6,8 +6,11 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +43,22 @@ def seeded() -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data in memory is kept in a folder of the tests, not in the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_rounds() -> Iterator[None]:
+    """What is measured within seconds by the real clock ends after the fewest rounds: no test asks for exact times."""
+    from slimformer.measuring import timing
+
+    run = timing._Race.run
+
+    def fewest(race: timing._Race, rounds: timing.Rounds) -> Any:
+        real = race.clock is time.perf_counter and rounds.seconds is not None
+        return run(race, replace(rounds, count=min(rounds.count, rounds.least)) if real else rounds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing._Race, "run", fewest)
+        yield
 
 
 @pytest.fixture
