@@ -281,7 +281,10 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         }
         task = replace(task, data=texts)
         recipe = replace(recipe, model=replace(recipe.model, vocabulary=290))
-    teacher = "shallow" if isinstance(recipe.model, Fresh) else "teacher"
+    own = isinstance(recipe.model, Fresh) and recipe.model.use == "bert"
+    if own:
+        recipe = replace(recipe, model=replace(recipe.model, vocabulary=130))
+    teacher = "shallow" if isinstance(recipe.model, Fresh) and not own else "teacher"
     recipe = replace(recipe, task=task, teacher=str(hub / teacher) if recipe.teacher else None)
     with given_models(recipe, None, tmp_path) as given:
         preflight(given)

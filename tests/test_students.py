@@ -24,6 +24,7 @@ from slimformer.exporters.base import FILES, Variant
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.measuring.profile import Texts, check_profiled
+from slimformer.methods.shared_projections import directions
 from slimformer.reporting.ledger import read_facts, read_records
 from slimformer.running.fresh import Fresh
 from slimformer.running.given import given_models
@@ -32,7 +33,7 @@ from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run, train_stages
 from slimformer.running.search import compress
-from slimformer.running.students import RARE, alone, directions, rarity, reduced
+from slimformer.running.students import RARE, alone, rarity, reduced
 from slimformer.saving import checkpoint
 from slimformer.tasks import Classification
 
@@ -420,7 +421,7 @@ def test_sizes_that_make_no_student_leave_nothing(home: Path, tmp_path: Path, us
     ("model", "said"),
     [
         ({"use": "sttaic"}, "did you mean 'static'"),
-        ({"use": "static", "vocabulary": 500}, "a student reads with its teacher's tokenizer"),
+        ({"use": "static", "vocabulary": 0}, "vocabulary must be from 1 to a billion"),
         ({"use": "static", "config": {"layers": 2}}, "config.layers: unknown field of a static config"),
         ({"use": "cnn", "config": {"widths": ["?", None]}}, "config.widths: must be a number"),
         ({"use": "static"}, "a static is made from a teacher, and the recipe names no `teacher:`"),

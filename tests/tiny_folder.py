@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,33 @@ def write_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def write_model(folder: Path, *, trained: bool = True, bare: bool = False, **changes: Any) -> Path:
-    """A BERT of hidden size 32 that tells LABELS apart (if `trained`), or only its encoder without a head (if `bare`)."""
+def write_pieces(folder: Path) -> Any:
+    """The same as a WordPiece in lower case: the words, and letters to split others into."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    words = write_tokenizer(folder)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    known = dict.fromkeys([*sorted(words.get_vocab(), key=words.token_to_id), *letters, *(f"##{letter}" for letter in letters)])
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = words.post_processor
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def write_model(
+    folder: Path, *, trained: bool = True, bare: bool = False, words: Callable[[Path], Any] = write_tokenizer, **changes: Any
+) -> Path:
+    """A BERT of hidden size 32 that tells LABELS apart (if `trained`), or only its encoder without a head (if `bare`).
+
+    `words` writes its tokenizer.
+    """
     import torch
 
     from slimformer.testing.tiny import tiny
 
-    tokenizer = write_tokenizer(folder)
+    tokenizer = words(folder)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
     shape = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "num_labels": 2, "hidden_dropout_prob": 0.0}
     model = tiny("bert", **(shape | {"attention_probs_dropout_prob": 0.0} | names | changes))

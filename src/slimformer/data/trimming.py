@@ -260,12 +260,12 @@ def _cut(data: dict[str, Any], vocabulary: _Vocabulary, place: Mapping[str, int]
         item["id"] = place[item["content"]]
     if data.get("added_tokens"):
         data["added_tokens"].sort(key=lambda item: item["id"])
-    for holder, key in _id_places(data):
+    for holder, key in id_places(data):
         holder[key] = moved.get(holder[key], 0)  # what no token has is never used
     return data
 
 
-def _id_places(data: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+def id_places(data: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Where a tokenizer.json names ids outside its vocabulary: a list or mapping, and the place in it."""
     if isinstance(data.get("padding"), dict) and isinstance(data["padding"].get("pad_id"), int):
         yield data["padding"], "pad_id"
@@ -277,7 +277,7 @@ def _id_places(data: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _ids_in(data: Mapping[str, Any]) -> set[int]:
-    return {holder[key] for holder, key in _id_places(data)}
+    return {holder[key] for holder, key in id_places(data)}
 
 
 # -- Small parts ---------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ class Context:
     generator: torch.Generator
     teacher_plan: Plan = field(default_factory=Plan)  # cut of the teacher before, in original numbering
     held: Held | None = None  # None if there are no validation examples
+    tokenizers: tuple[str, str] | None = None  # the tokenizer.json of model and teacher, if each has its own
     memo: dict[str, Any] = field(default_factory=dict)  # found once in this run, under a key that names all it depends on
 
     @property
@@ -139,6 +140,7 @@ class Step:
     teacher: Captured | None
     progress: Progress
     task: Task
+    read: Batch | None = None  # the same rows as the teacher reads them; None if it reads `batch`
 
 
 class State(nn.Module):
@@ -195,6 +197,10 @@ class Method(ABC):
 
     def problem(self, task: Task) -> str | None:
         """Why the method cannot work for a task, in a clause; None if it can. Asked before anything runs."""
+        return None
+
+    def mismatch(self, mine: Anatomy, theirs: Anatomy) -> str | None:
+        """Why the method cannot work for a model and its teacher, in a clause; None if it can. Asked before anything runs."""
         return None
 
     def attach(self, context: Context) -> State:

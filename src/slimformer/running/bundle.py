@@ -35,6 +35,7 @@ class Bundle:
         whole: The bundle before its vocabulary was cut, with the teacher as its student; None if it was not. Student and teacher of
             this one have the same vocabulary.
         vocabulary: What was cut of the vocabulary, and what that does to the dev texts.
+        read: The data as the teacher's own tokenizer splits them; None if the teacher reads what the model does.
 
     Example:
         >>> from slimformer import Bundle, Plan
@@ -57,6 +58,7 @@ class Bundle:
     ranges: Ranges | None = None
     whole: Bundle | None = None
     vocabulary: VocabularyFacts | None = None
+    read: Material | None = None
 
     def digest(self) -> str:
         """Names student and teacher, what was cut of them, the task, and what its rows hold, dev left out.
@@ -75,12 +77,15 @@ class Bundle:
             12
         """
         models = (fixed_digest(self.subject.model), fixed_digest(self.teacher.model))
-        return digest(*models, self.plan.digest(), self.teacher_plan.digest(), repr(self.material.task), self.material.digest)
+        names = (self.plan.digest(), self.teacher_plan.digest(), repr(self.material.task), self.material.digest)
+        return digest(*models, *names, *([] if self.read is None else [self.read.digest]))
 
     @property
     def uncut(self) -> Bundle:
-        """The bundle with the teacher in the place of the student, and the whole vocabulary; every rival starts from it."""
-        return self.whole or replace(self, subject=self.teacher, plan=self.teacher_plan, ranges=None)
+        """The bundle with the teacher in the place of the student, and its own vocabulary; every rival starts from it."""
+        return self.whole or replace(
+            self, subject=self.teacher, plan=self.teacher_plan, ranges=None, material=self.read or self.material, read=None
+        )
 
 
 @dataclass(frozen=True)

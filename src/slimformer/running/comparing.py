@@ -276,7 +276,9 @@ def _check(chains: Mapping[str, Recipe]) -> None:
         try:
             if isinstance(recipe.model, Fresh):  # it is built when it runs
                 assert recipe.teacher is not None, "Recipe asks for one"
-                check_student(recipe.model.use, local_folder(recipe.teacher), recipe.task, recipe.stages)
+                check_student(
+                    recipe.model.use, local_folder(recipe.teacher), recipe.task, recipe.stages, recipe.model.vocabulary
+                )
             else:
                 preflight(recipe)
         except SlimformerError as error:

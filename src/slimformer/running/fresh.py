@@ -41,7 +41,8 @@ class Fresh:
         use: A type of model that writes a text for a text ("marian", "bart", "mbart" or "t5"), a student without layers ("static",
             "bilstm" or "cnn"), or the type of the teacher, such as "bert".
         vocabulary: Tokens of the vocabulary of a model that writes, 8000 by default, which the texts that are read and those that are
-            written share. It is trained on both. A student reads with its teacher's tokenizer.
+            written share. It is trained on both. A student reads with its teacher's tokenizer, unless it gets so many word pieces
+            of its own here: these are trained on the texts of the task, and the teacher goes on reading its own.
         config: Fields of the config of that type. It has sizes for all others; a student of the teacher's type has the teacher's.
 
     Raises:
@@ -73,8 +74,6 @@ class Fresh:
         if self.use not in kinds:
             yield f"use: '{self.use}' cannot be built; {nearest(self.use, kinds)}"
             return
-        if self.is_student and self.vocabulary is not None:
-            yield "vocabulary: a student reads with its teacher's tokenizer; leave it out"
         family_of(self.use).model_class("")
         usual = transformers.AutoConfig.for_model(self.use).to_dict() | {"attn_implementation": None}
         for name, value in self.config.items():
@@ -109,7 +108,7 @@ class Fresh:
             self._write_writer(task, seed, folder)
             return
         assert teacher is not None, "a recipe with a student names its teacher"
-        write_student(self.use, self.config, task, teacher, seed, folder, stages)
+        write_student(self.use, self.config, task, teacher, seed, folder, stages, vocabulary=self.vocabulary)
 
     def _write_writer(self, task: Task, seed: int, folder: Path) -> None:
         """A model that writes, with random weights and a vocabulary of its own."""

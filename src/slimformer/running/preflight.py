@@ -17,12 +17,12 @@ from slimformer.core.apart import Apart
 from slimformer.core.junction import Exit, Sieve
 from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
-from slimformer.data.tokenizer_files import OTHER_FORMS
 from slimformer.errors import ModelError, RecipeError, nearest, shown
 from slimformer.families.base import family_of, subject_of
 from slimformer.hooks.capture import Capture
 from slimformer.registry import name_of
 from slimformer.running.order import conflicts, leading_stages
+from slimformer.running.readings import reads_otherwise, refuse_strange_ids
 from slimformer.running.recipe import Recipe
 from slimformer.running.stages import refuse_cuts
 from slimformer.running.students import check_stages
@@ -75,7 +75,10 @@ def preflight(recipe: Recipe) -> Checked:
             help="put a stage '- train: {epochs: 3}' first, or name a tuned `teacher:`.",
         )
     if teacher is not None:
-        _check_teacher(teacher, source, recipe.task)
+        _check_teacher(teacher, recipe)
+        if reads_otherwise(teacher, source):
+            refuse_strange_ids(task, recipe.stages)
+        _check_pair(source, teacher, recipe)
     training = [stage for stage in recipe.stages if isinstance(stage, Train)]
     for stage in training:
         check_trackers(stage.trackers)
@@ -205,9 +208,9 @@ def _check_pretraining(recipe: Recipe, teacher: Path) -> None:
         raise RecipeError(f"the stages do not suit the task {name_of(task)}.", facts=wrong, help="correct them.")
 
 
-def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
-    """ModelError or DataError if a teacher is no model for this task, or reads other token ids than the model."""
-    config = checkpoint.model_config(teacher)
+def _check_teacher(teacher: Path, recipe: Recipe) -> None:
+    """ModelError or DataError if a teacher is no model for this task."""
+    task, config = recipe.task, checkpoint.model_config(teacher)
     if not checkpoint.is_tuned(teacher, task.auto_class) and not task.pretraining:
         kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
         raise ModelError(
@@ -217,15 +220,19 @@ def _check_teacher(teacher: Path, source: Path, task: Task) -> None:
             help="name a teacher that was tuned for this task.",
         )
     task.bind(config)
-    if not any((teacher / name).is_file() for name in ("tokenizer.json", *OTHER_FORMS)):
-        return  # the sizes of the vocabularies are compared when it is loaded
-    mine, theirs = (load_tokenizer(folder).get_vocab() for folder in (source, teacher))
-    if mine != theirs:
-        differing = sum(theirs.get(token) != index for token, index in mine.items())
-        raise ModelError(
-            f"the teacher {teacher} has another tokenizer than the model {source}: {differing:,} of {len(mine):,} tokens have another "
-            "id there, or none.",
-            help="teacher and student must read the same token ids.",
+
+
+def _check_pair(source: Path, teacher: Path, recipe: Recipe) -> None:
+    """RecipeError if a method cannot work for this model with this teacher."""
+    methods = [(number, method) for number, stage in enumerate(recipe.stages) for method in stage.methods]
+    if not any(method.effects().needs_teacher for _, method in methods):
+        return
+    mine, theirs = (subject_of(checkpoint.skeleton(folder, recipe.task.auto_class)).anatomy for folder in (source, teacher))
+    problems = [(number, method, method.mismatch(mine, theirs)) for number, method in methods]
+    facts = [f"stages[{number}]: {name_of(method)}: {why}" for number, method, why in problems if why]
+    if facts:
+        raise RecipeError(
+            "the model does not suit its teacher.", facts=facts, help="give it another shape, or another teacher."
         )
 
 

@@ -15,6 +15,7 @@ from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.order import leading_stages
 from slimformer.running.preflight import Checked, trained_marks
+from slimformer.running.readings import reads_otherwise
 from slimformer.running.stages import advance, torch_outputs
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split, Task
@@ -54,9 +55,15 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
     recipe, source, stages = checked.recipe, checked.source, checked.recipe.stages
     student, material = first.subject, first.material
     if checked.teacher is not None:
-        teacher = _teacher(checked.teacher, student, material.task, run.seed)
-        _check_model(teacher, material, run.log)
-        return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher)), stages
+        read = prepare(material.task, checked.teacher) if reads_otherwise(checked.teacher, source) else None
+        teacher = _teacher(checked.teacher, None if read else student, material.task, run.seed)
+        _check_model(teacher, read or material, run.log)
+        if read is not None:
+            tokens = [int(rows.lengths().sum()) for rows in (material.features[Split.TRAIN], read.features[Split.TRAIN])]
+            run.log.say(
+                f"model and teacher have tokenizers of their own: {tokens[0] / max(1, tokens[1]):.2f} times as many tokens."
+            )
+        return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher), read=read), stages
     lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
     config, marks = checkpoint.model_config(source), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
@@ -103,9 +110,12 @@ def _settle_texts(subject: Subject, material: Material, log: Log) -> None:
     log.say(f"texts are written on {count}, with at most {limit} tokens, as its generation_config has it.")
 
 
-def _teacher(folder: Path, student: Subject, task: Task, seed: int) -> Subject:
+def _teacher(folder: Path, student: Subject | None, task: Task, seed: int) -> Subject:
+    """The teacher; ModelError if it has another vocabulary than `student`, whose ids it is to read."""
     task.bind(checkpoint.model_config(folder))
     teacher = checkpoint.load_as(folder, task.auto_class, task.configure(), seed)
+    if student is None:
+        return subject_of(teacher)
     mine, theirs = student.model.config.vocab_size, teacher.config.vocab_size
     if mine != theirs:
         raise ModelError(

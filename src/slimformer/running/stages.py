@@ -28,6 +28,7 @@ from slimformer.data.augmentation import augment_rows
 from slimformer.data.batching import collate, epoch_order, sorted_by_length
 from slimformer.data.material import Material, encode_text, spaced_rows, subset, unlabelled
 from slimformer.data.tokenizer import load_tokenizer
+from slimformer.data.tokenizer_files import tokenizer_text
 from slimformer.digests import digest, digest_files
 from slimformer.errors import PlanError, RecipeError
 from slimformer.families.base import Subject, subject_of
@@ -179,7 +180,9 @@ def training_of(stage: Train, bundle: Bundle, run: Run) -> Training:
                 setattr(module, name, 0.0)
     budgets = [method.cost for method in stage.methods if method.effects().chooses]
     context = context_of(bundle, run, replace(bundle.subject, model=model), budgets[0] if budgets else "macs")
-    return Training(context, training_rows(stage, bundle, run), stage, run.seed)
+    rows = training_rows(stage, bundle, run)
+    read = None if bundle.read is None else training_rows(stage, replace(bundle, material=bundle.read, read=None), run)
+    return Training(context, rows, stage, run.seed, read)
 
 
 def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:
@@ -278,6 +281,9 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
         generator=torch.Generator().manual_seed(run.seed),
         held=held_of(student, bundle.material),
         memo=run.memo,
+        tokenizers=None
+        if bundle.read is None
+        else (tokenizer_text(bundle.material.source), tokenizer_text(bundle.read.source)),
     )
 
 

@@ -1,4 +1,7 @@
-"""Makes a student of any kind from its teacher, before anything trains it: what can be taken over is, and the tokenizer is the teacher's.
+"""Makes a student of any kind from its teacher, before anything trains it: what can be taken over is.
+
+The tokenizer is the teacher's, or has a smaller vocabulary, trained on the texts of the task: a piece that the teacher knows then begins
+with the teacher's row of it, and any other with the mean of the rows that it is made of.
 
 A transformer of the teacher's type takes its tensors of equal shape, from layers spread evenly over the teacher's (Turc et al. 2019 and
 DistilBERT begin so), and its tables in the directions in which the word table varies most. A student without layers gets word vectors:
@@ -10,17 +13,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from slimformer.data.retraining import check_retrainable, descent, retrain_tokenizer, shared_pieces
 from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
-from slimformer.data.tokenizer_files import tokenizer_text, write_tokenizer
+from slimformer.data.tokenizer_files import named_tokens, parsed_tokenizer, tokenizer_text, write_tokenizer
 from slimformer.data.trimming import count_pieces
 from slimformer.errors import ModelError, RecipeError
 from slimformer.families.base import Subject, family_of, subject_of
 from slimformer.hooks.capture import Capture
 from slimformer.methods.distillation import Distillation, partners
+from slimformer.methods.shared_projections import directions, inherited
 from slimformer.registry import name_of
+from slimformer.running.readings import refuse_strange_ids
 from slimformer.saving import checkpoint
 from slimformer.saving.building import without_bars
 from slimformer.saving.heads import parts_for
@@ -37,7 +44,7 @@ _PIECES_AT_ONCE = 1024
 _log = logging.getLogger(__name__)
 
 
-def check_student(use: str, teacher: Path, task: Task, stages: Sequence[Stage]) -> None:
+def check_student(use: str, teacher: Path, task: Task, stages: Sequence[Stage], vocabulary: int | None = None) -> None:
     """RecipeError or ModelError if no such student can be made for the task, or if a stage asks for what it has not."""
     family, theirs = family_of(use), checkpoint.base_type(checkpoint.read_config(teacher))
     if family.classes == "transformers" and use != theirs:
@@ -52,6 +59,9 @@ def check_student(use: str, teacher: Path, task: Task, stages: Sequence[Stage]) 
         )
     if family.classes != "transformers":
         check_stages(use, stages)
+    if vocabulary is not None:
+        check_retrainable(tokenizer_text(teacher))
+        refuse_strange_ids(task, stages)
 
 
 def refuse_student(folder: Path) -> None:
@@ -86,22 +96,32 @@ def check_stages(kind: str, stages: Sequence[Stage]) -> None:
 
 
 def write_student(
-    use: str, config: Mapping[str, Any], task: Task, teacher: Path, seed: int, folder: Path, stages: Sequence[Stage] = ()
+    use: str,
+    config: Mapping[str, Any],
+    task: Task,
+    teacher: Path,
+    seed: int,
+    folder: Path,
+    stages: Sequence[Stage] = (),
+    *,
+    vocabulary: int | None = None,
 ) -> None:
     """Writes config, weights and tokenizer of a student without a head into a folder that is there.
 
-    RecipeError or ModelError if it cannot be made: see `check_student`; also if the sizes do not fit each other.
+    `vocabulary`: so many word pieces, trained on the texts of the task, in the place of the teacher's. RecipeError or ModelError if it
+    cannot be made: see `check_student`; also if the sizes do not fit each other. DataError if the texts give no such vocabulary.
     """
     import torch
     import transformers
 
-    check_student(use, teacher, task, stages)
+    check_student(use, teacher, task, stages, vocabulary)
     guide = subject_of(checkpoint.load_folder(teacher))
     if guide.anatomy.vocabulary is None:
         raise ModelError(
             f"the teacher {teacher} has no plain word table.", help="name the teacher as it was before that was factored."
         )
-    given = guide.model.config.to_dict()
+    words = _words(guide, teacher, task, vocabulary)
+    given = guide.model.config.to_dict() | dict(words.named)
     family_of(use).model_class("")
     same = use == given["model_type"]
     taken = (
@@ -110,11 +130,11 @@ def write_student(
         else {"pad_token_id": given.get("pad_token_id")}
     )
     try:
-        sizes = transformers.AutoConfig.for_model(use, **(taken | {"vocab_size": guide.anatomy.vocabulary.size} | dict(config)))
+        sizes = transformers.AutoConfig.for_model(use, **(taken | {"vocab_size": len(words)} | dict(config)))
         with torch.random.fork_rng(devices=[]), without_bars():
             torch.manual_seed(seed)
             student = subject_of(transformers.AutoModel.from_config(sizes).eval())
-            said = take_over(student, guide) if same else take_words(student, guide, task, teacher)
+            said = take_over(student, guide, words) if same else take_words(student, guide, task, teacher, words)
             student.model.save_pretrained(folder)
     except (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError, IndexError) as error:
         reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
@@ -122,20 +142,65 @@ def write_student(
             f"a {use} student cannot be built from this config: {reason.strip().rstrip('.')}.",
             help="correct the sizes in model.config.",
         ) from None
-    write_tokenizer(teacher, folder)
+    write_tokenizer(teacher, folder, words.text)
     _log.warning("the student is a %s of %s parameters; %s.", use, f"{student.model.num_parameters():,}", said)
+    if words.text is not None:
+        alike = len(shared_pieces(tokenizer_text(teacher), words.text))
+        _log.warning("it reads %s word pieces of its own, %s of which its teacher knows too.", f"{len(words):,}", f"{alike:,}")
+
+
+# -- Its words -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The word pieces of a student: `parts` are the teacher's pieces that each is made of, by its id.
+
+    `text`: the tokenizer.json that has them, None if it is the teacher's own. `named`: the fields of a config that name pieces.
+    """
+
+    parts: Sequence[tuple[int, ...]]
+    text: str | None = None
+    named: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def rows(self, table: Tensor) -> Tensor:
+        """A row for each piece of a table that has one for each of the teacher's: the mean of those of its parts."""
+        return table if self.text is None else inherited(table, self.parts)
+
+
+def _words(teacher: Subject, folder: Path, task: Task, vocabulary: int | None) -> Pieces:
+    """The teacher's own words, or so many that are trained on the task's texts."""
+    if vocabulary is None:
+        assert teacher.anatomy.vocabulary is not None
+        return Pieces([(piece,) for piece in range(teacher.anatomy.vocabulary.size)])
+    old = tokenizer_text(folder)
+    texts = (text for item in task.split(Split.TRAIN) for text in item.texts)
+    new = retrain_tokenizer(old, texts, vocabulary, named_tokens(folder))
+    made, known = (parsed_tokenizer(text).get_vocab(with_added_tokens=True) for text in (new, old))
+    tokens = {index: token for token, index in known.items()}
+    fields = teacher.model.config.to_dict()
+    named = {name: value for name, value in fields.items() if name.endswith("_token_id") and type(value) is int}
+    return Pieces(
+        descent(old, new), new, {name: made[tokens[value]] for name, value in named.items() if tokens.get(value) in made}
+    )
 
 
 # -- A transformer ---------------------------------------------------------------------------------------------------------------
 
 
-def take_over(student: Subject, teacher: Subject) -> str:
+def take_over(student: Subject, teacher: Subject, pieces: Pieces) -> str:
     """Gives a student what its teacher has in the same shape, and tables in fewer columns; says how much that was."""
     import torch
 
     state, theirs = student.model.state_dict(), _encoder(teacher)
     layers = dict(zip(student.anatomy.layers, _sources(student, teacher), strict=True))
-    words = theirs.get(f"{student.anatomy.matrices['embeddings.word'].module}.weight")
+    table = f"{student.anatomy.matrices['embeddings.word'].module}.weight"
+    words = theirs.get(table)
+    if words is not None:
+        theirs[table] = pieces.rows(words)
     tables = {f"{name}.weight" for name, module in student.model.named_modules() if isinstance(module, torch.nn.Embedding)}
     equal = narrowed = 0
     with torch.no_grad():
@@ -166,20 +231,10 @@ def _sources(student: Subject, teacher: Subject) -> list[str]:
     return [names[max(0, place)] for place in partners(student.anatomy, teacher.anatomy)]
 
 
-def directions(table: Tensor, count: int) -> Tensor:
-    """The `count` directions in which the rows of a table are largest, as columns: (width, count). Their sign is settled."""
-    import torch
-
-    _, vectors = torch.linalg.eigh((table.double().T @ table.double()) / len(table))  # rising
-    chosen = vectors[:, -count:].flip(1)
-    largest = chosen.abs().argmax(0)
-    return (chosen * chosen[largest, torch.arange(chosen.shape[1])].sign()).to(table.dtype)
-
-
 # -- Word vectors ----------------------------------------------------------------------------------------------------------------
 
 
-def take_words(student: Subject, teacher: Subject, task: Task, folder: Path) -> str:
+def take_words(student: Subject, teacher: Subject, task: Task, folder: Path, pieces: Pieces) -> str:
     """Gives a student without layers its word vectors; says whence."""
     import torch
 
@@ -191,9 +246,10 @@ def take_words(student: Subject, teacher: Subject, task: Task, folder: Path) -> 
         known = cast(Any, teacher.model.get_input_embeddings()).weight.detach()
         said = "its word vectors are the teacher's word table"
     with torch.no_grad():
-        table.copy_(reduced(known, table.shape[1]))
+        table.copy_(reduced(pieces.rows(known), table.shape[1]))
         if student.model.config.model_type == "static":
-            table.mul_(rarity(folder, (text for item in task.split(Split.TRAIN) for text in item.texts), len(table))[:, None])
+            texts = (text for item in task.split(Split.TRAIN) for text in item.texts)
+            table.mul_(rarity(folder, texts, len(table), pieces.text)[:, None])
         table.mul_(WORD_SIZE / table.square().mean().sqrt().clamp_min(1e-12))
     return f"{said}, in {table.shape[1]} numbers"
 
@@ -227,13 +283,20 @@ def reduced(vectors: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(kept, (0, count - kept.shape[1]))
 
 
-def rarity(folder: Path, texts: Iterable[str], size: int) -> Tensor:
-    """The weight of each word piece: a / (a + its share of the texts' pieces); special tokens have 0, unseen pieces 1."""
+def rarity(folder: Path, texts: Iterable[str], size: int, new: str | None = None) -> Tensor:
+    """The weight of each word piece: a / (a + its share of the texts' pieces); special tokens have 0, unseen pieces 1.
+
+    `new`: the tokenizer.json that stands in for that of the folder.
+    """
     import torch
 
-    text = tokenizer_text(folder)
+    text = new or tokenizer_text(folder)
     counts = count_pieces(text, texts)
     special = set(_special(folder))
+    if new is not None:
+        tokens, made = load_tokenizer(folder), parsed_tokenizer(new)
+        moved = (made.token_to_id(str(tokens.id_to_token(piece))) for piece in special)
+        special = {piece for piece in moved if piece is not None}
     total = max(1, sum(count for piece, count in counts.items() if piece not in special))
     shares = torch.zeros(size)
     for piece, count in counts.items():

@@ -19,7 +19,7 @@ from slimformer.measuring import machine
 from slimformer.measuring.records import Forecast
 from slimformer.measuring.scoring import evaluate
 from slimformer.measuring.sessions import Session, open_session
-from slimformer.measuring.timing import Ratio, Rounds, compare, ratio, workloads
+from slimformer.measuring.timing import Ratio, Rounds, Workload, compare, ratio, workloads
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.exports import teacher_files, teacher_turn
 from slimformer.running.stages import VALIDATION_ROWS
@@ -63,7 +63,8 @@ class Reference:
 class Judge:
     """Tries files beside the teacher's fp32 file; the same for all candidates of a run.
 
-    `material`: the data as the files read them. The teacher has scored them with its own tokenizer, which may be another.
+    `material`: the data as the files read them. The teacher has scored them with its own tokenizer, which may be another, and is timed on
+    the texts as that splits them (`read`; None: as `material`).
     """
 
     material: Material
@@ -72,6 +73,7 @@ class Judge:
     threads: int
     quiet: machine.Quiet
     log: Log
+    read: Material | None = None
 
     def reading(self, material: Material) -> Judge:
         """The judge of files that read other rows of the same examples."""
@@ -96,9 +98,8 @@ class Judge:
         load = self.quiet.load()
         speeds: dict[str, list[Ratio]] = {name: [] for name in sessions}
         rounds = 0
-        features, _ = subset(self.material, Split.VALIDATION, 640)
-        for workload in workloads(features, limit=20)[::-1]:
-            timings = compare(sessions, workload, Rounds(30, seconds=seconds), load)
+        for places in self._places(tuple(sessions))[::-1]:
+            timings = compare(sessions, places, Rounds(30, seconds=seconds), load)
             for name, timing in timings.items():
                 speeds[name].append(ratio(timings["teacher"], timing))
             rounds = rounds or timings["teacher"].rounds  # of the larger batch, which comes first
@@ -123,6 +124,16 @@ class Judge:
             )
         return trials
 
+    def _places(self, names: Sequence[str]) -> list[dict[str, Workload]]:
+        """Some validation examples at batch 1 and 32, for each session as its tokenizer splits them."""
+        own, _ = subset(self.material, Split.VALIDATION, 640)
+        given, _ = subset(self.read or self.material, Split.VALIDATION, 640)
+        if len(given) != len(own):  # windows of long texts: the rows are not the same ones
+            given = own
+        lengths = own.lengths()
+        works, theirs = (workloads(features, limit=20, lengths=lengths) for features in (own, given))
+        return [{name: theirs[place] if name == "teacher" else works[place] for name in names} for place in range(len(works))]
+
 
 def judge_of(bundle: Bundle, run: Run) -> Judge:
     """The judge of a run: the teacher's files, and its scores on validation and training examples, kept beside the files."""
@@ -139,7 +150,8 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
 
     with teacher_turn(fused.parent, run):
         validation, *seen = remembered(kept, scores, list[float])
-    return Judge(bundle.material, files, Reference(validation, seen[0] if seen else None), run.threads, run.quiet, run.log)
+    reference = Reference(validation, seen[0] if seen else None)
+    return Judge(bundle.material, files, reference, run.threads, run.quiet, run.log, material)
 
 
 def tried_rows(task: Task) -> int:

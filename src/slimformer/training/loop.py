@@ -241,6 +241,7 @@ def _key(training: Training) -> str:
         fixed_digest(context.teacher.model) if training.taught and context.teacher is not None else "",
         context.teacher_plan.digest() if training.taught else "",
         features_digest(training.features),
+        "" if training.read is None else features_digest(training.read),
         context.plan.digest(),
     ]
     return digest(json.dumps(parts, sort_keys=True))

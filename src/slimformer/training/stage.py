@@ -246,13 +246,15 @@ class TrimVocabulary(Stage):
 class Training:
     """One training, before it begins: everything that its numbers depend on.
 
-    `context` holds the model that trains and stands around its methods; `seed` fixes everything random.
+    `context` holds the model that trains and stands around its methods; `seed` fixes everything random. `read`: the same rows as the
+    teacher reads them, if it has another tokenizer than the model.
     """
 
     context: Context
     features: Features
     stage: Train
     seed: int = 17
+    read: Features | None = None
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -273,6 +275,8 @@ class Training:
         together(self.methods, self.context.teacher is not None)
         if not len(self.features):
             raise ValueError("no rows to train on")
+        if self.read is not None and list(self.read.example) != list(self.features.example):
+            raise ValueError("the teacher's rows are not those of the model")
 
 
 def together(methods: Sequence[Method], taught: bool) -> None:

@@ -34,8 +34,11 @@ from slimformer.training.stage import Train, Training
 from slimformer.training.teacher import MemoizedTeacher, Teacher, TeacherOutputs, is_live, memoized_teacher, teacher_outputs
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
     from transformers import PreTrainedModel
+
+    from slimformer.tasks.base import Features
 
 
 class WholeLoss(nn.Module):
@@ -59,12 +62,12 @@ class WholeLoss(nn.Module):
         self._autocast = autocast
         self._subject = context.subject
 
-    def forward(self, batch: Batch, teacher: Captured | None, progress: Progress) -> Tensor:
-        """The whole loss of a batch: a scalar."""
+    def forward(self, batch: Batch, teacher: Captured | None, progress: Progress, read: Batch | None = None) -> Tensor:
+        """The whole loss of a batch: a scalar. `read`: its rows as the teacher reads them, if it does so otherwise."""
         with self._autocast(), self._task.decoding(self.model, batch):
             output = self.model(**self._subject.feed(batch))
         seen = self._recorder.take({name: output[name] for name in self._task.outputs})
-        step = Step(self.model, batch, seen, teacher, progress, self._task)
+        step = Step(self.model, batch, seen, teacher, progress, self._task, read)
         terms = []
         if self._task_weight > 0:
             terms.append(self._task_weight * self._task.loss(seen.output, batch))
@@ -108,6 +111,7 @@ class Stepper:
         self.accelerator, self.precision, self.states = attachments.accelerator, attachments.precision, attachments.states
         self.device = self.accelerator.device
         self.lengths = training.features.lengths()
+        self._read_lengths = self.lengths if training.read is None else training.read.lengths()
         self.total = training.steps
         self.clock = DeviceClock(self.device)
         self.sampling = False  # whether it watches resident memory, which takes a system call a step
@@ -138,11 +142,11 @@ class Stepper:
         factor = rate(number, self.total, self.stage.warmup)
         for group, base in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = base * factor
-        batch = self.batch(mine)
+        batch, read = self.batch(mine), self.read(mine)
         progress = Progress(number, self.total)
         with self.clock.running():
-            seen = self._teacher.see(mine, batch) if self._teacher else None
-            loss: Tensor = self._whole(batch, seen, progress)
+            seen = self._teacher.see(mine, batch if read is None else read) if self._teacher else None
+            loss: Tensor = self._whole(batch, seen, progress, read)
             loss = loss if weight == 1 else loss * weight
         self._sample()
         with self.clock.running():
@@ -179,7 +183,16 @@ class Stepper:
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The rows as tensors on the device."""
-        arrays = collate(self.training.features, rows, width=least_width(self.lengths, rows, self.precision))
+        return self._collated(self.training.features, self.lengths, rows)
+
+    def read(self, rows: Sequence[int]) -> dict[str, Tensor] | None:
+        """The rows as the teacher reads them; None if it reads what the model does."""
+        if self.training.read is None:
+            return None
+        return self._collated(self.training.read, self._read_lengths, rows)
+
+    def _collated(self, features: Features, lengths: np.ndarray, rows: Sequence[int]) -> dict[str, Tensor]:
+        arrays = collate(features, rows, width=least_width(lengths, rows, self.precision))
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
 
     def _sample(self) -> None:
@@ -213,7 +226,7 @@ class Stepper:
         """Seconds that the teacher takes for these rows if its outputs are made beforehand; otherwise 0."""
         if not isinstance(self._teacher, MemoizedTeacher):
             return 0.0
-        batch = self.batch(rows)
+        batch = self.read(rows) or self.batch(rows)
         begin = time.perf_counter()
         self._teacher.compute(batch)
         self.clock.wait()
@@ -342,19 +355,20 @@ def _teacher_reader(
     needs = frozenset[Capture]().union(
         *(method.effects().needs for method in training.methods if method.effects().needs_teacher)
     )
+    rows = training.features if training.read is None else training.read
     rooms = [cache_room(cache_folder)]
     if cache_folder is not None and accelerator.num_processes > 1:
         broadcast_object_list(rooms)  # the disk may have filled between two looks, and all processes must decide alike
     cap = rooms[0]
     try:
         model.to(device)
-        if cache_folder is None and not is_live(teacher, training.features, needs, cap):
+        if cache_folder is None and not is_live(teacher, rows, needs, cap):
             with memoized_teacher(teacher, needs) as reader:
                 yield reader
         else:
             with teacher_outputs(
                 teacher,
-                training.features,
+                rows,
                 needs,
                 cache_folder or Path(),
                 log,
