@@ -28,7 +28,7 @@ import slimformer
 from slimformer.digests import digest
 from slimformer.measuring import timing
 from slimformer.measuring.latency import Levels
-from slimformer.running import search, stages, trials
+from slimformer.running import scale, stages, trials
 from slimformer.tasks.classification import Classification
 
 LEVELS = Levels(
@@ -66,7 +66,7 @@ def made_up(sessions: Mapping[str, Any], workload: Any, rounds: Any, load: Any) 
 def main() -> None:
     """Prints a line for each file."""
     torch.set_num_threads(1)
-    search.compare = trials.compare = made_up  # type: ignore[attr-defined, assignment]
+    scale.compare = trials.compare = made_up  # type: ignore[attr-defined, assignment]
     stages.measure_levels = lambda *_: LEVELS  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)

@@ -38,13 +38,15 @@ from slimformer.measuring.records import Standing
 from slimformer.measuring.sessions import open_session
 from slimformer.registry import name_of
 from slimformer.reporting.ledger import read_facts, read_records
-from slimformer.running import search, trials
+from slimformer.running import lessons, search, trials
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.candidate import teacher_candidate
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.runner import run, train_stages
-from slimformer.running.search import compress, nearer
+from slimformer.running.scale import nearer
+from slimformer.running.search import compress
 from slimformer.running.trials import Trial
+from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -62,7 +64,7 @@ def int8_alone_is_slow(*args: Any, **options: Any) -> Any:
 # What makes a run quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
 HURRY: dict[str, Any] = {
     "slimformer.measuring.latency.SHARES": (1.0, 0.0),
-    "slimformer.running.search.PROBES": 1,
+    "slimformer.running.outline.PROBES": 1,
     "slimformer.running.search.CLEARLY": float("inf"),  # likewise who is delivered
     "slimformer.running.search.teacher_candidate": int8_alone_is_slow,
     "slimformer.running.recipe.RIVALS": ("teacher-int8", "small-dense"),
@@ -457,7 +459,7 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     def reached(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimformer.running.search.teach_bundle", reached)
+    monkeypatch.setattr("slimformer.running.start.teach_bundle", reached)
     with pytest.raises(KeyboardInterrupt):  # the folder is still ours for another speed
         compress("model", task, out, speedup=1.5, tries=1, epochs=1, rivals=(), threads=1, wait_seconds=0)
 
@@ -472,18 +474,18 @@ def test_attention_scores_are_learned_where_they_fit_on_disk(done: Done, monkeyp
     needed = 2 * int((lengths**2).sum() * heads + lengths.sum() * (len(anatomy.layers) + 1) * anatomy.hidden_size)
     found = []
     for room in (needed, needed - 1):
-        monkeypatch.setattr(search, "CACHED_BYTES", room)
-        found.append(search._distillation(bundle, search.Wanted(), 2.0))
+        monkeypatch.setattr(lessons, "CACHED_BYTES", room)
+        found.append(lessons.distillation(bundle, Wanted(), 2.0))
     fits, does_not = found
     assert [[method.scores for method in stage.methods] for stage in found] == [[6.0], [0.0]]
     assert fits.lr >= does_not.lr
     assert (fits.task_weight, does_not.task_weight) == (0.0, 0.1)
     widths = {384: 8e-4, 768: 2e-4, 128: 8e-4}
     for width, rate in widths.items():
-        monkeypatch.setattr(search, "_hidden_size", lambda _, width=width: width)
-        assert search._fast_lr(source) == rate
-    monkeypatch.setattr(search, "CACHED_BYTES", needed)
-    chosen = search._distillation(bundle, search.Wanted(lr=1e-5), 12.0)
+        monkeypatch.setattr(lessons, "_hidden_size", lambda _, width=width: width)
+        assert lessons.fast_lr(source) == rate
+    monkeypatch.setattr(lessons, "CACHED_BYTES", needed)
+    chosen = lessons.distillation(bundle, Wanted(lr=1e-5), 12.0)
     assert (chosen.lr, chosen.augment, chosen.methods[0].scores) == (1e-5, 4, 0.0)  # copies take room too
 
 

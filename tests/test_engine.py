@@ -19,7 +19,7 @@ from slimformer.exporters.kernels import Kernels
 from slimformer.families.base import anatomy_of
 from slimformer.kernels.library import installed
 from slimformer.reporting.ledger import read_facts
-from slimformer.running import search
+from slimformer.running import scale, search
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.runner import run
 from slimformer.running.trials import Judge, Trial
@@ -30,7 +30,7 @@ from slimformer.training.stage import Calibrate, Train
 built = pytest.mark.skipif(not installed(), reason="slimformer-kernels is not installed: `make kernels` builds it")
 
 
-class Scale:
+class KnownScale:
     """Speeds that are known: 2 uncut, 3 with half of the blocks, 5 with a fifth of them."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Scale:
 def test_blocks_go_before_heads_and_neurons(engine: str, beams: int | None, aim: float, budget: tuple[float, float]) -> None:
     whole = SimpleNamespace(trials=[Trial(Variant.INT8_KERNELS, 0.9, 0.0, 2.0, 1.0, 1)])
     bundle = SimpleNamespace(subject=SimpleNamespace(beams=beams))
-    known: Any = SimpleNamespace(wanted=SimpleNamespace(engine=engine), bundle=bundle, scale=Scale(), whole=whole)
+    known: Any = SimpleNamespace(wanted=SimpleNamespace(engine=engine), bundle=bundle, scale=KnownScale(), whole=whole)
     assert search._Search._budget(known, aim) == pytest.approx(budget)
 
 
@@ -75,7 +75,7 @@ def test_a_model_of_blocks_is_searched_trained_and_delivered(tmp_path: Path, mon
     write_model(Path("model"))
     write_data(Path("data"))
     timed: list[float] = []
-    real = search._Scale.with_blocks
+    real = scale.Scale.with_blocks
 
     def with_blocks(self: Any, left: float) -> float:
         timed.append(real(self, left))
@@ -89,7 +89,7 @@ def test_a_model_of_blocks_is_searched_trained_and_delivered(tmp_path: Path, mon
 
     tried = Judge.try_out
     monkeypatch.setattr(Judge, "try_out", try_out)
-    monkeypatch.setattr(search._Scale, "with_blocks", with_blocks)
+    monkeypatch.setattr(scale.Scale, "with_blocks", with_blocks)
     monkeypatch.setattr(search, "CLOSE", 0.0)
     options: dict[str, Any] = {"speedup": 20.0, "max_loss": 100, "epochs": 1, "tries": 1, "rivals": ()}
     result = compress("model", Classification(data="data"), "out", engine="kernels", **options, threads=1, wait_seconds=0)

@@ -31,7 +31,7 @@ stages:
 # What makes a compression quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
 HURRY: dict[str, Any] = {
     "slimformer.measuring.latency.SHARES": (1.0, 0.0),
-    "slimformer.running.search.PROBES": 1,
+    "slimformer.running.outline.PROBES": 1,
     "psutil.cpu_percent": lambda **_: 0.0,
 }
 INNER = (

@@ -20,6 +20,7 @@ from slimformer.running.schedule import (
     Part,
     Schedule,
     Sizes,
+    all_steps,
     copies_of,
     cut_step,
     diet_for,
@@ -43,14 +44,14 @@ FULL = Diet(tune_passes=5.0, passes=12.0)
 @pytest.mark.parametrize("minutes", [5, 10, 30, 120])
 def test_a_plan_fits_its_budget_and_uses_it(sizes: Sizes, minutes: int) -> None:
     full = replace(FULL, tune_passes=0.0 if sizes.tuned else 5.0)
-    diet = diet_for(sizes, PACE, full, 3.0, 60.0 * minutes, 32)
+    diet = diet_for(sizes, PACE, full, (3.0,), 60.0 * minutes, 32)
     needed = sum(forecast(sizes, PACE, diet, 3.0).values())
     assert needed <= 60 * minutes * 1.001
     assert diet == full or needed > 0.85 * 60 * minutes
 
 
 def test_more_minutes_never_train_less() -> None:
-    diets = [diet_for(INTENTS, PACE, FULL, 3.0, 60.0 * minutes, 32) for minutes in (5, 8, 13, 21, 34, 55, 89)]
+    diets = [diet_for(INTENTS, PACE, FULL, (3.0,), 60.0 * minutes, 32) for minutes in (5, 8, 13, 21, 34, 55, 89)]
     for short, long in pairwise(diets):
         assert long.tune_passes >= short.tune_passes
         assert long.examples >= short.examples
@@ -61,20 +62,40 @@ def test_more_minutes_never_train_less() -> None:
 
 def test_too_few_minutes_are_refused_with_the_least_that_works() -> None:
     with pytest.raises(RecipeError, match=r"too few on this machine") as refused:
-        diet_for(INTENTS, PACE, FULL, 3.0, 30.0, 32)
+        diet_for(INTENTS, PACE, FULL, (3.0,), 30.0, 32)
     least = int(str(refused.value).rpartition("--minutes ")[2].rstrip("."))
-    diet_for(INTENTS, PACE, FULL, 3.0, 60.0 * least * (1 - RESERVE), 32)
+    diet_for(INTENTS, PACE, FULL, (3.0,), 60.0 * least * (1 - RESERVE), 32)
+
+
+def test_levels_share_the_time_and_too_few_minutes_name_the_speeds_they_suffice_for() -> None:
+    full, aims = replace(FULL, tune_passes=0.0), (2.0, 4.0, 8.0)
+    one, three = (forecast(SST2, PACE, full, *some) for some in ((2.0,), aims))
+    steps = [cut_step(PACE, aim) for aim in aims]
+    reading = SST2.train_tokens * 5 * PACE.read  # rows and four copies, once for all levels
+    assert one[Part.DISTILLING] == pytest.approx(reading + 12 * SST2.train_tokens * steps[0])
+    assert three[Part.DISTILLING] == pytest.approx(reading + 12 * SST2.train_tokens * sum(steps))
+    assert all_steps(PACE, aims, rival=True) == pytest.approx(sum(steps) + steps[0] + steps[1])  # as long as the middle level
+    assert three[Part.TRYING] == pytest.approx(4 * one[Part.TRYING])  # the uncut model's files ship too
+    diet = diet_for(SST2, PACE, full, aims, 3600.0, 32)
+    assert 0.85 * 3600 < sum(forecast(SST2, PACE, diet, *aims).values()) <= 3600.001
+    assert diet.passes < diet_for(SST2, PACE, full, (4.0,), 3600.0, 32).passes
+    with pytest.raises(RecipeError) as refused:
+        diet_for(SST2, PACE, full, aims, 300.0, 32)
+    least, fewer = str(refused.value).rpartition("--minutes ")[2].split(", or --speedups ")
+    assert fewer == "2."
+    diet_for(SST2, PACE, full, aims, 60.0 * int(least) * (1 - RESERVE), 32)
+    diet_for(SST2, PACE, full, (2.0,), 300.0, 32)
 
 
 def test_few_passes_go_over_fewer_rows_so_that_the_teacher_reads_less() -> None:
     step = cut_step(PACE, 3.0)
-    whole = teaching(SST2, PACE, 2.0, False, step) - 2 * SST2.train_tokens * step
-    half = teaching(SST2, PACE, 1.0, False, step) - SST2.train_tokens * step
+    whole = teaching(SST2, PACE, 2.0, step) - 2 * SST2.train_tokens * step
+    half = teaching(SST2, PACE, 1.0, step) - SST2.train_tokens * step
     assert whole == pytest.approx(SST2.train_tokens * PACE.read)
     assert half == pytest.approx(whole / 2)
-    passes = passes_within(SST2, PACE, 300.0, 12.0, True, step)
-    assert teaching(SST2, PACE, passes, True, step) == pytest.approx(300.0, rel=1e-3)
-    assert passes_within(SST2, PACE, 1e9, 12.0, True, step) == 12.0
+    passes = passes_within(SST2, PACE, 300.0, 12.0, 2 * step)
+    assert teaching(SST2, PACE, passes, 2 * step) == pytest.approx(300.0, rel=1e-3)
+    assert passes_within(SST2, PACE, 1e9, 12.0, 2 * step) == 12.0
     assert [copies_of(passes) for passes in (2.0, 5.9, 6.0, 12.0, 40.0)] == [0, 0, 2, 4, 4]
 
 

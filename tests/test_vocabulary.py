@@ -31,9 +31,10 @@ from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe, parse_task, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run
-from slimformer.running.search import Wanted, compress
+from slimformer.running.search import compress
 from slimformer.running.stages import advance, torch_outputs
 from slimformer.running.vocabulary import choose_pieces
+from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
 from slimformer.saving.checkpoint import load
 from slimformer.tasks.base import Split

@@ -71,7 +71,7 @@ def done(home: Path) -> SimpleNamespace:
         patch.setattr("slimformer.running.recipe.RIVALS", ("teacher-int8", "small-dense", "ctranslate2-int8"))
         patch.setattr("slimformer.running.search.teacher_candidate", never_fast)
         patch.setattr("slimformer.measuring.latency.SECONDS", 0.5)
-        patch.setattr("slimformer.running.search.PROBE_SECONDS", 0.5)
+        patch.setattr("slimformer.running.scale.PROBE_SECONDS", 0.5)
         patch.setattr("slimformer.running.trials.TRIAL_SECONDS", 0.5)
         patch.setattr("slimformer.running.schedule.FULL_BENCH", 0.5)
         patch.chdir(home)

@@ -1,4 +1,4 @@
-"""The command line: compress | run | bench | verify | report | inspect | list | check | demo.
+"""The command line: compress | frontier | run | bench | verify | report | inspect | list | check | demo.
 
 Each command is a few lines over a function that Python users call too. Errors a person can act on become one message and exit
 status 2; anything else is a bug and keeps its traceback. Heavy imports stand inside commands, and the options of tasks are collected
@@ -201,6 +201,89 @@ def compress_command(
         wait_seconds=wait,
     )
     _show(result)
+
+
+@app.command(
+    "frontier",
+    cls=_TaskCommand,
+    epilog="Example: slimformer frontier ./my-bert --data ./reviews --speedups 2,3,4,6,8 --minutes 60 --out ./family",
+)
+def frontier_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
+    out: Out,
+    speedups: Annotated[
+        str, typer.Option(help="How many times as fast as the dense model in fp32 the models are at batch 32, in rising order.")
+    ] = "2,3,4,6,8",
+    max_loss: Annotated[
+        float, typer.Option(help="Points of the metric within which models are recommended; all of them are delivered.")
+    ] = 1.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of distillation of each model; the data's size decides by default.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of the distillation; the model's width decides by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
+    rivals: Annotated[
+        bool, typer.Option(help="Also train a smaller dense model, as long as the model of the middle speed.")
+    ] = True,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Minutes for everything; it says what is left out or shortened for it."),
+    ] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(
+            help="A table that `slimformer bench --levels` wrote on another machine: the speeds are then those there."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
+    threads: Threads = None,
+    wait: Wait = 60.0,
+) -> None:
+    """Make models of several speeds in one run, each from the one before, and show the curve."""
+    _need_train()
+    from rich.console import Console
+
+    from slimformer.reporting.family import draw_family
+    from slimformer.running.frontier import compress_family
+    from slimformer.running.recipe import RIVALS
+
+    family = compress_family(
+        model,
+        _task(context.obj, model),
+        out,
+        speedups=_numbers(speedups, "--speedups"),
+        max_loss=max_loss,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
+        minutes=minutes,
+        latency=latency,
+        command=_command(),
+        threads=threads,
+        wait_seconds=wait,
+    )
+    console = Console()
+    console.print(draw_family(family))
+    console.print(f"models: {out / 'points'}   page: {out / 'report.html'}", soft_wrap=True)
+    for line in family.lines():
+        console.print(line, markup=False, highlight=False)
+    if not family.kept:
+        raise typer.Exit(1)
+
+
+def _numbers(text: str, flag: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise RecipeError(
+            f"{flag} must be numbers with commas between them, not {text!r}.", help=f"such as {flag} 2,3,4."
+        ) from None
 
 
 @app.command("run", epilog="Example: slimformer run recipes/fisher.yaml --out runs/fisher")
@@ -578,7 +661,7 @@ def prefer_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-LAUNCHED = ("compress", "run", "demo")  # commands that several processes may share
+LAUNCHED = ("compress", "frontier", "run", "demo")  # commands that several processes may share
 
 
 def main() -> None:
@@ -599,7 +682,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # typer makes this of Ctrl-C and says nothing
-            typer.echo("stopped; the same `compress`, `run` or `demo` goes on from here.", err=True)
+            typer.echo("stopped; the same `compress`, `frontier`, `run` or `demo` goes on from here.", err=True)
         raise
 
 

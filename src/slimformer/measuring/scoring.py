@@ -256,12 +256,15 @@ def metric_losses(
             (first, second): bootstrap(scored[first].credit, scored[second].credit, seed).scaled(points[first])
             for first, second in pairs
         }
-    return {
-        (first, second): paired_interval(
-            scored[first].score - scored[second].score, resamples[first] - resamples[second]
-        ).scaled(points[first])
-        for first, second in pairs
-    }
+    return {(first, second): points_below(scored[first], scored[second], resamples) for first, second in pairs}
+
+
+def points_below(first: Scored, second: Scored, resamples: Mapping[str, np.ndarray]) -> Interval:
+    """The points of the metric that the second lies below the first, with the paired 95 % interval of these resamples, by name."""
+    difference = resamples[first.entry.name] - resamples[second.entry.name]
+    return paired_interval(first.score - second.score, difference).scaled(
+        100.0 if first.entry.task.higher_is_better else -100.0
+    )
 
 
 def resampled(scored: Scored, examples: Sequence[Example]) -> np.ndarray:
@@ -323,11 +326,13 @@ def measure(
     load: Load | None = None,
     seed: int = 0,
     strangers: bool = False,
+    each_other: bool = False,
 ) -> Measurement:
     """Scores and times the entries side by side; loss and speed are against the first one, the baseline.
 
     The budget of `rounds` is for each of the two workloads. `load` is that of the machine just before; without it, a new
-    `Quiet` waits here. Of `strangers`, models that nobody has tried, it is logged if their answers cannot be right.
+    `Quiet` waits here. Of `strangers`, models that nobody has tried, it is logged if their answers cannot be right. With `each_other`
+    every row is compared with every other one, not only ours with the rivals.
     RecipeError if the models cut the examples into different numbers of rows. ModelError if the task cannot judge the outputs of one: an
     output is missing or has another size, or a number in it is not finite.
     """
@@ -342,11 +347,19 @@ def measure(
             scored[entry.name] = _beside_greedy(scored[entry.name], examples)
     timings = _time(entries, rounds, load or Quiet().load())
     rivals = [entry.name for entry in entries if Standing(entry.role).is_rival]
-    against = {entry.name: rivals if entry.role == Standing.OURS else [] for entry in entries}
+    against = {entry.name: rivals if entry.role == Standing.OURS and not each_other else [] for entry in entries}
     baseline = entries[0].name
     pairs = [(first, entry.name) for entry in entries for first in (baseline, *against[entry.name]) if first != entry.name]
     resamples = {name: resampled(item, examples) for name, item in scored.items()}
     losses = metric_losses(scored, pairs, resamples, seed)
+    if each_other:
+        against = {entry.name: [other.name for other in entries if other is not entry] for entry in entries}
+        losses |= {
+            (first, entry.name): points_below(scored[first], scored[entry.name], resamples)
+            for entry in entries
+            for first in against[entry.name]
+            if (first, entry.name) not in losses
+        }
     machine, chance = environment(), chance_score(scored[baseline], examples)
 
     def record(entry: Entry) -> Record:

@@ -27,6 +27,7 @@ from slimformer.reporting.words import plain, shortened
 
 _log = logging.getLogger(__name__)
 FACTS_FILE = "slimformer.json"
+FAMILY_FILE = "frontier.json"  # a folder with it holds a family of models
 LEDGER = "ledger.jsonl"
 _LARGEST = 1 << 32  # bytes of a ledger
 

@@ -11,6 +11,7 @@ import os.path
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from slimformer.errors import DataError, OutputError, readable
 from slimformer.files import write_text
@@ -99,15 +100,10 @@ def _parts(ledger: Path) -> tuple[str, ...]:
     return whole.parent.parts if whole.name == LEDGER else whole.with_suffix("").parts
 
 
-def write_page(records: Sequence[Record], path: Path, details: Details = Details()) -> None:
-    """Writes a self-contained HTML page on the records, with a section for each teacher and task.
-
-    If answers changed, changed.jsonl is written beside it. DataError if there is no record.
-    """
+def rendered(template: str, **values: Any) -> str:
+    """A page from the template of that name; all values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    if not records:
-        raise DataError("there are no records to report on.", help="run `slimformer compress` or `slimformer bench` first.")
     jinja = Environment(
         loader=PackageLoader("slimformer.reporting"),
         autoescape=True,
@@ -115,8 +111,19 @@ def write_page(records: Sequence[Record], path: Path, details: Details = Details
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return jinja.get_template(template).render(**values)
+
+
+def write_page(records: Sequence[Record], path: Path, details: Details = Details()) -> None:
+    """Writes a self-contained HTML page on the records, with a section for each teacher and task.
+
+    If answers changed, changed.jsonl is written beside it. DataError if there is no record.
+    """
+    if not records:
+        raise DataError("there are no records to report on.", help="run `slimformer compress` or `slimformer bench` first.")
     changed = details.changed
-    html = jinja.get_template("report.html").render(
+    html = rendered(
+        "report.html",
         sections=[section_of(part, weights=several_teachers(records)) for part in groups(records).values()],
         changed=[shortened_answer(answer) for answer in changed[:SHOWN]],
         changed_total=len(changed),

@@ -31,6 +31,7 @@ from slimformer.reporting.words import (
     count_text,
     interval_text,
     layers_text,
+    listed,
     lost_text,
     mb_text,
     points_text,
@@ -109,7 +110,7 @@ def section_of(records: Sequence[Record], *, weights: bool = False) -> Section:
             "ms at 1: p50\u00a0/\u00a0p95",
         ),
         rows=tuple(
-            (_style(record, choice(rows)), (*((run,) if several else ()), *_cells(record)))
+            (_style(record, choice(rows)), (*((run,) if several else ()), *cells_of(record)))
             for run, rows in runs.items()
             for record in rows
         ),
@@ -149,11 +150,10 @@ def _best_runs(runs: Mapping[str, Sequence[Record]], metric: str) -> Verdict:
     front = [record.run for record in frontier(ours, slowness)]
     if not front:
         return Verdict(None, _NO_OURS)
-    names = front[0] if len(front) == 1 else f"{', '.join(front[:-1])} and {front[-1]}"
     return Verdict(
         None,
-        f"By the file that ships, no other run is both faster and better in {metric} than {names}. Speeds are those over each run's own "
-        "baseline; small differences may be noise.",
+        f"By the file that ships, no other run is both faster and better in {metric} than {listed(front)}. Speeds are those over "
+        "each run's own baseline; small differences may be noise.",
     )
 
 
@@ -203,7 +203,9 @@ def _style(record: Record, ours: Record | None) -> str:
     return "ours" if record.role == Standing.OURS else ""
 
 
-def _cells(record: Record) -> tuple[str, ...]:
+def cells_of(record: Record) -> tuple[str, ...]:
+    """A row of a page's table: name, precision, score, points lost, megabytes, speeds at batch 32 and 1, milliseconds of both."""
+
     def times(ratio: Ratio | None) -> str:
         return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else NONE
 

@@ -35,9 +35,9 @@ def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """One point of a scatter; `style` is "chosen", "ours", "base", "rival" or "small" and decides its shape.
+    """One point of a scatter; `style` is "chosen", "ours", "beaten", "base", "rival" or "small" and decides its shape.
 
-    `spread` is the low and the high x of a bar through the point.
+    `spread` is the low and the high x of a bar through the point, `rise` the low and the high y of one. `link` is where a click leads.
     """
 
     x: float
@@ -46,6 +46,8 @@ class Mark:
     style: str
     title: str
     spread: tuple[float, float] | None = None
+    rise: tuple[float, float] | None = None
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Scatter:
     """A scatter before it is drawn: marks, and the frontier as steps through `front`.
 
     `asked` shades the corner that is at least that far right and up. `more_is_right` says whether a larger x is better, which
-    decides how the steps of the frontier go.
+    decides how the steps of the frontier go. `joined`: `front` is a straight line from point to point, and x begins at 0.
     """
 
     marks: Sequence[Mark]
@@ -62,6 +64,7 @@ class Scatter:
     y_label: str
     more_is_right: bool
     asked: _Point | None = None
+    joined: bool = False
 
 
 def draw_scatter(scatter: Scatter, width: int, height: int) -> str:
@@ -103,6 +106,7 @@ class _Frame:
         most = FURTHEST * max(points)
         xs = points + [min(x, most) for mark in scatter.marks for x in mark.spread or ()]
         ys = [mark.y for mark in scatter.marks] + [y for _, y in asked]
+        ys += [y for mark in scatter.marks for y in mark.rise or ()]
         span_x, span_y = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 0.01
         room = 0.16 if width > 500 else 0.1
         low, high = max(0.0, min(xs) - 0.08 * span_x), max(xs) + room * span_x
@@ -173,6 +177,9 @@ def _steps(frame: _Frame, scatter: Scatter, taken: list[_Box]) -> list[str]:
     if len(points) < 2:
         return []
     right = scatter.more_is_right
+    if scatter.joined:
+        places = " ".join("{:.1f},{:.1f}".format(*frame.place(*point)) for point in points)
+        return [f'<polyline class="front" points="{places}"/>']
     path = ["M{:.1f},{:.1f}".format(*frame.place(*points[0]))]
     for (x_before, y_before), (x, y) in pairwise(points):
         to_x, to_y = frame.place(x, y)
@@ -191,6 +198,11 @@ def _spreads(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[st
             y = frame.py(mark.y)
             taken.append((low, y - 2, high, y + 2))
             parts.append(f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if mark.rise:
+            bottom, top = (frame.py(y) for y in mark.rise)
+            x = frame.px(mark.x)
+            taken.append((x - 2, top, x + 2, bottom))
+            parts.append(f'<line class="spread" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
     return parts
 
 
@@ -203,6 +215,7 @@ def _points(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str
     bounds = (float(frame.left), 4.0, float(frame.width - 2), float(frame.floor))
     for mark in sorted(marks, key=lambda mark: (mark.style != "chosen", -mark.y)):
         x, y = frame.place(mark.x, mark.y)
+        parts.append(f'<a href="{escape(mark.link)}">' if mark.link else "")
         parts.append(f"<g><title>{escape(mark.title)}</title>{_shape(mark.style, x, y)}")
         if mark.label:
             limit = 34 if frame.wide else 20
@@ -217,7 +230,7 @@ def _points(frame: _Frame, marks: Sequence[Mark], taken: list[_Box]) -> list[str
                 parts.append(
                     f'<text class="{style}" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
                 )
-        parts.append("</g>")
+        parts.append("</g></a>" if mark.link else "</g>")
     return parts
 
 
@@ -231,9 +244,11 @@ def _leader(x: float, y: float, label_x: float, label_y: float) -> list[str]:
 
 
 def _shape(style: str, x: float, y: float) -> str:
-    """A filled disc for ours, larger if chosen; rivals are hollow, each kind with a shape of its own."""
+    """A filled disc for ours, larger if chosen and hollow if beaten; rivals are hollow, each kind with a shape of its own."""
     if style in {"chosen", "ours"}:
         return f'<circle class="m-{style}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if style == "chosen" else 4.5}"/>'
+    if style == "beaten":
+        return f'<circle class="m-beaten" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
     if style == "base":
         return f'<rect class="m-rival" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>'
     if style == "small":

@@ -127,6 +127,24 @@ def frontier(records: Iterable[Record], cost: Callable[[Record], float]) -> list
     return front
 
 
+def dominator(record: Record, others: Iterable[Record]) -> Record | None:
+    """One of the others that makes a record needless, the fastest of them; None if there is none.
+
+    It is measured to be as fast and as good at least, and is surely faster or surely better: by the `likely` ratio of the rounds,
+    or by the 95 % interval of the paired difference. A slower record that is measured to be better stays, however little better it
+    is: a small difference is no proof of none. Both must come from one race in which each was compared with the other.
+    """
+    found = [other for other in others if other is not record and _dominates(other, record)]
+    return max(found, key=lambda other: -slowness(other)) if found else None
+
+
+def _dominates(other: Record, record: Record) -> bool:
+    pace, quality = _speeds(record, other), _qualities(record, other)
+    if pace is None or quality is None or other.quality < record.quality or slowness(other) > slowness(record):
+        return False
+    return pace.sign < 0 or quality.sign < 0
+
+
 def slowness(record: Record) -> float:
     """Time relative to the baseline at batch 32: a cost for `frontier`; infinite if it was not timed."""
     speed = record.times_faster(32)

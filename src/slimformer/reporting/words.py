@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from slimformer.measuring.records import Interval, Record, VocabularyFacts
 
 MEGABYTE = 1e6  # bytes in the MB that is shown
@@ -99,6 +101,15 @@ def count_text(value: int | None) -> str:
         if value >= size:
             return f"{value / size:.1f} {unit}"
     return str(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Several names as a sentence has them.
+
+    >>> listed(["2", "3", "4"]), listed(["2"])
+    ('2, 3 and 4', '2')
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def plain(text: str) -> str:

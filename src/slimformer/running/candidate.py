@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slimformer.exporters.base import FILES, Exporter, FileKind, Variant
 from slimformer.files import remembered
-from slimformer.running.bundle import Made, Run
+from slimformer.measuring.latency import Levels
+from slimformer.reporting.words import lost_text, size_text
+from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.exports import export_files, plain_exporter
+from slimformer.running.recipe import Recipe, RivalName
+from slimformer.running.rivals import drops_layers, without_small_dense
+from slimformer.running.schedule import Part, Schedule
+from slimformer.running.stages import advance
 from slimformer.running.trials import TRIAL_SECONDS, Judge, Trial, choose_trial
-from slimformer.training.stage import Stage
+from slimformer.training.stage import Stage, Train, TrimVocabulary
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,13 @@ class Candidate:
         """The files that ship, by variant."""
         assert self.folder is not None, "the files of this candidate are not written"
         return {variant: self.folder / kind.name for variant, kind in self.kinds.items() if kind.shipped}
+
+    def told(self, trial: Trial) -> str:
+        """One of its trials in a clause."""
+        return (
+            f"{trial.speed_32:.2f} times as fast, {abs(trial.loss):.2f} points {lost_text(trial.loss)} on validation examples "
+            f"({self.kinds[trial.variant].name}, {size_text(trial.size_bytes)})"
+        )
 
     def after(self, minutes: float) -> Candidate:
         """The same candidate with this time as its effort."""
@@ -90,3 +103,46 @@ def teacher_candidate(
 
     trials = remembered(home / "int8.json", tried, list[Trial])
     return Candidate(made, (), kinds, tuple(trials))
+
+
+def cut_candidate(
+    made: Made,
+    stages: Sequence[Stage],
+    cuts: Sequence[Stage],
+    lesson: Callable[[Bundle], Train],
+    home: Path,
+    judge: Judge,
+    schedule: Schedule,
+    run: Run,
+    exporter: Exporter,
+    *,
+    seconds: float,
+) -> Candidate:
+    """Cuts a model that `stages` made, teaches it, exports and tries the files; all of it is kept for a resumed run.
+
+    `lesson` gives the training of the model that the cuts leave; `home` is the folder of the files, `run` has that of the stages.
+    """
+    with schedule.part(Part.CUTTING):
+        cut = advance(cuts, made.bundle, run)
+    with schedule.part(Part.DISTILLING):
+        taught = lesson(cut.bundle)
+        learnt = advance([taught], cut.bundle, run.under("distilled"))
+    with schedule.part(Part.TRYING):
+        whole = Made(learnt.bundle, made.effort.then(cut.effort).then(learnt.effort))
+        return candidate_of(whole, (*stages, *cuts, taught), home, judge, run, exporter, seconds=seconds)
+
+
+def repeating(
+    recipe: Recipe, chosen: Candidate, rivals: Sequence[RivalName], seconds: float, levels: Levels | None = None
+) -> Recipe:
+    """The recipe that leads to a candidate again; `recipe` is the one that its search began with.
+
+    Without the `levels` that a budget was counted in, the same recipe would measure its own and cut a little otherwise.
+    """
+    bundle = chosen.made.bundle
+    lead = recipe.stages if bundle.tuned_here else ()
+    trim = (TrimVocabulary(),) if bundle.vocabulary is not None else ()
+    export = replace(recipe.export, floats=chosen.floats)
+    names = without_small_dense(rivals) if drops_layers(chosen.stages) else tuple(rivals)
+    bench = replace(recipe.bench, seconds=seconds, rivals=names)
+    return replace(recipe, stages=(*lead, *trim, *chosen.stages), latency=levels, export=export, bench=bench)

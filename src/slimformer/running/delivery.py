@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from slimformer import registry
 from slimformer.data.tokenizer_files import write_tokenizer
@@ -60,10 +61,13 @@ class Order:
     task_name: str
     goal: Goal | None = None  # it is None for a recipe, which asks for no speed
     command: str = ""  # the page shows it
+    allowed: float | None = None  # points of loss within which the fastest file is the best, if not those of the goal
 
     @property
     def max_loss(self) -> float:
         """Points of loss within which the fastest file is the best."""
+        if self.allowed is not None:
+            return self.allowed
         return self.goal.max_loss if self.goal else self.recipe.export.choose_within
 
 
@@ -72,18 +76,8 @@ def finish(candidate: Candidate, rivals: Sequence[Contestant], order: Order, jud
 
     The ledger rows and every file that another tool needs are there when this returns; a call that was killed can be made again.
     """
-    made, bench = candidate.made, order.recipe.bench
     ours = _ours(candidate, order, run, out)
-    run.log.say("measuring everything side by side on the dev examples.")
-    entries = [_entry(item, candidate, run.threads) for item in (*rivals, *ours)]
-    measurement = measure(
-        entries,
-        made.bundle.material.examples[Split.DEV],
-        Heading(order.model_name, order.task_name, teacher=fixed_digest(made.bundle.uncut.teacher.model)),
-        rounds=Rounds(30, seconds=bench.seconds),
-        load=run.quiet.load(),
-        seed=run.seed,
-    )
+    entries, measurement = side_by_side([(item, candidate) for item in (*rivals, *ours)], order, run)
     measured = [
         *zip(ours, entries[len(rivals) :], strict=True)
     ]  # a file that OpenVINO runs too keeps what its own runtime fits
@@ -92,12 +86,60 @@ def finish(candidate: Candidate, rivals: Sequence[Contestant], order: Order, jud
     return measurement
 
 
+def side_by_side(
+    contestants: Sequence[tuple[Contestant, Candidate]], order: Order, run: Run, *, each_other: bool = False
+) -> tuple[list[Entry], Measurement]:
+    """Scores and times files in one race on the dev examples, the baseline first; each comes with the candidate that it belongs to.
+
+    `each_other`: every file is compared with every other one, not only ours with the rivals.
+    """
+    run.log.say("measuring everything side by side on the dev examples.")
+    entries = [_entry(item, candidate, run.threads) for item, candidate in contestants]
+    bundle = contestants[0][1].made.bundle
+    measurement = measure(
+        entries,
+        bundle.material.examples[Split.DEV],
+        Heading(order.model_name, order.task_name, teacher=fixed_digest(bundle.uncut.teacher.model)),
+        rounds=Rounds(30, seconds=order.recipe.bench.seconds),
+        load=run.quiet.load(),
+        seed=run.seed,
+        each_other=each_other,
+    )
+    return entries, measurement
+
+
+def best_file(candidate: Candidate, order: Order, run: Run, out: Path, name: str) -> Contestant:
+    """The file of a candidate that its delivery calls the best, alone in a comparison; its row begins with `name`."""
+    variant = candidate.best(order.max_loss).variant
+    kind, path = candidate.kinds[variant], candidate.files[variant]
+    own = {"chosen": True, "file": kind.place}
+    return Contestant(
+        f"{name} {kind.label}", Standing.OURS, path, variant, runtime_for(path), _facts(candidate, order, run, out) | own
+    )
+
+
+def fitted_tasks(candidate: Candidate, threads: int) -> dict[str, Task]:
+    """The task with the options that are fitted on validation examples for each file of a candidate, by the file's place."""
+    material = candidate.made.bundle.material
+    return {
+        candidate.kinds[variant].place: tuned_task(open_session(path, threads, runtime_for(path)), material)
+        if material.task.tunes
+        else material.task
+        for variant, path in candidate.files.items()
+    }
+
+
+def _facts(candidate: Candidate, order: Order, run: Run, out: Path) -> dict[str, Any]:
+    """What the rows of all files of a candidate hold alike."""
+    text = order.recipe.seen_from(out).to_yaml()
+    return facts_of(candidate.made, run, digest(text), order.recipe.export.values) | {"target": order.goal}
+
+
 def _ours(candidate: Candidate, order: Order, run: Run, out: Path) -> list[Contestant]:
     """Our files that are measured: those that ship, and those that the recipe's `export` and `bench` add."""
     bundle, recipe, kinds = candidate.made.bundle, order.recipe, candidate.kinds
     best = candidate.best(order.max_loss).variant
-    text = recipe.seen_from(out).to_yaml()
-    facts = facts_of(candidate.made, run, digest(text), recipe.export.values) | {"target": order.goal}
+    facts = _facts(candidate, order, run, out)
 
     def ours(
         variant: str, path: Path, name: str, place: str, runtime: str = "onnxruntime", *, chosen: bool = False
@@ -312,7 +354,7 @@ def _move(delivery: Path, out: Path) -> None:
     """Moves everything into the result's folder, file by file, so that a call that was killed here can be made again."""
     for file in sorted(item for item in delivery.rglob("*") if item.is_file()):
         place = out / file.relative_to(delivery)
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
 
 

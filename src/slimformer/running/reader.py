@@ -51,6 +51,20 @@ def read_recipe(path: str | Path) -> Recipe:
     return parse_recipe(data, where=str(file), base=file.parent)
 
 
+def read_levels(path: str | Path) -> Levels:
+    """The latency table in a YAML file, as `slimformer bench --levels` writes it; RecipeError if it cannot be read."""
+    file = Path(path)
+    reader = _Reader(file.parent, found=True)
+    found = reader.levels(os.path.abspath(file))
+    if found is None:
+        raise RecipeError(
+            f"{file} holds no latency table.",
+            facts=reader.mistakes,
+            help="`slimformer bench --levels FILE` writes one on the other machine.",
+        )
+    return found
+
+
 def _text(file: Path) -> str:
     try:
         return read_small(file, MOST_BYTES).decode("utf-8-sig")

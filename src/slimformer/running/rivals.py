@@ -19,6 +19,7 @@ from slimformer.registry import name_of
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.exports import ctranslate2_int8, export_files, has_ctranslate2, has_nncf, openvino_int8, teacher_turn
 from slimformer.running.facts import facts_of
+from slimformer.running.recipe import RivalName
 from slimformer.running.stages import advance
 from slimformer.running.trials import Judge
 from slimformer.runtimes.ctranslate2 import convertible
@@ -135,6 +136,11 @@ def small_dense_stages(bundle: Bundle, stages: Sequence[Stage], count: int, run:
 def drops_layers(stages: Sequence[Stage]) -> bool:
     """Whether the stages make a smaller dense model."""
     return any(isinstance(stage, Calibrate) and name_of(stage.method) == "layers" for stage in stages)
+
+
+def without_small_dense(names: Sequence[RivalName]) -> tuple[RivalName, ...]:
+    """The rivals but the smaller dense model."""
+    return tuple(name for name in names if name != "small-dense")
 
 
 def without_cuts(stage: Train) -> Train:

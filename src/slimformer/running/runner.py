@@ -19,7 +19,7 @@ from slimformer.files import claim, finished_wish, mark_finished, owned_purpose,
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
-from slimformer.reporting.ledger import FACTS_FILE
+from slimformer.reporting.ledger import FACTS_FILE, FAMILY_FILE
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
 from slimformer.running.delivery import Order, deliver_model, finish
@@ -166,10 +166,18 @@ def wish_of(task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
 def finished_result(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, log: Log | None) -> Result | None:
     """The result of a finished run with the same purpose and options, read from its folder; None if there is no finished run.
 
+    OutputError as `is_done` raises it.
+    """
+    return Result.read(folder) if is_done(folder, purpose, options, task, log) else None
+
+
+def is_done(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, log: Log | None) -> bool:
+    """Whether a folder holds the finished run with the same purpose and options; if so, a line says it.
+
     OutputError if the folder belongs to another purpose, or holds a finished run with other options, or of data that has changed.
     """
     if owned_purpose(folder) is None or not _is_finished(folder):
-        return None
+        return False
     refuse_other_purpose(folder, purpose)
     there = finished_wish(folder)
     if there is not None:
@@ -185,7 +193,7 @@ def finished_result(folder: Path, purpose: str, options: Mapping[str, Any], task
                 help="choose another --out for this one, or delete the folder to start over.",
             )
     (log or Log(None)).say(f"{folder} is finished already, and this is its result; choose another --out to run it anew.")
-    return Result.read(folder)
+    return True
 
 
 def _shown(value: Any) -> str:
@@ -193,7 +201,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / FACTS_FILE).is_file() and not (folder / WORK).exists()
+    return any((folder / name).is_file() for name in (FACTS_FILE, FAMILY_FILE)) and not (folder / WORK).exists()
 
 
 def _content_of(task: Task) -> str | None:

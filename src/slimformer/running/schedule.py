@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -84,13 +84,16 @@ class Diet:
     bench_seconds: float = FULL_BENCH  # likewise, at the end
 
 
-def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part, float]:
-    """Seconds that each part takes at this pace. What is no training is known to about a third."""
+def forecast(sizes: Sizes, pace: Pace, diet: Diet, *aims: float) -> dict[Part, float]:
+    """Seconds that each part takes at this pace. What is no training is known to about a third.
+
+    `aims`: the speeds that models are trained for, one after the other; of several, the files of the uncut model ship too.
+    """
+    count = len(aims)
     trace = 2.0 + 0.6 * sizes.layers  # seconds to trace a model and write one file, checks included
     rows = 300 * sizes.row_tokens  # tokens that each written file is checked on
     write = 0.8 + rows * pace.read
-    student = cut_step(pace, speedup)
-    distil = teaching(sizes, pace, diet.passes, False, student)
+    distil = teaching(sizes, pace, diet.passes, all_steps(pace, aims, rival=False))
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
     trial = timing(sizes.validation_tokens, pace, diet.trial_seconds)
     contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + trial  # it may be delivered
@@ -98,13 +101,15 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, speedup: float) -> dict[Part,
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
         Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + min(10.0, trial),
-        Part.CUTTING: short + weigh + (diet.probes + 1) / 2 * (trace + 5.0),
+        Part.CUTTING: short + count * (weigh + (diet.probes + 1) / 2 * (trace + 5.0)),
         Part.DISTILLING: distil,
-        Part.TRYING: trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + trial,
-        Part.RIVAL: teaching(sizes, pace, diet.passes, True, student) - distil + contest if diet.rival else 0.0,
+        Part.TRYING: (count + (count > 1)) * (trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + trial),
+        Part.RIVAL: teaching(sizes, pace, diet.passes, all_steps(pace, aims, rival=True)) - distil + contest
+        if diet.rival
+        else 0.0,
         Part.MEASURING: sizes.searches
-        * (6 * sizes.dev_tokens * pace.read / 2 + timing(sizes.dev_tokens, pace, diet.bench_seconds))
-        + 6.0,
+        * ((5 + count) * sizes.dev_tokens * pace.read / 2 + timing(sizes.dev_tokens, pace, diet.bench_seconds))
+        + 6.0 * count,
     }
 
 
@@ -118,20 +123,34 @@ def cut_step(pace: Pace, speedup: float) -> float:
     return pace.step * min(1.0, CUT_STEP + 1.55 / speedup)
 
 
-def teaching(sizes: Sizes, pace: Pace, passes: float, rival: bool, step: float) -> float:
-    """Seconds of the teacher's outputs, the distillation and the rival's; fewer than `PASSES` passes go over fewer rows."""
+def rival_place(aims: Sequence[float]) -> int:
+    """Which of the models, in their order, the smaller dense rival is made for: the one in the middle."""
+    return (len(aims) - 1) // 2
+
+
+def all_steps(pace: Pace, aims: Sequence[float], *, rival: bool) -> float:
+    """Seconds a token that a training step of all models takes, one after the other, and of the rival beside them."""
+    steps = [cut_step(pace, aim) for aim in aims]
+    return sum(steps) + (sum(steps[: rival_place(aims) + 1]) if rival else 0.0)
+
+
+def teaching(sizes: Sizes, pace: Pace, passes: float, step: float) -> float:
+    """Seconds of the teacher's outputs, and of as many passes of all that are trained, `step` seconds a token together.
+
+    Fewer than `PASSES` passes go over fewer rows.
+    """
     share = min(1.0, passes / PASSES) * (1 + copies_of(passes))
-    return sizes.train_tokens * (share * pace.read + passes * step * (1 + rival))
+    return sizes.train_tokens * (share * pace.read + passes * step)
 
 
-def passes_within(sizes: Sizes, pace: Pace, seconds: float, most: float, rival: bool, step: float) -> float:
+def passes_within(sizes: Sizes, pace: Pace, seconds: float, most: float, step: float) -> float:
     """The passes of a distillation that fit into these seconds, at most `most`."""
     low, high = 0.0, most
-    if teaching(sizes, pace, most, rival, step) <= seconds:
+    if teaching(sizes, pace, most, step) <= seconds:
         return most
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if teaching(sizes, pace, middle, rival, step) <= seconds else (low, middle)
+        low, high = (middle, high) if teaching(sizes, pace, middle, step) <= seconds else (low, middle)
     return low
 
 
@@ -140,13 +159,15 @@ def copies_of(passes: float) -> int:
     return min(MOST_COPIES, int(passes // 3)) if passes >= MANY_PASSES else 0
 
 
-def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: float, batch_size: int, spent: float = 0.0) -> Diet:
+def diet_for(
+    sizes: Sizes, pace: Pace, full: Diet, aims: Sequence[float], seconds: float, batch_size: int, spent: float = 0.0
+) -> Diet:
     """The most thorough diet that fits into these seconds; RecipeError if nothing does. `spent`: seconds that are gone already.
 
     Timing, importance and tries shrink with the budget. Then training gets what is left: first the smaller dense rival is left
     out if it would leave too few steps, then nothing works.
     """
-    if sum(forecast(sizes, pace, full, speedup).values()) <= seconds:
+    if sum(forecast(sizes, pace, full, *aims).values()) <= seconds:
         return full
     lean = replace(
         full,
@@ -158,25 +179,33 @@ def diet_for(sizes: Sizes, pace: Pace, full: Diet, speedup: float, seconds: floa
     )
     fewest = FEWEST_STEPS * batch_size * sizes.row_tokens / sizes.train_tokens  # passes
     for rival in sorted({full.rival, False}, reverse=True):
-        tried = _trained(sizes, pace, replace(lean, rival=rival), speedup, seconds)
+        tried = _trained(sizes, pace, replace(lean, rival=rival), aims, seconds)
         enough = tried.passes >= min(full.passes, fewest * (2 if rival else 1))
         if enough and (sizes.tuned or tried.tune_passes >= min(full.tune_passes, fewest)):
             return tried
     least = replace(lean, rival=False, tune_passes=min(full.tune_passes, fewest), passes=min(full.passes, fewest))
-    needed = (sum(forecast(sizes, pace, least, speedup).values()) + spent) / (1 - RESERVE) / 60
+
+    def minutes(count: int) -> int:
+        """What so many of the models need at least."""
+        needed = sum(forecast(sizes, pace, least, *aims[:count]).values()) + spent
+        return math.ceil(1.1 * needed / (1 - RESERVE) / 60)
+
+    given = (seconds + spent) / (1 - RESERVE) / 60
+    fewer = next((count for count in range(len(aims) - 1, 0, -1) if minutes(count) <= given), 0)
     raise RecipeError(
         f"the minutes are too few on this machine: {spent:.0f} seconds went into measuring it, and {duration(seconds)} are left.",
-        help=f"the least that works here is about --minutes {math.ceil(1.1 * needed)}.",
+        help=f"the least that works here is about --minutes {minutes(len(aims))}"
+        + (f", or --speedups {','.join(f'{aim:g}' for aim in aims[:fewer])}." if fewer else "."),
     )
 
 
-def _trained(sizes: Sizes, pace: Pace, diet: Diet, speedup: float, seconds: float) -> Diet:
+def _trained(sizes: Sizes, pace: Pace, diet: Diet, aims: Sequence[float], seconds: float) -> Diet:
     """The diet with as many passes as fit beside the rest of it."""
-    rest = sum(forecast(sizes, pace, replace(diet, tune_passes=0.0, passes=0.0), speedup).values())
+    rest = sum(forecast(sizes, pace, replace(diet, tune_passes=0.0, passes=0.0), *aims).values())
     free = max(0.0, seconds - rest)
     tune = 0.0 if sizes.tuned else min(diet.tune_passes, TUNED_SHARE * free / (sizes.train_tokens * pace.step))
     free -= tune * sizes.train_tokens * pace.step
-    passes = passes_within(sizes, pace, free, diet.passes, diet.rival, cut_step(pace, speedup))
+    passes = passes_within(sizes, pace, free, diet.passes, all_steps(pace, aims, rival=diet.rival))
     return replace(diet, tune_passes=tune, passes=passes)
 
 

@@ -8,133 +8,57 @@ delivered, and a message says so. `slimformer run` repeats the recipe that is de
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from slimformer import registry
-from slimformer.core.shrink import shrink
-from slimformer.data.material import spaced_rows, subset
-from slimformer.errors import RecipeError, TargetError
-from slimformer.exporters.base import SEARCH_SECONDS, Exporter, Variant
-from slimformer.families.base import Subject, family_of, subject_of
+from slimformer.exporters.base import SEARCH_SECONDS
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
-from slimformer.measuring.beside import make_readable
-from slimformer.measuring.latency import usual_length
 from slimformer.measuring.records import Goal, Standing
 from slimformer.measuring.scoring import Measurement
-from slimformer.measuring.sessions import open_session
-from slimformer.measuring.timing import Rounds, compare, ratio, workloads
-from slimformer.reporting.words import lost_text, size_text
-from slimformer.rules import Count, Points, Positive, Seed, mistakes_in, real_number
+from slimformer.reporting.words import lost_text
 from slimformer.running.bundle import Bundle, Made, Run
-from slimformer.running.candidate import Candidate, candidate_of, teacher_candidate
+from slimformer.running.candidate import Candidate, candidate_of, cut_candidate, repeating, teacher_candidate
 from slimformer.running.delivery import Order, finish
 from slimformer.running.facts import facts_of
 from slimformer.running.given import given_model, given_task
-from slimformer.running.preflight import Checked, check_kept, preflight
-from slimformer.running.prepare import load_bundle, teach_bundle
-from slimformer.running.recipe import RIVALS, Bench, Export, Recipe, RivalName, Rivals
+from slimformer.running.lessons import distillation
+from slimformer.running.outline import Outline, final_seconds, full_diet
+from slimformer.running.preflight import Checked
+from slimformer.running.recipe import RIVALS, Recipe, RivalName
 from slimformer.running.rescue import rescue
 from slimformer.running.result import Result
-from slimformer.running.rivals import Contestant, drops_layers, equal_layers, rivals_of, small_dense
+from slimformer.running.rivals import Contestant, drops_layers, equal_layers, rivals_of, small_dense, without_small_dense
 from slimformer.running.runner import Conditions, finished_result, model_name, open_run, wish_of
+from slimformer.running.scale import Scale
 from slimformer.running.schedule import (
     FEWEST_STEPS,
-    FULL_BENCH,
-    PASSES,
     SHORTEST_BENCH,
-    Diet,
-    Pace,
     Part,
     Schedule,
-    Sizes,
-    copies_of,
-    diet_for,
-    duration,
     forecast,
     passes_within,
-    savings,
 )
-from slimformer.running.stages import Clock, advance, context_of, latency_of, training_of
-from slimformer.running.students import refuse_student
-from slimformer.running.trials import Judge, Trial, judge_of, tried_rows
-from slimformer.saving import checkpoint
-from slimformer.saving.hub import local_folder
-from slimformer.tasks.base import Features, Split, Task, refuse_pretraining
+from slimformer.running.stages import Clock, training_of
+from slimformer.running.start import checked_wish, opened
+from slimformer.running.trials import Trial, judge_of
+from slimformer.running.wanted import CHANGEABLE, TRIES, WAIT_SHARE, EngineChoice, VocabularyChoice, Wanted
+from slimformer.tasks.base import Task, refuse_pretraining
 from slimformer.training.estimate import estimate
 from slimformer.training.processes import shared
-from slimformer.training.stage import Calibrate, Train, TrimVocabulary
-from slimformer.training.teacher import cached_bytes
+from slimformer.training.stage import Calibrate, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
 CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one file differ by more
 CLEARLY = 1.05  # times as fast as the cut model is what the smaller dense one must be: two timings of one file differ by less
-TRIES = 3  # at most so many budgets are trained
-PROBES = 4  # so many untrained exports find the budget for a speed; each takes seconds
-PROBE_SECONDS = 4.0  # of timing each
-DISTIL_TOKENS = 3_000_000  # the distillation sees so many by default: minutes on two cores for a small model
-TUNE_TOKENS = 1_000_000
-SAID = 3  # reads of a token among others take about as long as saying one on a beam
-WAIT_SHARE = 0.05  # of a budget that may go into waiting for a quiet machine
-CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; above it, attention scores are not distilled
-
-Speedup = Annotated[float, real_number("above 1 and at most 100", lambda value: 1 < value <= 100, 1.0, 101.0)]
-Minutes = Annotated[float, real_number("above 0", lambda value: value > 0, 0.0, 1e5)]
-VocabularyChoice = Literal["whole", "trim"]
-EngineChoice = Literal["onnx", "kernels"]  # the exporters whose files are searched for
-_BLOCKS = "4x4"  # weights that the kernels skip together (decision 0020)
-_BLOCKS_LEFT = (0.5, 0.2)  # shares of a matrix's blocks that may be left, for the kernels
-LARGE_TABLE = 0.5  # a share of the parameters that is worth a line
-CHANGEABLE = ("speedup", "max_loss", "tries")  # these may change when a run resumes: earlier results stay valid
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The options of a compression; `compress` explains each of them."""
-
-    speedup: Speedup = 3.0
-    max_loss: Points = 1.0
-    epochs: Positive | None = None
-    lr: Positive | None = None
-    batch_size: Count = 32
-    seed: Seed = 17
-    tries: Count = TRIES
-    rivals: Rivals = RIVALS
-    minutes: Minutes | None = None
-    vocabulary: VocabularyChoice = "whole"
-    engine: EngineChoice = "onnx"
-
-    def __post_init__(self) -> None:
-        for name in ("speedup", "max_loss", "epochs", "lr", "minutes"):  # 2 and 2.0 are the same purpose
-            if isinstance(getattr(self, name), int):
-                object.__setattr__(self, name, float(getattr(self, name)))
-        wrong = mistakes_in(self)
-        if wrong:
-            raise RecipeError("these options cannot be used.", facts=wrong, help="see `slimformer compress --help`.")
-
-    def purpose(self, recipe: Recipe) -> str:
-        """The purpose of a folder."""
-        fixed = {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
-        if self.vocabulary == "whole":
-            del fixed["vocabulary"]  # as before there was a choice
-        if self.engine == "onnx":
-            del fixed["engine"]
-        options = {"model": recipe.model, "task": repr(recipe.task), **fixed}
-        return f"compress {json.dumps(options, sort_keys=True, default=str)}"
+BLOCKS_LEFT = (0.5, 0.2)  # shares of a matrix's blocks that may be left, for the kernels
 
 
 @shared
@@ -234,44 +158,21 @@ def _compress_named(
     result = finished_result(out, wanted.purpose(Recipe(model, task, ())), options, task, conditions.log)
     if result is not None:
         return result
-    source = local_folder(model)
-    tune = Train(lr=_tune_lr(source), batch_size=wanted.batch_size)
-    tuned = checkpoint.is_tuned(source, task.auto_class)
-    recipe = Recipe(
-        model,
-        task,
-        () if tuned else (tune,),
-        seed=wanted.seed,
-        export=Export(to=wanted.engine),
-        bench=Bench(rivals=wanted.rivals),
-    )
-    trim = (TrimVocabulary(),) if wanted.vocabulary == "trim" else ()
-    checked = replace(preflight(replace(recipe, stages=(*recipe.stages, *trim))), recipe=recipe)
-    refuse_student(source)
-    check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
+    checked = checked_wish(model, task, wanted)
     wish = partial(wish_of, task, options)
-    with open_run(out, wanted.purpose(recipe), wanted.seed, conditions, wish=wish) as run:
+    with open_run(out, wanted.purpose(checked.recipe), wanted.seed, conditions, wish=wish) as run:
         with Schedule(run.root, wanted.minutes, run.log, began) as schedule:
-            measurement = _compress(checked, wanted, command, schedule, run, out, tuned=tuned)
+            measurement = _compress(checked, wanted, command, schedule, run, out)
             schedule.compare()
         remove_folder(run.root)
     return Result(out, measurement.records)
 
 
-def _compress(
-    checked: Checked, wanted: Wanted, command: str, schedule: Schedule, run: Run, out: Path, *, tuned: bool
-) -> Measurement:
+def _compress(checked: Checked, wanted: Wanted, command: str, schedule: Schedule, run: Run, out: Path) -> Measurement:
     """Plans, tunes if need be, searches, trains the rivals, measures and delivers."""
-    first = load_bundle(checked, run)
-    outline = _outline(first, wanted, schedule, run, tuned=tuned)
-    if not tuned:
-        tune = _tuning(checked.source, outline.diet, outline.sizes, wanted)
-        checked = replace(checked, recipe=replace(checked.recipe, stages=(tune,)))
-    with schedule.part(Part.TUNING):
-        bundle, _ = teach_bundle(first, checked, run)
-    bundle = _trimmed(bundle, wanted, run)
+    bundle, outline, recipe = opened(checked, wanted, (wanted.speedup,), schedule, run)
     with Clock(run.root) as clock:  # of the search and all budgets tried: what the user waits for, without the rivals
-        search = _Search(bundle, checked.recipe, wanted, outline, schedule, run)
+        search = _Search(bundle, recipe, wanted, outline, schedule, run)
         chosen = search.run().after(clock.minutes)
     chosen, rivals = search.contest(search.written(chosen))
     recipe, task = search.recipe_of(chosen), checked.recipe.task
@@ -280,207 +181,13 @@ def _compress(
         return finish(chosen, rivals, order, search.judge, run, out)
 
 
-def _trimmed(bundle: Bundle, wanted: Wanted, run: Run) -> Bundle:
-    """The bundle with the vocabulary that is wanted; of a large table that stays whole, a line says so."""
-    if wanted.vocabulary == "trim":
-        return advance((TrimVocabulary(),), bundle, run.under("vocabulary")).bundle
-    tables = sum(matrix.parameters for matrix in bundle.subject.anatomy.matrices.values() if matrix.table)
-    share = tables / bundle.subject.model.num_parameters()
-    if share > LARGE_TABLE:
-        run.log.say(
-            f"the word table has {share:.0%} of the parameters: `--vocabulary trim` keeps the pieces that your texts need."
-        )
-    return bundle
-
-
-# -- What the sizes of model and data decide -----------------------------------------------------------------------------------
-
-
-def _hidden_size(source: Path) -> int:
-    config = checkpoint.read_config(source)
-    return family_of(checkpoint.base_type(config)).width(config) or 768
-
-
-def _tune_lr(source: Path) -> float:
-    """4e-5 for a width of 768, more for narrower models: 8e-5 for 384."""
-    return float(f"{4e-5 * 768 / _hidden_size(source):.2g}")
-
-
-def _fast_lr(source: Path) -> float:
-    """8e-4 up to a width of 384, for which it was measured; it falls with the square of the width: 2e-4 for 768, which we chose."""
-    return float(f"{8e-4 * min(1.0, 384 / _hidden_size(source)) ** 2:.2g}")
-
-
-def _tuning(source: Path, diet: Diet, sizes: Sizes, wanted: Wanted) -> Train:
-    """The tuning of a model that came without a head. The fewer tokens it sees, the higher the rate (decision 0013)."""
-    seen = diet.tune_passes * sizes.train_tokens
-    faster = min(4.0, max(1.0, (TUNE_TOKENS / 2 / seen) ** 0.75))
-    lr, passes = float(f"{_tune_lr(source) * faster:.2g}"), round(diet.tune_passes, 2)
-    return Train(lr=lr, epochs=passes, batch_size=wanted.batch_size)
-
-
-def _distillation(bundle: Bundle, wanted: Wanted, passes: float, left: float = 1.0) -> Train:
-    """The distillation that a budget gets; of each matrix, a share of its blocks is `left`.
-
-    Small data is augmented, for as many steps; its copies have no labels of their own. With attention scores the student may learn
-    five times as fast, and loses less (decision 0009). They grow with the square of a text's length; if they do not fit on disk, the
-    student learns outputs and hidden states alone.
-    """
-    source, features = bundle.material.source, bundle.material.features[Split.TRAIN]
-    if bundle.subject.beams is not None:
-        return _word_level(bundle, wanted, passes)
-    copies = copies_of(passes)
-    rows = None if passes >= PASSES else max(1, round(len(features) * passes / PASSES))
-    distillation = registry.find("methods", "distillation")
-    method, lr, weight = distillation(), 2 * _tune_lr(source), 0.0 if copies else 0.1
-    lengths = spaced_rows(features, rows).lengths() if rows else features.lengths()
-    scored = distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)
-    if (1 + copies) * cached_bytes(bundle.teacher.anatomy, lengths, scored.effects().needs) <= CACHED_BYTES:
-        method, lr, weight = scored, max(lr, _fast_lr(source)), 0.0
-    zeros = () if left == 1.0 else (registry.find("methods", "knowledge_sparse")(keep=left, pattern=_BLOCKS),)
-    return Train(
-        methods=(*zeros, method),
-        epochs=round((PASSES if rows else passes) / (1 + copies), 2),
-        lr=wanted.lr or lr,
-        batch_size=wanted.batch_size,
-        task_weight=weight,
-        dropout=False,
-        freeze="embeddings",
-        rows=rows,
-        augment=copies,
-    )
-
-
-def _word_level(bundle: Bundle, wanted: Wanted, passes: float) -> Train:
-    """The distillation of a model that writes texts: the next word after the right ones (Kim and Rush 2016), and hidden states.
-
-    Nothing is augmented: another word in what is read asks for another text. The teacher runs beside the student, because what it says
-    of a whole vocabulary at each token would fill the disk.
-    """
-    rows = None if passes >= PASSES else max(1, round(len(bundle.material.features[Split.TRAIN]) * passes / PASSES))
-    method = registry.find("methods", "distillation")(temperature=1.0)
-    return Train(
-        methods=(method,),
-        epochs=round(PASSES if rows else passes, 2),
-        lr=wanted.lr or max(2 * _tune_lr(bundle.material.source), 0.5 * _fast_lr(bundle.material.source)),
-        batch_size=wanted.batch_size,
-        task_weight=0.1,
-        dropout=False,
-        rows=rows,
-    )
-
-
-# -- The plan ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Outline:
-    """What was measured and decided before anything started; a resumed run goes by the same."""
-
-    sizes: Sizes
-    pace: Pace
-    diet: Diet
-    disk_bytes: int
-
-
-def _outline(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tuned: bool) -> _Outline:
-    """Measures a few real steps, fits everything into the budget if there is one, and says what will be done and how long it takes."""
-    file = run.root / "outline.json"
-    new = not file.is_file()
-    outline = remembered(file, lambda: _planned(first, wanted, schedule, run, tuned=tuned), _Outline)
-    schedule.announced = forecast(outline.sizes, outline.pace, outline.diet, wanted.speedup)
-    if new:
-        _announce(outline, _full(first, wanted, outline.sizes), first, wanted, schedule, run)
-    return outline
-
-
-def _planned(first: Bundle, wanted: Wanted, schedule: Schedule, run: Run, *, tuned: bool) -> _Outline:
-    material = first.material
-    features = {split: material.features[split] for split in Split}
-    chosen, _ = subset(material, Split.VALIDATION, tried_rows(material.task))
-    tokens = int(features[Split.TRAIN].lengths().sum())
-    sizes = Sizes(
-        layers=len(first.subject.anatomy.layers),
-        train_tokens=tokens,
-        train_rows=len(features[Split.TRAIN]),
-        validation_tokens=_read_tokens(chosen, first.subject) * (2 if tuned else 1),
-        dev_tokens=_read_tokens(features[Split.DEV], first.subject),
-        tuned=tuned,
-        searches=1 if first.subject.beams in (None, 1) else 2,
-    )
-    full = _full(first, wanted, sizes)
-    distil = _distillation(first, wanted, full.passes)
-    cost = estimate(training_of(replace(distil, rows=None, augment=0), first, run), seconds=1.5)
-    pace = Pace(1 / cost.tokens_per_second, cost.teacher_seconds / tokens, cost.peak_rss_bytes)
-    diet = (
-        full
-        if wanted.minutes is None
-        else diet_for(sizes, pace, full, wanted.speedup, schedule.left, wanted.batch_size, schedule.spent)
-    )
-    learnt = _distillation(first, wanted, diet.passes)
-    lengths = features[Split.TRAIN].lengths()[: learnt.rows]
-    needs = learnt.methods[-1].effects().needs if first.subject.beams is None else ()
-    return _Outline(sizes, pace, diet, (1 + learnt.augment) * cached_bytes(first.teacher.anatomy, lengths, needs))
-
-
-def _read_tokens(features: Features, subject: Subject) -> int:
-    """The tokens of these rows; of texts that are to be written, what saying them on each beam takes as long as to read."""
-    targets = features.target_lengths()
-    said = 0 if targets is None else SAID * (subject.beams or 1) * int(targets.sum())
-    return int(features.lengths().sum()) + said
-
-
-def _full(first: Bundle, wanted: Wanted, sizes: Sizes) -> Diet:
-    """Everything as thorough as the sizes ask for."""
-    tune = min(5.0, max(2.0, TUNE_TOKENS / sizes.train_tokens))
-    passes = wanted.epochs or min(12.0, max(3.0, DISTIL_TOKENS / sizes.train_tokens))
-    return Diet(
-        tune_passes=0.0 if sizes.tuned else round(tune, 1),
-        passes=round(passes, 1),
-        probes=PROBES,
-        tries=wanted.tries,
-        rival="small-dense" in wanted.rivals,
-    )
-
-
-def _announce(outline: _Outline, full: Diet, first: Bundle, wanted: Wanted, schedule: Schedule, run: Run) -> None:
-    """Says what is about to happen, how long it takes, what it needs, and what was left out for the budget."""
-    diet, sizes, pace, say = outline.diet, outline.sizes, outline.pace, run.log.say
-    distil = _distillation(first, wanted, diet.passes)
-    steps = distil.steps_of((distil.rows or sizes.train_rows) * (1 + distil.augment))
-    if not sizes.tuned:
-        say(
-            f"this model has no head for the task yet: it is tuned first, for {diet.tune_passes:.2g} epochs at lr "
-            f"{_tuning(first.material.source, diet, sizes, wanted).lr:g}, {duration(schedule.announced[Part.TUNING])}."
-        )
-    say(
-        f"plan: cut to {wanted.speedup:g} times the speed, distil for {diet.passes:.2g} epochs ({steps:,} steps; uncut "
-        f"{1 / pace.step:,.0f} tokens a second), int8, verify; up to {diet.tries} budget{'s' if diet.tries > 1 else ''}."
-    )
-    schedule.announce(schedule.announced)
-    if diet.tries > 1:
-        again = sum(schedule.announced[part] for part in (Part.CUTTING, Part.DISTILLING, Part.TRYING))
-        say(f"if too much is lost, each further budget takes {duration(again)}.")
-    busy = f"up to {run.quiet.left:.0f} seconds more if the machine is busy; " if run.quiet.left else ""
-    say(
-        f"{busy}about {pace.peak_rss_bytes / 2**30:.1f} GiB of memory, "
-        + (
-            f"{size_text(outline.disk_bytes)} of disk for the teacher's outputs."
-            if first.subject.beams is None
-            else "and the teacher runs beside the student."
-        )
-    )
-    if wanted.minutes is not None and diet != full:
-        say(f"to fit {wanted.minutes:g} minutes: {'; '.join(savings(full, diet, distil.rows, sizes))}.")
-
-
 # -- The search ----------------------------------------------------------------------------------------------------------------
 
 
 class _Search:
     """Proposes budgets until one meets the loss, and picks the best candidate of all it has seen."""
 
-    def __init__(self, bundle: Bundle, recipe: Recipe, wanted: Wanted, outline: _Outline, schedule: Schedule, run: Run) -> None:
+    def __init__(self, bundle: Bundle, recipe: Recipe, wanted: Wanted, outline: Outline, schedule: Schedule, run: Run) -> None:
         self.bundle, self.recipe, self.wanted, self.state = bundle, recipe, wanted, run
         self.outline, self.schedule, self.diet = outline, schedule, outline.diet
         with schedule.part(Part.UNCUT):
@@ -492,9 +199,9 @@ class _Search:
         self.uncut = wanted.speedup <= self.whole.trials[0].speed_32
 
     @cached_property
-    def scale(self) -> _Scale:
+    def scale(self) -> Scale:
         """The scale that gives budgets; it measures this machine when it is first used."""
-        return _Scale(self.bundle, self.judge, self.diet, self.exporter, self.state)
+        return Scale(self.bundle, self.judge, self.diet, self.exporter, self.state)
 
     def run(self) -> Candidate:
         """The best candidate."""
@@ -536,10 +243,7 @@ class _Search:
             candidate = self._cut_to(keep, blocks)
             candidates.append(candidate)
             best = candidate.best_int8(wanted.max_loss)
-            log.say(
-                f"{best.speed_32:.2f} times as fast, {abs(best.loss):.2f} points {lost_text(best.loss)} on validation examples "
-                f"({candidate.kinds[best.variant].name}, {size_text(best.size_bytes)})."
-            )
+            log.say(f"{candidate.told(best)}.")
             if best.loss <= wanted.max_loss:
                 break
             aim = math.sqrt(slow * aim)
@@ -574,11 +278,11 @@ class _Search:
         """
         if self.wanted.engine == "onnx" or self.bundle.subject.beams is not None:
             return self.scale.keep(aim), 1.0
-        speeds = {left: self.scale.with_blocks(left) for left in _BLOCKS_LEFT}
+        speeds = {left: self.scale.with_blocks(left) for left in BLOCKS_LEFT}
         enough = next((left for left, speed in speeds.items() if speed >= aim), None)
         if enough is not None:
             return 1.0, enough
-        least, dense = _BLOCKS_LEFT[-1], self.whole.trials[0].speed_32
+        least, dense = BLOCKS_LEFT[-1], self.whole.trials[0].speed_32
         return self.scale.keep(aim * dense / speeds[least]), least
 
     def _cut_to(self, keep: float, blocks: float) -> Candidate:
@@ -586,20 +290,23 @@ class _Search:
         name = f"keep-{keep:.4f}" if blocks == 1.0 else f"keep-{keep:.4f}-blocks-{blocks:g}"
         home, below = self.state.root / name, self.state.under(name)
         cuts = () if keep == 1.0 and blocks < 1.0 else (Calibrate(replace(self.scale.fisher, keep=round(keep, 4))),)
-        with self.schedule.part(Part.CUTTING):
-            before = advance(cuts, self.bundle, below)
-        with self.schedule.part(Part.DISTILLING):
-            distil = self._lesson(before.bundle, home / "passes.json", blocks)
-            made = advance([distil], before.bundle, below.under("distilled"))
-        with self.schedule.part(Part.TRYING):
-            made = replace(made, effort=before.effort.then(made.effort))
-            return candidate_of(
-                made, (*cuts, distil), home, self.judge, self.state, self.exporter, seconds=self.diet.trial_seconds
-            )
+        lesson = partial(self._lesson, file=home / "passes.json", blocks=blocks)
+        return cut_candidate(
+            Made(self.bundle),
+            (),
+            cuts,
+            lesson,
+            home,
+            self.judge,
+            self.schedule,
+            below,
+            self.exporter,
+            seconds=self.diet.trial_seconds,
+        )
 
-    def _lesson(self, small: Bundle, file: Path, blocks: float = 1.0) -> Train:
+    def _lesson(self, small: Bundle, *, file: Path, blocks: float = 1.0) -> Train:
         """The distillation of a cut model: as announced, or as the budget allows by now, from a few real steps of this model."""
-        distil = _distillation(small, self.wanted, self.diet.passes, blocks)
+        distil = distillation(small, self.wanted, self.diet.passes, blocks)
         if self.wanted.minutes is None:
             return distil
 
@@ -610,8 +317,8 @@ class _Search:
             rest = replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
             later = forecast(sizes, pace, rest, self.wanted.speedup)
             needed = sum(slow * later[part] for part in (Part.TRYING, Part.RIVAL, Part.MEASURING))
-            most = _full(small, self.wanted, sizes).passes
-            fit = passes_within(sizes, pace, self.schedule.left - needed, most, self.diet.rival, 1 / cost.tokens_per_second)
+            most = full_diet(small, self.wanted, sizes).passes
+            fit = passes_within(sizes, pace, self.schedule.left - needed, most, (1 + self.diet.rival) / cost.tokens_per_second)
             least = FEWEST_STEPS * self.wanted.batch_size / sizes.train_rows
             return round(max(fit, least), 2)
 
@@ -620,7 +327,7 @@ class _Search:
             self.state.log.say(
                 f"the time that is left allows {fit:.2g} epochs of distillation; {self.diet.passes:.2g} were planned."
             )
-        return _distillation(small, self.wanted, fit, blocks)
+        return distillation(small, self.wanted, fit, blocks)
 
     def contest(self, chosen: Candidate) -> tuple[Candidate, list[Contestant]]:
         """The candidate to deliver, and its rivals, trained.
@@ -685,16 +392,7 @@ class _Search:
     @property
     def rival_names(self) -> tuple[RivalName, ...]:
         """The rivals that are wanted and that the budget allows."""
-        return self.wanted.rivals if self.diet.rival else _without_small_dense(self.wanted.rivals)
-
-    def bench_seconds(self) -> float:
-        """Seconds for each of the two workloads of the final measurement: as planned, but no more than is left."""
-        if self.wanted.minutes is None:
-            return self.diet.bench_seconds
-        idle = forecast(self.outline.sizes, self.outline.pace, replace(self.diet, bench_seconds=0.0), self.wanted.speedup)
-        free = (self.schedule.left - idle[Part.MEASURING]) / (2 * self.outline.sizes.searches)
-        planned = remembered(self.state.root / "bench.json", lambda: min(FULL_BENCH, max(SHORTEST_BENCH, free)), float)
-        return round(planned, 1)
+        return self.wanted.rivals if self.diet.rival else without_small_dense(self.wanted.rivals)
 
     def written(self, candidate: Candidate) -> Candidate:
         """The candidate with all files that ship: those of the uncut model are written only if they are asked for."""
@@ -706,19 +404,9 @@ class _Search:
 
     def recipe_of(self, chosen: Candidate) -> Recipe:
         """The recipe that leads to the chosen candidate again."""
-        lead = self.recipe.stages if self.bundle.tuned_here else ()
-        # without the levels, the same recipe would measure its own and cut a little otherwise
-        dense = drops_layers(chosen.stages)
-        levels = self.scale.levels if chosen.stages and not dense else None
-        export = replace(self.recipe.export, floats=chosen.floats)
-        rivals = _without_small_dense(self.rival_names) if dense else self.rival_names
-        bench = replace(self.recipe.bench, seconds=self.bench_seconds(), rivals=rivals)
-        trim = (TrimVocabulary(),) if chosen.made.bundle.vocabulary is not None else ()
-        return replace(self.recipe, stages=(*lead, *trim, *chosen.stages), latency=levels, export=export, bench=bench)
-
-
-def _without_small_dense(names: Sequence[RivalName]) -> tuple[RivalName, ...]:
-    return tuple(name for name in names if name != "small-dense")
+        levels = self.scale.levels if chosen.stages and not drops_layers(chosen.stages) else None
+        seconds = final_seconds(self.outline, self.schedule, self.state, self.wanted.speedup)
+        return repeating(self.recipe, chosen, self.rival_names, seconds, levels)
 
 
 def better(dense: Trial, cut: Trial, max_loss: float) -> bool:
@@ -744,113 +432,3 @@ def pick(candidates: Sequence[Candidate], max_loss: float) -> Candidate:
     if good:
         return max(good, key=lambda candidate: candidate.best_int8(max_loss).speed_32)
     return min(candidates, key=lambda candidate: candidate.best_int8(max_loss).loss)
-
-
-class _Scale:
-    """Finds the budget for a speed: the latency table gives a guess, a few untrained exports correct it.
-
-    The speed of a file does not depend on its weights, so nothing has to be trained to know it.
-    """
-
-    def __init__(self, bundle: Bundle, judge: Judge, diet: Diet, exporter: Exporter, run: Run) -> None:
-        self.bundle, self.judge, self.probes, self.exporter, self.state = bundle, judge, diet.probes, exporter, run
-        self.variant = exporter.quick_variant
-        self.fisher = registry.find("methods", "fisher")(
-            cost="latency", examples=diet.examples, damage_examples=max(64, diet.examples // 8), repair_tokens=6 * diet.examples
-        )
-        table = latency_of(bundle.subject, bundle.material, run, judge.teacher)
-        self.context = context_of(bundle, run, bundle.subject, "latency")
-        self.cost, self.dense_fp32_ms, self.levels = table.cost, table.dense_fp32_ms, table.levels
-
-    @cached_property
-    def weighed(self) -> Any:
-        """The importance of each head, neuron and sublayer of the uncut model."""
-        self.state.log.say("measuring how much each head and neuron matters.")
-        return self.fisher.weigh(self.context)
-
-    def keep(self, speedup: float) -> float:
-        """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
-        return remembered(self.state.root / f"budget-{speedup:.4f}.json", lambda: self._probed(speedup), float)
-
-    def _probed(self, speedup: float) -> float:
-        aim = speedup * MARGIN
-        keep = min(1.0, self.dense_fp32_ms / aim / self.cost.dense)
-        probes: list[tuple[float, float]] = []  # (budget, speed)
-        for _ in range(self.probes):
-            speed = self.speed(keep, speedup)
-            probes.append((keep, speed))
-            self.state.log.event("probe", keep=round(keep, 4), speedup=round(speed, 3), wanted=aim)
-            if speedup * 1.01 <= speed <= speedup * 1.1:
-                return keep
-            keep = nearer(probes, aim)
-        if min(probe[1] for probe in probes) < aim <= max(probe[1] for probe in probes):
-            return keep  # between two that were timed
-        enough = [probe for probe in probes if probe[1] >= speedup]
-        return max(enough)[0] if enough else min(probes, key=lambda probe: abs(probe[1] - aim))[0]
-
-    def speed(self, keep: float, wanted: float) -> float:
-        """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
-        anatomy = self.context.anatomy
-        try:
-            plan = replace(self.fisher, keep=keep).plan(self.context, self.weighed)
-        except TargetError:
-            raise _out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
-        small = subject_of(shrink(self.bundle.subject.model, anatomy, plan))
-        speed = self._timed(small)
-        if speed < wanted / 1.1 and not small.anatomy.units:
-            raise _out_of_reach(wanted, speed)
-        return speed
-
-    def with_blocks(self, left: float) -> float:
-        """The same of the uncut model with a share of each matrix's blocks, the largest ones."""
-
-        def timed() -> float:
-            small = subject_of(copy.deepcopy(self.bundle.subject.model))
-            rows, columns = map(int, _BLOCKS.split("x"))
-            for matrix in small.anatomy.matrices.values():
-                if not matrix.table:
-                    weight = small.model.get_submodule(matrix.module).weight
-                    assert isinstance(weight, torch.Tensor)
-                    blocks = weight.data.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
-                    size = blocks.square().sum(dim=(1, 3), keepdim=True)
-                    blocks *= size >= size.flatten().quantile(1 - left)
-            return self._timed(small)
-
-        return remembered(self.state.root / f"blocks-{left:g}.json", timed, float)
-
-    def _timed(self, small: Subject) -> float:
-        """How many times as fast as dense fp32 the quickest int8 file of a model is, batch 32."""
-        material, run, exporter = self.bundle.material, self.state, self.exporter
-        with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
-            file = Path(name) / exporter.kinds_for(small.model)[self.variant].name
-            batches = material.batches(small.inputs)[:4]  # its answers are of no interest
-            exporter.export(small.model, batches, file, self.variant, material.task.outputs)
-            make_readable(small, material.source, file.parent)
-            length = usual_length(small, material)
-            sessions = {
-                "ours": open_session(file, run.threads, generation=length),
-                "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads, generation=length),
-            }
-            features, _ = subset(material, Split.VALIDATION, 640)
-            workload = workloads(features, limit=20)[1]
-            timings = compare(sessions, workload, Rounds(40, seconds=PROBE_SECONDS), run.quiet.load())
-        return ratio(timings["dense"], timings["ours"]).median
-
-
-def nearer(probes: Sequence[tuple[float, float]], wanted: float) -> float:
-    """The budget to try next for a speed, from (budget, speed) pairs: between the nearest on both sides, or on from the last."""
-    above = [probe for probe in probes if probe[1] >= wanted]
-    below = [probe for probe in probes if probe[1] < wanted]
-    if not above or not below:
-        keep, speed = probes[-1]
-        return min(1.0, keep * (speed / wanted) ** 1.2)
-    (small, fast), (large, slow) = max(above), min(below)
-    share = math.log(fast / wanted) / math.log(fast / slow)  # speed and budget are about a power of each other
-    return small * (large / small) ** min(0.9, max(0.1, share))
-
-
-def _out_of_reach(wanted: float, best: float) -> TargetError:
-    return TargetError(
-        f"{wanted:g} times as fast is out of reach: with every layer cut, {best:.1f} would be.",
-        help=f"ask for less, at most about {max(1.0, 0.7 * best):.1f}.",
-    )

@@ -1,0 +1,514 @@
+"""`frontier` makes a family of models in one run: each is cut from the one before, trained on, and kept; what is needless is dropped.
+
+The one idea: a model that was cut to twice the speed and trained is a better start for four times than the uncut one is (gradual pruning
+under a measured budget: Kurtic, Frantar, Alistarh, ZipLM, NeurIPS 2023, section 3.3). So levels of rising speed cost little more than
+the last of them alone, and leave a curve to pick from. All levels learn from the same outputs of the teacher, which are computed once. At
+the end every model, the dense one and the rivals run in one race, and a model that another row makes needless is not delivered.
+
+What a level needs is that of `compress` (budgets, lessons, trials, rivals, delivery); here are only the levels and who dominates whom.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimformer.errors import RecipeError, TargetError
+from slimformer.files import remembered, remove_folder
+from slimformer.log import Log
+from slimformer.measuring.latency import Latency, Levels
+from slimformer.measuring.records import Goal, Record, Standing
+from slimformer.measuring.scoring import Measurement
+from slimformer.reporting.family import FamilyPoint, HeldResult, ModelFamily, read_family, write_family
+from slimformer.reporting.verdicts import dominator
+from slimformer.reporting.words import listed
+from slimformer.running.bundle import Bundle, Made, Run
+from slimformer.running.candidate import Candidate, candidate_of, cut_candidate, repeating
+from slimformer.running.delivery import Order, best_file, deliver, fitted_tasks, side_by_side
+from slimformer.running.given import given_model, given_task
+from slimformer.running.lessons import distillation
+from slimformer.running.outline import Outline, final_seconds, full_diet
+from slimformer.running.reader import read_levels
+from slimformer.running.recipe import RIVALS, Recipe, RivalName
+from slimformer.running.rivals import Contestant, rivals_of, without_small_dense
+from slimformer.running.runner import Conditions, is_done, model_name, open_run, wish_of
+from slimformer.running.scale import Scale, out_of_reach
+from slimformer.running.schedule import FEWEST_STEPS, SHORTEST_BENCH, Diet, Part, Schedule, cut_step, forecast, rival_place
+from slimformer.running.stages import latency_of, training_of
+from slimformer.running.start import checked_wish, opened
+from slimformer.running.trials import Trial, judge_of
+from slimformer.running.wanted import WAIT_SHARE, Wanted
+from slimformer.tasks.base import Task, refuse_pretraining
+from slimformer.training.estimate import estimate
+from slimformer.training.processes import shared
+from slimformer.training.stage import Calibrate, Stage, Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPEEDUPS = (2.0, 3.0, 4.0, 6.0, 8.0)
+POINTS = "points"  # the folder of the models, in that of the run
+UNCUT = "uncut"
+WITHIN = 0.5  # points: a faster int8 file may lose so much more than the best one of its model, which held examples hardly tell apart
+NO_CUT = 0.995  # a budget of so much of the model before is none
+
+
+@shared
+def compress_family(
+    model: str | Path | PreTrainedModel,
+    task: Task | str | Mapping[str, Any],
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    speedups: Sequence[float] = SPEEDUPS,
+    max_loss: float = 1.0,
+    epochs: float | None = None,
+    lr: float | None = None,
+    batch_size: int = 32,
+    seed: int = 17,
+    rivals: RivalName | Sequence[RivalName] = RIVALS,
+    minutes: float | None = None,
+    latency: Levels | str | Path | None = None,
+    log: Log | None = None,
+    command: str = "",
+    threads: int | None = None,
+    wait_seconds: float = 60.0,
+) -> ModelFamily:
+    """Makes models of several speeds for `task` in one run, each from the one before, and leaves them in the folder `out`.
+
+    Args:
+        model: As in `compress`, like `task` and `tokenizer`.
+        task: Where the examples come from and how they are scored.
+        out: The folder for the result, with a folder below `points` for each model. The same call resumes a run that was stopped, and
+            returns what a finished one left.
+        tokenizer: The tokenizer of a model in memory.
+        speedups: How many times as fast as the dense model in fp32 in ONNX Runtime, at batch 32: rising, above 1, at most 100.
+        max_loss: Points of the metric within which models are recommended; those that lose more are delivered too.
+        epochs: Epochs of the distillation of each level; by default the size of the data decides.
+        lr: The peak learning rate of the distillation; by default the width of the model decides.
+        batch_size: Rows of a training step.
+        seed: The seed of all random numbers.
+        rivals: The baselines to measure; "small-dense" trains as long as the model of the middle speed, and is delivered with the others.
+        minutes: A budget for everything. Each level gets as many passes as the others.
+        latency: The latency table of another machine, or its file, as `slimformer bench --levels` writes it there. The speeds are then
+            those of that machine, as the table predicts them; what is measured is measured here.
+        log: As in `run`, like `command`, `threads` and `wait_seconds`.
+        command: The command line that the pages show.
+        threads: How many threads each timing uses; all cores by default.
+        wait_seconds: How long it waits at most until nothing else runs on the machine.
+
+    Returns:
+        The models, and everything that was measured.
+
+    Raises:
+        RecipeError: An option is out of range, the speeds do not rise, the latency table cannot be read, or `minutes` are too few; the
+            message says how many would do, and for which speeds they suffice.
+        ModelError: The model cannot be loaded, or does not suit the task.
+        DataError: The data cannot be read, or do not suit the model.
+        TargetError: All speeds are out of reach; the message names the highest possible.
+        OutputError: `out` cannot be used, or belongs to another run.
+
+    Example:
+        >>> from slimformer.running.frontier import compress_family
+        >>> family = compress_family("my-bert", task, "family", speedups=(2, 4), minutes=30)  # doctest: +SKIP
+        >>> family.picks  # doctest: +SKIP
+        {'fastest at batch 32': '4x', 'fastest at batch 1': '4x', 'smallest file': '4x'}
+    """
+    began = time.monotonic()
+    aims = rising(speedups)
+    chosen = (rivals,) if isinstance(rivals, str) else tuple(rivals)
+    table = read_levels(latency) if isinstance(latency, (str, Path)) else latency
+    wanted = Wanted(aims[0], max_loss, epochs, lr, batch_size, seed, 1, chosen, minutes)
+    if minutes is not None:
+        wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * minutes)
+    settled = given_task(task)
+    refuse_pretraining(settled, "frontier")
+    place = Path(out)
+    with given_model(model, tokenizer, place) as name:
+        purpose = _purpose(name, settled, aims, wanted, table)
+        if is_done(place, purpose, {}, settled, log):
+            return read_family(place)
+        checked = checked_wish(name, settled, wanted)
+        conditions, wish = Conditions(log, threads, wait_seconds), partial(wish_of, settled, {})
+        with open_run(place, purpose, seed, conditions, table, wish) as run:
+            with Schedule(run.root, minutes, run.log, began) as schedule:
+                bundle, outline, recipe = opened(checked, wanted, aims, schedule, run)
+                levels = _Levels(bundle, recipe, aims, wanted, outline, schedule, run)
+                family = _finished(levels, model_name(name), command, place)
+                schedule.compare()
+            remove_folder(run.root)
+    return family
+
+
+def rising(speedups: Sequence[float]) -> tuple[float, ...]:
+    """The speeds, checked.
+
+    >>> rising([2, 4.5])
+    (2.0, 4.5)
+    """
+    if isinstance(speedups, str) or not speedups:
+        raise RecipeError("no speeds are named.", help="name some, in rising order: --speedups 2,3,4.")
+    for speed in speedups:
+        if not 1 < speed <= 100:
+            raise RecipeError(f"a speed must be above 1 and at most 100, not {speed:g}.", help="correct --speedups.")
+    for slow, fast in pairwise(speedups):
+        if fast <= slow:
+            raise RecipeError(
+                f"the speeds must rise, and {fast:g} comes after {slow:g}.",
+                help="each model is cut from the one before: --speedups 2,3,4.",
+            )
+    return tuple(map(float, speedups))
+
+
+def _purpose(model: str, task: Task, aims: Sequence[float], wanted: Wanted, table: Levels | None) -> str:
+    """The purpose of a folder."""
+    left_out = ("speedup", "tries", "vocabulary", "engine")
+    options = {name: value for name, value in asdict(wanted).items() if name not in left_out}
+    own = {} if table is None else {"latency": table.to_data()}
+    asked = {"model": model, "task": repr(task), "speedups": aims, **options, **own}
+    return f"frontier {json.dumps(asked, sort_keys=True, default=str)}"
+
+
+# -- The levels ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A model of the family before it is measured."""
+
+    name: str
+    candidate: Candidate
+    aim: float | None
+    predicted: float | None = None
+
+
+class _Levels:
+    """Trains a model for each speed, each from the one before, and a smaller dense one beside the middle one."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        recipe: Recipe,
+        aims: tuple[float, ...],
+        wanted: Wanted,
+        outline: Outline,
+        schedule: Schedule,
+        run: Run,
+    ) -> None:
+        self.bundle, self.recipe, self.wanted, self.outline, self.schedule = bundle, recipe, wanted, outline, schedule
+        self.diet, self.aims, self.notes = outline.diet, aims, list[str]()
+        self.state, self.elsewhere = run, run.levels is not None  # the speeds are those of another machine, by its table
+        if self.elsewhere:
+            self._remark(
+                "the speeds that are asked for and predicted are those of another machine; all others were measured here"
+            )
+        with schedule.part(Part.UNCUT):
+            self.judge = judge_of(bundle, run)
+            self.exporter = recipe.export.exporter()
+        with schedule.part(Part.TRYING):
+            self.whole = self._tried(Made(bundle), (), run.root / UNCUT, run)
+        with schedule.part(Part.CUTTING):
+            self.table = latency_of(bundle.subject, bundle.material, run, self.judge.teacher)
+        self.state = replace(run, levels=self.table.levels)  # every level counts by the table of the uncut model
+
+    def _tried(self, made: Made, stages: Sequence[Stage], home: Path, run: Run) -> Candidate:
+        return candidate_of(made, stages, home, self.judge, run, self.exporter, seconds=self.diet.trial_seconds)
+
+    def points(self) -> list[_Point]:
+        """The uncut model, and one for each speed that can be reached."""
+        found, self.aims = [_Point(UNCUT, self.whole, None)], self._within_reach()
+        for place, aim in enumerate(self.aims):
+            before, name = found[-1].candidate, f"{aim:g}x"
+            fast = self.speed(before)
+            if place and fast >= aim:
+                self._remark(f"there is no model for {aim:g} times: {found[-1].name} is {fast:.2f} times as fast already")
+                continue
+            if not self._has_time(name, place):
+                rest = listed([f"{other:g}" for other in self.aims[place:]])
+                self._remark(f"there is no model for {rest} times: the time that is left does not suffice")
+                break
+            try:
+                found.append(_Point(name, self._level(place, before), aim))
+            except TargetError as error:
+                self._remark(f"there is no model for {aim:g} times: {error.what.removesuffix('.')}")
+                break
+            self.state.log.say(f"{name}: {found[-1].candidate.told(self.best(found[-1].candidate))}.")
+        return [replace(point, predicted=self.predicted(point.candidate)) for point in found]
+
+    def _within_reach(self) -> tuple[float, ...]:
+        """The speeds that need a cut and can be reached by one."""
+        alone, most = self.speed(self.whole), self._scaled(self.table.dense_fp32_ms / max(1e-9, self.table.cost.fixed))
+        needless = [aim for aim in self.aims if aim <= alone]
+        beyond = [aim for aim in self.aims if aim > max(alone, most)]
+        if needless:
+            names = listed([f"{aim:g}" for aim in needless])
+            self._remark(
+                f"there is no model for {names} times: int8 alone is {alone:.2f} times as fast, and nothing needs to be cut"
+            )
+        if beyond:
+            if len(beyond) == len(self.aims):
+                raise out_of_reach(beyond[0], most)
+            names = listed([f"{aim:g}" for aim in beyond])
+            self._remark(f"there is no model for {names} times: with every layer cut, {most:.1f} would be the speed")
+        return tuple(aim for aim in self.aims if aim not in (*needless, *beyond))
+
+    def _remark(self, why: str) -> None:
+        self.notes.append(f"{why[0].upper()}{why[1:]}.")
+        self.state.log.say(f"{why}.")
+
+    def _has_time(self, name: str, place: int) -> bool:
+        """Whether a level can be trained for the fewest steps and delivered; one that has begun goes on."""
+        if self.wanted.minutes is None or self._noted(name).is_file():
+            return True
+        sizes, pace = self.outline.sizes, self.outline.pace
+        one = forecast(sizes, pace, self._rest, self.aims[place])
+        rows = FEWEST_STEPS * self.wanted.batch_size
+        least = rows * sizes.row_tokens * cut_step(pace, self.aims[place])
+        slow = self._slowness()
+        return self.schedule.left >= slow * (one[Part.CUTTING] + one[Part.TRYING]) + least + self._measuring(place + 1)
+
+    def _slowness(self) -> float:
+        """How much longer than announced things take here, by the part that is over before the first level."""
+        return max(1.0, self.schedule.slowness(Part.UNCUT))
+
+    @property
+    def _rest(self) -> Diet:
+        """All that is no training."""
+        return replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
+
+    def _measuring(self, count: int) -> float:
+        """Seconds of the final measurement of so many levels."""
+        return forecast(self.outline.sizes, self.outline.pace, self._rest, *self.aims[:count])[Part.MEASURING]
+
+    def _noted(self, name: str) -> Path:
+        return self.state.root / name / "passes.json"
+
+    def _level(self, place: int, before: Candidate) -> Candidate:
+        """The next model: the one before, cut to a speed, trained on, exported and tried."""
+        name = f"{self.aims[place]:g}x"
+        below = self.state.under(name)
+        with self.schedule.part(Part.CUTTING):
+            scale = Scale(before.made.bundle, self.judge, self.diet, self.exporter, below)
+            aim = self.aims[place]
+            keep = round(self.table.dense_fp32_ms / aim / scale.cost.dense if self.elsewhere else scale.keep(aim), 4)
+        cuts = (Calibrate(replace(scale.fisher, keep=min(keep, NO_CUT))),)
+        lesson = partial(self._lesson, place=place)
+        home, seconds = self.state.root / name, self.diet.trial_seconds
+        return cut_candidate(
+            before.made, before.stages, cuts, lesson, home, self.judge, self.schedule, below, self.exporter, seconds=seconds
+        )
+
+    def _lesson(self, small: Bundle, *, place: int) -> Train:
+        """The distillation of a level: all of them see the same rows, so that the teacher's outputs serve them all.
+
+        With a budget, as many passes over them as leave the same to each level that is still to come.
+        """
+        distil = distillation(small, self.wanted, self.diet.passes)
+        if self.wanted.minutes is None:
+            return distil
+        name = f"{self.aims[place]:g}x"
+        epochs = remembered(self._noted(name), lambda: self._epochs(distil, small, place), float)
+        if abs(epochs - distil.epochs) > 0.1 * distil.epochs:
+            self.state.log.say(f"{name}: the time that is left allows {epochs:.2g} epochs; {distil.epochs:.2g} were planned.")
+        return replace(distil, epochs=epochs)
+
+    def _epochs(self, distil: Train, small: Bundle, place: int) -> float:
+        """The epochs that the time allows each level that is left, from a few real steps of this model."""
+        sizes, pace, left = self.outline.sizes, self.outline.pace, self.aims[place:]
+        cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=1.0)
+        rows = (distil.rows or sizes.train_rows) * (1 + distil.augment)
+        tokens = rows * sizes.row_tokens  # of an epoch
+        later, one = (forecast(sizes, pace, self._rest, *aims) for aims in (left, left[:1]))
+        slow = self._slowness()
+        busy = slow * (later[Part.CUTTING] - one[Part.CUTTING] + len(left) * one[Part.TRYING] + self._measuring(len(self.aims)))
+        busy += tokens * cost.teacher_seconds / sizes.train_tokens if place == 0 else 0.0
+        relative = {aim: cut_step(pace, aim) / cut_step(pace, left[0]) / cost.tokens_per_second for aim in self.aims}
+        steps = sum(relative[aim] for aim in left)  # seconds a token, of all levels that are left
+        if self.diet.rival:
+            copied = self.aims[: rival_place(self.aims) + 1]  # the levels whose training the smaller dense model repeats
+            done = sum(
+                remembered(self._noted(f"{aim:g}x"), lambda: 0.0, float) * relative[aim] for aim in copied if aim not in left
+            )
+            busy += one[Part.RIVAL] + tokens * done
+            steps += sum(relative[aim] for aim in copied if aim in left)
+        fit = (self.schedule.left - busy) / (tokens * steps)
+        least = FEWEST_STEPS * self.wanted.batch_size / rows
+        most = distil.epochs * full_diet(small, self.wanted, sizes).passes / self.diet.passes
+        return round(min(most, max(least, fit)), 2)
+
+    # -- What a model of the family is good for --
+
+    def allowed(self, candidate: Candidate) -> float:
+        """Points within which the fastest file of a model is its best: those of the wish, or a little more than its int8 files lose."""
+        least = min(trial.loss for trial in candidate.trials if candidate.kinds[trial.variant].int8)
+        return max(self.wanted.max_loss, least + WITHIN)
+
+    def best(self, candidate: Candidate) -> Trial:
+        """The trial of a model's best file."""
+        return candidate.best(self.allowed(candidate))
+
+    def speed(self, candidate: Candidate) -> float:
+        """Times as fast as dense fp32 that a model is: on held examples, or on the machine of the table."""
+        return self._by_table(candidate) if self.elsewhere else self.best(candidate).speed_32
+
+    def _by_table(self, candidate: Candidate) -> float:
+        own = Latency.of(candidate.made.bundle.subject.anatomy, self.table.levels)
+        return self.table.dense_fp32_ms / own.cost.dense
+
+    def predicted(self, candidate: Candidate) -> float | None:
+        """Times as fast as dense fp32 that the latency table makes of a model; None for the uncut one, which scales the table."""
+        if candidate is self.whole and not self.elsewhere:
+            return None
+        return self._scaled(self._by_table(candidate), self.best(candidate).variant)
+
+    def _scaled(self, speed: float, variant: str = "") -> float:
+        """A speed of the table, which was timed with plain int8 files, for files of another kind: by those of the uncut model."""
+        if self.elsewhere:
+            return speed
+        trials = {trial.variant: trial.speed_32 for trial in self.whole.trials}
+        alone = trials.get(variant or self.best(self.whole).variant, 0.0)
+        return speed * alone * self.table.cost.dense / self.table.dense_fp32_ms if alone else speed
+
+    # -- The rivals --
+
+    def rivals(self, points: Sequence[_Point]) -> tuple[list[Contestant], _Point | None]:
+        """The baseline and the rivals; and the smaller dense model with all of its files, if one was trained."""
+        cut = [point for point in points if point.aim is not None]
+        with self.schedule.part(Part.RIVAL):
+            names = self.wanted.rivals if self._may_train_rival(cut) else without_small_dense(self.wanted.rivals)
+            middle = cut[rival_place([0.0] * len(cut))].candidate if cut else self.whole
+            found = rivals_of(middle.made, middle.stages, names, self.judge, self.state)
+            small = next((rival for rival in found if rival.made is not None), None)
+            if small is None or small.made is None:
+                return found, None
+            candidate = self._tried(small.made, small.stages, self.state.root / "dense", self.state)
+        name = small.name.removesuffix(" int8").replace(" dense", "").replace(" + ", "+").replace(" ", "-")  # "3-layers"
+        dense = _Point(name, candidate, None, self.predicted(candidate))
+        return [rival for rival in found if rival is not small], dense
+
+    def _may_train_rival(self, cut: Sequence[_Point]) -> bool:
+        """Whether a smaller dense model can be trained in the time that is left."""
+        if not cut or not self.diet.rival:
+            return False
+        file = self.state.root / "rival.json"
+        needed = self._rival_seconds(cut) + self._measuring(len(cut))
+        fits = remembered(file, lambda: self.schedule.left >= needed, bool)
+        if not fits:
+            self.state.log.say("no smaller dense rival is trained: the time that is left does not suffice.")
+        return fits
+
+    def _rival_seconds(self, cut: Sequence[_Point]) -> float:
+        sizes, pace = self.outline.sizes, self.outline.pace
+        middle = cut[rival_place([0.0] * len(cut))]
+        trained = [stage for stage in middle.candidate.stages if isinstance(stage, Train)]
+        passes = sum(stage.epochs * (stage.rows or sizes.train_rows) * (1 + stage.augment) for stage in trained)
+        aim = middle.aim or 1.0
+        return passes * sizes.row_tokens * cut_step(pace, aim) + forecast(sizes, pace, self._rest, aim)[Part.RIVAL]
+
+
+# -- The race, and who is needless -----------------------------------------------------------------------------------------------
+
+
+def _finished(levels: _Levels, name: str, command: str, out: Path) -> ModelFamily:
+    """Trains all levels, measures everything in one race, and delivers the models that nothing makes needless."""
+    points, run = levels.points(), levels.state
+    rivals, dense = levels.rivals(points)
+    points += [dense] if dense else []
+    places = {point.name: out / POINTS / point.name for point in points}
+    with levels.schedule.part(Part.MEASURING):
+        seconds = final_seconds(levels.outline, levels.schedule, run, *(levels.aims or (levels.wanted.speedup,)))
+        orders = {point.name: _order(point, levels, name, command, seconds) for point in points}
+        files = {
+            point.name: best_file(point.candidate, orders[point.name], run, places[point.name], point.name) for point in points
+        }
+        if dense:
+            files[dense.name] = replace(files[dense.name], standing=Standing.SMALL_DENSE)
+        first = orders[points[0].name]
+        race = [(rival, points[0].candidate) for rival in rivals]
+        race += [(files[point.name], point.candidate) for point in points]
+        _, measurement = side_by_side(race, first, run, each_other=True)
+        family = _judged(points, files, measurement, levels, command, out)
+        remove_folder(out / POINTS)  # of a run that was killed here
+        for point, found in zip(points, family.points, strict=True):
+            if found.folder:
+                own = _alone(found, family, measurement, dense)
+                tasks = fitted_tasks(point.candidate, run.threads)
+                deliver(point.candidate, orders[point.name], own, tasks, run, places[point.name])
+        write_family(family)
+    for line in family.dropped()[: -len(family.notes) or None]:
+        run.log.say(line)
+    return family
+
+
+def _order(point: _Point, levels: _Levels, name: str, command: str, seconds: float) -> Order:
+    """What the delivery of a model tells of how it was made."""
+    wanted = levels.wanted
+    rivals = wanted.rivals if levels.diet.rival else without_small_dense(wanted.rivals)
+    table = levels.table.levels if point.aim is not None else None
+    recipe = repeating(levels.recipe, point.candidate, rivals, seconds, table)
+    goal = None if point.aim is None or levels.elsewhere else Goal(point.aim, wanted.max_loss)
+    return Order(recipe, name, recipe.task.title(), goal, command, levels.allowed(point.candidate))
+
+
+def _judged(
+    points: Sequence[_Point],
+    files: Mapping[str, Contestant],
+    measurement: Measurement,
+    levels: _Levels,
+    command: str,
+    out: Path,
+) -> ModelFamily:
+    """The family: which of the models are delivered, and what makes the others needless."""
+    rows = {record.name: record for record in measurement.records}
+
+    def judged(point: _Point) -> FamilyPoint:
+        row = rows[files[point.name].name]
+        best, speed, better = levels.best(point.candidate), row.times_faster(32), dominator(row, measurement.records)
+        return FamilyPoint(
+            name=point.name,
+            row=row.name,
+            aim=point.aim,
+            folder="" if better else f"{POINTS}/{point.name}",
+            held=HeldResult(best.loss, best.speed_32, best.speed_1),
+            size_bytes=best.size_bytes,
+            measured=speed.median if speed else None,
+            predicted=point.predicted,
+            beaten_by=better.name if better else "",
+            elsewhere=levels.elsewhere,
+        )
+
+    made, notes = tuple(map(judged, points)), tuple(levels.notes)
+    return ModelFamily(out, made, notes, levels.wanted.max_loss, measurement.records, command, levels.table.levels)
+
+
+def _alone(point: FamilyPoint, family: ModelFamily, measurement: Measurement, dense: _Point | None) -> Measurement:
+    """The rows for the folder of one model: its own, the rivals', and that of the smaller dense one.
+
+    In the folder of the smaller dense model, that one is ours, and the one of the middle speed stands beside it as the cut one.
+    """
+    others = {other.row: other for other in family.points if other.name != point.name}
+    is_dense = dense is not None and point.name == dense.name
+    cut = [other for other in family.points if other.aim is not None]
+    middle = cut[rival_place([0.0] * len(cut))].row if cut else ""
+
+    def seen(record: Record) -> Record | None:
+        if record.name == point.row:
+            return replace(record, role=Standing.OURS)
+        if record.name not in others:
+            return record
+        if is_dense and record.name == middle:
+            return replace(record, role=Standing.CUT, chosen=False, target=None)
+        return replace(record, chosen=False) if record.role == Standing.SMALL_DENSE else None
+
+    records = tuple(found for record in measurement.records if (found := seen(record)) is not None)
+    names = {record.name for record in records}
+    kept = tuple(
+        replace(record, versus={name: lost for name, lost in record.versus.items() if name in names}) for record in records
+    )
+    return Measurement(kept, measurement.scored)

@@ -1,0 +1,148 @@
+"""The budget for a speed: the latency table gives a guess, and a few untrained exports correct it.
+
+The speed of a file does not depend on its weights, so nothing has to be trained to know it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimformer import registry
+from slimformer.core.shrink import shrink
+from slimformer.data.material import subset
+from slimformer.errors import TargetError
+from slimformer.exporters.base import Exporter, Variant
+from slimformer.families.base import Subject, subject_of
+from slimformer.files import remembered
+from slimformer.measuring.beside import make_readable
+from slimformer.measuring.latency import usual_length
+from slimformer.measuring.sessions import open_session
+from slimformer.measuring.timing import Rounds, compare, ratio, workloads
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.lessons import BLOCK_PATTERN
+from slimformer.running.schedule import Diet
+from slimformer.running.stages import context_of, latency_of
+from slimformer.running.trials import Judge
+from slimformer.tasks.base import Split
+
+MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
+PROBE_SECONDS = 4.0  # of timing each untrained export
+
+
+class Scale:
+    """Finds the budget for a speed: the latency table gives a guess, a few untrained exports correct it.
+
+    The speed of a file does not depend on its weights, so nothing has to be trained to know it.
+    """
+
+    def __init__(self, bundle: Bundle, judge: Judge, diet: Diet, exporter: Exporter, run: Run) -> None:
+        self.bundle, self.judge, self.probes, self.exporter, self.state = bundle, judge, diet.probes, exporter, run
+        self.variant = exporter.quick_variant
+        self.fisher = registry.find("methods", "fisher")(
+            cost="latency", examples=diet.examples, damage_examples=max(64, diet.examples // 8), repair_tokens=6 * diet.examples
+        )
+        table = latency_of(bundle.subject, bundle.material, run, judge.teacher)
+        self.context = context_of(bundle, run, bundle.subject, "latency")
+        self.cost, self.dense_fp32_ms, self.levels = table.cost, table.dense_fp32_ms, table.levels
+
+    @cached_property
+    def weighed(self) -> Any:
+        """The importance of each head, neuron and sublayer of the model."""
+        self.state.log.say("measuring how much each head and neuron matters.")
+        return self.fisher.weigh(self.context)
+
+    def keep(self, speedup: float) -> float:
+        """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
+        return remembered(self.state.folder / f"budget-{speedup:.4f}.json", lambda: self._probed(speedup), float)
+
+    def _probed(self, speedup: float) -> float:
+        aim = speedup * MARGIN
+        keep = min(1.0, self.dense_fp32_ms / aim / self.cost.dense)
+        probes: list[tuple[float, float]] = []  # (budget, speed)
+        for _ in range(self.probes):
+            speed = self.speed(keep, speedup)
+            probes.append((keep, speed))
+            self.state.log.event("probe", keep=round(keep, 4), speedup=round(speed, 3), wanted=aim)
+            if speedup * 1.01 <= speed <= speedup * 1.1:
+                return keep
+            keep = nearer(probes, aim)
+        if min(probe[1] for probe in probes) < aim <= max(probe[1] for probe in probes):
+            return keep  # between two that were timed
+        enough = [probe for probe in probes if probe[1] >= speedup]
+        return max(enough)[0] if enough else min(probes, key=lambda probe: abs(probe[1] - aim))[0]
+
+    def speed(self, keep: float, wanted: float) -> float:
+        """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
+        anatomy = self.context.anatomy
+        try:
+            plan = replace(self.fisher, keep=keep).plan(self.context, self.weighed)
+        except TargetError:
+            raise out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
+        small = subject_of(shrink(self.bundle.subject.model, anatomy, plan))
+        speed = self._timed(small)
+        if speed < wanted / 1.1 and not small.anatomy.units:
+            raise out_of_reach(wanted, speed)
+        return speed
+
+    def with_blocks(self, left: float) -> float:
+        """The same of the uncut model with a share of each matrix's blocks, the largest ones."""
+
+        def timed() -> float:
+            small = subject_of(copy.deepcopy(self.bundle.subject.model))
+            rows, columns = map(int, BLOCK_PATTERN.split("x"))
+            for matrix in small.anatomy.matrices.values():
+                if not matrix.table:
+                    weight = small.model.get_submodule(matrix.module).weight
+                    assert isinstance(weight, torch.Tensor)
+                    blocks = weight.data.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
+                    size = blocks.square().sum(dim=(1, 3), keepdim=True)
+                    blocks *= size >= size.flatten().quantile(1 - left)
+            return self._timed(small)
+
+        return remembered(self.state.folder / f"blocks-{left:g}.json", timed, float)
+
+    def _timed(self, small: Subject) -> float:
+        """How many times as fast as dense fp32 the quickest int8 file of a model is, batch 32."""
+        material, run, exporter = self.bundle.material, self.state, self.exporter
+        with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
+            file = Path(name) / exporter.kinds_for(small.model)[self.variant].name
+            batches = material.batches(small.inputs)[:4]  # its answers are of no interest
+            exporter.export(small.model, batches, file, self.variant, material.task.outputs)
+            make_readable(small, material.source, file.parent)
+            length = usual_length(small, material)
+            sessions = {
+                "ours": open_session(file, run.threads, generation=length),
+                "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads, generation=length),
+            }
+            features, _ = subset(material, Split.VALIDATION, 640)
+            workload = workloads(features, limit=20)[1]
+            timings = compare(sessions, workload, Rounds(40, seconds=PROBE_SECONDS), run.quiet.load())
+        return ratio(timings["dense"], timings["ours"]).median
+
+
+def nearer(probes: Sequence[tuple[float, float]], wanted: float) -> float:
+    """The budget to try next for a speed, from (budget, speed) pairs: between the nearest on both sides, or on from the last."""
+    above = [probe for probe in probes if probe[1] >= wanted]
+    below = [probe for probe in probes if probe[1] < wanted]
+    if not above or not below:
+        keep, speed = probes[-1]
+        return min(1.0, keep * (speed / wanted) ** 1.2)
+    (small, fast), (large, slow) = max(above), min(below)
+    share = math.log(fast / wanted) / math.log(fast / slow)  # speed and budget are about a power of each other
+    return small * (large / small) ** min(0.9, max(0.1, share))
+
+
+def out_of_reach(wanted: float, best: float) -> TargetError:
+    return TargetError(
+        f"{wanted:g} times as fast is out of reach: with every layer cut, {best:.1f} would be.",
+        help=f"ask for less, at most about {max(1.0, 0.7 * best):.1f}.",
+    )
