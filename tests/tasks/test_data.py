@@ -111,6 +111,8 @@ def said(caplog: pytest.LogCaptureFixture, task: Any) -> str:
         ("a.jsonl", "\n".join(json.dumps({"data": row}) for row in ROWS)),
         ("a.jsonl", "\n".join(json.dumps({"text": {"body": row["text"]}, "label": row["label"]}) for row in ROWS)),
         ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "label": [row["label"]]}) for row in ROWS)),
+        ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "cats": {name: row["label"] == name for name in ("good", "bad")}})
+                              for row in ROWS)),
         ("a.json", json.dumps({"rows": [{"row_idx": place, "row": row} for place, row in enumerate(ROWS)]})),
         ("a.csv", table(header=("reviews.text", "reviews.rating"))),
         ("a.csv", "text,label\n" + "".join(f'"{text}",{label},\n' for text, label in zip(TEXTS, LABELS, strict=True))),
@@ -145,8 +147,6 @@ def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, cont
         ("a.jsonl", "\n".join(json.dumps([row["text"], row["label"]]) for row in ROWS), "line 1: .* is not an object"),
         ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "label": {"name": row["label"], "id": 1}}) for row in ROWS),
          "cannot tell which is a label column"),
-        ("a.jsonl", "\n".join(json.dumps({"text": row["text"], "cats": {"good": row["label"] == "good", "bad": row["label"] == "bad"}})
-                              for row in ROWS), "hold 0 and 1 each, a column a class"),
         ("a.csv.gz", gzip.compress(b"a.csv".ljust(257, b"\0") + b"ustar" + b"\0" * 250, mtime=0), "is an archive"),
         ("a.csv.tar.gz", b"\x1f\x8b", "is an archive"),
         ("a.csv", b"\x28\xb5\x2f\xfd1234", "packed by zstd"),
@@ -380,20 +380,6 @@ def test_several_labels_a_row_are_told_from_names_with_commas(values: list[Any],
     found = several_labels(values * 5)
     assert clause in found
     assert bool(found) == bool(clause)
-
-
-def test_several_labels_are_refused_by_name(tmp_path: Path) -> None:
-    names = {0: "toxic", 1: "insult"}
-    file = write(tmp_path / "a.csv", labelled(["toxic", "insult"]))
-    with pytest.raises(DataError, match="do not exclude each other"):
-        Classification(data=file).bind({"id2label": names, "problem_type": "multi_label_classification"})
-    with pytest.raises(DataError, match="several labels"):
-        Classification(data=write(tmp_path / "b.csv", labelled(["toxic", "insult", "toxic|insult"]))).settled()
-    columns = table(
-        header=("id", "comment_text", "toxic", "insult"), rows=[(1, t, row % 2, row % 3 % 2) for row, t in enumerate(TEXTS)]
-    )
-    with pytest.raises(DataError, match="'toxic', 'insult' hold 0 and 1 each"):
-        Classification(data=write(tmp_path / "c.csv", columns)).settled()
 
 
 @pytest.mark.parametrize(

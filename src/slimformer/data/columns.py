@@ -35,7 +35,8 @@ def find_columns(
 ) -> tuple[tuple[str, ...], str]:
     """The text columns (one or two) and the label column: as named by the user, as GLUE names them, or guessed.
 
-    Each guess is logged once. DataError if a named column is missing, or if there is none with a usual name.
+    A column that `with_flags` added holds the labels that columns of 0 and 1 told. Each guess is logged once. DataError if a named column
+    is missing, or if there is none with a usual name.
     """
     last = [name for name in table.columns if "." in name]  # "reviews.text", or a field of a nested row
     folded = {ending: name for name in last if _is_only(ending := _fold(name.rpartition(".")[2]), last)}
@@ -63,7 +64,23 @@ def _is_only(ending: str, names: Sequence[str]) -> bool:
     return sum(_fold(name.rpartition(".")[2]) == ending for name in names) == 1
 
 
+def flag_columns(table: Table, label: str | None) -> tuple[str, ...]:
+    """The columns that tell by 0 and 1 which labels a row has: those that `label` names with commas between, or two or more that hold
+    nothing else where no column has the usual name of a label. Empty if labels stand in one column.
+    """
+    if label is not None:
+        named = tuple(part.strip() for part in label.split(","))
+        return named if label not in table.columns and len(named) > 1 and {*named} <= {*table.columns} else ()
+    if {_fold(name.rpartition(".")[2]) for name in table.columns} & {*_LABELS}:
+        return ()
+    found = _indicators(table)
+    return tuple(found) if len(found) > 1 else ()
+
+
 def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None, text: str | None) -> str:
+    flags = ",".join(flag_columns(table, None)) if glue is None else ""
+    if flags in table.columns:
+        return flags
     exact = [name for name in (*(glue.label if glue is not None else ()), *_LABELS) if name in table.columns]
     names = [*exact, *(folded[name] for name in _LABELS if name in folded)]
     if names:
@@ -73,14 +90,6 @@ def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None, text: 
         texts = {folded[name] for name in pairs}
     else:
         texts = {name for name in table.columns if name == text or _fold(name) in _TEXTS}
-    indicators = _indicators(table)
-    if len(indicators) > 1:
-        raise DataError(
-            f"{table.where}: the columns {', '.join(shown(name, 30) for name in indicators[:6])} hold 0 and 1 each, a column a class: "
-            "a row may have several labels (multi-label), and the classes of this task exclude each other.",
-            facts=[table.named_columns()],
-            help="name one of them (--label <column>) for a classifier of yes and no, or write one column with one class a row.",
-        )
     others = [name for name in table.columns if name not in texts and not _NO_DATA.fullmatch(_fold(name))]
     if texts and len(others) == 1 and _is_repeated(table.columns[others[0]]):
         return others[0]

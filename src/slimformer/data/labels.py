@@ -46,6 +46,7 @@ _COMMA_STYLE = re.compile(_THOUSANDS % ("[. \xa0\u202f'\u2019]", ","), re.ASCII)
 _POINT_STYLE = re.compile(_THOUSANDS % ("[, \xa0\u202f'\u2019]", r"\."), re.ASCII)  # 1,234.5
 _EITHER_MARK = re.compile(r"[+-]?\d+([.,]\d+)?", re.ASCII)
 _BOOLEANS = {"false": "0", "true": "1", "no": "0", "yes": "1"}
+_LIST = re.compile(r"[\[({].*[\])}]", re.DOTALL)
 _JOINTS = ("|", ";", ",", "/", "+", "&")
 
 
@@ -131,16 +132,28 @@ def single_labels(values: Sequence[Any]) -> list[Any] | None:
 
 
 def several_labels(values: Sequence[Any]) -> str:
-    """Why a row of this column has several labels, as a clause for a message; "" if it has one."""
-    some = next((value for value in values if _is_collection(value)), None)
+    """How the rows of this column may have several labels, as a clause for a message; "" if each has one."""
+    some = next((value for value in values if is_collection(value)), None)
     if some is not None:
         return f"it holds lists, such as {shown(some, 40)}"
-    texts = {value.strip() for value in values if isinstance(value, str)}
-    if not texts:
+    texts = [value for value in values if isinstance(value, str)]
+    if are_lists(texts):
+        return f"it holds lists, such as {shown(next(text for text in texts if _LIST.fullmatch(text.strip())), 40)}"
+    joint = joint_of({text.strip() for text in texts})
+    if not joint:
         return ""
-    lists = [text for text in texts if re.fullmatch(r"[\[({].*[\])}]", text, re.DOTALL)]
-    if 2 * len(lists) > len(texts):
-        return f"it holds lists, such as {shown(lists[0], 40)}"
+    joined = [text.strip() for text in texts if joint in text.strip().strip(joint)]
+    return f"it joins names by '{joint}', such as {shown(min(joined, key=len), 40)}"
+
+
+def are_lists(texts: Sequence[str]) -> bool:
+    """Whether most of these texts are lists that were written as text."""
+    distinct = {text.strip() for text in texts}
+    return 2 * sum(_LIST.fullmatch(text) is not None for text in distinct) > len(distinct)
+
+
+def joint_of(texts: Collection[str]) -> str:
+    """The mark that stands between the names of several labels; "" if each text is the name of one."""
     if all(_COMMA_NUMBER.fullmatch(text) or _NUMBER.fullmatch(text) for text in texts):
         return ""
     for joint in _JOINTS:
@@ -148,16 +161,17 @@ def several_labels(values: Sequence[Any]) -> str:
         if not joined:
             continue
         parts = Counter(part.strip() for text in texts for part in text.split(joint))
-        alone = texts - set(joined)
+        alone = {*texts} - {*joined}
         # "rock, pop" may be one name; its parts are classes if rows have them alone, or in several combinations
         split = [[part.strip() for part in text.split(joint) if part.strip()] for text in joined]
         sets = [names for names in split if all(name in alone or parts[name] > 1 for name in names)]
         if 2 * len(sets) > len(joined) and (len(sets) > 1 or any(name in alone for name in sets[0])):
-            return f"it joins names by '{joint}', such as {shown(min(joined, key=len), 40)}"
+            return joint
     return ""
 
 
-def _is_collection(value: Any) -> bool:
+def is_collection(value: Any) -> bool:
+    """Whether a value holds several."""
     return isinstance(value, (list, tuple, set, frozenset, dict)) or type(value).__name__ == "ndarray"
 
 

@@ -97,6 +97,8 @@ class EarlyExit(Method):
     def problem(self, task: Task) -> str | None:
         if task.auto_class != "AutoModelForSequenceClassification":
             return "exits are for tasks with one answer for each text: classification, or a score"
+        if task.configure().get("problem_type") == "multi_label_classification":
+            return "an exit asks how sure one answer is, and a text may have several labels here"
         outputs = int(task.configure().get("num_labels", 2))
         if self.confidence == "patience" and outputs > 1 and self.threshold is not None:
             return "with patience, classes agree or do not: leave out threshold"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _FEWEST = 20  # examples from which anything is concluded
 _BETTER = 0.3  # accuracy that another order of the classes must bring
+_RANKED = 0.75  # share of pairs in the right order from which another order of labels is believed
 _GOOD = 0.6  # accuracy in another order from which that order is believed
 
 
@@ -54,6 +55,48 @@ def check_classes(predicted: np.ndarray, wanted: np.ndarray, names: Sequence[str
     return (
         f"warning: the model is right on {right} of {count} {what}, {how}: always answering {usual} would be right on "
         f"{most}. What is lost against such a model proves nothing. Was it trained on these classes?"
+    )
+
+
+def check_label_sets(logits: np.ndarray, wanted: np.ndarray, names: Sequence[str]) -> str:
+    """A warning about a model of several labels, "" if there is none: (examples, labels) each; DataError if their order is another.
+
+    A label is judged by how well its logit ranks the examples that have it, whatever the threshold.
+    """
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    told = [place for place in range(len(names)) if 0 < wanted[:, place].sum() < len(wanted)]
+    if len(wanted) < _FEWEST or not told or not np.isfinite(logits).all():
+        return ""
+
+    def ranked(rows: slice) -> np.ndarray:
+        """(labels of the model, labels of the data): the share of pairs that stand in the right order."""
+        order = np.argsort(np.argsort(logits[rows], axis=0, kind="stable"), axis=0) + 1.0
+        have = wanted[rows].sum(axis=0)
+        pairs = np.maximum(have * (len(wanted[rows]) - have), 1)
+        areas = (order.T @ wanted[rows] - have * (have + 1) / 2) / pairs
+        return np.asarray(np.where(have * (len(wanted[rows]) - have) > 0, areas, 0.5))
+
+    first, rest = ranked(slice(0, None, 2)), ranked(slice(1, None, 2))
+    places = linear_sum_assignment(first + 1e-3 * np.eye(len(names)), maximize=True)[1]
+    as_it_is, reordered = float(np.diag(rest)[told].mean()), float(rest[np.arange(len(names)), places][told].mean())
+    if reordered >= max(_RANKED, as_it_is + _BETTER):
+        moved = [index for index in range(len(names)) if places[index] != index]
+        pairs_told = [
+            f"output {index} ({shown(names[index], 30)}) answers {shown(names[places[index]], 30)}" for index in moved
+        ]
+        raise DataError(
+            f"the model's labels stand in another order than those of the data: of pairs of examples of which one has a label, its "
+            f"logit is higher for the right one in {as_it_is:.0%}, and in {reordered:.0%} in another order.",
+            facts=["; ".join(pairs_told[:8])],
+            help="mend the names of the labels in the model's config.json, id2label and label2id; or mend the labels of the data.",
+        )
+    if as_it_is > 0.5 + 1 / len(wanted) ** 0.5:
+        return ""
+    return (
+        f"warning: the model ranks {len(wanted)} validation examples by their labels no better than chance. What is lost against such a "
+        "model proves nothing. Was it trained on these labels?"
     )
 
 

@@ -1,4 +1,4 @@
-"""Metrics of classes and of scores, for tasks of this folder."""
+"""Metrics of classes, of scores and of sets of labels, for tasks of this folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 SCORE_METRICS = ("pearson", "spearman")
+LABEL_METRICS = ("f1_micro", "f1_macro", "exact")
 
 
 def class_metrics(predicted: np.ndarray, wanted: np.ndarray, classes: int) -> dict[str, float]:
@@ -41,3 +42,18 @@ def score_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]
         "pearson": float(pearsonr(predicted, wanted).statistic),
         "spearman": float(spearmanr(predicted, wanted).statistic),
     }
+
+
+def label_set_metrics(given: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Micro and macro F1, and the share of examples with all labels right: (examples, labels) each, 1 or true where there is one."""
+    from sklearn.metrics import f1_score
+
+    kinds = ("micro", "macro")
+    scores = {f"f1_{kind}": float(f1_score(wanted, given, average=kind, zero_division=0.0)) for kind in kinds}
+    return scores | {"exact": float((given == (wanted == 1)).all(axis=1).mean()) if len(wanted) else 0.0}
+
+
+def label_set_counts(given: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each example and label whether it is rightly given, wrongly given, or missing: (examples, labels) each, 0 or 1."""
+    there = wanted == 1
+    return (given & there).astype(float), (given & ~there).astype(float), (~given & there).astype(float)

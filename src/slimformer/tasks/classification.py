@@ -11,20 +11,23 @@ import os.path
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimformer.data.columns import find_columns
+from slimformer.data.columns import find_columns, flag_columns
 from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, spread
 from slimformer.data.glue import GLUE, Glue, read_glue
+from slimformer.data.label_sets import LabelSet, flag_width, label_sets, mark_between, told_apart, with_flags
 from slimformer.data.labels import (
     ambiguous_ids,
     are_placeholders,
     enumerate_labels,
     guess_kind,
     id_of,
+    is_collection,
     is_number,
     match_labels,
     maybe_none,
@@ -50,14 +53,18 @@ from slimformer.data.splits import (
 from slimformer.data.texts import repair_text, stem_of
 from slimformer.errors import DataError, RecipeError, nearest, shown
 from slimformer.log import remark, remarks_on
-from slimformer.tasks._labelled import Labelled
-from slimformer.tasks._metrics import CLASS_METRICS, SCORE_METRICS
-from slimformer.tasks.base import Example, Split, option
+from slimformer.tasks._labelled import Labelled, per_example
+from slimformer.tasks._metrics import CLASS_METRICS, LABEL_METRICS, SCORE_METRICS
+from slimformer.tasks._readings import AnyLabels, Reading
+from slimformer.tasks.base import Example, Features, Outputs, Split, option
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+MULTI: Literal["multi_label"] = "multi_label"
+METRICS: Mapping[str, tuple[str, ...]] = {"classes": CLASS_METRICS, "score": SCORE_METRICS, MULTI: LABEL_METRICS}
+USUAL = {"classes": "accuracy", "score": "spearman", MULTI: "f1_micro"}
 _RARE = 3  # rows; a class with fewer is perhaps none
 _MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u2122]")  # two letters that one became
 _FEWEST = 20  # rows from which a column of classes repeats them
@@ -70,9 +77,12 @@ class Classification(Labelled):
     `data` is a folder with train.* and dev.* (or validation.*), one file, `owner/name[:config][@revision]` on the hub, or `glue/sst2`;
     or data in memory: a list of dicts, a DataFrame, a Dataset, a DatasetDict, or a dict of such data by split. That is kept in the
     user's cache (`data/memory.py`). `glue` names a GLUE task, which settles columns, class order and metric. `text`, `text_pair` and
-    `label` name columns; without them the usual names are looked for, and the log says what was taken. `kind` is "classes" or
-    "score"; "auto" takes labels with fractions for scores. `metric` "auto" is accuracy for classes, spearman for scores, or GLUE's
-    own; `f1` takes the last of two classes as positive and is the macro mean for more.
+    `label` name columns; without them the usual names are looked for, and the log says what was taken. `kind` is "classes", "score", or
+    "multi_label" if a row may have several labels, or none; "auto" takes labels with fractions for scores, and lists, names with marks
+    between them, or a column of 0 and 1 for each label (named in `label` with commas, or found) for several. `metric` "auto" is
+    accuracy for classes, spearman for scores, f1_micro for several labels, or GLUE's own; `f1` takes the last of two classes as
+    positive and is the macro mean for more. `threshold` is the probability from which one of several labels is given; without it,
+    it is fitted on validation examples for each file.
 
     `train_rows` is a JSON file with the row numbers (from 0) to train on, or how many rows to draw. `validation_share` of the training
     data, but between 200 and 2,000 examples and at most a fifth, is set aside as validation examples. `labels` are the class names in
@@ -99,12 +109,15 @@ class Classification(Labelled):
     text: str | None = option(None, "Column of the text; guessed if it has a usual name.")
     text_pair: str | None = option(None, "Column of the second text, if pairs are classified.")
     label: str | None = option(None, "Column of the label; guessed if it has a usual name.")
-    kind: Literal["auto", "classes", "score"] = "auto"
-    metric: str = option("auto", "The metric that counts: accuracy, f1, f1_macro, matthews, pearson, spearman.")
+    kind: Literal["auto", "classes", "score", "multi_label"] = "auto"
+    metric: str = option(
+        "auto", "The metric that counts: accuracy, f1, f1_macro, matthews, pearson, spearman, f1_micro, exact."
+    )
     max_length: int = option(128, "Tokens an input may have; longer ones are cut off.")
     validation_share: float = 0.05
     train_rows: str | int | None = option(None, "How many rows to train on, or a JSON file of row numbers.")
     labels: tuple[str, ...] = ()
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", data_source(self.data))
@@ -123,10 +136,10 @@ class Classification(Labelled):
             if self.metric == "auto":
                 object.__setattr__(self, "metric", GLUE[self.glue].metric)
         elif self.metric == "auto" and self.kind != "auto":
-            object.__setattr__(self, "metric", "accuracy" if self.kind == "classes" else "spearman")
+            object.__setattr__(self, "metric", USUAL[self.kind])
 
     def _mistakes(self) -> Iterable[str]:
-        known = {"auto": (*CLASS_METRICS, *SCORE_METRICS), "classes": CLASS_METRICS, "score": SCORE_METRICS}
+        known = {"auto": tuple(dict.fromkeys(name for names in METRICS.values() for name in names)), **METRICS}
         if self.glue is not None and self.glue not in GLUE:
             yield f"glue: there is no '{self.glue}'; {nearest(self.glue, GLUE)}"
         if self.kind not in known:
@@ -142,6 +155,8 @@ class Classification(Labelled):
             yield f"max_length: at least 4 tokens, not {self.max_length}"
         if isinstance(self.train_rows, int) and self.train_rows < 10:
             yield f"train_rows: at least 10, not {self.train_rows}"
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            yield f"threshold: a probability above 0 and below 1, not {self.threshold}"
 
     def title(self) -> str:
         if self.glue is not None:
@@ -150,9 +165,24 @@ class Classification(Labelled):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        settled = self.kind == "score" or (self.kind == "classes" and self.labels)
+        settled = self.kind == "score" or (self.kind != "auto" and self.labels)
         task = self if settled else self.settled()
         return () if task.kind == "score" else task.labels
+
+    def reading(self) -> Reading:
+        task = self if self.kind != "auto" else self.settled()
+        return AnyLabels(task.classes, task.threshold) if task.kind == MULTI else super().reading()
+
+    @property
+    def tunes(self) -> bool:
+        return self.kind == MULTI and self.threshold is None
+
+    def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Classification:
+        """This task with the threshold that makes its metric best on these examples; unchanged if a row has one class, or a score."""
+        if not self.tunes:
+            return self
+        fitted = AnyLabels(self.classes).fitted(per_example(outputs["logits"], features), self._labels(examples), self.metric)
+        return replace(self, threshold=fitted.threshold)
 
     # ---- what the data says
 
@@ -163,36 +193,63 @@ class Classification(Labelled):
         """This task with columns, kind, metric and class names filled from its data; what was filled before stays."""
         table = self._table(Split.TRAIN, any_split=True)
         texts, label = self._columns(table)
-        raw = _raw_labels(table, label)
-        kind = self.kind if self.kind != "auto" else guess_kind(raw)
+        kind = self.kind if self.kind != "auto" else _guess(table, label)
         names: tuple[str, ...] = ()
-        if kind == "classes":
-            names = self.labels or self._known_names(table, label)
-            if not names:
-                names = sort_labels(one_spelling(raw).values())
-            if len(set(raw)) < 2 and "train" in self._sources():
-                raise DataError(
-                    f"{table.where}: every row has the label {shown(raw[0], 60)} in column '{label}'.",
-                    help="a classifier needs two classes; is it the right column, and the whole file?",
-                )
-            if len(raw) >= _FEWEST and 2 * len(set(raw)) > len(raw) and "train" in self._sources():
-                raise DataError(
-                    f"{table.where}: column '{label}' has {len(set(raw)):,} different values in {len(raw):,} rows, so it does "
-                    "not hold classes.",
-                    facts=[f"for instance: {enumerate_labels(raw[:3])}"],
-                    help="name the column of the labels: --label <column>.",
-                )
-        metric = self.metric if self.metric != "auto" else "accuracy" if kind == "classes" else "spearman"
-        if metric in (CLASS_METRICS if kind == "score" else SCORE_METRICS):
-            holds = "classes" if kind == "classes" else "scores (numbers with a fraction)"
+        if kind == MULTI:
+            names = self.labels or self._known_names(table, label) or self._names_in_sets(table, label)
+        elif kind == "classes":
+            names = self._names_of_classes(table, label)
+        metric = self.metric if self.metric != "auto" else USUAL[kind]
+        if metric not in METRICS[kind]:
+            holds = {"classes": "classes", "score": "scores (numbers with a fraction)", MULTI: "several labels a row"}[kind]
             raise DataError(
                 f"the metric '{metric}' does not fit: column '{label}' of {table.where} holds {holds}.",
-                help=f"for {kind}: {', '.join(CLASS_METRICS if kind == 'classes' else SCORE_METRICS)}.",
+                help=f"for {kind}: {', '.join(METRICS[kind])}.",
             )
         if metric == "f1" and len(names) > 2:
             metric = "f1_macro"
         pair = texts[1] if len(texts) > 1 else None
         return replace(self, text=texts[0], text_pair=pair, label=label, kind=kind, metric=metric, labels=names)
+
+    def _names_of_classes(self, table: Table, label: str) -> tuple[str, ...]:
+        """The classes of a column, in the order of their ids; DataError if it cannot hold classes."""
+        raw = _raw_labels(table, label)
+        names = self.labels or self._known_names(table, label) or sort_labels(one_spelling(raw).values())
+        if len(set(raw)) < 2 and "train" in self._sources():
+            raise DataError(
+                f"{table.where}: every row has the label {shown(raw[0], 60)} in column '{label}'.",
+                help="a classifier needs two classes; is it the right column, and the whole file?",
+            )
+        if len(raw) >= _FEWEST and 2 * len(set(raw)) > len(raw) and "train" in self._sources():
+            raise DataError(
+                f"{table.where}: column '{label}' has {len(set(raw)):,} different values in {len(raw):,} rows, so it does "
+                "not hold classes.",
+                facts=[f"for instance: {enumerate_labels(raw[:3])}"],
+                help="name the column of the labels: --label <column>.",
+            )
+        return names
+
+    def _names_in_sets(self, table: Table, label: str) -> tuple[str, ...]:
+        """The labels of a column whose rows have several, in the order of their ids; DataError if no row has any."""
+        flags = told_apart(table, label)
+        if flags:
+            return flags
+        width = flag_width(table, label)
+        found = [name for names in self._sets(table, label) for name in names]
+        if not found:
+            raise DataError(
+                f"{table.where}: no row has a label in column '{label}'.", help="is it the right column, and the whole file?"
+            )
+        return tuple(map(str, range(width))) if width else sort_labels(one_spelling(found).values())
+
+    def _sets(self, table: Table, label: str) -> list[LabelSet]:
+        """The labels of each row, read as those of the training data are."""
+        first = self._table(Split.TRAIN, any_split=True)
+        return label_sets(table, label, mark_between(first, label, sure=self.kind == MULTI))
+
+    def _has_several(self) -> bool:
+        table = self._table(Split.TRAIN, any_split=True)
+        return bool(_several_in(table.column(self._columns(table)[1])))
 
     def _sources(self) -> Mapping[str, Table]:
         return _settled_tables(self, stamp(self.data))
@@ -232,8 +289,14 @@ class Classification(Labelled):
         form = self._form()
         return form.labels if form is not None else table.class_names.get(label, ())
 
-    def _ids(self, table: Table, raw: Sequence[str]) -> list[int]:
-        """The class id of each row's label; DataError with the first row whose label is unknown."""
+    def _id_sets(self, table: Table, sets: Sequence[LabelSet]) -> list[list[int]]:
+        """The ids of each row's labels, rising; DataError with the first row that has an unknown one."""
+        rows = [row for row, names in enumerate(sets) for _ in names]
+        ids = iter(self._class_ids(table, [name for names in sets for name in names], rows))
+        return [sorted({next(ids) for _ in names}) for names in sets]
+
+    def _class_ids(self, table: Table, raw: Sequence[str], rows: Sequence[int] | None = None) -> list[int]:
+        """The class id of each label; DataError with the row (`rows`: that of each) of the first unknown one."""
         label = self._columns(table)[1]
         ids = match_labels(set(raw), self.labels, self._known_names(table, label))
         unknown = [text for text in dict.fromkeys(raw) if text not in ids]
@@ -241,8 +304,9 @@ class Classification(Labelled):
             known = self._known_names(table, label)
             text = next((text for text in unknown if not match_labels([text], self.labels, known)), unknown[0])
             quoted = f"'{text}'" if len(text) <= 60 else shown(text, 60)
+            row = raw.index(text) if rows is None else rows[raw.index(text)]
             raise DataError(
-                f"{table.place(raw.index(text))}: the label {quoted} in column '{label}' is not a known one.",
+                f"{table.place(row)}: the label {quoted} in column '{label}' is not a known one.",
                 facts=[f"known labels: {enumerate_labels(self.labels)}", f"rows with {quoted}: {raw.count(text)}"],
                 help=f"did you mean another column or another model? {nearest(text[:60], [name[:60] for name in self.labels])[:200]}",
             )
@@ -265,19 +329,29 @@ class Classification(Labelled):
 
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Classification:
         names, problem = model_labels(config)
-        if problem == "multi_label_classification":
+        kind = self.kind
+        if kind == "auto":
+            kind = MULTI if problem == AnyLabels.problem_type or self._has_several() else "classes"
+            if kind != MULTI and (len(names) == 1 or problem == "regression"):
+                kind = "score"
+        if kind != MULTI and problem == AnyLabels.problem_type:
             raise DataError(
                 "the model gives a row several labels (problem_type: multi_label_classification): its classes do not exclude each other, "
                 "and those of this task do.",
                 facts=[f"the model's labels: {enumerate_labels(names)}"],
-                help="start from a model that was trained to give one label, or from an encoder, with data of one label a row.",
+                help="start from a model that was trained to give one label, or leave out kind.",
             )
-        kind = self.kind
-        if kind == "auto":
-            kind = "score" if len(names) == 1 or problem == "regression" else "classes"
         task = replace(self, kind=kind, labels=()).settled()
+        if task.kind == MULTI and problem not in (None, AnyLabels.problem_type):
+            raise DataError(
+                f"the rows of the data have several labels, and the model gives each one answer (problem_type: {problem}).",
+                facts=[f"the model's labels: {enumerate_labels(names)}"],
+                help="start from a model that was trained for several labels, or from an encoder, which is tuned first.",
+            )
         table = task._table(Split.TRAIN, any_split=True)
         label = task._columns(table)[1]
+        if task.kind == MULTI:
+            return task._bound_to(names, table, label)
         raw = _raw_labels(table, label)
         if task.kind == "score":
             if len(names) != 1:
@@ -313,12 +387,26 @@ class Classification(Labelled):
                 )
             order = self.labels if len(self.labels) == len(names) else known  # a person who names them knows their order
             bound = replace(task, labels=order if len(order) == len(names) else names)
-        bound._ids(table, raw)
+        bound._class_ids(table, raw)
+        return bound
+
+    def _bound_to(self, names: tuple[str, ...], table: Table, label: str) -> Classification:
+        """This task of several labels with the order of a model's; DataError if that has other labels, or fewer."""
+        known = self.labels
+        if are_placeholders(names):
+            if len(known) > len(names):
+                raise DataError(
+                    f"the model has {len(names)} labels without names, the data has {len(known)}: {enumerate_labels(known)}.",
+                    help="the model was trained on other labels; name them in its config.json (id2label).",
+                )
+            names = known if len(known) == len(names) else names
+        bound = replace(self, labels=names)
+        bound._id_sets(table, bound._sets(table, label))
         return bound
 
     def notes(self) -> tuple[str, ...]:
         """What was found or guessed in the data: columns, classes, and what is odd about the rows."""
-        task = self if self.kind == "score" or self.labels else self.settled()
+        task = self if self.kind == "score" or (self.kind != "auto" and self.labels) else self.settled()
         sources = task._sources()
         texts: dict[Split, list[tuple[str, ...]]] = {}
         for name in Split:
@@ -327,6 +415,17 @@ class Classification(Labelled):
         table = task._table(Split.TRAIN, any_split=True)
         if task.kind == "score":
             remark(f"{table.where}: the labels are scores, numbers with a fraction.")
+        elif task.kind == MULTI:
+            sets = task._sets(table, str(task.label))
+            mean, none = sum(map(len, sets)) / len(sets), sum(not names for names in sets)
+            remark(
+                f"{table.where}: {len(task.labels)} labels, of which a row has any number: {mean:.1f} on average, none in {none:,} of "
+                f"{len(sets):,} rows; in the order of their ids: {enumerate_labels(task.labels)}"
+            )
+            counts = Counter(name for item in task.split(Split.TRAIN) for name in item.answer) if "train" in sources else {}
+            rare = [name for name in task.labels if counts and counts.get(name, 0) < _RARE]
+            if rare:
+                remark(f"{table.where}: fewer than {_RARE} rows to train on have the label {enumerate_labels(rare)}.")
         else:
             remark(f"{table.where}: {len(task.labels)} classes, in the order of their ids: {enumerate_labels(task.labels)}")
             for said in _odd_labels(_raw_labels(table, str(task.label)), task.labels):
@@ -377,8 +476,32 @@ def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table
 @lru_cache(maxsize=8)
 def _settled_tables(task: Classification, key: Stamp) -> Mapping[str, Table]:
     """The tables "train" and "dev", one or both of them; test data stands in for dev if it has labels."""
-    tables = _read_tables(task.data, task.glue, key)
+    tables = dict(_read_tables(task.data, task.glue, key))
+    flags = flag_columns(next(iter(tables.values())), task.label) if task.glue is None else ()
+    for name, table in tables.items() if flags else ():
+        if {*flags} <= {*table.columns}:
+            with suppress(DataError) if name == "test" else nullcontext():  # a test file often holds -1 for "not told"
+                tables[name] = with_flags(table, flags)
     return settle_dev(tables, lambda table: table.where, lambda test: task._lacking(tables.get("train", test), test))
+
+
+def _guess(table: Table, column: str) -> Literal["classes", "score", "multi_label"]:
+    """What a column holds."""
+    several = _several_in(table.column(column))
+    if several:
+        remark(
+            f"{table.where}: rows of column '{column}' may have several labels: {several}. If each is one name, say kind: classes."
+        )
+        return MULTI
+    return guess_kind(_raw_labels(table, column))
+
+
+def _several_in(values: Sequence[Any]) -> str:
+    """How these rows may have several labels, in a clause; "" if each has one, or if a list among them is a mistake."""
+    lists = [is_collection(value) for value in values if value is not None]
+    if single_labels(values) is not None or (any(lists) and not all(lists)):
+        return ""
+    return several_labels(values)
 
 
 def _raw_labels(table: Table, column: str) -> list[str]:
@@ -388,14 +511,11 @@ def _raw_labels(table: Table, column: str) -> list[str]:
     if alone is not None:
         remark(f"{table.where}: each list in column '{column}' holds one label, which is taken.")
         values = alone
-    several = several_labels(values)
-    if several:
-        row = next((row for row, value in enumerate(values) if not isinstance(value, (str, int, float, type(None)))), None)
-        at = table.where if row is None else f"{table.place(row)}: no label but a list in column '{column}'"
+    row = next((row for row, value in enumerate(values) if not isinstance(value, (str, int, float, type(None)))), None)
+    if row is not None:
         raise DataError(
-            f"{at}: rows of column '{column}' may have several labels (multi-label): {several}. The classes of this task exclude each "
-            "other.",
-            help="give each row one label; for one class against all others, write a column of 0 and 1.",
+            f"{table.place(row)}: no label but a list in column '{column}' ({shown(values[row], 40)}).",
+            help="give each row one label, or say kind: multi_label if a row may have several.",
         )
     labels = spell_labels(values)
     if None in labels:
@@ -457,13 +577,23 @@ def _scores(table: Table, raw: Sequence[str]) -> list[float]:
 
 @lru_cache(maxsize=8)
 def _examples(task: Classification, name: Split, _key: Stamp, _rows_key: Stamp) -> tuple[Example, ...]:
-    if task.kind == "auto" or (task.kind == "classes" and not task.labels):
+    if task.kind == "auto" or (task.kind != "score" and not task.labels):
         task = task.settled()
     table = task._table(name)
     texts, label = task._columns(table)
+    if task.kind == MULTI:
+        sets = task._id_sets(table, task._sets(table, label))
+        return _as_examples(task, name, table, texts, [tuple(task.labels[index] for index in ids) for ids in sets], None)
     raw = _raw_labels(table, label)
-    ids = task._ids(table, raw) if task.kind == "classes" else None
+    ids = task._class_ids(table, raw) if task.kind == "classes" else None
     answers: Sequence[Any] = [task.labels[index] for index in ids] if ids is not None else _scores(table, raw)
+    return _as_examples(task, name, table, texts, answers, ids)
+
+
+def _as_examples(
+    task: Classification, name: Split, table: Table, texts: Sequence[str], answers: Sequence[Any], ids: Sequence[int] | None
+) -> tuple[Example, ...]:
+    """The examples of a split, of the answers of all rows; `ids`: the classes, of which each split gets its share."""
     rows = _rows(task, name, table, ids)
     parts = [(column, table.column(column)) for column in texts]
     split = "dev" if name is Split.DEV else "train"

@@ -477,11 +477,13 @@ def _task_of(model: PreTrainedModel) -> Task:
     """The task that a model's head is for, without data; RecipeError if it cannot be told."""
     name, config = type(model).__name__, model.config
     task: Task | None = None
-    if name.endswith("ForSequenceClassification") and config.problem_type != "multi_label_classification":
+    if name.endswith("ForSequenceClassification"):
         names, problem = model_labels(config)
-        score = len(names) == 1 or problem == "regression"
+        several = problem == "multi_label_classification"
+        score = not several and (len(names) == 1 or problem == "regression")
         classification = registry.find("tasks", "classification")
-        task = classification(kind="score") if score else classification(kind="classes", labels=tuple(names))
+        kind = "score" if score else "multi_label" if several else "classes"
+        task = classification(kind=kind, labels=() if score else tuple(names))
     elif name.endswith("ForQuestionAnswering"):
         task = registry.find("tasks", "question_answering")()
     elif name.endswith("ForTokenClassification"):
