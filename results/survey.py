@@ -395,18 +395,22 @@ ROWS = (
         ),
         ablation=True,
     ),
-    Row(
-        "dynamic inference",
-        "early_exit-three",
-        "the same with exits behind three layers alone, each of one matrix",
-        lambda passes: (
-            Train(
-                methods=(EarlyExit(confidence="entropy", max_loss=0.5, lr=5e-4, layers=(2, 3, 4), head="linear"),),
-                lr=4e-5,
-                epochs=min(3.0, passes),
+    *(
+        Row(
+            "dynamic inference",
+            name,
+            claim,
+            lambda passes, options=options: (  # type: ignore[misc]
+                Train(
+                    methods=(EarlyExit(max_loss=0.5, lr=5e-4, layers=(2, 3, 4), **options),), lr=4e-5, epochs=min(3.0, passes)
+                ),
             ),
-        ),
-        ablation=True,
+            ablation=True,
+        )
+        for name, claim, options in (
+            ("early_exit-three", "the same with exits behind three layers alone, each of one matrix", {"head": "linear"}),
+            ("early_exit-three-poolers", "the same with poolers, and a threshold for each exit", {"thresholds": "each"}),
+        )
     ),
     Row(
         "dynamic inference",
@@ -516,7 +520,7 @@ def keep_passages(job: Job) -> None:
     """Measures a finished model as a service that keeps passages."""
     script, ids = ROOT / "benchmarks" / "passages.py", f"{DATA}/splits/squad-v1.1-small.json"
     given = {"--dense": SQUAD_TEACHER, "--data": f"{DATA}/squad", "--ids": ids, "--out": str(job.scratch / PASSAGES)}
-    counts = {"--questions": "300", "--rounds": "3", "--threads": "2"}
+    counts = {"--questions": "200", "--rounds": "2", "--threads": "2"}
     options = [part for pair in (given | counts).items() for part in pair]
     subprocess.run([sys.executable, str(script), str(job.scratch), *options], check=True, cwd=ROOT)
 
