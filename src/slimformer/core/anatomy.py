@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from slimformer.core.apart import Apart
 from slimformer.core.form import DENSE, Form, Shape
 from slimformer.core.junction import Exit, Junction, Sieve
+from slimformer.core.pattern import Patterns, asking, over
 
 
 class Kind(StrEnum):
@@ -84,18 +85,33 @@ class PointRole(StrEnum):
 
 @dataclass(frozen=True)
 class Slice:
-    """One axis of one tensor that follows a site: unit u of part p owns rows `p * size * unit + u * unit + [0, unit)`."""
+    """One axis of one tensor that follows a site: unit u of part p owns rows `p * size * unit + u * unit + [0, unit)`.
+
+    `of`: the units that have rows here, rising; None: all. Heads that attend by position have no queries and keys: u is then the place
+    among these, and `size` their number.
+    """
 
     param: str
     dim: int
     unit: int = 1  # rows per unit: head_dim for heads
     parts: int = 1  # stacked blocks: 3 in a fused qkv, 2 in a gated FFN
+    of: tuple[int, ...] | None = None
+
+    def count(self, size: int) -> int:
+        """How many of a site's `size` units have rows here."""
+        return size if self.of is None else len(self.of)
 
     def rows(self, size: int, keep: Sequence[int]) -> list[int]:
         """Rows that stay when the units `keep` of `size` stay, part after part."""
+        places = {unit: place for place, unit in enumerate(range(size) if self.of is None else self.of)}
+        kept, count = [places[unit] for unit in keep if unit in places], len(places)
         return [
-            (part * size + unit) * self.unit + row for part in range(self.parts) for unit in keep for row in range(self.unit)
+            (part * count + place) * self.unit + row for part in range(self.parts) for place in kept for row in range(self.unit)
         ]
+
+    def left(self, keep: Sequence[int]) -> int:
+        """The length of the axis when the units `keep` stay."""
+        return sum(self.of is None or unit in self.of for unit in keep) * self.unit * self.parts
 
 
 @dataclass(frozen=True)
@@ -265,6 +281,13 @@ def heads_of(layer: str) -> str:
     return f"{layer}.{Kind.HEADS}"
 
 
+def sliced(site: Site, parameters: Iterable[str], patterns: Patterns) -> tuple[Slice, ...]:
+    """The slices of a site of heads, of which those in `parameters` have rows for heads with queries and keys alone."""
+    asks, names = asking(patterns), set(parameters)
+    of = asks if len(asks) < len(patterns) else None
+    return tuple(replace(piece, of=of) if piece.param in names else piece for piece in site.slices)
+
+
 class PlanLike(Protocol):
     """The part of a `core.plan.Plan` that an anatomy reads; a plan in turn is checked against an anatomy."""
 
@@ -276,6 +299,9 @@ class PlanLike(Protocol):
 
     @property
     def junctions(self) -> Mapping[str, Junction]: ...
+
+    @property
+    def patterns(self) -> Mapping[str, Patterns]: ...
 
     def check(self, anatomy: Anatomy) -> None: ...
 
@@ -297,6 +323,7 @@ class Anatomy:
             None if there are several vocabularies, or if the table is factored and so has no rows.
         junctions: What stands at layers, by the ids of these, in their order: exits, sieves, or the place where segments meet.
         recurrent: How many weights of an LSTM each token meets; they are in no matrix here.
+        patterns: The patterns of heads, by the ids of their sites, if some of these have one.
 
     Example:
         >>> from slimformer import Plan, anatomy_of
@@ -317,6 +344,7 @@ class Anatomy:
     vocabulary: Site | None = None
     junctions: Mapping[str, Junction] = field(default_factory=dict)
     recurrent: int = 0
+    patterns: Mapping[str, Patterns] = field(default_factory=dict)
 
     @property
     def exits(self) -> Mapping[str, Exit]:
@@ -459,12 +487,17 @@ class Anatomy:
         plan.check(self)
         gone = self.gone(plan)
         left = self.inside(gone)
-        sites = {}
+        sites: dict[str, Site] = {}
+        patterns: dict[str, Patterns] = {}
         for site in self.sites.values():
             if site.id in gone or site.sublayer in gone:
                 continue
             keep = plan.keep.get(site.id)
             sites[site.id] = site if keep is None else replace(site, size=len(keep))
+            if site.id in self.patterns or site.id in plan.patterns:
+                rules = self.patterns_after(site, plan)
+                sites[site.id] = replace(sites[site.id], slices=sliced(site, self.asking_parameters(site), rules))
+                patterns |= {site.id: rules} if any(rules) else {}
             if site.kind is Kind.HIDDEN and left:
                 slices = tuple(piece for piece in site.slices if not piece.param.startswith(left))
                 taps = tuple(tap for tap in site.taps if not f"{tap.module}.".startswith(left))
@@ -492,7 +525,87 @@ class Anatomy:
             points=points,
             vocabulary=words,
             junctions={layer: junctions[layer] for layer in self.layer_modules if layer in junctions},
+            patterns=patterns,
         )
+
+    def patterns_after(self, site: Site, plan: PlanLike) -> Patterns:
+        """The pattern of each head that `plan` leaves of a site of heads, None for those that have none.
+
+        Args:
+            site: One of the sites here.
+            plan: What is kept.
+
+        Returns:
+            As many entries as heads are left.
+
+        Example:
+            >>> from slimformer import Plan, anatomy_of
+            >>> from slimformer.core.pattern import Fixed
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy = anatomy_of(tiny("bert"))
+            >>> plan = Plan({"encoder.0.heads": (1, 3)}, patterns={"encoder.0.heads": (None, Fixed("next"))})
+            >>> anatomy.patterns_after(anatomy.sites["encoder.0.heads"], plan)
+            (None, Fixed(attends='next'))
+        """
+        keep = plan.keep.get(site.id, range(site.size))
+        own = self.patterns.get(site.id, (None,) * site.size)
+        before = tuple(own[unit] for unit in keep)
+        return over(before, plan.patterns.get(site.id, (None,) * len(before)))
+
+    def asking_heads(self, site: Site) -> tuple[int, ...]:
+        """The heads of a site that have queries and keys, and so scores.
+
+        Args:
+            site: One of the sites here, of heads.
+
+        Returns:
+            All of them, if none attends by position.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy = anatomy_of(tiny("bert"))
+            >>> anatomy.asking_heads(anatomy.sites["encoder.0.heads"])
+            (0, 1, 2, 3)
+        """
+        return asking(self.patterns.get(site.id, (None,) * site.size))
+
+    def asking_matrices(self, site: Site) -> tuple[Matrix, ...]:
+        """The matrices of queries and keys in the sublayer of a site.
+
+        Args:
+            site: One of the sites here.
+
+        Returns:
+            Two of them if it is a site of heads.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy = anatomy_of(tiny("bert"))
+            >>> [matrix.id for matrix in anatomy.asking_matrices(anatomy.sites["encoder.0.heads"])]
+            ['encoder.0.query', 'encoder.0.key']
+        """
+        inside = (matrix for matrix in self.matrices.values() if matrix.sublayer == site.sublayer)
+        return tuple(matrix for matrix in inside if matrix.role in (Role.QUERY, Role.KEY))
+
+    def asking_parameters(self, site: Site) -> set[str]:
+        """The parameters in which a head without queries and keys has no rows.
+
+        Args:
+            site: One of the sites here.
+
+        Returns:
+            Their names.
+
+        Example:
+            >>> from slimformer import anatomy_of
+            >>> from slimformer.testing.tiny import tiny
+            >>> anatomy = anatomy_of(tiny("distilbert"))
+            >>> sorted(anatomy.asking_parameters(anatomy.sites["encoder.0.heads"]))[0]
+            'distilbert.transformer.layer.0.attention.k_lin.bias'
+        """
+        return {f"{matrix.module}.{part}" for matrix in self.asking_matrices(site) for part in ("weight", "bias")}
 
     def gone(self, plan: PlanLike) -> set[str]:
         """SUBLAYER sites that `plan` takes out whole.
@@ -571,10 +684,12 @@ class Anatomy:
         """
         shape = list(matrix.shape)
         for site in self.every_site.values():
-            keep = plan.keep.get(site.id)
-            if keep is None:
+            if site.id not in plan.keep and site.id not in plan.patterns:
                 continue
+            keep, asks = plan.keep.get(site.id, range(site.size)), matrix.role in (Role.QUERY, Role.KEY)
             for piece in site.slices:
                 if piece.param == f"{matrix.module}.weight":
-                    shape[piece.dim] = len(keep) * piece.unit * piece.parts
+                    shape[piece.dim] = piece.left(keep)
+                    if asks and site.id in plan.patterns:
+                        shape[piece.dim] = len(asking(self.patterns_after(site, plan))) * piece.unit * piece.parts
         return replace(matrix, shape=(shape[0], shape[1]))

@@ -21,6 +21,7 @@ import numpy as np
 
 from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Role, Site, Tokens, is_shared
 from slimformer.core.junction import Junction, Sieve
+from slimformer.core.pattern import asking
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 
@@ -49,6 +50,7 @@ class Cost:
         """The cost of the model that `plan` leaves; the plan speaks in the numbering that the curves were made for."""
         narrower = any(site.id in plan.keep for site in anatomy.of_kind(Kind.HIDDEN))
         narrower |= self.narrow is not None and any(isinstance(junction, Sieve) for junction in plan.junctions.values())
+        narrower |= bool(plan.patterns) or any(site in plan.keep for site in anatomy.patterns)
         total = self._narrowed(plan) if narrower else self._added_up(plan, anatomy)
         total -= self._saved(plan, anatomy) if plan.forms else 0.0
         if self.junction is not None and plan.junctions:
@@ -70,7 +72,7 @@ class Cost:
     def _narrowed(self, plan: Plan) -> float:
         if self.narrow is None:
             raise TargetError(
-                f"the cost of narrower hidden states in {self.unit} is not known before it is measured.",
+                f"the cost of narrower hidden states, or of heads without queries, in {self.unit} is not known before it is measured.",
                 help="count macs or parameters.",
             )
         return self.narrow(plan)
@@ -81,7 +83,7 @@ class Cost:
             raise TargetError(
                 f"the cost of a form in {self.unit} is not known before it is measured.", help="count macs or parameters."
             )
-        cut, formed = anatomy.after(Plan(plan.keep)).matrices, anatomy.after(plan).matrices
+        cut, formed = anatomy.after(Plan(plan.keep, patterns=plan.patterns)).matrices, anatomy.after(plan).matrices
         there = [name for name in plan.forms if name in formed]
         return float(sum(self.matrix(cut[name]) - self.matrix(formed[name]) for name in there))
 
@@ -100,7 +102,13 @@ def parameters(model: PreTrainedModel, anatomy: Anatomy) -> Cost:
         for site in anatomy.every_site.values():
             for piece in site.slices if site.id in plan.keep and site.sublayer not in gone else ():
                 if piece.param in sizes:
-                    sizes[piece.param][piece.dim] = len(plan.keep[site.id]) * piece.unit * piece.parts
+                    sizes[piece.param][piece.dim] = piece.left(plan.keep[site.id])
+        for name in plan.patterns:
+            site = anatomy.sites[name]
+            heads = len(asking(anatomy.patterns_after(site, plan)))
+            for piece in site.slices:
+                if piece.param in sizes and piece.param in anatomy.asking_parameters(site):
+                    sizes[piece.param][piece.dim] = heads * piece.unit * piece.parts
         left = anatomy.inside(gone)
         stay = (name for name in sizes if is_shared(name) or not name.startswith(left))
         return float(sum(math.prod(sizes[name]) for name in stay))
@@ -160,13 +168,14 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         left = reaching[site.layer][site.kind is not Kind.HEADS]
         per_unit = left * sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
-            asking, asked = (next(item.tokens for item in inside if item.role is role) for role in (Role.QUERY, Role.KEY))
-            if beams is not None and asking is asked is Tokens.TARGET:
-                pairs = np.multiply(counts[asking], counts[asked] + 1, dtype=np.float64) / 2  # the n-th token asks n
+            asker, asked = (next(item.tokens for item in inside if item.role is role) for role in (Role.QUERY, Role.KEY))
+            if beams is not None and asker is asked is Tokens.TARGET:
+                pairs = np.multiply(counts[asker], counts[asked] + 1, dtype=np.float64) / 2  # the n-th token asks n
             else:
-                pairs = np.multiply(counts[asking], counts[asked], dtype=np.float64)
-            # scores, and their product with the values
-            per_unit += left**2 * 2 * site.taps[0].unit * times[asking] * float(np.mean(pairs))
+                pairs = np.multiply(counts[asker], counts[asked], dtype=np.float64)
+            # scores, and their product with the values; of the heads that have any, on average over all
+            learned = len(anatomy.asking_heads(site)) / site.size
+            per_unit += learned * left**2 * 2 * site.taps[0].unit * times[asker] * float(np.mean(pairs))
         curve = per_unit * np.arange(site.size + 1)
         curve[1:] += left * sum(work(matrix) for matrix in inside if not matrix.dense)
         curves[site.id] = curve
@@ -177,7 +186,9 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         fixed,
         curves,
         work,
-        narrow=lambda plan: macs(anatomy.after(Plan(plan.keep, {}, plan.junctions)), lengths, targets, beams).dense,
+        narrow=lambda plan: (
+            macs(anatomy.after(Plan(plan.keep, {}, plan.junctions, plan.patterns)), lengths, targets, beams).dense
+        ),
     )
 
 

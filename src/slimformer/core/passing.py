@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _classes: dict[tuple[type, type], type] = {}
 
@@ -21,6 +22,15 @@ class Line(threading.local):
 
     def __reduce__(self) -> Any:
         return type(self), ()
+
+
+def unpadded_words(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """The words that are no padding: (batch, seq) of booleans; `mask` as transformers hands it to layers."""
+    if mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    row = mask[:, 0, 0] if mask.ndim == 4 else mask
+    there = row > torch.finfo(row.dtype).min / 2 if row.is_floating_point() else row.bool()
+    return there.expand(hidden.shape[:2])
 
 
 def go_before(module: nn.Module, first: type) -> None:

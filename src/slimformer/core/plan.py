@@ -1,9 +1,10 @@
 """A plan: the units of a model that are kept, and the form of its matrices. A saved model remembers no more.
 
 A `Plan` names, for each site, the units that stay, in the numbering of the *original* model, the form of each matrix that
-is not dense, and the junctions behind layers. Within a plan cuts come first, then forms, in the shapes that the cuts leave,
-then junctions. Plans compose with `then`, are checked against an anatomy before anything is changed, and have a digest. A `Decision` is a
-plan with the numbers that a method wants folded into the weights. Neither changes a model: that is `shrink.py`.
+is not dense, the junctions behind layers, and the patterns of heads. Within a plan cuts come first, then patterns, of the heads that the
+cuts leave, then forms, in the shapes that both leave, then junctions. Plans compose with `then`, are checked against an anatomy before
+anything is changed, and have a digest. A `Decision` is a plan with the numbers that a method wants folded into the weights. Neither
+changes a model: that is `shrink.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, heads_of
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Site, heads_of
 from slimformer.core.apart import Apart
 from slimformer.core.form import DENSE, Form, form_from_data
 from slimformer.core.junction import Exit, Junction, Sieve, junction_from_data
+from slimformer.core.pattern import Fixed, Patterns, asking, over, pattern_from_data
 from slimformer.core.ranges import Ranges
 from slimformer.digests import digest
 from slimformer.errors import PlanError, nearest
@@ -25,7 +27,8 @@ from slimformer.errors import PlanError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSIONS = (1, 2, 3)  # of plan.json: 1 knows no forms, 2 no junctions; a plan without them is still written so
+# Of plan.json: 1 knows no forms, 2 no junctions, 3 no patterns; a plan without them is still written so.
+VERSIONS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Plan:
         keep: Site -> the units that stay, rising; an absent site keeps everything.
         forms: Matrix -> its form.
         junctions: Layer, such as "encoder.2" -> what stands there: an exit, a sieve for its words, or the place where two segments meet.
+        patterns: Site of heads -> an entry for each head that is left, in their order: what it attends to by a rule, or None.
 
     Example:
         >>> from slimformer import Plan
@@ -50,6 +54,7 @@ class Plan:
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     junctions: Mapping[str, Junction] = field(default_factory=dict)
+    patterns: Mapping[str, Patterns] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         frozen = {site: tuple(int(unit) for unit in units) for site, units in sorted(self.keep.items())}
@@ -57,12 +62,15 @@ class Plan:
         forms = {matrix: form for matrix, form in sorted(self.forms.items()) if form != DENSE}
         object.__setattr__(self, "forms", MappingProxyType(forms))
         object.__setattr__(self, "junctions", MappingProxyType(dict(sorted(self.junctions.items()))))
+        patterns = {site: tuple(rules) for site, rules in sorted(self.patterns.items()) if any(rules)}
+        object.__setattr__(self, "patterns", MappingProxyType(patterns))
 
-    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, tuple[int, ...]], dict[str, Form], dict[str, Junction]]]:
-        return Plan, (dict(self.keep), dict(self.forms), dict(self.junctions))  # a MappingProxyType cannot be pickled
+    def __reduce__(self) -> tuple[type[Plan], tuple[dict[str, Any], ...]]:
+        parts = (self.keep, self.forms, self.junctions, self.patterns)
+        return Plan, tuple(dict(part) for part in parts)  # a MappingProxyType cannot be pickled
 
     def __hash__(self) -> int:
-        return hash((tuple(self.keep.items()), tuple(self.forms.items()), tuple(self.junctions.items())))
+        return hash(tuple(tuple(part.items()) for part in (self.keep, self.forms, self.junctions, self.patterns)))
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by `later`, which speaks in the numbering that this one leaves.
@@ -84,9 +92,10 @@ class Plan:
         keep = dict(self.keep)
         for site, units in later.keep.items():
             base = keep.get(site)
-            if base is not None and units and max(units) >= len(base):
+            known = base if base is not None else self.patterns.get(site)
+            if known is not None and units and max(units) >= len(known):
                 raise PlanError(
-                    f"site '{site}' has {len(base)} units left, the later plan keeps unit {max(units)}.",
+                    f"site '{site}' has {len(known)} units left, the later plan keeps unit {max(units)}.",
                     help="a later plan counts the units that the earlier one leaves, from 0.",
                 )
             keep[site] = units if base is None else tuple(base[unit] for unit in units)
@@ -102,7 +111,15 @@ class Plan:
                     f"layer '{layer}' has {_called(self.junctions[layer])}, the later plan puts another there.",
                     help="a layer has one.",
                 )
-        return Plan(keep, {**self.forms, **later.forms}, {**self.junctions, **later.junctions})
+        patterns = dict(self.patterns)
+        for site, units in later.keep.items():
+            if site in patterns:
+                patterns[site] = tuple(patterns[site][unit] for unit in units)
+        for site, rules in later.patterns.items():
+            before = patterns.get(site) or (None,) * len(rules)
+            _check_given(site, before, rules)
+            patterns[site] = over(before, rules)
+        return Plan(keep, {**self.forms, **later.forms}, {**self.junctions, **later.junctions}, patterns)
 
     def within_layers(self) -> Plan:
         """This plan without what it says of the vocabulary: a saved config.json has the vocabulary as it was cut.
@@ -115,7 +132,8 @@ class Plan:
             >>> Plan({"encoder.1.ffn": (), "vocabulary": (0, 2)}).within_layers() == Plan({"encoder.1.ffn": ()})
             True
         """
-        return Plan({site: units for site, units in self.keep.items() if site != VOCABULARY_SITE}, self.forms, self.junctions)
+        keep = {site: units for site, units in self.keep.items() if site != VOCABULARY_SITE}
+        return Plan(keep, self.forms, self.junctions, self.patterns)
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises an error unless the plan fits a model.
@@ -170,6 +188,10 @@ class Plan:
                     facts=["a unit is a row or column of a matrix, and a factored matrix has none of its own."],
                     help="cut first, factor after.",
                 )
+            if site.id in anatomy.patterns and units and not asking([anatomy.patterns[name][unit] for unit in units]):
+                raise PlanError(
+                    f"site '{name}' would keep only heads without queries and keys.", help="keep one that has them."
+                )
             if site.kind is Kind.HIDDEN and anatomy.exits and len(units) < site.size:
                 raise PlanError(
                     f"site '{name}' cannot be cut: exits read the hidden states.", help="cut first, then train exits."
@@ -180,8 +202,58 @@ class Plan:
                     f"site '{name}' cannot be cut: segments are told by the separator {meeting.separator}, whose id would change.",
                     help="cut the vocabulary first.",
                 )
+        self._check_patterns(anatomy)
         self._check_forms(anatomy)
         self._check_junctions(anatomy)
+
+    def _check_patterns(self, anatomy: Anatomy) -> None:
+        gone = anatomy.gone(self)
+        for name, rules in self.patterns.items():
+            site = anatomy.sites.get(name)
+            if site is None or site.kind is not Kind.HEADS:
+                heads = [item.id for item in anatomy.of_kind(Kind.HEADS)]
+                raise PlanError(
+                    f"the plan gives patterns to '{name}', and this model has no such heads.", help=nearest(name, heads)
+                )
+            if len(anatomy.stacks) > 1:
+                raise PlanError(f"site '{name}' can have no patterns: the model writes texts.", help="they are for encoders.")
+            if site.sublayer in gone:
+                continue
+            left = len(self.keep[name]) if name in self.keep else site.size
+            if len(rules) != left:
+                raise PlanError(
+                    f"site '{name}' has {left} heads left, and the plan has patterns for {len(rules)}.",
+                    help="give an entry to each of them, and None to those that attend as they did.",
+                )
+            problem = next((why for rule in rules if rule is not None and (why := rule.problem())), None)
+            if problem is not None:
+                raise PlanError(f"site '{name}': {problem}.")
+            before = anatomy.patterns.get(name, (None,) * site.size)
+            before = before if name not in self.keep else tuple(before[unit] for unit in self.keep[name])
+            _check_given(name, before, rules)
+            if any(isinstance(rule, Fixed) for rule in rules):
+                self._check_fixed(anatomy, site, over(before, rules))
+        if self.patterns or anatomy.patterns:
+            together = {**anatomy.junctions, **self.junctions}
+            other = next((layer for layer, junction in together.items() if not isinstance(junction, Exit)), None)
+            if other is not None:
+                raise PlanError(
+                    f"heads have patterns, which count the words of a whole text, and layer '{other}' has {_called(together[other])}.",
+                    help="a model with patterns has no sieves, and its segments attend to each other in all layers.",
+                )
+
+    def _check_fixed(self, anatomy: Anatomy, site: Site, rules: Patterns) -> None:
+        if not asking(rules):
+            raise PlanError(
+                f"site '{site.id}' would have no head with queries and keys left.",
+                help="leave one of its heads without a pattern.",
+            )
+        factored = next((matrix for matrix in anatomy.asking_matrices(site) if not matrix.dense), None)
+        if factored is not None:
+            raise PlanError(
+                f"heads of site '{site.id}' cannot lose their queries and keys: '{factored.id}' is stored as {factored.form}.",
+                help="fix heads first, factor after.",
+            )
 
     def _check_junctions(self, anatomy: Anatomy) -> None:
         for layer, junction in self.junctions.items():
@@ -273,11 +345,14 @@ class Plan:
         """
         keep = {site: list(units) for site, units in self.keep.items()}
         data: dict[str, Any] = {"version": 1, "keep": keep}
-        if self.forms or self.junctions:
+        if self.forms or self.junctions or self.patterns:
             data |= {"version": 2, "forms": {matrix: form.to_data() for matrix, form in self.forms.items()}}
         if self.junctions:
             junctions = {layer: junction.to_data() for layer, junction in self.junctions.items()}
             data |= {"version": 3, "junctions": junctions}
+        if self.patterns:
+            patterns = {site: [rule and rule.to_data() for rule in rules] for site, rules in self.patterns.items()}
+            data |= {"version": 4, "junctions": data.get("junctions", {}), "patterns": patterns}
         return json.dumps(data, sort_keys=True)
 
     @staticmethod
@@ -310,9 +385,9 @@ class Plan:
                 f"the plan has version {version!r}, this slimformer reads {' and '.join(map(str, VERSIONS))}.",
                 help="install the slimformer that wrote it, or make the model again.",
             )
-        parts = ("keep", "forms", "junctions")[:version]
-        forms, junctions = data.get("forms", {}), data.get("junctions", {})
-        if set(data) != {"version", *parts} or not isinstance(forms, dict) or not isinstance(junctions, dict):
+        parts = ("keep", "forms", "junctions", "patterns")[:version]
+        forms, junctions, patterns = data.get("forms", {}), data.get("junctions", {}), data.get("patterns", {})
+        if set(data) != {"version", *parts} or not all(isinstance(data[part], dict) for part in parts):
             raise PlanError(
                 f"the plan is not what version {version} holds: {', '.join(sorted(data))}.",
                 help="it should be a plan.json that save() wrote.",
@@ -320,10 +395,23 @@ class Plan:
         for site, units in data["keep"].items():
             if not isinstance(units, list) or any(type(unit) is not int or unit < 0 for unit in units):
                 raise PlanError(f"site '{site}': kept units must be a list of whole numbers from 0.")
+        for site, rules in patterns.items():
+            if not isinstance(rules, list):
+                raise PlanError(f"site '{site}': patterns must be a list with an entry for each head.")
         return Plan(
             {site: tuple(units) for site, units in data["keep"].items()},
             {matrix: form_from_data(form, matrix) for matrix, form in forms.items()},
             {layer: junction_from_data(junction, layer) for layer, junction in junctions.items()},
+            {site: tuple(pattern_from_data(rule, site) for rule in rules) for site, rules in patterns.items()},
+        )
+
+
+def _check_given(site: str, before: Patterns, later: Patterns) -> None:
+    twice = next((head for head, (own, new) in enumerate(zip(before, later, strict=False)) if own and new), None)
+    if len(before) != len(later) or twice is not None:
+        which = f"head {twice} attends by a pattern already" if twice is not None else f"it has {len(before)} heads left"
+        raise PlanError(
+            f"site '{site}' cannot get these patterns: {which}.", help="give an entry to each head that is left, once."
         )
 
 

@@ -1,13 +1,14 @@
 """The only code that changes shapes and forms: a model and a plan go in, a smaller copy comes out; `unshrink` goes back.
 
-Cuts come first, then forms, then junctions. A saved model is rebuilt in the same way: an empty skeleton is shrunk by the saved plan,
-then the weights are loaded strictly.
+Cuts come first, then patterns, then forms, then junctions. A saved model is rebuilt in the same way: an empty skeleton is shrunk by
+the saved plan, then the weights are loaded strictly.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,8 @@ from slimformer.core.deciding import put_exits
 from slimformer.core.dividing import divide
 from slimformer.core.form import Form
 from slimformer.core.junction import EXIT, Exit
+from slimformer.core.pattern import asking
+from slimformer.core.patterning import put_patterns
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.ranges import Ranges
 from slimformer.core.sieving import put_sieves
@@ -76,6 +79,8 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
                 _cut_pieces(small, anatomy.every_site[name], keep)
             elif anatomy.sites[name].sublayer not in gone:
                 _cut(small, anatomy.sites[name], keep)
+        if decision.plan.patterns:
+            _cut_asking(small, anatomy.after(Plan(decision.plan.keep)), decision.plan)
         for matrix, form in forms.items():
             _put(small, matrix.module, form, factors)
             if matrix.decoder is not None and form != matrix.form:
@@ -85,6 +90,7 @@ def shrink(model: PreTrainedModel, anatomy: Anatomy, decision: Decision | Plan) 
             for skip in anatomy.sites[name].skips:
                 stand_in(small, skip)
     after, junctions = anatomy.after(decision.plan), decision.plan.junctions.items()
+    put_patterns(small, after)
     given = {layer: junction for layer, junction in junctions if isinstance(junction, Exit)}
     if given:
         with torch.no_grad():
@@ -210,6 +216,17 @@ def _cut(model: nn.Module, site: Site, keep: tuple[int, ...]) -> None:
         setattr(model.get_submodule(counter.module), counter.attribute, len(keep) * counter.per_unit)
 
 
+def _cut_asking(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+    """Takes away the queries and keys of heads that need none by their patterns; `anatomy`: with the plan's cuts made."""
+    for name, rules in plan.patterns.items():
+        if name in anatomy.sites:
+            site = anatomy.sites[name]
+            named = anatomy.asking_parameters(site)
+            pieces = tuple(piece for piece in site.slices if piece.param in named)
+            stay = asking(anatomy.patterns_after(site, Plan(patterns={name: rules})))
+            _cut(model, replace(site, slices=pieces, counters=(), bias=None), stay)
+
+
 def _cut_pieces(model: PreTrainedModel, site: Site, keep: tuple[int, ...]) -> None:
     """Leaves the rows `keep` of the word table, and of all that is tied to it or has an entry for each piece."""
     if len(keep) == site.size:
@@ -288,6 +305,11 @@ def unshrink(small: PreTrainedModel, dense: PreTrainedModel, anatomy: Anatomy, p
     if any(isinstance(junction, Apart) for junction in plan.junctions.values()):
         raise PlanError(
             "no plain weights give the same answers: in a plain model each token attends to both segments, in all layers.",
+            help="use the files that were exported.",
+        )
+    if plan.patterns:
+        raise PlanError(
+            "no plain weights give the same answers: in a plain model no head attends by position, or within a span.",
             help="use the files that were exported.",
         )
     if plan.junctions:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Role, heads_of
 from slimformer.core.junction import SHARE_PARTS, Sieve
-from slimformer.core.passing import Line, go_before, step_back
+from slimformer.core.passing import Line, go_before, step_back, unpadded_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +117,7 @@ class _Sifted:
         if line.off:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if own.sieve_first:
-            line.there, line.looks, line.shares, line.words = _unpadded(attention_mask, hidden_states), (), (), ()
+            line.there, line.looks, line.shares, line.words = unpadded_words(attention_mask, hidden_states), (), (), ()
         there = line.there
         assert there is not None, "the first of these layers has noted the words"
         mask = _narrowed(attention_mask, there, hidden_states.dtype)
@@ -148,14 +148,6 @@ class _Keeping:
 
     def __call__(self, received: Tensor, there: Tensor) -> Tensor:
         return surviving(self.sieve, received.detach(), there)
-
-
-def _unpadded(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """The words that are no padding: (batch, seq) of booleans; `mask` as transformers hands it to layers."""
-    if mask is None:
-        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    row = mask[:, 0, 0] if mask.ndim == 4 else mask
-    return (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2).expand(hidden.shape[:2])
 
 
 def _narrowed(mask: Tensor | None, there: Tensor, dtype: torch.dtype) -> Tensor:

@@ -216,8 +216,8 @@ class Exporter(ABC):
         return True
 
     def check(self, kind: str, *, branches: bool) -> None:
-        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits, sieves or segments that
-        attend apart (`branches`).
+        """Refuses, before anything is trained, what cannot be exported: models of this type, or with exits, sieves, segments that
+        attend apart, or heads that attend by patterns (`branches`).
 
         ExtraError if what it needs is not installed, ExportError for a model.
         """

@@ -59,7 +59,8 @@ class Kernels(Exporter):
             )
         if branches:
             raise ExportError(
-                "the kernels compute all words in all layers alike: no exits, no sieves, no segments that attend apart.",
+                "the kernels compute all words in all layers alike: no exits, no sieves, no segments that attend apart, "
+                "no heads that attend by patterns.",
                 help="export to onnx.",
             )
 

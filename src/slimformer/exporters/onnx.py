@@ -18,6 +18,7 @@ import onnx_ir
 from torch import nn
 
 from slimformer.core.anatomy import PointRole, heads_of
+from slimformer.core.pattern import Fixed
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, sieves, trace
@@ -293,6 +294,7 @@ class OnnxDraft(OnnxDrafting):
         order = list(self.subject.anatomy.attentions)
         watched = {order.index(heads_of(layer)): sieves.shares_name(layer) for layer in self.subject.anatomy.sieves}
         check_count("attentions", rewrite.lower_attentions(graph, axes, variant in FUSED, watched), attentions)
+        patterned = rewrite.lower_patterns(graph, axes)
         check_count("matrices in other forms", rewrite.lower_forms(graph, self._forms), len(self._forms))
         check_count("matrices", len(products(graph)), self._matrices)
         rewrite.plain_gemms(graph)
@@ -300,6 +302,9 @@ class OnnxDraft(OnnxDrafting):
         if attentions:
             how = "fused" if variant in FUSED else "in standard operators"
             notes.append(f"{attentions} of {attentions} attentions {how}")
+        if patterned:
+            heads = sum(isinstance(rule, Fixed) for rules in self.subject.anatomy.patterns.values() for rule in rules)
+            notes.append(f"{heads} heads attend by position, as shifts and running sums")
         if self._forms:
             tables = sum(form.table for form in self._forms.values())
             notes.append(f"{self._factored} products of factored matrices, {tables} factored tables")

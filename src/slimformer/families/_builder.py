@@ -6,7 +6,7 @@ Sizes are read from the tensors, not from the config, which knows nothing of cut
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -27,9 +27,12 @@ from slimformer.core.anatomy import (
     Tap,
     Tokens,
     separate_points,
+    sliced,
 )
 from slimformer.core.deciding import exit_of
 from slimformer.core.dividing import apart_of
+from slimformer.core.pattern import Patterns
+from slimformer.core.patterning import patterns_of
 from slimformer.core.sieving import sieve_of
 from slimformer.core.standing import is_skipped
 from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton, StackTable
@@ -61,6 +64,7 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
         points=separate_points(built.points, built.matrices),
         vocabulary=built.vocabulary(),
         junctions={layer: junction for layer, junction in junctions.items() if junction is not None},
+        patterns=built.patterns,
     )
 
 
@@ -82,6 +86,7 @@ class _Built:
     points: list[Point] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
     attentions: dict[str, str] = field(default_factory=dict)
+    patterns: dict[str, Patterns] = field(default_factory=dict)
     layer: int = 0  # the place of the next layer among those of all stacks
     stream: list[Slice] = field(default_factory=list)  # what follows the width of the hidden states
     stream_taps: list[Tap] = field(default_factory=list)
@@ -130,6 +135,11 @@ class _Built:
             return
         where, asked = f"{layer}.{kind}attention", Tokens.SOURCE if kind else tokens
         heads = self.heads(f"{layer}.{kind}heads", where, block, part)
+        rules = patterns_of(self.modules[block.module])
+        if rules:
+            self.patterns[heads.id] = rules
+            asking = {f"{module}.{name}" for module in (block.query, block.key) for name in ("weight", "bias")}
+            heads = replace(heads, slices=sliced(heads, asking, rules))
         self.sites += [self.sublayer(where, block, block.out), heads]
         self.points += _attention_points(layer, kind, block, tokens)
         for role, module in zip(ATTENTION_ROLES, (block.query, block.key, block.value, block.out), strict=True):
@@ -195,7 +205,7 @@ class _Built:
         return Site(
             id=name,
             kind=Kind.HEADS,
-            size=shape_of(self.modules[block.query])[0] // head_dim,
+            size=shape_of(self.modules[block.value])[0] // head_dim,
             layer=self.layer,
             slices=(*self.rows(inputs, head_dim), Slice(f"{block.out}.weight", 1, head_dim)),
             taps=(Tap(block.out, "input", head_dim),),

@@ -116,8 +116,13 @@ def related(anatomy: Anatomy) -> dict[Role, str]:
 
 def related_width(anatomy: Anatomy) -> int:
     """The width of the queries of that attention: that of all its heads; 0 if there is none."""
+    return next(iter(related_widths(anatomy)), 0)
+
+
+def related_widths(anatomy: Anatomy) -> tuple[int, ...]:
+    """The widths of its queries, keys and values: one for all, unless some of its heads have no queries; none if there is none."""
     names = set(related(anatomy).values())
-    return next((matrix.shape[0] for matrix in anatomy.matrices.values() if matrix.module in names), 0)
+    return tuple(dict.fromkeys(matrix.shape[0] for matrix in anatomy.matrices.values() if matrix.module in names))
 
 
 def state_count(anatomy: Anatomy) -> int:

@@ -57,6 +57,7 @@ class Effects:
     branches: bool = False  # the model decides input by input how much it computes: nothing may train or cut it afterwards
     divides: bool = False  # segments attend apart in the lower layers: of pairs of texts only, and no input leaves early
     sifts: bool = False  # the model takes words out on its way: it may be trained afterwards, but no more cut
+    patterns: bool = False  # heads attend by position or within a span: the model may be trained afterwards, but no more cut
     encoders_only: bool = False  # it refuses a model with a decoder
     one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
     neutral: bool = True  # attaching changes no output (law 7)
@@ -76,7 +77,7 @@ class Effects:
     @property
     def decides(self) -> bool:
         """Whether `decide` changes the model at all: two such methods in one stage are refused."""
-        return self.chooses or self.rewrites or self.adapts or self.divides
+        return self.chooses or self.rewrites or self.adapts or self.divides or self.patterns
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from slimformer.core.anatomy import Anatomy, Kind, Site, Tokens
 from slimformer.errors import TargetError
 from slimformer.families.base import Subject, family_of
-from slimformer.hooks.capture import Capture, Captured, related_width
+from slimformer.hooks.capture import Capture, Captured, related_width, related_widths
 from slimformer.hooks.feeding import unpadded
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.rules import Count, NotNegative, Positive
@@ -103,7 +103,12 @@ class Distillation(Method):
             origins = context.plan.keep.get(site.id, range(site.size))
             known = () if source is None else context.teacher_plan.keep.get(source.id, range(source.size))
             place = {origin: head for head, origin in enumerate(known)}
-            pairs = [(head, place[origin]) for head, origin in enumerate(origins) if origin in place]
+            asked = () if source is None else theirs.asking_heads(source)
+            pairs = [
+                (own, asked.index(place[origin]))
+                for own, head in enumerate(mine.asking_heads(site))
+                if (origin := origins[head]) in place and place[origin] in asked
+            ]
             alone += site.size - len(pairs)
             if source is not None and pairs:
                 heads[site.id] = Heads(source.id, *map(tuple, zip(*pairs, strict=True)))
@@ -145,7 +150,13 @@ class Distillation(Method):
             cast(_State, state).weigh()
 
     def _check_relations(self, mine: Anatomy, theirs: Anatomy) -> None:
-        for whose, width in (("student", related_width(mine)), ("teacher", related_width(theirs))):
+        if len(related_widths(theirs)) > 1:
+            raise TargetError(
+                "the teacher's last attention has heads without queries and keys, and so no relations of theirs to learn.",
+                help="leave relations out, or name a teacher whose heads all learned what to attend to.",
+            )
+        widths = [("student", width) for width in related_widths(mine) or (0,)] + [("teacher", related_width(theirs))]
+        for whose, width in widths:
             if width == 0 or width % self.relation_heads:
                 raise TargetError(
                     f"relation_heads {self.relation_heads} does not divide the {whose}'s last attention, which is {width} wide."
@@ -160,7 +171,8 @@ class Distillation(Method):
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of an attention that learn, each with the head of the teacher's `site` that has the same origin."""
+    """The heads of an attention that learn, each with the head of the teacher's `site` that has the same origin; counted among those
+    that have scores."""
 
     site: str
     students: tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Kind, Site
+from slimformer.core.pattern import Patterns
 from slimformer.measuring.records import layer_names
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
@@ -47,6 +49,7 @@ class Inspection:
     beams: int | None = None
     exits: tuple[int, ...] = ()  # inputs may leave after so many layers
     apart: int = 0  # in so many layers, the first ones, segments attend apart
+    patterns: tuple[tuple[str, str], ...] = ()  # of each layer with such heads: its name, and what they attend to
     words: tuple[float, ...] = ()  # the share of words that each feed-forward computes; none if all do
 
 
@@ -103,7 +106,16 @@ def inspect(model: str | Path, length: int = 128) -> Inspection:
         words=tuple(left for _, left in anatomy.words_left) if anatomy.sieves else (),
         apart=next(iter(anatomy.passed(anatomy.meeting)[:-1]), 0),
         beams=subject.beams,
+        patterns=tuple(
+            (layer_names(anatomy)[anatomy.sites[name].layer], _told(rules)) for name, rules in anatomy.patterns.items()
+        ),
     )
+
+
+def _told(rules: Patterns) -> str:
+    """How many heads have which pattern: "2 x previous, 1 x within 3"."""
+    counts = Counter(str(rule) for rule in rules if rule is not None)
+    return ", ".join(f"{count} x {rule}" for rule, count in sorted(counts.items()))
 
 
 def _units(sites: Sequence[Site], kind: Kind) -> int | None:

@@ -90,6 +90,9 @@ def draw_inspection(found: Inspection) -> Table:
         notes.append(f"Inputs may leave after {', '.join(map(str, found.exits))} layers.")
     if found.apart:
         notes.append(f"In the first {found.apart} layers, the two segments of an input attend apart.")
+    if found.patterns:
+        told = "; ".join(f"layer {layer}: {rules}" for layer, rules in found.patterns)
+        notes.append(f"Heads that attend by a pattern, the rest as they learned: {told}.")
     title = escape(f"{found.name}: {found.model_class}, {found.model_parameters:,} parameters")
     table = Table(title=title, caption=" ".join(notes))
     for head in ("layer", "heads", "neurons", "parameters", "MACs", "share of MACs"):

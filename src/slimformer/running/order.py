@@ -27,6 +27,7 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     dividing = [name_of(method) for method in stage.methods if method.effects().divides]
     if dividing and isinstance(stage, Train) and stage.text is not None:
         yield f"{dividing[0]} keeps the two texts of an input apart, and a line of text is one: leave out text"
+    fixing = next((name_of(method) for method in earlier if method.effects().patterns), None)
     adapting = [name_of(method) for method in stage.methods if method.effects().adapts]
     if apart and (dividing or adapting):
         yield f"{apart} has divided the lower layers before: leave out {(dividing or adapting)[0]}"
@@ -45,6 +46,14 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
             yield f"{name} would store layers differently that {sharing} has made one: factor first, share after"
         if sifting and (method.effects().chooses or method.effects().adapts or method.effects().divides):
             yield f"{name} would change layers whose attention tells {sifting} which words stay: first {name}, then {sifting}"
+        if fixing and (method.effects().cuts or method.effects().divides or method.effects().sifts):
+            yield f"{name} would change what the heads see whose patterns {fixing} has set: first {name}, then {fixing}"
+        if (sifting or apart) and method.effects().patterns:
+            yield f"{name} counts the words of a whole text, and {sifting or apart} has taken some away: leave out one of the two"
+        if sharing and method.effects().patterns and not method.effects().cuts:
+            yield f"{name} would make layers differ that {sharing} has made one: leave out one of the two"
+        if factoring and method.effects().patterns and not method.effects().cuts:
+            yield f"{name} takes queries and keys out of matrices that {factoring} has factored before: first {name}, then factor"
         if factoring and method.effects().cuts:
             yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
         if zeros and method.effects().refills:

@@ -60,7 +60,7 @@ def preflight(recipe: Recipe) -> Checked:
     if family_of(kind).classes != "transformers":
         check_stages(kind, recipe.stages)
     every = [method.effects() for stage in recipe.stages for method in stage.methods]
-    branches = any(effects.adapts or effects.divides for effects in every)
+    branches = any(effects.adapts or effects.divides or effects.patterns for effects in every)
     recipe.export.exporter().check(kind, branches=branches)
     task = recipe.task
     task.split(Split.DEV)
@@ -140,6 +140,9 @@ def _check_branches(recipe: Recipe, task: Task) -> None:
     sifting = next((name_of(method) for _, method in methods if method.effects().sifts), None)
     if sifting and recipe.export.dense:
         facts.append(f"export.dense: a plain model computes all words, and {sifting} takes some out: leave it out")
+    fixing = next((name_of(method) for _, method in methods if method.effects().patterns), None)
+    if fixing and recipe.export.dense:
+        facts.append(f"export.dense: no head of a plain model attends by the patterns of {fixing}: leave it out")
     if facts:
         raise RecipeError(f"the stages do not suit the task {name_of(task)}.", facts=facts, help="correct them.")
 
@@ -155,6 +158,11 @@ def check_kept(source: Path, stages: Sequence[Stage]) -> None:
     second = next(joining, None)
     if second and any(isinstance(junction, Apart) for junction in junctions):
         lost.append(f"its lower layers keep segments apart already: leave out {second}")
+    if checkpoint.load_plan(source).patterns if stages else ():
+        cutting = (name_of(item) for item in methods if item.effects().cuts or item.effects().divides or item.effects().sifts)
+        first = next(cutting, None)
+        if first:
+            lost.append(f"its heads attend by patterns, and {first} would change what they see: begin with the model before")
     changing = (method.effects() for method in methods)
     if any(effects.chooses or effects.adapts or effects.divides for effects in changing) and any(
         isinstance(junction, Sieve) for junction in junctions
@@ -261,7 +269,9 @@ def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
     """
     cutting = (method for stage in recipe.stages for method in stage.methods if method.effects().chooses)
     branching = (method for stage in recipe.stages for method in stage.methods if method.effects().adapts)
-    dividing = [method for stage in recipe.stages for method in stage.methods if method.effects().divides]
+    dividing = [
+        method for stage in recipe.stages for method in stage.methods if method.effects().divides or method.effects().patterns
+    ]
     first = next(cutting, None) or next(branching, None)  # a cut comes before exits and sieves
     if first is None and not dividing:
         return

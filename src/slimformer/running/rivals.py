@@ -144,11 +144,11 @@ def without_small_dense(names: Sequence[RivalName]) -> tuple[RivalName, ...]:
 
 
 def without_cuts(stage: Train) -> Train:
-    """The stage without the method that cuts, lets inputs leave early, or segments attend apart.
+    """The stage without the method that cuts, lets inputs leave early, segments attend apart, or heads attend by patterns.
 
     If only the method's parameters were trainable, the model's own train instead, so that the rival gets as many passes.
     """
     found = {method: method.effects() for method in stage.methods}
-    methods = tuple(item for item, does in found.items() if not (does.chooses or does.adapts or does.divides))
+    methods = tuple(item for item, does in found.items() if not (does.chooses or does.adapts or does.divides or does.patterns))
     alone = stage.freeze == "everything" and methods != stage.methods
     return replace(stage, methods=methods, freeze="nothing" if alone else stage.freeze)

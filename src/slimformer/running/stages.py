@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core import cost
-from slimformer.core.anatomy import Anatomy
+from slimformer.core.anatomy import Anatomy, Kind
 from slimformer.core.budget import something_left
 from slimformer.core.plan import Decision
 from slimformer.core.shrink import shrink
@@ -265,6 +265,12 @@ def refuse_cuts(methods: Sequence[Method], anatomy: Anatomy) -> None:
                 f"{cutting[0]} chooses what to cut, and '{site.id}' can no longer be cut: '{factored[0].id}' is stored as "
                 f"{factored[0].form}.",
                 help="cut first, factor after.",
+            )
+    for site in anatomy.of_kind(Kind.HEADS) if cutting else ():
+        if len(anatomy.asking_heads(site)) < site.size:
+            raise PlanError(
+                f"{cutting[0]} chooses what to cut, and heads of '{site.id}' attend by position: they cost less than the others.",
+                help="cut first, fix heads after.",
             )
 
 

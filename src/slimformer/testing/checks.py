@@ -267,7 +267,7 @@ def slices_fit(family: type[Family]) -> None:
         for site in anatomy.sites.values():
             for piece in site.slices:
                 assert piece.param in shapes, f"{site.id}: there is no parameter {piece.param}"
-                size = site.size * piece.unit * piece.parts
+                size = piece.count(site.size) * piece.unit * piece.parts
                 axis = shapes[piece.param][piece.dim]
                 assert size == axis, f"{site.id}: {piece.param} has {axis} along {piece.dim}, the slice covers {size}"
                 assert (piece.param, piece.dim) not in claimed, f"two sites claim {piece.param}, axis {piece.dim}"
@@ -573,7 +573,9 @@ def _decides(method: Method, model_type: str, most: int = 8) -> None:
     with torch.no_grad():
         assert bool(torch.isfinite(small(**batch(small)).logits).all()), f"the cut {model_type} gives no finite numbers"
     if not effects.chooses:
-        assert Plan(junctions=decision.plan.junctions) == decision.plan, "cuts although it says that it does not choose"
+        given = Plan(junctions=decision.plan.junctions, patterns=decision.plan.patterns)
+        assert given == decision.plan, "cuts although it says that it does not choose"
+        assert effects.patterns or not decision.plan.patterns, "gives heads patterns although it says that it gives none"
         own = effects.adapts or effects.divides
         assert own or not decision.plan.junctions, "puts junctions in although it says that nothing branches, leaves or divides"
         return

@@ -226,8 +226,8 @@ def _key(teacher: Teacher, features: Features, needs: Collection[Capture]) -> st
 
 
 def _heads(anatomy: Anatomy) -> dict[str, int]:
-    """The number of heads of each attention, by its site."""
-    return {site.id: site.size for site in anatomy.of_kind(Kind.HEADS)}
+    """The number of heads of each attention that have scores, by its site."""
+    return {site.id: len(anatomy.asking_heads(site)) for site in anatomy.of_kind(Kind.HEADS)}
 
 
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:

@@ -56,6 +56,11 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
             "the kernels let each token attend to all others, and in this model segments attend apart.",
             help="export standard files.",
         )
+    if subject.anatomy.patterns:
+        raise ExportError(
+            "the kernels compute all heads from queries and keys, and some of this model attend by position or within a span.",
+            help="export standard files.",
+        )
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     if f"{prefix}embeddings_project" in modules:
         raise ExportError("the kernels do not project embeddings, as this model does.", help="export standard files.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -37,13 +37,15 @@ from slimformer.forms.base import Formed
 ATTENTION = (
     "slimformer",
     "Attention",
-)  # (query, key, value, mask): each (a, b, heads, dim); which of a, b is the batch: `Axes`
+)  # (query, key, value, mask, perhaps a summand of the scores): each (a, b, heads, dim); which of a, b is the batch: `Axes`
+PATTERN = ("slimformer", "Pattern")  # (values, mask) with what all of these heads attend to: (., ., width) -> the same
 FORMED = ("slimformer", "Formed")  # (x, its parameters) with the name of its `module`: (., ., in) -> (., ., out)
 TABLE = ("slimformer", "Table")  # (ids, its parameters) with the name of its `module`: (., .) -> (., ., width)
 RECURRENT = (
     "slimformer",
     "Recurrent",
 )  # (words, mask, weights and biases of torch's LSTM, one direction after the other): (batch, seq, in) -> its states, and the last ones
+_LEAST = 1e-30  # a sum of weights that is not 0 is far above
 MASKED = -10_000.0  # exp() of it is 0 in fp32, and it survives fp16; the smallest float does not
 
 _ELEMENTWISE = {"Gelu", "Tanh", "Relu", "Erf", "Sigmoid", "Softplus", "Cast", "Identity"}
@@ -91,7 +93,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
     biases: dict[ir.Value, ir.Value] = {}
     attentions = markers(graph)
     for place, node in enumerate(attentions):
-        query, key, value, mask = (required(item) for item in node.inputs)
+        query, key, value, mask, *beyond = (required(item) for item in node.inputs)
         heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
         width = node.attributes["width"].as_int()
         if mask not in biases:
@@ -109,6 +111,8 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
             q = editor.one(node, "Mul", [q, editor.constant(scale, np.float32)])
             scores = editor.one(node, "MatMul", [q, k])
         scores = editor.one(node, "Add", [scores, biases[mask]])
+        if beyond:
+            scores = editor.one(node, "Add", [scores, beyond[0]])
         shares = editor.one(node, "Softmax", [scores], axis=-1)
         shares.name = shares_names.get(place, shares.name)
         if fused:
@@ -129,6 +133,110 @@ def _mask_bias(editor: Editor, before: ir.Node, mask: ir.Value) -> ir.Value:
     lost = editor.one(before, "Sub", [editor.constant(1.0, np.float32), kept])
     bias = editor.one(before, "Mul", [lost, editor.constant(MASKED, np.float32)])
     return editor.one(before, "Unsqueeze", [bias, editor.constant([1] if rank_of(mask) == 3 else [1, 2], np.int64)])
+
+
+def lower_patterns(graph: ir.Graph, axes: Axes) -> int:
+    """Puts shifts and running sums along the words in the place of each marker of heads with fixed patterns; gives their number.
+
+    `core.patterning.attend_fixed` says what they compute. All that follows from the mask alone is computed once.
+    """
+    nodes = [node for node in graph if (node.domain, node.op_type) == PATTERN]
+    if not nodes:
+        return 0
+    places = _Places(Editor(graph), nodes[0], required(nodes[0].inputs[1]), axes)
+    for node in nodes:
+        places.editor.replace(node.outputs[0], places.lowered(node))
+    for node in nodes:  # what all of them need stands before the first one
+        places.editor.remove(node)
+    return len(nodes)
+
+
+class _Places:
+    """What follows from the mask for heads that attend by position, written before the first of them that needs it."""
+
+    def __init__(self, editor: Editor, first: ir.Node, mask: ir.Value, axes: Axes) -> None:
+        self.editor, self.first, self.axis = editor, first, axes.seq
+        real = self.light("Cast", mask, to=int(ir.DataType.FLOAT))  # (batch, seq)
+        real = real if axes == BATCH_FIRST else self.light("Transpose", real, perm=[1, 0])
+        self.real = self.light("Unsqueeze", real, self.numbers(2))  # (., ., 1)
+        self.known: dict[str, Any] = {}
+
+    def light(self, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        return self.editor.one(self.first, operator, list(inputs), **attributes)
+
+    def numbers(self, *values: int) -> ir.Value:
+        return self.editor.constant(values, np.int64)
+
+    def number(self, value: float) -> ir.Value:
+        return self.editor.constant(value, np.float32)
+
+    def beside(self, before: ir.Node, values: ir.Value, back: bool) -> ir.Value:
+        """At each place what stands at the one before, or behind it; at the end of the sequence what stands there."""
+        axis, last = self.numbers(self.axis), np.iinfo(np.int64).max
+        spans = ((0, 1), (0, -1)) if back else ((1, last), (-1, last))
+        ends = [
+            self.editor.one(before, "Slice", [values, self.numbers(begin), self.numbers(end), axis]) for begin, end in spans
+        ]
+        return self.editor.one(before, "Concat", ends, axis=self.axis)
+
+    def sums(self, before: ir.Node, values: ir.Value, back: bool) -> ir.Value:
+        """At each place the sum of all that stands two or more places before, or behind it."""
+        axis = self.editor.constant(self.axis, np.int64)
+        running = self.editor.one(before, "CumSum", [values, axis], exclusive=1, reverse=int(not back))
+        return self.beside(before, running, back)
+
+    def neighbours(self, back: bool) -> ir.Value:
+        """Whether a word stands before, or behind it, at each place: (., ., 1) of booleans."""
+        key = f"neighbours {back}"
+        if key not in self.known:
+            self.known[key] = self.light("Greater", self.beside(self.first, self.real, back), self.number(0.0))
+        return cast(ir.Value, self.known[key])
+
+    def weights(self, from_start: bool) -> ir.Value:
+        """The cube of each word's place, 0 for padding: (., ., 1)."""
+        key = f"weights {from_start}"
+        if key not in self.known:
+            rank = self.light("CumSum", self.real, self.editor.constant(self.axis, np.int64))
+            count = self.light("Max", self.light("ReduceSum", self.real, self.numbers(self.axis), keepdims=1), self.number(1.0))
+            if not from_start:
+                rank = self.light("Sub", self.light("Add", count, self.number(1.0)), rank)
+            place = self.light("Div", rank, count)
+            square = self.light("Mul", place, place)
+            self.known[key] = self.light("Mul", self.light("Mul", square, place), self.real)
+        return cast(ir.Value, self.known[key])
+
+    def shares(self, from_start: bool) -> ir.Value:
+        """The weights of words over the sum of a text's: (., ., 1)."""
+        key = f"shares {from_start}"
+        if key not in self.known:
+            weights = self.weights(from_start)
+            total = self.light("ReduceSum", weights, self.numbers(self.axis), keepdims=1)
+            self.known[key] = self.light("Div", weights, self.light("Max", total, self.number(_LEAST)))
+        return cast(ir.Value, self.known[key])
+
+    def totals(self, back: bool) -> tuple[ir.Value, ir.Value]:
+        """Whether a word stands two or more places before, or behind it, and the sum of the weights there: (., ., 1) each."""
+        key = f"totals {back}"
+        if key not in self.known:
+            total = self.sums(self.first, self.weights(back), back)
+            some = self.light("Greater", total, self.number(0.0))
+            self.known[key] = some, self.light("Max", total, self.number(_LEAST))
+        return cast("tuple[ir.Value, ir.Value]", self.known[key])
+
+    def lowered(self, node: ir.Node) -> ir.Value:
+        """What operators before a marker give in its place."""
+        editor, values, attends = self.editor, required(node.inputs[0]), node.attributes["attends"].as_string()
+        back, from_start = attends in ("previous", "left"), attends in ("left", "end")
+        if attends in ("previous", "next"):
+            return editor.one(node, "Where", [self.neighbours(back), self.beside(node, values, back), values])
+        if attends in ("start", "end"):
+            weighted = editor.one(node, "Mul", [values, self.shares(from_start)])
+            mean = editor.one(node, "ReduceSum", [weighted, self.numbers(self.axis)], keepdims=1)
+            return editor.one(node, "Expand", [mean, editor.one(node, "Shape", [values])])
+        some, total = self.totals(back)
+        weighted = editor.one(node, "Mul", [values, self.weights(from_start)])
+        mean = editor.one(node, "Div", [self.sums(node, weighted, back), total])
+        return editor.one(node, "Where", [some, mean, values])
 
 
 def unturn(graph: ir.Graph) -> int:
@@ -178,6 +286,9 @@ def read_only_first(graph: ir.Graph, axes: Axes) -> int:
                 cuts[value] = editor.one(node, "Slice", [value, start, stop, axis])
                 cuts[value].type, cuts[value].shape = value.type, _narrowed(value, axes)
             node.replace_input_with(index, cuts[value])
+        if node in narrow and (node.domain, node.op_type) == ATTENTION and len(node.inputs) > 4:
+            beyond = required(node.inputs[4])  # (1, heads, seq, seq)
+            node.replace_input_with(4, editor.one(node, "Slice", [beyond, start, stop, editor.constant([2], np.int64)]))
         if node in narrow and node not in picks:
             node.outputs[0].shape = _narrowed(node.outputs[0], axes)
     return len(narrow) - len(picks)
@@ -207,12 +318,20 @@ def _first_token_picks(graph: ir.Graph, axes: Axes) -> list[ir.Node]:
     return picks
 
 
+def _takes_columns(node: ir.Node) -> bool:
+    """Whether a node takes some columns of a hidden state."""
+    axes = constant_of(node.inputs[3]) if node.op_type == "Slice" and len(node.inputs) > 3 else None
+    return axes is not None and rank_of(node.inputs[0]) == 3 and [int(axis) % 3 for axis in axes] == [2]
+
+
 def _rowwise_operands(node: ir.Node) -> tuple[int, ...]:
     """Inputs whose row i alone decides row i of the node's output; empty if the node mixes rows."""
     if (node.domain, node.op_type) in {ATTENTION, FORMED}:
         return (0,)  # keys and values are read whole
-    if node.op_type in _ELEMENTWISE:
+    if node.op_type in _ELEMENTWISE or _takes_columns(node):
         return (0,)
+    if node.op_type == "Concat" and rank_of(node.outputs[0]) == 3 and node.attributes["axis"].as_int() in (-1, 2):
+        return tuple(range(len(node.inputs)))
     if node.op_type == "LayerNormalization" and node.attributes["axis"].as_int() == -1:
         return (0,)
     if node.op_type == "MatMul":

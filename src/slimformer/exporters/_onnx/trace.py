@@ -20,10 +20,11 @@ from torch import nn
 from slimformer.core.anatomy import Role
 from slimformer.core.deciding import answers_apart
 from slimformer.core.dividing import MET, SEGMENTS, meeting_seen
+from slimformer.core.patterning import BEYOND, fixed_marked
 from slimformer.core.sieving import all_words
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
-from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, RECURRENT, TABLE
+from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, PATTERN, RECURRENT, TABLE
 from slimformer.exporters._onnx.sieves import END, before_name, state_name
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
@@ -71,6 +72,7 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
     with (
         _marked(subject),
         all_words(model),
+        fixed_marked(_mark_fixed),
         _seen_cuts(subject) as cuts,
         _distinct_biases(model) as biases,
         answers_apart(model, turned=True) as said,
@@ -156,14 +158,26 @@ def recurrent_in(model: nn.Module) -> list[Recurrent]:
 
 
 def _mark_attention(
-    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
+    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **rest: Any
 ) -> tuple[Any, None]:
-    """An attention function for transformers that leaves a marker: (., heads, ., dim) in, (., ., heads, dim) out."""
+    """An attention function for transformers that leaves a marker: (., heads, ., dim) in, (., ., heads, dim) out.
+
+    What is added to the scores of words beyond a span is one more input, if heads have spans.
+    """
     outer, heads, inner, dim = query.shape
     attributes: dict[str, Any] = {"scale": float(scaling or dim**-0.5), "heads": int(heads), "width": int(heads * dim)}
     inputs = [*(item.transpose(1, 2) for item in (query, key, value)), attention_mask]
+    inputs += [rest[BEYOND]] if BEYOND in rest else []
     shape = (outer, inner, heads, dim)
     return torch.onnx.ops.symbolic("::".join(ATTENTION), inputs, attributes, dtype=query.dtype, shape=shape), None
+
+
+def _mark_fixed(values: Any, attends: str, mask: Any) -> Any:
+    """Leaves a marker for heads with a fixed pattern: (., ., width) in and out."""
+    attributes: dict[str, Any] = {"attends": attends}
+    return torch.onnx.ops.symbolic(
+        "::".join(PATTERN), [values, mask], attributes, dtype=values.dtype, shape=tuple(values.shape)
+    )
 
 
 def _plain_mask(*, attention_mask: Any, **_: Any) -> Any:
