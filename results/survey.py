@@ -48,6 +48,7 @@ from work import (
 
 from slimformer.exporters.base import Variant
 from slimformer.measuring.records import Record
+from slimformer.methods.adaptive_span import AdaptiveSpan
 from slimformer.methods.codebook import CodebookWords
 from slimformer.methods.decomposed_attention import DecomposedAttention
 from slimformer.methods.distillation import Distillation
@@ -176,6 +177,15 @@ def apart(passes: float, layers: int, **options: Any) -> Stages:
     """Lower layers that keep two texts apart, with the paper's two losses."""
     methods = (DecomposedAttention(layers=layers, **options), Distillation(hidden=0.0))
     return (replace(DISTIL, methods=methods, epochs=passes),)
+
+
+def edgebert(passes: float) -> Stages:
+    """One set of weights for all layers, half of it zeros, spans for its heads, then exits on the model as it is."""
+    return (
+        closely(passes / 2, SharedLayers(), KnowledgeSparse(keep=0.5)),
+        learnt(passes / 4, SharedLayers(), AdaptiveSpan(alike=True), KeepZeros()),
+        Train(methods=(EarlyExit(confidence="entropy", max_loss=0.5, lr=5e-4),), epochs=passes / 4, freeze="everything"),
+    )
 
 
 def smallest(passes: float) -> Stages:
@@ -451,6 +461,18 @@ ROWS = (
         "fixed_attention-50",
         "Raganato et al.: one learned head in each layer of a translation model's encoder, nothing lost",
         lambda passes: (Calibrate(FixedAttention(learned=0.5)), learnt(passes)),
+    ),
+    Row(
+        "compound",
+        "edgebert",
+        "EdgeBERT: 1.3 % of the size, 1.8 × on a GPU, 1.5 points lost",
+        edgebert,
+    ),
+    Row(
+        "compound",
+        "elastic-30",
+        "DynaBERT: 12 % of the encoder, 8.7 × on a CPU, 1.0 points lost, any size from one training",
+        elastic,
     ),
     Row(
         "compound",

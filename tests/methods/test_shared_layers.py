@@ -12,8 +12,13 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of, subject_of
+from slimformer.methods.adaptive_span import AdaptiveSpan
+from slimformer.methods.base import Progress
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
+from slimformer.methods.gates import Gates
+from slimformer.methods.keep_zeros import KeepZeros
+from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.shared_layers import SharedLayers, grouped_layers
 from slimformer.running.order import conflicts
 from slimformer.testing.checks import tiny_context
@@ -74,6 +79,34 @@ def test_every_use_adds_to_the_gradient_of_the_first():
     assert all(parameter.requires_grad for parameter in around.model.parameters())
 
 
+def test_the_same_weights_are_closed_in_all_layers_beside_it():
+    around = tiny_context()
+    sharing, sparse = SharedLayers(distinct=1), KnowledgeSparse(keep=0.5, updates=2)
+    states = [sharing.attach(around), sparse.attach(around)]
+    rows = next(iter(around.batches(4)))
+    optimizer = torch.optim.SGD([item for item in around.model.parameters() if item.requires_grad], lr=0.1)
+    for number in range(4):
+        optimizer.zero_grad()
+        around.task.loss(around.model(**around.subject.feed(rows)), rows).backward()
+        optimizer.step()
+        for method, state in zip((sharing, sparse), states, strict=True):
+            method.advance(state, Progress(number + 1, 4))
+    inputs = batch(around.model)
+    with torch.no_grad():
+        trained = around.model(**inputs).logits
+    decision = sparse.decide(states[1], around)
+    for state in reversed(states):
+        state.close()
+    small = shrink(around.model, around.anatomy, decision)
+    own = dict(small.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(small(**inputs).logits, trained)
+    for name in (name for name in own if ".layer.2." in name):
+        assert torch.equal(own[name], own[name.replace(".layer.2.", ".layer.0.")]), name
+    weight = own["bert.encoder.layer.1.output.dense.weight"]
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
 def test_layers_that_were_cut_differently_are_refused_by_name():
     model = tiny("bert")
     anatomy = anatomy_of(model)
@@ -94,4 +127,15 @@ def test_stages_that_would_part_the_layers_are_refused():
     assert "part the layers" in next(conflicts(Train(methods=(Distillation(),)), [share]))
     assert "cut first, share after" in next(conflicts(Calibrate(Fisher()), [share]))
     assert not list(conflicts(Train(methods=(SharedLayers(), Distillation())), [share]))
+    for methods, fact in (
+        ((SharedLayers(), Gates()), "gates would make layers differ"),
+        ((SharedLayers(), KnowledgeSparse(scope="model")), "would make layers differ"),
+        ((KnowledgeSparse(), SharedLayers()), "put shared_layers first"),
+        ((KeepZeros(), SharedLayers()), "put shared_layers first"),
+    ):
+        assert any(fact in found for found in conflicts(Train(methods=methods), [])), methods
+    sparse = Train(methods=(SharedLayers(), KnowledgeSparse(keep=0.5)))
+    spans = Train(methods=(SharedLayers(), AdaptiveSpan(alike=True), KeepZeros()))
+    assert not list(conflicts(sparse, [share]))
+    assert not list(conflicts(spans, [share, sparse]))
     assert not list(conflicts(share, [Calibrate(Fisher())]))

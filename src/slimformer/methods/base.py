@@ -58,6 +58,7 @@ class Effects:
     divides: bool = False  # segments attend apart in the lower layers: of pairs of texts only, and no input leaves early
     sifts: bool = False  # the model takes words out on its way: it may be trained afterwards, but no more cut
     patterns: bool = False  # heads attend by position or within a span: the model may be trained afterwards, but no more cut
+    alike: bool = False  # it changes all layers in the same way, so that they may share their weights
     encoders_only: bool = False  # it refuses a model with a decoder
     one_shot: bool = False  # the method looks once and trains nothing: it belongs in a calibrate stage
     neutral: bool = True  # attaching changes no output (law 7)

@@ -103,7 +103,8 @@ class KnowledgeSparse(Method):
             )
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, zeros=Zeros.RESULT)
+        alike = self.score == "magnitude" and self.scope == "matrix"  # equal matrices then lose the same weights
+        return Effects(cuts=True, zeros=Zeros.RESULT, alike=alike)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         self._grids(anatomy)

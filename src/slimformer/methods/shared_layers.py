@@ -4,7 +4,8 @@ Paper: Lan, Chen, Goodman, Gimpel, Sharma, Soricut: ALBERT (ICLR 2020), section 
 Universal Transformers (ICLR 2019) for layers that repeat.
 
 Idea: Layers are put into groups, and each group has the weights of its first layer. Every use of them adds to their gradient. The
-model computes as many layers as before, and has the numbers of a few.
+model computes as many layers as before, and has the numbers of a few. The other layers hold copies, which follow after each step, so that
+methods beside this one see the same numbers in each of them.
 
 Differs: ALBERT is trained so from scratch, and shares all layers; here a model that came trained shares from one step to the next,
 and distillation is to repair it. Norms are shared with the rest. ALBERT's factorised embedding is left out.
@@ -24,15 +25,15 @@ from functools import partial
 from typing import Literal, cast, final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Kind, is_shared
 from slimformer.core.cost import Cost
-from slimformer.core.plan import Decision
 from slimformer.errors import TargetError
 from slimformer.hooks.weights import changed_weights
 from slimformer.methods._depth import layers_of
-from slimformer.methods.base import Context, Effects, Method, State
+from slimformer.methods.base import Context, Effects, Method, Progress, State
 from slimformer.rules import Count
 
 
@@ -43,7 +44,8 @@ class SharedLayers(Method):
 
     `order`: "block" gives one set to layers next to one another (1 1 2 2), "cycle" takes turns (1 2 1 2).
 
-    Later stages that train must have it among their methods too, or the layers would part again.
+    Later stages that train must have it among their methods too, or the layers would part again. Beside it may stand what changes all
+    layers alike: `knowledge_sparse` by magnitude, or `adaptive_span` with `alike`; put this one first.
 
     Example:
         >>> from slimformer import Train
@@ -55,7 +57,7 @@ class SharedLayers(Method):
     order: Literal["block", "cycle"] = "block"
 
     def effects(self) -> Effects:
-        return Effects(rewrites=True, refills=True, shares=True, neutral=False)
+        return Effects(refills=True, shares=True, neutral=False)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         alike(anatomy, self.groups_of(anatomy))
@@ -64,10 +66,8 @@ class SharedLayers(Method):
         self.check(context.anatomy, context.cost)
         return _State(context, copies(context, self.groups_of(context.anatomy)))
 
-    def decide(self, state: State, context: Context) -> Decision:
-        state = cast(_State, state)
-        own = dict(context.model.named_parameters())
-        return Decision(weights={name: own[first].detach() for name, first in state.first_of.items()})
+    def advance(self, state: State, progress: Progress) -> None:
+        cast(_State, state).copy()
 
     def groups_of(self, anatomy: Anatomy) -> list[list[int]]:
         """The layers that share, by place among the layers of all stacks; a layer of which nothing is left is in none."""
@@ -82,8 +82,9 @@ class _State(State):
 
     def __init__(self, context: Context, first_of: Mapping[str, str]) -> None:
         super().__init__()
-        self.first_of = first_of
         own = dict(context.model.named_parameters())
+        self._pairs = [(own[name], own[first]) for name, first in first_of.items()]
+        self.copy()
         stack = ExitStack()
         for name in first_of:
             stack.callback(own[name].requires_grad_, own[name].requires_grad)
@@ -92,6 +93,12 @@ class _State(State):
             changed_weights(context.model, {name: partial(_instead, own[first]) for name, first in first_of.items()})
         )
         self.on_close(stack.close)
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Gives the other layers what the first ones have now."""
+        for other, first in self._pairs:
+            other.copy_(first)
 
 
 # -- Formulas ------------------------------------------------------------------------------------------------------------------

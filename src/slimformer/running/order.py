@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from slimformer.methods.base import Method, Zeros
 from slimformer.registry import name_of
-from slimformer.training.stage import Stage, Train, TrimVocabulary
+from slimformer.training.stage import Stage, Train, TrimVocabulary, parting
 
 
 def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
@@ -28,6 +28,7 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     if dividing and isinstance(stage, Train) and stage.text is not None:
         yield f"{dividing[0]} keeps the two texts of an input apart, and a line of text is one: leave out text"
     fixing = next((name_of(method) for method in earlier if method.effects().patterns), None)
+    yield from parting(stage.methods)
     adapting = [name_of(method) for method in stage.methods if method.effects().adapts]
     if apart and (dividing or adapting):
         yield f"{apart} has divided the lower layers before: leave out {(dividing or adapting)[0]}"
@@ -40,7 +41,7 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
         yield f"trim_vocabulary cannot cut the word table, which {table} may have factored before: trim first, factor after"
     for method in stage.methods:
         name = name_of(method)
-        if sharing and method.effects().cuts:
+        if sharing and method.effects().cuts and not method.effects().alike:
             yield f"{name} would cut layers differently that {sharing} has made one: cut first, share after"
         if sharing and method.effects().factors:
             yield f"{name} would store layers differently that {sharing} has made one: factor first, share after"
@@ -50,13 +51,13 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
             yield f"{name} would change what the heads see whose patterns {fixing} has set: first {name}, then {fixing}"
         if (sifting or apart) and method.effects().patterns:
             yield f"{name} counts the words of a whole text, and {sifting or apart} has taken some away: leave out one of the two"
-        if sharing and method.effects().patterns and not method.effects().cuts:
+        if sharing and method.effects().patterns and not (method.effects().cuts or method.effects().alike):
             yield f"{name} would make layers differ that {sharing} has made one: leave out one of the two"
         if factoring and method.effects().patterns and not method.effects().cuts:
             yield f"{name} takes queries and keys out of matrices that {factoring} has factored before: first {name}, then factor"
         if factoring and method.effects().cuts:
             yield f"{name} cannot cut what {factoring} has factored before: cut first, factor after"
-        if zeros and method.effects().refills:
+        if zeros and method.effects().refills and not (sharing and method.effects().shares):
             yield (
                 f"{name} gives matrices new values, and the zeros that {name_of(zeros)} left would be gone: leave out "
                 "one of the two"

@@ -288,7 +288,23 @@ def together(methods: Sequence[Method], taught: bool) -> None:
     wrong += [
         f"{name_of(m)} looks once and does not train: use it in a calibrate stage" for m in methods if m.effects().one_shot
     ]
+    wrong += parting(methods)
     if not taught:
         wrong += [f"{name_of(m)} needs a teacher and there is none" for m in methods if m.effects().needs_teacher]
     if wrong:
         raise RecipeError("these methods cannot train together.", facts=wrong, help="change the stage's methods.")
+
+
+def parting(methods: Sequence[Method]) -> list[str]:
+    """The reasons why methods cannot stand beside one that gives layers one set of weights; none if there is no such."""
+    first = next((place for place, method in enumerate(methods) if method.effects().shares), None)
+    if first is None:
+        return []
+    name, found = name_of(methods[first]), []
+    for place, method in enumerate(methods):
+        does = method.effects()
+        if does.decides and not (does.alike or does.branches):
+            found.append(f"{name_of(method)} would make layers differ that {name} makes one: put it into a stage before")
+        elif place < first and (does.decides or does.holds_zeros):
+            found.append(f"{name_of(method)} looks at layers before {name} has made them one: put {name} first")
+    return found
