@@ -36,6 +36,7 @@ from slimformer.running.levels import write_levels
 from slimformer.running.reader import read_levels, read_recipe
 from slimformer.running.trials import Judge, Trial
 from slimformer.saving import checkpoint
+from slimformer.training.estimate import estimate
 from slimformer.training.stage import Calibrate, Train
 
 # -- Who dominates whom ----------------------------------------------------------------------------------------------------------
@@ -196,6 +197,8 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scale.Scale, "_timed", by_the_table)
     patch.setattr("slimformer.running.stages.measure_levels", lambda *_: LEVELS)
     patch.setattr("slimformer.running.outline.PROBES", 1)
+    for place in ("outline", "frontier"):
+        patch.setattr(f"slimformer.running.{place}.estimate", lambda training, **_: estimate(training, seconds=0.1))
     patch.setattr("slimformer.running.recipe.RIVALS", ("teacher-int8", "small-dense"))
     patch.setattr("psutil.cpu_percent", lambda **_: 0.0)
 

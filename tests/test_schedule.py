@@ -78,6 +78,8 @@ def test_levels_share_the_time_and_too_few_minutes_name_the_speeds_they_suffice_
     assert three[Part.TRYING] == pytest.approx(4 * one[Part.TRYING])  # the uncut model's files ship too
     diet = diet_for(SST2, PACE, full, aims, 3600.0, 32)
     assert 0.85 * 3600 < sum(forecast(SST2, PACE, diet, *aims).values()) <= 3600.001
+    short = diet_for(SST2, PACE, full, aims, 1500.0, 32)
+    assert short.examples < diet_for(SST2, PACE, full, (4.0,), 1500.0, 32).examples  # each level weighs anew
     assert diet.passes < diet_for(SST2, PACE, full, (4.0,), 3600.0, 32).passes
     with pytest.raises(RecipeError) as refused:
         diet_for(SST2, PACE, full, aims, 300.0, 32)

@@ -171,7 +171,7 @@ def diet_for(
         return full
     lean = replace(
         full,
-        examples=max(FEWEST_EXAMPLES, min(full.examples, round(full.examples * seconds / 1800))),
+        examples=max(FEWEST_EXAMPLES, min(full.examples, round(full.examples * seconds / 1800 / len(aims)))),
         probes=min(full.probes, 2 if seconds < 900 else 3),
         tries=1,
         trial_seconds=min(full.trial_seconds, max(2.0, 0.01 * seconds)),
