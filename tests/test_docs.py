@@ -21,6 +21,7 @@ from tiny_hub import cached
 from tiny_pairs import pairs, speaker, write_joint_tokenizer, write_pairs
 
 from slimformer import registry
+from slimformer.data.memory import data_source
 from slimformer.measuring.machine import Environment, Load
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
@@ -33,6 +34,7 @@ from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.saving.hub import HUB_MODEL
 from slimformer.tasks.classification import Classification
+from slimformer.tasks.embedding import Embedding
 from slimformer.tasks.question_answering import QuestionAnswering
 from slimformer.tasks.summarization import Summarization
 from slimformer.tasks.tagging import Tagging
@@ -99,6 +101,13 @@ def test_the_options_of_tagging_are_told() -> None:
     part = text.split("## Tagging")[1].split("\n## ")[0]
     told = {name for cell in re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE) for name in re.findall(r"\w+", cell)}
     assert told == {item.name for item in fields(Tagging)}
+
+
+def test_the_options_of_embedding_are_told() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    part = text.split("## Embedding")[1].split("\n## ")[0]
+    told = {name for cell in re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE) for name in re.findall(r"\w+", cell)}
+    assert told == {item.name for item in fields(Embedding)}
 
 
 def test_the_options_of_tasks_that_write_are_told() -> None:
@@ -199,10 +208,13 @@ def test_a_recipe_of_the_clone_names_nothing_outside_of_it(file: Path) -> None:
         made_by = (file.parent / name).resolve().relative_to(ROOT / "runs")
         assert (ROOT / "recipes" / f"{made_by}.yaml").is_file()
     assert data["task"] == {"use": "intents"} or re.fullmatch(
-        r"glue/\w+|squad|squad_v2|bentrevett/multi30k|allenai/scitldr:Abstract|leondz/wnut_17@refs/convert/parquet",
+        r"glue/\w+|squad|squad_v2|bentrevett/multi30k|allenai/scitldr:Abstract|leondz/wnut_17@refs/convert/parquet"
+        r"|sentence-transformers/wikipedia-en-sentences",
         data["task"]["data"],
     )
-    assert not any(isinstance(value, str) and "/" in value for key, value in data["task"].items() if key != "data")
+    assert not any(
+        isinstance(value, str) and "/" in value for key, value in data["task"].items() if key not in ("data", "pairs")
+    )
     assert {stage["train"].get("text", "task") for stage in data["stages"] if "train" in stage} <= {"task"}
 
 
@@ -270,6 +282,12 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
             task,
             data=[{"tokens": text.split(), "tags": ["O", "B-X", *["O"] * 9][: len(text.split())]} for text, _ in pairs(60, 1)],
         )
+    elif isinstance(task, Embedding):
+        rows = [
+            {"sentence1": text, "sentence2": other, "score": place % 7 / 2} for place, (text, other) in enumerate(pairs(60, 1))
+        ]
+        kept = data_source(rows)
+        task = replace(task, data=[{"text": f"{text} {place}"} for place, (text, _) in enumerate(pairs(60, 1))], pairs=kept)
     elif isinstance(task, Translation):
         task = replace(task, data=str(hub / "parallel"))
         fresh = isinstance(recipe.model, Fresh)

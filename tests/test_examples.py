@@ -49,6 +49,7 @@ INNER = (
     "tasks.classification",
     "tasks.intents",
     "tasks.question_answering",
+    "tasks.embedding",
     "tasks.tagging",
     "tasks._tags",
 )  # other names with examples are in these modules

@@ -55,7 +55,8 @@ def test_only_files_of_a_model_folder_are_asked_for() -> None:
 
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "plan.json"]
     files += ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]
-    others = ["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "1_Pooling/config.json", "README.md"]
+    files += ["modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/model.safetensors"]
+    others = ["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "2_Dense/pytorch_model.bin", "README.md"]
     assert list(filter_repo_objects([*files, *others], allow_patterns=list(hub.DOWNLOADED))) == files
 
 

@@ -582,9 +582,11 @@ def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
     tasks, name = _tasks(), texts.get("--task")
     texts = {flag: text for flag, text in texts.items() if flag != "--task"}
     if name is None:
-        name = _task_of_model(tasks, model) if model is not None else DEFAULT_TASK
+        name = _task_of_model(tasks, model, texts.get("--data", "")) if model is not None else DEFAULT_TASK
         claiming = [other for other, cls in tasks.items() if cls.claims(texts.get("--data", ""))]
         name = claiming[0] if name == DEFAULT_TASK and claiming else name
+        having = [other for other, cls in tasks.items() if set(texts) <= set(cls.flags())]
+        name = having[0] if name == DEFAULT_TASK and len(having) == 1 else name  # an option that one task alone has
     if name in tasks:
         return tasks[name].from_flags(texts)
     for cls in tasks.values():
@@ -594,7 +596,7 @@ def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
     raise RecipeError(f"there is no task '{name}'.", help=nearest(name, known))
 
 
-def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
+def _task_of_model(tasks: Mapping[str, type[Task]], model: str, data: str) -> str:
     """The task that reads the user's data and whose models have the head that this one has; its mistakes are reported later."""
     from slimformer.saving import checkpoint
     from slimformer.saving.hub import local_folder
@@ -604,9 +606,11 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str) -> str:
         fitting = [
             name for name, cls in tasks.items() if "--data" in cls.flags() and checkpoint.is_tuned(folder, cls.auto_class)
         ]
-        kind = checkpoint.base_type(checkpoint.read_config(folder))
+        config = checkpoint.read_config(folder)
+        kind = checkpoint.base_type(config)
     except ModelError:
         return DEFAULT_TASK
+    fitting = [name for name in fitting if tasks[name].reads(data) or checkpoint.is_cut_folder(config)]
     fitting = [name for name in fitting if kind in tasks[name].usual_for] or fitting
     if len(fitting) > 1 and DEFAULT_TASK not in fitting:
         raise RecipeError(f"{model} could be for {' or '.join(fitting)}.", help="name one of them: --task " + fitting[0])

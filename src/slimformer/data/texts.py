@@ -11,7 +11,7 @@ import gzip
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ PACKED = (*_PACKERS, ".zip")
 _MOST = 8 << 30  # bytes of one file, unpacked; more than any data set that a classifier is tuned on
 _MEMORY_SHARE = 0.3  # of the free memory: text takes about twice its bytes as Python strings
 _CHUNK = 1 << 24
+_HEAD = 4096  # bytes that tell what a file is
 _STRANGERS = (
     (b"PAR1", "is a Parquet file", "call it .parquet."),
     (b"\x89HDF", "is an HDF5 file", "save it as .csv or .jsonl."),
@@ -71,6 +72,63 @@ def read_text(path: Path, shape: str = "a table needs a line of column names and
         remark(f"{path}: its lines end as on old Macs (\\r).")
     if not text.strip("\0 \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0"):
         raise DataError(f"{path} is empty.", help=shape)
+    refuse_page(path, text)
+    return text
+
+
+def stream_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file one by one, however large it is; DataError as for `read_text`, with the line.
+
+    A file in UTF-16, an archive and a file of old Mac lines are read whole.
+    """
+    with _opened(path) as file:
+        head = file.read(_HEAD)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff", b"PK\x03\x04")) or (b"\r" in head and b"\n" not in head):
+        yield from read_text(path).split("\n")
+        return
+    for magic, what, help in _STRANGERS:
+        if head.startswith(magic):
+            raise DataError(f"{path} {what}.", help=help)
+    if b"\0" in head:
+        if head[1::2].count(0) > 0.6 * len(head[1::2]) or head[::2].count(0) > 0.6 * len(head[::2]):
+            yield from read_text(path).split("\n")
+            return
+        raise DataError(f"{path} is a binary file: it holds NUL bytes.", help="give text in UTF-8, a text on each line.")
+    refuse_page(path, head.decode("utf-8", "ignore").removeprefix("\ufeff"))
+    with _opened(path) as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, 1):
+                yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {number} is no character.",
+                help="save it as UTF-8, for instance: iconv -f latin1 -t utf-8 old > new (cp1252 for files of Windows).",
+            ) from None
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+            raise DataError(f"{path} cannot be read: {error}.", help="fetch it again, or unpack it yourself.") from None
+
+
+def _opened(path: Path) -> Any:
+    """A file for reading bytes, unpacked if it is packed; DataError if it is not there."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no ordinary file.", help="write the data to a file and name that.")
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start == b"\x1f\x8b":
+            return gzip.open(path)
+        return _PACKERS.get(path.suffix.lower(), open)(path, "rb")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.", help=_beside(path)) from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}.", help="check the path and its permissions."
+        ) from None
+
+
+def refuse_page(path: Path, text: str) -> None:
+    """DataError for a pointer of Git LFS and for a web page in the place of a file, by how it begins."""
     head = text[:200].lstrip().lower()
     if head.startswith("version https://git-lfs"):
         raise DataError(
@@ -81,7 +139,6 @@ def read_text(path: Path, shape: str = "a table needs a line of column names and
             f"{path} is a web page or XML, no table.",
             help="a download that was refused looks like this; fetch the file itself again.",
         )
-    return text
 
 
 def read_bytes(path: Path) -> bytes:

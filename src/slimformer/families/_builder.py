@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import nn
 
@@ -101,6 +101,13 @@ class _Built:
         """The width of the hidden states, as it stands."""
         project = self.modules.get(f"{self.prefix}{self.skeleton.project}")
         return self.matrices[0].shape[1] if project is None else shape_of(project)[0]
+
+    @property
+    def vector_layers(self) -> tuple[str, ...] | None:
+        """The Linears behind the pooling of a model that gives vectors, in order; None for any other model."""
+        if not type(self.model).__name__.endswith("ForSentenceEmbedding"):
+            return None
+        return tuple(f"dense.{place}" for place in range(len(cast(Any, self.model).dense)))
 
     def add_stack(self, name: str, part: StackTable, tokens: Tokens) -> None:
         """Everything in one stack, in the order in which it computes."""
@@ -266,9 +273,12 @@ class _Built:
         inside = tuple(f"{path}." for stack in self.stacks for path in stack.layers)
         outside = {name: module for name, module in self.modules.items() if not name.startswith(inside)}
         skeleton, there = self.skeleton, {name for name, _ in self.model.named_parameters()}
+        vectors = self.vector_layers
+        if vectors is not None and (not vectors or len(cast(Any, self.model).head.pooling) > 1):
+            return  # the places of a vector are the answer: without a layer that gives them all, none can go
         project = f"{self.prefix}{skeleton.project}"
         inner = [self.prefix + name for name in skeleton.inner if self.prefix + name != project]
-        behind = [name for name in (*inner, *skeleton.head, *skeleton.last) if name in outside]
+        behind = [name for name in (*inner, *skeleton.head, *skeleton.last, *(vectors or ())) if name in outside]
         if any(isinstance(module, nn.Linear) and name not in (*behind, project) for name, module in outside.items()):
             return
         tables = [matrix.module for matrix in self.matrices if matrix.role is Role.EMBEDDING]
@@ -289,9 +299,10 @@ class _Built:
             self.points += _norm_points(f"{kind}embeddings", norm, tokens)
         if not isinstance(part, Skeleton):
             return
-        inner = (*(self.prefix + name for name in part.inner), *part.head)
+        vectors = self.vector_layers or ()
+        inner = (*(self.prefix + name for name in part.inner), *part.head, *vectors[:-1])
         reads = Tokens.SOURCE if part.decoder is None else Tokens.TARGET
-        for names, role in ((inner, PointRole.MATRIX), (part.last, PointRole.HEAD)):
+        for names, role in ((inner, PointRole.MATRIX), ((*part.last, *vectors[-1:]), PointRole.HEAD)):
             for name in names:
                 if isinstance(self.modules.get(name), nn.Linear):
                     self.points.append(Point(f"{name}.input", (name,), "input", role, None, reads))

@@ -88,7 +88,12 @@ class Family(ABC):
 
     def model_class(self, name: str) -> Any:
         """What its `classes` have under a name; None if there is no such thing. Afterwards the Auto classes know its models."""
-        return getattr(importlib.import_module(self.classes), name, None)
+        found = getattr(importlib.import_module(self.classes), name, None)
+        if found is None and name.endswith("ForSentenceEmbedding") and self.classes == "transformers":
+            from slimformer.families._embedder import embedder_named  # needs torch
+
+            return embedder_named(name, self.model_types)
+        return found
 
     @property
     def decodes(self) -> bool:

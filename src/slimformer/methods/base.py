@@ -56,6 +56,7 @@ class Effects:
     shares: bool = False  # layers have one set of weights: later training would part them, and a cut would make them differ
     branches: bool = False  # the model decides input by input how much it computes: nothing may train or cut it afterwards
     divides: bool = False  # segments attend apart in the lower layers: of pairs of texts only, and no input leaves early
+    narrows: bool = False  # hidden states lose units, so that what reads them last must give the others
     sifts: bool = False  # the model takes words out on its way: it may be trained afterwards, but no more cut
     patterns: bool = False  # heads attend by position or within a span: the model may be trained afterwards, but no more cut
     alike: bool = False  # it changes all layers in the same way, so that they may share their weights

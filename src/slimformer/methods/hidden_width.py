@@ -59,7 +59,7 @@ class HiddenWidth(Method):
     ramp: Fraction = 0.5  # share of the training over which gates fall; at 0 they are shut from the first step
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, neutral=False)  # norms with gates of 1 sum in another order
+        return Effects(cuts=True, narrows=True, neutral=False)  # norms with gates of 1 sum in another order
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         site = _hidden(anatomy)

@@ -115,11 +115,20 @@ def left_out(context: Context, sites: list[Site], examples: int) -> dict[str, np
     batches = [dict(batch) for batch in context.batches(examples)]
     device = context.subject.device
 
+    answers: list[dict[str, torch.Tensor]] = []  # of a task without labels, those of the whole model
+
     def loss() -> float:
         total = terms = 0.0
-        for batch in batches:
+        for index, batch in enumerate(batches):
             output = context.model(**context.subject.feed(batch))
-            total += float(context.task.loss(output, batch)) * context.task.terms(batch)
+            if context.task.labelled:
+                lost = context.task.loss(output, batch)
+            elif len(answers) == index:
+                answers.append({name: output[name] for name in context.task.outputs})
+                continue
+            else:
+                lost = context.task.divergence(output, answers[index], batch, 1.0)
+            total += float(lost) * context.task.terms(batch)
             terms += context.task.terms(batch)
         return total / max(1.0, terms)
 

@@ -22,6 +22,7 @@ from slimformer.reporting.sections import written_rows
 from slimformer.reporting.verdicts import against, doubts, judge, worthless
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
+from slimformer.saving.sentence_folder import is_sentence_folder
 from slimformer.tasks._text_metrics import ROUGE
 
 _HUB_METRICS = {
@@ -108,6 +109,8 @@ def _metadata(folder: Path, card: Card) -> Any:
     model_class = str((read_config(folder).get("architectures") or [""])[0])
     useless = worthless(record, card.records)
     pipeline = _WRITERS.get(record.metric) or next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
+    sentences = is_sentence_folder(folder)
+    pipeline = "sentence-similarity" if sentences else pipeline
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     pruned = pruned or record.hidden_units is not None
     int8 = "int8" in record.precision
@@ -122,7 +125,14 @@ def _metadata(folder: Path, card: Card) -> Any:
         base_model_relation=("quantized" if int8 else "finetune") if on_hub else None,
         library_name=made_for,
         pipeline_tag=None if useless else pipeline,  # nobody should find it by what it is no use for
-        tags=[made_for, card.runtime, "slimformer", *(["pruned"] if pruned else []), *(["int8"] if int8 else [])],
+        tags=[
+            made_for,
+            card.runtime,
+            "slimformer",
+            *(["sentence-transformers"] if sentences else []),
+            *(["pruned"] if pruned else []),
+            *(["int8"] if int8 else []),
+        ],
         metrics=[metric],
         model_name=record.name.replace("\n", " "),
         eval_results=[
@@ -163,6 +173,7 @@ def _body(folder: Path, card: Card) -> str:
         ],
         several=sum(kind.int8 for kind in kinds) > 1,
         packages=" ".join(_needed(card)),
+        sentences=is_sentence_folder(folder),
         rows=[_cells(record) for record in card.records],
         written=[(_markdown(name), *cells) for name, *cells in written_rows(card.records)],
         layers=layers_text(card.record),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer import registry
+from slimformer.core.pooling import EMBEDDER, SENTENCE_VECTOR
 from slimformer.data.batching import collate, in_order
 from slimformer.data.material import encode_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
@@ -36,7 +37,9 @@ from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
 from slimformer.runtimes._texts import settings_of
-from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, read_config
+from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, load_as, model_config, read_config
+from slimformer.saving.resaving import write_base_config
+from slimformer.saving.sentence_told import told_folder
 from slimformer.tasks.base import Example, Features, Split, Task, refuse_pretraining
 
 _log = logging.getLogger(__name__)
@@ -300,8 +303,16 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
             f"{folder} holds no ONNX file, and exporting it needs torch and transformers, which are not installed.",
             help="pip install torch transformers, or bench a folder that `slimformer compress` wrote.",
         )
+    vectors = task.auto_class == EMBEDDER
+    write = told_folder(folder, task.told_vectors, narrows=False) if vectors else None
+    if write is not None:
+        told = scratch.with_name(f"{scratch.name}-told")
+        told.mkdir()
+        write(told)
+        folder, config = told, read_config(told)
     check_weights(folder)
-    model = load(folder)
+    model = load_as(folder, EMBEDDER, {}, 0) if vectors else load(folder)
+    config = model_config(folder, EMBEDDER) if vectors else config
     examples = task.split(Split.DEV)[:40]
     features = encode_rows(task.bind(config), examples, folder, max_length or max_length_of(folder))
     groups = [in_order(len(features), 1)[0], *in_order(len(features), 8)]
@@ -315,6 +326,8 @@ def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> 
     for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
+    if vectors:
+        write_base_config(model, scratch)
     params = sum(parameter.numel() for parameter in model.parameters())
     return _Model(folder.resolve().name, file, scratch, Variant.FUSED, False, None, {"params": params})
 
@@ -354,7 +367,8 @@ class _Encoder:
     def encode(self, folder: Path) -> tuple[Task, Features]:
         """The task bound to this model's labels, and the examples as rows for its tokenizer."""
         config, tokenizer = read_config(folder), load_tokenizer(folder)
-        key = (tokenizer.to_str(), json.dumps([config.get("id2label"), config.get("problem_type")], sort_keys=True))
+        told = [config.get(name) for name in ("id2label", "problem_type", SENTENCE_VECTOR)]
+        key = (tokenizer.to_str(), json.dumps(told, sort_keys=True))
         if key not in self._encoded:
             bound = self.task.bind(config)
             _warn_unknown(folder, key[0], self.examples)

@@ -47,6 +47,8 @@ from slimformer.running.stages import dev_scores
 from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
 from slimformer.saving.folders import MODEL_FOLDER
+from slimformer.saving.sentence_folder import ENCODER_FOLDER
+from slimformer.saving.sentence_writing import deliver_vectors
 from slimformer.saving.sparse import Values, rounding
 from slimformer.saving.tensors import fixed_digest
 from slimformer.tasks.base import Split, Task
@@ -256,9 +258,11 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         )
         for folder in dict.fromkeys(["", *(kind.folder for _, kind in delivered)]):
             checkpoint.write_surroundings(model, part / folder, tokenizer_from=source)
+        vectors = deliver_vectors(model, part, tokenizer_from=source)
         if export.dense:
             checkpoint.write_dense(model, bundle.plan, part, tokenizer_from=source)
-        for folder in dict.fromkeys(["", MODEL_FOLDER, *(kind.folder for _, kind in delivered)]):
+        plain = [ENCODER_FOLDER] if (part / ENCODER_FOLDER).is_dir() else []
+        for folder in dict.fromkeys(["", MODEL_FOLDER, *plain, *(kind.folder for _, kind in delivered)]):
             write_tokenizer(source, part / folder)
         for name, path in files.items():
             _copy(path, part / candidate.kinds[name].place)
@@ -275,7 +279,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         texts = [example.texts for example in material.examples[Split.DEV][:2]]
         task, name = tasks.get(chosen.file, material.task), runtime_for(best)
         runtime = installed_runtime(name)
-        notes = (*read_notes(best.parent).get(best.name, []), *told_parts(parts))
+        notes = (*read_notes(best.parent).get(best.name, []), *told_parts(parts), *vectors)
         given, data = str(order.recipe.model), getattr(material.task, "data", "")
         base = "" if os.path.exists(given) else given.partition("@")[0]  # a hub id may name a revision
         card = Card(

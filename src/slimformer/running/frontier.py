@@ -31,7 +31,7 @@ from slimformer.reporting.words import listed
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, cut_candidate, repeating
 from slimformer.running.delivery import Order, best_file, deliver, fitted_tasks, side_by_side
-from slimformer.running.given import given_model, given_task
+from slimformer.running.given import given_model, given_task, told_model
 from slimformer.running.lessons import distillation
 from slimformer.running.outline import Outline, final_seconds, full_diet
 from slimformer.running.reader import read_levels
@@ -130,7 +130,7 @@ def compress_family(
     settled = given_task(task)
     refuse_pretraining(settled, "frontier")
     place = Path(out)
-    with given_model(model, tokenizer, place) as name:
+    with given_model(model, tokenizer, place) as given, told_model(given, settled, place) as name:
         purpose = _purpose(name, settled, aims, wanted, table)
         if is_done(place, purpose, {}, settled, log):
             return read_family(place)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from slimformer import registry
-from slimformer.digests import digest
+from slimformer.digests import digest, digest_files
 from slimformer.errors import ModelError, OutputError, RecipeError, SlimformerError, nearest
 from slimformer.files import own_folder, owned_purpose, refuse_foreign, remove_folder
 from slimformer.running.fresh import Fresh
@@ -25,12 +25,14 @@ from slimformer.running.reader import parse_recipe, parse_task, read_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.saving.building import without_bars
 from slimformer.saving.hub import local_folder
+from slimformer.saving.sentence_told import told_folder
 from slimformer.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIVEN = "given"  # the folder for a model in memory, inside the output folder
+TOLD = "given-told"  # that for a copy of a model with what a person says of it
 MERGE = "merge it first: model = model.merge_and_unload()."
 
 
@@ -163,16 +165,40 @@ def _written(out: Path, name: str, called: str, purpose: str, write: Callable[[P
 @contextmanager
 def given_models(recipe: Recipe, tokenizer: Any, out: Path) -> Iterator[Recipe]:
     """The recipe with a name or path for each of its models, as `given_model` gives it."""
+    narrows = any(method.effects().narrows for stage in recipe.stages for method in stage.methods)
     with ExitStack() as stack:
         teacher = recipe.teacher
         if teacher is not None:
             teacher = stack.enter_context(given_model(teacher, tokenizer, out, f"{GIVEN}-teacher"))
+            teacher = stack.enter_context(told_model(teacher, recipe.task, out, f"{TOLD}-teacher"))
         built = recipe.model
         if isinstance(built, Fresh):
             model = stack.enter_context(_built(built, replace(recipe, teacher=teacher), out))
         else:
             model = stack.enter_context(given_model(built, tokenizer, out))
+            model = stack.enter_context(told_model(model, recipe.task, out, narrows=narrows))
         yield replace(recipe, model=model, teacher=teacher)
+
+
+@contextmanager
+def told_model(model: str, task: Task, out: Path, name: str = TOLD, *, narrows: bool = False) -> Iterator[str]:
+    """The path or hub name of a model; or of a copy in the folder `name` in `out`, if the task's options say more of it than its folder.
+
+    `narrows`: whether its hidden states will become narrower. ModelError if the task must know more of the model.
+    """
+    if task.labelled or _leads_nowhere(model):
+        yield model
+        return
+    folder = local_folder(model)
+    write = told_folder(folder, task.told_vectors, narrows=narrows)
+    if write is None:
+        yield model
+        return
+    called = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip(".-") or "model"
+    said = [str(getattr(task, name, "")) for name in ("pooling", "normalize", "dimension", "query_prompt", "passage_prompt")]
+    purpose = f"{called} {digest(digest_files([folder]), *said, str(narrows))}"
+    with _written(out, name, called, purpose, write) as copy:
+        yield copy
 
 
 def _built(fresh: Fresh, recipe: Recipe, out: Path) -> AbstractContextManager[str]:

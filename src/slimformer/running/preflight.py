@@ -15,6 +15,7 @@ from slimformer.core import cost
 from slimformer.core.anatomy import VOCABULARY_SITE
 from slimformer.core.apart import Apart
 from slimformer.core.junction import Exit, Sieve
+from slimformer.core.pooling import vector_head
 from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.errors import ModelError, RecipeError, nearest, shown
@@ -47,6 +48,7 @@ class Checked:
 def preflight(recipe: Recipe) -> Checked:
     """Raises the first mistake it finds; see the functions below for their errors. Models named by a hub id are fetched here."""
     _check_order(recipe.stages)
+    _check_learning(recipe, recipe.task)
     if recipe.export.openvino:
         require_nncf()
     assert isinstance(recipe.model, str), "given_models builds a fresh model before this"
@@ -65,10 +67,10 @@ def preflight(recipe: Recipe) -> Checked:
     task = recipe.task
     task.split(Split.DEV)
     if task.pretraining:
-        task = task.bind(checkpoint.model_config(source))
+        task = task.bind(checkpoint.model_config(source, task.auto_class))
         _check_pretraining(recipe, teacher or source)
     elif checkpoint.is_tuned(source, task.auto_class):
-        task = task.bind(checkpoint.model_config(source) | trained_marks(recipe))
+        task = task.bind(checkpoint.model_config(source, task.auto_class) | trained_marks(recipe))
     elif teacher is None and not leading_stages(recipe.stages):
         raise RecipeError(
             f"{source} is not tuned for this task, and the recipe does not begin by tuning it.",
@@ -79,6 +81,7 @@ def preflight(recipe: Recipe) -> Checked:
         if reads_otherwise(teacher, source):
             refuse_strange_ids(task, recipe.stages)
         _check_pair(source, teacher, recipe)
+        _check_dimension(teacher, source, task)
     training = [stage for stage in recipe.stages if isinstance(stage, Train)]
     for stage in training:
         check_trackers(stage.trackers)
@@ -122,6 +125,21 @@ def _check_order(stages: Sequence[Stage]) -> None:
     if facts:
         raise RecipeError(
             "the stages of this recipe undo each other.", facts=facts, help="docs/concepts.md says what may follow."
+        )
+
+
+def _check_learning(recipe: Recipe, task: Task) -> None:
+    """RecipeError if a stage would train without labels and without a teacher."""
+    if task.labelled:
+        return
+    alone = [
+        f"stages[{number}]: it trains on no labels, and no method learns from the teacher"
+        for number, stage in enumerate(recipe.stages)
+        if isinstance(stage, Train) and not any(method.effects().needs_teacher for method in stage.methods)
+    ]
+    if alone:
+        raise RecipeError(
+            f"the task {name_of(task)} has no labels.", facts=alone, help="add distillation to the methods of the stage."
         )
 
 
@@ -218,7 +236,7 @@ def _check_pretraining(recipe: Recipe, teacher: Path) -> None:
 
 def _check_teacher(teacher: Path, recipe: Recipe) -> None:
     """ModelError or DataError if a teacher is no model for this task."""
-    task, config = recipe.task, checkpoint.model_config(teacher)
+    task, config = recipe.task, checkpoint.model_config(teacher, recipe.task.auto_class)
     if not checkpoint.is_tuned(teacher, task.auto_class) and not task.pretraining:
         kind = ", ".join(map(str, config.get("architectures") or ["model without a head"]))
         raise ModelError(
@@ -241,6 +259,21 @@ def _check_pair(source: Path, teacher: Path, recipe: Recipe) -> None:
     if facts:
         raise RecipeError(
             "the model does not suit its teacher.", facts=facts, help="give it another shape, or another teacher."
+        )
+
+
+def _check_dimension(teacher: Path, source: Path, task: Task) -> None:
+    """ModelError if the vectors of a teacher and of the model that learns from it have different lengths."""
+    sizes = {}
+    for folder in (source, teacher):
+        config = checkpoint.model_config(folder, task.auto_class)
+        head, width = vector_head(config), family_of(checkpoint.base_type(config)).width(config)
+        if head is not None and width is not None:
+            sizes[folder] = head.dimension(width)
+    if len(set(sizes.values())) > 1:
+        raise ModelError(
+            f"the vectors of the teacher {teacher} have {sizes[teacher]} numbers, those of the model {source} {sizes[source]}.",
+            help="a student stays in the teacher's space: begin with a model of its dimension, or with the teacher.",
         )
 
 

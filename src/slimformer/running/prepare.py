@@ -63,22 +63,38 @@ def teach_bundle(first: Bundle, checked: Checked, run: Run) -> tuple[Bundle, tup
             run.log.say(
                 f"model and teacher have tokenizers of their own: {tokens[0] / max(1, tokens[1]):.2f} times as many tokens."
             )
-        return replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher), read=read), stages
+        taught = replace(first, teacher=teacher, teacher_plan=checkpoint.load_plan(checked.teacher), read=read)
+        return _answered(taught, run), stages
     lead, tuned = leading_stages(stages), checkpoint.is_tuned(source, recipe.task.auto_class)
-    config, marks = checkpoint.model_config(source), trained_marks(recipe)
+    config, marks = checkpoint.model_config(source, recipe.task.auto_class), trained_marks(recipe)
     if tuned and all(config.get(name, value) == value for name, value in marks.items()):
         if not lead:  # otherwise the first stage may teach the model what it lacks
             _check_model(student, material, run.log)
-        return first, stages
+        return _answered(first, run), stages
     made = advance(stages[:lead], first, run.under("teacher")).bundle
     start = Bundle(made.subject, made.plan, material, made.subject, tuned_here=not tuned, teacher_plan=made.plan)
     return start, stages[lead:]
 
 
+def _answered(bundle: Bundle, run: Run) -> Bundle:
+    """The bundle with the teacher's answers in its examples, if those have no labels."""
+    material, read = bundle.material, bundle.read or bundle.material
+    if material.task.labelled:
+        return bundle
+    run.log.say("asking the teacher for what is judged.")
+    examples = dict(material.examples)
+    for split in (Split.VALIDATION, Split.DEV):
+        outputs, features, some = torch_outputs(bundle.teacher, read, split, len(read.examples[split]), exact=True)
+        examples[split] = material.task.answered(outputs, features, some)
+    taught = bundle.read and replace(bundle.read, examples=examples)
+    return replace(bundle, material=replace(material, examples=examples), read=taught)
+
+
 def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None]:
     """The task bound to a tuned model's labels, and the model as it was saved."""
     source, marks = checked.source, trained_marks(checked.recipe)
-    task = checked.recipe.task.bind(checkpoint.model_config(source) | marks)
+    task = checked.recipe.task
+    task = task.bind(checkpoint.model_config(source, task.auto_class) | marks)
     model = checkpoint.load_as(source, task.auto_class, {}, checked.recipe.seed)
     for name, value in marks.items():
         setattr(model.config, name, value)  # it is saved only with weights that a stage has trained
@@ -89,7 +105,7 @@ def _fresh_student(checked: Checked, seed: int) -> tuple[Task, Subject, Plan, No
     """The task, and the model with another head for it. A named teacher knows the order of the classes, which the head shares."""
     task = checked.recipe.task
     if checked.teacher is not None:
-        task = task.bind(checkpoint.model_config(checked.teacher))
+        task = task.bind(checkpoint.model_config(checked.teacher, task.auto_class))
     model = checkpoint.load_as(checked.source, task.auto_class, task.configure(), seed, checked.teacher)
     return task.bind(model.config.to_dict()), subject_of(model), checkpoint.load_plan(checked.source), None
 
@@ -112,7 +128,7 @@ def _settle_texts(subject: Subject, material: Material, log: Log) -> None:
 
 def _teacher(folder: Path, student: Subject | None, task: Task, seed: int) -> Subject:
     """The teacher; ModelError if it has another vocabulary than `student`, whose ids it is to read."""
-    task.bind(checkpoint.model_config(folder))
+    task.bind(checkpoint.model_config(folder, task.auto_class))
     teacher = checkpoint.load_as(folder, task.auto_class, task.configure(), seed)
     if student is None:
         return subject_of(teacher)

@@ -26,7 +26,7 @@ from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, cut_candidate, repeating, teacher_candidate
 from slimformer.running.delivery import Order, finish
 from slimformer.running.facts import facts_of
-from slimformer.running.given import given_model, given_task
+from slimformer.running.given import given_model, given_task, told_model
 from slimformer.running.lessons import distillation
 from slimformer.running.outline import Outline, final_seconds, full_diet
 from slimformer.running.preflight import Checked
@@ -146,7 +146,7 @@ def compress(
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * wanted.minutes)
     conditions, settled = Conditions(log, threads, wait_seconds), given_task(task)
     refuse_pretraining(settled, "compress")
-    with given_model(model, tokenizer, Path(out)) as name:
+    with given_model(model, tokenizer, Path(out)) as given, told_model(given, settled, Path(out)) as name:
         return _compress_named(name, settled, Path(out), wanted, conditions, command, began)
 
 

@@ -27,6 +27,7 @@ from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, model_inputs, workloads
 from slimformer.saving import checkpoint
 from slimformer.saving.building import without_bars
+from slimformer.saving.heads import auto_class_named
 from slimformer.tasks.base import Split, Task
 
 DEPTHS = (1 / 6, 1 / 3, 1 / 2, 2 / 3)  # of the teacher's layers
@@ -122,7 +123,7 @@ def timed_shapes(teacher: Path, task: Task, log: Log, *, threads: int | None = N
                 sizes = transformers.AutoConfig.for_model(kind, **(usual | dict(shape.config)))
                 with torch.random.fork_rng(devices=[]), without_bars():
                     torch.manual_seed(0)
-                    model = getattr(transformers, task.auto_class).from_config(sizes).eval()
+                    model = auto_class_named(task.auto_class).from_config(sizes).eval()
                 file = Path(place) / f"{shape.name}.onnx"
                 subject = subject_of(model)
                 inputs = {name: batch[name] for name in batch if name in subject.inputs}

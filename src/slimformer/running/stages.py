@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -375,13 +376,16 @@ def dev_scores(subject: Subject, material: Material) -> dict[str, float]:
 
 
 def torch_outputs(
-    subject: Subject, material: Material, split: Split, limit: int
+    subject: Subject, material: Material, split: Split, limit: int, *, exact: bool = False
 ) -> tuple[dict[str, np.ndarray], Features, Sequence[Example]]:
-    """The outputs of a model in memory on at most `limit` examples of a split, with these examples and their rows."""
+    """The outputs of a model in memory on at most `limit` examples of a split, with these examples and their rows.
+
+    `exact`: in float32, also where half precision is faster.
+    """
     features, examples = subset(material, split, limit)
 
     def runner(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.no_grad(), quick_autocast(subject.device), task.decoding(subject.model, batch):
+        with torch.no_grad(), nullcontext() if exact else quick_autocast(subject.device), task.decoding(subject.model, batch):
             output = subject.model(**subject.feed(batch))
         return {name: value.float().cpu().numpy() for name, value in task.kept(output, batch).items()}
 

@@ -140,7 +140,8 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
     if machine.saturates(machine.environment().flags):
         run.log.say_once(SATURATES)
     files, material = teacher_files(bundle, run), bundle.uncut.material
-    splits = (Split.VALIDATION,) if bundle.tuned_here else (Split.VALIDATION, Split.TRAIN)
+    alone = bundle.tuned_here or not material.task.labelled
+    splits = (Split.VALIDATION,) if alone else (Split.VALIDATION, Split.TRAIN)
     fused = files[Variant.FUSED]
     kept = fused.with_name(f"scores-{digest(repr((material.task, [material.examples[split] for split in splits])))}.json")
 

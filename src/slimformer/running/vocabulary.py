@@ -189,7 +189,10 @@ def _reading(bundle: Bundle, folder: Path, facts: VocabularyFacts) -> Bundle:
     task = bundle.material.task
     if "labels" in task.piece_columns:  # it knows the ids that a text to be written begins and ends with
         task = task.bind(bundle.subject.model.config.to_dict())
-    return replace(bundle, material=prepare(task, folder), vocabulary=facts)
+    material = prepare(task, folder)
+    if not task.labelled:
+        material = replace(material, examples=bundle.material.examples)  # the teacher has answered them
+    return replace(bundle, material=material, vocabulary=facts)
 
 
 def _tell(before: Bundle, after: Bundle, splits: Mapping[str, Splitting], run: Run) -> None:

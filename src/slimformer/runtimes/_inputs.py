@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slimformer.core.pooling import SENTENCE_VECTOR
 from slimformer.errors import ModelError
 from slimformer.families.bert import OFFSET
 from slimformer.files import read_small
@@ -40,7 +41,11 @@ _TYPES = {
 }
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)")
 _MOST_PLACES = 1 << 22  # of one call of a file with a fixed shape: more would fill the memory with padding
-_ANSWERS = ("logits", "start_logits")  # a file with an output of one of these names says itself what its answer is
+_ANSWERS = (
+    "logits",
+    "start_logits",
+    SENTENCE_VECTOR,
+)  # a file with an output of one of these names says itself what its answer is
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class _Fitted:
             self.width is not None
             and value.ndim > 1
             and value.shape[1] == self.width
-            and self.names.get(name, name) != "logits"
+            and self.names.get(name, name) not in ("logits", SENTENCE_VECTOR)
         ):
             value = value[:, :seq]
         return value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from slimformer.core.plan import Plan
+from slimformer.core.pooling import EMBEDDER, SENTENCE_VECTOR
 from slimformer.core.ranges import RANGES_FILE, Ranges
 from slimformer.errors import ModelError, PlanError
 from slimformer.families.base import anatomy_of, family_of
@@ -26,6 +27,7 @@ from slimformer.saving.folders import CONFIG, model_folder, refuse_adapter, stra
 from slimformer.saving.headers import WEIGHTS, StoredWeights, has_weights, inner_file, read_object, stored_weights
 from slimformer.saving.heads import (
     LABEL_FIELDS,
+    STEPS_UNREAD,
     Parts,
     Source,
     class_named,
@@ -37,6 +39,7 @@ from slimformer.saving.heads import (
 )
 from slimformer.saving.hub import local_folder
 from slimformer.saving.resaving import GENERATION, PLAN_FILE, PREFIX, keep_saving, write_base_config, write_own_facts
+from slimformer.saving.sentence_folder import is_sentence_folder, read_sentence_folder
 from slimformer.saving.sparse import LEAST_ZEROS, Values, pack, read_tensors, zero_shares
 
 if TYPE_CHECKING:
@@ -241,6 +244,8 @@ def load_as(
     `seed` gives the same. A remark says which.
     """
     raw = read_config(folder)
+    if auto_class == EMBEDDER and not _is_cut(raw):
+        return load_embedder(folder)
     if not _is_cut(raw):
         own = _source(folder, raw).tuned == auto_class.removeprefix("AutoModelFor")
         return load_dense(folder) if own else load_dense(folder, auto_class, changes, seed)
@@ -321,10 +326,17 @@ def _type_of_class(names: object) -> dict[str, str]:
     return {"model_type": kind} if isinstance(kind, str) else {}
 
 
-def model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder with weights; its labels are those of the trained head, also if config.json does not name them."""
+def model_config(folder: Path, auto_class: str = "") -> dict[str, Any]:
+    """config.json of a folder with weights; its labels are those of the trained head, also if config.json does not name them.
+
+    For the Auto class of vectors it also says how these are made.
+    """
     raw = read_config(folder)
-    return raw if _is_cut(raw) else dict(_source(folder, raw).raw)
+    if _is_cut(raw):
+        return raw
+    return dict(_source(folder, raw).raw) | (
+        _vector_facts(folder) if auto_class == EMBEDDER and is_sentence_folder(folder) else {}
+    )
 
 
 def base_type(config: Mapping[str, Any]) -> str:
@@ -385,6 +397,8 @@ def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
     if _is_cut(raw):
         tuned = is_tuned(folder, auto_class)
         model = _design_of(folder, raw, weights_of(folder), None if tuned else auto_class).empty()
+    elif auto_class == EMBEDDER:
+        model = _dense_skeleton(_source(folder, raw), EMBEDDER, _vector_facts(folder)).model
     else:
         source = _source(folder, raw)
         tuned = source.tuned == auto_class.removeprefix("AutoModelFor")
@@ -394,6 +408,11 @@ def skeleton(path: str | Path, auto_class: str) -> PreTrainedModel:
 
 
 # -- Folders that we wrote -----------------------------------------------------------------------------------------------------
+
+
+def is_cut_folder(raw: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json holds a model that was cut here."""
+    return _is_cut(raw)
 
 
 def _is_cut(raw: Mapping[str, Any]) -> bool:
@@ -584,27 +603,41 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 # -- Plain transformers folders ------------------------------------------------------------------------------------------------
 
 
+def load_embedder(folder: Path) -> PreTrainedModel:
+    """A folder of sentence-transformers as one model that gives vectors; ModelError if it is none, or cannot be computed here."""
+    return load_dense(folder, EMBEDDER, _vector_facts(folder), more=read_sentence_folder(folder).dense_state())
+
+
+def _vector_facts(folder: Path) -> dict[str, Any]:
+    """What a folder of sentence-transformers adds to its config.json."""
+    return {SENTENCE_VECTOR: read_sentence_folder(folder).head.to_config()}
+
+
 def load_dense(
-    folder: Path, auto_class: str | None = None, config_changes: Mapping[str, Any] | None = None, seed: int = 17
+    folder: Path,
+    auto_class: str | None = None,
+    config_changes: Mapping[str, Any] | None = None,
+    seed: int = 17,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """A plain transformers folder as the class that its weights are for, or as `auto_class` with a fresh head if they have none for it.
 
     Only a head may be fresh, and the same `seed` gives the same one: encoder weights that are missing, unknown or of another shape
-    raise ModelError. A remark says what was found against the word of config.json.
+    raise ModelError. A remark says what was found against the word of config.json. `more`: weights that come from other files.
     """
     import torch
 
     source = _source(folder, read_config(folder))
     dense = _dense_skeleton(source, auto_class, config_changes or {})
     wanted = {name: tensor.shape for name, tensor in dense.model.state_dict().items()}
-    state = _read_state(source.stored, wanted, dense.names)
+    state = _read_state(source.stored, wanted, dense.names) | dict(more)
     with silence(), torch.random.fork_rng(devices=[]), reading(folder, WEIGHTS):
         torch.manual_seed(seed)
         model: PreTrainedModel = type(dense.model).from_pretrained(
             None, config=dense.model.config, state_dict=state, dtype="float32", **dense.options
         )
     _take_generation(model, folder)
-    _say((*source.remarks, *dense.remarks))
+    _say((*(said for said in source.remarks if auto_class != EMBEDDER or STEPS_UNREAD not in said), *dense.remarks))
     return model.eval()
 
 
@@ -669,6 +702,8 @@ def _parts(auto_class: str, kind: str) -> Parts:
 def is_tuned(folder: Path, auto_class: str) -> bool:
     """Whether the folder holds a model with a trained head for this kind of task; whether its labels fit, `Task.bind` says."""
     raw, purpose = read_config(folder), auto_class.removeprefix("AutoModelFor")
+    if auto_class == EMBEDDER and not _is_cut(raw):
+        return is_sentence_folder(folder)
     if not _is_cut(raw) and has_weights(folder):
         source = _source(folder, raw)
         parts = parts_for(auto_class, base_type(raw))

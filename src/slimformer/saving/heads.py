@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimformer.core.pooling import EMBEDDER
 from slimformer.errors import ModelError, shown
 from slimformer.families.base import family_of
 from slimformer.saving.building import MOST_LABELS, silence
@@ -37,6 +38,7 @@ _QUANTIZED = re.compile(
     r"\.(SCB|absmax|quant_map|qweight|qzeros|g_idx|weight_packed|weight_scale|_packed_params\w*|quant_state\..*)$"
 )
 _LABELS = 7  # a number of labels that is no other size of a tiny model
+STEPS_UNREAD = "its transformer is read, not the steps behind it"  # of a folder of sentence-transformers, for any other task
 LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
 _TAG = re.compile(r"[BILUES]-\w+")
 
@@ -147,7 +149,7 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
         )
     if (folder / "modules.json").is_file() and not parts.head:
         head = " Its classifier is SetFit's own, and is not read." if (folder / "config_setfit.json").is_file() else ""
-        remarks.append(f"{folder} is a sentence-transformers model: its transformer is read, not the steps behind it.{head}")
+        remarks.append(f"{folder} is a sentence-transformers model: {STEPS_UNREAD}.{head}")
     settled = _with_labels(folder, raw, parts, tops, stored, remarks)
     return Source(folder, settled, stored, parts, body, tops, tuple(remarks), problem)
 
@@ -215,15 +217,24 @@ def _candidates(kind: str) -> tuple[Parts, ...]:
 
 @lru_cache
 def parts_for(auto_class: str, kind: str) -> Parts | None:
-    """The parts of the class that an Auto class of transformers takes for a model type; None if it has none."""
-    import transformers
-
+    """The parts of the class that an Auto class takes for a model type; None if it has none."""
     try:
         with silence():
-            cls = type(_tiny(getattr(transformers, auto_class).from_config, kind))
+            cls = type(_tiny(auto_class_named(auto_class).from_config, kind))
     except (ValueError, KeyError):
         return None
     return _parts_of(cls, kind)
+
+
+def auto_class_named(name: str) -> Any:
+    """The Auto class of that name: one of transformers, or ours for the vectors of texts."""
+    import transformers
+
+    if name == EMBEDDER:
+        from slimformer.families._embedder import AutoModelForSentenceEmbedding
+
+        return AutoModelForSentenceEmbedding
+    return getattr(transformers, name)
 
 
 def _parts_of(cls: type[PreTrainedModel], kind: str) -> Parts:

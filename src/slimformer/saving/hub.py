@@ -20,7 +20,8 @@ MODEL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "source.spm", "target.spm",
 )  # fmt: skip
-DOWNLOADED = (*MODEL_FILES, *(f"model/{name}" for name in MODEL_FILES), "adapter_config.json", "modules.json")
+_STEPS = ("config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors")
+DOWNLOADED = (*MODEL_FILES, *(f"model/{name}" for name in MODEL_FILES), "adapter_config.json", "modules.json", *_STEPS)
 
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:

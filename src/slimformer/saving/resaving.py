@@ -42,8 +42,12 @@ def write_own_facts(model: PreTrainedModel, plan: Plan, folder: Path, ranges: Ra
 
 
 def write_base_config(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the config.json of the model as transformers knows it: the sizes are those before the cut."""
-    _write_config(_base_config(model), folder)
+    """Writes the config.json of the model as transformers knows it: the sizes are those before the cut.
+
+    Of a model that gives vectors it names the class of the encoder, since transformers has no class for the whole.
+    """
+    known: type = getattr(type(model), "encoder_class", type(model))
+    _write_config(_base_config(model) | {"architectures": [known.__name__]}, folder)
     _write_generation(model, folder)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from slimformer.core.pooling import VectorHead
+
 IGNORED = -100  # the label of a token that no loss counts, as in torch
 # output name -> (features, ...); "logits" -> (features, classes), with tokens in between if each has an answer; "text" -> (features,),
 # texts that a model wrote
@@ -93,6 +95,9 @@ class Task(ABC):
     """
 
     auto_class: ClassVar[str]  # transformers' class of the task's models: "AutoModelForSequenceClassification"
+    labelled: ClassVar[bool] = (
+        True  # whether rows have labels: without, all is learnt from a teacher, which answers what is judged
+    )
     outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what such a model returns and an exported file is asked for
     per_token: ClassVar[
         tuple[str, ...]
@@ -207,6 +212,17 @@ class Task(ABC):
         """
         return ""
 
+    def answered(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples with what the teacher says of them as their answers; of tasks with labels as they are."""
+        return examples
+
+    def told_vectors(self, head: VectorHead | None, width: int, *, narrows: bool) -> VectorHead | None:
+        """How a model makes its vectors by the options, over what its folder says (`head`), of hidden states of this `width`.
+
+        `narrows`: whether these will become narrower. ModelError if something that must be known of the model is told nowhere.
+        """
+        return head
+
     def decoding(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor | np.ndarray]) -> AbstractContextManager[None]:
         """While it lasts, a pass of the model over this batch may leave out outputs that the task does not read."""
         return nullcontext()
@@ -246,6 +262,11 @@ class Task(ABC):
     def claims(cls, data: str) -> bool:  # noqa: ARG003
         """Whether `data` is surely for this task, by the names of its files: it is then taken if no task is named."""
         return False
+
+    @classmethod
+    def reads(cls, data: str) -> bool:  # noqa: ARG003
+        """Whether `data` may be for this task, if a model is for it and no task is named; "" names none."""
+        return True
 
     @classmethod
     def flags(cls) -> dict[str, Field[Any]]:

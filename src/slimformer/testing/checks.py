@@ -664,10 +664,13 @@ def is_exported(cls: type[Form]) -> None:
 
 
 def declares_its_outputs(cls: Any) -> None:
-    """names an Auto class of transformers and its outputs."""
-    import transformers
+    """names an Auto class of transformers, or ours, and its outputs."""
+    from slimformer.saving.heads import auto_class_named
 
-    assert hasattr(transformers, cls.auto_class), f"transformers has no {cls.auto_class}"
+    try:
+        auto_class_named(cls.auto_class)
+    except AttributeError:
+        raise AssertionError(f"transformers has no {cls.auto_class}") from None
     assert cls.outputs, "names no outputs"
     assert set(cls.per_token) <= set(cls.outputs), "answers for each token by outputs that it does not have"
 

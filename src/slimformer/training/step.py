@@ -58,7 +58,7 @@ class WholeLoss(nn.Module):
         self._task = context.task
         self._methods = training.methods
         self._recorder = recorder
-        self._task_weight = training.stage.loss_weight
+        self._task_weight = training.stage.loss_weight if context.task.labelled else 0.0
         self._autocast = autocast
         self._subject = context.subject
 

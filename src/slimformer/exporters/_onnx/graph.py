@@ -169,7 +169,10 @@ def is_transposed(node: ir.Node) -> bool:
 
 
 def classifiers(graph: ir.Graph) -> set[ir.Node]:
-    """The products that only outputs read. They stay in float: they are tiny, and they decide."""
+    """The products that only outputs read. They stay in float: they are tiny, and they decide.
+
+    What lies behind a norm is the encoder's: a model without a matrix in its head has none.
+    """
     every = {product.node for product in products(graph)}
     last: set[ir.Node] = set()
     todo = [value.producer() for value in graph.outputs]
@@ -177,7 +180,7 @@ def classifiers(graph: ir.Graph) -> set[ir.Node]:
         node = todo.pop()
         if node in every:
             last.add(node)
-        elif node is not None:
+        elif node is not None and node.op_type != "LayerNormalization":
             todo.extend(value.producer() for value in node.inputs if value is not None)
     return last
 

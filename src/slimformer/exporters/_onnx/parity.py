@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from slimformer.core.deciding import answers_apart
+from slimformer.core.pooling import SENTENCE_VECTOR
 from slimformer.errors import ExportError, ModelError
 from slimformer.exporters.base import Arrays
 from slimformer.families.base import Subject
 
 FILLING = {"attention_mask": 1}  # the value of an input that a batch lacks; 0 for all others
+NEAR_VECTOR = 0.95  # the cosine to the model's vector from which a row counts as answered as before
 REPORT = "this is a fault of the exporter or of a package it stands on; please report it with the model's config.json."
 
 GraphOutputs = Mapping[str, np.ndarray]
@@ -97,7 +99,12 @@ def check_parity(
                 worst, worst_shape = difference, batch["input_ids"].shape
         if per_token:
             got, expected = ({**item, **unpad(item, per_token, batch)} for item in (got, expected))
-        same = np.logical_and.reduce([agree(got[name], expected[name], top) for name in outputs])
+        same = np.logical_and.reduce(
+            [
+                near(got[name], expected[name]) if name == SENTENCE_VECTOR else agree(got[name], expected[name], top)
+                for name in outputs
+            ]
+        )
         if same.ndim > 1:  # an answer for each token
             same, kind = same[real_tokens(batch)], "tokens"
         agreeing += int(same.sum())
@@ -133,6 +140,12 @@ def unpad(outputs: GraphOutputs, names: Iterable[str], batch: Arrays) -> dict[st
     """Outputs with one value per token, with padding as the last thing that an answer could be."""
     real = real_tokens(batch)
     return {name: np.where(real, outputs[name], -np.inf) for name in names}
+
+
+def near(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Rows whose vectors point the same way, (rows,): with a cosine of NEAR_VECTOR or more."""
+    lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1)
+    return np.asarray((got * expected).sum(-1) >= NEAR_VECTOR * lengths)
 
 
 def agree(got: np.ndarray, expected: np.ndarray, top: float) -> np.ndarray:
