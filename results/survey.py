@@ -47,12 +47,8 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
-<<<<<<< HEAD
-from slimformer.measuring.records import Record
-from slimformer.methods.adaptive_span import AdaptiveSpan
-=======
 from slimformer.measuring.records import Interval, Record
->>>>>>> d704221 (The survey's page says of each row whether no more was lost than the paper claims; two layers' weights for six, a row)
+from slimformer.methods.adaptive_span import AdaptiveSpan
 from slimformer.methods.codebook import CodebookWords
 from slimformer.methods.decomposed_attention import DecomposedAttention
 from slimformer.methods.distillation import Distillation
