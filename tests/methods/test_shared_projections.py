@@ -33,7 +33,7 @@ from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run
-from slimformer.running.stages import context_of, training_of
+from slimformer.running.stages import advance, context_of, training_of
 from slimformer.running.trials import Judge, Reference
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
@@ -363,6 +363,26 @@ def test_a_trial_times_the_teacher_on_the_same_texts_in_its_own_pieces(bundle: B
         ours, theirs = place["int8"], place["teacher"]
         assert ours.sizes == theirs.sizes
         assert ours.tokens > theirs.tokens
+
+
+def test_two_folders_with_their_own_tokenizers_train_on_the_lines_of_a_text_too(home: Path, tmp_path: Path) -> None:
+    """A model that knows whole words alone, and a teacher that reads pieces: no vocabulary is trained, and nothing else is new."""
+    source = write_model(tmp_path / "words", trained=False)
+    (tmp_path / "lines.txt").write_text("a zebra was here\n\nthe film was great\n" * 20, encoding="utf-8")
+    stage = {"train": {"steps": 2, "text": str(tmp_path / "lines.txt"), "methods": [{"use": "distillation", "hidden": 0}]}}
+    recipe = recipe_of(home, [stage], model=str(source))
+    state = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True))
+    made, stages = prepare_bundle(preflight(recipe), state)
+    training = training_of(stages[0], made, state)  # type: ignore[arg-type]
+    assert training.read is not None
+    training.check()
+    for features, folder in ((training.features, source), (training.read, home / "teacher")):
+        tokenizer = load_tokenizer(folder)
+        lines = ("a zebra was here", "the film was great")
+        assert [list(row) for row in features.columns["input_ids"][:2]] == [tokenizer.encode(line).ids for line in lines]
+    with pytest.raises(ValueError, match="the teacher's rows are not those of the model"):
+        replace(training, read=replace(training.read, example=range(39))).check()
+    assert advance(stages, made, state).bundle.read is made.read
 
 
 # -- What cannot be done -------------------------------------------------------------------------------------------------------
