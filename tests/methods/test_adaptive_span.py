@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import batch, tiny
+from tiny_folder import write_data, write_model
 
+from slimformer.core.anatomy import Kind
 from slimformer.core.junction import Sieve
 from slimformer.core.pattern import Fixed, HeadSpan
 from slimformer.core.plan import Plan
@@ -16,15 +18,24 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture
+from slimformer.log import Log
 from slimformer.methods.adaptive_span import AdaptiveSpan, plan_for, span_weights
 from slimformer.methods.base import Progress, Step
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.fixed_attention import FixedAttention
+from slimformer.methods.keep_zeros import KeepZeros
+from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.methods.low_rank import LowRankFactors
 from slimformer.methods.shared_layers import SharedLayers
+from slimformer.running.bundle import Run
 from slimformer.running.order import conflicts
+from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
+from slimformer.running.recipe import Recipe
+from slimformer.running.stages import advance
+from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import _seen, tiny_context
 from slimformer.training.stage import Calibrate, Train
 
@@ -208,3 +219,26 @@ def test_stages_that_undo_it_are_refused():
         (Train((SharedLayers(),)), ALIKE),
     ):
         assert not list(conflicts(stage, [before]))
+
+
+def test_edgeberts_parts_make_one_model(tmp_path):
+    source, data = write_model(tmp_path / "model"), write_data(tmp_path / "data", train=120, dev=40)
+    learns = {"lr": 1e-3, "precision": "fp32", "epochs": 1}
+    stages = (
+        Train((SharedLayers(), KnowledgeSparse(keep=0.5, updates=2), Distillation()), **learns),
+        Train((SharedLayers(), AdaptiveSpan(alike=True, weight=3.0, lr=0.3), KeepZeros(), Distillation()), **learns),
+        Train((EarlyExit(max_loss=5.0, lr=5e-3),), freeze="everything", epochs=0.5, precision="fp32"),
+    )
+    recipe = Recipe(str(source), Classification(data=str(data), text="sentence"), stages)
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
+    bundle, _ = prepare_bundle(preflight(recipe), run)
+    made = advance(recipe.stages, bundle, run).bundle
+    own, anatomy = dict(made.subject.model.named_parameters()), made.subject.anatomy
+    first = {name: value for name, value in own.items() if ".layer.0." in name and "exit" not in name}
+    for name, value in first.items():
+        assert torch.equal(value, own[name.replace(".layer.0.", ".layer.1.")]), name
+    weights = [value for value in first.values() if value.ndim == 2]
+    assert sum(int((value == 0).sum()) for value in weights) / sum(map(torch.numel, weights)) == pytest.approx(0.5, abs=0.02)
+    assert len(set(anatomy.patterns.values())) == 1
+    assert len({site.size for site in anatomy.of_kind(Kind.HEADS)}) == 1
+    assert anatomy.exits

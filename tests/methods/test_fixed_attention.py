@@ -360,13 +360,13 @@ def test_it_is_profiled():
 def test_damage_is_that_of_models_that_were_really_changed():
     context = tiny_context()
     batches = list(context.batches(8))
-    answers, chosen = own_answers(context, batches), {("encoder.1.heads", 2): "end"}
+    answers, chosen = own_answers(context, batches), {("encoder.0.heads", 2): "end"}
     before = context.model(**batch(context.model)).logits
     found = damages(context, open_sites(context.anatomy, (1, 2)), ("previous", "left"), chosen, batches, answers)
     assert torch.equal(context.model(**batch(context.model)).logits, before)
     assert len(found) == (4 + 3) * 2
     for ((site, head), attends), damage in found.items():
-        given = {"encoder.1.heads": [None, None, Fixed("end"), None], "encoder.0.heads": [None] * 4}
+        given = {"encoder.0.heads": [None, None, Fixed("end"), None], "encoder.1.heads": [None] * 4}
         given[site][head] = Fixed(attends)
         small = subject_of(
             shrink(context.model, context.anatomy, Plan(patterns={name: tuple(rules) for name, rules in given.items()}))
