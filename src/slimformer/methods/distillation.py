@@ -103,11 +103,12 @@ class Distillation(Method):
             origins = context.plan.keep.get(site.id, range(site.size))
             known = () if source is None else context.teacher_plan.keep.get(source.id, range(source.size))
             place = {origin: head for head, origin in enumerate(known)}
-            asked = () if source is None else theirs.asking_heads(source)
+            own = {head: score for score, head in enumerate(mine.asking_heads(site))}
+            asked = {} if source is None else {head: score for score, head in enumerate(theirs.asking_heads(source))}
             pairs = [
-                (own, asked.index(place[origin]))
-                for own, head in enumerate(mine.asking_heads(site))
-                if (origin := origins[head]) in place and place[origin] in asked
+                (own[head], asked[place[origin]])
+                for head, origin in enumerate(origins)
+                if head in own and place.get(origin) in asked
             ]
             alone += site.size - len(pairs)
             if source is not None and pairs:
