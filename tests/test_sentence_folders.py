@@ -17,7 +17,7 @@ from slimformer.core.plan import Plan
 from slimformer.core.pooling import EMBEDDER, POOLINGS, SENTENCE_VECTOR, DenseLayer, VectorHead
 from slimformer.core.shrink import shrink
 from slimformer.data.tokenizer import load_tokenizer
-from slimformer.errors import ModelError, PlanError
+from slimformer.errors import ExportError, ModelError, PlanError
 from slimformer.families._embedder import AutoModelForSentenceEmbedding, pooled
 from slimformer.families.base import anatomy_of
 from slimformer.saving import checkpoint
@@ -26,6 +26,7 @@ from slimformer.saving.sentence_folder import read_sentence_folder, write_dense_
 from slimformer.saving.sentence_told import told_folder
 from slimformer.saving.sentence_writing import deliver_vectors, write_sentence_folder
 from slimformer.saving.uniform import uniform
+from slimformer.tasks._vectors import cosines
 from slimformer.tasks.embedding import Embedding
 from slimformer.testing.tiny import batch, tiny, tiny_config
 
@@ -393,6 +394,27 @@ def test_a_written_folder_loads_in_sentence_transformers_without_us(cut: str, tm
     assert (again.head.prompts, again.head.max_length, again.encoder.name) == (head.prompts, 32, "0_Transformer")
     texts = [text for text, _ in sentences(5, 0)]
     assert np.allclose(by_sentence_transformers(tmp_path / "out", texts), by_us(source, small, texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [VectorHead(), VectorHead(("cls",), False, LAYERS)], ids=["mean", "cls"])
+def test_the_kernels_give_the_same_vectors(head: VectorHead, tmp_path: Path) -> None:
+    library = pytest.importorskip("slimformer_kernels", reason="slimformer-kernels is not installed")
+    assert library
+    from slimformer.exporters._kernels.model_file import save_model_file
+    from slimformer.kernels.sessions import session
+
+    model = embedder("bert", head)
+    plan = CUTS["sublayers"]
+    small = shrink(model, anatomy_of(model), plan)
+    save_model_file(small, tmp_path / "slim.onnx")
+    inputs = batch(small) | {"token_type_ids": torch.zeros_like(batch(small)["input_ids"])}
+    (told,) = session(tmp_path / "slim.onnx", 1).run([SENTENCE_VECTOR], {name: value.numpy() for name, value in inputs.items()})
+    wanted = vectors(small, inputs).numpy()
+    assert (cosines(told, wanted) > 0.99).all()
+    alone = session(tmp_path / "slim.onnx", 1).run(None, {name: value[:1].numpy() for name, value in inputs.items()})[0]
+    assert np.abs(alone[0] - told[0]).max() < 1e-6
+    with pytest.raises(ExportError, match="no max pooling"):
+        save_model_file(embedder("bert", VectorHead(("max",))), tmp_path / "none.onnx")
 
 
 def test_a_saved_cut_model_gives_the_same_vectors(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from slimformer.core.pooling import SENTENCE_VECTOR
 from slimformer.errors import ExportError
 from slimformer.exporters._kernels.packing import pack_encoder
 from slimformer.exporters.base import KERNELS_DOMAIN
@@ -35,8 +36,8 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
     """Writes the file.
 
     Its inputs are those of the model; its outputs are the logits of a classifier, start_logits and end_logits of question answering,
-    logits of each token, or last_hidden_state of a plain encoder. block_rows: as in `pack_encoder`. ExportError if the encoder or its
-    head is of another kind.
+    logits of each token, the vector of a text (by mean or cls pooling), or last_hidden_state of a plain encoder. block_rows: as in
+    `pack_encoder`. ExportError if the encoder or its head is of another kind.
     """
     from onnx import TensorProto, helper, numpy_helper, save
 
@@ -52,9 +53,10 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         nodes.append(helper.make_node("MatMul", [source, f"{name}.weight"], [f"{name}.product"]))
         nodes.append(helper.make_node("Add", [f"{name}.product", f"{name}.bias"], [target]))
 
-    first_only = kind.endswith("ForSequenceClassification")
+    classifies, vectors = kind.endswith("ForSequenceClassification"), kind.endswith("ForSentenceEmbedding")
+    first_only = classifies or (vectors and cast(Any, model).head.pooling == ("cls",))
     sizes: Sequence[Any] = ["batch", "sequence"]
-    if first_only:
+    if classifies:
         names, between = _first_token_head(model)
         outputs = {"logits": ["batch", model.config.num_labels]}
         linear(names[0], "hidden", "pooled")
@@ -69,6 +71,9 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         constants["parts"], constants["last"] = np.array([1, 1]), np.array([-1])
         nodes.append(helper.make_node("Split", ["both", "parts"], ["start", "end"], axis=-1))
         nodes += [helper.make_node("Squeeze", [part, "last"], [f"{part}_logits"]) for part in ("start", "end")]
+    elif vectors:
+        outputs = {SENTENCE_VECTOR: ["batch", "dimension"]}
+        nodes += _vector(helper, constants, model)
     elif model.base_model is model:
         outputs = {"last_hidden_state": [*sizes, model.config.hidden_size]}
         nodes.append(helper.make_node("Identity", ["hidden"], ["last_hidden_state"]))
@@ -88,6 +93,48 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
     proto = helper.make_model(graph, opset_imports=versions, ir_version=IR_VERSION, producer_name="slimformer")
     with whole_group(Path(path), []) as part:
         save(proto, str(part))
+
+
+def _vector(helper: Any, constants: dict[str, np.ndarray], model: Any) -> list[Any]:
+    """The nodes from the hidden states, of cls pooling the first token's, to the vector of each text; ExportError for other poolings."""
+    head = model.head
+    if head.pooling not in (("mean",), ("cls",)):
+        raise ExportError(f"the kernels' file has no {', '.join(head.pooling)} pooling.", help="export standard files.")
+    activations = {"identity": "Identity", "tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
+    strange = next((layer.activation for layer in head.dense if layer.activation not in activations), None)
+    if strange is not None:
+        raise ExportError(f"the kernels' file has no {strange} behind a linear layer.", help="export standard files.")
+    nodes: list[Any] = []
+    last = "hidden"
+    if head.pooling == ("mean",):
+        constants |= {"tokens": np.array([1]), "units": np.array([2]), "least": np.array([1e-9], np.float32)}
+        nodes = [
+            helper.make_node("Cast", ["attention_mask"], ["real"], to=1),
+            helper.make_node("Unsqueeze", ["real", "units"], ["column"]),  # (batch, seq, 1)
+            helper.make_node("Mul", ["hidden", "column"], ["kept"]),
+            helper.make_node("ReduceSum", ["kept", "tokens"], ["total"], keepdims=0),
+            helper.make_node("ReduceSum", ["column", "tokens"], ["count"], keepdims=0),
+            helper.make_node("Max", ["count", "least"], ["some"]),
+            helper.make_node("Div", ["total", "some"], ["pooled"]),
+        ]
+        last = "pooled"
+    for place, (layer, facts) in enumerate(zip(model.dense, head.dense, strict=True)):
+        name = f"dense.{place}"
+        constants[f"{name}.weight"] = _array(layer.weight).T
+        nodes.append(helper.make_node("MatMul", [last, f"{name}.weight"], [f"{name}.product"]))
+        last = f"{name}.product"
+        if layer.bias is not None:
+            constants[f"{name}.bias"] = _array(layer.bias)
+            nodes.append(helper.make_node("Add", [last, f"{name}.bias"], [f"{name}.sum"]))
+            last = f"{name}.sum"
+        nodes.append(helper.make_node(activations[facts.activation], [last], [f"{name}.active"]))
+        last = f"{name}.active"
+    if not head.normalize:
+        return [*nodes, helper.make_node("Identity", [last], [SENTENCE_VECTOR])]
+    length = helper.make_node("ReduceL2", [last], ["length"], axes=[1], keepdims=1)
+    constants["shortest"] = np.array([1e-12], np.float32)
+    some = helper.make_node("Max", ["length", "shortest"], ["divisor"])
+    return [*nodes, length, some, helper.make_node("Div", [last, "divisor"], [SENTENCE_VECTOR])]
 
 
 def _first_token_head(model: PreTrainedModel) -> tuple[tuple[str, ...], str]:
