@@ -114,6 +114,7 @@ CLAIMED = {  # points that a paper loses, on average or on the task that the cla
     "early_exit-patience": 0.0,
     "word_elimination-40": 1.0,
     "word_elimination-threshold-40": 1.0,
+    "fixed_attention-50": 0.0,
     "decomposed_attention-3": 0.8,
     "decomposed_attention-4": 0.8,
     "elastic-30": 1.0,
