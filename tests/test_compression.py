@@ -52,7 +52,7 @@ from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.training.stage import Calibrate, Train
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("a model that is compressed")]
+pytestmark = pytest.mark.slow
 
 
 def int8_alone_is_slow(*args: Any, **options: Any) -> Any:

@@ -252,9 +252,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     torch.set_num_threads(threads)
 
 
-pytestmark = pytest.mark.xdist_group("a family")
-
-
 @pytest.mark.slow
 def test_a_stopped_family_goes_on_at_its_level(made: Made) -> None:
     assert made.status == 130

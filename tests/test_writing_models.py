@@ -35,7 +35,7 @@ from slimformer.runtimes.ctranslate2 import CTranslate2
 from slimformer.saving import checkpoint
 from slimformer.tasks.translation import Translation
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("a Marian that is compressed")]
+pytestmark = pytest.mark.slow
 
 OPTIONS = ("--data", "data", "--speedup", "1.5", "--max-loss", "100", "--epochs", "1", "--tries", "1", "--threads", "1")
 DELIVERED = {

@@ -267,6 +267,6 @@ def test_a_model_of_several_labels_is_tuned_cut_exported_and_measured(done: Path
 
 @pytest.mark.slow
 def test_bench_reads_the_folder_with_the_threshold_that_was_fitted(done: Path, call: Any) -> None:
-    status, out, err = call("bench", done / "out", "--data", done / "data", "--seconds", "0.2", "--threads", "1")
+    status, out, err = call("bench", done / "out", "--data", done / "data", "--seconds", "0.2", "--threads", "1", "--wait", "0")
     assert status == 0, err
     assert "f1_micro" in out or "f1 micro" in out

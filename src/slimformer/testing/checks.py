@@ -414,6 +414,7 @@ class TinyTask:
     """Random classes, or the next word of random texts: just enough of a task for a method to train on."""
 
     outputs = ("logits",)
+    labelled = True
 
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output["logits"].movedim(-1, 1), batch["labels"])
