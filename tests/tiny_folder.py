@@ -109,3 +109,22 @@ def write_model(
             optimizer.step()
     (model.eval().base_model if bare else model.eval()).save_pretrained(folder)
     return folder
+
+
+TUNED_AND_CUT: list[dict[str, Any]] = [  # the stages of a run from an encoder to files
+    {"train": {"epochs": 8, "lr": 3e-3}},
+    {"calibrate": {"method": {"use": "fisher", "keep": 0.7}}},
+    {"train": {"epochs": 1, "lr": 1e-3, "task_weight": 0.1, "methods": [{"use": "distillation"}]}},
+]
+
+
+def run_quickly(model: Path, task: dict[str, Any], stages: list[dict[str, Any]], out: Path) -> None:
+    """Runs stages on a model, then exports and measures what is left; any loss is allowed, and no quiet machine is waited for."""
+    import pytest
+
+    import slimformer
+
+    ending = [{"export": {"choose_within": 100.0}}, {"bench": {"seconds": 0.2, "rivals": []}}]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("psutil.cpu_percent", lambda **_: 0.0)
+        slimformer.run({"model": str(model), "task": task, "stages": [*stages, *ending]}, out, threads=1, wait_seconds=0)

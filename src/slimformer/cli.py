@@ -119,6 +119,12 @@ def _app(
     pass
 
 
+ModelName = Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")]
+RateOption = Annotated[
+    float | None, typer.Option(help="Peak learning rate of the distillation; the model's width decides by default.")
+]
+BatchOption = Annotated[int, typer.Option(help="Examples per training step.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
 Wait = Annotated[
@@ -136,7 +142,7 @@ Wait = Annotated[
 )
 def compress_command(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
+    model: ModelName,
     out: Out,
     speedup: Annotated[
         float, typer.Option(help="How many times as fast as the dense model in ONNX Runtime in fp32, at batch 32.")
@@ -147,10 +153,8 @@ def compress_command(
     epochs: Annotated[
         float | None, typer.Option(help="Epochs of distillation, copies of rows included; the data's size decides by default.")
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of the distillation; the model's width decides by default.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
+    lr: RateOption = None,
+    batch_size: BatchOption = 32,
     tries: Annotated[
         int, typer.Option(help="How many sizes are trained at most, from the fastest on, if the loss is too large.")
     ] = 3,
@@ -171,7 +175,7 @@ def compress_command(
         str,
         typer.Option(help="'kernels' searches for the compiled kernels, which skip zeros; 'onnx' for ONNX Runtime alone."),
     ] = "onnx",
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
+    seed: SeedOption = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
@@ -210,7 +214,7 @@ def compress_command(
 )
 def frontier_command(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
+    model: ModelName,
     out: Out,
     speedups: Annotated[
         str, typer.Option(help="How many times as fast as the dense model in fp32 the models are at batch 32, in rising order.")
@@ -221,10 +225,8 @@ def frontier_command(
     epochs: Annotated[
         float | None, typer.Option(help="Epochs of distillation of each model; the data's size decides by default.")
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of the distillation; the model's width decides by default.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per training step.")] = 32,
+    lr: RateOption = None,
+    batch_size: BatchOption = 32,
     rivals: Annotated[
         bool, typer.Option(help="Also train a smaller dense model, as long as the model of the middle speed.")
     ] = True,
@@ -238,7 +240,7 @@ def frontier_command(
             help="A table that `slimformer bench --levels` wrote on another machine: the speeds are then those there."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 17,
+    seed: SeedOption = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
@@ -461,7 +463,7 @@ def report_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="A model: a folder, or its name on the hub (owner/name).")],
+    model: ModelName,
     others: Annotated[
         list[Path] | None,
         typer.Argument(help="With --profile: .onnx files of the model, and folders of compressed ones, to profile beside it."),

@@ -60,6 +60,20 @@ def some_of(*values: str, none: bool = False) -> Rule:
     return Rule(f"some of {', '.join(values)}{', or none' if none else ''}", holds, (("?",), "?") if none else ((), ("?",)))
 
 
+def strictly_sorted(says: str, holds: Callable[[Any], bool], wrong: tuple[Any, ...], *, falling: bool = False) -> Rule:
+    """A rule for a tuple of one or more distinct values that rise, or fall, each of which `holds`."""
+
+    def sorted_so(value: Any) -> bool:
+        return (
+            isinstance(value, tuple)
+            and bool(value)
+            and all(map(holds, value))
+            and list(value) == sorted(set(value), reverse=falling)
+        )
+
+    return Rule(says, sorted_so, wrong)
+
+
 _RULES: dict[type[Any], Mapping[str, Rule]] = {}  # of each class that was asked for
 
 FLAG = Rule("true or false", lambda value: isinstance(value, bool), ("?", None, 2))
@@ -99,28 +113,19 @@ Shares = Annotated[
 ]
 LayerNumbers = Annotated[
     tuple[int, ...],
-    Rule(
+    strictly_sorted(
         "numbers of layers from 1, rising",
-        lambda value: (
-            isinstance(value, tuple)
-            and bool(value)
-            and all(type(item) is int and item >= 1 for item in value)
-            and list(value) == sorted(set(value))
-        ),
+        lambda item: type(item) is int and item >= 1,
         ((), (0,), (2, 1), (1.5,), "?"),
     ),
 ]
 FallingShares = Annotated[
     tuple[float, ...],
-    Rule(
+    strictly_sorted(
         "shares above 0 and at most 1, falling",
-        lambda value: (
-            isinstance(value, tuple)
-            and bool(value)
-            and all(_is(item, Real) and 1e-6 <= item <= 1 for item in value)
-            and list(value) == sorted(set(value), reverse=True)
-        ),
+        lambda item: _is(item, Real) and 1e-6 <= item <= 1,
         ((), (0.5, 1.0), (1.0, 1.0), (1.1,), (0.0,), (math.nan,), "?", None),
+        falling=True,
     ),
 ]
 # numpy and torch take such seeds.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from test_sentence_folders import by_sentence_transformers, by_us, embedder, write_embedder
-from tiny_folder import sentences, write_tokenizer
+from tiny_folder import run_quickly, sentences, write_tokenizer
 
 import slimformer
 from slimformer import cli
@@ -417,19 +417,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "encoder" / "modules.json").unlink()
     write(home / "texts.txt", "\n".join(dict.fromkeys(text for text, _ in sentences(500, 8))))
     write_pairs(home / "pairs.tsv", 60, 5)
-    recipe = {
-        "model": str(home / "encoder"),
-        "task": {"use": "embedding", "data": str(home / "texts.txt"), "pairs": str(home / "pairs.tsv"), "pooling": "mean"},
-        "stages": [
-            {"calibrate": {"method": {"use": "fisher", "keep": 0.5, "examples": 64, "damage_examples": 16}}},
-            {"train": {"epochs": 2, "lr": 3e-3, "methods": [{"use": "distillation"}]}},
-            {"export": {"choose_within": 100.0}},
-            {"bench": {"seconds": 0.2, "rivals": []}},
-        ],
-    }
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("psutil.cpu_percent", lambda **_: 0.0)
-        slimformer.run(recipe, home / "out", threads=1, wait_seconds=0)
+    task = {"use": "embedding", "data": str(home / "texts.txt"), "pairs": str(home / "pairs.tsv"), "pooling": "mean"}
+    stages = [
+        {"calibrate": {"method": {"use": "fisher", "keep": 0.5, "examples": 64, "damage_examples": 16}}},
+        {"train": {"epochs": 2, "lr": 3e-3, "methods": [{"use": "distillation"}]}},
+    ]
+    run_quickly(home / "encoder", task, stages, home / "out")
     return home
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_folder import LABELS, sentences, write_model
+from tiny_folder import LABELS, TUNED_AND_CUT, run_quickly, sentences, write_model
 
-import slimformer
 from slimformer.data.files import Table
 from slimformer.data.label_sets import label_sets
 from slimformer.data.tokenizer import load_tokenizer
@@ -223,20 +222,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "data").mkdir()
     write_rows(home / "data" / "train.jsonl", 300, 0)
     write_rows(home / "data" / "dev.jsonl", 40, 1)
-    recipe = {
-        "model": str(home / "encoder"),
-        "task": {"use": "classification", "data": str(home / "data")},
-        "stages": [
-            {"train": {"epochs": 8, "lr": 3e-3}},
-            {"calibrate": {"method": {"use": "fisher", "keep": 0.7}}},
-            {"train": {"epochs": 1, "lr": 1e-3, "task_weight": 0.1, "methods": [{"use": "distillation"}]}},
-            {"export": {"choose_within": 100.0}},
-            {"bench": {"seconds": 0.2, "rivals": []}},
-        ],
-    }
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("psutil.cpu_percent", lambda **_: 0.0)
-        slimformer.run(recipe, home / "out", threads=1, wait_seconds=0)
+    task = {"use": "classification", "data": str(home / "data")}
+    run_quickly(home / "encoder", task, TUNED_AND_CUT, home / "out")
     return home
 
 

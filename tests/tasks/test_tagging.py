@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_folder import TUNED_AND_CUT, run_quickly
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import slimformer
 from slimformer import cli
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
@@ -580,20 +580,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "data").mkdir()
     write_tagged(home / "data" / "train.conll", 240, 0)
     write_tagged(home / "data" / "dev.conll", 40, 1)
-    recipe = {
-        "model": str(home / "encoder"),
-        "task": {"use": "tagging", "data": str(home / "data"), "max_length": 16, "stride": 4},
-        "stages": [
-            {"train": {"epochs": 8, "lr": 3e-3}},
-            {"calibrate": {"method": {"use": "fisher", "keep": 0.7}}},
-            {"train": {"epochs": 1, "lr": 1e-3, "task_weight": 0.1, "methods": [{"use": "distillation"}]}},
-            {"export": {"choose_within": 100.0}},
-            {"bench": {"seconds": 0.2, "rivals": []}},
-        ],
-    }
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("psutil.cpu_percent", lambda **_: 0.0)
-        slimformer.run(recipe, home / "out", threads=1, wait_seconds=0)
+    task = {"use": "tagging", "data": str(home / "data"), "max_length": 16, "stride": 4}
+    run_quickly(home / "encoder", task, TUNED_AND_CUT, home / "out")
     return home
 
 

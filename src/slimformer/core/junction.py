@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
 
 from slimformer.core.apart import APART, Apart
-from slimformer.errors import PlanError
+from slimformer.core.plain_data import made_from
 
 Confidence = Literal["entropy", "maximum", "patience"]
 EXIT = "exit"  # what the module of an exit is called in its layer
@@ -110,17 +110,7 @@ def junction_from_data(data: Any, layer: str) -> Junction:
     >>> junction_from_data(Exit(3, "maximum", 0.9).to_data(), "encoder.1") == Exit(3, "maximum", 0.9)
     True
     """
-    kind = _KINDS.get(str(data.get("use"))) if isinstance(data, Mapping) else None
-    if kind is None or set(data) != {entry.name for entry in dataclasses.fields(kind)} | {"use"}:
-        raise PlanError(
-            f"layer '{layer}': this slimformer knows no such junction: {data!r:.200}.",
-            help="install the slimformer that wrote it.",
-        )
-    made = kind(**{name: value for name, value in data.items() if name != "use"})
-    problem = made.problem()
-    if problem is not None:
-        raise PlanError(f"layer '{layer}': {problem}.")
-    return made
+    return made_from(_KINDS, data, f"layer '{layer}'", "junction")
 
 
 def unreachable(confidence: Confidence, threshold: float | None, patience: int | None, outputs: int) -> str | None:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
 
-from slimformer.errors import PlanError, nearest
+from slimformer.core.plain_data import made_from
+from slimformer.errors import nearest
 
 Attends = Literal["current", "previous", "next", "left", "right", "start", "end"]
 ATTENDS: tuple[Attends, ...] = get_args(Attends)
@@ -85,17 +86,7 @@ def pattern_from_data(data: Any, site: str) -> HeadPattern | None:
     """
     if data is None:
         return None
-    kind = _KINDS.get(str(data.get("use"))) if isinstance(data, Mapping) else None
-    if kind is None or set(data) != {entry.name for entry in dataclasses.fields(kind)} | {"use"}:
-        raise PlanError(
-            f"site '{site}': this slimformer knows no such pattern: {data!r:.200}.",
-            help="install the slimformer that wrote it.",
-        )
-    made = kind(**{name: value for name, value in data.items() if name != "use"})
-    problem = made.problem()
-    if problem is not None:
-        raise PlanError(f"site '{site}': {problem}.")
-    return made
+    return made_from(_KINDS, data, f"site '{site}'", "pattern")
 
 
 def asking(patterns: Sequence[HeadPattern | None]) -> tuple[int, ...]:

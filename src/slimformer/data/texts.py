@@ -112,11 +112,8 @@ def stream_lines(path: Path) -> Iterator[str]:
 def _opened(path: Path) -> Any:
     """A file for reading bytes, unpacked if it is packed; DataError if it is not there."""
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no ordinary file.", help="write the data to a file and name that.")
-        with open(path, "rb") as file:
-            start = file.read(2)
-        if start == b"\x1f\x8b":
+        start = _start_of(path)
+        if start.startswith(b"\x1f\x8b"):
             return gzip.open(path)
         return _PACKERS.get(path.suffix.lower(), open)(path, "rb")
     except FileNotFoundError:
@@ -125,6 +122,14 @@ def _opened(path: Path) -> Any:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}.", help="check the path and its permissions."
         ) from None
+
+
+def _start_of(path: Path) -> bytes:
+    """The first eight bytes of a file; DataError if it is none."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no ordinary file.", help="write the data to a file and name that.")
+    with open(path, "rb") as file:
+        return file.read(8)
 
 
 def refuse_page(path: Path, text: str) -> None:
@@ -144,10 +149,7 @@ def refuse_page(path: Path, text: str) -> None:
 def read_bytes(path: Path) -> bytes:
     """What a file holds, unpacked if it is packed; DataError if it cannot be read or is larger than the memory allows."""
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no ordinary file.", help="write the data to a file and name that.")
-        with open(path, "rb") as file:
-            start = file.read(8)
+        start = _start_of(path)
         suffix = path.suffix.lower()
         if start.startswith(b"PK\x03\x04"):
             content = _unzipped(path)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Tap
+from slimformer.core.plan import Plan
 from slimformer.errors import PlanError, nearest
 
 
@@ -61,6 +62,15 @@ def gated(model: nn.Module, anatomy: Anatomy, gates: Mapping[str, Tensor | Calla
     finally:
         for handle in handles:
             handle.remove()
+
+
+def gates_of(plan: Plan, anatomy: Anatomy, device: torch.device) -> dict[str, Tensor]:
+    """Gates that mask what `plan` cuts: for each site that it names 1 for units that stay, and 0 for the others."""
+    gates = {}
+    for name, kept in plan.keep.items():
+        gates[name] = torch.zeros(anatomy.sites[name].size, device=device)
+        gates[name][list(kept)] = 1.0
+    return gates
 
 
 def _hang(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> list[Any]:

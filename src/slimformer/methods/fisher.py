@@ -35,7 +35,7 @@ from slimformer.core.budget import allocate
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.feeding import Feed, unpadded, watching
-from slimformer.hooks.gating import gated
+from slimformer.hooks.gating import gated, gates_of
 from slimformer.hooks.precision import quick_autocast
 from slimformer.methods._gradients import gate_gradients
 from slimformer.methods.base import Batch, Context, Effects, Method, State
@@ -192,7 +192,7 @@ def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict
     model = copy.deepcopy(context.model).eval()
     batches = _batches_of(context, tokens)
     targets = [_targets(model, context, kept_sites, batch) for batch in batches]
-    gates = _zeros_and_ones(anatomy, plan, context.subject.device)
+    gates = gates_of(plan, anatomy, context.subject.device)
     feed = Feed(model, anatomy, [context.subject.feed(batch) for batch in batches])
     masks = {tokens: [unpadded(batch, tokens) for batch in batches] for tokens in {stack.tokens for stack in anatomy.stacks}}
     weights: dict[str, Tensor] = {}
@@ -279,15 +279,6 @@ def _downstream(site: Site, plan: Plan, anatomy: Anatomy) -> bool:
     """Whether anything was cut in this sublayer or before it: only then is there something to repair."""
     order = list(anatomy.sites)
     return any(order.index(name) <= order.index(site.id) for name in plan.keep)
-
-
-def _zeros_and_ones(anatomy: Anatomy, plan: Plan, device: torch.device) -> Mapping[str, Tensor]:
-    gates = {}
-    for name, kept in plan.keep.items():
-        gate = torch.zeros(anatomy.sites[name].size, device=device)
-        gate[list(kept)] = 1.0
-        gates[name] = gate
-    return gates
 
 
 def _batches_of(context: Context, tokens: int) -> list[Batch]:

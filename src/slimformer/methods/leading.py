@@ -21,11 +21,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from slimformer.core.anatomy import Anatomy, Kind
+from slimformer.core.anatomy import Anatomy
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import TargetError
-from slimformer.hooks.gating import gated
+from slimformer.hooks.gating import gated, gates_of
 from slimformer.methods._nested import nested_plan
 from slimformer.methods.base import Context, Effects, Method, State
 from slimformer.methods.elastic import sortable
@@ -106,23 +106,10 @@ def differences(context: Context, plans: Sequence[Plan], examples: int) -> list[
     with context.subject.evaluating(), torch.no_grad():
         whole = outputs()
         for plan in plans:
-            with gated(model, context.anatomy, _gates(context, plan)):
+            with gated(model, context.anatomy, gates_of(plan, context.anatomy, context.subject.device)):
                 total = terms = 0.0
                 for answer, expected, batch in zip(outputs(), whole, batches, strict=True):
                     total += float(task.divergence(answer, expected, batch, 1.0)) * task.terms(batch)
                     terms += task.terms(batch)
             found.append(total / max(1.0, terms))
     return found
-
-
-# -- Plumbing ------------------------------------------------------------------------------------------------------------------
-
-
-def _gates(context: Context, plan: Plan) -> dict[str, Tensor]:
-    gates = {}
-    for name, kept in plan.keep.items():
-        site = context.anatomy.sites[name]
-        gate = torch.zeros(1 if site.kind is Kind.SUBLAYER else site.size, device=context.subject.device)
-        gate[list(kept)] = 1.0
-        gates[name] = gate
-    return gates
