@@ -7,6 +7,7 @@ import torch
 from tiny import batch
 from toy_task import without_dropout
 
+from slimformer.core.pattern import Fixed
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
@@ -126,3 +127,10 @@ def test_leading_keeps_all_if_all_may_stay_and_refuses_what_is_out_of_reach():
     assert Leading(keep=1.0).fitting(around.anatomy, around.cost)[0] == Plan()
     with pytest.raises(TargetError, match="even the smallest of the models costs"):
         Leading(keep=0.01).check(around.anatomy, around.cost)
+
+
+def test_heads_with_patterns_are_not_put_in_another_order():
+    around = tiny_context()
+    fixed = Plan(patterns={"encoder.0.heads": (None, Fixed("next"), None, None)})
+    with pytest.raises(TargetError, match="attend by patterns"):
+        Elastic().check(around.anatomy.after(fixed), None)
