@@ -210,7 +210,11 @@ class _Search:
         chosen = pick([*candidates, self.whole], wanted.max_loss)
         best = chosen.best_int8(wanted.max_loss)
         if not chosen.stages and not self.uncut:
-            log.say("no cut stays within the loss that is allowed: delivering the uncut model in its best file.")
+            close = any(item.best_int8(wanted.max_loss).loss <= wanted.max_loss for item in candidates)
+            why = (
+                "no cut that stays within the loss is faster than" if close else "no cut stays within the loss that is allowed:"
+            )
+            log.say(f"{why} the uncut model in its best file, which is delivered.")
         if best.loss > wanted.max_loss or best.speed_32 < wanted.speedup * CLOSE:
             log.say(
                 f"not all that was asked for was found; this is the best: {best.speed_32:.2f} times as fast (asked: "
