@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils.logging import is_progress_bar_enabled
 
 import slimformer
-from slimformer import Recipe, Record
+from slimformer import Recipe, Record, Train
 from slimformer.errors import DataError, ModelError, OutputError, RecipeError, SlimformerError
 from slimformer.files import claim, mark_finished
 from slimformer.measuring.machine import environment
 from slimformer.measuring.records import Facts
 from slimformer.reporting.ledger import append_record, write_facts
 from slimformer.running.given import given_model, given_recipe, given_task, moved, refuse_gone
-from slimformer.running.runner import finished_result, wish_of
+from slimformer.running.runner import finished_result, recipe_purpose, wish_of
 from slimformer.saving import checkpoint
 from slimformer.tasks import Classification, Intents, QuestionAnswering
 
@@ -277,6 +278,13 @@ def test_a_recipe_runs_on_another_machine_with_its_model_and_data(tmp_path: Path
         moved(Recipe("model", Intents(), ()), None, "reviews")
 
 
+def test_a_run_may_resume_with_another_way_to_measure_it_but_not_with_other_stages(tmp_path: Path) -> None:
+    recipe = Recipe("my-bert", Intents(), (Train(epochs=2),), bench=slimformer.Bench(seconds=9))
+    purpose = recipe_purpose(recipe, tmp_path)
+    assert recipe_purpose(replace(recipe, bench=slimformer.Bench(rivals=())), tmp_path) == purpose
+    assert recipe_purpose(replace(recipe, stages=(Train(epochs=3),)), tmp_path) != purpose
+
+
 @pytest.mark.slow
 def test_a_recipe_with_a_model_in_memory_runs_and_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -289,5 +297,7 @@ def test_a_recipe_with_a_model_in_memory_runs_and_is_finished(tmp_path: Path, mo
     assert Path(slimformer.read_recipe("small/recipe.yaml").model).resolve() == Path("small/given/my-bert").resolve()
     again = slimformer.run(recipe, "small", tokenizer=reader)
     assert [record.name for record in again.records] == [record.name for record in result.records]
+    with pytest.raises(OutputError, match=r'(?s)another wish.*stage bench: {.*"seconds": 0.5}, you ask {"seconds": 9}'):
+        slimformer.run(replace(recipe, bench=slimformer.Bench(seconds=9)), "small", tokenizer=reader)
     with pytest.raises(OutputError, match="given in memory"):
         slimformer.run(Recipe(tiny("bert", vocab_size=99), Classification(data="data"), ()), "small", tokenizer=reader)  # type: ignore[arg-type]

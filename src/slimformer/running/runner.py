@@ -9,7 +9,7 @@ import json
 import os.path
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from slimformer.files import claim, finished_wish, mark_finished, owned_purpose,
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
+from slimformer.options import changed_options
 from slimformer.reporting.ledger import FACTS_FILE, FAMILY_FILE
 from slimformer.running.bundle import Run
 from slimformer.running.candidate import candidate_of
@@ -27,7 +28,7 @@ from slimformer.running.fresh import Fresh
 from slimformer.running.given import given_models, given_recipe, moved, refuse_gone
 from slimformer.running.preflight import lacks_head, preflight
 from slimformer.running.prepare import prepare_bundle
-from slimformer.running.recipe import Recipe
+from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.rescue import rescue
 from slimformer.running.result import Result
 from slimformer.running.rivals import rivals_of
@@ -101,7 +102,7 @@ def run(
     """
     with ExitStack() as stack:
         recipe = stack.enter_context(given_models(moved(given_recipe(recipe), model, data), tokenizer, Path(out)))
-        result = finished_result(Path(out), recipe_purpose(recipe, Path(out)), {}, recipe.task, log)
+        result = finished_result(Path(out), recipe_purpose(recipe, Path(out)), _may_change(recipe), recipe.task, log)
         if result is not None:
             return result
         refuse_gone(recipe)
@@ -149,13 +150,17 @@ def train_stages(
 
 def open_recipe(recipe: Recipe, out: Path, conditions: Conditions) -> AbstractContextManager[Run]:
     """The output folder, claimed for this very recipe."""
-    wish = partial(wish_of, recipe.task, {})
+    wish = partial(wish_of, recipe.task, _may_change(recipe))
     return open_run(out, recipe_purpose(recipe, out), recipe.seed, conditions, recipe.latency, wish)
 
 
 def recipe_purpose(recipe: Recipe, out: Path) -> str:
-    """The purpose of a folder that a recipe runs in."""
-    return f"recipe {json.dumps(recipe.seen_from(out).to_data(), default=str)}"
+    """The purpose of a folder that a recipe runs in: all but how it is measured, which may change while it resumes."""
+    return f"recipe {json.dumps(replace(recipe.seen_from(out), bench=Bench()).to_data(), default=str)}"
+
+
+def _may_change(recipe: Recipe) -> dict[str, Any]:
+    return {"bench": json.loads(json.dumps(changed_options(recipe.bench)))}
 
 
 def wish_of(task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def is_done(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, 
     if there is not None:
         now = wish_of(task, options)
         changed = [name for name in options if there.get(name) != now[name]]
-        facts = [f"--{name.replace('_', '-')} {_shown(there.get(name))}, you ask {_shown(now[name])}" for name in changed]
+        facts = [f"{_named(name, now[name])} {_shown(there.get(name))}, you ask {_shown(now[name])}" for name in changed]
         if now["data"] is not None and there.get("data") not in (None, now["data"]):
             facts.append("the data was changed since")
         if facts:
@@ -196,8 +201,13 @@ def is_done(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, 
     return True
 
 
+def _named(name: str, value: Any) -> str:
+    """An option of a command; of a recipe, the stage that holds the options."""
+    return f"stage {name}:" if isinstance(value, Mapping) else f"--{name.replace('_', '-')}"
+
+
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 
 def _is_finished(folder: Path) -> bool:
