@@ -22,6 +22,7 @@ from slimformer.running.stages import Clock
 
 FEWEST_STEPS = 60  # a stage that trains less teaches nothing
 FEWEST_EXAMPLES = 256
+SHORTEST_TRIAL = 5.0  # seconds; in 2.8 s four files ran three rounds, whose median was up to 13 % off that of seven
 SHORTEST_BENCH, FULL_BENCH = 8.0, 60.0  # seconds for each of the two workloads of the final measurement
 MANY_PASSES = 6.0  # from here on, copies of the rows with other words teach more than the same rows again
 MOST_COPIES = 4
@@ -174,7 +175,7 @@ def diet_for(
         examples=max(FEWEST_EXAMPLES, min(full.examples, round(full.examples * seconds / 1800 / len(aims)))),
         probes=min(full.probes, 2 if seconds < 900 else 3),
         tries=1,
-        trial_seconds=min(full.trial_seconds, max(2.0, 0.01 * seconds)),
+        trial_seconds=min(full.trial_seconds, max(SHORTEST_TRIAL, 0.01 * seconds)),
         bench_seconds=min(full.bench_seconds, max(SHORTEST_BENCH, 0.03 * seconds)),
     )
     fewest = FEWEST_STEPS * batch_size * sizes.row_tokens / sizes.train_tokens  # passes
