@@ -40,9 +40,14 @@ class Need:
 
 NEEDS = (
     Need(
-        "as fast as can be without a new package, little lost",
+        "faster without a new package, and as good as before",
         "[fisher](methods.md#fisher), then distillation: `slimformer compress`",
         ("fisher-50",),
+    ),
+    Need(
+        "the most speed without a new package, within two points",
+        "every second layer: [layers](methods.md#layers), then distillation",
+        ("logits", "layers-even"),
     ),
     Need(
         "more speed, and the compiled kernels may be installed",
@@ -58,7 +63,7 @@ NEEDS = (
     ),
     Need("the smallest file", "words, width, neurons and the word table together", ("smallest-longer", "smallest")),
     Need("the best answers at less cost", "a narrower model: [hidden_width](methods.md#hidden_width)", ("hidden_width-67",)),
-    Need("inputs come one by one, many are easy", "[early_exit](methods.md#early_exit)", ("early_exit",)),
+    Need("inputs come one by one, many are easy", "[early_exit](methods.md#early_exit)", ("early_exit-three", "early_exit")),
     Need(
         "texts of 40 tokens and more, one answer each",
         "[word_elimination](methods.md#word_elimination)",
