@@ -36,6 +36,7 @@ from slimformer.saving.hub import HUB_MODEL
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.embedding import Embedding
 from slimformer.tasks.question_answering import QuestionAnswering
+from slimformer.tasks.reranking import Reranking
 from slimformer.tasks.summarization import Summarization
 from slimformer.tasks.tagging import Tagging
 from slimformer.tasks.text import Text
@@ -108,6 +109,13 @@ def test_the_options_of_embedding_are_told() -> None:
     part = text.split("## Embedding")[1].split("\n## ")[0]
     told = {name for cell in re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE) for name in re.findall(r"\w+", cell)}
     assert told == {item.name for item in fields(Embedding)}
+
+
+def test_the_options_of_reranking_are_told() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    part = text.split("## Reranking")[1].split("\n## ")[0]
+    told = {name for cell in re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE) for name in re.findall(r"\w+", cell)}
+    assert told == {item.name for item in fields(Reranking)}
 
 
 def test_the_options_of_tasks_that_write_are_told() -> None:
@@ -209,7 +217,7 @@ def test_a_recipe_of_the_clone_names_nothing_outside_of_it(file: Path) -> None:
         assert (ROOT / "recipes" / f"{made_by}.yaml").is_file()
     assert data["task"] == {"use": "intents"} or re.fullmatch(
         r"glue/\w+|squad|squad_v2|bentrevett/multi30k|allenai/scitldr:Abstract|leondz/wnut_17@refs/convert/parquet"
-        r"|sentence-transformers/wikipedia-en-sentences",
+        r"|sentence-transformers/wikipedia-en-sentences|rajpurkar/squad",
         data["task"]["data"],
     )
     assert not any(
@@ -288,6 +296,9 @@ def test_a_recipe_of_the_clone_passes_all_checks_that_come_before_a_run(file: Pa
         ]
         kept = data_source(rows)
         task = replace(task, data=[{"text": f"{text} {place}"} for place, (text, _) in enumerate(pairs(60, 1))], pairs=kept)
+    elif isinstance(task, Reranking):
+        rows = [{"query": text, "positive": other, "negative": "no"} for text, other in pairs(60, 1)]
+        task = replace(task, data=rows)
     elif isinstance(task, Translation):
         task = replace(task, data=str(hub / "parallel"))
         fresh = isinstance(recipe.model, Fresh)

@@ -50,6 +50,7 @@ INNER = (
     "tasks.intents",
     "tasks.question_answering",
     "tasks.embedding",
+    "tasks.reranking",
     "tasks.tagging",
     "tasks._tags",
 )  # other names with examples are in these modules

@@ -119,6 +119,7 @@ def test_an_unknown_name_is_an_attribute_error():
         "slimformer.tasks.classification",
         "slimformer.tasks.tagging",
         "slimformer.tasks.embedding",
+        "slimformer.tasks.reranking",
         "slimformer.families.bert",
         "slimformer.core.budget",
         "slimformer.reporting.card, slimformer.reporting.page, slimformer.reporting.terminal",

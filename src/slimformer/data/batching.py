@@ -73,20 +73,40 @@ def _padded(rows: Sequence[Sequence[Any]], width: int, fill: int) -> np.ndarray:
     return out
 
 
-def epoch_order(lengths: np.ndarray | Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_order(
+    lengths: np.ndarray | Sequence[int], batch_size: int, seed: int, epoch: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
     """Batches of one epoch: each row exactly once, like lengths together, in an order fixed by (seed, epoch) alone.
 
     Rows are shuffled, sorted by length within chunks of 50 batches, cut, and the batches shuffled. The order is not a
-    function of any global generator.
+    function of any global generator. Rows of one of `groups` stay side by side: only where a batch ends they part. Groups are then
+    what is shuffled, and sorted by their mean length.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    if groups is not None:
+        return _grouped_order(sizes, batch_size, generator, groups)
     shuffled = generator.permutation(len(sizes))
     batches: list[list[int]] = []
     for start in range(0, len(shuffled), batch_size * CHUNK_BATCHES):
         chunk = shuffled[start : start + batch_size * CHUNK_BATCHES]
         chunk = chunk[np.argsort(sizes[chunk], kind="stable")]
         batches.extend(_cut(chunk.tolist(), batch_size))
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _grouped_order(
+    sizes: np.ndarray, batch_size: int, generator: np.random.Generator, groups: Sequence[int]
+) -> list[list[int]]:
+    rows_of: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(int(group), []).append(row)
+    units = list(rows_of.values())
+    shuffled = [units[index] for index in generator.permutation(len(units))]
+    starts = np.cumsum([0, *map(len, shuffled)])[:-1] // (batch_size * CHUNK_BATCHES)  # the chunk of each unit
+    means = np.asarray([sizes[rows].mean() for rows in shuffled])
+    order = [row for index in np.lexsort((means, starts)) for row in shuffled[index]]
+    batches = _cut(order, batch_size)
     return [batches[index] for index in generator.permutation(len(batches))]
 
 

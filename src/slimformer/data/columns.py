@@ -39,8 +39,8 @@ def find_columns(
     is missing, or if there is none with a usual name.
     """
     last = [name for name in table.columns if "." in name]  # "reviews.text", or a field of a nested row
-    folded = {ending: name for name in last if _is_only(ending := _fold(name.rpartition(".")[2]), last)}
-    folded |= {_fold(name): name for name in reversed(list(table.columns))}
+    folded = {ending: name for name in last if _is_only(ending := fold_name(name.rpartition(".")[2]), last)}
+    folded |= {fold_name(name): name for name in reversed(list(table.columns))}
     told = label is not None and text is not None
     if label is None:
         label = _guess_label(table, folded, glue, text)
@@ -56,12 +56,13 @@ def find_columns(
     return texts, label
 
 
-def _fold(name: str) -> str:
+def fold_name(name: str) -> str:
+    """The name of a column as names are compared: case, spaces, hyphens and underscores do not count."""
     return re.sub(r"[\s_-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())).lower()
 
 
 def _is_only(ending: str, names: Sequence[str]) -> bool:
-    return sum(_fold(name.rpartition(".")[2]) == ending for name in names) == 1
+    return sum(fold_name(name.rpartition(".")[2]) == ending for name in names) == 1
 
 
 def flag_columns(table: Table, label: str | None) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ def flag_columns(table: Table, label: str | None) -> tuple[str, ...]:
     if label is not None:
         named = tuple(part.strip() for part in label.split(","))
         return named if label not in table.columns and len(named) > 1 and {*named} <= {*table.columns} else ()
-    if {_fold(name.rpartition(".")[2]) for name in table.columns} & {*_LABELS}:
+    if {fold_name(name.rpartition(".")[2]) for name in table.columns} & {*_LABELS}:
         return ()
     found = _indicators(table)
     return tuple(found) if len(found) > 1 else ()
@@ -85,15 +86,15 @@ def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None, text: 
     names = [*exact, *(folded[name] for name in _LABELS if name in folded)]
     if names:
         return names[0]
-    if text is None and not any(_fold(name) in _TEXTS for name in table.columns):
+    if text is None and not any(fold_name(name) in _TEXTS for name in table.columns):
         pairs = [name for pair in _PAIRS for name in pair if name in folded]
         texts = {folded[name] for name in pairs}
     else:
-        texts = {name for name in table.columns if name == text or _fold(name) in _TEXTS}
-    others = [name for name in table.columns if name not in texts and not _NO_DATA.fullmatch(_fold(name))]
+        texts = {name for name in table.columns if name == text or fold_name(name) in _TEXTS}
+    others = [name for name in table.columns if name not in texts and not _NO_DATA.fullmatch(fold_name(name))]
     if texts and len(others) == 1 and _is_repeated(table.columns[others[0]]):
         return others[0]
-    endings = [name for name in others if _fold(name).rpartition("_")[2] in _LABELS[:13]]
+    endings = [name for name in others if fold_name(name).rpartition("_")[2] in _LABELS[:13]]
     if len(endings) == 1:
         return endings[0]
     if len(others) == 2 and not texts:  # two columns of unusual names: one repeats few values, the other does not
@@ -119,7 +120,7 @@ def _guess_texts(table: Table, folded: dict[str, str], label: str, glue: Glue | 
     others = [name for name in table.columns if name != label]
     if len(others) == 1:
         return (others[0],)
-    others = [name for name in others if not _NO_DATA.fullmatch(_fold(name)) and _is_text(table.columns[name])]
+    others = [name for name in others if not _NO_DATA.fullmatch(fold_name(name)) and _is_text(table.columns[name])]
     if len(others) == 1:
         return (others[0],)
     raise _no_column(table, "a text column", "text", _TEXTS[:15])

@@ -21,7 +21,7 @@ from slimformer.core.anatomy import PointRole, heads_of
 from slimformer.core.pattern import Fixed
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, sieves, trace
+from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, scores, sieves, trace
 from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, smoothing_notes
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
@@ -176,6 +176,7 @@ class OnnxDraft(OnnxDrafting):
     ) -> None:
         self.options, self.batches, self.ranges, self._outputs = options, batches, ranges, tuple(outputs)
         self.subject = subject_of(model)
+        self._scores = scores.activation_of(self.subject)
         self._forms = trace.forms_in(model)
         linears = sum(isinstance(module, nn.Linear) for module in model.modules())
         self._factored = sum(len(form.form.products(form.shape)) for form in self._forms.values() if not form.table)
@@ -184,7 +185,7 @@ class OnnxDraft(OnnxDrafting):
             self.reference: list[parity.GraphOutputs] = []
             self._sure: list[np.ndarray] = []  # if words leave: of each batch the rows in which last bits do not decide which
             for batch in batches:
-                self.reference.append(parity.run_model(self.subject, batch, outputs))
+                self.reference.append(self._run_model(batch))
                 if self.subject.anatomy.sieves:
                     self._sure.append(sieves.sure_rows(model))
             self._traced = trace.trace_model(self.subject, outputs)
@@ -248,9 +249,13 @@ class OnnxDraft(OnnxDrafting):
         """What the file should give: the model's outputs, with activations on their grids if those were learned."""
         if self.ranges is None or not self._has_learned_ranges(variant):
             return self.reference
-        outputs = self._outputs
         with self.subject.evaluating(), quantized_inputs(self.subject.model, self.subject.anatomy, self.ranges, floats):
-            return [parity.run_model(self.subject, batch, outputs) for batch in self.batches]
+            return [self._run_model(batch) for batch in self.batches]
+
+    def _run_model(self, batch: Arrays) -> parity.GraphOutputs:
+        """What the file is to give on a batch."""
+        found = parity.run_model(self.subject, batch, self._outputs)
+        return found if self._scores is None else scores.scored(found, self._scores)
 
     def _graph(self, variant: str, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:
         """The variant's graph, and what was counted. `rough`: points that smoothing leaves alone."""
@@ -275,6 +280,8 @@ class OnnxDraft(OnnxDrafting):
                 notes.append(f"words leave at {len(anatomy.sieves)} layers")
         except Unexpected as reason:
             raise ExportError(f"the traced graph is not as expected: {reason}.", help=parity.REPORT) from None
+        if self._scores is not None:
+            scores.end_in_score(program.graph, self._scores)
         strip(program)
         lower_versions(program)
         program.producer_name = "slimformer"

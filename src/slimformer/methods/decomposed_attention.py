@@ -39,7 +39,7 @@ from slimformer.hooks.feeding import unpadded
 from slimformer.methods.base import Context, Effects, Method, State, Step
 from slimformer.methods.distillation import Pair, hidden_distance
 from slimformer.rules import Count, CountOrZero, NotNegative
-from slimformer.tasks.base import Split, Task
+from slimformer.tasks.base import Task
 
 SEPARATOR_ROWS = 64  # training examples by which the separator is found
 
@@ -74,7 +74,7 @@ class DecomposedAttention(Method):
         return Effects(divides=True, neutral=False, encoders_only=True, needs=needs, needs_teacher=teaches)
 
     def problem(self, task: Task) -> str | None:
-        if task.pretraining or task.stand_in or len(task.split(Split.TRAIN)[0].texts) != 2:
+        if task.pretraining or task.stand_in or task.row_texts() != 2:
             return "it keeps two texts apart, and an input of this task is one text"
         return None
 

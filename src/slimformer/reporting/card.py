@@ -22,7 +22,9 @@ from slimformer.reporting.sections import written_rows
 from slimformer.reporting.verdicts import against, doubts, judge, worthless
 from slimformer.reporting.words import interval_text, layers_text, mb_text, signed
 from slimformer.saving.checkpoint import read_config
+from slimformer.saving.cross_encoder import loads_as_cross_encoder
 from slimformer.saving.sentence_folder import is_sentence_folder
+from slimformer.tasks._ranks import AGREEMENT_METRICS, RANK_METRICS
 from slimformer.tasks._text_metrics import ROUGE
 
 _HUB_METRICS = {
@@ -40,6 +42,7 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _WRITERS = {"bleu": "translation", "chrf": "translation", **dict.fromkeys(ROUGE, "summarization")}  # by metric
+_RANKERS = (*RANK_METRICS, *AGREEMENT_METRICS)
 _NEEDED = re.compile(r"needs ONNX Runtime ([\d.]+\d)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`", folder="model")
@@ -110,7 +113,7 @@ def _metadata(folder: Path, card: Card) -> Any:
     useless = worthless(record, card.records)
     pipeline = _WRITERS.get(record.metric) or next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
     sentences = is_sentence_folder(folder)
-    pipeline = "sentence-similarity" if sentences else pipeline
+    pipeline = "sentence-similarity" if sentences else "text-ranking" if record.metric in _RANKERS else pipeline
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     pruned = pruned or record.hidden_units is not None
     int8 = "int8" in record.precision
@@ -129,7 +132,7 @@ def _metadata(folder: Path, card: Card) -> Any:
             made_for,
             card.runtime,
             "slimformer",
-            *(["sentence-transformers"] if sentences else []),
+            *(["sentence-transformers"] if sentences or loads_as_cross_encoder(folder) else []),
             *(["pruned"] if pruned else []),
             *(["int8"] if int8 else []),
         ],
@@ -174,6 +177,7 @@ def _body(folder: Path, card: Card) -> str:
         several=sum(kind.int8 for kind in kinds) > 1,
         packages=" ".join(_needed(card)),
         sentences=is_sentence_folder(folder),
+        scores=loads_as_cross_encoder(folder),
         rows=[_cells(record) for record in card.records],
         written=[(_markdown(name), *cells) for name, *cells in written_rows(card.records)],
         layers=layers_text(card.record),

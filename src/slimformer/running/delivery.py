@@ -46,6 +46,7 @@ from slimformer.running.rivals import Contestant
 from slimformer.running.stages import dev_scores
 from slimformer.running.trials import Judge, fitted_options, tuned_task
 from slimformer.saving import checkpoint
+from slimformer.saving.cross_encoder_writing import deliver_scores
 from slimformer.saving.folders import MODEL_FOLDER
 from slimformer.saving.sentence_folder import ENCODER_FOLDER
 from slimformer.saving.sentence_writing import deliver_vectors
@@ -259,6 +260,7 @@ def deliver(candidate: Candidate, order: Order, measurement: Measurement, tasks:
         for folder in dict.fromkeys(["", *(kind.folder for _, kind in delivered)]):
             checkpoint.write_surroundings(model, part / folder, tokenizer_from=source)
         vectors = deliver_vectors(model, part, tokenizer_from=source)
+        vectors += () if export.dense else deliver_scores(model, part)
         if export.dense:
             checkpoint.write_dense(model, bundle.plan, part, tokenizer_from=source)
         plain = [ENCODER_FOLDER] if (part / ENCODER_FOLDER).is_dir() else []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from slimformer import registry
+from slimformer.core.pooling import EMBEDDER
 from slimformer.digests import digest, digest_files
 from slimformer.errors import ModelError, OutputError, RecipeError, SlimformerError, nearest
 from slimformer.files import own_folder, owned_purpose, refuse_foreign, remove_folder
@@ -186,7 +187,7 @@ def told_model(model: str, task: Task, out: Path, name: str = TOLD, *, narrows: 
 
     `narrows`: whether its hidden states will become narrower. ModelError if the task must know more of the model.
     """
-    if task.labelled or _leads_nowhere(model):
+    if task.auto_class != EMBEDDER or _leads_nowhere(model):
         yield model
         return
     folder = local_folder(model)

@@ -98,6 +98,8 @@ def _tuned_student(checked: Checked) -> tuple[Task, Subject, Plan, Ranges | None
     model = checkpoint.load_as(source, task.auto_class, {}, checked.recipe.seed)
     for name, value in marks.items():
         setattr(model.config, name, value)  # it is saved only with weights that a stage has trained
+    for name, value in task.completed(model.config.to_dict()).items():
+        setattr(model.config, name, value)
     return task, subject_of(model), checkpoint.load_plan(source), checkpoint.load_ranges(source)
 
 

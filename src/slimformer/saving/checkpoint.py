@@ -23,6 +23,7 @@ from slimformer.errors import ModelError, PlanError
 from slimformer.families.base import anatomy_of, family_of
 from slimformer.files import read_small, whole_folder
 from slimformer.saving.building import blueprint, empty_model, reading, refuse_labels, silence
+from slimformer.saving.cross_encoder import cross_encoder_facts
 from slimformer.saving.folders import CONFIG, model_folder, refuse_adapter, stranger
 from slimformer.saving.headers import WEIGHTS, StoredWeights, has_weights, inner_file, read_object, stored_weights
 from slimformer.saving.heads import (
@@ -313,7 +314,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             help='name a folder that save_pretrained() wrote, or add the type of the model, such as "model_type": "bert".',
         )
     refuse_labels(folder, config)
-    return config
+    return cross_encoder_facts(folder) | config
 
 
 def _type_of_class(names: object) -> dict[str, str]:

@@ -25,6 +25,8 @@ _FASTTEXT = b"\xba\x16\x4f\x2f"
 def model_folder(path: Path) -> Path:
     """The folder that holds the model which a person means by `path`: `path` itself, or `model/` in a delivered folder.
 
+    Weights at the top of a delivered folder are for tools that know none but plain shapes.
+
     Raises:
         ModelError: `path` is a file, or not there.
     """
@@ -35,8 +37,9 @@ def model_folder(path: Path) -> Path:
             f"{path} is not a folder with a model.",
             help="name a folder with config.json, tokenizer and model.safetensors, or a model on the hub: owner/name.",
         )
-    if not has_weights(path) and (path / MODEL_FOLDER / CONFIG).is_file():
-        return path / MODEL_FOLDER
+    inner = path / MODEL_FOLDER
+    if (inner / CONFIG).is_file() and (not has_weights(path) or (inner / "plan.json").is_file()):
+        return inner
     return path
 
 

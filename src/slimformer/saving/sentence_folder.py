@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from slimformer.core.pooling import POOLINGS, SENTENCE_VECTOR, VECTOR_ACTIVATIONS, DenseLayer, VectorHead
 from slimformer.errors import ModelError, shown
 from slimformer.files import read_small
+from slimformer.saving.cross_encoder import is_cross_encoder
 from slimformer.saving.headers import PICKLE_HELP, WEIGHTS, has_weights, inner_file, read_object, stored_weights
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class SentenceFolder:
 
 def is_sentence_folder(folder: Path) -> bool:
     """Whether a folder says how vectors are made of its hidden states."""
-    return os.path.isfile(folder / MODULES)
+    return os.path.isfile(folder / MODULES) and not is_cross_encoder(folder)
 
 
 def read_sentence_folder(folder: Path) -> SentenceFolder:

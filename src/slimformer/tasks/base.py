@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from slimformer.core.pooling import VectorHead
 
+TOGETHER = "group"  # a column of features: rows with the same number are trained side by side
 IGNORED = -100  # the label of a token that no loss counts, as in torch
 # output name -> (features, ...); "logits" -> (features, classes), with tokens in between if each has an answer; "text" -> (features,),
 # texts that a model wrote
@@ -76,6 +77,10 @@ class Features:
         import numpy as np
 
         return np.fromiter((len(ids) for ids in self.columns["input_ids"]), dtype=np.int64, count=len(self))
+
+    def groups(self) -> Sequence[int] | None:
+        """Which rows belong together, such as the passages of one query; None if each stands for itself."""
+        return self.columns.get(TOGETHER)
 
     def target_lengths(self) -> np.ndarray | None:
         """Tokens of the text that each row is to give, its end included: (features,); None if none is to be written."""
@@ -171,6 +176,10 @@ class Task(ABC):
 
     # ---- what a task may say
 
+    def row_texts(self) -> int:
+        """How many texts a row reads: as many as an example has, unless an example gives several rows."""
+        return len(self.split(Split.TRAIN)[0].texts)
+
     def counted(self, scores: Mapping[str, float]) -> float:
         """The score that counts: `metric`, or `stand_in` where no text was written."""
         return scores[self.metric if self.metric in scores or not self.stand_in else self.stand_in]
@@ -215,6 +224,10 @@ class Task(ABC):
     def answered(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples with what the teacher says of them as their answers; of tasks with labels as they are."""
         return examples
+
+    def completed(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fields that the config of a trained model lacks for this task, such as what becomes of its score: they are added to it."""
+        return {}
 
     def told_vectors(self, head: VectorHead | None, width: int, *, narrows: bool) -> VectorHead | None:
         """How a model makes its vectors by the options, over what its folder says (`head`), of hidden states of this `width`.

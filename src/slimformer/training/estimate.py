@@ -40,7 +40,7 @@ def estimate(training: Training, seconds: float = 8.0) -> Estimate:
     accelerator = accelerator_for((), None)
     precision = chosen_precision(stage.precision, accelerator, alone=True)
     lengths = training.features.lengths()
-    order = epoch_order(lengths, stage.batch_size, training.seed, 0)
+    order = epoch_order(lengths, stage.batch_size, training.seed, 0, training.features.groups())
     sizes = np.asarray([len(rows) * int(lengths[rows].max()) for rows in order])  # padded tokens of each batch
     ranks = np.argsort(sizes, kind="stable")
     probes = [order[int(ranks[-1])], order[int(ranks[len(ranks) // 2])], order[int(ranks[0])]]

@@ -146,7 +146,8 @@ class _Loop:
             for step in range(start, total):
                 epoch, index = divmod(step, per_epoch)
                 if not order or index == 0:
-                    order = epoch_order(stepper.lengths, stage.batch_size, stepper.training.seed, epoch)
+                    groups = stepper.training.features.groups()
+                    order = epoch_order(stepper.lengths, stage.batch_size, stepper.training.seed, epoch, groups)
                 self.window_loss += stepper.step(order[index], step).to(self.window_loss.device)
                 self.counters.tokens += int(stepper.lengths[order[index]].sum())
                 self.counters.window_steps += 1
