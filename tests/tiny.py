@@ -20,6 +20,7 @@ __all__ = [
     "HEAD_DIM",
     "LAYERS",
     "MODEL_TYPES",
+    "SEPARATE",
     "STUDENTS",
     "VOCABULARY",
     "WEIGHT_BITS",
@@ -33,6 +34,9 @@ _EVERY = tuple(kind for name in registry.names("families") for kind in registry.
 STUDENTS = tuple(kind for kind in _EVERY if isinstance(family_of(kind), StudentFamily))  # they have no layers
 MODEL_TYPES = tuple(kind for kind in _EVERY if kind not in STUDENTS)
 ENCODERS = tuple(kind for kind in MODEL_TYPES if not family_of(kind).decodes)
+SEPARATE = tuple(
+    kind for kind in ENCODERS if family_of(kind).skeleton.attention.parts == 1
+)  # with three matrices for Q, K and V
 HEADS, HEAD_DIM, LAYERS = 4, 8, 3  # of all of them
 # Of int8 files whose numbers a test compares: on a processor whose int8 sums saturate, 8 bits give other numbers than the graph says.
 WEIGHT_BITS = 7 if machine.saturates(machine.environment().flags) else 8

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ENCODERS, WEIGHT_BITS, batch, tiny
+from tiny import ENCODERS, SEPARATE, WEIGHT_BITS, batch, tiny
 from torch import nn
 
 from slimformer.core import cost
@@ -292,7 +292,7 @@ def dense_twin(model: Any) -> Any:
     return twin.eval()
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("model_type", SEPARATE)
 def test_a_factored_model_computes_its_matrices_and_can_be_gated(model_type: str) -> None:
     model, anatomy, plan = mixed(model_type)
     assert anatomy_of(model) == anatomy.after(plan)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from tiny import ENCODERS, MODEL_TYPES, WEIGHT_BITS, batch, tiny
+from tiny import ENCODERS, MODEL_TYPES, SEPARATE, WEIGHT_BITS, batch, tiny
 from torch import nn
 
 from slimformer.core import cost
@@ -140,7 +140,7 @@ def mixed(model_type: str) -> tuple[Any, Any, Plan]:
     return shrink(model, anatomy, plan), anatomy, plan
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("model_type", SEPARATE)
 def test_a_model_computes_its_matrices_and_comes_back(model_type: str, tmp_path: Path) -> None:
     model, anatomy, plan = mixed(model_type)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def answers(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("model_type", SEPARATE)
 def test_files_multiply_by_two_thin_matrices(model_type: str, tmp_path: Path) -> None:
     model, _, _ = mixed(model_type)
     paths = {variant: tmp_path / f"{variant}.onnx" for variant in FILES}

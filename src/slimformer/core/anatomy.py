@@ -42,6 +42,7 @@ class Role(StrEnum):
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
+    QUERY_KEY_VALUE = "query_key_value"  # all three in one matrix, one below the other
     ATTENTION_OUT = "attention_out"
     FFN_IN = "ffn_in"
     FFN_OUT = "ffn_out"
@@ -50,7 +51,7 @@ class Role(StrEnum):
     CLASSIFIER = "classifier"
 
 
-ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.QUERY_KEY_VALUE, Role.ATTENTION_OUT)
 FFN_ROLES = (Role.FFN_IN, Role.FFN_OUT)
 
 
@@ -248,12 +249,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers on top of one another, each reading the hidden state that the one below it gives."""
+    """Layers on top of one another, each reading the hidden state that the one below it gives; perhaps a norm on top of them."""
 
     name: str  # "encoder"
     layers: tuple[str, ...]  # the module whose output is the hidden state after each; a skipped layer keeps its name
     embedding: str | None  # the module whose output is the hidden state before the first; None: no module gives just that
     tokens: Tokens = Tokens.SOURCE
+    norm: str | None = None
 
 
 def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
@@ -355,6 +357,11 @@ class Anatomy:
     def meeting(self) -> Mapping[str, Apart]:
         """The junction at which segments meet that attended apart in all layers up to it; empty if they attend to each other in all."""
         return {layer: junction for layer, junction in self.junctions.items() if isinstance(junction, Apart)}
+
+    @property
+    def fused(self) -> bool:
+        """Whether queries, keys and values come from one matrix in some attention."""
+        return any(matrix.role is Role.QUERY_KEY_VALUE for matrix in self.matrices.values())
 
     @property
     def every_site(self) -> Mapping[str, Site]:

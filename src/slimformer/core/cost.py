@@ -168,7 +168,10 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
         left = reaching[site.layer][site.kind is not Kind.HEADS]
         per_unit = left * sum(work(matrix) for matrix in inside if matrix.dense) / site.size
         if site.kind is Kind.HEADS:
-            asker, asked = (next(item.tokens for item in inside if item.role is role) for role in (Role.QUERY, Role.KEY))
+            asker, asked = (
+                next(item.tokens for item in inside if item.role in (role, Role.QUERY_KEY_VALUE))
+                for role in (Role.QUERY, Role.KEY)
+            )
             if beams is not None and asker is asked is Tokens.TARGET:
                 pairs = np.multiply(counts[asker], counts[asked] + 1, dtype=np.float64) / 2  # the n-th token asks n
             else:

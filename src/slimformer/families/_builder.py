@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import nn
 
 from slimformer.core.anatomy import (
-    ATTENTION_ROLES,
     VOCABULARY_SITE,
     Anatomy,
     Counter,
@@ -70,6 +69,7 @@ def build(model: PreTrainedModel, skeleton: Skeleton) -> Anatomy:
 
 Side = Literal["input", "output", "numerator", "denominator", "quotient"]
 NORM_PARTS: tuple[Side, ...] = ("numerator", "denominator", "quotient", "output")  # in the order in which they are computed
+INPUT_ROLES = (Role.QUERY, Role.KEY, Role.VALUE)
 SOFTMAX_PARTS: tuple[tuple[str, Side], ...] = (("numerator",) * 2, ("denominator",) * 2, ("output", "quotient"))
 
 
@@ -117,16 +117,17 @@ class _Built:
         self.add_outer_points(f"{name}." if self.stacks else "", part, layers, tokens)
         self.add_start(part, layers)
         embedding = next((self.prefix + item for item in part.embedding if self.prefix + item in self.modules), None)
-        self.stacks.append(Stack(name, tuple(layers), embedding, tokens))
+        norm = None if part.norm is None else self.prefix + part.norm
+        self.stacks.append(Stack(name, tuple(layers), embedding, tokens, norm))
         for index, path in enumerate(layers):
             self.add_attention(f"{name}.{index}", "", part.attention.under(path), part, tokens)
             if part.cross is not None:
                 self.add_attention(f"{name}.{index}", "cross_", part.cross.under(path), part, tokens)
             self.add_ffn(f"{name}.{index}", part.ffn.under(path), tokens)
             self.layer += 1
-        if part.norm is not None:
-            self.points += _norm_points(name, self.prefix + part.norm, tokens)
-            self.add_norm(self.prefix + part.norm)
+        if norm is not None:
+            self.points += self.norm_points(name, norm, tokens)
+            self.add_norm(norm)
 
     def add_words(self, name: str, part: StackTable, tokens: Tokens) -> None:
         """The word table of a stack, if it is not one that is there already."""
@@ -148,24 +149,24 @@ class _Built:
             asking = {f"{module}.{name}" for module in (block.query, block.key) for name in ("weight", "bias")}
             heads = replace(heads, slices=sliced(heads, asking, rules))
         self.sites += [self.sublayer(where, block, block.out), heads]
-        self.points += _attention_points(layer, kind, block, tokens)
-        for role, module in zip(ATTENTION_ROLES, (block.query, block.key, block.value, block.out), strict=True):
+        self.points += [*_attention_points(layer, kind, block, tokens), *self.norm_points(where, block.norm, tokens, where)]
+        roles = INPUT_ROLES if block.parts == 1 else (Role.QUERY_KEY_VALUE,)
+        for role, module in zip((*roles, Role.ATTENTION_OUT), (*block.inputs, block.out), strict=True):
             read = asked if role in (Role.KEY, Role.VALUE) else tokens
             self.matrices.append(self.matrix(f"{layer}.{kind}{role}", module, role, where, read))
         self.attentions[heads.id] = block.module
-        self.add_block(block, (block.query, block.key, block.value))
+        self.add_block(block)
 
     def add_ffn(self, layer: str, block: FeedForward, tokens: Tokens) -> None:
         if not self.is_there(block):
             return
         where = f"{layer}.ffn"
         self.sites += [self.sublayer(where, block, block.out), self.neurons(f"{layer}.neurons", where, block)]
-        self.points += _ffn_points(layer, block, tokens)
-        self.matrices.append(self.matrix(f"{layer}.ffn_in", block.into, Role.FFN_IN, where, tokens))
-        if block.gate is not None:
-            self.matrices.append(self.matrix(f"{layer}.ffn_gate", block.gate, Role.FFN_IN, where, tokens))
+        self.points += [*_ffn_points(layer, block, tokens), *self.norm_points(where, block.norm, tokens, where)]
+        for name, module in zip(("ffn_in", "ffn_gate"), block.inputs, strict=False):
+            self.matrices.append(self.matrix(f"{layer}.{name}", module, Role.FFN_IN, where, tokens))
         self.matrices.append(self.matrix(f"{layer}.ffn_out", block.out, Role.FFN_OUT, where, tokens))
-        self.add_block(block, (block.into,) if block.gate is None else (block.into, block.gate))
+        self.add_block(block)
 
     def is_there(self, block: Block) -> bool:
         return not any(is_skipped(self.modules.get(skip.module)) for skip in block.skips)
@@ -208,13 +209,12 @@ class _Built:
         """The heads of an attention: rows of each input projection, columns of the output projection."""
         config, per_head = self.model.config, self.skeleton.head_dim
         head_dim = int(getattr(config, per_head) if per_head else self.full_width // getattr(config, part.attention_heads))
-        inputs = (block.query, block.key, block.value)
         return Site(
             id=name,
             kind=Kind.HEADS,
-            size=shape_of(self.modules[block.value])[0] // head_dim,
+            size=shape_of(self.modules[block.value])[0] // (head_dim * block.parts),
             layer=self.layer,
-            slices=(*self.rows(inputs, head_dim), Slice(f"{block.out}.weight", 1, head_dim)),
+            slices=(*self.rows(block.inputs, head_dim, block.parts), Slice(f"{block.out}.weight", 1, head_dim)),
             taps=(Tap(block.out, "input", head_dim),),
             counters=tuple(
                 Counter(block.module, attribute, per_unit)
@@ -226,23 +226,22 @@ class _Built:
 
     def neurons(self, name: str, sublayer: str, block: FeedForward) -> Site:
         """The neurons of a feed-forward block: rows of the first matrices, columns of the last."""
-        inputs = (block.into,) if block.gate is None else (block.into, block.gate)
         return Site(
             id=name,
             kind=Kind.NEURONS,
-            size=shape_of(self.modules[block.into])[0],
+            size=shape_of(self.modules[block.into])[0] // block.parts,
             layer=self.layer,
-            slices=(*self.rows(inputs, 1), Slice(f"{block.out}.weight", 1, 1)),
+            slices=(*self.rows(block.inputs, 1, block.parts), Slice(f"{block.out}.weight", 1, 1)),
             taps=(Tap(block.out, "input"),),
             sublayer=sublayer,
         )
 
-    def rows(self, modules: Sequence[str], unit: int) -> Iterator[Slice]:
+    def rows(self, modules: Sequence[str], unit: int, parts: int = 1) -> Iterator[Slice]:
         """Rows of Linears, with their bias entries."""
         for module in modules:
-            yield Slice(f"{module}.weight", 0, unit)
+            yield Slice(f"{module}.weight", 0, unit, parts)
             if self.modules[module].bias is not None:
-                yield Slice(f"{module}.bias", 0, unit)
+                yield Slice(f"{module}.bias", 0, unit, parts)
 
     # -- Hidden states -------------------------------------------------------------------------------------------------
 
@@ -257,13 +256,23 @@ class _Built:
         elif part.attention.end is not None:  # a norm that a sublayer begins with counts only what stays
             self.stream_taps.append(Tap(layers[0], "input"))
 
-    def add_block(self, block: Attention | FeedForward, reads: Sequence[str]) -> None:
+    def add_block(self, block: Attention | FeedForward) -> None:
         """A sublayer: its first matrices read the hidden states, its last one writes to them."""
-        self.stream += [Slice(f"{module}.weight", 1) for module in reads]
+        self.stream += [Slice(f"{module}.weight", 1) for module in block.inputs]
         self.stream += self.rows((block.out,), 1)
         self.add_norm(block.norm)
 
+    def is_norm(self, module: str) -> bool:
+        """Whether there is a norm, and not something that stands for none."""
+        return getattr(self.modules[module], "weight", None) is not None
+
+    def norm_points(self, where: str, module: str, tokens: Tokens, sublayer: str | None = None) -> Iterator[Point]:
+        for part in NORM_PARTS if self.is_norm(module) else ():
+            yield Point(f"{where}.norm.{part}", (module,), part, PointRole.NORM, sublayer, tokens)
+
     def add_norm(self, module: str) -> None:
+        if not self.is_norm(module):
+            return
         parts = ("weight", "bias") if getattr(self.modules[module], "bias", None) is not None else ("weight",)
         self.stream += [Slice(f"{module}.{part}", 0) for part in parts]
         self.stream_taps.append(Tap(module, "norm"))
@@ -279,7 +288,9 @@ class _Built:
         project = f"{self.prefix}{skeleton.project}"
         inner = [self.prefix + name for name in skeleton.inner if self.prefix + name != project]
         behind = [name for name in (*inner, *skeleton.head, *skeleton.last, *(vectors or ())) if name in outside]
-        if any(isinstance(module, nn.Linear) and name not in (*behind, project) for name, module in outside.items()):
+        words = self.model.get_output_embeddings()  # no Linear once its table is factored
+        reads = (name for name, module in outside.items() if isinstance(module, nn.Linear) or module is words)
+        if any(name not in (*behind, project) for name in reads):
             return
         tables = [matrix.module for matrix in self.matrices if matrix.role is Role.EMBEDDING]
         tables += [name for name, module in outside.items() if isinstance(module, nn.Embedding) and f"{name}.weight" in there]
@@ -296,7 +307,7 @@ class _Built:
         norm = None if part.embedding_norm is None else self.prefix + part.embedding_norm
         self.points.append(Point(f"{kind}embeddings.sum", (norm or layers[0],), "input", PointRole.EMBEDDING, None, tokens))
         if norm is not None:
-            self.points += _norm_points(f"{kind}embeddings", norm, tokens)
+            self.points += self.norm_points(f"{kind}embeddings", norm, tokens)
         if not isinstance(part, Skeleton):
             return
         vectors = self.vector_layers or ()
@@ -312,32 +323,25 @@ class _Built:
 
 
 def _attention_points(layer: str, kind: str, block: Attention, tokens: Tokens) -> Iterator[Point]:
-    """What the projections read and give, the softmax, what the output projection reads, the norm."""
-    where, inputs = f"{layer}.{kind}attention", (block.query, block.key, block.value)
+    """What the projections read and give, the softmax, what the output projection reads."""
+    where, inputs = f"{layer}.{kind}attention", block.inputs
     asked = Tokens.SOURCE if kind else tokens
     if kind:
         yield Point(f"{where}.input", inputs[:1], "input", PointRole.MATRIX, where, tokens)
         yield Point(f"{where}.memory", inputs[1:], "input", PointRole.MATRIX, where, asked)
     else:
         yield Point(f"{where}.input", inputs, "input", PointRole.MATRIX, where, tokens)
-    for name, module, of in zip(("query", "key", "value"), inputs, (tokens, asked, asked), strict=True):
-        yield Point(f"{layer}.{kind}{name}.output", (module,), "output", PointRole.ATTENTION, where, of)
+    roles = INPUT_ROLES if block.parts == 1 else (Role.QUERY_KEY_VALUE,)
+    for role, module, of in zip(roles, inputs, (tokens, asked, asked), strict=False):
+        yield Point(f"{layer}.{kind}{role}.output", (module,), "output", PointRole.ATTENTION, where, of)
     for name, part in SOFTMAX_PARTS:
         yield Point(f"{layer}.{kind}softmax.{name}", (block.module,), part, PointRole.SOFTMAX, where, tokens)
     yield Point(f"{layer}.{kind}attention_out.input", (block.out,), "input", PointRole.MATRIX, where, tokens)
-    yield from _norm_points(where, block.norm, tokens, where)
 
 
 def _ffn_points(layer: str, block: FeedForward, tokens: Tokens) -> Iterator[Point]:
-    """What the matrices read, what the block gives, its norm."""
+    """What the matrices read, and what the block gives."""
     where = f"{layer}.ffn"
-    inputs = (block.into,) if block.gate is None else (block.gate, block.into)
-    yield Point(f"{layer}.ffn_in.input", inputs, "input", PointRole.MATRIX, where, tokens)
+    yield Point(f"{layer}.ffn_in.input", block.inputs[::-1], "input", PointRole.MATRIX, where, tokens)
     yield Point(f"{layer}.ffn_out.input", (block.out,), "input", PointRole.MATRIX, where, tokens)
     yield Point(f"{layer}.ffn_out.output", (block.out,), "output", PointRole.BRANCH, where, tokens)
-    yield from _norm_points(where, block.norm, tokens, where)
-
-
-def _norm_points(where: str, module: str, tokens: Tokens, sublayer: str | None = None) -> Iterator[Point]:
-    for part in NORM_PARTS:
-        yield Point(f"{where}.norm.{part}", (module,), part, PointRole.NORM, sublayer, tokens)

@@ -37,7 +37,8 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Block):
-    """An attention: the module that computes it, and its four Linears.
+    """An attention: the module that computes it, and its four Linears; `query`, `key` and `value` may all name one, which then gives the
+    three side by side.
 
     `counters`: the attribute of `module` that holds the number of its heads, and one that holds that number times the size of a
     head, if it has one. `shares_bias`: whether it adds a bias for each head to its scores that all of its stack share.
@@ -48,17 +49,40 @@ class Attention(Block):
     key: str
     value: str
     out: str
-    counters: tuple[str, ...]
+    counters: tuple[str, ...] = ()
     shares_bias: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The Linears that give queries, keys and values: three, or one."""
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
+
+    @property
+    def parts(self) -> int:
+        """How many of the three each of these gives."""
+        return 3 // len(self.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward(Block):
-    """Two Linears with an activation between them; with a `gate`, a third one beside the first, whose outputs multiply its own."""
+    """Two Linears with an activation between them; with a `gate`, a third one beside the first, whose outputs multiply its own.
+
+    `gate` may name the module `into`, which then gives both side by side.
+    """
 
     into: str
     gate: str | None = None
     out: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The Linears that read the hidden states."""
+        return (self.into,) if self.gate in (None, self.into) else (self.into, str(self.gate))
+
+    @property
+    def parts(self) -> int:
+        """How many outputs each of these has for a neuron."""
+        return 2 if self.gate == self.into else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,8 @@ class Family(ABC):
     the usual one first; a model with another is refused. `auto_class`: what transformers calls the models that the checks run on.
     `special_tokens`: role -> token, in the order of their ids, for a vocabulary that is trained for a model from scratch; none if that
     makes no sense. `decoder_start`: the role of the token that its decoder starts with. `classes`: the module that defines the classes
-    of its configs and models; one that is not transformers' own registers them with the Auto classes when it is imported.
+    of its configs and models; one that is not transformers' own registers them with the Auto classes when it is imported. `per_layer`:
+    fields of a config with an entry for each layer, which its class makes anew if they are left out.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -73,6 +74,7 @@ class Family(ABC):
     settled: ClassVar[Mapping[str, tuple[Any, ...]]] = SETTLED
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     special_tokens: ClassVar[Mapping[str, str]] = {}
+    per_layer: ClassVar[tuple[str, ...]] = ()
     decoder_start: ClassVar[str] = "pad_token"
     classes: ClassVar[str] = "transformers"
 

@@ -7,7 +7,7 @@ for good, and a module that was replaced shifts the list. If no scores are asked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -91,8 +91,8 @@ def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) ->
             for hook in _hidden_hooks(model, anatomy, recorder):
                 context.callback(hook.remove)
         if Capture.RELATIONS in recorder.needs:
-            for role, name in related(anatomy).items():
-                context.callback(model.get_submodule(name).register_forward_hook(partial(_see_output, recorder, role)).remove)
+            for name, roles in related(anatomy).items():
+                context.callback(model.get_submodule(name).register_forward_hook(partial(_see_output, recorder, roles)).remove)
         if Capture.SCORES in recorder.needs:
             attentions = anatomy.attentions.items()
             slots = {module: Slot(see_scores=partial(recorder.see_scores, heads)) for heads, module in attentions}
@@ -105,13 +105,17 @@ def _words_left(model: nn.Module, anatomy: Anatomy) -> dict[int, Tensor]:
     return {1 + place: words for place, words in latest_words(model, anatomy).items()}
 
 
-def related(anatomy: Anatomy) -> dict[Role, str]:
-    """The modules that give the queries, keys and values of the encoder's last attention; none if all attentions are gone."""
+def related(anatomy: Anatomy) -> dict[str, tuple[Role, ...]]:
+    """The modules that give the queries, keys and values of the encoder's last attention, each with those that it gives, side by side.
+
+    None if all attentions are gone.
+    """
     encoder = [site for site in anatomy.of_kind(Kind.HEADS) if anatomy.stack_of(site.layer).tokens is Tokens.SOURCE]
     if not encoder:
         return {}
     inside = [matrix for matrix in anatomy.matrices.values() if matrix.sublayer == encoder[-1].sublayer]
-    return {role: next(matrix.module for matrix in inside if matrix.role is role) for role in RELATED}
+    gives = {**{role: (role,) for role in RELATED}, Role.QUERY_KEY_VALUE: RELATED}
+    return {matrix.module: gives[matrix.role] for matrix in inside if matrix.role in gives}
 
 
 def related_width(anatomy: Anatomy) -> int:
@@ -121,8 +125,9 @@ def related_width(anatomy: Anatomy) -> int:
 
 def related_widths(anatomy: Anatomy) -> tuple[int, ...]:
     """The widths of its queries, keys and values: one for all, unless some of its heads have no queries; none if there is none."""
-    names = set(related(anatomy).values())
-    return tuple(dict.fromkeys(matrix.shape[0] for matrix in anatomy.matrices.values() if matrix.module in names))
+    gives = related(anatomy)
+    inside = (matrix for matrix in anatomy.matrices.values() if matrix.module in gives)
+    return tuple(dict.fromkeys(matrix.shape[0] // len(gives[matrix.module]) for matrix in inside))
 
 
 def state_count(anatomy: Anatomy) -> int:
@@ -146,8 +151,9 @@ def _see_input(recorder: Recorder, index: int, _: nn.Module, args: tuple[Any, ..
     recorder.see_hidden(index, args[0])
 
 
-def _see_output(recorder: Recorder, role: Role, _: nn.Module, __: Any, output: Tensor) -> None:
-    recorder.see_relation(role, output)
+def _see_output(recorder: Recorder, roles: Sequence[Role], _: nn.Module, __: Any, output: Tensor) -> None:
+    for role, values in zip(roles, output.chunk(len(roles), -1), strict=True):
+        recorder.see_relation(role, values)
 
 
 def _hidden_hook(recorder: Recorder, index: int) -> Any:

@@ -90,7 +90,7 @@ def starting(model: nn.Module, anatomy: Anatomy, given: Given) -> Iterator[None]
     real = {name: model.get_submodule(name) for name in outputs}
     try:
         for name, output in outputs.items():
-            model.set_submodule(name, _Given(output))
+            model.set_submodule(name, _Given(output, real[name]))
         yield
     finally:
         for name, module in real.items():
@@ -132,11 +132,14 @@ class _Stop(Exception):
 
 
 class _Given(nn.Module):
-    """Stands for a layer that has been computed already."""
+    """Stands for a layer that has been computed already, and has what a model reads from that: whom it attends to, say."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, layer: nn.Module) -> None:
         super().__init__()
-        self.output = output
+        self.output, self._layer = output, (layer,)  # a tuple, so that the layer is no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         return self.output

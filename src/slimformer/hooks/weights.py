@@ -22,7 +22,8 @@ from slimformer.errors import PlanError, RecipeError, nearest
 Mask = Tensor | Callable[[], Tensor]
 Change = Callable[[Tensor], Tensor]  # a tensor in, one of the same shape out
 
-FEEDS = (Role.VALUE, Role.FFN_IN)  # a unit without these rows and their biases gives 0: GELU, ReLU, SiLU and tanh map 0 to 0
+# A unit without these rows and their biases gives 0: GELU, ReLU, SiLU and tanh map 0 to 0.
+FEEDS = (Role.VALUE, Role.QUERY_KEY_VALUE, Role.FFN_IN)
 
 
 @contextmanager
@@ -155,12 +156,13 @@ def liveliness(anatomy: Anatomy, values: Mapping[str, Tensor]) -> dict[str, Tens
     for site in anatomy.units:
         feeds = [piece for piece in site.slices if piece.dim == 0 and roles.get(piece.param.rpartition(".")[0]) in FEEDS]
         reads = [piece for piece in site.slices if piece.dim == 1]
-        bars[site.id] = torch.minimum(_largest(site, feeds, values), _largest(site, reads, values))  # (size,)
+        first = 2 if any(roles.get(piece.param.rpartition(".")[0]) is Role.QUERY_KEY_VALUE for piece in feeds) else 0
+        bars[site.id] = torch.minimum(_largest(site, feeds, values, first), _largest(site, reads, values))  # (size,)
     return bars
 
 
-def _largest(site: Site, pieces: Sequence[Slice], values: Mapping[str, Tensor]) -> Tensor:
-    """Per unit the largest value in its part of any of these slices: (size,)."""
+def _largest(site: Site, pieces: Sequence[Slice], values: Mapping[str, Tensor], first: int = 0) -> Tensor:
+    """Per unit the largest value in its part of any of these slices, of whose stacked blocks those from `first` on count: (size,)."""
     tops = []
     for piece in pieces:
         if piece.param in values:
@@ -168,7 +170,7 @@ def _largest(site: Site, pieces: Sequence[Slice], values: Mapping[str, Tensor]) 
             along = value.amax(1 - piece.dim) if value.ndim == 2 else value
             rows = site.size * piece.unit * piece.parts
             units = along.repeat_interleave(rows // len(along)).reshape(piece.parts, site.size, piece.unit)
-            tops.append(units.amax(2).amax(0))
+            tops.append(units[first:].amax(2).amax(0))
         elif piece.param.endswith(".weight"):
             return torch.full((site.size,), torch.inf)
     return torch.stack(tops).amax(0) if tops else torch.full((site.size,), torch.inf)

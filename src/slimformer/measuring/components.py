@@ -44,6 +44,7 @@ _OF_ROLE = {
     Role.QUERY: Component.LINEAR_BEFORE,
     Role.KEY: Component.LINEAR_BEFORE,
     Role.VALUE: Component.LINEAR_BEFORE,
+    Role.QUERY_KEY_VALUE: Component.LINEAR_BEFORE,
     Role.ATTENTION_OUT: Component.LINEAR_AFTER,
     Role.FFN_IN: Component.FFN,
     Role.FFN_OUT: Component.FFN,

@@ -79,8 +79,9 @@ class DecomposedAttention(Method):
         return None
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        if len(anatomy.stacks) > 1 or not anatomy.attentions:
-            why = "it writes texts" if len(anatomy.stacks) > 1 else "it has no attention"
+        if len(anatomy.stacks) > 1 or not anatomy.attentions or anatomy.fused:
+            why = "its queries, keys and values are one matrix" if anatomy.fused else "it has no attention"
+            why = "it writes texts" if len(anatomy.stacks) > 1 else why
             raise TargetError(
                 f"decomposed_attention cannot divide this model: {why}.", help="start from an encoder, such as a BERT."
             )

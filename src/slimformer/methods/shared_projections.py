@@ -80,6 +80,8 @@ class SharedProjections(Method):
     def mismatch(self, mine: Anatomy, theirs: Anatomy) -> str | None:
         if len(mine.stacks) > 1 or len(theirs.stacks) > 1:
             return "it is for encoders, and the model has a decoder too"
+        if mine.fused or theirs.fused:
+            return "queries, keys and values are one matrix, whose rows no projection of heads fits"
         if not mine.layers or not theirs.layers:
             return f"the {'teacher' if mine.layers else 'model'} has no layers to learn from"
         if mine.vocabulary is None or theirs.vocabulary is None:

@@ -260,8 +260,8 @@ def sieve_layers(anatomy: Anatomy, layers: Sequence[int] | None) -> tuple[str, .
     """
     names = list(anatomy.layer_modules)
     able = [place for place, name in enumerate(names[:-1]) if heads_of(name) in anatomy.attentions]
-    if anatomy.junctions or len(anatomy.stacks) > 1 or not able:
-        why = "no layer but the last has an attention"
+    if anatomy.junctions or len(anatomy.stacks) > 1 or not able or anatomy.fused:
+        why = "its queries, keys and values are one matrix" if anatomy.fused else "no layer but the last has an attention"
         why = "it has exits or sieves already" if anatomy.junctions else "it writes texts" if len(anatomy.stacks) > 1 else why
         raise TargetError(
             f"word_elimination cannot take words out of this model: {why}.", help="start from an encoder of two layers or more."

@@ -120,7 +120,8 @@ def timed_shapes(teacher: Path, task: Task, log: Log, *, threads: int | None = N
         sessions = {}
         with log.track("timing shapes of students", len(shapes)) as advance:
             for done, shape in enumerate(shapes):
-                sizes = transformers.AutoConfig.for_model(kind, **(usual | dict(shape.config)))
+                shared = {name: value for name, value in usual.items() if name not in family.per_layer}
+                sizes = transformers.AutoConfig.for_model(kind, **(shared | dict(shape.config)))
                 with torch.random.fork_rng(devices=[]), without_bars():
                     torch.manual_seed(0)
                     model = auto_class_named(task.auto_class).from_config(sizes).eval()

@@ -125,7 +125,7 @@ def write_student(
     family_of(use).model_class("")
     same = use == given["model_type"]
     taken = (
-        {name: value for name, value in given.items() if name not in FOLLOWS}
+        {name: value for name, value in given.items() if name not in (*FOLLOWS, *family_of(use).per_layer)}
         if same
         else {"pad_token_id": given.get("pad_token_id")}
     )

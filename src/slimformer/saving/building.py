@@ -45,7 +45,7 @@ _SIZES = (
     "encoder_attention_heads", "decoder_attention_heads", "relative_attention_num_buckets",
 )  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
-_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "dense_act_fn")
+_ACTIVATIONS = ("hidden_act", "activation", "activation_function", "dense_act_fn", "hidden_activation", "classifier_activation")
 
 
 @dataclass(frozen=True)

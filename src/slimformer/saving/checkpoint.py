@@ -667,12 +667,14 @@ def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str
             help="mend architectures in config.json; without it, the class is found from the weights.",
         )
     fresh = not source.holds(parts)
+    shared = sorted(parts.head & set(source.tops)) if fresh and source.parts.purpose == "MaskedLM" else []
     raw = {name: value for name, value in source.raw.items() if not (fresh and name in LABEL_FIELDS)}
     fields = blueprint(folder, raw, source.stored)
     remarks = list(fields.remarks)
     if fresh and (source.problem or source.parts.head):
         had = source.problem or f"it is a {source.parts.cls.__name__}"
-        remarks.append(f"{folder}: {had}; its encoder is taken, and the head of the {parts.cls.__name__} is new.")
+        taken = "its encoder and what the heads share are" if shared else "its encoder is"
+        remarks.append(f"{folder}: {had}; {taken} taken, and the head of the {parts.cls.__name__} is new.")
     known = {name: value for name, value in changes.items() if name not in LABEL_FIELDS} | {
         name: changes[name] for name in LABEL_FIELDS if name in changes
     }
@@ -686,7 +688,8 @@ def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str
     names = {name: own for name, own in names.items() if name in wanted or ".pooler." not in f".{name}"}
     if not fresh:
         names |= {name: own for name, own in source.tops.items() if name in wanted}
-    new = {name for name in wanted if fresh and (not name.startswith(parts.prefix) or ".pooler." in name)}
+    names |= {name: source.tops[name] for name in shared}
+    new = {name for name in wanted if fresh and (not name.startswith(parts.prefix) or ".pooler." in name)} - set(shared)
     have = {name: source.stored.tensors[own].shape for name, own in names.items()}
     _compare(folder, have, wanted, new | set(_tied(model)) | {name for name in wanted if is_computed(model, name)}, CONFIG)
     return _Dense(model, names, tuple(remarks), options)

@@ -7,6 +7,7 @@ for, other forms are multiplied out. The answers are the same; the model is smal
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,7 @@ from slimformer.core.anatomy import Anatomy, Kind
 from slimformer.core.plan import Plan
 from slimformer.core.pooling import SENTENCE_VECTOR, vector_head
 from slimformer.errors import PlanError
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, family_of
 from slimformer.saving.building import empty_model
 from slimformer.saving.folders import CONFIG
 
@@ -50,17 +51,11 @@ def uniform(small: PreTrainedModel) -> PreTrainedModel:
     if anatomy.junctions or anatomy.patterns:
         what = "heads that attend by a rule, layers that attend apart, exits or sieves"
         raise PlanError(f"no plain class has {what}.", help="use the files that were exported.")
-    packed = _whole_layers(small, anatomy)
-    anatomy = anatomy_of(packed)
-    config = copy.deepcopy(packed.config)
-    for part, size in _sizes(packed, anatomy).items():
-        setattr(config, _name(config, part), size)
-    if vector_head(config) is not None:
-        from slimformer.families._embedder import sized_head  # needs torch
-
-        setattr(config, SENTENCE_VECTOR, sized_head(packed).to_config())
-    empty = empty_model(_class_of(packed), config, Path(CONFIG), buffers=True)
-    wide = anatomy_of(empty)
+    alive = sorted({site.layer for site in anatomy.units})
+    packed, empty = _packed(small, anatomy, alive)
+    if packed.state_dict().keys() - empty.state_dict().keys():  # the first layer is unlike the others, and cannot be left out
+        packed, empty = _packed(small, anatomy, sorted({0, *alive}))
+    anatomy, wide = anatomy_of(packed), anatomy_of(empty)
     keep: dict[str, tuple[int, ...]] = {}
     for site in wide.units:
         own = anatomy.sites.get(site.id)
@@ -72,8 +67,21 @@ def uniform(small: PreTrainedModel) -> PreTrainedModel:
     return unshrink(packed, empty, wide, Plan(keep))
 
 
-def _whole_layers(small: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """A copy without the layers of which nothing is left, and with plain matrices in the place of other forms."""
+def _packed(small: PreTrainedModel, anatomy: Anatomy, layers: Sequence[int]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """`_whole_layers`, and a model of a plain class into which they fit, without weights."""
+    packed = _whole_layers(small, anatomy, layers)
+    config = copy.deepcopy(packed.config)
+    for part, size in _sizes(packed, anatomy_of(packed)).items():
+        setattr(config, _name(config, part), size)
+    if vector_head(config) is not None:
+        from slimformer.families._embedder import sized_head  # needs torch
+
+        setattr(config, SENTENCE_VECTOR, sized_head(packed).to_config())
+    return packed, empty_model(_class_of(packed), config, Path(CONFIG), buffers=True)
+
+
+def _whole_layers(small: PreTrainedModel, anatomy: Anatomy, alive: Sequence[int]) -> PreTrainedModel:
+    """A copy with these layers alone, and with plain matrices in the place of other forms."""
     from torch import nn
 
     from slimformer.forms.base import Formed  # needs torch
@@ -91,11 +99,12 @@ def _whole_layers(small: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
                 plain.bias = nn.Parameter(bias.detach().clone())
             model.set_submodule(name, plain)
     (stack,) = anatomy.stacks
-    alive = sorted({site.layer for site in anatomy.units})
     layers = [model.get_submodule(stack.layers[place]) for place in alive]
     if len(layers) < len(stack.layers):
         model.set_submodule(stack.layers[0].rpartition(".")[0], nn.ModuleList(layers))
         setattr(model.config, _name(model.config, "layers"), len(layers))
+        for name in family_of(model.config.model_type).per_layer:
+            setattr(model.config, name, [getattr(model.config, name)[place] for place in alive])
     return model
 
 

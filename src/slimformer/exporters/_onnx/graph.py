@@ -20,12 +20,13 @@ IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9}  # that came with an opset
 _MORE_TYPES = {
     "Cast",
     "CastLike",
+    "ConstantOfShape",
     "DequantizeLinear",
     "Identity",
     "QuantizeLinear",
     "Reshape",
     "Shape",
-}  # what opset 19 gave these
+}  # what opsets 19 and 20 gave these
 _MATRICES = {"MatMul", "Gemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "FusedMatMul"}
 CUT = "sieve."  # what the names of values begin with at which a graph is cut later
 SHARED = 8  # values of a constant, at most, that equal constants share
@@ -135,10 +136,11 @@ class Product:
 
     @property
     def name(self) -> str:
-        """The name of the weight, taken from its bias if it has one: the tracer renames weights that it transposes."""
+        """The name of the weight, taken from its bias or that of the node: the tracer renames weights that it transposes."""
         if self.bias is not None and str(self.bias.name).endswith(".bias"):
             return f"{str(self.bias.name).removesuffix('.bias')}.weight"
-        return str(required(self.node.inputs[1]).name)
+        named = str(self.node.name)
+        return named if named.endswith(".weight") else str(required(self.node.inputs[1]).name)
 
 
 def products(graph: ir.Graph) -> list[Product]:
@@ -239,7 +241,7 @@ def lower_versions(model: ir.Model) -> None:
             continue
         newest = model.graph.opset_imports[""]
         version = onnx.defs.get_schema(node.op_type, newest).since_version
-        if version == 19 and node.op_type in _MORE_TYPES:
+        if version in (19, 20) and node.op_type in _MORE_TYPES:
             version = onnx.defs.get_schema(node.op_type, 18).since_version
             node.attributes.pop("saturate", None)
         needed = max(needed, version)

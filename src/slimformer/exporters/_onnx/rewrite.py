@@ -38,6 +38,10 @@ ATTENTION = (
     "slimformer",
     "Attention",
 )  # (query, key, value, mask, perhaps a summand of the scores): each (a, b, heads, dim); which of a, b is the batch: `Axes`
+TURNED = (
+    "slimformer",
+    "Turned",
+)  # (query, key, value, mask, cosines and sines of each place): (., ., width); with a window around each
 PATTERN = ("slimformer", "Pattern")  # (values, mask) with what all of these heads attend to: (., ., width) -> the same
 FORMED = ("slimformer", "Formed")  # (x, its parameters) with the name of its `module`: (., ., in) -> (., ., out)
 TABLE = ("slimformer", "Table")  # (ids, its parameters) with the name of its `module`: (., .) -> (., ., width)
@@ -54,7 +58,7 @@ _BROADCAST = {"Add", "Mul", "Sub", "Div"}
 
 def markers(graph: ir.Graph) -> list[ir.Node]:
     """The attention markers that the trace left, in order."""
-    return [node for node in graph if (node.domain, node.op_type) == ATTENTION]
+    return [node for node in graph if (node.domain, node.op_type) in (ATTENTION, TURNED)]
 
 
 # --------------------------------------------------------------------------------------------------------------- attention
@@ -64,6 +68,8 @@ def flatten_attentions(graph: ir.Graph) -> int:
     """Takes the reshapes around each marker away: it then reads and writes (., ., heads * dim). Gives the number of markers."""
     attentions = markers(graph)
     for node in attentions:
+        if (node.domain, node.op_type) == TURNED:
+            continue  # it is flat
         uses = list(node.outputs[0].uses())
         if len(uses) != 1 or uses[0].node.op_type != "Reshape":
             raise Unexpected(f"the heads of attention {node.name} are not joined again")
@@ -92,6 +98,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
     editor = Editor(graph)
     biases: dict[ir.Value, ir.Value] = {}
     attentions = markers(graph)
+    places = _Around(editor, axes)
     for place, node in enumerate(attentions):
         query, key, value, mask, *beyond = (required(item) for item in node.inputs)
         heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
@@ -101,6 +108,12 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
         split = editor.constant([0, 0, heads, width // heads], np.int64)
         join = editor.constant([0, 0, width], np.int64)
         q, k, v = (editor.one(node, "Reshape", [item, split]) for item in (query, key, value))
+        turned = (node.domain, node.op_type) == TURNED
+        if turned:
+            turns, first = beyond, "first" in node.attributes
+            beyond = places.beyond(node, mask, first)
+            k = places.turned(node, k, turns)
+            q = q if first else places.turned(node, q, turns)  # the first place is turned by nothing
         if fused:
             strides = {"transBatchA": 1, "transBatchB": 1, "transB": 1, "alpha": scale}
             scores = editor.one(node, "FusedMatMul", [q, k], MICROSOFT, **strides)  # (batch, heads, seq, seq)
@@ -110,9 +123,11 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
             v = editor.one(node, "Transpose", [v], perm=[axes.batch, 2, axes.seq, 3])
             q = editor.one(node, "Mul", [q, editor.constant(scale, np.float32)])
             scores = editor.one(node, "MatMul", [q, k])
-        scores = editor.one(node, "Add", [scores, biases[mask]])
-        if beyond:
-            scores = editor.one(node, "Add", [scores, beyond[0]])
+        if turned and beyond:
+            scores = editor.one(node, "Add", [scores, places.with_mask(node, beyond[0], biases[mask])])
+        else:
+            scores = editor.one(node, "Add", [scores, biases[mask]])
+            scores = editor.one(node, "Add", [scores, beyond[0]]) if beyond else scores
         shares = editor.one(node, "Softmax", [scores], axis=-1)
         shares.name = shares_names.get(place, shares.name)
         if fused:
@@ -133,6 +148,62 @@ def _mask_bias(editor: Editor, before: ir.Node, mask: ir.Value) -> ir.Value:
     lost = editor.one(before, "Sub", [editor.constant(1.0, np.float32), kept])
     bias = editor.one(before, "Mul", [lost, editor.constant(MASKED, np.float32)])
     return editor.one(before, "Unsqueeze", [bias, editor.constant([1] if rank_of(mask) == 3 else [1, 2], np.int64)])
+
+
+class _Around:
+    """What follows from places alone for attentions whose positions turn queries and keys, or whose words see a window around them; each
+    computed once."""
+
+    def __init__(self, editor: Editor, axes: Axes) -> None:
+        self.editor, self.axes = editor, axes
+        self.known: dict[tuple[Any, ...], ir.Value] = {}
+
+    def beyond(self, node: ir.Node, mask: ir.Value, first: bool) -> list[ir.Value]:
+        """MASKED for words out of the window of a marker, else 0: (1, 1, seq, seq), or (1, 1, 1, seq) for the first word alone."""
+        window = node.attributes["window"].as_int()
+        key = (mask, window, first)
+        if window and key not in self.known:
+            one, zero, step = (self.editor.constant(number, np.int64) for number in (1, 0, 1))
+            size = self.editor.one(node, "Gather", [self.editor.one(node, "Shape", [mask]), one])
+            places = self.editor.one(node, "Range", [zero, size, step])  # (seq,)
+            if not first:
+                column = self.editor.one(node, "Unsqueeze", [places, self.editor.constant([1], np.int64)])
+                places = self.editor.one(node, "Abs", [self.editor.one(node, "Sub", [column, places])])  # (seq, seq)
+            far = self.editor.one(node, "GreaterOrEqual", [places, self.editor.constant(window, np.int64)])
+            far = self.editor.one(node, "Cast", [far], to=int(ir.DataType.FLOAT))
+            far = self.editor.one(node, "Mul", [far, self.editor.constant(MASKED, np.float32)])
+            axes = self.editor.constant([0, 1, 2] if first else [0, 1], np.int64)
+            self.known[key] = self.editor.one(node, "Unsqueeze", [far, axes])
+        return [self.known[key]] if window else []
+
+    def with_mask(self, node: ir.Node, beyond: ir.Value, bias: ir.Value) -> ir.Value:
+        """Both summands: (batch, 1, seq, seq)."""
+        if (beyond, bias) not in self.known:
+            self.known[beyond, bias] = self.editor.one(node, "Add", [beyond, bias])
+        return self.known[beyond, bias]
+
+    def turned(self, node: ir.Node, heads: ir.Value, turns: list[ir.Value]) -> ir.Value:
+        """Queries or keys (., ., heads, dim), turned by their places: place i of a head and dim / 2 + i are coordinates in a plane.
+
+        `turns`: cosines and sines, (1, seq, dim) each, whose halves are equal.
+        """
+        editor, dim = self.editor, node.attributes["width"].as_int() // node.attributes["heads"].as_int()
+        cosines, sines = self.spread(node, turns, dim)
+        halves = [editor.constant([number], np.int64) for number in (0, dim // 2, dim, 3)]
+        low, high = (editor.one(node, "Slice", [heads, halves[begin], halves[begin + 1], halves[3]]) for begin in (0, 1))
+        across = editor.one(node, "Mul", [editor.one(node, "Concat", [high, low], axis=3), sines])
+        return editor.one(node, "Add", [editor.one(node, "Mul", [heads, cosines]), across])
+
+    def spread(self, node: ir.Node, turns: list[ir.Value], dim: int) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines for heads (., ., heads, dim), the first half of the sines negative."""
+        cosines, sines = turns
+        if (cosines,) not in self.known:
+            editor = self.editor
+            shape = editor.constant([1, -1, 1, dim] if self.axes == BATCH_FIRST else [-1, 1, 1, dim], np.int64)
+            signs = editor.constant(np.repeat([-1.0, 1.0], dim // 2), np.float32)
+            self.known[cosines,] = editor.one(node, "Reshape", [cosines, shape])
+            self.known[sines,] = editor.one(node, "Mul", [editor.one(node, "Reshape", [sines, shape]), signs])
+        return self.known[cosines,], self.known[sines,]
 
 
 def lower_patterns(graph: ir.Graph, axes: Axes) -> int:
@@ -271,7 +342,7 @@ def read_only_first(graph: ir.Graph, axes: Axes) -> int:
         operands = _rowwise_operands(node)
         if node in narrow or not operands or node.outputs[0].is_graph_output():
             continue
-        uses = list(node.outputs[0].uses())
+        uses = [use for output in node.outputs for use in output.uses()]
         if uses and all(use.node in narrow and use.idx in narrow[use.node] for use in uses):
             narrow[node] = operands
     editor = Editor(graph)
@@ -289,8 +360,10 @@ def read_only_first(graph: ir.Graph, axes: Axes) -> int:
         if node in narrow and (node.domain, node.op_type) == ATTENTION and len(node.inputs) > 4:
             beyond = required(node.inputs[4])  # (1, heads, seq, seq)
             node.replace_input_with(4, editor.one(node, "Slice", [beyond, start, stop, editor.constant([2], np.int64)]))
-        if node in narrow and node not in picks:
-            node.outputs[0].shape = _narrowed(node.outputs[0], axes)
+        if node in narrow and (node.domain, node.op_type) == TURNED:
+            node.attributes["first"] = ir.AttrInt64("first", 1)
+        for output in node.outputs if node in narrow and node not in picks else ():
+            output.shape = _narrowed(output, axes)
     return len(narrow) - len(picks)
 
 
@@ -324,11 +397,16 @@ def _takes_columns(node: ir.Node) -> bool:
     return axes is not None and rank_of(node.inputs[0]) == 3 and [int(axis) % 3 for axis in axes] == [2]
 
 
+def _splits_columns(node: ir.Node) -> bool:
+    """Whether a node divides a hidden state into groups of columns."""
+    return node.op_type == "Split" and rank_of(node.inputs[0]) == 3 and node.attributes["axis"].as_int() in (-1, 2)
+
+
 def _rowwise_operands(node: ir.Node) -> tuple[int, ...]:
     """Inputs whose row i alone decides row i of the node's output; empty if the node mixes rows."""
-    if (node.domain, node.op_type) in {ATTENTION, FORMED}:
+    if (node.domain, node.op_type) in {ATTENTION, TURNED, FORMED}:
         return (0,)  # keys and values are read whole
-    if node.op_type in _ELEMENTWISE or _takes_columns(node):
+    if node.op_type in _ELEMENTWISE or _takes_columns(node) or _splits_columns(node):
         return (0,)
     if node.op_type == "Concat" and rank_of(node.outputs[0]) == 3 and node.attributes["axis"].as_int() in (-1, 2):
         return tuple(range(len(node.inputs)))

@@ -23,8 +23,9 @@ from slimformer.core.dividing import MET, SEGMENTS, meeting_seen
 from slimformer.core.patterning import BEYOND, fixed_marked
 from slimformer.core.sieving import all_words
 from slimformer.errors import ExportError
+from slimformer.exporters._onnx.graph import required
 from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
-from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, PATTERN, RECURRENT, TABLE
+from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, PATTERN, RECURRENT, TABLE, TURNED
 from slimformer.exporters._onnx.sieves import END, before_name, state_name
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
@@ -97,10 +98,12 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
         for name in reversed(inside):  # they were outputs so that they got their names
             assert program.model.graph.outputs[-1].name == name
             program.model.graph.outputs.pop()
-        constants = program.model.graph.initializers
+        graph = program.model.graph
         for name, bias in biases.items():
-            if f"model.{name}" in constants:
-                constants[f"model.{name}"].const_value = onnx_ir.tensor(bias, name=f"model.{name}")
+            if bias is None:
+                _take_bias(graph, f"model.{name}")
+            elif f"model.{name}" in graph.initializers:
+                graph.initializers[f"model.{name}"].const_value = onnx_ir.tensor(bias, name=f"model.{name}")
     return program.model
 
 
@@ -172,6 +175,28 @@ def _mark_attention(
     return torch.onnx.ops.symbolic("::".join(ATTENTION), inputs, attributes, dtype=query.dtype, shape=shape), None
 
 
+def _mark_turned(attention: nn.Module, inputs: str, out: str, head_dim: int) -> Any:
+    """A forward pass for an attention with one matrix for queries, keys and values, whose positions turn queries and keys, that leaves a
+    marker: it has two more inputs, the cosines and sines of the turns, and the width of its window if it has one."""
+
+    def forward(hidden_states: Any, position_embeddings: Any = None, attention_mask: Any = None, **_: Any) -> Any:
+        states = attention.get_submodule(inputs)(hidden_states)  # (., ., 3 * heads * dim)
+        width = states.shape[-1] // 3
+        parts = [states[..., place * width : (place + 1) * width] for place in range(3)]
+        attributes: dict[str, Any] = {"scale": head_dim**-0.5, "heads": width // head_dim, "width": width}
+        attributes["window"] = int(getattr(attention, "sliding_window", None) or 0)
+        mixed = torch.onnx.ops.symbolic(
+            "::".join(TURNED),
+            [*parts, attention_mask, *position_embeddings],
+            attributes,
+            dtype=parts[0].dtype,
+            shape=parts[0].shape,
+        )
+        return attention.get_submodule(out)(mixed), None
+
+    return forward
+
+
 def _mark_fixed(values: Any, attends: str, mask: Any) -> Any:
     """Leaves a marker for heads with a fixed pattern: (., ., width) in and out."""
     attributes: dict[str, Any] = {"attends": attends}
@@ -238,22 +263,62 @@ def _marked(subject: Subject) -> Iterator[None]:
         for name, module in forms_in(model).items():
             stack.callback(delattr, module, "forward")
             module.forward = _mark_form(name, module)
+        for name, forward in _turned_attentions(subject):
+            attention = model.get_submodule(name)
+            stack.callback(delattr, attention, "forward")
+            attention.forward = forward
         for layer in recurrent_in(model):
             stack.callback(delattr, layer, "forward")
             layer.forward = _mark_recurrent(layer)  # type: ignore[method-assign]
         (encoder,) = subject.anatomy.stacks
         assert encoder.embedding is not None, "an encoder's embedding is a module"
-        for name in (encoder.embedding, encoder.layers[-1]) if encoder.layers else ():
+        for name in (encoder.embedding, encoder.norm or encoder.layers[-1]) if encoder.layers else ():
             stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
 
 
+def _turned_attentions(subject: Subject) -> Iterator[tuple[str, Any]]:
+    """The attentions with one matrix for queries, keys and values, each with a forward pass that leaves a marker."""
+    anatomy = subject.anatomy
+    for heads, name in anatomy.attentions.items():
+        site = anatomy.sites[heads]
+        inside = {
+            item.role: item.module.removeprefix(f"{name}.")
+            for item in anatomy.matrices.values()
+            if item.sublayer == site.sublayer
+        }
+        if Role.QUERY_KEY_VALUE in inside:
+            names = inside[Role.QUERY_KEY_VALUE], inside[Role.ATTENTION_OUT]
+            yield name, _mark_turned(subject.model.get_submodule(name), *names, site.taps[0].unit)
+
+
+def _take_bias(graph: onnx_ir.Graph, name: str) -> None:
+    """Takes a bias that the model does not have out of the graph, and gives its product the name of its weight."""
+    value = graph.initializers.get(name)
+    for node in [] if value is None else [use.node for use in value.uses()]:
+        product: onnx_ir.Node | None = node
+        if node.op_type == "Gemm":
+            node.replace_input_with(2, None)
+        else:
+            (rest,) = (required(item) for item in node.inputs if item is not value)
+            product = rest.producer()
+            node.outputs[0].replace_all_uses_with(rest, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+        assert product is not None, "a bias is added to a product"
+        product.name = f"{name.removesuffix('.bias')}.weight"
+        if product.name not in graph.initializers:
+            required(product.inputs[1]).name = product.name
+    graph.initializers.pop(name, None)
+
+
 @contextmanager
-def _distinct_biases(model: nn.Module) -> Iterator[dict[str, np.ndarray]]:
+def _distinct_biases(model: nn.Module) -> Iterator[dict[str, np.ndarray | None]]:
     """Gives each bias values of its own, and puts the true ones back; yields the true ones by name.
 
-    The tracer keeps one of several equal constants, and products are told apart by the names of their biases.
+    The tracer keeps one of several equal constants, and products are told apart by the names of their biases. So a Linear without a bias
+    gets one for that time; its true one is None.
     """
+    bare = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is None}
     modules = {
         name: dict(module.named_parameters())
         for name, module in model.named_modules()
@@ -265,8 +330,14 @@ def _distinct_biases(model: nn.Module) -> Iterator[dict[str, np.ndarray]]:
         with torch.no_grad():
             for index, bias in enumerate(biases.values()):
                 bias.copy_(torch.linspace(index + 0.25, index + 0.75, len(bias)))  # no constant of a model looks like that
-        yield {name: value.float().cpu().numpy() for name, value in true.items()}
+            for index, module in enumerate(bare.values(), len(biases)):
+                values = torch.linspace(index + 0.25, index + 0.75, module.out_features)
+                module.bias = nn.Parameter(values.to(module.weight), requires_grad=False)
+        given: dict[str, np.ndarray | None] = {f"{name}.bias": None for name in bare}
+        yield given | {name: value.float().cpu().numpy() for name, value in true.items()}
     finally:
+        for module in bare.values():
+            module.bias = None
         with torch.no_grad():
             for name, bias in biases.items():
                 bias.copy_(true[name])
