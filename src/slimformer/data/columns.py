@@ -38,9 +38,7 @@ def find_columns(
     A column that `with_flags` added holds the labels that columns of 0 and 1 told. Each guess is logged once. DataError if a named column
     is missing, or if there is none with a usual name.
     """
-    last = [name for name in table.columns if "." in name]  # "reviews.text", or a field of a nested row
-    folded = {ending: name for name in last if _is_only(ending := fold_name(name.rpartition(".")[2]), last)}
-    folded |= {fold_name(name): name for name in reversed(list(table.columns))}
+    folded = _folded_names(table)
     told = label is not None and text is not None
     if label is None:
         label = _guess_label(table, folded, glue, text)
@@ -54,6 +52,26 @@ def find_columns(
     if not told and glue is None:
         remark(f"{table.where}: taking text {' and '.join(map(repr, texts))}, label '{label}'")
     return texts, label
+
+
+def find_texts(table: Table, text: str | None, text_pair: str | None) -> tuple[str, ...]:
+    """The text columns (one or two) of a table whose labels nobody wants: as named by the user, or guessed. DataError as above."""
+    if text is not None:
+        texts: tuple[str, ...] = (text,) if text_pair is None else (text, text_pair)
+    elif len(table.columns) == 1:
+        texts = tuple(table.columns)
+    else:
+        texts = _guess_texts(table, _folded_names(table), "", None)
+        remark(f"{table.where}: taking text {' and '.join(map(repr, texts))}, and no labels")
+    for name in texts:
+        table.column(name)
+    return texts
+
+
+def _folded_names(table: Table) -> dict[str, str]:
+    last = [name for name in table.columns if "." in name]  # "reviews.text", or a field of a nested row
+    folded = {ending: name for name in last if _is_only(ending := fold_name(name.rpartition(".")[2]), last)}
+    return folded | {fold_name(name): name for name in reversed(list(table.columns))}
 
 
 def fold_name(name: str) -> str:
@@ -152,5 +170,5 @@ def _no_column(table: Table, what: str, option: str, tried: Sequence[str]) -> Da
     return DataError(
         f"{table.where}: cannot tell which is {what}.",
         facts=[table.named_columns(), f"looked for: {', '.join(tried)}"],
-        help=f"name it: --{option} <column>.",
+        help=f"name it: --{option} <column>." + (" If there are none, say --labels none." if option == "label" else ""),
     )

@@ -13,6 +13,7 @@ from enum import StrEnum
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import Ratio, Timing, ratio
 from slimformer.reporting.words import MEGABYTE, interval_text, lost_text, points_text, times_text
+from slimformer.tasks._unlabelled import AGREEMENTS
 
 RIVAL_WORDS = {
     Standing.TEACHER_INT8: "the teacher in ONNX Runtime dynamic int8",
@@ -83,6 +84,11 @@ def doubts(records: Sequence[Record]) -> list[str]:
     """What makes all figures of a comparison less sure, to stand beside its headline: other work, or a teacher near chance."""
     base = next((record for record in records if record.role == Standing.TEACHER_FP32), None)
     said = [_busy_text(records)]
+    if any(record.metric in AGREEMENTS for record in records):
+        said.append(
+            "No labels were read: the teacher's own answers are what is agreed with. That says how little the small model differs from "
+            "it, and not how often either is right."
+        )
     if base is not None and weak(base):
         said.append(
             f"Weak teacher: it scores {base.score:.4f}, and the best answer that is the same for every example {base.chance:.4f}; "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimformer.tasks._readings import OneClass, OneScore, Reading
 from slimformer.tasks._snippet import batch_snippet
+from slimformer.tasks._unlabelled import drawn_shares
 from slimformer.tasks.base import Example, Features, Outputs, Task
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ class Labelled(Task):
 
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         logits = output["logits"].float()  # (batch, classes); a half-precision loss would lose small differences
-        return self.reading().loss(logits, batch["labels"])
+        reading = self.reading()
+        if "labels" in batch:
+            return reading.loss(logits, batch["labels"])
+        own = logits.detach()
+        return reading.loss(logits, reading.drawn(own, drawn_shares(batch, own.shape[-1])))
 
     def divergence(
         self,

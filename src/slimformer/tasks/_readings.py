@@ -58,6 +58,14 @@ class Reading(ABC):
         """How right each answer is: (examples,)."""
 
     @abstractmethod
+    def told(self, logits: np.ndarray) -> list[Any]:
+        """The answers as examples have them."""
+
+    @abstractmethod
+    def drawn(self, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Labels drawn by the model's own distribution, as `loss` reads them; `shares` (batch, outputs) are between 0 and 1."""
+
+    @abstractmethod
     def check(self, logits: np.ndarray, wanted: np.ndarray) -> str:
         """What seems to be wrong with a model that came trained, "" if nothing; DataError if its answers cannot be right."""
 
@@ -106,6 +114,13 @@ class OneClass(Reading):
 
         return np.asarray(logits.argmax(-1) == wanted, dtype=np.float64)
 
+    def told(self, logits: np.ndarray) -> list[Any]:
+        return self.answers(logits)
+
+    def drawn(self, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        below = logits.softmax(-1).cumsum(-1) < shares[:, :1]  # (batch, classes)
+        return below.sum(-1).clamp(max=logits.shape[-1] - 1)
+
     def check(self, logits: np.ndarray, wanted: np.ndarray) -> str:
         return check_classes(logits.argmax(-1), wanted, self.classes)
 
@@ -151,6 +166,14 @@ class OneScore(Reading):
         import numpy as np
 
         return np.asarray(-((logits[:, 0].astype(np.float64) - wanted) ** 2))
+
+    def told(self, logits: np.ndarray) -> list[Any]:
+        return [float(value) for value in logits[:, 0]]
+
+    def drawn(self, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return logits[:, 0] + torch.special.ndtri(shares[:, 0].clamp(1e-6, 1 - 1e-6))
 
     def check(self, logits: np.ndarray, wanted: np.ndarray) -> str:
         return check_scores(logits[:, 0], wanted)
@@ -210,11 +233,17 @@ class AnyLabels(Reading):
 
         return np.asarray(((logits >= self.margin) == (wanted == 1)).all(axis=1), dtype=np.float64)
 
+    def told(self, logits: np.ndarray) -> list[Any]:
+        return [tuple(name for name, value in zip(self.labels, row, strict=True) if value >= self.margin) for row in logits]
+
+    def drawn(self, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        return (shares < logits.sigmoid()).float()
+
     def check(self, logits: np.ndarray, wanted: np.ndarray) -> str:
         return check_label_sets(logits, wanted, self.labels)
 
     def answers(self, logits: np.ndarray) -> list[str]:
-        return [", ".join(name for name, value in zip(self.labels, row, strict=True) if value >= self.margin) for row in logits]
+        return [", ".join(names) for names in self.told(logits)]
 
     def lines(self) -> tuple[str, ...]:
         share = EVEN if self.threshold is None else self.threshold

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os.path
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimformer.data.columns import find_columns, flag_columns
+from slimformer.data.columns import find_columns, find_texts, flag_columns
 from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, spread
 from slimformer.data.glue import GLUE, Glue, read_glue
 from slimformer.data.label_sets import LabelSet, flag_width, label_sets, mark_between, told_apart, with_flags
@@ -40,6 +40,7 @@ from slimformer.data.labels import (
     spell_labels,
 )
 from slimformer.data.memory import data_source, with_kept_names
+from slimformer.data.plain_texts import MOST_TEXTS, is_plain, read_plain
 from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, read_sources, settle_dev, stamp
 from slimformer.data.splits import (
     FOR_DEV,
@@ -56,6 +57,7 @@ from slimformer.log import remark, remarks_on
 from slimformer.tasks._labelled import Labelled, per_example
 from slimformer.tasks._metrics import CLASS_METRICS, LABEL_METRICS, SCORE_METRICS
 from slimformer.tasks._readings import AnyLabels, Reading
+from slimformer.tasks._unlabelled import AGREEMENT, TELLINGS, telling_of, told_names
 from slimformer.tasks.base import Example, Features, Outputs, Split, option
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ if TYPE_CHECKING:
 MULTI: Literal["multi_label"] = "multi_label"
 METRICS: Mapping[str, tuple[str, ...]] = {"classes": CLASS_METRICS, "score": SCORE_METRICS, MULTI: LABEL_METRICS}
 USUAL = {"classes": "accuracy", "score": "spearman", MULTI: "f1_micro"}
+_AGREES = {
+    "classes": "accuracy",
+    "score": "spearman",
+    MULTI: "exact",
+}  # the metric that is the agreement with a teacher's answers
 _RARE = 3  # rows; a class with fewer is perhaps none
 _MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u2122]")  # two letters that one became
 _FEWEST = 20  # rows from which a column of classes repeats them
@@ -86,7 +93,9 @@ class Classification(Labelled):
 
     `train_rows` is a JSON file with the row numbers (from 0) to train on, or how many rows to draw. `validation_share` of the training
     data, but between 200 and 2,000 examples and at most a fifth, is set aside as validation examples. `labels` are the class names in
-    the order of the model's ids; `bind` fills them.
+    the order of the model's ids; `bind` fills them. `labels: none` says that nobody told any: the teacher answers the texts, and what
+    counts is the "agreement" with it: the share of equal answers, of scores Spearman's correlation. `labels: dev` says that only the
+    dev data has labels, half of which is then chosen on. `answers_from` keeps which it is: "teacher", "dev", or "data".
 
     RecipeError names every option that is wrong. What is wrong with the data becomes a DataError when it is read.
 
@@ -116,12 +125,15 @@ class Classification(Labelled):
     max_length: int = option(128, "Tokens an input may have; longer ones are cut off.")
     validation_share: float = 0.05
     train_rows: str | int | None = option(None, "How many rows to train on, or a JSON file of row numbers.")
-    labels: tuple[str, ...] = ()
+    labels: Any = option((), "Class names in the order of their ids; none (the teacher answers) or dev (only dev has labels).")  # noqa: RUF009
     threshold: float | None = None
+    answers_from: str = "data"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", data_source(self.data))
-        object.__setattr__(self, "labels", tuple(map(str, self.labels)))
+        object.__setattr__(self, "answers_from", telling_of(self.labels) or self.answers_from)
+        object.__setattr__(self, "labelled", self.answers_from == "data")
+        object.__setattr__(self, "labels", () if telling_of(self.labels) else told_names(self.labels))
         if self.glue is None and re.fullmatch(r"glue/\w+", self.data) and not os.path.exists(self.data):
             object.__setattr__(self, "glue", self.data.removeprefix("glue/"))
         mistakes = list(self._mistakes())
@@ -131,7 +143,9 @@ class Classification(Labelled):
                 facts=mistakes,
                 help="mend the option, or leave it out: what is not said is found from the data.",
             )
-        if self.glue is not None:
+        if self.answers_from == "teacher":
+            object.__setattr__(self, "metric", AGREEMENT)
+        elif self.glue is not None:
             object.__setattr__(self, "kind", "classes" if GLUE[self.glue].labels else "score")
             if self.metric == "auto":
                 object.__setattr__(self, "metric", GLUE[self.glue].metric)
@@ -144,7 +158,11 @@ class Classification(Labelled):
             yield f"glue: there is no '{self.glue}'; {nearest(self.glue, GLUE)}"
         if self.kind not in known:
             yield f"kind: '{self.kind}'; known: {', '.join(known)}"
-        elif self.metric != "auto" and self.metric not in known[self.kind]:
+        elif self.answers_from not in TELLINGS:
+            yield f"answers_from: '{self.answers_from}'; known: {', '.join(TELLINGS)}"
+        elif self.answers_from == "teacher" and self.metric not in ("auto", AGREEMENT):
+            yield f"metric: '{self.metric}' needs labels; without any it is the {AGREEMENT} with the teacher"
+        elif self.answers_from != "teacher" and self.metric != "auto" and self.metric not in known[self.kind]:
             of_kind = "" if self.kind == "auto" else f" for {self.kind}"
             yield f"metric: there is no '{self.metric}'{of_kind}; {nearest(self.metric, known[self.kind])}"
         if self.text_pair is not None and self.text is None:
@@ -165,7 +183,7 @@ class Classification(Labelled):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        settled = self.kind == "score" or (self.kind != "auto" and self.labels)
+        settled = self.kind == "score" or (self.kind != "auto" and self.labels) or self.answers_from == "teacher"
         task = self if settled else self.settled()
         return () if task.kind == "score" else task.labels
 
@@ -175,7 +193,7 @@ class Classification(Labelled):
 
     @property
     def tunes(self) -> bool:
-        return self.kind == MULTI and self.threshold is None
+        return self.kind == MULTI and self.threshold is None and self.answers_from != "teacher"
 
     def tune(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Classification:
         """This task with the threshold that makes its metric best on these examples; unchanged if a row has one class, or a score."""
@@ -191,6 +209,8 @@ class Classification(Labelled):
 
     def settled(self) -> Classification:
         """This task with columns, kind, metric and class names filled from its data; what was filled before stays."""
+        if self.answers_from == "teacher":
+            return self
         table = self._table(Split.TRAIN, any_split=True)
         texts, label = self._columns(table)
         kind = self.kind if self.kind != "auto" else _guess(table, label)
@@ -327,8 +347,19 @@ class Classification(Labelled):
 
     # ---- what the model says
 
+    def configure(self) -> Mapping[str, Any]:
+        if self.answers_from == "teacher" and self.kind == "auto":
+            raise DataError(
+                "with labels: none the classes are those of a model that was tuned, and this one has no head for them.",
+                help="name a tuned model, or a teacher; or give labels.",
+            )
+        return super().configure()
+
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Classification:
         names, problem = model_labels(config)
+        if self.answers_from == "teacher":
+            found = MULTI if problem == AnyLabels.problem_type else "score" if len(names) == 1 else "classes"
+            return replace(self, kind=found, labels=() if found == "score" else names)  # type: ignore[arg-type]
         kind = self.kind
         if kind == "auto":
             kind = MULTI if problem == AnyLabels.problem_type or self._has_several() else "classes"
@@ -404,8 +435,30 @@ class Classification(Labelled):
         bound._id_sets(table, bound._sets(table, label))
         return bound
 
+    # ---- answers of a teacher
+
+    def answered(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Sequence[Example]:
+        """Without labels the teacher's answers."""
+        if self.answers_from != "teacher":
+            return examples
+        told = self.reading().told(per_example(outputs["logits"], features))
+        return tuple(replace(item, answer=answer) for item, answer in zip(examples, told, strict=True))
+
+    def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
+        found = super().score(outputs, features, examples)
+        return {AGREEMENT: found[_AGREES[self.kind]]} if self.answers_from == "teacher" else found
+
+    def check_model(
+        self,
+        config: PretrainedConfig | Mapping[str, Any],
+        predict: Callable[[], tuple[Outputs, Features, Sequence[Example]]],
+    ) -> str:
+        return "" if self.answers_from == "teacher" else super().check_model(config, predict)
+
     def notes(self) -> tuple[str, ...]:
         """What was found or guessed in the data: columns, classes, and what is odd about the rows."""
+        if self.answers_from == "teacher":
+            return _notes_on_texts(self)
         task = self if self.kind == "score" or (self.kind != "auto" and self.labels) else self.settled()
         sources = task._sources()
         texts: dict[Split, list[tuple[str, ...]]] = {}
@@ -477,6 +530,13 @@ def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table
 def _settled_tables(task: Classification, key: Stamp) -> Mapping[str, Table]:
     """The tables "train" and "dev", one or both of them; test data stands in for dev if it has labels."""
     tables = dict(_read_tables(task.data, task.glue, key))
+    if task.answers_from == "dev":
+        tables = {name: table for name, table in tables.items() if name != "train"}
+        if not tables:
+            raise DataError(
+                f"{task.data} has no dev data, and labels: dev says that only that has labels.",
+                help="add a dev file with labels.",
+            )
     flags = flag_columns(next(iter(tables.values())), task.label) if task.glue is None else ()
     for name, table in tables.items() if flags else ():
         if {*flags} <= {*table.columns}:
@@ -575,8 +635,85 @@ def _scores(table: Table, raw: Sequence[str]) -> list[float]:
     return [float(text) for text in raw]
 
 
+@lru_cache(maxsize=4)
+def _bare_rows(
+    data: str, glue: str | None, text: str | None, text_pair: str | None, key: Stamp
+) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+    """The texts of each row, "train" and "dev", one or both of them; no label is looked for."""
+    if glue is None and is_plain(data):
+        plain = read_plain(data, None, MOST_TEXTS, key)
+        return {name: tuple((line,) for line in texts.texts) for name, texts in plain.items()}
+    found: dict[str, tuple[tuple[str, ...], ...]] = {}
+    lines = [place for name in TRAIN_NAMES if is_plain(str(place := Path(os.path.expanduser(data)) / f"{name}.txt"))]
+    if lines:  # texts to learn from beside a table that is only judged by
+        found["train"] = tuple((line,) for line in read_plain(str(lines[0]), None, MOST_TEXTS, key)["train"].texts)
+    for name, table in _read_tables(data, glue, key).items():
+        if name in found:
+            continue
+        columns = find_texts(table, text, text_pair)
+        parts = [(column, table.column(column)) for column in columns]
+        found[name] = tuple(
+            tuple(_text(table, row, values[row], column) for column, values in parts) for row in range(len(table))
+        )
+    if "test" in found:
+        found.setdefault("dev", found.pop("test"))
+    return found
+
+
+def _without_labels(task: Classification, name: Split, key: Stamp, rows_key: Stamp) -> tuple[Example, ...]:
+    """The examples where the data, or its training part, tells no labels."""
+    if task.answers_from == "dev" and name is not Split.TRAIN:
+        told = _told_examples(task, Split.DEV, key, rows_key)
+        if len(told) < _FEWEST:
+            raise DataError(
+                f"{task.data}: {len(told)} dev rows with labels are too few to choose on one half and to report on the other.",
+                help=f"give at least {_FEWEST}.",
+            )
+        return told[name is Split.DEV :: 2]
+    sources = _bare_rows(task.data, task.glue, task.text, task.text_pair, key)
+    kind = "dev" if name is Split.DEV and "dev" in sources else "train"
+    if kind not in sources:
+        raise DataError(
+            f"{task.data} has no training data.", help="name the file of texts train.txt, .csv, .jsonl or .parquet."
+        )
+    texts, rows = sources[kind], list(range(len(sources[kind])))
+    if name is Split.DEV or (task.answers_from == "teacher" and "dev" not in sources):
+        dev = draw_rows(rows, None, dev_count(len(rows)), FOR_DEV) if kind == "train" else frozenset(rows)
+        rows = [row for row in rows if (row in dev) == (name is Split.DEV)]
+    if name is not Split.DEV:
+        rows = _chosen(task.train_rows, rows, len(texts))
+        if task.answers_from == "teacher":
+            validation = draw_rows(rows, None, validation_count(task.validation_share, len(rows)), FOR_VALIDATION)
+            rows = [row for row in rows if (row in validation) == (name is Split.VALIDATION)]
+    if not rows:
+        raise DataError(f"{task.data}: {len(texts)} texts are too few to set some aside.", help=f"give at least {_FEWEST}.")
+    return tuple(Example(f"{kind}/{row}", texts[row], None) for row in rows)
+
+
+def _notes_on_texts(task: Classification) -> tuple[str, ...]:
+    """What is said of data whose labels nobody reads."""
+    remark(
+        f"{task.data}: no labels are read; what is measured is how often the answer is the teacher's, not how often it is right."
+    )
+    seen = {_folded(item.texts) for name in (Split.TRAIN, Split.VALIDATION) for item in task.split(name)}
+    dev = task.split(Split.DEV)
+    leaked = sum(_folded(item.texts) in seen for item in dev)
+    if leaked:
+        remark(
+            f"{task.data}: {leaked:,} of {len(dev):,} inputs of dev are in the training data too, so scores on dev are too good."
+        )
+    return remarks_on(task.data)
+
+
 @lru_cache(maxsize=8)
-def _examples(task: Classification, name: Split, _key: Stamp, _rows_key: Stamp) -> tuple[Example, ...]:
+def _examples(task: Classification, name: Split, key: Stamp, rows_key: Stamp) -> tuple[Example, ...]:
+    if task.answers_from != "data":
+        return _without_labels(task, name, key, rows_key)
+    return _told_examples(task, name, key, rows_key)
+
+
+def _told_examples(task: Classification, name: Split, _key: Stamp, _rows_key: Stamp) -> tuple[Example, ...]:
+    """The examples of a split with their labels."""
     if task.kind == "auto" or (task.kind != "score" and not task.labels):
         task = task.settled()
     table = task._table(name)

@@ -7,7 +7,6 @@ from labels, from a teacher's scores, or from both; what a user sees as its scor
 from __future__ import annotations
 
 import os.path
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +32,7 @@ from slimformer.tasks._ranks import (
     reciprocal_rank,
 )
 from slimformer.tasks._snippet import batch_snippet
+from slimformer.tasks._unlabelled import drawn_shares
 from slimformer.tasks.base import IGNORED, TOGETHER, Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ class Reranking(Task):
     activation: str = option("auto", "What becomes of the output: sigmoid or identity; auto: as the model's folder says.")
     objective: str = "bce"
     max_length: int = option(512, "Tokens a pair may have, if the model's folder allows as many; longer ones are cut off.")
-    candidates: int = option(20, "Passages of a query that are put in order, at most.")
+    candidates: int = option(10, "Passages of a query that are put in order, at most.")
     train_candidates: int = 8
     train_queries: int = option(20_000, "At most so many queries are trained on.")
-    dev_queries: int = 500
+    dev_queries: int = 300
     validation_share: float = 0.05
     margin_weight: float = 1.0
 
@@ -258,7 +258,7 @@ class Reranking(Task):
 
         logits = output["logits"].float().squeeze(-1)  # (batch,)
         if not self.labelled or "labels" not in batch:
-            labels = (_drawn(batch).to(logits) < logits.detach().sigmoid()).float()
+            labels = (drawn_shares(batch, 1)[:, 0] < logits.detach().sigmoid()).float()
             return functional.binary_cross_entropy_with_logits(logits, labels)
         labels = batch["labels"].float()
         told = labels != IGNORED
@@ -374,18 +374,6 @@ def _by_query(outputs: Outputs, features: Features, count: int) -> list[np.ndarr
     for row, place in enumerate(features.example):
         rows[place].append(row)
     return [logits[own] for own in rows]
-
-
-def _drawn(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A number between 0 and 1 for each row, by its own tokens: (batch,)."""
-    import torch
-
-    mask = batch.get("attention_mask")
-    drawn = []
-    for row, ids in enumerate(batch["input_ids"]):
-        real = ids if mask is None else ids[mask[row] == 1]
-        drawn.append(zlib.crc32(real.cpu().numpy().tobytes()) / 2**32)
-    return torch.tensor(drawn)
 
 
 # ---- reading
@@ -508,6 +496,11 @@ def _some_judged(ranking: Ranking, labels: str) -> list[int]:
 
 def _as_examples(ranking: Ranking, kind: str, places: Sequence[int], count: int, *, judged: bool) -> tuple[Example, ...]:
     groups = ranking.chosen(places, count)
+    longer = 0 if ranking.pools else sum(len(ranking.groups[place].passages) > count for place in places)
+    if longer and judged:
+        remark(
+            f"{ranking.where}: {longer:,} queries have more than {count} passages; so many of each are put in order (candidates)."
+        )
     if judged:  # passages that nobody judged would count as wrong
         groups = [ranking.groups[place].judged_part().at_most(count) for place in places] if not ranking.pools else groups
     return tuple(
