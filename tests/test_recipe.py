@@ -305,6 +305,9 @@ THIN = {"calibrate": {"method": "low_rank"}}
 SHARED = {"train": {"methods": ["shared_layers"]}}
 TABLE = {"calibrate": {"method": {"use": "kronecker", "keep": 1.0, "embedding": 8}}}
 CUT = {"calibrate": {"method": "fisher"}}
+EXITS = {"train": {"methods": ["early_exit"]}}
+FEWER_WORDS = {"train": {"methods": ["word_elimination"]}}
+WORD_CODES = {"calibrate": {"method": "codebook"}}
 FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
 
 
@@ -329,7 +332,20 @@ FROZEN = {"train": {"freeze": "everything", "methods": ["gates"]}}
         ([UNITS, FACTORS], None),
         ([SPARSE, TABLE], None),  # the word table alone
         ([SPARSE, THIN], "low_rank gives matrices new values, and the zeros that knowledge_sparse left would be gone"),
-        ([SHARED, THIN], "low_rank would store layers differently that shared_layers has made one: factor first, share after"),
+        ([SHARED, THIN], "low_rank would store layers differently that shared_layers has made one: leave out one of the two"),
+        ([SHARED, {"calibrate": {"method": {"use": "low_rank", "rank": 8}}}], "factor first, share after"),
+        (
+            [CUT, PLAIN_TRAIN, SHARED],
+            "shared_layers cannot make one of layers that fisher has cut, or stored, each in its own way",
+        ),
+        ([THIN, SHARED], "shared_layers cannot make one of layers that low_rank has cut, or stored, each in its own way"),
+        ([{"calibrate": {"method": "layers"}}, SHARED, SHARED], None),
+        ([TABLE, WORD_CODES], "codebook stores the word table in another form, as kronecker may have done before"),
+        ([THIN, WORD_CODES], None),
+        ([EXITS, FEWER_WORDS], "this stage would change it: leave out one of the two"),
+        ([FEWER_WORDS, EXITS], "which words stay: leave out one of the two"),
+        ([FEWER_WORDS, CUT], "which words stay: first fisher, then word_elimination"),
+        ([{"calibrate": {"method": "fixed_attention"}}, FEWER_WORDS], "has set: leave out one of the two"),
         ([THIN, CUT], "fisher cannot cut what low_rank has factored before: cut first, factor after"),
         ([SPARSE, KEEPS, FACTORS], "the zeros that knowledge_sparse left"),
         (
@@ -489,7 +505,88 @@ def test_what_can_be_is_let_through_and_latency_is_left_to_be_measured(tmp_path)
     for cutting in (movement(block=8), movement(block=8, keep=0.01, cost="latency")):
         preflight(Recipe(str(source), task, (Train(), Train(methods=(cutting,)))))
     later = Train(methods=(movement(keep=0.01),))  # whether it can be, only what is left then tells
-    preflight(Recipe(str(source), task, (Train(), Calibrate(layers()), later)))
+    preflight(Recipe(str(source), task, (Train(), Calibrate(layers(which="chosen")), later)))
+
+
+LATER = {
+    "no layers for exits": ([{"layers": {"keep": 0.34}}], {"early_exit": {}}, TargetError, "it has 1 layer left"),
+    "an exit behind the last": (
+        [{"layers": {"keep": 0.67}}],
+        {"early_exit": {"layers": [2]}},
+        TargetError,
+        "no exit behind layer 2",
+    ),
+    "layers of theseus": ([{"theseus": {"keep": 0.34}}], {"early_exit": {}}, TargetError, "it has 1 layer left"),
+    "a share of one layer": ([{"layers": {"keep": 0.34}}], {"importance": {"keep": 0.01}}, TargetError, "cannot be reached"),
+    "a rank of a narrow model": (
+        [{"hidden_width": {"keep_hidden": 0.5, "multiple": 4}}, {"distillation": {}}],
+        {"low_rank": {"rank": 12}},
+        PlanError,
+        "rank 12 pays for no matrix",
+    ),
+    "matrices that are thin already": (
+        [{"low_rank": {"rank": 4}}],
+        {"outliers": {"embedding": None}},
+        PlanError,
+        "another form already",
+    ),
+    "an order of fixed heads": ([{"fixed_attention": {}}], {"elastic": {}}, TargetError, "no other order"),
+    "sets of weights for layers": (
+        [{"layers": {"keep": 0.67}}],
+        {"shared_layers": {"distinct": 2}},
+        TargetError,
+        "the model has 2 layers",
+    ),
+    "zeros in between": ([{"knowledge_sparse": {}}], {"knowledge_sparse": {"pattern": "1x5"}}, RecipeError, "blocks of 1 x 5"),
+}
+
+
+@pytest.mark.parametrize(("before", "last", "error", "message"), LATER.values(), ids=LATER)
+def test_what_a_later_stage_cannot_do_is_told_before_anything_runs(small_task, before, last, error, message):
+    """The stages before leave sizes and forms that are known without looking at data."""
+    source, task = small_task
+    stages = [_stage(*each) for item in (*before, last) for each in item.items()]
+    with pytest.raises(error, match=message) as caught:
+        preflight(Recipe(str(source), task, (Train(), *stages)))
+    changed = next(iter(before[0])) != "knowledge_sparse"
+    where = f"in stages[{len(stages)}], on the model as the stages before leave it"
+    assert (where in caught.value.facts) == changed
+
+
+def test_nothing_is_foreseen_behind_a_method_that_looks_at_data(small_task):
+    source, task = small_task
+    stages = (_stage("fisher", {"keep": 0.5}), _stage("low_rank", {"rank": 15}), _stage("outliers", {"embedding": None}))
+    preflight(Recipe(str(source), task, (Train(), *stages)))
+    for name, options, message in (
+        ("early_exit", {"layers": [9]}, "behind layer 9"),
+        ("fixed_attention", {"fixed": 40, "learned": None}, "fix"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            preflight(Recipe(str(source), task, (Train(), stages[0], _stage(name, options))))
+
+
+def test_relations_that_cannot_be_compared_are_told_before_the_teacher_is_tuned(small_task):
+    source, task = small_task
+    distillation = registry.find("methods", "distillation")
+    with pytest.raises(RecipeError, match="does not suit its teacher") as caught:
+        preflight(Recipe(str(source), task, (Train(), Train(methods=(distillation(relations=1.0),)))))
+    assert "relation_heads 12 does not divide the teacher's last attention, which is 32 wide" in caught.value.facts[0]
+    preflight(Recipe(str(source), task, (Train(), Train(methods=(distillation(relations=1.0, relation_heads=8),)))))
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """An encoder that is not tuned yet, and a task for it."""
+    home = tmp_path_factory.mktemp("small")
+    source = write_model(home / "encoder", trained=False, bare=True)
+    return source, Classification(data=str(write_data(home / "data", train=80, dev=20)))
+
+
+def _stage(name, options):
+    """A stage of one method."""
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    method = registry.find("methods", name)(**options)
+    return Calibrate(method) if method.effects().one_shot else Train(methods=(method,))
 
 
 def test_a_model_that_was_cut_before_is_looked_at_as_it_is(tmp_path):

@@ -19,6 +19,7 @@ from slimformer.methods.fisher import Fisher
 from slimformer.methods.gates import Gates
 from slimformer.methods.keep_zeros import KeepZeros
 from slimformer.methods.knowledge_sparse import KnowledgeSparse
+from slimformer.methods.layers import Layers
 from slimformer.methods.shared_layers import SharedLayers, grouped_layers
 from slimformer.running.order import conflicts
 from slimformer.testing.checks import tiny_context
@@ -114,7 +115,9 @@ def test_layers_that_were_cut_differently_are_refused_by_name():
     around = replace(tiny_context(), subject=subject)
     with pytest.raises(TargetError, match="layers 0 and 1 cannot share weights"):
         SharedLayers().attach(around)
-    SharedLayers(distinct=3).attach(around).close()
+    SharedLayers(distinct=2, order="cycle").attach(around).close()
+    with pytest.raises(TargetError, match="nothing to share: 3 sets of weights are asked for, and the model has 3 layers"):
+        SharedLayers(distinct=3).attach(around)
     gone = replace(around, subject=subject_of(shrink(model, anatomy, Plan({"encoder.2.ffn": ()}))))
     with pytest.raises(TargetError, match="gone"):
         SharedLayers().attach(gone)
@@ -125,7 +128,8 @@ def test_layers_that_were_cut_differently_are_refused_by_name():
 def test_stages_that_would_part_the_layers_are_refused():
     share = Train(methods=(SharedLayers(),))
     assert "part the layers" in next(conflicts(Train(methods=(Distillation(),)), [share]))
-    assert "cut first, share after" in next(conflicts(Calibrate(Fisher()), [share]))
+    assert "leave out one of the two" in next(conflicts(Calibrate(Fisher()), [share]))
+    assert "cut first, share after" in next(conflicts(Calibrate(Layers()), [share]))
     assert not list(conflicts(Train(methods=(SharedLayers(), Distillation())), [share]))
     for methods, fact in (
         ((SharedLayers(), Gates()), "gates would make layers differ"),
@@ -138,4 +142,5 @@ def test_stages_that_would_part_the_layers_are_refused():
     spans = Train(methods=(SharedLayers(), AdaptiveSpan(alike=True), KeepZeros()))
     assert not list(conflicts(sparse, [share]))
     assert not list(conflicts(spans, [share, sparse]))
-    assert not list(conflicts(share, [Calibrate(Fisher())]))
+    assert not list(conflicts(share, [Calibrate(Layers())]))
+    assert "each in its own way" in next(conflicts(share, [Calibrate(Fisher())]))

@@ -68,7 +68,14 @@ class AdaptiveSpan(Method):
     alike: bool = False
 
     def effects(self) -> Effects:
-        return Effects(cuts=self.zero == "cut", patterns=True, alike=self.alike, neutral=False, encoders_only=True)
+        return Effects(
+            cuts=self.zero == "cut",
+            patterns=True,
+            alike=self.alike,
+            uneven=not self.alike,
+            neutral=False,
+            encoders_only=True,
+        )
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         check_heads(anatomy)

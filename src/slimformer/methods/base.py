@@ -53,6 +53,7 @@ class Effects:
     holds_zeros: bool = False  # zeros that the method meets are still there when its stage has trained
     refills: bool = False  # matrices get new values, so that no zero in them survives
     learns_grids: bool = False  # later training or cutting would lose the grids and ranges; only the same method may come again
+    uneven: bool = False  # it may leave layers of different sizes, or forms: they could share no weights afterwards
     shares: bool = False  # layers have one set of weights: later training would part them, and a cut would make them differ
     branches: bool = False  # the model decides input by input how much it computes: nothing may train or cut it afterwards
     divides: bool = False  # segments attend apart in the lower layers: of pairs of texts only, and no input leaves early
@@ -194,9 +195,16 @@ class Method(ABC):
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         """Raises if blocks do not divide this model's matrices or the budget is out of reach: all that names and sizes tell.
 
-        `attach` calls it. For the first method of a recipe that chooses it is called before anything runs, with the model's own
-        anatomy; `cost` is None if it is not known then, because it is measured.
+        `attach` calls it. It is called before anything runs too, with the anatomy as the stages before leave it, as far as that can be
+        foreseen; `cost` is None if it is not known then, because it is measured.
         """
+
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        """A plan that leaves the sizes and forms that `decide` will leave; None if only data, training or a measurement can tell.
+
+        Which units it names does not matter. By it the stages behind are checked before anything runs; `check` was called before.
+        """
+        return None if self.effects().chooses else Plan()
 
     def problem(self, task: Task) -> str | None:
         """Why the method cannot work for a task, in a clause; None if it can. Asked before anything runs."""

@@ -62,6 +62,9 @@ class CodebookWords(Method):
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         Plan(forms={matrix.id: self._form(matrix) for matrix in _tables(anatomy)}).check(anatomy)
 
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        return Plan(forms={matrix.id: self._form(matrix) for matrix in _tables(anatomy)})
+
     def decide(self, state: State, context: Context) -> Decision:
         tables = _tables(context.anatomy)
         plan = Plan(forms={matrix.id: self._form(matrix) for matrix in tables})

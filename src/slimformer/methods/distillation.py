@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Kind, Site, Tokens
+from slimformer.core.cost import Cost
 from slimformer.errors import TargetError
 from slimformer.families.base import Subject, family_of
-from slimformer.hooks.capture import Capture, Captured, related_width, related_widths
+from slimformer.hooks.capture import Capture, Captured, related_widths
 from slimformer.hooks.feeding import unpadded
 from slimformer.methods.base import Context, Effects, Method, Progress, State, Step
 from slimformer.rules import Count, NotNegative, Positive
@@ -91,6 +92,14 @@ class Distillation(Method):
         seen[Capture.RELATIONS] = self.relations
         return Effects(needs=frozenset(capture for capture, weight in seen.items() if weight > 0), needs_teacher=True)
 
+    def mismatch(self, mine: Anatomy, theirs: Anatomy) -> str | None:
+        if self.relations and len(related_widths(theirs)) > 1:
+            return "the teacher's last attention has heads without queries and keys, and so no relations of theirs to learn"
+        return self._unrelated("teacher", theirs)
+
+    def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
+        self._check_relations(self._unrelated("student", anatomy))
+
     def attach(self, context: Context) -> State:
         assert context.teacher is not None, "training gives a teacher to a method that needs one"
         mine, theirs = context.anatomy, context.teacher.anatomy
@@ -115,8 +124,8 @@ class Distillation(Method):
                 heads[site.id] = Heads(source.id, *map(tuple, zip(*pairs, strict=True)))
         if alone and self.scores:
             _log.info("distillation: %d heads have no counterpart in the teacher; they learn no attention scores.", alone)
-        if self.relations:
-            self._check_relations(mine, theirs)
+        self.check(mine, context.cost)
+        self._check_relations(self.mismatch(mine, theirs))
         hidden, embedding = hidden_pairs(mine, theirs, partner)
         many = every_layer(hidden, theirs) if self.layers == "many" else []
         return _State(hidden, embedding, heads, (mine.hidden_size, theirs.hidden_size), same_units(context), many)
@@ -150,21 +159,22 @@ class Distillation(Method):
         if self.layers == "many":
             cast(_State, state).weigh()
 
-    def _check_relations(self, mine: Anatomy, theirs: Anatomy) -> None:
-        if len(related_widths(theirs)) > 1:
+    def _unrelated(self, whose: str, anatomy: Anatomy) -> str | None:
+        """Why the last attention of a model has no relations that could be compared; None if it has, or none are asked for."""
+        widths = (related_widths(anatomy) or (0,)) if self.relations else ()
+        wrong = next((width for width in widths if width == 0 or width % self.relation_heads), None)
+        if wrong is None:
+            return None
+        if wrong == 0:
+            return f"the {whose} has no attention left whose relations could be learned"
+        return f"relation_heads {self.relation_heads} does not divide the {whose}'s last attention, which is {wrong} wide"
+
+    def _check_relations(self, why: str | None) -> None:
+        if why is not None:
             raise TargetError(
-                "the teacher's last attention has heads without queries and keys, and so no relations of theirs to learn.",
-                help="leave relations out, or name a teacher whose heads all learned what to attend to.",
+                f"{why}.",
+                help="choose a number of relation_heads that divides the width of both models' last attention, or leave relations out.",
             )
-        widths = [("student", width) for width in related_widths(mine) or (0,)] + [("teacher", related_width(theirs))]
-        for whose, width in widths:
-            if width == 0 or width % self.relation_heads:
-                raise TargetError(
-                    f"relation_heads {self.relation_heads} does not divide the {whose}'s last attention, which is {width} wide."
-                    if width
-                    else f"the {whose} has no attention left whose relations could be learned.",
-                    help="choose a number of relation_heads that divides the width of both models' last attention.",
-                )
 
 
 # -- State ---------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Fisher(Method):
     repair: bool = True  # whether the weights that stay are refitted to what the dense model computed
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, one_shot=True, refills=self.repair)  # the least squares solve for whole matrices
+        return Effects(cuts=True, uneven=True, one_shot=True, refills=self.repair)  # the least squares solve for whole matrices
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:

@@ -84,10 +84,17 @@ class FixedAttention(Method):
             )
 
     def effects(self) -> Effects:
-        return Effects(patterns=True, encoders_only=True, one_shot=True)
+        return Effects(patterns=True, uneven=True, encoders_only=True, one_shot=True)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         self.count(anatomy)
+
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        free: dict[tuple[Head, Attends], float] = {
+            ((site.id, head), "current"): 0.0 for site in open_sites(anatomy, self.layers) for head in free_heads(anatomy, site)
+        }
+        chosen = cheapest(anatomy, free, {}, self.count(anatomy))
+        return Plan(patterns=patterns_of_heads(anatomy, chosen))
 
     def decide(self, state: State, context: Context) -> Decision:
         chosen = self.choose(context)

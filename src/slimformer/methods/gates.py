@@ -114,7 +114,8 @@ class Gates(Method):
             raise ValueError(f"keep must be a share, or keep_heads and keep_neurons must, with size: {self.size}, got null")
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, neutral=False)  # a settled log alpha of 2.5 is 1 after clamping, but training draws noise
+        # a settled log alpha of 2.5 is 1 after clamping, but training draws noise
+        return Effects(cuts=True, uneven=True, neutral=False)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None and self.size != "threshold":

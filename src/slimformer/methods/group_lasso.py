@@ -108,7 +108,7 @@ class GroupLasso(Method):
             raise ValueError("shares needs over: matrix: over the model the largest groups stay wherever they are")
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, zeros=Zeros.NONE if self.groups == "units" else Zeros.RESULT)
+        return Effects(cuts=True, uneven=True, zeros=Zeros.NONE if self.groups == "units" else Zeros.RESULT)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if self.groups != "units":

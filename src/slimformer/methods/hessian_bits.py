@@ -66,7 +66,7 @@ class HessianBits(Method):
     iterations: Count = 8  # of the power iteration, for each matrix and batch
 
     def effects(self) -> Effects:
-        return Effects(factors=True, factors_table=self.embedding is not None, one_shot=True, refills=True)
+        return Effects(factors=True, uneven=True, factors_table=self.embedding is not None, one_shot=True, refills=True)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if not _plain(anatomy):

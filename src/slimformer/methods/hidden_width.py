@@ -65,6 +65,11 @@ class HiddenWidth(Method):
         site = _hidden(anatomy)
         Plan({site.id: tuple(range(kept_units(site.size, self.keep_hidden, self.multiple)))}).check(anatomy)
 
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        site = _hidden(anatomy)
+        count = kept_units(site.size, self.keep_hidden, self.multiple)
+        return Plan({site.id: tuple(range(count))} if count < site.size else {})
+
     def attach(self, context: Context) -> State:
         self.check(context.anatomy, context.cost)
         site = _hidden(context.anatomy)

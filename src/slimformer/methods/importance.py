@@ -66,7 +66,7 @@ class Importance(Method):
             raise ValueError(f"units must be heads if how is leave_one_out (one pass for each unit), got {self.units}")
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, one_shot=True)
+        return Effects(cuts=True, uneven=True, one_shot=True)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Matrix
 from slimformer.core.cost import Cost
-from slimformer.core.plan import Decision
+from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.weights import expand, grid_of, masked_weights
 from slimformer.methods._ranking import highest
 from slimformer.methods._schedules import cubic_decay, updates_due
@@ -108,6 +108,9 @@ class KnowledgeSparse(Method):
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         self._grids(anatomy)
+
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        return Plan()  # zeros stay in their matrices
 
     def attach(self, context: Context) -> State:
         pattern, fisher = self.shape, self.score == "fisher"

@@ -88,6 +88,9 @@ class KroneckerFactors(Method):
             choices = self._choices(anatomy, cost, forms)
             room_for([choice.costs for choice in choices], self.share, anatomy, cost, forms)
 
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        return Plan(forms=self._given(anatomy)) if self.shapes is not None or self.share == 1 else None
+
     def decide(self, state: State, context: Context) -> Decision:
         forms = self._given(context.anatomy)
         if self.shapes is None:

@@ -78,6 +78,11 @@ class Layers(Method):
             least = itertools.product(*layers_of(anatomy))  # one of each stack
             self.choose(anatomy, cost, least if self.which == "chosen" else self.sets(layers_of(anatomy)))
 
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        if cost is None or self.which == "chosen":
+            return None
+        return self.choose(anatomy, cost, self.sets(layers_of(anatomy)))
+
     def decide(self, state: State, context: Context) -> Decision:
         stacks = layers_of(context.anatomy)
         decoder = self.first == "decoder"

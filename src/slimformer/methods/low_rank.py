@@ -85,7 +85,8 @@ class LowRankFactors(Method):
     def effects(self) -> Effects:
         # with a share of 1 the word table alone is factored: the matrices, and zeros in them, stay as they are
         refills = self.rank is not None or self.share < 1
-        return Effects(factors=True, factors_table=self.embedding is not None, one_shot=True, refills=refills)
+        searched = self.rank is None and self.share < 1
+        return Effects(factors=True, factors_table=self.embedding is not None, uneven=searched, one_shot=True, refills=refills)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         forms = self._given(anatomy)
@@ -93,6 +94,9 @@ class LowRankFactors(Method):
         if self.rank is None and cost is not None:
             costs = [_costs(matrix, self._choices(matrix), cost) for matrix in _plain(anatomy)]
             room_for(costs, self.share, anatomy, cost, forms)
+
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        return Plan(forms=self._given(anatomy)) if self.rank is not None or self.share == 1 else None
 
     def decide(self, state: State, context: Context) -> Decision:
         forms = self._given(context.anatomy)

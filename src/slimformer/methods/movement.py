@@ -112,8 +112,8 @@ class Movement(Method):
 
     def effects(self) -> Effects:
         if self.keep_weights is not None:
-            return Effects(cuts=True, zeros=Zeros.RESULT)
-        return Effects(cuts=True, zeros=Zeros.NONE if self.fill else Zeros.SPARE)
+            return Effects(cuts=True, uneven=True, zeros=Zeros.RESULT)
+        return Effects(cuts=True, uneven=True, zeros=Zeros.NONE if self.fill else Zeros.SPARE)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         grids = self._grids(anatomy)

@@ -54,7 +54,7 @@ class Outliers(Method):
     threshold: Threshold = UNLIKELY
 
     def effects(self) -> Effects:
-        return Effects(factors=True, factors_table=self.embedding is not None, one_shot=True, refills=True)
+        return Effects(factors=True, uneven=True, factors_table=self.embedding is not None, one_shot=True, refills=True)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if not self._concerned(anatomy):

@@ -62,7 +62,7 @@ class Peaks(Method):
             raise ValueError("z and keep say the same in two ways: give one of them, and set z to null if it is keep")
 
     def effects(self) -> Effects:
-        return Effects(cuts=True, one_shot=True)
+        return Effects(cuts=True, uneven=True, one_shot=True)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         if cost is not None:

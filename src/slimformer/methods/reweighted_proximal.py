@@ -28,7 +28,9 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.plan import Decision
+from slimformer.core.anatomy import Anatomy
+from slimformer.core.cost import Cost
+from slimformer.core.plan import Decision, Plan
 from slimformer.hooks.weights import masked_weights
 from slimformer.methods._ranking import highest
 from slimformer.methods._schedules import updates_due
@@ -61,6 +63,9 @@ class ReweightedProximal(Method):
 
     def effects(self) -> Effects:
         return Effects(cuts=True, zeros=Zeros.RESULT)
+
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        return Plan()  # zeros stay in their matrices
 
     def attach(self, context: Context) -> State:
         return _State(context)

@@ -60,7 +60,15 @@ class SharedLayers(Method):
         return Effects(refills=True, shares=True, neutral=False)
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        alike(anatomy, self.groups_of(anatomy))
+        groups = self.groups_of(anatomy)
+        most = max(map(len, layers_of(anatomy)), default=0)
+        if all(len(group) == 1 for group in groups):
+            raise TargetError(
+                f"shared_layers has nothing to share: {self.distinct} sets of weights are asked for, and the model has "
+                f"{most} layer{'s' * (most != 1)}.",
+                help=f"ask for distinct: {most - 1} or less." if most > 1 else "leave shared_layers out.",
+            )
+        alike(anatomy, groups)
 
     def attach(self, context: Context) -> State:
         self.check(context.anatomy, context.cost)
@@ -122,7 +130,7 @@ def alike(anatomy: Anatomy, groups: Sequence[Sequence[int]]) -> None:
                 sizes = " and ".join(str(shapes.get(part, "gone")) for shapes in (mine, theirs))
                 raise TargetError(
                     f"layers {first} and {other} cannot share weights: they were cut differently ({part}: {sizes}).",
-                    help="share first, or let only layers share that have the same shapes: more `distinct`, or another `order`.",
+                    help="cut all layers alike (`layers`, `hidden_width`), or share fewer: more `distinct`, or another `order`.",
                 )
 
 

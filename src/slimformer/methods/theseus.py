@@ -65,6 +65,9 @@ class Theseus(Method):
         if cost is not None:
             grouped(anatomy, cost, self.keep)
 
+    def foresee(self, anatomy: Anatomy, cost: Cost | None) -> Plan | None:
+        return None if cost is None else dropping(anatomy, grouped(anatomy, cost, self.keep))
+
     def attach(self, context: Context) -> State:
         return _State(context, grouped(context.anatomy, context.cost, self.keep), self.start)
 

@@ -14,12 +14,15 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
     earlier = [method for item in before for method in item.methods]
     factoring = next((name_of(method) for method in earlier if method.effects().factors), None)
     closing = next((name_of(method) for method in earlier if method.effects().learns_grids), None)
+    uneven = next((name_of(method) for method in earlier if method.effects().uneven), None)
     sharing = next((name_of(method) for method in earlier if method.effects().shares), None)
     exits = next((name_of(method) for method in earlier if method.effects().branches), None)
     sifting = next((name_of(method) for method in earlier if method.effects().sifts), None)
     zeros = _zeros_after(before)
     if exits and (isinstance(stage, Train) or stage.methods):
-        yield f"{exits} has fitted exits to the model as it is, and this stage would change it: make {exits} the last stage"
+        after = any(method.effects().sifts or method.effects().divides for method in stage.methods)  # they come before no exits
+        remedy = "leave out one of the two" if after else f"make {exits} the last stage"
+        yield f"{exits} has fitted exits to the model as it is, and this stage would change it: {remedy}"
     branching = [name_of(method) for method in stage.methods if method.effects().branches]
     if branching and isinstance(stage, Train) and stage.text is not None:
         yield f"{branching[0]} chooses and learns by labels, which texts have not: leave out text"
@@ -41,14 +44,25 @@ def conflicts(stage: Stage, before: Sequence[Stage]) -> Iterator[str]:
         yield f"trim_vocabulary cannot cut the word table, which {table} may have factored before: trim first, factor after"
     for method in stage.methods:
         name = name_of(method)
+        if method.effects().shares and uneven and not sharing:
+            yield (
+                f"{name} cannot make one of layers that {uneven} has cut, or stored, each in its own way: leave out one of the two, or "
+                "cut all layers alike, as layers and hidden_width do"
+            )
+        first = "leave out one of the two" if method.effects().uneven else None
         if sharing and method.effects().cuts and not method.effects().alike:
-            yield f"{name} would cut layers differently that {sharing} has made one: cut first, share after"
+            yield f"{name} would cut layers differently that {sharing} has made one: {first or 'cut first, share after'}"
         if sharing and method.effects().factors:
-            yield f"{name} would store layers differently that {sharing} has made one: factor first, share after"
-        if sifting and (method.effects().chooses or method.effects().adapts or method.effects().divides):
-            yield f"{name} would change layers whose attention tells {sifting} which words stay: first {name}, then {sifting}"
+            yield f"{name} would store layers differently that {sharing} has made one: {first or 'factor first, share after'}"
+        if table and method.effects().factors_table:
+            yield f"{name} stores the word table in another form, as {table} may have done before: leave the table out of one of the two"
+        neither = "leave out one of the two" if method.effects().adapts or method.effects().divides else None
+        if sifting and (method.effects().chooses or neither):
+            remedy = neither or f"first {name}, then {sifting}"
+            yield f"{name} would change layers whose attention tells {sifting} which words stay: {remedy}"
         if fixing and (method.effects().cuts or method.effects().divides or method.effects().sifts):
-            yield f"{name} would change what the heads see whose patterns {fixing} has set: first {name}, then {fixing}"
+            remedy = neither or f"first {name}, then {fixing}"
+            yield f"{name} would change what the heads see whose patterns {fixing} has set: {remedy}"
         if (sifting or apart) and method.effects().patterns:
             yield f"{name} counts the words of a whole text, and {sifting or apart} has taken some away: leave out one of the two"
         if sharing and method.effects().patterns and not (method.effects().cuts or method.effects().alike):

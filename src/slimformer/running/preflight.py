@@ -6,21 +6,25 @@ shows to be out of reach, but the user has made no mistake.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from slimformer.core import cost
-from slimformer.core.anatomy import VOCABULARY_SITE
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy
 from slimformer.core.apart import Apart
 from slimformer.core.junction import Exit, Sieve
+from slimformer.core.plan import Plan
 from slimformer.core.pooling import vector_head
 from slimformer.data.material import check_text, sampled_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
-from slimformer.errors import ModelError, RecipeError, nearest, shown
-from slimformer.families.base import family_of, subject_of
+from slimformer.errors import ModelError, PlanError, RecipeError, TargetError, nearest, shown
+from slimformer.families.base import Subject, family_of, subject_of
 from slimformer.hooks.capture import Capture
+from slimformer.methods.base import Method
 from slimformer.registry import name_of
 from slimformer.running.order import conflicts, leading_stages
 from slimformer.running.readings import reads_otherwise, refuse_strange_ids
@@ -31,7 +35,7 @@ from slimformer.running.vocabulary import check_table, choose_pieces, refuse_str
 from slimformer.runtimes.openvino import require_nncf
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
-from slimformer.tasks.base import Split, Task
+from slimformer.tasks.base import Features, Split, Task
 from slimformer.training.devices import check_trackers
 from slimformer.training.stage import TASK_TEXT, Stage, Train, TrimVocabulary
 
@@ -80,8 +84,8 @@ def preflight(recipe: Recipe) -> Checked:
         _check_teacher(teacher, recipe)
         if reads_otherwise(teacher, source):
             refuse_strange_ids(task, recipe.stages)
-        _check_pair(source, teacher, recipe)
         _check_dimension(teacher, source, task)
+    _check_pair(source, teacher or source, recipe)
     training = [stage for stage in recipe.stages if isinstance(stage, Train)]
     for stage in training:
         check_trackers(stage.trackers)
@@ -98,7 +102,7 @@ def preflight(recipe: Recipe) -> Checked:
     load_tokenizer(source)
     max_length_of(source)
     _check_vocabulary(recipe, source, task)
-    _check_first_cut(recipe, source, task)
+    _check_methods(recipe, source, task)
     _check_points(recipe, source, task)
     return Checked(recipe, source, teacher)
 
@@ -295,32 +299,53 @@ def check_masked_model(folder: Path, source: Path) -> None:
         )
 
 
-def _check_first_cut(recipe: Recipe, source: Path, task: Task) -> None:
-    """RecipeError, TargetError or PlanError if the first method that decides cannot do so with this model.
+def _check_methods(recipe: Recipe, source: Path, task: Task) -> None:
+    """The first error of a method that cannot do what it is asked with the model as the stages before it leave it.
 
-    A later method can be checked only once the model has been cut.
+    The model is followed from stage to stage as far as names and sizes tell. Behind a method that looks at data it is only known that
+    nothing is added: what exits, sieves, segments and patterns lack by then, they would lack in any case.
     """
-    cutting = (method for stage in recipe.stages for method in stage.methods if method.effects().chooses)
-    branching = (method for stage in recipe.stages for method in stage.methods if method.effects().adapts)
-    dividing = [
-        method for stage in recipe.stages for method in stage.methods if method.effects().divides or method.effects().patterns
-    ]
-    first = next(cutting, None) or next(branching, None)  # a cut comes before exits and sieves
-    if first is None and not dividing:
+    if not any(stage.methods for stage in recipe.stages):
         return
     subject = subject_of(checkpoint.skeleton(source, task.auto_class))
-    for method in dividing:
-        method.check(subject.anatomy, None)
-    if first is None:
-        return
-    refuse_cuts((first,), subject.anatomy)
-    counted = None  # measuring latency needs the weights, and a minute
-    if first.cost == "parameters":
-        counted = cost.parameters(subject.model, subject.anatomy)
-    elif first.cost == "macs":
-        rows = sampled_rows(task, source)
-        counted = cost.macs(subject.anatomy, rows.lengths(), rows.target_lengths(), subject.beams)
-    first.check(subject.anatomy, counted)
+    anatomy, rows = subject.anatomy, cache(lambda: sampled_rows(task, source))
+    known = True
+    for number, stage in enumerate(recipe.stages):
+        for method in stage.methods:
+            effects = method.effects()
+            with _told_where(f"stages[{number}]", later=anatomy is not subject.anatomy):
+                if known:
+                    refuse_cuts((method,), anatomy)
+                    method.check(anatomy, _counted(method, anatomy, subject, rows))
+                elif effects.adapts or effects.divides or effects.patterns:
+                    method.check(anatomy, None)
+        for method in stage.methods if known else ():
+            plan = method.foresee(anatomy, _counted(method, anatomy, subject, rows))
+            known = known and plan is not None
+            anatomy = anatomy.after(plan) if plan not in (None, Plan()) else anatomy
+
+
+def _counted(method: Method, anatomy: Anatomy, subject: Subject, rows: Callable[[], Features]) -> cost.Cost | None:
+    """What a method's budget counts in a model of this anatomy; None if it has none, or if that takes the weights and a minute."""
+    if not (method.effects().chooses or method.effects().adapts):
+        return None
+    if method.cost == "parameters" and anatomy is subject.anatomy:
+        return cost.parameters(subject.model, anatomy)
+    if method.cost == "macs":
+        return cost.macs(anatomy, rows().lengths(), rows().target_lengths(), subject.beams)
+    return None
+
+
+@contextmanager
+def _told_where(stage: str, *, later: bool) -> Iterator[None]:
+    """Adds to an error which stage it is of, if the model is no longer the one that the recipe names by then."""
+    try:
+        yield
+    except (RecipeError, TargetError, PlanError) as error:
+        if not later:
+            raise
+        facts = [*error.facts, f"in {stage}, on the model as the stages before leave it"]
+        raise type(error)(error.what, facts=facts, help=error.help) from None
 
 
 def _check_vocabulary(recipe: Recipe, source: Path, task: Task) -> None:

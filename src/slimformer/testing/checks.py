@@ -570,6 +570,10 @@ def _decides(method: Method, model_type: str, most: int = 8) -> None:
     assert list(context.model.state_dict()) == names, f"{model_type}: parameter names changed"
     assert _hooks(context.model) == hooks, f"{model_type}: hooks are left"
     decision.plan.check(context.anatomy)
+    foreseen = method.foresee(context.anatomy, context.cost)
+    if foreseen is not None:
+        sizes = [_sizes(context.anatomy.after(plan)) for plan in (foreseen, decision.plan)]
+        assert sizes[0] == sizes[1], f"{model_type}: foresees other sizes or forms than it decides"
     small = shrink(context.model, context.anatomy, decision)
     with torch.no_grad():
         assert bool(torch.isfinite(small(**batch(small)).logits).all()), f"the cut {model_type} gives no finite numbers"
@@ -583,6 +587,15 @@ def _decides(method: Method, model_type: str, most: int = 8) -> None:
     if method.keep is not None:
         left = context.cost.of(decision.plan, context.anatomy) / context.cost.dense
         assert left <= method.keep + 1e-9, f"{left:.3f} of the cost remains, {method.keep} was allowed"
+
+
+def _sizes(anatomy: Anatomy) -> dict[tuple[str, str], int]:
+    """The numbers in matrices of each role and form."""
+    found: dict[tuple[str, str], int] = {}
+    for matrix in anatomy.matrices.values():
+        key = str(matrix.role), type(matrix.form).__name__
+        found[key] = found.get(key, 0) + int(np.prod(matrix.shape))
+    return found
 
 
 def _seen(subject: Subject, inputs: Batch, needs: Collection[Capture]) -> Captured:

@@ -304,7 +304,8 @@ def parting(methods: Sequence[Method]) -> list[str]:
     for place, method in enumerate(methods):
         does = method.effects()
         if does.decides and not (does.alike or does.branches):
-            found.append(f"{name_of(method)} would make layers differ that {name} makes one: put it into a stage before")
+            remedy = "leave out one of the two" if does.uneven else "put it into a stage before"
+            found.append(f"{name_of(method)} would make layers differ that {name} makes one: {remedy}")
         elif place < first and (does.decides or does.holds_zeros):
             found.append(f"{name_of(method)} looks at layers before {name} has made them one: put {name} first")
     return found
