@@ -364,6 +364,11 @@ class Anatomy:
         return any(matrix.role is Role.QUERY_KEY_VALUE for matrix in self.matrices.values())
 
     @property
+    def shares_bias(self) -> bool:
+        """Whether its attentions add a bias for positions to their scores that a whole stack shares."""
+        return any(site.bias is not None for site in self.sites.values())
+
+    @property
     def every_site(self) -> Mapping[str, Site]:
         """All that a plan may name: the sites, and the vocabulary."""
         return self.sites if self.vocabulary is None else {**self.sites, self.vocabulary.id: self.vocabulary}

@@ -52,9 +52,22 @@ def stand_in(model: nn.Module, skip: Skip) -> None:
 def take_part(model: nn.Module, attention: str, keep: tuple[int, ...]) -> None:
     """Lets an attention add the part of the shared bias that belongs to the heads `keep` of those that it has."""
     module: Any = model.get_submodule(attention)
-    before = module.own_heads if isinstance(module, _OwnPart) else range(module.n_heads)
-    _become(module, _OwnPart)
+    before = own_heads(module)
+    if not isinstance(module, (_OwnPart, _OwnColumns)):
+        _become(module, _OwnPart if hasattr(module, "has_relative_attention_bias") else _OwnColumns)
     module.own_heads = tuple(before[head] for head in keep)
+
+
+def own_heads(module: Any) -> tuple[int, ...]:
+    """The heads that an attention has of those that the bias of its stack has columns for."""
+    if isinstance(module, (_OwnPart, _OwnColumns)):
+        return module.own_heads
+    return tuple(range(module.n_heads if hasattr(module, "n_heads") else module.num_attention_heads))
+
+
+def own_part(module: nn.Module, bias: Tensor) -> Tensor:
+    """What an attention adds to its scores, of the bias of all heads of the whole model: (1 or batch, its heads, seq, keys)."""
+    return bias[:, list(cast(Any, module).own_heads)] if isinstance(module, _OwnColumns) else bias
 
 
 def is_skipped(module: nn.Module | None) -> bool:
@@ -99,6 +112,23 @@ class _OwnPart(_Sharing):
             hidden_states, mask=mask, key_value_states=key_value_states, position_bias=part, **kwargs
         )
         return output, whole, weights
+
+
+class _OwnColumns(_Sharing):
+    """Of an attention that is handed the bias of the whole stack, whose table lies beside the layers."""
+
+    own_heads: tuple[int, ...]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        part = None if position_bias is None else own_part(cast(nn.Module, self), position_bias)
+        return super().forward(hidden_states, attention_mask, part, *args, **kwargs)  # type: ignore[misc]
 
 
 class _BiasAlone(_Sharing):

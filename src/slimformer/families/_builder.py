@@ -25,6 +25,7 @@ from slimformer.core.anatomy import (
     Stack,
     Tap,
     Tokens,
+    is_shared,
     separate_points,
     sliced,
 )
@@ -293,7 +294,11 @@ class _Built:
         if any(name not in (*behind, project) for name in reads):
             return
         tables = [matrix.module for matrix in self.matrices if matrix.role is Role.EMBEDDING]
-        tables += [name for name, module in outside.items() if isinstance(module, nn.Embedding) and f"{name}.weight" in there]
+        tables += [
+            name
+            for name, module in outside.items()
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in there and not is_shared(f"{name}.weight")
+        ]
         if project not in self.modules:
             self.stream += [Slice(f"{name}.weight", 1) for name in dict.fromkeys(tables)]
         if behind and (f"{behind[0]}.weight" in there or not isinstance(self.modules[behind[0]], nn.Linear)):

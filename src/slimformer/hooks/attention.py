@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, matmul, nn
 
+from slimformer.core.asking import asking_functions
+
 MOST_SCORES = 16 << 20  # of a layer, batch * heads * seq * seq
 ATTENTION_NAME = "slimformer"  # our name among transformers' attention functions
 
@@ -46,7 +48,7 @@ def attending(model: nn.Module, slots: Mapping[str, Slot]) -> Iterator[None]:
     for module, slot in modules.items():
         _SLOTS.setdefault(module, []).append(slot)
     try:
-        with _attention_named(model, ATTENTION_NAME):
+        with _attention_named(model, ATTENTION_NAME), asking_functions(model, ATTENTION_NAME):
             yield
     finally:
         for module, slot in modules.items():

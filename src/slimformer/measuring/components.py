@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from slimformer.core.anatomy import Anatomy, Kind, PointRole, Role
+from slimformer.core.anatomy import SHARED_BIAS, Anatomy, Kind, PointRole, Role
 
 if TYPE_CHECKING:
     from slimformer.families.base import Subject
@@ -83,7 +83,10 @@ def components_of(subject: Subject) -> Components:
     model, anatomy = subject.model, subject.anatomy
     base = "" if model.base_model is model else model.base_model_prefix
     places = {name: Spot(Component.HEAD) for name, _ in model.named_children() if base and name != base}
-    places |= _of_layers(anatomy)
+    beside = (
+        name for name, _ in model.named_modules() if name.endswith(f".{SHARED_BIAS}") and not name.startswith(anatomy.layers)
+    )
+    places |= dict.fromkeys(beside, Spot(Component.CORE)) | _of_layers(anatomy)
     for point in anatomy.points.values():
         layer = _layer_of(anatomy, point.sublayer)
         if point.role is PointRole.NORM:

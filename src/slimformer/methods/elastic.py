@@ -147,12 +147,17 @@ class _State(State):
 def sortable(anatomy: Anatomy) -> list[Site]:
     """The heads and neurons of a model.
 
-    TargetError if they can be put in no order: it writes texts, and its heads may share a bias; heads attend by patterns, which stand in
-    the order of the heads; or a matrix of theirs is factored.
+    TargetError if they can be put in no order: it writes texts; its heads share a bias, whose columns stand in their order; heads attend
+    by patterns, which stand in it too; or a matrix of theirs is factored.
     """
     if len(anatomy.stacks) > 1:
         raise TargetError(
             "elastic widths are for encoders, and this model writes texts.", help="cut it with `fisher` or `layers`."
+        )
+    if anatomy.shares_bias:
+        raise TargetError(
+            "the heads of this model share a bias for positions, so that they can be put in no other order.",
+            help="cut it with `fisher` or `gates`.",
         )
     if anatomy.patterns:
         raise TargetError(

@@ -46,6 +46,7 @@ def uniform(small: PreTrainedModel) -> PreTrainedModel:
     True
     """
     from slimformer.core.shrink import unshrink  # needs torch
+    from slimformer.core.standing import own_heads  # needs torch
 
     anatomy = anatomy_of(small)
     if anatomy.junctions or anatomy.patterns:
@@ -63,7 +64,8 @@ def uniform(small: PreTrainedModel) -> PreTrainedModel:
             assert site.sublayer is not None
             keep[site.sublayer] = ()
         elif own.size < site.size:
-            keep[site.id] = tuple(range(own.size))
+            kept = range(own.size) if own.bias is None else own_heads(packed.get_submodule(own.bias))
+            keep[site.id] = tuple(kept)
     return unshrink(packed, empty, wide, Plan(keep))
 
 

@@ -22,6 +22,7 @@ _MORE_TYPES = {
     "CastLike",
     "ConstantOfShape",
     "DequantizeLinear",
+    "Equal",
     "Identity",
     "QuantizeLinear",
     "Reshape",

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from slimformer.core.anatomy import Role
+from slimformer.core.asking import asking_functions
 from slimformer.core.deciding import answers_apart
 from slimformer.core.dividing import MET, SEGMENTS, meeting_seen
 from slimformer.core.patterning import BEYOND, fixed_marked
@@ -165,12 +167,12 @@ def _mark_attention(
 ) -> tuple[Any, None]:
     """An attention function for transformers that leaves a marker: (., heads, ., dim) in, (., ., heads, dim) out.
 
-    What is added to the scores of words beyond a span is one more input, if heads have spans.
+    What is added to the scores of words beyond a span is one more input, if heads have spans, and so is a bias for positions.
     """
     outer, heads, inner, dim = query.shape
     attributes: dict[str, Any] = {"scale": float(scaling or dim**-0.5), "heads": int(heads), "width": int(heads * dim)}
     inputs = [*(item.transpose(1, 2) for item in (query, key, value)), attention_mask]
-    inputs += [rest[BEYOND]] if BEYOND in rest else []
+    inputs += [item for item in (rest.get(BEYOND), rest.get("position_bias")) if item is not None]
     shape = (outer, inner, heads, dim)
     return torch.onnx.ops.symbolic("::".join(ATTENTION), inputs, attributes, dtype=query.dtype, shape=shape), None
 
@@ -260,6 +262,8 @@ def _marked(subject: Subject) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(setattr, model.config, "_attn_implementation", before)
         model.config._attn_implementation = MARKED
+        stack.enter_context(asking_functions(model, MARKED))
+        stack.enter_context(_one_bias(model))
         for name, module in forms_in(model).items():
             stack.callback(delattr, module, "forward")
             module.forward = _mark_form(name, module)
@@ -275,6 +279,21 @@ def _marked(subject: Subject) -> Iterator[None]:
         for name in (encoder.embedding, encoder.norm or encoder.layers[-1]) if encoder.layers else ():
             stack.callback(model.get_submodule(name).register_forward_hook(turn).remove)
         yield
+
+
+@contextmanager
+def _one_bias(model: nn.Module) -> Iterator[None]:
+    """Lets a stack compute the bias that its attentions share from hidden states (seq, batch, hidden), once for all rows."""
+    stacks: list[Any] = [module for module in model.modules() if hasattr(module, "compute_position_bias")]
+    for module in stacks:
+        module.compute_position_bias = partial(
+            lambda own, states: own(states.transpose(0, 1)[:1]), module.compute_position_bias
+        )
+    try:
+        yield
+    finally:
+        for module in stacks:
+            del module.compute_position_bias
 
 
 def _turned_attentions(subject: Subject) -> Iterator[tuple[str, Any]]:
