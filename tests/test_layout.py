@@ -28,7 +28,7 @@ ORDER = (
     ("measuring",),
     ("reporting",),
     ("running",),
-    ("testing", "demo"),
+    ("serving", "testing", "demo"),
     ("cli", "__main__"),
 )
 

@@ -1,4 +1,4 @@
-"""The command line: compress | frontier | run | bench | verify | report | inspect | list | check | demo.
+"""The command line: compress | frontier | run | bench | verify | report | inspect | serve | list | check | demo.
 
 Each command is a few lines over a function that Python users call too. Errors a person can act on become one message and exit
 status 2; anything else is a bug and keeps its traceback. Heavy imports stand inside commands, and the options of tasks are collected
@@ -511,6 +511,23 @@ def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: l
 
     if others or len(lengths) > 1 or batch or out is not None:
         raise RecipeError("several files or lengths, --batch and --out are of a profile.", help="add --profile.")
+
+
+@app.command("serve", epilog="Example: slimformer serve ./small --port 8000")
+def serve_command(
+    model: Annotated[Path, typer.Argument(help="A folder that compress or run wrote, or one with an ONNX file.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine reaches it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; all cores by default.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=4, max=100_000, help="Tokens a text may have.")] = None,
+    max_items: Annotated[int, typer.Option(min=1, help="Texts in a request.")] = 1024,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Texts that may wait; requests beyond are answered with 429.")] = 1024,
+) -> None:
+    """Serve a model over HTTP: embeddings, classes, scores of a query's texts, or spans."""
+    from slimformer.serving.server import Limits, serve
+
+    limits = Limits(items=max_items, waiting=max_waiting)
+    serve(model, host=host, port=port, threads=threads, max_length=max_length, limits=limits)
 
 
 @app.command("list", epilog="Example: slimformer list gates")

@@ -210,6 +210,27 @@ def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | 
     return _named_apart(models)
 
 
+def file_to_run(path: Path) -> tuple[Path, Path, Facts | None]:
+    """The best file of a folder, or the file itself; the folder of its config.json and tokenizer; and what slimformer.json says of it.
+
+    ModelError if there is none.
+    """
+    file = path
+    if not os.path.isfile(path):
+        if not os.path.isdir(path):
+            raise ModelError(
+                f"{path} is no model: there is no such folder.", help="name a folder with config.json and a model."
+            )
+        files = _model_files(path)
+        if not files:
+            raise ModelError(
+                f"{path} holds no ONNX file.",
+                help="`slimformer compress` or `slimformer run` with a recipe without stages writes one.",
+            )
+        file = _best_file(path, files)
+    return file, _home_of(file), _facts_of(file)[0]
+
+
 def _named_apart(models: Sequence[_Model]) -> list[_Model]:
     """The models with a number behind each name that has been given before."""
     count: Counter[str] = Counter()

@@ -24,7 +24,7 @@ def add_windows(columns: Mapping[str, list[Any]], windows: Sequence[Encoding], p
 
     `labels` (words,) are `IGNORED` where a word's tag is unknown to the model. Returns how many words no token stands for.
     """
-    firsts = [_first_tokens(window, places) for window in windows]  # (words,) each
+    firsts = [first_tokens(window, places) for window in windows]  # (words,) each
     # tokens on the poorer side, -1 without the word; ends of the text need no care, because windows share at most their halves
     room = np.stack([np.minimum(first, len(window.ids) - 1 - first) for first, window in zip(firsts, windows, strict=True)])
     best = room.argmax(axis=0) if len(places) else np.zeros(0, dtype=np.int64)  # (words,), the first of equal ones
@@ -40,7 +40,7 @@ def add_windows(columns: Mapping[str, list[Any]], windows: Sequence[Encoding], p
     return int((room.max(axis=0, initial=-1) < 0).sum())
 
 
-def _first_tokens(window: Encoding, places: Places) -> np.ndarray:
+def first_tokens(window: Encoding, places: Places) -> np.ndarray:
     """The first token of each word in a window, -1 if it has none that no earlier word has: (words,).
 
     A window may begin inside a word; that one has at least as much room in the window before, which holds its first token.

@@ -1,0 +1,296 @@
+"""What a model folder answers: texts become rows of tokens, and the outputs of rows become vectors, classes, scores or spans.
+
+Which of them it is follows from the folder: `slimformer.json` names its task, and of other folders with ONNX files config.json names the
+head. Neither torch nor transformers is needed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from slimformer.core.pooling import SENTENCE_VECTOR, VectorHead, vector_head
+from slimformer.data.labels import model_labels
+from slimformer.data.tagged import WORD
+from slimformer.data.tokenizer import LONGEST, cutting, load_tokenizer, max_length_of, pad_id_of
+from slimformer.data.tokenizer_files import encoding_errors
+from slimformer.errors import ModelError, RecipeError, nearest, shown
+from slimformer.measuring.records import Facts
+from slimformer.running.bench import ONNX_FOLDER, file_to_run
+from slimformer.saving.checkpoint import read_config
+from slimformer.tasks._tags import OUTSIDE, Tagset
+from slimformer.tasks._words import first_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+Text = str | tuple[str, str]  # one text, or a pair
+QUERY, PASSAGE = "query", "passage"
+_PASSAGES = (PASSAGE, "document", "corpus", "doc")  # names that the prompt of passages has in folders
+_STRIDE = 64  # tokens that neighbouring windows of a long text share
+_HEADS = {"ForSequenceClassification": "classes", "ForTokenClassification": "spans"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row for the model: its tokens, and of a window over a text which token begins each word (-1: none in this window)."""
+
+    ids: Sequence[int]
+    types: Sequence[int]
+    firsts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (words,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def whole(text: str) -> str:
+    r"""A text without halves of characters, which JSON may hold and no tokenizer reads; each becomes one sign.
+
+    >>> whole("a\ud800b")
+    'a\ufffdb'
+    """
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class TooLongError(ValueError):
+    """A text has more tokens than the model reads, and its sender did not want it cut."""
+
+
+class Answerer(ABC):
+    """Subclasses say what the rows of one text are, and what their outputs mean."""
+
+    path: ClassVar[str]  # the endpoint that asks for this kind of answer
+    output: ClassVar[str] = "logits"
+    per_token: ClassVar[bool] = False  # whether the output has a row for each token
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
+        self.tokenizer: Tokenizer = load_tokenizer(folder)
+        self.pad_id = pad_id_of(self.tokenizer, folder)
+        self.config, self.max_length = config, max_length
+        with cutting(self.tokenizer, max_length):
+            special = int(self.tokenizer.num_special_tokens_to_add(False))
+        stride = max(0, min(_STRIDE, (max_length - special) // 2)) if self.per_token else 0
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(max_length, stride=stride)  # once: several threads encode
+
+    def rows(self, texts: Sequence[Text], *, cut: bool = True) -> list[list[Row]]:
+        """The rows of each text; one, if the kind of answer needs no windows. TooLongError if a text must be cut and may not."""
+        found = self._encoded(texts)
+        for text, row in zip(texts, found, strict=True):
+            if row.overflowing and not cut:
+                raise TooLongError(
+                    f"{shown(text if isinstance(text, str) else text[0], 40)} has more than {self.max_length} tokens."
+                )
+        return [[Row(row.ids, row.type_ids)] for row in found]
+
+    def _encoded(self, texts: Sequence[Text]) -> Sequence[Encoding]:
+        with encoding_errors():
+            found: Sequence[Encoding] = self.tokenizer.encode_batch(
+                [whole(text) if isinstance(text, str) else (whole(text[0]), whole(text[1])) for text in texts]
+            )
+        return found
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What a caller may want to know of these answers."""
+
+
+class Vectors(Answerer):
+    """A vector for each text."""
+
+    path = "/v1/embeddings"
+    output = SENTENCE_VECTOR
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
+        head = vector_head(config)
+        assert head is not None
+        super().__init__(folder, config, min(max_length, head.max_length or max_length))
+        self.head: VectorHead = head
+
+    def prompt(self, name: str | None, side: str | None) -> str:
+        """The text before each text: that of a prompt's name, or of a side, query or passage.
+
+        RecipeError if there is no such prompt, or if the sides differ and nobody said which one these texts are.
+        """
+        prompts = dict(self.head.prompts)
+        sides = {QUERY: prompts.get(QUERY), PASSAGE: next((prompts[each] for each in _PASSAGES if each in prompts), None)}
+        if name is not None:
+            if name not in prompts:
+                raise RecipeError(
+                    f"the model has no prompt '{name}'.", help=nearest(name, prompts) if prompts else "leave it out."
+                )
+            return prompts[name]
+        if side is not None:
+            return sides[side] or ""
+        if self.head.default_prompt in prompts:
+            return prompts[str(self.head.default_prompt)]
+        query, passage = sides[QUERY] or "", sides[PASSAGE] or ""
+        if query != passage:
+            raise RecipeError(
+                f"the model puts {shown(query)} before a query and {shown(passage)} before a passage, and nothing says which these are.",
+                help='add "input_type": "query" or "passage".',
+            )
+        return query
+
+    def prompted(self, texts: Sequence[str], prompt: str) -> list[Text]:
+        """The texts as the model reads them."""
+        return [(prompt + text).lower() if self.head.lower else prompt + text for text in texts]
+
+    def facts(self) -> dict[str, Any]:
+        return {"prompts": dict(self.head.prompts), "similarity": self.head.similarity, "normalized": self.head.normalize}
+
+
+class Classes(Answerer):
+    """The share of each class; or of each label by itself, if a text may have several; or one number."""
+
+    path = "/classify"
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
+        super().__init__(folder, config, max_length)
+        self.labels, problem = model_labels(config)
+        self.several = problem == "multi_label_classification"
+
+    def shares(self, logits: np.ndarray) -> list[dict[str, Any]]:
+        """(classes,) -> each label with its share, the largest first; the score itself if there is but one."""
+        values = np.asarray(logits, np.float64)
+        if self.several:
+            values = 1 / (1 + np.exp(-values))
+        elif len(values) > 1:
+            values = np.exp(values - values.max())
+            values /= values.sum()
+        order = np.argsort(-values, kind="stable")
+        return [{"label": self.labels[place], "score": float(values[place])} for place in order]
+
+    def facts(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "several_labels": self.several}
+
+
+class Scores(Answerer):
+    """One number for a query with a text: how well the text answers it."""
+
+    path = "/rerank"
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+class Spans(Answerer):
+    """The spans of words that a tagger marks, with their places in the text; of tags without an outside one every word."""
+
+    path = "/tag"
+    per_token = True
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
+        super().__init__(folder, config, max_length)
+        self.labels, _ = model_labels(config)
+        self.tagset = Tagset.of(self.labels)
+
+    def rows(self, texts: Sequence[Text], *, cut: bool = True) -> list[list[Row]]:
+        """Windows over each text; nothing is cut off."""
+        plain = [whole(str(text)) for text in texts]
+        found = self._encoded(plain)
+        rows = []
+        for text, encoding in zip(plain, found, strict=True):
+            places = self.words(text)
+            rows.append(
+                [Row(part.ids, part.type_ids, first_tokens(part, places)) for part in (encoding, *encoding.overflowing)]
+            )
+        return rows
+
+    def words(self, text: str) -> list[tuple[int, int]]:
+        """First and last character (exclusive) of each word."""
+        return [match.span() for match in WORD.finditer(text)]
+
+    def spans(self, text: str, rows: Sequence[Row], logits: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """(tokens, tags) of each window -> the spans of a text. A word has the tag of its first token, where most text is around it."""
+        words = self.words(text)
+        best = np.full(len(words), -1)  # tokens on the poorer side of a word's first token
+        tags = np.full(len(words), -1)
+        sure = np.zeros(len(words))
+        for row, values in zip(rows, logits, strict=True):
+            room = np.where(row.firsts >= 0, np.minimum(row.firsts, len(row) - 1 - row.firsts), -1)
+            here = np.flatnonzero(room > best)
+            picked = np.asarray(values, np.float64)[row.firsts[here]]  # (words, tags)
+            shares = np.exp(picked - picked.max(axis=1, keepdims=True))
+            shares /= shares.sum(axis=1, keepdims=True)
+            best[here], tags[here], sure[here] = room[here], shares.argmax(axis=1), shares.max(axis=1)
+        return self._joined(text, words, tags, sure)
+
+    def _joined(self, text: str, words: Sequence[tuple[int, int]], tags: np.ndarray, sure: np.ndarray) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        shares: list[list[float]] = []
+        before = (OUTSIDE, "")
+        for (start, end), tag, share in zip(words, tags, sure, strict=True):
+            letter, kind = (OUTSIDE, "") if tag < 0 else self.tagset.parts[tag]
+            begins = not self.tagset.has_spans or letter in "BS" or before[0] in "OES" or kind != before[1]
+            if letter != OUTSIDE and begins:
+                found.append({"label": kind if self.tagset.has_spans else self.labels[tag], "start": start, "end": end})
+                shares.append([float(share)])
+            elif letter != OUTSIDE:
+                found[-1]["end"] = end
+                shares[-1].append(float(share))
+            before = letter, kind
+        for item, values in zip(found, shares, strict=True):
+            item["text"], item["score"] = text[item["start"] : item["end"]], sum(values) / len(values)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        return {"labels": list(self.labels)}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A folder that is served, with its card and page: the file that runs, what it answers, and what its slimformer.json says."""
+
+    name: str
+    folder: Path
+    file: Path
+    answerer: Answerer
+    facts: Facts | None
+
+
+def served_model(path: Path, max_length: int | None = None) -> Served:
+    """What a folder with ONNX files, or one of these files, answers.
+
+    Args:
+        path: A folder as `slimformer compress` writes it, one of other tools with config.json, tokenizer.json and ONNX files, or a file.
+        max_length: Tokens that a text may have; by default as many as the folder was made for, or as the model can take.
+
+    Raises:
+        ModelError: There is no model, no tokenizer, or one that answers what no endpoint asks for.
+
+    Example:
+        >>> served_model(Path("small")).answerer.path
+        '/classify'
+    """
+    file, home, facts = file_to_run(path)
+    config = read_config(home)
+    folder = path if path.is_dir() else home.parent if home.name == ONNX_FOLDER else home
+    length = min(max_length or (facts.max_length if facts is not None else LONGEST), max_length_of(home))
+    return Served(folder.resolve().name, folder, file, _kind(home, config, facts)(home, config, length), facts)
+
+
+def _kind(home: Path, config: Mapping[str, Any], facts: Facts | None) -> type[Answerer]:
+    """Vectors, classes, scores or spans: as config.json tells."""
+    if config.get(SENTENCE_VECTOR) is not None:
+        return Vectors
+    used = str(facts.task.get("use", "")) if facts is not None else ""
+    heads = [str(name) for name in config.get("architectures") or ()]
+    found = next((kind for name in heads for end, kind in _HEADS.items() if name.endswith(end)), None)
+    if used == "reranking":
+        return Scores
+    if found == "classes":
+        one = len(model_labels(config)[0]) == 1
+        return Scores if one and "sentence_transformers" in config else Classes
+    if found == "spans":
+        return Spans
+    kind = used or (heads[0] if heads else "unknown")
+    raise ModelError(
+        f"{home} holds a model of the kind {shown(kind, 60)}, and no endpoint asks for its answers.",
+        help="served are embeddings, classifiers, rerankers and taggers.",
+    )
