@@ -14,7 +14,7 @@ import slimformer
 from slimformer import cli, registry
 from slimformer.describing import STAGES, describe
 
-COMMANDS = ("compress", "frontier", "run", "bench", "verify", "report", "inspect", "list", "check", "demo")
+COMMANDS = ("compress", "frontier", "run", "bench", "verify", "report", "inspect", "serve", "list", "check", "demo")
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -64,7 +64,8 @@ def reranker(folder: Path) -> Path:
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(good, "table"))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 1]))
     onnx.save(model, folder / "model.onnx")
-    return changed(folder, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, sentence_transformers={"version": "6.0.0"})
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    return changed(folder, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, sentence_transformers=identity)
 
 
 def embedder(folder: Path, **head: Any) -> Path:
@@ -184,6 +185,15 @@ def test_texts_are_ordered_in_the_words_of_both_kinds_of_clients(tmp_path: Path)
         for wrong in ({"query": "x"}, {"query": "x", "texts": ["a"], "documents": ["b"]}):
             assert '"documents", or "texts"' in message(client.post("/rerank", json=wrong), 400)
         assert '"text"' in message(client.post("/rerank", json={"query": "x", "documents": [{"title": "a"}]}), 400)
+
+
+def test_scores_are_what_the_folder_says(tmp_path: Path) -> None:
+    folder = changed(
+        reranker(tmp_path / "small"), sentence_transformers={"activation_fn": "torch.nn.modules.activation.Sigmoid"}
+    )
+    with client_of(folder) as client:
+        (answer,) = client.post("/rerank", json={"query": "film", "texts": ["great"]}).json()
+    assert answer["score"] == pytest.approx(1 / (1 + np.exp(-3.0)), rel=1e-5)
 
 
 def test_spans_have_their_places_in_the_text_also_where_it_needs_windows(tmp_path: Path) -> None:

@@ -524,7 +524,8 @@ def serve_command(
     max_waiting: Annotated[int, typer.Option(min=1, help="Texts that may wait; requests beyond are answered with 429.")] = 1024,
 ) -> None:
     """Serve a model over HTTP: embeddings, classes, scores of a query's texts, or spans."""
-    from slimformer.serving.server import Limits, serve
+    from slimformer.serving.batching import Limits
+    from slimformer.serving.server import serve
 
     limits = Limits(items=max_items, waiting=max_waiting)
     serve(model, host=host, port=port, threads=threads, max_length=max_length, limits=limits)

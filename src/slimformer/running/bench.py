@@ -25,15 +25,15 @@ from slimformer.data.material import encode_rows
 from slimformer.data.tokenizer import load_tokenizer, max_length_of
 from slimformer.data.trimming import SAMPLE_TEXTS, UNREADABLE, unknown_share
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError, readable, shown
-from slimformer.exporters.base import FILES, OPENVINO, PAIRS, SLIM, Variant, is_pair, variant_of
+from slimformer.exporters.base import Variant, is_pair, variant_of
 from slimformer.families.base import subject_of
-from slimformer.kernels.library import installed
 from slimformer.measuring.beside import make_readable
 from slimformer.measuring.machine import Load, Quiet, cores
 from slimformer.measuring.records import Facts, FileFacts, Heading, Standing
 from slimformer.measuring.scoring import Entry, Measurement, measure
 from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
+from slimformer.reporting.delivered import facts_beside, fastest_file, home_of, model_files, named_in
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
 from slimformer.running.places import read_in
 from slimformer.runtimes._texts import settings_of
@@ -43,10 +43,6 @@ from slimformer.saving.sentence_told import told_folder
 from slimformer.tasks.base import Example, Features, Split, Task, refuse_pretraining
 
 _log = logging.getLogger(__name__)
-
-# These are ordered from the fastest file to the plainest: the first one there is stands for a folder that names no best file.
-_FASTEST_FIRST = (Variant.INT8_FUSED, Variant.INT8_STATIC, Variant.FUSED, Variant.FLOAT)
-ONNX_FOLDER = FILES[Variant.FLOAT].folder
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ def bench(
 def _recorded_task(paths: Sequence[Path]) -> Task:
     """The task in the first slimformer.json beside these paths."""
     for path in paths:
-        facts, folder = _facts_of(path) if os.path.isfile(path) else (read_facts(path), path)
+        facts, folder = facts_beside(path) if os.path.isfile(path) else (read_facts(path), path)
         if facts is not None and "use" in facts.task:
             return _task_of(facts, folder)
     raise RecipeError("there is no data to bench on.", help="name it with --data ./folder, or --task glue/sst2 --data ...")
@@ -200,35 +196,14 @@ def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | 
             raise ModelError(
                 f"{path} is no model: there is no such folder.", help="name a folder with config.json and a model."
             )
-        files = _model_files(path)
+        files = model_files(path)
         if not files:
             models.append(_export(path, task, scratch / str(place), max_length))
         elif len(paths) == 1:
             models += sorted((_model(file, str(file.relative_to(path))) for file in files), key=lambda model: model.int8)
         else:
-            models.append(_model(_best_file(path, files), path.resolve().name))
+            models.append(_model(fastest_file(path, files), path.resolve().name))
     return _named_apart(models)
-
-
-def file_to_run(path: Path) -> tuple[Path, Path, Facts | None]:
-    """The best file of a folder, or the file itself; the folder of its config.json and tokenizer; and what slimformer.json says of it.
-
-    ModelError if there is none.
-    """
-    file = path
-    if not os.path.isfile(path):
-        if not os.path.isdir(path):
-            raise ModelError(
-                f"{path} is no model: there is no such folder.", help="name a folder with config.json and a model."
-            )
-        files = _model_files(path)
-        if not files:
-            raise ModelError(
-                f"{path} holds no ONNX file.",
-                help="`slimformer compress` or `slimformer run` with a recipe without stages writes one.",
-            )
-        file = _best_file(path, files)
-    return file, _home_of(file), _facts_of(file)[0]
 
 
 def _named_apart(models: Sequence[_Model]) -> list[_Model]:
@@ -242,78 +217,12 @@ def _named_apart(models: Sequence[_Model]) -> list[_Model]:
     return apart
 
 
-def _model_files(folder: Path) -> list[Path]:
-    """The model files of a folder, fastest kind first: those that its slimformer.json names, or ONNX files by their names.
-
-    Other tools put them at the top or into a folder `onnx`. If none has a name that is known, the only ONNX file is taken.
-    """
-    facts = read_facts(folder)
-    known = [kinds[variant].name for variant in _FASTEST_FIRST for kinds in (FILES, PAIRS)]
-    elsewhere = {OPENVINO.place} if installed() else {OPENVINO.place, SLIM.place}  # other engines run these
-    places = [item.name for item in facts.files if item.name not in elsewhere] if facts else []
-    places += [*known, *(f"{ONNX_FOLDER}/{name}" for name in known)]
-    files = [folder / place for place in dict.fromkeys(places) if (folder / place).is_file()]
-    if files:
-        return sorted(files, key=lambda file: known.index(file.name) if file.name in known else len(known))
-    others = sorted([*folder.glob("*.onnx"), *folder.glob(f"{ONNX_FOLDER}/*.onnx")])
-    if len(others) > 1:
-        raise ModelError(
-            f"{folder} holds {len(others)} ONNX files, and no name says which one to take.",
-            facts=[f"there: {', '.join(str(file.relative_to(folder)) for file in others)}"],
-            help="name one of them.",
-        )
-    return others
-
-
 def _model(file: Path, name: str) -> _Model:
-    facts, _ = _facts_of(file)
+    facts, _ = facts_beside(file)
     variant = variant_of(file.name) or Variant.FLOAT
-    item = _named_in(facts, file) or FileFacts(file.name, variant, variant.int8)
+    item = named_in(facts, file) or FileFacts(file.name, variant, variant.int8)
     known = {} if facts is None else facts.of_record() | {"file": item.name}
-    return _Model(name, file, _home_of(file), item.precision, item.int8, facts, known)
-
-
-def _home_of(file: Path) -> Path:
-    """The folder with the config and tokenizer of a model file: its own, or the one above, as other tools leave them.
-
-    ModelError if there is none.
-    """
-    for folder in (file.parent, file.parent.parent):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ModelError(
-        f"there is no config.json beside {file}.",
-        help="put the model's config.json and tokenizer.json into the folder of the .onnx file, or into the one above it.",
-    )
-
-
-def _facts_of(file: Path) -> tuple[Facts | None, Path]:
-    """slimformer.json for a model file, and its folder: beside the file, or above it if it names this file."""
-    facts, above = read_facts(file.parent), file.parent.parent
-    if facts is None and _named_in(upper := read_facts(above), file):
-        return upper, above
-    return facts, file.parent
-
-
-def _named_in(facts: Facts | None, file: Path) -> FileFacts | None:
-    """What slimformer.json says of a file: it names files from the top of the folder."""
-    names = (file.name, f"{file.parent.name}/{file.name}")
-    return next((item for item in facts.files if item.name in names), None) if facts else None
-
-
-def _best_file(folder: Path, files: Sequence[Path]) -> Path:
-    """The file that slimformer.json names as the best, or the fastest kind of those there are."""
-    facts = read_facts(folder)
-    if facts is None:
-        return files[0]
-    best = folder / facts.best
-    if best not in files:
-        raise ModelError(
-            f"{folder}/slimformer.json names '{facts.best}' as the best file, which is not there.",
-            facts=[f"there: {', '.join(str(file.relative_to(folder)) for file in files)}"],
-            help="copy the whole folder again, or name one .onnx file.",
-        )
-    return best
+    return _Model(name, file, home_of(file), item.precision, item.int8, facts, known)
 
 
 def _export(folder: Path, task: Task, scratch: Path, max_length: int | None) -> _Model:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from slimformer.core.pooling import SENTENCE_VECTOR, VectorHead, vector_head
+from slimformer.core.relevance import RELEVANCE, ScoreActivation, score_activation
 from slimformer.data.labels import model_labels
 from slimformer.data.tagged import WORD
 from slimformer.data.tokenizer import LONGEST, cutting, load_tokenizer, max_length_of, pad_id_of
 from slimformer.data.tokenizer_files import encoding_errors
 from slimformer.errors import ModelError, RecipeError, nearest, shown
 from slimformer.measuring.records import Facts
-from slimformer.running.bench import ONNX_FOLDER, file_to_run
+from slimformer.reporting.delivered import ONNX_FOLDER, file_to_run
 from slimformer.saving.checkpoint import read_config
 from slimformer.tasks._tags import OUTSIDE, Tagset
 from slimformer.tasks._words import first_tokens
@@ -29,7 +30,7 @@ from slimformer.tasks._words import first_tokens
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-Text = str | tuple[str, str]  # one text, or a pair
+TextOrPair = str | tuple[str, str]  # one text, or a pair
 QUERY, PASSAGE = "query", "passage"
 _PASSAGES = (PASSAGE, "document", "corpus", "doc")  # names that the prompt of passages has in folders
 _STRIDE = 64  # tokens that neighbouring windows of a long text share
@@ -37,7 +38,7 @@ _HEADS = {"ForSequenceClassification": "classes", "ForTokenClassification": "spa
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One row for the model: its tokens, and of a window over a text which token begins each word (-1: none in this window)."""
 
     ids: Sequence[int]
@@ -48,10 +49,10 @@ class Row:
         return len(self.ids)
 
 
-def whole(text: str) -> str:
+def whole_characters(text: str) -> str:
     r"""A text without halves of characters, which JSON may hold and no tokenizer reads; each becomes one sign.
 
-    >>> whole("a\ud800b")
+    >>> whole_characters("a\ud800b")
     'a\ufffdb'
     """
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -65,7 +66,6 @@ class Answerer(ABC):
     """Subclasses say what the rows of one text are, and what their outputs mean."""
 
     path: ClassVar[str]  # the endpoint that asks for this kind of answer
-    output: ClassVar[str] = "logits"
     per_token: ClassVar[bool] = False  # whether the output has a row for each token
 
     def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
@@ -78,7 +78,7 @@ class Answerer(ABC):
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_length, stride=stride)  # once: several threads encode
 
-    def rows(self, texts: Sequence[Text], *, cut: bool = True) -> list[list[Row]]:
+    def rows(self, texts: Sequence[TextOrPair], *, cut: bool = True) -> list[list[TokenRow]]:
         """The rows of each text; one, if the kind of answer needs no windows. TooLongError if a text must be cut and may not."""
         found = self._encoded(texts)
         for text, row in zip(texts, found, strict=True):
@@ -86,14 +86,17 @@ class Answerer(ABC):
                 raise TooLongError(
                     f"{shown(text if isinstance(text, str) else text[0], 40)} has more than {self.max_length} tokens."
                 )
-        return [[Row(row.ids, row.type_ids)] for row in found]
+        return [[TokenRow(row.ids, row.type_ids)] for row in found]
 
-    def _encoded(self, texts: Sequence[Text]) -> Sequence[Encoding]:
+    def _encoded(self, texts: Sequence[TextOrPair]) -> Sequence[Encoding]:
+        plain = [whole_characters(text) if isinstance(text, str) else tuple(map(whole_characters, text)) for text in texts]
         with encoding_errors():
-            found: Sequence[Encoding] = self.tokenizer.encode_batch(
-                [whole(text) if isinstance(text, str) else (whole(text[0]), whole(text[1])) for text in texts]
-            )
+            found: Sequence[Encoding] = self.tokenizer.encode_batch(plain)
         return found
+
+    def read(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of the outputs of a batch the one that answers, a row for each row."""
+        return outputs["logits"]
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -104,13 +107,15 @@ class Vectors(Answerer):
     """A vector for each text."""
 
     path = "/v1/embeddings"
-    output = SENTENCE_VECTOR
 
     def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
         head = vector_head(config)
         assert head is not None
         super().__init__(folder, config, min(max_length, head.max_length or max_length))
         self.head: VectorHead = head
+
+    def read(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return outputs[SENTENCE_VECTOR]
 
     def prompt(self, name: str | None, side: str | None) -> str:
         """The text before each text: that of a prompt's name, or of a side, query or passage.
@@ -137,7 +142,7 @@ class Vectors(Answerer):
             )
         return query
 
-    def prompted(self, texts: Sequence[str], prompt: str) -> list[Text]:
+    def prompted(self, texts: Sequence[str], prompt: str) -> list[TextOrPair]:
         """The texts as the model reads them."""
         return [(prompt + text).lower() if self.head.lower else prompt + text for text in texts]
 
@@ -175,8 +180,19 @@ class Scores(Answerer):
 
     path = "/rerank"
 
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_length: int) -> None:
+        super().__init__(folder, config, max_length)
+        self.activation: ScoreActivation = score_activation(config) or "sigmoid"  # as CrossEncoder takes it
+
+    def read(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Our files give the score; of other tools' the output becomes one, as the folder says."""
+        if RELEVANCE in outputs:
+            return outputs[RELEVANCE]
+        logits = outputs["logits"]
+        return 1 / (1 + np.exp(-logits)) if self.activation == "sigmoid" else logits
+
     def facts(self) -> dict[str, Any]:
-        return {}
+        return {"activation": self.activation}
 
 
 class Spans(Answerer):
@@ -190,15 +206,15 @@ class Spans(Answerer):
         self.labels, _ = model_labels(config)
         self.tagset = Tagset.of(self.labels)
 
-    def rows(self, texts: Sequence[Text], *, cut: bool = True) -> list[list[Row]]:
+    def rows(self, texts: Sequence[TextOrPair], *, cut: bool = True) -> list[list[TokenRow]]:
         """Windows over each text; nothing is cut off."""
-        plain = [whole(str(text)) for text in texts]
+        plain = [whole_characters(str(text)) for text in texts]
         found = self._encoded(plain)
         rows = []
         for text, encoding in zip(plain, found, strict=True):
             places = self.words(text)
             rows.append(
-                [Row(part.ids, part.type_ids, first_tokens(part, places)) for part in (encoding, *encoding.overflowing)]
+                [TokenRow(part.ids, part.type_ids, first_tokens(part, places)) for part in (encoding, *encoding.overflowing)]
             )
         return rows
 
@@ -206,7 +222,7 @@ class Spans(Answerer):
         """First and last character (exclusive) of each word."""
         return [match.span() for match in WORD.finditer(text)]
 
-    def spans(self, text: str, rows: Sequence[Row], logits: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    def spans(self, text: str, rows: Sequence[TokenRow], logits: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """(tokens, tags) of each window -> the spans of a text. A word has the tag of its first token, where most text is around it."""
         words = self.words(text)
         best = np.full(len(words), -1)  # tokens on the poorer side of a word's first token
@@ -286,7 +302,7 @@ def _kind(home: Path, config: Mapping[str, Any], facts: Facts | None) -> type[An
         return Scores
     if found == "classes":
         one = len(model_labels(config)[0]) == 1
-        return Scores if one and "sentence_transformers" in config else Classes
+        return Scores if one and score_activation(config) is not None else Classes
     if found == "spans":
         return Spans
     kind = used or (heads[0] if heads else "unknown")

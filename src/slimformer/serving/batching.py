@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimformer.measuring.sessions import Session
-from slimformer.serving.answering import Answerer, Row
+from slimformer.serving.answering import Answerer, TokenRow
 
 MOST_ROWS = 32  # in a batch
 MOST_TOKENS = 8192  # in a batch, padding counted
@@ -46,7 +46,7 @@ class FullError(Exception):
 
 @dataclass(eq=False)
 class _Waiting:
-    row: Row
+    row: TokenRow
     answer: asyncio.Future[np.ndarray]
 
 
@@ -109,7 +109,7 @@ class Batcher:
             await asyncio.gather(self._loop, return_exceptions=True)
         self._thread.shutdown()
 
-    async def answers(self, rows: Sequence[Row]) -> list[np.ndarray]:
+    async def answers(self, rows: Sequence[TokenRow]) -> list[np.ndarray]:
         """The output of each row. FullError if they would wait behind too many; what the runtime raises if it fails."""
         if self._rows and len(self._rows) + len(rows) > self.most_waiting:
             raise FullError(f"{len(self._rows):,} rows wait already.")
@@ -147,7 +147,7 @@ class Batcher:
                 if not item.answer.done():
                     item.answer.set_result(output)
 
-    def _computed(self, rows: Sequence[Row]) -> list[np.ndarray]:
+    def _computed(self, rows: Sequence[TokenRow]) -> list[np.ndarray]:
         width = max(map(len, rows))
         feeds = {
             name: np.full((len(rows), width), fill, np.int64)
@@ -157,7 +157,7 @@ class Batcher:
             feeds["input_ids"][place, : len(row)] = row.ids
             feeds["token_type_ids"][place, : len(row)] = row.types
             feeds["attention_mask"][place, : len(row)] = 1
-        outputs = self.session(feeds)[self.answerer.output]
+        outputs = self.answerer.read(self.session(feeds))
         if self.seen is not None:
             self.seen(len(rows), width)
         if self.answerer.per_token:

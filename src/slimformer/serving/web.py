@@ -33,11 +33,13 @@ from slimformer import __version__
 from slimformer.errors import SlimformerError, readable
 from slimformer.measuring.machine import cores
 from slimformer.measuring.sessions import open_session
-from slimformer.serving.answering import Classes, Row, Scores, Served, Spans, Text, TooLongError, Vectors
+from slimformer.serving.answering import Classes, Scores, Served, Spans, TextOrPair, TokenRow, TooLongError, Vectors
 from slimformer.serving.batching import Batcher, FullError, Limits
 
 ENDPOINTS = (Vectors.path, Scores.path, Classes.path, Spans.path)
-AT_ONCE = 16  # texts that are split into tokens in the event loop; more go to a thread, so that others are heard meanwhile
+ENCODED_AT_ONCE = (
+    16  # texts that are split into tokens in the event loop; more go to a thread, so that others are heard meanwhile
+)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _EXAMPLES: dict[str, dict[str, Any]] = {
@@ -149,20 +151,20 @@ class _Web:
 
     # ---- answers
 
-    async def _rows(self, texts: Sequence[Text], truncate: bool) -> list[list[Row]]:
+    async def _rows(self, texts: Sequence[TextOrPair], truncate: bool) -> list[list[TokenRow]]:
         if len(texts) > self.limits.items:
             raise HTTPException(413, f"{len(texts):,} texts are more than the {self.limits.items:,} of a request.")
         longest = max((sum(map(len, (text,) if isinstance(text, str) else text)) for text in texts), default=0)
         if longest > self.limits.characters:
             raise HTTPException(413, f"a text of {longest:,} characters is longer than {self.limits.characters:,}.")
         try:
-            if len(texts) <= AT_ONCE and longest < 10_000:
+            if len(texts) <= ENCODED_AT_ONCE and longest < 10_000:
                 return self.answerer.rows(texts, cut=truncate)
             return await run_in_threadpool(self.answerer.rows, texts, cut=truncate)
         except TooLongError as error:
             raise HTTPException(413, str(error)) from None
 
-    async def _outputs(self, rows: Sequence[Sequence[Row]]) -> list[list[np.ndarray]]:
+    async def _outputs(self, rows: Sequence[Sequence[TokenRow]]) -> list[list[np.ndarray]]:
         """The outputs of the rows of each text."""
         flat = iter(await self.batcher.answers([row for some in rows for row in some]))
         return [[next(flat) for _ in some] for some in rows]
@@ -191,7 +193,7 @@ class _Web:
 
     async def classify(self, asked: ClassesAsked) -> list[Any]:
         answerer = self._as(Classes)
-        texts: list[Text] = [asked.inputs] if isinstance(asked.inputs, str) else [_text(item) for item in asked.inputs]
+        texts: list[TextOrPair] = [asked.inputs] if isinstance(asked.inputs, str) else [_text(item) for item in asked.inputs]
         _some(texts)
         outputs = await self._outputs(await self._rows(texts, asked.truncate))
         return [answerer.shares(some[0]) for some in outputs]
@@ -376,7 +378,7 @@ def _some(texts: Sequence[Any]) -> None:
         raise HTTPException(400, "there is no text.")
 
 
-def _text(item: str | list[str]) -> Text:
+def _text(item: str | list[str]) -> TextOrPair:
     return item if isinstance(item, str) else (item[0], item[1])
 
 
