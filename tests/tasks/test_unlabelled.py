@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_folder import LABELS, run_quickly, sentences, write_model
+from tiny_folder import LABELS, run_quickly, sentences, write_model, write_pieces
 
 import slimformer
+from slimformer.data.batching import collate
 from slimformer.errors import DataError, RecipeError
 from slimformer.reporting.ledger import read_facts, read_records
 from slimformer.running.bench import bench
@@ -20,6 +21,7 @@ from slimformer.tasks._readings import AnyLabels, OneClass, OneScore
 from slimformer.tasks._unlabelled import drawn_shares
 from slimformer.tasks.base import Example, Features, Split
 from slimformer.tasks.classification import Classification
+from slimformer.tasks.tagging import Tagging
 
 TEXTS = list(dict.fromkeys(text for text, _ in sentences(300, 4)))
 CONFIG = {"id2label": dict(enumerate(LABELS)), "label2id": {name: place for place, name in enumerate(LABELS)}}
@@ -75,12 +77,12 @@ def test_who_answers_is_kept_when_a_model_names_the_classes(tmp_path: Path) -> N
 
 
 def test_labels_of_dev_alone_are_chosen_on_and_reported_on(tmp_path: Path) -> None:
-    write(tmp_path / "train.txt", FORMS["texts.txt"])
+    write(tmp_path / "train.txt", "one, two, three\n" + FORMS["texts.txt"])  # no table
     write_labelled(tmp_path / "dev.csv", 60, 9)
     task = Classification(data=str(tmp_path), labels="dev").bind(CONFIG)
     assert (task.answers_from, task.metric, task.classes) == ("dev", "accuracy", LABELS)
     train, validation, dev = (task.split(split) for split in Split)
-    assert (len(train), len(validation), len(dev)) == (len(TEXTS), 30, 30)
+    assert (len(train), len(validation), len(dev)) == (len(TEXTS) + 1, 30, 30)
     assert {item.answer for item in (*validation, *dev)} == set(LABELS)
     assert not {item.id for item in validation} & {item.id for item in dev}
     assert all(item.answer is None for item in train)
@@ -141,6 +143,76 @@ def test_labels_are_drawn_by_the_model_s_own_distribution() -> None:
     assert labels.mean(0) == pytest.approx(torch.tensor([0.5, -1.0, 0.2]).sigmoid(), abs=0.02)
     scores = OneScore().drawn(logits[:, :1], shares)
     assert (scores.mean().item(), scores.std().item()) == pytest.approx((0.5, 1.0), abs=0.03)
+
+
+# -- Tags ----------------------------------------------------------------------------------------------------------------------
+
+WORDS = [["in", "Rome", str(n), "."] for n in range(60)]
+TAGGED = {
+    "texts.txt": "\n".join(" ".join(words) + " again" * (n % 3) for n, words in enumerate(WORDS)) + "\n",
+    "rows.jsonl": "".join(json.dumps({"tokens": words}) + "\n" for words in WORDS),
+    "texts.csv": "id,text\n" + "".join(f"{n},{' '.join(words)}\n" for n, words in enumerate(WORDS)),
+    "told.conll": "\n\n".join("\n".join(f"{word} O" for word in words) for words in WORDS) + "\n",
+    "words.txt": "\n\n".join("\n".join(f"{word} O" for word in words) for words in WORDS) + "\n",
+}
+NAMES = {"id2label": {0: "O", 1: "B-LOC", 2: "I-LOC"}, "label2id": {"O": 0, "B-LOC": 1, "I-LOC": 2}}
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_words_without_tags_are_read_in_every_form(name: str, tmp_path: Path) -> None:
+    task = Tagging(data=str(write(tmp_path / name, TAGGED[name])), labels="none").bind(NAMES)
+    assert (task.answers_from, task.labelled, task.metric, task.labels) == (
+        "teacher",
+        False,
+        "agreement",
+        ("O", "B-LOC", "I-LOC"),
+    )
+    splits = {split: task.split(split) for split in Split}
+    assert sum(map(len, splits.values())) == 60
+    texts = {item.texts[0].removesuffix(" again").removesuffix(" again") for items in splits.values() for item in items}
+    assert texts == {" ".join(words) for words in WORDS}
+    assert all(item.answer.tags == () and item.answer.words[:2] == ((0, 2), (3, 7)) for item in splits[Split.TRAIN])
+    assert any("no tags are read" in line for line in task.notes())
+
+
+def test_tags_of_dev_alone_are_chosen_on_and_reported_on(tmp_path: Path) -> None:
+    write(tmp_path / "train.txt", TAGGED["texts.txt"])
+    told = "\n\n".join("\n".join(f"{word} {'B-LOC' if word == 'Rome' else 'O'}" for word in words) for words in WORDS[:40])
+    write(tmp_path / "dev.conll", told + "\n")
+    task = Tagging(data=str(tmp_path), labels="dev").bind(NAMES)
+    assert (task.answers_from, task.metric) == ("dev", "f1")
+    assert [len(task.split(split)) for split in Split] == [60, 20, 20]
+    assert task.split(Split.DEV)[0].answer.tags == ("O", "B-LOC", "O", "O")
+    assert task.split(Split.TRAIN)[0].answer.tags == ()
+    (tmp_path / "dev.conll").unlink()
+    with pytest.raises(DataError, match="no dev data, and labels: dev"):
+        Tagging(data=str(tmp_path), labels="dev").settled()
+
+
+def test_a_teacher_s_spans_are_what_counts_without_tags(tmp_path: Path) -> None:
+    pytest.importorskip("seqeval", reason="seqeval is not installed")
+    task = Tagging(data=str(write(tmp_path / "texts.txt", TAGGED["texts.txt"])), labels="none").bind(NAMES)
+    examples = task.split(Split.DEV)
+    rows = task.encode(examples, write_pieces(tmp_path / "model"), 64)
+    marked = [row for labels in rows.columns["labels"] for row in labels if row >= 0]
+    assert len(marked) == sum(len(item.answer.words) for item in examples)
+    draw = np.random.default_rng(0)
+    width = int(rows.lengths().max())
+    teacher = {"logits": draw.normal(size=(len(rows), width, 3))}
+    taught = task.answered(teacher, rows, examples)
+    assert all(len(item.answer.tags) == len(item.answer.words) for item in taught)
+    assert task.score(teacher, rows, taught) == {"agreement": 1.0}
+    student = {"logits": teacher["logits"] + draw.normal(size=teacher["logits"].shape)}
+    found = task.score(student, rows, taught)["agreement"]
+    assert 0 < found < 1
+    every = [np.arange(len(examples)), np.zeros(len(examples), dtype=np.int64)]
+    resampled = task.resampled(student, rows, taught, every)
+    assert resampled is not None
+    assert resampled[0] == pytest.approx(found)
+    batch = {name: torch.from_numpy(array) for name, array in collate(rows, range(len(rows))).items()}
+    logits = torch.from_numpy(teacher["logits"]).float().requires_grad_()
+    (gradient,) = torch.autograd.grad(task.loss({"logits": logits}, batch), logits)
+    assert ((gradient != 0).any(-1) == (batch["labels"] >= 0)).all()
 
 
 # -- A whole run ---------------------------------------------------------------------------------------------------------------

@@ -167,6 +167,12 @@ def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
     return {kind: parts for kind, parts in found.items() if parts}
 
 
+def is_training(file: Path) -> bool:
+    """Whether a file of a folder holds training data, by its name or that of its folder."""
+    words = re.split(r"[-_. ]+", file.name.lower())
+    return any(name in words or file.parent.name.lower() == name for name in TRAIN_NAMES)
+
+
 def _holds_texts(folder: Path) -> bool:
     try:
         return any(item.suffix == ".txt" for item in folder.iterdir())

@@ -110,13 +110,17 @@ def read_hub_tagged(name: str, text: str | None = None, label: str | None = None
 
 
 def _joined(item: TaggedWords) -> Sentence:
+    return joined_words(item.words, item.tags, item.place)
+
+
+def joined_words(words: Sequence[str], tags: tuple[str, ...], place: int) -> Sentence:
     """The sentence with its words joined by spaces."""
     places, begin = [], 0
-    words = [repair_text(word) for word in item.words]
+    words = [repair_text(word) for word in words]
     for word in words:
         places.append((begin, begin + len(word)))
         begin += len(word) + 1
-    return Sentence(" ".join(words), tuple(places), item.tags, item.place)
+    return Sentence(" ".join(words), tuple(places), tags, place)
 
 
 # -- Tables --------------------------------------------------------------------------------------------------------------------
@@ -151,6 +155,22 @@ def tagged_table(table: Table, text: str | None = None, label: str | None = None
 
 def _fold(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip()).lower()
+
+
+def words_column(table: Table, text: str | None) -> str:
+    """The column of words or texts, as it is named, or by usual names; DataError if it cannot be told."""
+    folded = {_fold(name): name for name in reversed(list(table.columns))}
+    found = text or next((folded[name] for name in _WORDS if name in folded), None)
+    if found is None and len(table.columns) == 1:
+        found = next(iter(table.columns))
+    if found is None:
+        raise DataError(
+            f"{table.where}: cannot tell which column holds the words.",
+            facts=[table.named_columns(), f"looked for: {', '.join(_WORDS[:12])}"],
+            help="name it: --text <column>.",
+        )
+    table.column(found)
+    return found
 
 
 def _found(table: Table, text: str | None, label: str | None) -> tuple[str, str]:

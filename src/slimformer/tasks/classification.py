@@ -41,7 +41,7 @@ from slimformer.data.labels import (
 )
 from slimformer.data.memory import data_source, with_kept_names
 from slimformer.data.plain_texts import MOST_TEXTS, is_plain, read_plain
-from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, read_sources, settle_dev, stamp
+from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, is_training, read_sources, settle_dev, stamp
 from slimformer.data.splits import (
     FOR_DEV,
     FOR_VALIDATION,
@@ -507,10 +507,12 @@ class Classification(Labelled):
 
 
 @lru_cache(maxsize=4)
-def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table]:
-    """The tables "train", "dev" and, without dev, "test", as far as they are there."""
+def _read_tables(data: str, glue: str | None, _key: Stamp, untold: bool = False) -> Mapping[str, Table]:
+    """The tables "train", "dev" and, without dev, "test", as far as they are there; if `untold`, without "train"."""
 
     def read(files: Sequence[Path]) -> Table:
+        if untold and is_training(files[0]):
+            return Table(str(files[0]), {}, ())
         tables = [read_table(file) if glue is None else read_glue(file, GLUE[glue]) for file in files]
         return spread(with_kept_names(join_tables(tables), files[0]))
 
@@ -529,7 +531,7 @@ def _read_tables(data: str, glue: str | None, _key: Stamp) -> Mapping[str, Table
 @lru_cache(maxsize=8)
 def _settled_tables(task: Classification, key: Stamp) -> Mapping[str, Table]:
     """The tables "train" and "dev", one or both of them; test data stands in for dev if it has labels."""
-    tables = dict(_read_tables(task.data, task.glue, key))
+    tables = dict(_read_tables(task.data, task.glue, key, task.answers_from == "dev"))
     if task.answers_from == "dev":
         tables = {name: table for name, table in tables.items() if name != "train"}
         if not tables:
@@ -647,7 +649,7 @@ def _bare_rows(
     lines = [place for name in TRAIN_NAMES if is_plain(str(place := Path(os.path.expanduser(data)) / f"{name}.txt"))]
     if lines:  # texts to learn from beside a table that is only judged by
         found["train"] = tuple((line,) for line in read_plain(str(lines[0]), None, MOST_TEXTS, key)["train"].texts)
-    for name, table in _read_tables(data, glue, key).items():
+    for name, table in _read_tables(data, glue, key, bool(lines)).items():
         if name in found:
             continue
         columns = find_texts(table, text, text_pair)

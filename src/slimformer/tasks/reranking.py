@@ -58,8 +58,10 @@ class Relevance:
     grades: tuple[float | None, ...]
 
     def __str__(self) -> str:
-        right = [str(place) for place, grade in enumerate(self.grades, 1) if grade]
-        return f"passage {', '.join(right)}" if right else "none"
+        right = sorted(
+            (place for place, grade in enumerate(self.grades, 1) if grade), key=lambda place: -(self.grades[place - 1] or 0)
+        )
+        return f"passage {', '.join(map(str, right))}" if right else "none"
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from slimformer.data.conll import LINES_SHAPE, claims_lines
 from slimformer.data.labels import are_placeholders, enumerate_labels, model_labels
 from slimformer.data.memory import data_source
-from slimformer.data.sources import Format, Stamp, read_sources, settle_dev, stamp
+from slimformer.data.sources import Format, Stamp, is_training, read_sources, settle_dev, stamp
 from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_rows, draw_some, validation_count
 from slimformer.data.tagged import TAGGED_SUFFIXES, WORD, Tagged, match_tagged, read_hub_tagged, read_tagged
+from slimformer.data.untagged import read_untagged
 from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.log import remark, remarks_on
 from slimformer.tasks._corpus import TagCorpus
@@ -27,6 +28,7 @@ from slimformer.tasks._judging import check_classes
 from slimformer.tasks._losses import kl_divergence
 from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, open_file, python_literal
 from slimformer.tasks._tags import TAG_METRICS, Tagset, count_spans, scores_of
+from slimformer.tasks._unlabelled import AGREEMENT, TELLINGS, drawn_shares, telling_of, told_names
 from slimformer.tasks.base import IGNORED, Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _METRICS = ("f1", "accuracy")
 _TEXTS_AT_ONCE = 2048  # encoded together: bounds the memory of the tokenizer's own objects
+_FEWEST = 20  # sentences
 _TOKENLESS = 0.5  # a share of words without a token from which a tokenizer was made for other texts
 
 
@@ -62,9 +65,12 @@ class Tagging(Task):
     the columns of words and of tags, by numbers from 1 where columns have no names; without them usual names and places are looked for,
     and the log says what was taken.
 
-    `labels` are the names of the tags in the order of the model's ids, for data that holds numbers; `bind` fills them. `metric` "auto" is
-    the F1 of spans, or the accuracy of words if no tag stands for "outside". Tags that break their scheme, such as I-PER after O in
-    BIO, are refused unless `breaks` is "mend": they then begin a span, as seqeval counts it.
+    `labels` are the names of the tags in the order of the model's ids, for data that holds numbers; `bind` fills them. `labels: none`
+    says that nobody told any: the teacher tags the texts, and what counts is the "agreement" with it, the F1 of its spans; `labels: dev`
+    that only the dev data has tags, half of which is then chosen on. `answers_from` keeps which it is: "teacher", "dev", or "data".
+
+    `metric` "auto" is the F1 of spans, or the accuracy of words if no tag stands for "outside". Tags that break their scheme, such as
+    I-PER after O in BIO, are refused unless `breaks` is "mend": they then begin a span, as seqeval counts it.
 
     `stride` is the number of tokens that neighbouring windows of a long text share. `train_rows` is how many sentences to train on.
     `validation_share` of them, but between 200 and 2,000 and at most a fifth, is set aside as validation examples.
@@ -93,23 +99,32 @@ class Tagging(Task):
     stride: int = option(64, "Tokens that neighbouring windows of a long text share.")
     validation_share: float = 0.05
     train_rows: int | None = option(None, "How many sentences to train on.")
-    labels: tuple[str, ...] = option(
-        (), "Names of the tags in the order of their ids, with commas between, if data has numbers."
+    labels: Any = option(  # noqa: RUF009
+        (), "Names of the tags in the order of their ids, if data has numbers; none (the teacher answers) or dev."
     )
+    answers_from: str = "data"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "answers_from", telling_of(self.labels) or self.answers_from)
+        object.__setattr__(self, "labelled", self.answers_from == "data")
         object.__setattr__(self, "data", data_source(self.data))
         for name in ("text", "label"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else str(value))
-        labels = self.labels.split(",") if isinstance(self.labels, str) else self.labels  # as the command line has them
-        object.__setattr__(self, "labels", tuple(str(name).strip() for name in labels))
+        names = () if telling_of(self.labels) else told_names(self.labels)
+        object.__setattr__(self, "labels", tuple(name.strip() for name in names))
         mistakes = list(self._mistakes())
         if mistakes:
             raise RecipeError("the task tagging cannot be set up like that.", facts=mistakes)
+        if self.answers_from == "teacher":
+            object.__setattr__(self, "metric", AGREEMENT)
 
     def _mistakes(self) -> Iterable[str]:
-        if self.metric not in ("auto", *_METRICS):
+        if self.answers_from not in TELLINGS:
+            yield f"answers_from: '{self.answers_from}'; known: {', '.join(TELLINGS)}"
+        elif self.answers_from == "teacher" and self.metric not in ("auto", AGREEMENT):
+            yield f"metric: '{self.metric}' needs labels; without any it is the {AGREEMENT} with the teacher"
+        elif self.answers_from != "teacher" and self.metric not in ("auto", *_METRICS):
             yield f"metric: there is no '{self.metric}'; {nearest(self.metric, ('auto', *_METRICS))}"
         if self.breaks not in ("refuse", "mend"):
             yield f"breaks: there is no '{self.breaks}'; {nearest(self.breaks, ('refuse', 'mend'))}"
@@ -139,6 +154,8 @@ class Tagging(Task):
 
     def settled(self) -> Tagging:
         """This task with the names of its tags and its metric filled from its data; what was filled before stays."""
+        if self.answers_from == "teacher":
+            return self
         corpus = _corpus(self, stamp(self.data))
         lacking = corpus.unknown_to(self.labels) if self.labels else []
         if lacking:
@@ -160,6 +177,9 @@ class Tagging(Task):
 
     def notes(self) -> tuple[str, ...]:
         """What was found or guessed in the data: columns, tags and their scheme, and what is odd about the sentences."""
+        if self.answers_from == "teacher":
+            remark(f"{self.data}: no tags are read; what is measured is the F1 of the teacher's own spans, not of right ones.")
+            return remarks_on(self.data)
         task = self.settled()
         corpus = _corpus(task, stamp(task.data))
         where, tagset = corpus.first.where, Tagset.of(task.labels)
@@ -185,6 +205,8 @@ class Tagging(Task):
 
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Tagging:
         names, _ = model_labels(config)
+        if self.answers_from == "teacher":
+            return replace(self, labels=names)
         if are_placeholders(names):  # the model only knows an order, so the data's own order is the best there is
             task = self.settled()
             if len(task.labels) != len(names):
@@ -213,6 +235,8 @@ class Tagging(Task):
                 for index, encoding in enumerate(tokenizer.encode_batch([item.texts[0] for item in some])):
                     answer = some[index].answer
                     wanted = np.asarray([ids.get(tag, IGNORED) for tag in answer.tags], dtype=np.int32)  # (words,)
+                    if not answer.tags:  # nobody told any: a number that stands for no tag marks where a word is
+                        wanted = np.zeros(len(answer.words), dtype=np.int32)
                     windows = [encoding, *encoding.overflowing]
                     tokenless += add_windows(columns, windows, answer.words, wanted)
                     total += len(answer.words)
@@ -230,6 +254,11 @@ class Tagging(Task):
 
     def configure(self) -> Mapping[str, Any]:
         names = self._names()
+        if not names:
+            raise DataError(
+                "with labels: none the tags are those of a model that was tuned, and this one has no head for them.",
+                help="name a tuned model, or a teacher; or give labels.",
+            )
         return {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
@@ -237,11 +266,19 @@ class Tagging(Task):
         }
 
     def loss(self, output: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy at the first token of each word, a mean over words."""
+        """Cross entropy at the first token of each word, a mean over words; of tags drawn by the model itself, if nobody told any."""
+        import torch
         from torch.nn import functional
 
         logits = output["logits"].float().flatten(0, 1)  # (batch * seq, tags)
-        lost = functional.cross_entropy(logits, batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+        if self.labelled:
+            labels = batch["labels"].flatten()
+        else:
+            shares = drawn_shares(batch, output["logits"].shape[1]).flatten()  # (batch * seq,)
+            below = logits.detach().softmax(-1).cumsum(-1) < shares[:, None]
+            drawn = below.sum(-1).clamp(max=logits.shape[-1] - 1)
+            labels = torch.where(_counted(batch).flatten(), drawn, torch.full_like(drawn, IGNORED))
+        lost = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return lost / self.terms(batch)
 
     def terms(self, batch: Mapping[str, torch.Tensor]) -> int:
@@ -274,6 +311,8 @@ class Tagging(Task):
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
         """Of tags with spans F1, precision and recall as seqeval counts them; of all the accuracy of words."""
         found = scores_of(self._counts(outputs, features, examples).sum(0))
+        if self.answers_from == "teacher":
+            return {AGREEMENT: float(found[self._metric(examples)])}
         return {name: float(found[name]) for name in (TAG_METRICS if self._tagset(examples).has_spans else ("accuracy",))}
 
     def credit(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> np.ndarray:
@@ -291,10 +330,20 @@ class Tagging(Task):
     ) -> np.ndarray | None:
         import numpy as np
 
-        counts, metric = self._counts(outputs, features, examples), self.metric
-        if metric == "auto":
-            metric = "f1" if self._tagset(examples).has_spans else "accuracy"
+        counts, metric = self._counts(outputs, features, examples), self._metric(examples)
         return np.asarray([scores_of(counts[draw].sum(0))[metric] for draw in draws])
+
+    def _metric(self, examples: Sequence[Example]) -> str:
+        """What counts as seqeval calls it."""
+        usual = "f1" if self._tagset(examples).has_spans else "accuracy"
+        return usual if self.metric in ("auto", AGREEMENT) else self.metric
+
+    def answered(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> Sequence[Example]:
+        """Without labels the teacher's tags."""
+        if self.answers_from != "teacher":
+            return examples
+        told = self.predict(outputs, features, examples)
+        return tuple(replace(item, answer=replace(item.answer, tags=tags)) for item, tags in zip(examples, told, strict=True))
 
     def check_model(
         self,
@@ -307,6 +356,8 @@ class Tagging(Task):
         """
         import numpy as np
 
+        if self.answers_from == "teacher":
+            return ""
         outputs, features, examples = predict()
         names = self._names()
         ids, nothing = {name: index for index, name in enumerate(names)}, self._nothing()
@@ -419,18 +470,29 @@ def _tagset(names: tuple[str, ...], more: tuple[str, ...]) -> Tagset:
 
 
 @lru_cache(maxsize=4)
-def _read(data: str, text: str | None, label: str | None, _key: Stamp) -> Mapping[str, Tagged]:
-    """The sentences "train" and "dev", one or both of them; those of "test" stand in for dev if they have tags."""
+def _read(data: str, text: str | None, label: str | None, judged_alone: bool, _key: Stamp) -> Mapping[str, Tagged]:
+    """The sentences "train" and "dev", one or both of them; those of "test" stand in for dev if they have tags.
+
+    `judged_alone`: of dev, because the training data has no tags.
+    """
     form = Format(
         task="tagging",
         suffixes=TAGGED_SUFFIXES,
         match=match_tagged,
-        read=lambda files: read_tagged(files, text, label),
+        read=lambda files: (
+            Tagged(str(files[0]), (), "row") if judged_alone and is_training(files[0]) else read_tagged(files, text, label)
+        ),
         read_hub=lambda name: read_hub_tagged(name, text, label),
         example="./conll2003",
         forms="a folder or a file",
     )
     sources = read_sources(data, form)
+    if judged_alone:
+        sources = {kind: source for kind, source in sources.items() if kind != "train"}
+        if not sources:
+            raise DataError(
+                f"{data} has no dev data, and labels: dev says that only that has labels.", help="add a dev file with tags."
+            )
     return settle_dev(sources, lambda source: source.where, lambda test: _lacking(sources.get("train", test), test))
 
 
@@ -445,19 +507,58 @@ def _lacking(train: Tagged, test: Tagged) -> str:
 
 
 def _corpus(task: Tagging, key: Stamp) -> TagCorpus:
-    sources = _read(task.data, task.text, task.label, key)
+    alone = task.answers_from == "dev"
+    sources = _read(task.data, task.text, task.label, alone, key)
     first = sources.get("train", next(iter(sources.values())))
     numbers = not first.names and all(tag.removeprefix("-").isdecimal() for tag in first.sentences[0].tags)
-    return _built(task.data, task.text, task.label, task.labels if numbers else (), task.breaks == "mend", key)
+    return _built(task.data, task.text, task.label, task.labels if numbers else (), task.breaks == "mend", alone, key)
 
 
 @lru_cache(maxsize=4)
-def _built(data: str, text: str | None, label: str | None, labels: tuple[str, ...], mends: bool, key: Stamp) -> TagCorpus:
-    return TagCorpus(_read(data, text, label, key), labels, mends)
+def _built(
+    data: str, text: str | None, label: str | None, labels: tuple[str, ...], mends: bool, alone: bool, key: Stamp
+) -> TagCorpus:
+    return TagCorpus(_read(data, text, label, alone, key), labels, mends)
+
+
+def _without_tags(task: Tagging, name: Split, key: Stamp) -> tuple[Example, ...]:
+    """The examples where the data, or its training part, tells no tags."""
+    if task.answers_from == "dev" and name is not Split.TRAIN:
+        told = _told_examples(task, Split.DEV, key)
+        if len(told) < _FEWEST:
+            raise DataError(
+                f"{task.data}: {len(told)} sentences of dev are too few to choose on one half and to report on the other.",
+                help=f"give at least {_FEWEST}.",
+            )
+        return told[name is Split.DEV :: 2]
+    sources = read_untagged(task.data, task.text, key)
+    kind = "dev" if name is Split.DEV and "dev" in sources else "train"
+    if kind not in sources:
+        raise DataError(f"{task.data} has no training data.", help="name the file train.txt, .jsonl or .parquet.")
+    rows = list(range(len(sources[kind])))
+    if task.answers_from == "teacher":
+        if "dev" not in sources:
+            dev = draw_rows(rows, None, dev_count(len(rows)), FOR_DEV)
+            rows = [row for row in rows if (row in dev) == (name is Split.DEV)]
+        if name is not Split.DEV:
+            rows = rows if task.train_rows is None else draw_some(rows, task.train_rows, "rows")
+            validation = draw_rows(rows, None, validation_count(task.validation_share, len(rows)), FOR_VALIDATION)
+            rows = [row for row in rows if (row in validation) == (name is Split.VALIDATION)]
+    if not rows:
+        raise DataError(
+            f"{task.data}: {len(sources[kind])} texts are too few to set some aside.", help=f"give at least {_FEWEST}."
+        )
+    some = ((row, sources[kind][row]) for row in rows)
+    return tuple(Example(f"{kind}/{row}", (item.text,), Tags(item.words, (), item.text)) for row, item in some)
 
 
 @lru_cache(maxsize=12)
 def _examples(task: Tagging, name: Split, key: Stamp) -> tuple[Example, ...]:
+    return _told_examples(task, name, key) if task.labelled else _without_tags(task, name, key)
+
+
+def _told_examples(task: Tagging, name: Split, key: Stamp) -> tuple[Example, ...]:
+    """The examples of a split with their tags."""
     task = task if task.labels else task.settled()
     corpus = _corpus(task, key)
     kind = "dev" if name is Split.DEV and "dev" in corpus.sources else "train"
