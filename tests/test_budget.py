@@ -17,6 +17,7 @@ from slimformer.core.cost import Cost, latency, macs, parameters
 from slimformer.core.plan import Plan
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
+from slimformer.forms.low_rank import LowRank
 
 MODEL = tiny("bert", num_hidden_layers=1, intermediate_size=6)
 ANATOMY = anatomy_of(MODEL)
@@ -143,6 +144,24 @@ def test_parameters_of_an_empty_sublayer_include_its_norm():
     cost = parameters(MODEL, ANATOMY)
     assert cost.curves[SITES[1]][0] == 0
     assert cost.curves[SITES[1]][1] == 2 * 32 + 1 + 32 + 2 * 32  # W1 row, its bias, W2 column; W2 bias, norm weight and bias
+
+
+def test_the_time_of_a_product_is_a_call_and_its_numbers():
+    anatomy = anatomy_of(tiny("bert"))  # feed-forwards of 24 neurons between 32 hidden units: 64 numbers a neuron, two products
+    table = {"heads": {4: 1.0, 1: 0.5}, "neurons": {8: 0.3, 24: 0.5}}  # 0.0125 ms a neuron, 0.2 ms a call of both
+    cost = latency(anatomy, 0.0, table)
+    query, wide = anatomy.matrices["encoder.0.query"], anatomy.matrices["encoder.0.ffn_in"]
+    assert cost.matrix(query) == pytest.approx(0.1 + 32 * 32 * 0.0125 / 64)
+    assert cost.matrix(replace(query, form=LowRank(8))) == pytest.approx(0.2 + 8 * 64 * 0.0125 / 64)  # as long as the plain one
+    assert cost.matrix(wide) == pytest.approx(0.25)
+    assert cost.matrix(anatomy.matrices["embeddings.word"]) == 0
+    plan = Plan(forms={"encoder.0.query": LowRank(4), "encoder.1.ffn_in": LowRank(2)})
+    saved = (0.3 - 0.2 - 4 * 64 * 0.0125 / 64) + (0.25 - 0.2 - 2 * 56 * 0.0125 / 64)
+    assert cost.of(plan, anatomy) == pytest.approx(cost.dense - saved)
+    assert latency(anatomy, 0.0, table | {"neurons": {24: 0.5}}).matrix is None
+    decoding = anatomy_of(tiny("bart"))
+    both = {name: {1: 0.1, 24: 0.5} for name in ("heads", "neurons", "decoder_heads", "cross_heads", "decoder_neurons")}
+    assert latency(decoding, 0.0, both).matrix is None
 
 
 def test_latency_is_linear_between_levels_and_never_falls():

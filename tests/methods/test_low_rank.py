@@ -228,6 +228,32 @@ def test_a_budget_is_met(unit: Any, model_type: str) -> None:
     assert any("two thin ones now" in note for note in decision.notes)
 
 
+def test_two_thin_matrices_stand_only_where_the_latency_table_says_that_they_pay() -> None:
+    """A call that costs as much as 512 numbers: of 32 x 32 only ranks below 8 are faster, of 24 x 32 those up to 4."""
+    context = around(tiny("bert"))
+    table = {"heads": {4: 1.0, 1: 0.5}, "neurons": {8: 0.3, 24: 0.5}}
+    context = replace(context, cost=cost.latency(context.anatomy, 0.0, table))
+    decision = decided(context, keep=0.97, cost="latency", multiple=1)
+    matrices = context.anatomy.matrices
+    assert decision.plan.forms
+    for name, form in decision.plan.forms.items():
+        assert form.rank < (8 if matrices[name].shape == (32, 32) else 5)  # type: ignore[attr-defined]
+    assert context.cost.of(decision.plan, context.anatomy) <= 0.97 * context.cost.dense
+    assert "stay plain: a rank that would be faster by the latency table loses more" in decision.notes[1]
+    slow = replace(context, cost=cost.latency(context.anatomy, 0.0, table | {"neurons": {8: 9.9, 24: 10.0}}))
+    with pytest.raises(TargetError, match="of the ms cannot be reached: no form of a matrix costs less"):
+        decided(slow, keep=0.97, cost="latency")
+
+
+def test_latency_that_tells_no_products_is_refused() -> None:
+    context = around(tiny("bert"))
+    context = replace(context, cost=cost.latency(context.anatomy, 0.0, {"heads": {4: 1.0}, "neurons": {24: 0.5}}))
+    with pytest.raises(TargetError, match="does not tell what a product takes"):
+        LowRankFactors(keep=0.9, cost="latency").check(context.anatomy, context.cost)
+    with pytest.raises(TargetError, match="latency of a model with a decoder"):
+        LowRankFactors(keep=0.9, cost="latency").check(anatomy_of(tiny("bart")), None)
+
+
 def test_a_whole_budget_leaves_the_model_and_may_still_factor_the_table() -> None:
     context = around(tiny("bert"), "parameters")
     assert not decided(context, keep=1.0, cost="parameters").plan.forms

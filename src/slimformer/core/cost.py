@@ -6,8 +6,8 @@ from the encoder once for each text. The tokens are those of the task's own text
 generation_config.
 
 Every cost here is a fixed part plus one curve per unit site, its sublayer's cost at 0, 1, ... units; a search needs no
-more. The savings of another form of a matrix are counted on top, but never in milliseconds: those must be measured.
-Nothing is measured in this file: `latency` gets its table from its caller.
+more. The savings of another form of a matrix are counted on top; in milliseconds of an encoder by the line that the table has for
+its feed-forwards. Nothing is measured in this file: `latency` gets its table from its caller.
 """
 
 from __future__ import annotations
@@ -212,7 +212,35 @@ def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[str, Mapping[int, 
         units = np.array(sorted(levels))
         ms = np.maximum.accumulate(np.array([levels[count] for count in units]))
         curves[site.id] = np.interp(np.arange(site.size + 1), units, ms)
-    return Cost("ms", fixed_ms, curves)
+    return Cost("ms", fixed_ms, curves, product_ms(anatomy, table))
+
+
+def product_ms(anatomy: Anatomy, table: Mapping[str, Mapping[int, float]]) -> Callable[[Matrix], float] | None:
+    """The milliseconds of a matrix in its form, from two levels of a feed-forward: so much for each product, so much for each number.
+
+    A feed-forward of few neurons is two products with thin matrices: what it takes for none is shared out to its products, and what
+    each further neuron takes to the numbers of its row and column. None if the table tells fewer levels, if each feed-forward has another
+    form, or if there is a decoder, whose products are computed at other times.
+    """
+    if len(anatomy.stacks) > 1:
+        return None
+    for site in anatomy.of_kind(Kind.NEURONS):
+        inside = [matrix for matrix in anatomy.matrices.values() if matrix.sublayer == site.sublayer]
+        levels = sorted(units for units in table[group(anatomy, site)] if units)
+        if len(levels) < 2 or not all(matrix.dense for matrix in inside):
+            continue
+        few, many = (table[group(anatomy, site)][units] for units in (levels[0], levels[-1]))
+        each = max(0.0, many - few) / (levels[-1] - levels[0])
+        call = max(0.0, few - each * levels[0]) / len(inside)
+        number = each * site.size / sum(math.prod(matrix.shape) for matrix in inside)
+
+        def work(matrix: Matrix, call: float = call, number: float = number) -> float:
+            if matrix.role is Role.EMBEDDING:
+                return 0.0
+            return sum(call + number * math.prod(product) for product in matrix.form.products(matrix.shape))
+
+        return work
+    return None
 
 
 def group(anatomy: Anatomy, site: Site) -> str:

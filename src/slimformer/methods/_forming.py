@@ -48,6 +48,11 @@ def best_forms(
 
 def _too_little(share: float, missing: float, cost: Cost) -> TargetError:
     least = share + missing / cost.dense
+    if least > 1 - 1e-9:
+        return TargetError(
+            f"{share:.1%} of the {cost.unit} cannot be reached: no form of a matrix costs less than the plain one.",
+            help="leave the stage out, or count another `cost`.",
+        )
     return TargetError(
         f"{share:.1%} of the {cost.unit} cannot be reached: {least:.1%} remain with the smallest factors.",
         help=f"ask to keep {least * 1.02:.1%} or more; the word table counts too, whether it is factored or not.",

@@ -14,8 +14,8 @@ where both sides have a whole moment here (the two factors of the Fisher informa
 loss does not read the token. Moments are about the mean, which the bias takes over, so that a constant part costs no rank. A matrix
 may stay plain. The inputs of a word table are its words: each row counts as often as its word was read, and once more.
 
-Choose when: minutes matter and single heads and neurons are not to go, or after a cut, for the rest. A plain matrix product may still be
-as fast: compare the measured times. Distil afterwards.
+Choose when: minutes matter and single heads and neurons are not to go, or after a cut, for the rest. Two thin products may be no faster
+than a plain one: with `cost: latency` a matrix becomes two only where the latency table says that this pays. Distil afterwards.
 
 Cost: one pass with gradients over `examples`; a decomposition of each matrix, twice.
 """
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from slimformer.core.anatomy import Anatomy, Matrix, Role
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
-from slimformer.errors import PlanError
+from slimformer.errors import PlanError, TargetError
 from slimformer.forms._nearest import energies, nearest_factors
 from slimformer.forms.base import DENSE, Form
 from slimformer.forms.low_rank import LowRank, most_rank
@@ -54,6 +54,8 @@ LEAST_WEIGHT = 0.02  # the least weight of a token, as in `fisher`: later layers
 class LowRankFactors(Method):
     """`keep`: share of the dense `cost` that may remain, 0.5 if not said; or `rank`: the same for every matrix that it makes smaller.
 
+    - `cost`: with "latency", of encoders, the milliseconds of a product are a line through the times of feed-forwards that were measured:
+      so much for the call, so much for each number. A thin pair that is no faster than its matrix is never taken.
     - `embedding`: numbers that each word keeps of its own; None leaves the word table plain.
     - `weighted`: by what a matrix is compared with its approximation: what the `loss` feels of it, its outputs on real
       `inputs`, or `none`, its numbers.
@@ -68,7 +70,7 @@ class LowRankFactors(Method):
     """
 
     keep: Share | None = None
-    cost: Literal["macs", "parameters"] = "macs"
+    cost: Literal["macs", "parameters", "latency"] = "macs"
     rank: Count | None = None
     embedding: Count | None = None
     weighted: Literal["loss", "inputs", "none"] = "loss"
@@ -91,6 +93,11 @@ class LowRankFactors(Method):
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
         forms = self._given(anatomy)
         Plan(forms=forms).check(anatomy)
+        if self.cost == "latency" and len(anatomy.stacks) > 1:
+            raise TargetError(
+                "low_rank cannot count the latency of a model with a decoder: its products are computed at other times.",
+                help="count macs or parameters.",
+            )
         if self.rank is None and cost is not None:
             costs = [_costs(matrix, self._choices(matrix), cost) for matrix in _plain(anatomy)]
             room_for(costs, self.share, anatomy, cost, forms)
@@ -111,7 +118,8 @@ class LowRankFactors(Method):
             rank, moment = cast(LowRank, form).rank, moments.get(name, Moments())
             parts = _parts(context, matrix, moment.mean, *weighed_factors(_weight(context, matrix), rank, moment, self.ridge))
             weights |= {f"{matrix.module}.{part}": value for part, value in parts.items()}
-        return Decision(plan, weights=weights, notes=tuple(_notes(context.anatomy, plan)))
+        faster = "faster by the latency table" if self.cost == "latency" else "fewer operations"
+        return Decision(plan, weights=weights, notes=tuple(_notes(context.anatomy, plan, faster)))
 
     @property
     def share(self) -> float:
@@ -331,7 +339,11 @@ def _plain(anatomy: Anatomy) -> list[Matrix]:
 
 
 def _costs(matrix: Matrix, forms: Sequence[Form], cost: Cost) -> np.ndarray:
-    assert cost.matrix is not None, "parameters and MACs know what a form costs"
+    if cost.matrix is None:
+        raise TargetError(
+            "the latency table does not tell what a product takes: it needs two levels of plain feed-forwards.",
+            help="leave `latency` out of the recipe, so that it is measured anew, or count macs or parameters.",
+        )
     return np.array([cost.matrix(replace(matrix, form=form)) for form in forms])
 
 
@@ -358,11 +370,11 @@ def _parts(context: Context, matrix: Matrix, mean: Tensor | None, wide: Tensor, 
     return parts
 
 
-def _notes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+def _notes(anatomy: Anatomy, plan: Plan, faster: str) -> Iterator[str]:
     """The ranks, and how many matrices stay plain."""
     plain = _plain(anatomy)
     ranks = [cast(LowRank, plan.forms[matrix.id]).rank for matrix in plain if matrix.id in plan.forms]
     if ranks:
         yield f"{len(ranks)} of {len(plain)} matrices are two thin ones now, of ranks from {min(ranks)} to {max(ranks)}."
     if 0 < len(ranks) < len(plain):
-        yield f"{len(plain) - len(ranks)} stay plain: a rank that would be fewer operations loses more than the budget asks for."
+        yield f"{len(plain) - len(ranks)} stay plain: a rank that would be {faster} loses more than the budget asks for."
