@@ -17,6 +17,7 @@ from slimformer.reporting.words import mb_text
 
 FURTHEST_RIGHT = 40.0  # times as fast: faster rows would press all others together
 PICTURE = "choosing.svg"
+SURVEY = "../results/methods/survey"
 DRAWN = ("sst2", "SST-2")  # the task of the picture
 TASK_NAMES = {"sst2": "SST-2", "mrpc": "MRPC", "e5-mrpc": "MRPC, e5-small", "squad": "SQuAD"}
 SCATTER_STYLE = (
@@ -61,7 +62,11 @@ NEEDS = (
         ("fisher-40-blocks-20", "width-67-blocks-20"),
         Variant.INT8_KERNELS,
     ),
-    Need("the smallest file", "words, width, neurons and the word table together", ("smallest-longer", "smallest")),
+    Need(
+        "the smallest file",
+        "words, width, neurons and the word table together: recipes/sst2-smallest.yaml",
+        ("smallest-longer", "smallest"),
+    ),
     Need("the best answers at less cost", "a narrower model: [hidden_width](methods.md#hidden_width)", ("hidden_width-67",)),
     Need("inputs come one by one, many are easy", "[early_exit](methods.md#early_exit)", ("early_exit-three", "early_exit")),
     Need(
@@ -95,6 +100,8 @@ WORDS = (
     "plain int8 would have done as well. Come here if that is not enough.",
     "If you do not know your need, let the machine choose: [`slimformer compare`](quickstart.md#several-ways-at-once) tries recipes "
     "within the hours that you have.",
+    "The name of a run leads to its recipe, whose `stages:` you can copy; [Recipes](recipes.md) has one for most rows that runs as it "
+    "stands.",
     "**×** is the speed over the dense model in fp32 with fused operators, at batch 32 and at batch 1; **MB** the whole file; **lost** "
     "the points of accuracy with their 95 % intervals. All rows, their intervals and the papers' claims: [Every branch of the "
     "survey](methods/survey.md).",
@@ -122,7 +129,7 @@ def _text(groups: Mapping[str, list[Run]]) -> str:
                 continue
             times = (row_times(record, batch) for batch in (32, 1))
             size, loss = mb_text(record.size_bytes or 0), interval_of(lost(runs, lambda run, file=need.file: _file(run, file)))  # type: ignore[misc]
-            rows.append((want, take, TASK_NAMES[task], f"`{name}`", *times, size, loss))
+            rows.append((want, take, TASK_NAMES[task], f"[{name}]({SURVEY}/{task}/{name}/recipe.yaml)", *times, size, loss))
             want = take = ""
         if want:
             rows.append((want, take, "no row yet", "", "", "", "", ""))
