@@ -30,6 +30,7 @@ from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.saving import checkpoint
 from slimformer.tasks._ranks import gain_of_order, reciprocal_rank
 from slimformer.tasks.base import IGNORED, TOGETHER, Example, Features, Split
+from slimformer.tasks.classification import Classification
 from slimformer.tasks.reranking import Relevance, Reranking
 
 GROUPS = queries(60, 3)
@@ -261,6 +262,13 @@ def test_what_cannot_be_judged_is_left_out_and_said() -> None:
     assert "more relevant than another: 1" in said
 
 
+def test_of_a_pair_that_comes_twice_the_higher_label_is_taken_and_said() -> None:
+    wrong = next(row for row in PAIRS if row["label"] == 0)
+    task = Reranking(data=[{**wrong, "label": 1}, *PAIRS, {**wrong, "label": None}])
+    assert content(task)[wrong["query"]][wrong["passage"]] == 1
+    assert any("2 pairs occurred before and are left out, 2 of them with another label" in line for line in task.notes())
+
+
 def test_pairs_without_a_label_are_trained_on_and_not_judged() -> None:
     rows = [{**row, "label": None if place % 5 == 0 else row["label"]} for place, row in enumerate(PAIRS)]
     task = Reranking(data=rows)
@@ -280,6 +288,12 @@ def test_labels_of_dev_alone_are_chosen_on_and_reported_on(tmp_path: Path) -> No
     assert not task.labelled
     assert [len(task.split(name)) for name in Split] == [60, 20, 20]
     assert not {item.texts[0] for item in task.split(Split.DEV)} & {item.texts[0] for item in task.split(Split.VALIDATION)}
+
+
+def test_a_task_of_scores_says_what_queries_with_several_passages_are_for() -> None:
+    assert any("--task reranking" in line for line in Classification(data=PAIRS, kind="score").notes())
+    alone = [{"query": f"q {n}", "passage": f"p {n}", "label": n % 5 / 2} for n in range(60)]
+    assert not any("--task reranking" in line for line in Classification(data=alone, kind="score").notes())
 
 
 def test_options_that_cannot_be_are_named_together() -> None:

@@ -467,7 +467,13 @@ class Classification(Labelled):
                 texts[name] = [item.texts for item in task.split(name)]
         table = task._table(Split.TRAIN, any_split=True)
         if task.kind == "score":
-            remark(f"{table.where}: the labels are scores, numbers with a fraction.")
+            remark(f"{table.where}: the labels are scores.")
+            firsts = [row[0] for rows in texts.values() for row in rows if len(row) > 1]
+            if len(firsts) > 1.5 * len({*firsts}):
+                remark(
+                    f"{table.where}: most first texts come several times, as queries with several passages do; their order is what "
+                    "--task reranking judges."
+                )
         elif task.kind == MULTI:
             sets = task._sets(table, str(task.label))
             mean, none = sum(map(len, sets)) / len(sets), sum(not names for names in sets)
