@@ -16,7 +16,8 @@ here they are multiples of its average. A word that leaves keeps the vector that
 end, where a task asks of each word.
 
 Choose when: texts are long, 40 tokens and more, and one answer is asked for each. Short texts and large cuts of heads and neurons leave
-it little to do, because sorting and gathering cost as much as a small product. It stands beside int8 and cuts: cut first.
+it little to do, because sorting and gathering cost as much as a small product. It stands beside int8 and cuts: cut first. Ranks hold what
+was learned; behind thresholds a long stage of training moves attention to the words that would leave, and they pass again.
 
 Cost: a stage of training that computes queries and keys twice, and a stage of training behind it.
 """
