@@ -322,7 +322,7 @@ def test_a_file_for_the_kernels_is_measured_and_ships_if_it_is_the_fastest(
     assert session(out / "onnx/model_slim.onnx", 1).get_outputs()[0].name == "logits"
     there = [row.file for row in bench([out], seconds=0.05, wait_seconds=0).records]
     assert "onnx/model_slim.onnx" in there
-    monkeypatch.setattr("slimformer.running.bench.installed", lambda: False)
+    monkeypatch.setattr("slimformer.reporting.delivered.installed", lambda: False)
     assert [row.file for row in bench([out], seconds=0.05, wait_seconds=0).records] == [
         name for name in there if name != "onnx/model_slim.onnx"
     ]

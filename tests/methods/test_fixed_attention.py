@@ -494,8 +494,8 @@ FIXED = Calibrate(FixedAttention(examples=8, rounds=1, patterns=("previous", "en
     ("stages", "fact"),
     [
         ((FIXED, Calibrate(Fisher())), "first fisher, then fixed_attention"),
-        ((FIXED, Train((WordElimination(),))), "first word_elimination"),
-        ((FIXED, Train((DecomposedAttention(),))), "first decomposed_attention"),
+        ((FIXED, Train((WordElimination(),))), "leave out one of the two"),
+        ((FIXED, Train((DecomposedAttention(),))), "leave out one of the two"),
         ((Train((WordElimination(),)), FIXED), "leave out one of the two"),
         ((Train((DecomposedAttention(),)), FIXED), "leave out one of the two"),
         ((Calibrate(LowRankFactors()), FIXED), "first fixed_attention, then factor"),

@@ -7,8 +7,10 @@ distribution, by which methods rank units: the squared gradient is, in the mean 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from slimformer.errors import RecipeError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,9 @@ def telling_of(labels: object) -> Telling | None:
 
 
 def told_names(labels: Any) -> tuple[str, ...]:
-    """Class names, also as the command line has them, with commas between."""
+    """Class names, also as the command line has them, with commas between; RecipeError for what holds no names."""
+    if not isinstance(labels, (str, Sequence)):
+        raise RecipeError(f"labels: a list of names, none or dev, not {shown(labels)}.")
     parts = labels.split(",") if isinstance(labels, str) else labels
     return tuple(str(name).strip() if isinstance(labels, str) else str(name) for name in parts)
 
