@@ -242,6 +242,7 @@ def test_a_classifier_is_made_small_on_plain_texts(done: Path, monkeypatch: pyte
     assert best.loss is not None
     for name in ("README.md", "report.html"):
         assert "No labels were read" in (done / "out" / name).read_text(encoding="utf-8")
+    assert "pipeline_tag: text-classification" in (done / "out" / "README.md").read_text(encoding="utf-8")
     facts = read_facts(done / "out")
     assert facts is not None
     assert facts.task["answers_from"] == "teacher"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimformer.core.relevance import score_activation
 from slimformer.exporters.base import FILES, OPENVINO, SLIM, FileKind
 from slimformer.files import write_text
 from slimformer.measuring.records import Facts, Record
@@ -24,8 +25,9 @@ from slimformer.reporting.words import interval_text, layers_text, mb_text, sign
 from slimformer.saving.checkpoint import read_config
 from slimformer.saving.cross_encoder import loads_as_cross_encoder
 from slimformer.saving.sentence_folder import is_sentence_folder
-from slimformer.tasks._ranks import AGREEMENT_METRICS, RANK_METRICS
+from slimformer.tasks._ranks import RANK_METRICS
 from slimformer.tasks._text_metrics import ROUGE
+from slimformer.tasks._unlabelled import AGREEMENTS
 
 _HUB_METRICS = {
     "exact": "exact_match",
@@ -42,7 +44,6 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _WRITERS = {"bleu": "translation", "chrf": "translation", **dict.fromkeys(ROUGE, "summarization")}  # by metric
-_RANKERS = (*RANK_METRICS, *AGREEMENT_METRICS)
 _NEEDED = re.compile(r"needs ONNX Runtime ([\d.]+\d)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WEIGHTS = FileKind("model.safetensors", "weights", "the weights for PyTorch, with `slimformer.load`", folder="model")
@@ -109,11 +110,13 @@ def _metadata(folder: Path, card: Card) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     record = card.record
-    model_class = str((read_config(folder).get("architectures") or [""])[0])
+    config = read_config(folder)
+    model_class = str((config.get("architectures") or [""])[0])
     useless = worthless(record, card.records)
     pipeline = _WRITERS.get(record.metric) or next((tag for end, tag in _PIPELINES.items() if model_class.endswith(end)), None)
     sentences = is_sentence_folder(folder)
-    pipeline = "sentence-similarity" if sentences else "text-ranking" if record.metric in _RANKERS else pipeline
+    ranks = record.metric in RANK_METRICS or (record.metric in AGREEMENTS and score_activation(config) is not None)
+    pipeline = "sentence-similarity" if sentences else "text-ranking" if ranks else pipeline
     pruned = any(layer.heads < layer.heads_of or layer.neurons < layer.neurons_of for layer in record.layers)
     pruned = pruned or record.hidden_units is not None
     int8 = "int8" in record.precision

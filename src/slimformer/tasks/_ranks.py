@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from slimformer.tasks._unlabelled import AGREEMENT
-
 if TYPE_CHECKING:
     import numpy as np
 
 TEN = 10  # places of an order that are looked at
 RANK_METRICS = ("ndcg_at_10", "mrr_at_10")
-AGREEMENT_METRICS = (AGREEMENT, "same_first")
 
 
 def gain_of_order(scores: np.ndarray, grades: np.ndarray) -> float:

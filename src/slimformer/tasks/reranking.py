@@ -24,7 +24,6 @@ from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_rows
 from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.log import remark, remarks_on
 from slimformer.tasks._ranks import (
-    AGREEMENT_METRICS,
     RANK_METRICS,
     chance_gain,
     gain_of_order,
@@ -32,7 +31,7 @@ from slimformer.tasks._ranks import (
     reciprocal_rank,
 )
 from slimformer.tasks._snippet import batch_snippet
-from slimformer.tasks._unlabelled import drawn_shares
+from slimformer.tasks._unlabelled import AGREEMENTS, drawn_shares
 from slimformer.tasks.base import IGNORED, TOGETHER, Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class Reranking(Task):
 
     @property
     def _metrics(self) -> tuple[str, ...]:
-        return AGREEMENT_METRICS if self.labels == "none" else RANK_METRICS
+        return AGREEMENTS if self.labels == "none" else RANK_METRICS
 
     def _mistakes(self) -> Iterable[str]:
         for name, known in _CHOICES.items():
@@ -320,9 +319,9 @@ class Reranking(Task):
         gains = np.asarray([gain_of_order(own, wanted) for own, wanted in zip(scores, grades, strict=True)])
         if self.labels == "none":
             first = [wanted[own == own.max()].min() == wanted.max() for own, wanted in zip(scores, grades, strict=True)]
-            return {"agreement": gains, "same_first": np.asarray(first, dtype=np.float64)}
+            return dict(zip(AGREEMENTS, (gains, np.asarray(first, dtype=np.float64)), strict=True))
         ranks = [reciprocal_rank(own, wanted) for own, wanted in zip(scores, grades, strict=True)]
-        return {"ndcg_at_10": gains, "mrr_at_10": np.asarray(ranks)}
+        return dict(zip(RANK_METRICS, (gains, np.asarray(ranks)), strict=True))
 
     def check_model(
         self,
