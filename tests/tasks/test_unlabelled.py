@@ -184,6 +184,7 @@ def test_tags_of_dev_alone_are_chosen_on_and_reported_on(tmp_path: Path) -> None
     assert [len(task.split(split)) for split in Split] == [60, 20, 20]
     assert task.split(Split.DEV)[0].answer.tags == ("O", "B-LOC", "O", "O")
     assert task.split(Split.TRAIN)[0].answer.tags == ()
+    assert len(Tagging(data=str(tmp_path), labels="dev", train_rows=30).bind(NAMES).split(Split.TRAIN)) == 30
     (tmp_path / "dev.conll").unlink()
     with pytest.raises(DataError, match="no dev data, and labels: dev"):
         Tagging(data=str(tmp_path), labels="dev").settled()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slimformer.tasks._judging import check_classes, check_label_sets, check_scores
 from slimformer.tasks._losses import kl_divergence, kl_divergence_of_each
 from slimformer.tasks._metrics import class_metrics, label_set_counts, label_set_metrics, score_metrics
+from slimformer.tasks._unlabelled import drawn_classes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,8 +119,7 @@ class OneClass(Reading):
         return self.answers(logits)
 
     def drawn(self, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        below = logits.softmax(-1).cumsum(-1) < shares[:, :1]  # (batch, classes)
-        return below.sum(-1).clamp(max=logits.shape[-1] - 1)
+        return drawn_classes(logits, shares[:, :1])
 
     def check(self, logits: np.ndarray, wanted: np.ndarray) -> str:
         return check_classes(logits.argmax(-1), wanted, self.classes)

@@ -57,7 +57,7 @@ from slimformer.log import remark, remarks_on
 from slimformer.tasks._labelled import Labelled, per_example
 from slimformer.tasks._metrics import CLASS_METRICS, LABEL_METRICS, SCORE_METRICS
 from slimformer.tasks._readings import AnyLabels, Reading
-from slimformer.tasks._unlabelled import AGREEMENT, TELLINGS, telling_of, told_names
+from slimformer.tasks._unlabelled import AGREEMENT, FEWEST_TOLD, TELLINGS, half_of_dev, telling_of, told_names, untold_rows
 from slimformer.tasks.base import Example, Features, Outputs, Split, option
 
 if TYPE_CHECKING:
@@ -670,32 +670,26 @@ def _bare_rows(
 
 def _without_labels(task: Classification, name: Split, key: Stamp, rows_key: Stamp) -> tuple[Example, ...]:
     """The examples where the data, or its training part, tells no labels."""
-    if task.answers_from == "dev" and name is not Split.TRAIN:
+    taught = task.answers_from == "teacher"
+    if not taught and name is not Split.TRAIN:
         told = _told_examples(task, Split.DEV, key, rows_key)
-        if len(told) < _FEWEST:
-            raise DataError(
-                f"{task.data}: {len(told)} dev rows with labels are too few to choose on one half and to report on the other.",
-                help=f"give at least {_FEWEST}.",
-            )
-        return told[name is Split.DEV :: 2]
+        return tuple(half_of_dev(told, name, task.data, "dev rows with labels"))
     sources = _bare_rows(task.data, task.glue, task.text, task.text_pair, key)
-    kind = "dev" if name is Split.DEV and "dev" in sources else "train"
-    if kind not in sources:
+    if "train" not in sources and not (name is Split.DEV and "dev" in sources):
         raise DataError(
             f"{task.data} has no training data.", help="name the file of texts train.txt, .csv, .jsonl or .parquet."
         )
-    texts, rows = sources[kind], list(range(len(sources[kind])))
-    if name is Split.DEV or (task.answers_from == "teacher" and "dev" not in sources):
-        dev = draw_rows(rows, None, dev_count(len(rows)), FOR_DEV) if kind == "train" else frozenset(rows)
-        rows = [row for row in rows if (row in dev) == (name is Split.DEV)]
-    if name is not Split.DEV:
-        rows = _chosen(task.train_rows, rows, len(texts))
-        if task.answers_from == "teacher":
-            validation = draw_rows(rows, None, validation_count(task.validation_share, len(rows)), FOR_VALIDATION)
-            rows = [row for row in rows if (row in validation) == (name is Split.VALIDATION)]
+    counts = {kind: len(texts) for kind, texts in sources.items()}
+
+    def chosen(rows: list[int]) -> list[int]:
+        return _chosen(task.train_rows, rows, counts["train"])
+
+    kind, rows = untold_rows(counts, name, task.validation_share if taught else None, chosen)
     if not rows:
-        raise DataError(f"{task.data}: {len(texts)} texts are too few to set some aside.", help=f"give at least {_FEWEST}.")
-    return tuple(Example(f"{kind}/{row}", texts[row], None) for row in rows)
+        raise DataError(
+            f"{task.data}: {counts[kind]} texts are too few to set some aside.", help=f"give at least {FEWEST_TOLD}."
+        )
+    return tuple(Example(f"{kind}/{row}", sources[kind][row], None) for row in rows)
 
 
 def _notes_on_texts(task: Classification) -> tuple[str, ...]:

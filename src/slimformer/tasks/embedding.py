@@ -28,6 +28,7 @@ from slimformer.data.texts import repair_text
 from slimformer.errors import DataError, ModelError, RecipeError, nearest, shown
 from slimformer.log import remark, remarks_on
 from slimformer.tasks._snippet import batch_snippet
+from slimformer.tasks._unlabelled import own_draws
 from slimformer.tasks._vectors import coarse, cosines, rank_correlation, retrieved
 from slimformer.tasks.base import Example, Features, Outputs, Split, Task, option
 from slimformer.tasks.classification import Classification
@@ -313,14 +314,9 @@ class Embedding(Task):
         import torch
 
         vectors = output[SENTENCE_VECTOR].float()  # (batch, dimension)
-        mask = batch.get("attention_mask")
-        draws = []
-        for row, ids in enumerate(batch["input_ids"]):
-            real = ids if mask is None else ids[mask[row] == 1]
-            seed = zlib.crc32(real.cpu().numpy().tobytes())
-            draws.append(torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(seed)))
+        draws = own_draws(batch, vectors.shape[1], torch.randn).to(vectors)
         size = vectors.detach().norm(dim=1, keepdim=True) / vectors.shape[1] ** 0.5
-        drawn = vectors.detach() + torch.stack(draws).to(vectors) * size
+        drawn = vectors.detach() + draws * size
         return ((vectors - drawn).square().sum(1) / vectors.detach().square().sum(1).clamp_min(1e-12)).mean() / 2
 
     def divergence(

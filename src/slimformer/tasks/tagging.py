@@ -28,7 +28,17 @@ from slimformer.tasks._judging import check_classes
 from slimformer.tasks._losses import kl_divergence
 from slimformer.tasks._snippet import INPUT_NAMES, OPEN_TOKENIZER, open_file, python_literal
 from slimformer.tasks._tags import TAG_METRICS, Tagset, count_spans, scores_of
-from slimformer.tasks._unlabelled import AGREEMENT, TELLINGS, drawn_shares, telling_of, told_names
+from slimformer.tasks._unlabelled import (
+    AGREEMENT,
+    FEWEST_TOLD,
+    TELLINGS,
+    drawn_classes,
+    drawn_shares,
+    half_of_dev,
+    telling_of,
+    told_names,
+    untold_rows,
+)
 from slimformer.tasks.base import IGNORED, Example, Features, Outputs, Split, Task, option
 
 if TYPE_CHECKING:
@@ -39,7 +49,6 @@ if TYPE_CHECKING:
 
 _METRICS = ("f1", "accuracy")
 _TEXTS_AT_ONCE = 2048  # encoded together: bounds the memory of the tokenizer's own objects
-_FEWEST = 20  # sentences
 _TOKENLESS = 0.5  # a share of words without a token from which a tokenizer was made for other texts
 
 
@@ -275,8 +284,7 @@ class Tagging(Task):
             labels = batch["labels"].flatten()
         else:
             shares = drawn_shares(batch, output["logits"].shape[1]).flatten()  # (batch * seq,)
-            below = logits.detach().softmax(-1).cumsum(-1) < shares[:, None]
-            drawn = below.sum(-1).clamp(max=logits.shape[-1] - 1)
+            drawn = drawn_classes(logits.detach(), shares[:, None])
             labels = torch.where(_counted(batch).flatten(), drawn, torch.full_like(drawn, IGNORED))
         lost = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return lost / self.terms(batch)
@@ -523,30 +531,21 @@ def _built(
 
 def _without_tags(task: Tagging, name: Split, key: Stamp) -> tuple[Example, ...]:
     """The examples where the data, or its training part, tells no tags."""
-    if task.answers_from == "dev" and name is not Split.TRAIN:
-        told = _told_examples(task, Split.DEV, key)
-        if len(told) < _FEWEST:
-            raise DataError(
-                f"{task.data}: {len(told)} sentences of dev are too few to choose on one half and to report on the other.",
-                help=f"give at least {_FEWEST}.",
-            )
-        return told[name is Split.DEV :: 2]
+    taught = task.answers_from == "teacher"
+    if not taught and name is not Split.TRAIN:
+        return tuple(half_of_dev(_told_examples(task, Split.DEV, key), name, task.data, "sentences of dev"))
     sources = read_untagged(task.data, task.text, key)
-    kind = "dev" if name is Split.DEV and "dev" in sources else "train"
-    if kind not in sources:
+    if "train" not in sources and not (name is Split.DEV and "dev" in sources):
         raise DataError(f"{task.data} has no training data.", help="name the file train.txt, .jsonl or .parquet.")
-    rows = list(range(len(sources[kind])))
-    if task.answers_from == "teacher":
-        if "dev" not in sources:
-            dev = draw_rows(rows, None, dev_count(len(rows)), FOR_DEV)
-            rows = [row for row in rows if (row in dev) == (name is Split.DEV)]
-        if name is not Split.DEV:
-            rows = rows if task.train_rows is None else draw_some(rows, task.train_rows, "rows")
-            validation = draw_rows(rows, None, validation_count(task.validation_share, len(rows)), FOR_VALIDATION)
-            rows = [row for row in rows if (row in validation) == (name is Split.VALIDATION)]
+
+    def chosen(rows: list[int]) -> list[int]:
+        return rows if task.train_rows is None else draw_some(rows, task.train_rows, "rows")
+
+    counts = {kind: len(sentences) for kind, sentences in sources.items()}
+    kind, rows = untold_rows(counts, name, task.validation_share if taught else None, chosen)
     if not rows:
         raise DataError(
-            f"{task.data}: {len(sources[kind])} texts are too few to set some aside.", help=f"give at least {_FEWEST}."
+            f"{task.data}: {counts[kind]} texts are too few to set some aside.", help=f"give at least {FEWEST_TOLD}."
         )
     some = ((row, sources[kind][row]) for row in rows)
     return tuple(Example(f"{kind}/{row}", (item.text,), Tags(item.words, (), item.text)) for row, item in some)
