@@ -29,9 +29,10 @@ from onnx import helper, numpy_helper
 from tiny_export import LABELS, WEIGHTS, export
 
 from slimformer.errors import ExtraError, ModelError, OutputError
+from slimformer.measuring.sessions import open_session
 from slimformer.serving import server
 from slimformer.serving.answering import Answerer, Classes, Scores, Spans, Vectors, served_model
-from slimformer.serving.batching import MOST_WASTE, Limits, next_batch
+from slimformer.serving.batching import MOST_WASTE, Batcher, Limits, next_batch
 from slimformer.serving.web import app_of
 
 TAGS = ("O", "B-LOC")  # what `WEIGHTS` mean for a tagger: "great" and "fine" are places
@@ -362,6 +363,23 @@ def test_who_would_wait_too_long_is_told_at_once_and_who_goes_away_waits_no_more
     assert 1 <= len(taken) <= 3
     assert refused[0].headers["retry-after"] == "1"
     assert "wait already" in message(refused[0], 429)
+
+
+def test_what_is_computed_when_it_ends_is_answered(classes: Path) -> None:
+    served = served_model(classes)
+
+    async def ended() -> int:
+        batcher = Batcher(open_session(served.file, 1), served.answerer)
+        rows = [row for some in served.answerer.rows(["great film"] * 100) for row in some]
+        batcher.start()
+        asked = asyncio.create_task(batcher.answers(rows))
+        await asyncio.sleep(0)
+        while batcher.waiting == len(rows):  # until the first batch is taken
+            await asyncio.sleep(0)
+        await batcher.stop()
+        return len(await asyncio.wait_for(asked, 5))
+
+    assert asyncio.run(ended()) == 100
 
 
 def test_a_batch_that_fails_fails_alone(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ VECTOR_ACTIVATIONS = {  # of a linear layer -> torch's class
     "gelu": "torch.nn.modules.activation.GELU",
     "sigmoid": "torch.nn.modules.activation.Sigmoid",
 }
+QUERY, PASSAGE = "query", "passage"
+_PASSAGES = (PASSAGE, "document", "corpus", "doc")  # names that the prompt of passages has
 _MOST = 1_000_000  # numbers in a vector; more is no model's
 
 
@@ -62,6 +64,11 @@ class VectorHead:
     max_length: int | None = None
     lower: bool = False
     similarity: str | None = None
+
+    @property
+    def sides(self) -> tuple[str | None, str | None]:
+        """The prompt of queries and that of passages; None if there is none of that name."""
+        return self.prompts.get(QUERY), next((self.prompts[name] for name in _PASSAGES if name in self.prompts), None)
 
     def dimension(self, hidden: int) -> int:
         """Numbers in a vector, of a model with hidden states of this width."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slimformer.errors import ModelError, shown
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PretrainedConfig
 
 ScoreActivation = Literal["sigmoid", "identity"]
@@ -50,6 +51,16 @@ def score_activation(config: PretrainedConfig | Mapping[str, Any]) -> ScoreActiv
         facts=[f"known: {', '.join(_PATHS.values())}"],
         help="a monotonous function changes no order: name one of these as activation_fn in config.json.",
     )
+
+
+def relevance_of(logits: np.ndarray, activation: ScoreActivation) -> np.ndarray:
+    """What users see of a reranker's outputs, of the same shape."""
+    if activation == "identity":
+        return logits
+    from scipy.special import expit
+
+    scores: np.ndarray = expit(logits)
+    return scores
 
 
 def activation_facts(activation: ScoreActivation) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from scipy.special import expit, softmax
 
-from slimformer.core.pooling import SENTENCE_VECTOR, VectorHead, vector_head
-from slimformer.core.relevance import RELEVANCE, ScoreActivation, score_activation
+from slimformer.core.pooling import QUERY, SENTENCE_VECTOR, VectorHead, vector_head
+from slimformer.core.relevance import RELEVANCE, ScoreActivation, relevance_of, score_activation
 from slimformer.data.labels import model_labels
 from slimformer.data.tagged import WORD
 from slimformer.data.tokenizer import LONGEST, cutting, load_tokenizer, max_length_of, pad_id_of
@@ -25,25 +26,23 @@ from slimformer.measuring.records import Facts
 from slimformer.reporting.delivered import ONNX_FOLDER, file_to_run
 from slimformer.saving.checkpoint import read_config
 from slimformer.tasks._tags import OUTSIDE, Tagset
-from slimformer.tasks._words import first_tokens
+from slimformer.tasks._words import add_windows, window_stride
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 TextOrPair = str | tuple[str, str]  # one text, or a pair
-QUERY, PASSAGE = "query", "passage"
-_PASSAGES = (PASSAGE, "document", "corpus", "doc")  # names that the prompt of passages has in folders
 _STRIDE = 64  # tokens that neighbouring windows of a long text share
 _HEADS = {"ForSequenceClassification": "classes", "ForTokenClassification": "spans"}
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row for the model: its tokens, and of a window over a text which token begins each word (-1: none in this window)."""
+    """One row for the model: its tokens, and of a tagger's the word that each of them answers for (-1: none)."""
 
     ids: Sequence[int]
     types: Sequence[int]
-    firsts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (words,)
+    words: np.ndarray | None = None  # (tokens,)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,8 +72,8 @@ class Answerer(ABC):
         self.pad_id = pad_id_of(self.tokenizer, folder)
         self.config, self.max_length = config, max_length
         with cutting(self.tokenizer, max_length):
-            special = int(self.tokenizer.num_special_tokens_to_add(False))
-        stride = max(0, min(_STRIDE, (max_length - special) // 2)) if self.per_token else 0
+            pass  # so few tokens leave room for a text
+        stride = window_stride(self.tokenizer, max_length, _STRIDE) if self.per_token else 0
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_length, stride=stride)  # once: several threads encode
 
@@ -122,8 +121,7 @@ class Vectors(Answerer):
 
         RecipeError if there is no such prompt, or if the sides differ and nobody said which one these texts are.
         """
-        prompts = dict(self.head.prompts)
-        sides = {QUERY: prompts.get(QUERY), PASSAGE: next((prompts[each] for each in _PASSAGES if each in prompts), None)}
+        prompts, (query, passage) = self.head.prompts, self.head.sides
         if name is not None:
             if name not in prompts:
                 raise RecipeError(
@@ -131,16 +129,16 @@ class Vectors(Answerer):
                 )
             return prompts[name]
         if side is not None:
-            return sides[side] or ""
+            return (query if side == QUERY else passage) or ""
         if self.head.default_prompt in prompts:
             return prompts[str(self.head.default_prompt)]
-        query, passage = sides[QUERY] or "", sides[PASSAGE] or ""
-        if query != passage:
+        if (query or "") != (passage or ""):
             raise RecipeError(
-                f"the model puts {shown(query)} before a query and {shown(passage)} before a passage, and nothing says which these are.",
+                f"the model puts {shown(query or '')} before a query and {shown(passage or '')} before a passage, and nothing says "
+                "which these are.",
                 help='add "input_type": "query" or "passage".',
             )
-        return query
+        return query or ""
 
     def prompted(self, texts: Sequence[str], prompt: str) -> list[TextOrPair]:
         """The texts as the model reads them."""
@@ -163,11 +161,7 @@ class Classes(Answerer):
     def shares(self, logits: np.ndarray) -> list[dict[str, Any]]:
         """(classes,) -> each label with its share, the largest first; the score itself if there is but one."""
         values = np.asarray(logits, np.float64)
-        if self.several:
-            values = 1 / (1 + np.exp(-values))
-        elif len(values) > 1:
-            values = np.exp(values - values.max())
-            values /= values.sum()
+        values = expit(values) if self.several else softmax(values) if len(values) > 1 else values
         order = np.argsort(-values, kind="stable")
         return [{"label": self.labels[place], "score": float(values[place])} for place in order]
 
@@ -188,8 +182,7 @@ class Scores(Answerer):
         """Our files give the score; of other tools' the output becomes one, as the folder says."""
         if RELEVANCE in outputs:
             return outputs[RELEVANCE]
-        logits = outputs["logits"]
-        return 1 / (1 + np.exp(-logits)) if self.activation == "sigmoid" else logits
+        return relevance_of(outputs["logits"], self.activation)
 
     def facts(self) -> dict[str, Any]:
         return {"activation": self.activation}
@@ -209,13 +202,13 @@ class Spans(Answerer):
     def rows(self, texts: Sequence[TextOrPair], *, cut: bool = True) -> list[list[TokenRow]]:
         """Windows over each text; nothing is cut off."""
         plain = [whole_characters(str(text)) for text in texts]
-        found = self._encoded(plain)
         rows = []
-        for text, encoding in zip(plain, found, strict=True):
+        for text, encoding in zip(plain, self._encoded(plain), strict=True):
+            columns: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": [], "words": [], "labels": []}
             places = self.words(text)
-            rows.append(
-                [TokenRow(part.ids, part.type_ids, first_tokens(part, places)) for part in (encoding, *encoding.overflowing)]
-            )
+            add_windows(columns, [encoding, *encoding.overflowing], places, np.zeros(len(places), np.int32))
+            parts = (columns[name] for name in ("input_ids", "token_type_ids", "words"))
+            rows.append([TokenRow(*window) for window in zip(*parts, strict=True)])
         return rows
 
     def words(self, text: str) -> list[tuple[int, int]]:
@@ -225,16 +218,12 @@ class Spans(Answerer):
     def spans(self, text: str, rows: Sequence[TokenRow], logits: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """(tokens, tags) of each window -> the spans of a text. A word has the tag of its first token, where most text is around it."""
         words = self.words(text)
-        best = np.full(len(words), -1)  # tokens on the poorer side of a word's first token
-        tags = np.full(len(words), -1)
-        sure = np.zeros(len(words))
+        tags, sure = np.full(len(words), -1), np.zeros(len(words))
         for row, values in zip(rows, logits, strict=True):
-            room = np.where(row.firsts >= 0, np.minimum(row.firsts, len(row) - 1 - row.firsts), -1)
-            here = np.flatnonzero(room > best)
-            picked = np.asarray(values, np.float64)[row.firsts[here]]  # (words, tags)
-            shares = np.exp(picked - picked.max(axis=1, keepdims=True))
-            shares /= shares.sum(axis=1, keepdims=True)
-            best[here], tags[here], sure[here] = room[here], shares.argmax(axis=1), shares.max(axis=1)
+            assert row.words is not None
+            there = np.flatnonzero(row.words >= 0)
+            shares = softmax(np.asarray(values, np.float64)[there], axis=-1)  # (words, tags)
+            tags[row.words[there]], sure[row.words[there]] = shares.argmax(axis=-1), shares.max(axis=-1)
         return self._joined(text, words, tags, sure)
 
     def _joined(self, text: str, words: Sequence[tuple[int, int]], tags: np.ndarray, sure: np.ndarray) -> list[dict[str, Any]]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slimformer.data.batching import collate
 from slimformer.measuring.sessions import Session
 from slimformer.serving.answering import Answerer, TokenRow
+from slimformer.tasks.base import Features
 
 MOST_ROWS = 32  # in a batch
 MOST_TOKENS = 8192  # in a batch, padding counted
@@ -91,6 +93,7 @@ class Batcher:
         self._some = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "slimformer-serve")
         self._loop: asyncio.Task[None] | None = None
+        self._ending = False
 
     @property
     def waiting(self) -> int:
@@ -101,12 +104,11 @@ class Batcher:
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Ends; rows that wait still are answered first."""
-        while self._rows:
-            await asyncio.sleep(0.01)
+        """Ends; rows that wait still, or are computed, are answered first."""
+        self._ending = True
+        self._some.set()
         if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
+            await self._loop
         self._thread.shutdown()
 
     async def answers(self, rows: Sequence[TokenRow]) -> list[np.ndarray]:
@@ -128,6 +130,8 @@ class Batcher:
             await self._some.wait()
             self._rows = [item for item in self._rows if not item.answer.done()]
             if not self._rows:
+                if self._ending:
+                    return
                 self._some.clear()
                 continue
             places = next_batch([len(item.row) for item in self._rows], self.most_rows)
@@ -148,18 +152,12 @@ class Batcher:
                     item.answer.set_result(output)
 
     def _computed(self, rows: Sequence[TokenRow]) -> list[np.ndarray]:
-        width = max(map(len, rows))
-        feeds = {
-            name: np.full((len(rows), width), fill, np.int64)
-            for name, fill in (("input_ids", self.answerer.pad_id), ("attention_mask", 0), ("token_type_ids", 0))
-        }
-        for place, row in enumerate(rows):
-            feeds["input_ids"][place, : len(row)] = row.ids
-            feeds["token_type_ids"][place, : len(row)] = row.types
-            feeds["attention_mask"][place, : len(row)] = 1
+        columns = {"input_ids": [list(row.ids) for row in rows], "token_type_ids": [list(row.types) for row in rows]}
+        features = Features(columns, range(len(rows)), 0, self.answerer.pad_id)
+        feeds = collate(features, range(len(rows)))
         outputs = self.answerer.read(self.session(feeds))
         if self.seen is not None:
-            self.seen(len(rows), width)
+            self.seen(*feeds["input_ids"].shape)
         if self.answerer.per_token:
             return [output[: len(row)] for row, output in zip(rows, outputs, strict=True)]
         return list(outputs)

@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException as StarletteError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slimformer import __version__
+from slimformer.core.pooling import PASSAGE
 from slimformer.errors import SlimformerError, readable
 from slimformer.measuring.machine import cores
 from slimformer.measuring.sessions import open_session
@@ -107,7 +108,7 @@ def app_of(served: Served, *, threads: int | None = None, limits: Limits | None 
         limits: What callers may ask for.
 
     Returns:
-        An application for any ASGI server; it opens the model when it starts, and answers what waits before it ends.
+        An application for any ASGI server, with the model opened; it answers what waits before it ends.
 
     Example:
         >>> app = app_of(served_model(Path("small")))
@@ -173,7 +174,7 @@ class _Web:
         answerer = self._as(Vectors)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         _some(texts)
-        side = "passage" if asked.input_type == "document" else asked.input_type
+        side = PASSAGE if asked.input_type == "document" else asked.input_type
         rows = await self._rows(answerer.prompted(texts, answerer.prompt(asked.prompt_name, side)), asked.truncate)
         vectors = [np.asarray(outputs[0], np.float32) for outputs in await self._outputs(rows)]
         if asked.dimensions is not None:

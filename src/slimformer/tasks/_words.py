@@ -14,7 +14,7 @@ import numpy as np
 from slimformer.tasks.base import IGNORED, Features, Outputs
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
 
 Places = Sequence[tuple[int, int]]  # first and last character (exclusive) of each word
 
@@ -24,7 +24,7 @@ def add_windows(columns: Mapping[str, list[Any]], windows: Sequence[Encoding], p
 
     `labels` (words,) are `IGNORED` where a word's tag is unknown to the model. Returns how many words no token stands for.
     """
-    firsts = [first_tokens(window, places) for window in windows]  # (words,) each
+    firsts = [_first_tokens(window, places) for window in windows]  # (words,) each
     # tokens on the poorer side, -1 without the word; ends of the text need no care, because windows share at most their halves
     room = np.stack([np.minimum(first, len(window.ids) - 1 - first) for first, window in zip(firsts, windows, strict=True)])
     best = room.argmax(axis=0) if len(places) else np.zeros(0, dtype=np.int64)  # (words,), the first of equal ones
@@ -40,7 +40,7 @@ def add_windows(columns: Mapping[str, list[Any]], windows: Sequence[Encoding], p
     return int((room.max(axis=0, initial=-1) < 0).sum())
 
 
-def first_tokens(window: Encoding, places: Places) -> np.ndarray:
+def _first_tokens(window: Encoding, places: Places) -> np.ndarray:
     """The first token of each word in a window, -1 if it has none that no earlier word has: (words,).
 
     A window may begin inside a word; that one has at least as much room in the window before, which holds its first token.
@@ -58,6 +58,11 @@ def first_tokens(window: Encoding, places: Places) -> np.ndarray:
     held = np.flatnonzero(there)
     there[held[1:][place[held[1:]] == place[held[:-1]]]] = False
     return np.where(there, real[place], -1)
+
+
+def window_stride(tokenizer: Tokenizer, max_length: int, wanted: int) -> int:
+    """The tokens that neighbouring windows share: as wanted, but at most half of what they hold."""
+    return max(0, min(wanted, (max_length - int(tokenizer.num_special_tokens_to_add(False))) // 2))
 
 
 def told_tags(outputs: Outputs, features: Features, counts: Sequence[int], nothing: int) -> list[np.ndarray]:

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _METRICS = ("cosine", "spearman", "ndcg_at_10", "ndcg_on_teacher_index")
 _MODES = {"last": "lasttoken"}  # short names of poolings
-_PASSAGES = ("passage", "document", "corpus", "doc")  # names of the prompt of passages
 _NONE, _BOTH = "none", "both"
 _TEXTS_AT_ONCE = 4096  # encoded together: bounds the memory of the tokenizer's own objects
 _MOST_DEV = 1000  # texts and pairs that are judged, each; the standard error of a mean cosine is then far below a point
@@ -243,9 +242,10 @@ class Embedding(Task):
                 help="name a folder of sentence-transformers, or say --pooling.",
             )
         prompts = dict(head.prompts)
-        query = prompts.get("query") if self.query_prompt is None else self.query_prompt
-        passage = next((prompts[name] for name in _PASSAGES if name in prompts), None)
-        passage = passage if self.passage_prompt is None else self.passage_prompt
+        query, passage = (
+            own if told is None else told
+            for own, told in zip(head.sides, (self.query_prompt, self.passage_prompt), strict=True)
+        )
         if self.prompt == _NONE:
             prefixes: tuple[str, ...] = ("",)
         elif self.prompt == _BOTH:

@@ -230,13 +230,13 @@ class Tagging(Task):
         import numpy as np
 
         from slimformer.data.tokenizer import cutting, pad_id_of
-        from slimformer.tasks._words import add_windows
+        from slimformer.tasks._words import add_windows, window_stride
 
         ids = Tagset.of(self._names()).places
         columns: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": [], "words": [], "labels": []}
         owners: list[int] = []
         tokenless = total = 0
-        stride = self._stride(tokenizer, max_length)
+        stride = window_stride(tokenizer, max_length, self.stride)
         with cutting(tokenizer, max_length):
             tokenizer.enable_truncation(max_length, stride=stride)
             for first in range(0, len(examples), _TEXTS_AT_ONCE):
@@ -386,10 +386,11 @@ class Tagging(Task):
     def snippet(self, folder: Path, file: str, texts: Sequence[tuple[str, ...]], max_length: int) -> str:
         """Start, end, type and words of each span of a text; without an outside tag those of each word."""
         from slimformer.data.tokenizer import load_tokenizer
+        from slimformer.tasks._words import window_stride
 
         text = min((item[0] for item in texts), key=lambda item: abs(len(item) - 80))
         tagset = Tagset.of(self._names())
-        stride = self._stride(load_tokenizer(folder), max_length)
+        stride = window_stride(load_tokenizer(folder), max_length, self.stride)
         lines = [
             "import json, pathlib, re, numpy as np, onnxruntime, tokenizers",
             OPEN_TOKENIZER,
@@ -431,10 +432,6 @@ class Tagging(Task):
                 "print([(start, end, kind, text[start:end]) for start, end, kind in spans])",
             ]
         )
-
-    def _stride(self, tokenizer: Tokenizer, max_length: int) -> int:
-        """The tokens that windows share, at most half of what they hold."""
-        return max(0, min(self.stride, (max_length - int(tokenizer.num_special_tokens_to_add(False))) // 2))
 
     def _names(self) -> tuple[str, ...]:
         return self.labels or self.settled().labels

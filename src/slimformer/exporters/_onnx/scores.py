@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-from slimformer.core.relevance import RELEVANCE, ScoreActivation, score_activation
+from slimformer.core.relevance import RELEVANCE, ScoreActivation, relevance_of, score_activation
 from slimformer.exporters._onnx.graph import Unexpected
 from slimformer.exporters._onnx.parity import GraphOutputs
 from slimformer.families.base import Subject
@@ -23,10 +23,7 @@ def activation_of(subject: Subject) -> ScoreActivation | None:
 
 def scored(outputs: GraphOutputs, activation: ScoreActivation) -> GraphOutputs:
     """A model's outputs with the score, (batch, 1), behind them."""
-    logits = outputs["logits"]
-    with np.errstate(over="ignore"):
-        score = logits if activation == "identity" else 1 / (1 + np.exp(-logits))
-    return {**outputs, RELEVANCE: score.astype(np.float32)}
+    return {**outputs, RELEVANCE: relevance_of(outputs["logits"], activation).astype(np.float32)}
 
 
 def end_in_score(graph: onnx_ir.Graph, activation: ScoreActivation) -> None:
