@@ -1,12 +1,13 @@
 """Asks a served model as many callers at once would, and checks every answer against that of the text alone.
 
     python benchmarks/serving.py ./small --texts dev.tsv                         # 100,000 requests on 64 connections
-    python benchmarks/serving.py ./dense ./small --texts dev.tsv --requests 20000
+    python benchmarks/serving.py ./my-bert ./small --texts dev.tsv --requests 20000
 
-Of each folder a server is started; the callers are in this process, on the same machine, so the figures are those of both together.
-Told are requests per second, the seconds that 50, 95 and 99 of 100 requests took at most, and answers that are not those of the text
-alone within 1e-3. Afterwards come malformed, oversized and broken-off requests: each must be answered by an error of its kind, or by
-nothing, and the server must answer right still.
+Of each folder a server is started; a plain model of transformers, which holds no ONNX file, is exported first, with fused operators.
+The callers are in this process, on the same machine, so the figures are those of both together. Told are requests per second, the
+seconds that 50, 95 and 99 of 100 requests took at most, and answers that are not those of the text alone within
+1e-3. Afterwards come malformed, oversized and broken-off requests: each must be answered by an error of its kind, or by nothing, and the
+server must answer right still.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,8 +27,14 @@ from typing import Any
 
 import numpy as np
 
+from slimformer import registry
+from slimformer.data.batching import collate
+from slimformer.data.tokenizer import cutting, load_tokenizer, max_length_of, pad_id_of
 from slimformer.measuring.sessions import open_session
+from slimformer.measuring.timing import model_inputs
+from slimformer.reporting.delivered import model_files
 from slimformer.serving.answering import Classes, Served, Vectors, served_model
+from slimformer.tasks.base import Features
 
 TOLERANCE = 1e-3
 HOSTILE = (
@@ -85,7 +93,7 @@ async def load(
     draw = random.Random(0)
     order = iter([draw.randrange(len(texts)) for _ in range(requests)])
     seconds: list[float] = []
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(wrong=0)
 
     async def caller() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -124,10 +132,39 @@ async def hostile(port: int, rounds: int) -> int:
     return wrong
 
 
+def exported(folder: Path, texts: list[str], scratch: Path) -> Path:
+    """A plain model as fp32 with fused operators, beside its config and tokenizer."""
+    from slimformer import load
+    from slimformer.exporters.base import Variant
+    from slimformer.families.base import subject_of
+    from slimformer.measuring.beside import make_readable
+    from slimformer.saving.checkpoint import write_surroundings
+
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    with cutting(tokenizer, max_length_of(folder)):
+        rows = tokenizer.encode_batch(texts[:40])
+    columns = {"input_ids": [row.ids for row in rows], "token_type_ids": [row.type_ids for row in rows]}
+    features = Features(columns, range(len(rows)), 0, pad_id_of(tokenizer, folder))
+    exporter = registry.find("exporters", "onnx")()
+    file = scratch / exporter.kinds_for(model)[Variant.FUSED].name
+    batches = [collate(features, rows, model_inputs(features)) for rows in ([0], [*range(len(rows))])]
+    exporter.export(model, batches, file, Variant.FUSED)
+    write_surroundings(model, scratch, tokenizer_from=folder)
+    make_readable(subject_of(model), folder, scratch)
+    return file
+
+
 def measured(folder: Path, texts: list[str], requests: int, connections: int, threads: int) -> dict[str, Any]:
-    served = served_model(folder)
+    plain = folder.is_dir() and not model_files(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        return raced(folder, exported(folder, texts, Path(scratch)) if plain else folder, texts, requests, connections, threads)
+
+
+def raced(folder: Path, path: Path, texts: list[str], requests: int, connections: int, threads: int) -> dict[str, Any]:
+    """Serves what lies at `path`, and asks it."""
+    served = served_model(path)
     wanted = alone(served, texts)
-    command = [sys.executable, "-m", "slimformer", "serve", str(folder), "--port", "0", "--threads", str(threads)]
+    command = [sys.executable, "-m", "slimformer", "serve", str(path), "--port", "0", "--threads", str(threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             assert process.stdout is not None
@@ -136,10 +173,15 @@ def measured(folder: Path, texts: list[str], requests: int, connections: int, th
             found = asyncio.run(load(served, port, texts, wanted, requests, connections))
             found["hostile_wrong"] = asyncio.run(hostile(port, 10 * len(HOSTILE)))
             after = asyncio.run(load(served, port, texts, wanted, 200, 4))
-            found["right_after"] = after.get("200", 0) - after.get("wrong", 0)
+            found["right_after"] = after["200"] - after["wrong"]
         finally:
             process.terminate()
-    return {"model": folder.name, "file": served.file.name, "connections": connections, **found}
+    return {
+        "model": folder.name if folder.is_dir() else served.name,
+        "file": served.file.name,
+        "connections": connections,
+        **found,
+    }
 
 
 def main() -> None:

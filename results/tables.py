@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import generation
+import loads
 import numerics
 import published
 import structured
@@ -146,7 +147,7 @@ def placed(text: str, drawn: str, part: str = "results") -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"README.md must hold {begin} and {end}")
+        raise ValueError(f"the page must hold {begin} and {end}")
     return f"{before}{begin}\n{drawn}\n{end}{after}"
 
 
@@ -251,6 +252,7 @@ def main(arguments: Sequence[str]) -> int:
         **published.pages(),
         **generation.pages(),
         **survey.pages(),
+        loads.PAGE: placed(loads.PAGE.read_text(encoding="utf-8"), loads.load_table(), "load"),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
