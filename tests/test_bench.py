@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_export import data, export
+from tiny_folder import refusing
 
 from slimformer.errors import DataError, ExtraError, ModelError, RecipeError
 from slimformer.measuring.machine import FLAGS, Load, Quiet, environment, saturates
@@ -477,12 +478,6 @@ def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     script = """
-        import importlib.abc, sys
-        class Refuse(importlib.abc.MetaPathFinder):
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in {"torch", "transformers"}:
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        sys.meta_path.insert(0, Refuse())
         from pathlib import Path
         from slimformer.running.bench import bench
         from slimformer.errors import ExtraError
@@ -498,8 +493,13 @@ def test_an_exported_folder_needs_neither_torch_nor_transformers(tmp_path: Path)
             print(error)
         assert not {"torch", "transformers"} & set(sys.modules)
     """
+    guarded = refusing("torch", "transformers") + textwrap.dedent(script)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", guarded],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "model_fused.onnx" in done.stdout

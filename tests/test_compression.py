@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_folder import LABELS, write_data, write_model
+from tiny_folder import LABELS, refusing, write_data, write_model
 
 import slimformer
 from slimformer import cli
@@ -78,14 +78,6 @@ DELIVERED = {
     *("model/config.json", "model/plan.json", "model/model.safetensors", "model/tokenizer.json", "model/tokenizer_config.json"),
     *("README.md", "report.html", "ledger.jsonl", "recipe.yaml", "log.jsonl"),
 }
-REFUSE = """
-    import importlib.abc, sys
-    class Refuse(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in {refused}:
-                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-    sys.meta_path.insert(0, Refuse())
-"""
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
@@ -228,7 +220,7 @@ def test_the_snippet_of_the_card_runs_without_slimformer(done: Done) -> None:
     card = (done.out / "README.md").read_text(encoding="utf-8")
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found is not None
-    guard = textwrap.dedent(REFUSE.format(refused={"slimformer", "torch", "transformers"}))
+    guard = refusing("slimformer", "torch", "transformers")
     ran = python(guard + found[1], done.out, "-I")
     assert ran.returncode == 0, ran.stderr
     dev = (done.home / "data" / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:3]
@@ -311,7 +303,7 @@ def test_the_recipe_repeats_it_to_the_same_plan(done: Done, monkeypatch: pytest.
 
 
 def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:
-    code = textwrap.dedent(REFUSE.format(refused={"torch", "transformers"})) + textwrap.dedent("""
+    code = refusing("torch", "transformers") + textwrap.dedent("""
         sys.argv = ["slimformer", "bench", "small", "--wait", "0", "--seconds", "0", "--threads", "1"]
         from slimformer.cli import main
         try:

@@ -19,6 +19,19 @@ WORDS = {
     "good": ("great", "fine", "lovely", "warm", "bright", "happy", "strong", "rich"),
 }
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_REFUSE = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {refused}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def refusing(*packages: str) -> str:
+    """Lines of Python after which none of these packages can be imported."""
+    return _REFUSE.format(refused=set(packages))
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from test_sentence_folders import by_sentence_transformers, by_us, embedder, write_embedder
-from tiny_folder import run_quickly, sentences, write_tokenizer
+from tiny_folder import refusing, run_quickly, sentences, write_tokenizer
 
 import slimformer
 from slimformer import cli
@@ -458,20 +457,16 @@ def test_what_is_delivered_gives_the_same_vectors_everywhere(done: Path) -> None
     assert "pipeline_tag: sentence-similarity" in card
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found is not None
-    ran = subprocess.run([sys.executable, "-I", "-c", GUARD + found[1]], cwd=out, capture_output=True, text=True)
+    guarded = refusing("slimformer", "torch", "transformers", "sentence_transformers") + found[1]
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", guarded],
+        cwd=out,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("(2, 32) [[")
     assert np.allclose(by_sentence_transformers(out, texts), ours, atol=1e-5)
-
-
-GUARD = textwrap.dedent("""
-    import importlib.abc, sys
-    class Refuse(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in {"slimformer", "torch", "transformers", "sentence_transformers"}:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    sys.meta_path.insert(0, Refuse())
-""")
 
 
 @pytest.mark.slow

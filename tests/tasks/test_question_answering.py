@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
+from tiny_folder import refusing
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toy_task import rows
 
@@ -936,16 +937,6 @@ def test_an_export_is_not_judged_by_its_padding() -> None:
     assert agree(*real, 9.0).tolist() == [True, True]
 
 
-REFUSE = """
-    import importlib.abc, sys
-    class Refuse(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in {refused}:
-                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-    sys.meta_path.insert(0, Refuse())
-"""
-
-
 def python(code: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True)
 
@@ -1001,7 +992,7 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     assert "pipeline_tag: question-answering" in card
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found is not None
-    guard = textwrap.dedent(REFUSE.format(refused={"slimformer", "torch", "transformers"}))
+    guard = refusing("slimformer", "torch", "transformers")
     ran = python(guard + found[1], tmp_path / "small", "-I")
     assert ran.returncode == 0, ran.stderr
     options = facts.task | facts.fitted[facts.best] | {"data": "data"}  # the path in the file is relative to it
@@ -1011,7 +1002,7 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     outputs = evaluate(OnnxRuntime().load(Path("small") / facts.best, threads=1), features)
     assert ran.stdout.rstrip("\n") == task.predict(outputs, features, [example])[0]
 
-    code = textwrap.dedent(REFUSE.format(refused={"torch", "transformers"})) + textwrap.dedent("""
+    code = refusing("torch", "transformers") + textwrap.dedent("""
         import sys
         from pathlib import Path
         from slimformer.running.bench import bench

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import ndcg_score
-from tiny_folder import run_quickly
+from tiny_folder import refusing, run_quickly
 from tiny_ranking import pair_rows, queries, write_reranker, write_rows
 
 from slimformer import cli
@@ -540,22 +539,18 @@ def test_what_is_delivered_gives_the_same_scores_everywhere(done: Path) -> None:
     assert 'CrossEncoder(".").predict' in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
-    ran = subprocess.run([sys.executable, "-I", "-c", GUARD + code[1]], cwd=out, capture_output=True, text=True)
+    guarded = refusing("slimformer", "torch", "transformers", "sentence_transformers") + code[1]
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", guarded],
+        cwd=out,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     assert len(np.fromstring(ran.stdout.strip("[]\n "), sep=" ")) == 3
     package = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     theirs = package.CrossEncoder(str(out), device="cpu").predict(pairs)
     assert np.allclose(theirs, found["score"][:, 0], atol=1e-5)
-
-
-GUARD = textwrap.dedent("""
-    import importlib.abc, sys
-    class Refuse(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in {"slimformer", "torch", "transformers", "sentence_transformers"}:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    sys.meta_path.insert(0, Refuse())
-""")
 
 
 @pytest.mark.slow

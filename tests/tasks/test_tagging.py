@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_folder import TUNED_AND_CUT, run_quickly
+from tiny_folder import TUNED_AND_CUT, refusing, run_quickly
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from slimformer import cli
@@ -630,22 +629,18 @@ def test_the_card_and_a_pipeline_give_the_spans_that_the_task_reads(done: Path) 
     best = OnnxRuntime().load(done / "out" / file[1], threads=1)
     tags = task.predict(scoring.evaluate(best, task.encode([long], pieces(), 16)), task.encode([long], pieces(), 16), [long])[0]
     code = re.sub(r"^text = .*$", lambda _: f"text = {long.texts[0]!r}", found[1], flags=re.MULTILINE)
-    ran = subprocess.run([sys.executable, "-I", "-c", GUARD + code], cwd=done / "out", capture_output=True, text=True)
+    guarded = refusing("slimformer", "torch", "transformers", "seqeval") + code
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", guarded],
+        cwd=done / "out",
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     places = long.answer.words
     wanted = [(places[first][0], places[last][1], kind) for kind, first, last in spans(tags)]
     assert [part[:3] for part in ast.literal_eval(ran.stdout)] == wanted
     assert len(wanted) > 4
-
-
-GUARD = textwrap.dedent("""
-    import importlib.abc, sys
-    class Refuse(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in {"slimformer", "torch", "transformers", "seqeval"}:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    sys.meta_path.insert(0, Refuse())
-""")
 
 
 def test_an_export_is_judged_by_the_answer_of_each_real_token() -> None:
