@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_compression import REFUSE, events, hurry, said
+from test_compression import events, hurry, said
 from tiny import tiny
+from tiny_folder import refusing
 from tiny_pairs import speaker, write_joint_tokenizer, write_pairs, write_speaker
 
 from slimformer.core.anatomy import Kind
@@ -124,12 +125,8 @@ def test_the_rows_hold_bleu_on_two_beams_and_one_with_times_of_both(done: Simple
 def test_the_lines_of_the_card_write_texts_without_slimformer_and_torch(done: SimpleNamespace) -> None:
     card = (done.out / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    refused = REFUSE.format(refused={"slimformer", "torch", "transformers", "scipy"})
-    import textwrap
-
-    found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(refused) + code], cwd=done.out, capture_output=True, text=True
-    )
+    code = refusing("slimformer", "torch", "transformers", "scipy") + code
+    found = subprocess.run([sys.executable, "-c", code], cwd=done.out, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     texts = eval(found.stdout)  # the lines print a list
     assert len(texts) == 2
