@@ -47,6 +47,7 @@ class Role(StrEnum):
     FFN_IN = "ffn_in"
     FFN_OUT = "ffn_out"
     FILTERS = "filters"  # of a convolution over words
+    BOTTLENECK = "bottleneck"  # between the hidden states and what a layer computes in, of another width
     EMBEDDING = "embedding"
     CLASSIFIER = "classifier"
 
@@ -119,8 +120,8 @@ class Slice:
 class Tap:
     """Where a site's units can be multiplied by a gate: the last axis of a module's input or output.
 
-    `residual` is for sublayers: the tap is then the module that ends the sublayer, `residual` the module whose first input
-    flows past it, and a gate g gives residual + g * (output - residual). With `branch` the output is what the sublayer adds,
+    `residual` is for sublayers: the tap is then the module that ends the sublayer, `residual` the module whose first input, or that at
+    `place`, flows past it, and a gate g gives residual + g * (output - residual). With `branch` the output is what the sublayer adds,
     without the residual, as in layers that begin with their norm: the gate multiplies it. A "norm" weighs each unit by its gate
     in its mean and variance, and multiplies its output.
     """
@@ -130,6 +131,7 @@ class Tap:
     unit: int = 1
     residual: str | None = None
     branch: bool = False
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -364,9 +366,23 @@ class Anatomy:
         return any(matrix.role is Role.QUERY_KEY_VALUE for matrix in self.matrices.values())
 
     @property
+    def has_bottlenecks(self) -> bool:
+        """Whether layers compute in another width than that of the hidden states."""
+        return any(matrix.role is Role.BOTTLENECK for matrix in self.matrices.values())
+
+    @property
     def shares_bias(self) -> bool:
         """Whether its attentions add a bias for positions to their scores that a whole stack shares."""
         return any(site.bias is not None for site in self.sites.values())
+
+    @property
+    def attends_otherwise(self) -> str | None:
+        """Why queries and keys do not give the scores from what the values read, as in a BERT; None if they do."""
+        if self.fused:
+            return "its queries, keys and values are one matrix"
+        if self.shares_bias:
+            return "its scores hold a bias for positions"
+        return "its layers have bottlenecks" if self.has_bottlenecks else None
 
     @property
     def every_site(self) -> Mapping[str, Site]:

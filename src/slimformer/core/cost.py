@@ -180,7 +180,8 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
             learned = len(anatomy.asking_heads(site)) / site.size
             per_unit += learned * left**2 * 2 * site.taps[0].unit * times[asker] * float(np.mean(pairs))
         curve = per_unit * np.arange(site.size + 1)
-        curve[1:] += left * sum(work(matrix) for matrix in inside if not matrix.dense)
+        beside = [item for item in anatomy.matrices.values() if item.sublayer == site.sublayer and item not in inside]
+        curve[1:] += left * sum(work(matrix) for matrix in (*(item for item in inside if not item.dense), *beside))
         curves[site.id] = curve
     loose = (matrix for matrix in anatomy.matrices.values() if matrix.sublayer is None)
     fixed = means[Tokens.SOURCE] * anatomy.recurrent + sum(work(matrix) for matrix in loose)

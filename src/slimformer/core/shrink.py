@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, PointRole, Site
+from slimformer.core.anatomy import VOCABULARY_SITE, Anatomy, Kind, Matrix, Point, PointRole, Site, Tap
 from slimformer.core.apart import Apart
 from slimformer.core.deciding import put_exits
 from slimformer.core.dividing import divide
@@ -353,14 +353,25 @@ def _spread(values: Tensor, name: str, shape: tuple[int, ...], anatomy: Anatomy,
     return values
 
 
+def _ends_with(tap: Tap, norm: Point) -> bool:
+    """Whether a norm ends its sublayer, whose tap is given, or begins it, and is not one of a part within."""
+    return tap.branch or f"{norm.modules[0]}.".startswith(f"{tap.module}.")
+
+
 def _undo_norms(state: dict[str, Tensor], anatomy: Anatomy, gone: set[str]) -> None:
     """Hands the weights of each norm in front of a cut sublayer on to the sublayer's own norm, which stayed without a purpose.
 
     A sublayer that begins with its norm needs none: it adds zero.
     """
     norms = [point for point in anatomy.points.values() if point.role is PointRole.NORM and point.side == "output"]
+    ends = {site.id: site.taps[0] for site in anatomy.of_kind(Kind.SUBLAYER)}
+    norms = [point for point in norms if point.sublayer is None or _ends_with(ends[point.sublayer], point)]
+    for tap in (ends[name] for name in gone):
+        slot = f"{tap.module}.weight"
+        if not tap.branch and slot in state and not any(tap.module in norm.modules for norm in norms):
+            state[slot] = torch.ones_like(state[slot])  # it only scales, and divides by nothing
     for before, point in pairwise((None, *norms)):
-        if point is None or point.sublayer not in gone or anatomy.sites[str(point.sublayer)].taps[0].branch:
+        if point is None or point.sublayer not in gone or ends[str(point.sublayer)].branch:
             continue
         help = "use the files that were exported, or keep that sublayer."
         if before is None or before.tokens is not point.tokens:
@@ -369,11 +380,11 @@ def _undo_norms(state: dict[str, Tensor], anatomy: Anatomy, gone: set[str]) -> N
             )
         (giver,), (taker,) = before.modules, point.modules
         for part, rest in (("weight", _LOUD), ("bias", 0.0)):
-            values, slot = state[f"{giver}.{part}"], state[f"{taker}.{part}"]
-            if values.shape != slot.shape:
+            values, old = state[f"{giver}.{part}"], state[f"{taker}.{part}"]
+            if values.shape != old.shape:
                 raise PlanError(
                     f"no plain weights give the same answers without '{point.sublayer}': the norm in front of it, '{giver}', is "
-                    f"{len(values)} wide and not {len(slot)}.",
+                    f"{len(values)} wide and not {len(old)}.",
                     help=help,
                 )
             state[f"{taker}.{part}"] = values

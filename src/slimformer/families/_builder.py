@@ -35,7 +35,7 @@ from slimformer.core.pattern import Patterns
 from slimformer.core.patterning import patterns_of
 from slimformer.core.sieving import sieve_of
 from slimformer.core.standing import is_skipped
-from slimformer.families._skeleton import Attention, Block, FeedForward, Skeleton, StackTable
+from slimformer.families._skeleton import Attention, Block, Bottleneck, FeedForward, Skeleton, StackTable
 from slimformer.forms.base import form_of, shape_of
 
 if TYPE_CHECKING:
@@ -121,10 +121,14 @@ class _Built:
         norm = None if part.norm is None else self.prefix + part.norm
         self.stacks.append(Stack(name, tuple(layers), embedding, tokens, norm))
         for index, path in enumerate(layers):
+            self.add_bottleneck(f"{name}.{index}.bottleneck_in", part.narrow and part.narrow.under(path), tokens)
             self.add_attention(f"{name}.{index}", "", part.attention.under(path), part, tokens)
             if part.cross is not None:
                 self.add_attention(f"{name}.{index}", "cross_", part.cross.under(path), part, tokens)
+            for place, block in enumerate(part.stacked):
+                self.add_ffn(f"{name}.{index}.stacked{place}", block.under(path), tokens)
             self.add_ffn(f"{name}.{index}", part.ffn.under(path), tokens)
+            self.add_bottleneck(f"{name}.{index}.bottleneck_out", part.widen and part.widen.under(path), tokens)
             self.layer += 1
         if norm is not None:
             self.points += self.norm_points(name, norm, tokens)
@@ -150,6 +154,7 @@ class _Built:
             asking = {f"{module}.{name}" for module in (block.query, block.key) for name in ("weight", "bias")}
             heads = replace(heads, slices=sliced(heads, asking, rules))
         self.sites += [self.sublayer(where, block, block.out), heads]
+        self.add_bottleneck(f"{layer}.{kind}bottleneck_asking", block.asking, tokens, where)
         self.points += [*_attention_points(layer, kind, block, tokens), *self.norm_points(where, block.norm, tokens, where)]
         roles = INPUT_ROLES if block.parts == 1 else (Role.QUERY_KEY_VALUE,)
         for role, module in zip((*roles, Role.ATTENTION_OUT), (*block.inputs, block.out), strict=True):
@@ -168,6 +173,14 @@ class _Built:
             self.matrices.append(self.matrix(f"{layer}.{name}", module, Role.FFN_IN, where, tokens))
         self.matrices.append(self.matrix(f"{layer}.ffn_out", block.out, Role.FFN_OUT, where, tokens))
         self.add_block(block)
+
+    def add_bottleneck(self, name: str, block: Bottleneck | None, tokens: Tokens, sublayer: str | None = None) -> None:
+        if block is None:
+            return
+        if sublayer is None:  # another one reads what the values of its attention do
+            self.points.append(Point(f"{name}.input", (block.dense,), "input", PointRole.MATRIX, None, tokens))
+        self.points += self.norm_points(name, block.norm, tokens, sublayer)
+        self.matrices.append(self.matrix(name, block.dense, Role.BOTTLENECK, sublayer, tokens))
 
     def is_there(self, block: Block) -> bool:
         return not any(is_skipped(self.modules.get(skip.module)) for skip in block.skips)
@@ -203,13 +216,14 @@ class _Built:
 
     def sublayer(self, name: str, block: Block, out: str) -> Site:
         """A whole block: one unit; gate 0 leaves what enters its `start`."""
-        end = Tap(block.end or out, "output", residual=block.start, branch=block.end is None)
+        end = Tap(block.end or out, "output", residual=block.start, branch=block.end is None, place=block.residual)
         return Site(name, Kind.SUBLAYER, size=1, layer=self.layer, taps=(end,), skips=block.skips)
 
     def heads(self, name: str, sublayer: str, block: Attention, part: StackTable) -> Site:
         """The heads of an attention: rows of each input projection, columns of the output projection."""
         config, per_head = self.model.config, self.skeleton.head_dim
-        head_dim = int(getattr(config, per_head) if per_head else self.full_width // getattr(config, part.attention_heads))
+        shared = int(getattr(config, part.inner_width)) if part.inner_width else self.full_width
+        head_dim = int(getattr(config, per_head) if per_head else shared // getattr(config, part.attention_heads))
         return Site(
             id=name,
             kind=Kind.HEADS,
@@ -264,8 +278,9 @@ class _Built:
         self.add_norm(block.norm)
 
     def is_norm(self, module: str) -> bool:
-        """Whether there is a norm, and not something that stands for none."""
-        return getattr(self.modules[module], "weight", None) is not None
+        """Whether there is a norm, and not something that stands for none, or only scales and shifts."""
+        norm = self.modules[module]
+        return getattr(norm, "weight", None) is not None and (hasattr(norm, "eps") or hasattr(norm, "variance_epsilon"))
 
     def norm_points(self, where: str, module: str, tokens: Tokens, sublayer: str | None = None) -> Iterator[Point]:
         for part in NORM_PARTS if self.is_norm(module) else ():
@@ -282,6 +297,8 @@ class _Built:
         """The units of the hidden states, if all that reads them is known: heads of language models are not."""
         inside = tuple(f"{path}." for stack in self.stacks for path in stack.layers)
         outside = {name: module for name, module in self.modules.items() if not name.startswith(inside)}
+        if self.skeleton.narrow is not None:
+            return  # each layer has a width of its own inside
         skeleton, there = self.skeleton, {name for name, _ in self.model.named_parameters()}
         vectors = self.vector_layers
         if vectors is not None and (not vectors or len(cast(Any, self.model).head.pooling) > 1):
@@ -334,6 +351,9 @@ def _attention_points(layer: str, kind: str, block: Attention, tokens: Tokens) -
     if kind:
         yield Point(f"{where}.input", inputs[:1], "input", PointRole.MATRIX, where, tokens)
         yield Point(f"{where}.memory", inputs[1:], "input", PointRole.MATRIX, where, asked)
+    elif block.asking is not None:
+        yield Point(f"{where}.memory", (block.asking.dense, *inputs[2:]), "input", PointRole.MATRIX, where, tokens)
+        yield Point(f"{where}.input", inputs[:2], "input", PointRole.MATRIX, where, tokens)
     else:
         yield Point(f"{where}.input", inputs, "input", PointRole.MATRIX, where, tokens)
     roles = INPUT_ROLES if block.parts == 1 else (Role.QUERY_KEY_VALUE,)

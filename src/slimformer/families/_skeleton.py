@@ -8,7 +8,7 @@ is said.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from slimformer.core.anatomy import Skip
 
@@ -20,10 +20,12 @@ class Block:
     """One sublayer. `start`: the module whose first input is the residual; `end`: the one whose output has the residual added.
 
     Without an `end` the layer adds the residual itself and nothing follows: `start` is then the norm that the sublayer begins
-    with. `skips`: what stands in for the sublayer's modules once it is gone.
+    with. `skips`: what stands in for the sublayer's modules once it is gone. `residual`: which input of `start`
+    it is, if not the first.
     """
 
     start: str
+    residual: int = 0
     end: str | None = None
     norm: str
     skips: tuple[Skip, ...]
@@ -31,8 +33,20 @@ class Block:
     def under(self: AnyBlock, path: str) -> AnyBlock:
         """The same block with the full names of its modules, in the layer at `path`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        names = {name: f"{path}.{value}" for name, value in values.items() if isinstance(value, str)}
-        return replace(self, **names, skips=tuple(replace(skip, module=f"{path}.{skip.module}") for skip in self.skips))
+        changed: dict[str, Any] = {name: f"{path}.{value}" for name, value in values.items() if isinstance(value, str)}
+        return replace(self, **changed, skips=tuple(replace(skip, module=f"{path}.{skip.module}") for skip in self.skips))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """A Linear that changes the width of the hidden states inside of a layer, and the norm behind it."""
+
+    dense: str
+    norm: str
+
+    def under(self, path: str) -> Bottleneck:
+        """The same with the full names of its modules, in the layer at `path`."""
+        return Bottleneck(dense=f"{path}.{self.dense}", norm=f"{path}.{self.norm}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +55,8 @@ class Attention(Block):
     three side by side.
 
     `counters`: the attribute of `module` that holds the number of its heads, and one that holds that number times the size of a
-    head, if it has one. `shares_bias`: whether it adds a bias for each head to its scores that all of its stack share.
+    head, if it has one. `shares_bias`: whether it adds a bias for each head to its scores that all of its stack share. `asking`: the
+    bottleneck in front of queries and keys alone; the values then read the hidden states of the layer as they are.
     """
 
     module: str
@@ -51,6 +66,11 @@ class Attention(Block):
     out: str
     counters: tuple[str, ...] = ()
     shares_bias: bool = False
+    asking: Bottleneck | None = None
+
+    def under(self, path: str) -> Attention:
+        block = super().under(path)
+        return block if self.asking is None else replace(block, asking=self.asking.under(path))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -91,7 +111,9 @@ class StackTable:
 
     `attention_heads`: the name of their number in the config. `embedding`: the first of these modules that a model has gives
     the hidden state before layer 0; none if no module gives just that. `words`: the first of these that a model has is the word
-    table. `embedding_norm`: the norm behind the embeddings, `norm` the one behind the last layer, if there are such.
+    table. `embedding_norm`: the norm behind the embeddings, `norm` the one behind the last layer, if there are such. `stacked`:
+    feed-forward blocks between the attention and the last one. `narrow` and `widen`: the bottlenecks that a layer begins and ends
+    with; what lies between them is as wide as the field `inner_width` of the config says.
     """
 
     attention_heads: str = "num_attention_heads"
@@ -103,6 +125,10 @@ class StackTable:
     words: tuple[str, ...] = ("embeddings.word_embeddings",)
     embedding_norm: str | None = "embeddings.LayerNorm"
     norm: str | None = None
+    stacked: tuple[FeedForward, ...] = ()
+    narrow: Bottleneck | None = None
+    widen: Bottleneck | None = None
+    inner_width: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slimformer import registry
 from slimformer.core.anatomy import Anatomy, Skip
 from slimformer.errors import ModelError
-from slimformer.families._skeleton import Attention, FeedForward, Skeleton, StackTable, Surroundings
+from slimformer.families._skeleton import Attention, Bottleneck, FeedForward, Skeleton, StackTable, Surroundings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attention",
+    "Bottleneck",
     "Family",
     "FeedForward",
     "Skeleton",
@@ -66,7 +67,8 @@ class Family(ABC):
     `special_tokens`: role -> token, in the order of their ids, for a vocabulary that is trained for a model from scratch; none if that
     makes no sense. `decoder_start`: the role of the token that its decoder starts with. `classes`: the module that defines the classes
     of its configs and models; one that is not transformers' own registers them with the Auto classes when it is imported. `per_layer`:
-    fields of a config with an entry for each layer, which its class makes anew if they are left out.
+    fields of a config with an entry for each layer, which its class makes anew if they are left out. `any_teacher`: whether a student of
+    this type can be made from a teacher of another.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -77,6 +79,7 @@ class Family(ABC):
     per_layer: ClassVar[tuple[str, ...]] = ()
     decoder_start: ClassVar[str] = "pad_token"
     classes: ClassVar[str] = "transformers"
+    any_teacher: ClassVar[bool] = False
 
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         """The anatomy of a model of this family, dense or already cut."""

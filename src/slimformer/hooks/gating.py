@@ -90,7 +90,7 @@ def _hang_residual(model: nn.Module, tap: Tap, read: Callable[[], Tensor]) -> li
     seen: list[Tensor] = []
 
     def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[:] = [args[0]]
+        seen[:] = [args[tap.place]]
 
     def mix(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         past = seen.pop()

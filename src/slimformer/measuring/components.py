@@ -29,6 +29,7 @@ class Component(StrEnum):
     HEAD = "head"  # the pooler too
     QUANTIZE = "quantize"  # and dequantize, where they are operators of their own
     REST = "rest"  # masks, shapes, and what lies between the parts
+    BOTTLENECK = "bottlenecks"  # between the hidden states and narrower ones that a layer computes in
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ _OF_ROLE = {
     Role.FFN_IN: Component.FFN,
     Role.FFN_OUT: Component.FFN,
     Role.FILTERS: Component.FFN,
+    Role.BOTTLENECK: Component.BOTTLENECK,
     Role.EMBEDDING: Component.EMBEDDING,
     Role.CLASSIFIER: Component.HEAD,
 }

@@ -14,10 +14,8 @@ def check_heads(anatomy: Anatomy) -> None:
         why = "it writes texts"
     elif not anatomy.attentions:
         why = "it has no attention"
-    elif anatomy.fused:
-        why = "its queries, keys and values are one matrix"
-    elif anatomy.shares_bias:
-        why = "its scores hold a bias for positions"
+    elif anatomy.attends_otherwise:
+        why = anatomy.attends_otherwise
     elif anatomy.sieves or anatomy.meeting:
         why = "words leave on their way" if anatomy.sieves else "its segments attend apart"
     elif anatomy.exits:

@@ -79,9 +79,8 @@ class DecomposedAttention(Method):
         return None
 
     def check(self, anatomy: Anatomy, cost: Cost | None) -> None:
-        if len(anatomy.stacks) > 1 or not anatomy.attentions or anatomy.fused or anatomy.shares_bias:
-            why = "its queries, keys and values are one matrix" if anatomy.fused else "it has no attention"
-            why = "its scores hold a bias for positions" if anatomy.shares_bias else why
+        if len(anatomy.stacks) > 1 or not anatomy.attentions or anatomy.attends_otherwise:
+            why = anatomy.attends_otherwise or "it has no attention"
             why = "it writes texts" if len(anatomy.stacks) > 1 else why
             raise TargetError(
                 f"decomposed_attention cannot divide this model: {why}.", help="start from an encoder, such as a BERT."

@@ -140,6 +140,11 @@ def hidden_information(context: Context, site: Site, examples: int) -> np.ndarra
 def _hidden(anatomy: Anatomy) -> Site:
     """The site of the hidden units; TargetError if what reads them is not known."""
     found = anatomy.of_kind(Kind.HIDDEN)
+    if anatomy.has_bottlenecks:
+        raise TargetError(
+            "the hidden states of this model cannot be made narrower: its layers compute in another width, between bottlenecks.",
+            help="cut heads, neurons or layers of it.",
+        )
     if not found:
         raise TargetError(
             "the hidden states of this model cannot be made narrower: not all that reads them is known.",

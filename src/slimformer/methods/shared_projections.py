@@ -82,6 +82,8 @@ class SharedProjections(Method):
             return "it is for encoders, and the model has a decoder too"
         if mine.fused or theirs.fused:
             return "queries, keys and values are one matrix, whose rows no projection of heads fits"
+        if mine.has_bottlenecks or theirs.has_bottlenecks:
+            return "layers have bottlenecks, and compute in a width that no projection of hidden states fits"
         if not mine.layers or not theirs.layers:
             return f"the {'teacher' if mine.layers else 'model'} has no layers to learn from"
         if mine.vocabulary is None or theirs.vocabulary is None:

@@ -261,9 +261,8 @@ def sieve_layers(anatomy: Anatomy, layers: Sequence[int] | None) -> tuple[str, .
     """
     names = list(anatomy.layer_modules)
     able = [place for place, name in enumerate(names[:-1]) if heads_of(name) in anatomy.attentions]
-    if anatomy.junctions or len(anatomy.stacks) > 1 or not able or anatomy.fused or anatomy.shares_bias:
-        why = "its queries, keys and values are one matrix" if anatomy.fused else "no layer but the last has an attention"
-        why = "its scores hold a bias for positions" if anatomy.shares_bias else why
+    if anatomy.junctions or len(anatomy.stacks) > 1 or not able or anatomy.attends_otherwise:
+        why = anatomy.attends_otherwise or "no layer but the last has an attention"
         why = "it has exits or sieves already" if anatomy.junctions else "it writes texts" if len(anatomy.stacks) > 1 else why
         raise TargetError(
             f"word_elimination cannot take words out of this model: {why}.", help="start from an encoder of two layers or more."

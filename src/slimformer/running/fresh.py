@@ -39,7 +39,7 @@ class Fresh:
 
     Attributes:
         use: A type of model that writes a text for a text ("marian", "bart", "mbart" or "t5"), a student without layers ("static",
-            "bilstm" or "cnn"), or the type of the teacher, such as "bert".
+            "bilstm" or "cnn"), one with bottlenecks ("mobilebert"), or the type of the teacher, such as "bert".
         vocabulary: Tokens of the vocabulary of a model that writes, 8000 by default, which the texts that are read and those that are
             written share. It is trained on both. A student reads with its teacher's tokenizer, unless it gets so many word pieces
             of its own here: these are trained on the texts of the task, and the teacher goes on reading its own.
@@ -151,7 +151,8 @@ def _texts(task: Task) -> Iterator[str]:
     if task.auto_class != "AutoModelForSeq2SeqLM":
         raise RecipeError(
             f"the task {name_of(task)} needs a model that has seen much text: one from scratch would learn little.",
-            help="say use: bert, static, bilstm or cnn, and name a tuned `teacher:`. Tasks that write texts can begin from scratch.",
+            help="say use: bert, mobilebert, static, bilstm or cnn, and name a tuned `teacher:`. Tasks that write texts can begin "
+            "from scratch.",
         )
     for item in task.split(Split.TRAIN):
         yield from item.texts

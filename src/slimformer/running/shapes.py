@@ -56,7 +56,9 @@ def shapes_of(config: Any) -> list[StudentShape]:
     names = getattr(type(config), "attribute_map", {})
     fields = {key: names.get(key, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
     inner = next((name for name in ("intermediate_size", "hidden_dim") if hasattr(config, name)), None)
-    if inner is None or not all(hasattr(config, name) for name in fields.values()):
+    own = (family_of(config.model_type).skeleton,) if hasattr(family_of(config.model_type), "skeleton") else ()
+    wide_inside = any(skeleton.inner_width for skeleton in own)
+    if wide_inside or inner is None or not all(hasattr(config, name) for name in fields.values()):
         raise RecipeError(
             f"a {config.model_type} has no depth and width that students could have less of.", help="leave students out."
         )

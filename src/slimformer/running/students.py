@@ -4,9 +4,10 @@ The tokenizer is the teacher's, or has a smaller vocabulary, trained on the text
 with the teacher's row of it, and any other with the mean of the rows that it is made of.
 
 A transformer of the teacher's type takes its tensors of equal shape, from layers spread evenly over the teacher's (Turc et al. 2019 and
-DistilBERT begin so), and its tables in the directions in which the word table varies most. A student without layers gets word vectors:
+DistilBERT begin so), and its tables in the directions in which the word table varies most. Any other student gets word vectors:
 `static` what the teacher makes of each word piece alone, reduced by PCA and weighed by how rare the piece is, as model2vec does;
-`bilstm` and `cnn` the teacher's word table, reduced in the same way.
+`bilstm`, `cnn` and `mobilebert` the teacher's word table, reduced in the same way. No layer of a teacher fits between the
+bottlenecks of the last.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ _log = logging.getLogger(__name__)
 def check_student(use: str, teacher: Path, task: Task, stages: Sequence[Stage], vocabulary: int | None = None) -> None:
     """RecipeError or ModelError if no such student can be made for the task, or if a stage asks for what it has not."""
     family, theirs = family_of(use), checkpoint.base_type(checkpoint.read_config(teacher))
-    if family.classes == "transformers" and use != theirs:
+    if family.classes == "transformers" and use != theirs and not family.any_teacher:
         raise RecipeError(
             f"model: a student of the type {use} cannot read what its teacher reads, which is a {theirs}.",
-            help=f"say use: {theirs}, or static, bilstm or cnn, which take any teacher's tokenizer.",
+            help=f"say use: {theirs}, or mobilebert, static, bilstm or cnn, which take any teacher's tokenizer.",
         )
     if parts_for(task.auto_class, use) is None:
         raise RecipeError(
@@ -129,6 +130,9 @@ def write_student(
         if same
         else {"pad_token_id": given.get("pad_token_id")}
     )
+    places = guide.family.positions(given)
+    if family_of(use).any_teacher and not same and places is not None:
+        taken["max_position_embeddings"] = places
     try:
         sizes = transformers.AutoConfig.for_model(use, **(taken | {"vocab_size": len(words)} | dict(config)))
         with torch.random.fork_rng(devices=[]), without_bars():
@@ -235,10 +239,11 @@ def _sources(student: Subject, teacher: Subject) -> list[str]:
 
 
 def take_words(student: Subject, teacher: Subject, task: Task, folder: Path, pieces: Pieces) -> str:
-    """Gives a student without layers its word vectors; says whence."""
+    """Gives a student of another type than its teacher's its word vectors; says whence."""
     import torch
 
-    table = cast(Any, student.model.get_input_embeddings()).weight
+    layer = cast(Any, student.model.get_input_embeddings())
+    table = layer.weight
     if student.model.config.model_type == "static":
         known = alone(teacher, folder)  # (pieces, hidden)
         said = "its word vectors are what the teacher makes of each piece alone"
@@ -251,6 +256,8 @@ def take_words(student: Subject, teacher: Subject, task: Task, folder: Path, pie
             texts = (text for item in task.split(Split.TRAIN) for text in item.texts)
             table.mul_(rarity(folder, texts, len(table), pieces.text)[:, None])
         table.mul_(WORD_SIZE / table.square().mean().sqrt().clamp_min(1e-12))
+        if student.family.any_teacher and layer.padding_idx is not None:
+            table[layer.padding_idx] = 0.0  # words see their neighbours, and padding is to be none
     return f"{said}, in {table.shape[1]} numbers"
 
 

@@ -115,14 +115,16 @@ def _sizes(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, int]:
     heads, width = anatomy.of_kind(Kind.HEADS), anatomy.hidden_size
     neurons = max((site.size for site in anatomy.of_kind(Kind.NEURONS)), default=1)
     config = model.config
-    dim = getattr(config, _name(config, "hidden")) // getattr(config, _name(config, "heads"))
+    inner = family_of(config.model_type).skeleton.inner_width
+    shared = getattr(config, inner or _name(config, "hidden"))
+    dim, room = shared // getattr(config, _name(config, "heads")), shared if inner else width
     most = max((site.size for site in heads), default=1)
-    if width % dim or width // dim < most:
+    if room % dim or room // dim < most:
         raise PlanError(
-            f"no plain class holds hidden states of {width} units with {most} heads of {dim}: heads share the hidden states there.",
+            f"no plain class holds hidden states of {room} units with {most} heads of {dim}: heads share the hidden states there.",
             help="use the files that were exported.",
         )
-    return {"layers": len(anatomy.layers), "heads": width // dim, "hidden": width, "neurons": neurons}
+    return {"layers": len(anatomy.layers), "heads": room // dim, "hidden": width, "neurons": neurons}
 
 
 def _name(config: Any, part: str) -> str:
