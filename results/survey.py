@@ -92,6 +92,13 @@ PASSES = {"mrpc": 8.0, "sst2": 3.0, "squad": 6.0}  # over the rows, all stages t
 SUMS = Distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)  # as sparse and factored students learn best
 HALF = 0.5 + 1e-9
 NARROW = {"num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384}
+BOTTLENECKS = {
+    "hidden_size": 384,
+    "intra_bottleneck_size": 128,
+    "num_hidden_layers": 6,
+    "num_feedforward_networks": 2,
+    "normalization_type": "layer_norm",
+}
 CLAIMED = {  # points that a paper loses, on average or on the task that the claim names; rows without are no claim on quality
     "q8bert": 0.9,  # 1 % of a score near 90
     "reweighted_proximal-10": 0.0,
@@ -106,6 +113,7 @@ CLAIMED = {  # points that a paper loses, on average or on the task that the cla
     "attention": 0.1,
     "patient": 2.3,
     "bilstm": 3.0,
+    "mobilebert": 0.6,
     "kronecker-7.7x": 2.7,  # 3 % of a score near 90
     "low_rank-40": 0.1,
     "outliers": 0.9,
@@ -178,9 +186,10 @@ def dropped(passes: float) -> Stages:
     return (Train(methods=(LayerDrop(rate=0.5),), lr=8e-5, epochs=passes), Calibrate(Layers(keep=HALF, which="even")))
 
 
-def cut_and_blocks(passes: float) -> Stages:
+def cut_and_blocks(passes: float, copies: int = 0) -> Stages:
     """A cut of heads and neurons, then a fifth of the blocks of what is left."""
-    return (Calibrate(Fisher(keep=0.4, cost="macs")), closely(passes, KnowledgeSparse(keep=0.2, pattern="4x4")))
+    blocks = KnowledgeSparse(keep=0.2, pattern="4x4")
+    return (Calibrate(Fisher(keep=0.4, cost="macs")), closely(passes, blocks, augment=copies))
 
 
 def elastic(passes: float) -> Stages:
@@ -221,15 +230,15 @@ def edgebert(passes: float) -> Stages:
     )
 
 
-def smallest(passes: float) -> Stages:
+def smallest(passes: float, *last: Any, copies: int = 0) -> Stages:
     """Whatever makes the int8 file smaller: the vocabulary, the width, heads and neurons, and at last the word table as codes."""
     return (
         TrimVocabulary(),
-        closely(passes * 3 / 8, HiddenWidth(keep_hidden=0.5), freeze="nothing"),
+        closely(passes * 3 / 8, HiddenWidth(keep_hidden=0.5), freeze="nothing", augment=copies),
         Calibrate(Fisher(keep=0.3, cost="macs")),
-        learnt(passes / 2, freeze="nothing"),
+        learnt(passes / 2, freeze="nothing", augment=copies),
         Calibrate(CodebookWords()),
-        learnt(passes / 8, freeze="nothing"),
+        learnt(passes / 8, *last, freeze="nothing", augment=copies),
     )
 
 
@@ -361,6 +370,16 @@ ROWS = (
         student=Fresh(
             "bert", config={"num_hidden_layers": 3, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768}
         ),
+    ),
+    Row(
+        "other students",
+        "mobilebert",
+        "MobileBERT: 4.3 × smaller, 5.5 × on a phone, 0.6 points lost, pre-trained between bottlenecks",
+        lambda passes: (Train(methods=(Distillation(hidden=0.0),), lr=5e-4, epochs=passes, task_weight=0.1, dropout=False),),
+        0.3,
+        ablation=True,
+        student=Fresh("mobilebert", config=BOTTLENECKS),
+        tasks=("sst2",),
     ),
     Row(
         "decomposition of matrices",
@@ -522,6 +541,15 @@ ROWS = (
     ),
     Row(
         "compound",
+        "fisher-40-blocks-20-copies",
+        "the same, with twice the training: on copies of the rows too, words replaced",
+        lambda passes: cut_and_blocks(passes * 2 / 3, copies=2),
+        0.4,
+        ablation=True,
+        bench=BESIDE_ALL,
+    ),
+    Row(
+        "compound",
         "width-67-blocks-20",
         "for the kernels: a narrower model, then blocks of zeros, int8",
         narrow_and_blocks,
@@ -535,6 +563,15 @@ ROWS = (
         lambda passes: smallest(2 * passes),
         0.3,
         ablation=True,
+    ),
+    Row(
+        "compound",
+        "smallest-copies",
+        "the same as `smallest`, with twice the training: on copies of the rows too, words replaced, and last in int8",
+        lambda passes: smallest(passes * 2 / 3, Quantization(), copies=2),
+        0.3,
+        ablation=True,
+        bench=BESIDE_ALL,
     ),
     Row(
         "compound",
