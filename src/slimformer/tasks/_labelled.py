@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slimformer.tasks._own_metric import is_own
 from slimformer.tasks._readings import OneClass, OneScore, Reading
 from slimformer.tasks._snippet import batch_snippet
 from slimformer.tasks._unlabelled import drawn_shares
@@ -78,7 +79,9 @@ class Labelled(Task):
         return self.reading().divergence(student["logits"].float(), teacher["logits"].float(), temperature)
 
     def score(self, outputs: Outputs, features: Features, examples: Sequence[Example]) -> dict[str, float]:
-        return self.reading().metrics(per_example(outputs["logits"], features), self._labels(examples))
+        logits, wanted, reading = per_example(outputs["logits"], features), self._labels(examples), self.reading()
+        own = {self.metric: reading.judged(self.metric, logits, wanted)} if is_own(self.metric) else {}
+        return reading.metrics(logits, wanted) | own
 
     def resampled(
         self, outputs: Outputs, features: Features, examples: Sequence[Example], draws: Sequence[np.ndarray]

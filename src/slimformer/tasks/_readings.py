@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from slimformer.errors import DataError
 from slimformer.tasks._judging import check_classes, check_label_sets, check_scores
 from slimformer.tasks._losses import kl_divergence, kl_divergence_of_each
 from slimformer.tasks._metrics import class_metrics, label_set_counts, label_set_metrics, score_metrics
+from slimformer.tasks._own_metric import is_own, own_metric
 from slimformer.tasks._unlabelled import drawn_classes
 
 if TYPE_CHECKING:
@@ -55,6 +58,20 @@ class Reading(ABC):
         """All metrics that are known for it."""
 
     @abstractmethod
+    def given(self, logits: np.ndarray) -> np.ndarray:
+        """The answers as numbers, of the shape of `targets`."""
+
+    @abstractmethod
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """What answers are chosen by: of the last of two classes, or the score (examples,), else of each output (examples, outputs)."""
+
+    def judged(self, metric: str, logits: np.ndarray, wanted: np.ndarray) -> float:
+        """One metric, known or the user's own."""
+        if is_own(metric):
+            return own_metric(metric).judge(wanted, self.given(logits), self.scores(logits), self.names)
+        return self.metrics(logits, wanted)[metric]
+
+    @abstractmethod
     def credit(self, logits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """How right each answer is: (examples,)."""
 
@@ -79,15 +96,27 @@ class Reading(ABC):
         """Python that prints the answers, from `session` and `feeds`."""
 
     def resampled(self, logits: np.ndarray, wanted: np.ndarray, metric: str, draws: Sequence[np.ndarray]) -> np.ndarray | None:
-        """The metric on each draw of examples, if there is a quicker way than `metrics` on each: (draws,)."""
-        return None
+        """The metric on each draw of examples, if there is a quicker way than `metrics` on each: (draws,).
+
+        The user's own is NaN where it has no value, such as an area under a curve where a draw holds one class.
+        """
+        import numpy as np
+
+        if not is_own(metric):
+            return None
+        found = np.full(len(draws), np.nan)
+        for place, draw in enumerate(draws):
+            with suppress(DataError):
+                found[place] = self.judged(metric, logits[draw], wanted[draw])
+        return found
 
 
 @dataclass(frozen=True)
 class OneClass(Reading):
-    """Classes that exclude each other: the largest logit is the answer."""
+    """Classes that exclude each other: the largest logit is the answer. `weights`: what a row of each class counts in the loss."""
 
     classes: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
     problem_type = "single_label_classification"
 
     @property
@@ -102,13 +131,24 @@ class OneClass(Reading):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
-        return functional.cross_entropy(logits, labels)
+        weights = None if self.weights is None else logits.new_tensor(self.weights)  # (classes,)
+        return functional.cross_entropy(logits, labels, weights)
 
     def divergence(self, ours: torch.Tensor, theirs: torch.Tensor, temperature: float) -> torch.Tensor:
         return kl_divergence(ours, theirs, temperature)
 
     def metrics(self, logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         return class_metrics(logits.argmax(-1), wanted, len(self.classes))
+
+    def given(self, logits: np.ndarray) -> np.ndarray:
+        return logits.argmax(-1)
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        import numpy as np
+        from scipy.special import softmax
+
+        shares = np.asarray(softmax(logits.astype(np.float64), axis=-1))
+        return shares[:, 1] if len(self.classes) == 2 else shares
 
     def credit(self, logits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -162,6 +202,12 @@ class OneScore(Reading):
     def metrics(self, logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         return score_metrics(logits[:, 0], wanted)
 
+    def given(self, logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0]
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0]
+
     def credit(self, logits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         import numpy as np
 
@@ -189,11 +235,13 @@ class OneScore(Reading):
 class AnyLabels(Reading):
     """Labels that do not exclude each other: each whose probability, sigmoid(logit), is at least `threshold` is given.
 
-    An answer is a tuple of names, perhaps empty. The loss is the mean of the binary cross-entropies, as transformers computes it.
+    An answer is a tuple of names, perhaps empty. The loss is the mean of the binary cross-entropies, as transformers computes it;
+    `weights` say what a row that has the label counts there, beside one that has not.
     """
 
     labels: tuple[str, ...]
     threshold: float | None = None
+    weights: tuple[float, ...] | None = None
     problem_type = "multi_label_classification"
 
     @property
@@ -220,13 +268,25 @@ class AnyLabels(Reading):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
-        return functional.binary_cross_entropy_with_logits(logits, labels.float())
+        weights = None if self.weights is None else logits.new_tensor(self.weights)  # (labels,)
+        return functional.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights)
 
     def divergence(self, ours: torch.Tensor, theirs: torch.Tensor, temperature: float) -> torch.Tensor:
         return kl_divergence_of_each(ours, theirs, temperature)
 
     def metrics(self, logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
         return label_set_metrics(logits >= self.margin, wanted)
+
+    def given(self, logits: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        return np.asarray(logits >= self.margin, dtype=np.int64)
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        import numpy as np
+        from scipy.special import expit
+
+        return np.asarray(expit(logits.astype(np.float64)))
 
     def credit(self, logits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -263,12 +323,12 @@ class AnyLabels(Reading):
             return _f1(*(count.sum(axis=1) for count in counts))
         if metric == "f1_macro":
             return np.asarray(_f1(*counts).mean(axis=1))
-        return None
+        return super().resampled(logits, wanted, metric, draws)
 
     def fitted(self, logits: np.ndarray, wanted: np.ndarray, metric: str) -> AnyLabels:
         """The same with the threshold at which the metric is best, of equal ones the nearest to a half."""
         tried = [replace(self, threshold=percent / 100) for percent in range(5, 100, 5)]
-        return max(tried, key=lambda one: (one.metrics(logits, wanted)[metric], -abs((one.threshold or EVEN) - EVEN)))
+        return max(tried, key=lambda one: (one.judged(metric, logits, wanted), -abs((one.threshold or EVEN) - EVEN)))
 
 
 def _f1(right: np.ndarray, extra: np.ndarray, missing: np.ndarray) -> np.ndarray:

@@ -56,8 +56,10 @@ from slimformer.errors import DataError, RecipeError, nearest, shown
 from slimformer.log import remark, remarks_on
 from slimformer.tasks._labelled import Labelled, per_example
 from slimformer.tasks._metrics import CLASS_METRICS, LABEL_METRICS, SCORE_METRICS
-from slimformer.tasks._readings import AnyLabels, Reading
+from slimformer.tasks._own_metric import is_own, known_or_own
+from slimformer.tasks._readings import AnyLabels, OneClass, OneScore, Reading
 from slimformer.tasks._unlabelled import AGREEMENT, FEWEST_TOLD, TELLINGS, half_of_dev, telling_of, told_names, untold_rows
+from slimformer.tasks._weights import class_weights, told_weights, weight_mistakes
 from slimformer.tasks.base import Example, Features, Outputs, Split, option
 
 if TYPE_CHECKING:
@@ -89,7 +91,9 @@ class Classification(Labelled):
     between them, or a column of 0 and 1 for each label (named in `label` with commas, or found) for several. `metric` "auto" is
     accuracy for classes, spearman for scores, f1_micro for several labels, or GLUE's own; `f1` takes the last of two classes as
     positive and is the macro mean for more. `threshold` is the probability from which one of several labels is given; without it,
-    it is fitted on validation examples for each file.
+    it is fitted on validation examples for each file. A metric with a dot in its name is a function of yours (`_own_metric.py`).
+    `class_weights` say what a row of each class counts in the loss: "balanced", the same for each class as a whole, or a number
+    for some, 1 for the others; of several labels, what a row counts that has the label. Teachers' answers are not weighed.
 
     `train_rows` is a JSON file with the row numbers (from 0) to train on, or how many rows to draw. `validation_share` of the training
     data, but between 200 and 2,000 examples and at most a fifth, is set aside as validation examples. `labels` are the class names in
@@ -120,8 +124,10 @@ class Classification(Labelled):
     label: str | None = option(None, "Column of the label; guessed if it has a usual name.")
     kind: Literal["auto", "classes", "score", "multi_label"] = "auto"
     metric: str = option(
-        "auto", "The metric that counts: accuracy, f1, f1_macro, matthews, pearson, spearman, f1_micro, exact."
+        "auto",
+        "The metric that counts: accuracy, f1, f1_macro, matthews, pearson, spearman, f1_micro, exact, or package.function.",
     )
+    class_weights: Any = option(None, "What a row of each class counts in the loss: balanced, or class=2,other=1.")  # noqa: RUF009
     max_length: int = option(128, "Tokens an input may have; longer ones are cut off.")
     validation_share: float = 0.05
     train_rows: str | int | None = option(None, "How many rows to train on, or a JSON file of row numbers.")
@@ -131,6 +137,7 @@ class Classification(Labelled):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", data_source(self.data))
+        object.__setattr__(self, "class_weights", told_weights(self.class_weights))
         object.__setattr__(self, "answers_from", telling_of(self.labels) or self.answers_from)
         object.__setattr__(self, "labelled", self.answers_from == "data")
         object.__setattr__(self, "labels", () if telling_of(self.labels) else told_names(self.labels))
@@ -162,9 +169,15 @@ class Classification(Labelled):
             yield f"answers_from: '{self.answers_from}'; known: {', '.join(TELLINGS)}"
         elif self.answers_from == "teacher" and self.metric not in ("auto", AGREEMENT):
             yield f"metric: '{self.metric}' needs labels; without any it is the {AGREEMENT} with the teacher"
-        elif self.answers_from != "teacher" and self.metric != "auto" and self.metric not in known[self.kind]:
+        elif self.answers_from != "teacher" and self.metric != "auto" and not known_or_own(self.metric, known[self.kind]):
             of_kind = "" if self.kind == "auto" else f" for {self.kind}"
-            yield f"metric: there is no '{self.metric}'{of_kind}; {nearest(self.metric, known[self.kind])}"
+            yield f"metric: there is no '{self.metric}'{of_kind}; {nearest(self.metric, known[self.kind])}, or package.function"
+        if self.class_weights is not None and self.answers_from != "data":
+            yield "class_weights: they weigh the labels of training rows, and these have none"
+        elif self.class_weights is not None and self.kind == "score":
+            yield "class_weights: a score has no classes"
+        else:
+            yield from weight_mistakes(self.class_weights)
         if self.text_pair is not None and self.text is None:
             yield "text_pair: name the first text column too (text)"
         if not 0 < self.validation_share < 0.5:
@@ -189,7 +202,15 @@ class Classification(Labelled):
 
     def reading(self) -> Reading:
         task = self if self.kind != "auto" else self.settled()
-        return AnyLabels(task.classes, task.threshold) if task.kind == MULTI else super().reading()
+        if task.kind == MULTI:
+            return AnyLabels(task.classes, task.threshold, task.weights())
+        return OneClass(task.classes, task.weights()) if task.classes else OneScore()
+
+    def weights(self) -> tuple[float, ...] | None:
+        """What a row of each class counts in the loss, in the order of the ids; None if all count the same."""
+        if self.class_weights is None or self.kind == "score":
+            return None
+        return _weights(self, stamp(self.data), stamp(self.train_rows))
 
     @property
     def tunes(self) -> bool:
@@ -220,7 +241,7 @@ class Classification(Labelled):
         elif kind == "classes":
             names = self._names_of_classes(table, label)
         metric = self.metric if self.metric != "auto" else USUAL[kind]
-        if metric not in METRICS[kind]:
+        if metric not in METRICS[kind] and not is_own(metric):
             holds = {"classes": "classes", "score": "scores (numbers with a fraction)", MULTI: "several labels a row"}[kind]
             raise DataError(
                 f"the metric '{metric}' does not fit: column '{label}' of {table.where} holds {holds}.",
@@ -510,6 +531,12 @@ class Classification(Labelled):
 
 
 # ---- reading
+
+
+@lru_cache(maxsize=4)
+def _weights(task: Classification, _data: Stamp, _rows: Stamp) -> tuple[float, ...]:
+    """The weights of a task's classes, counted on its training rows."""
+    return class_weights(task.class_weights, task.classes, [item.answer for item in task.split(Split.TRAIN)])
 
 
 @lru_cache(maxsize=4)

@@ -18,6 +18,7 @@ from slimformer.data.labels import order_as_model
 from slimformer.errors import RecipeError
 from slimformer.tasks._labelled import Labelled
 from slimformer.tasks._metrics import CLASS_METRICS
+from slimformer.tasks._own_metric import known_or_own
 from slimformer.tasks.base import Example, Split, option
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Intents(Labelled):
     typos: float = 0.2
     validation_share: float = 0.1
     max_length: int = option(48, "Tokens an input may have; longer ones are cut off.")
-    metric: str = option("accuracy", "The metric that counts: accuracy, f1, f1_macro, matthews.")
+    metric: str = option("accuracy", "The metric that counts: accuracy, f1, f1_macro, matthews, or package.function.")
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,7 +91,11 @@ class Intents(Labelled):
             *([] if 0 <= self.typos <= 1 else [f"typos: a share from 0 to 1, not {self.typos}"]),
             *([] if 0 < share <= 0.5 else [f"validation_share: a share above 0 and up to 0.5, not {share}"]),
             *([] if self.max_length >= 4 else [f"max_length: at least 4 tokens, not {self.max_length}"]),
-            *([] if self.metric in CLASS_METRICS else [f"metric: '{self.metric}'; known: {', '.join(CLASS_METRICS)}"]),
+            *(
+                []
+                if known_or_own(self.metric, CLASS_METRICS)
+                else [f"metric: '{self.metric}'; known: {', '.join(CLASS_METRICS)}"]
+            ),
         ]
         if mistakes:
             raise RecipeError("the task intents cannot be set up like that.", facts=mistakes)
