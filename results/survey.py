@@ -47,7 +47,7 @@ from work import (
 )
 
 from slimformer.exporters.base import Variant
-from slimformer.measuring.records import Interval, Record
+from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.methods.adaptive_span import AdaptiveSpan
 from slimformer.methods.codebook import CodebookWords
 from slimformer.methods.decomposed_attention import DecomposedAttention
@@ -712,7 +712,7 @@ def _task(task: str, groups: Mapping[str, list[Run]]) -> list[str]:
             "as claimed",
         ),
     )
-    return [f"## {task}", "", intro, "", *table(head, rows), "", *_kept(task)]
+    return [f"## {task}", "", intro, "", *table(head, rows), "", *_kept(task), *_beside(task, groups)]
 
 
 def _as_claimed(name: str, found: Interval | None) -> str:
@@ -743,6 +743,29 @@ def _kept(task: str) -> Iterator[str]:
             f"{found['threads']} threads (`benchmarks/passages.py`); **kept**: the share of questions whose passage was computed before."
         )
         yield from ("", *table(("file", "kept", "× dense fp32", "p50 ms", "p95 ms", "F1", "lost"), rows), "")
+
+
+def _beside(task: str, groups: Mapping[str, list[Run]]) -> Iterator[str]:
+    """The runs of a task that were measured beside every rival, each with all of its race."""
+    raced = {row.name: groups[f"{task}/{row.name}"][0] for row in ROWS if f"{task}/{row.name}" in groups}
+    rows = [
+        (
+            name if place == 0 else "",
+            item.name,
+            mb_text(item.size_bytes),
+            *(row_times(item, batch) for batch in (32, 1)),
+            interval_of(item.loss) if item.loss else "",
+        )
+        for name, run in raced.items()
+        if any(item.role == Standing.OPENVINO_INT8 for item in run.records)
+        for place, item in enumerate(item for item in run.records if item.speed)
+    ]
+    if rows:
+        yield from wrapped(
+            "Beside every rival, each run a race of its own: plain int8 in ONNX Runtime and in OpenVINO, and, if whole units were cut, a "
+            "model of fewer layers that saw the same teacher and stages:"
+        )
+        yield from ("", *table(("run", "model", "MB", "× batch 32", "× batch 1", "lost"), rows), "")
 
 
 def _integers(run: Run) -> Record | None:
