@@ -10,8 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from tiny import ENCODERS, SEPARATE, batch, tiny
+from tiny_folder import sentences, write_model
 
 from slimformer.core.anatomy import Kind
+from slimformer.core.junction import Sieve
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import ModelError
@@ -20,17 +22,19 @@ from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.forms.kronecker import Kronecker
 from slimformer.measuring.components import Component, Spot, components_of
+from slimformer.measuring.operators import OperatorRun, operator_runs, place_nodes
 from slimformer.measuring.profile import (
     Counted,
     Profile,
     Profiled,
     Texts,
     count_parts,
-    place_nodes,
     profile_onnx,
     profile_torch,
 )
 from slimformer.reporting.profiles import by_component, draw_profiles, draw_stacks, write_profiles
+from slimformer.running.profiling import MOST_READ, encode_lines, profile_model
+from slimformer.saving import checkpoint
 
 TEXTS = Texts(2, 7)
 
@@ -58,7 +62,11 @@ def test_each_tick_of_the_clock_is_counted_once(model_type: str) -> None:
     assert found.total_ms == 1000 * (len(ticks) - 2 - 1)
     assert found.total_ms == sum(found.of(component) for component in Component)
     assert found.total_ms == sum(found.of_layer(layer) for layer in (None, 0, 1, 2))
-    absent = {Component.QUANTIZE} if subject.anatomy.has_bottlenecks else {Component.QUANTIZE, Component.BOTTLENECK}
+    absent = (
+        {Component.QUANTIZE, Component.SIEVES}
+        if subject.anatomy.has_bottlenecks
+        else {Component.QUANTIZE, Component.SIEVES, Component.BOTTLENECK}
+    )
     for component in set(Component) - absent:
         assert found.of(component) > 0, component
     for layer in range(3):
@@ -137,6 +145,28 @@ def test_operators_without_a_parameter_follow_their_inputs() -> None:
     assert {places[name].layer for name in ("words", "numbers", "logits")} == {None}
 
 
+def test_an_if_takes_the_time_that_is_left_without_the_operators_in_it() -> None:
+    """By hand: two runs; in the second one If lies within another, and one operator begins as the outer one ends."""
+    session = [{"cat": "Session", "name": "model_run", "ts": begin, "dur": dur} for begin, dur in ((0, 9), (10, 90))]
+    steps = [("first", "Add", 1, 8), ("first", "Add", 11, 9), ("inner", "Add", 31, 5), ("deepest", "Add", 43, 20), ("if", "If", 41, 25),
+             ("outer", "If", 30, 40), ("last", "Add", 70, 3)]  # fmt: skip
+    nodes = [
+        {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur, "args": {"op_name": kind, "output_size": "4"}}
+        for name, kind, ts, dur in steps
+    ]
+    runs = operator_runs([*session, *nodes, {"cat": "Node", "name": "first_fence_before", "ts": 12, "dur": 1, "args": {}}])
+    assert runs[0] == (9, [OperatorRun("first", 8, 4)])
+    assert runs[1][0] == 90
+    assert sorted(runs[1][1], key=lambda item: item.name) == [
+        OperatorRun("first", 9, 4),
+        OperatorRun("last", 3, 4),
+        OperatorRun("outer", 40 - 5 - 25, 0),
+        OperatorRun("outer>if", 25 - 20, 0),
+        OperatorRun("outer>if>deepest", 20, 4),
+        OperatorRun("outer>inner", 5, 4),
+    ]
+
+
 @pytest.mark.slow
 def test_operators_of_exported_files_are_told_apart(tmp_path: Path) -> None:
     subject = subject_of(tiny("bert", num_hidden_layers=1))
@@ -145,7 +175,7 @@ def test_operators_of_exported_files_are_told_apart(tmp_path: Path) -> None:
     file = tmp_path / "int8.onnx"
     Onnx(agreement=0.0).export(subject.model, [texts] * 3, file, Variant.INT8_FUSED, ("logits",))
     found = profile_onnx(file, subject, TEXTS, "int8", threads=1, rounds=2)
-    for component in set(Component) - {Component.BOTTLENECK}:
+    for component in set(Component) - {Component.BOTTLENECK, Component.SIEVES}:
         assert found.of(component) > 0, component
     assert found.whole_ms > 0
     assert found.peak(Component.FFN) > 0
@@ -161,15 +191,16 @@ def test_operators_of_exported_files_are_told_apart(tmp_path: Path) -> None:
 
 def test_tables_and_page_hold_every_part(tmp_path: Path) -> None:
     ms = {Spot(component, 0): float(number) for number, component in enumerate(Component, 1)}
-    one = Profile("a-long-name-of-a-model", "PyTorch", Texts(32, 128), ms, 62.5, dict.fromkeys(ms, 2_000_000))
+    one = Profile("a-long-name-of-a-model", "PyTorch", Texts(32, 128), ms, 66.0, dict.fromkeys(ms, 2_000_000), "3 < 4 texts.")
     head, rows = by_component([one])
     assert head == ("component", "a-long-name-o.. ms", "share", "MB")
-    assert rows[0] == ("embedding", "1.00", "1.8 %", "2.0")
-    assert rows[-2:] == [("together", "55.00", "88.0 %", ""), ("not watched", "62.50", "100 %", "")]
+    assert rows[0] == ("embedding", "1.00", "1.5 %", "2.0")
+    assert rows[-2:] == [("together", "66.00", "100.0 %", ""), ("not watched", "66.00", "100 %", "")]
     found = Profiled("model<1>", 128, {Spot(Component.FFN, 0): Counted(10, 40, 5e6)}, (one,))
     text = write_profiles(found, tmp_path).read_text(encoding="utf-8")
     assert "model&lt;1&gt;" in text
     assert "32 texts of 128 tokens" in text
+    assert "PyTorch: 3 &lt; 4 texts." in text
     assert draw_stacks([one]).count("<rect") == len(Component)
     assert len(list(draw_profiles(found))) == 3
 
@@ -187,6 +218,7 @@ def test_inspect_profiles_on_request(tmp_path: Path, call) -> None:  # type: ign
     assert (tmp_path / "profile.html").is_file()
     for arguments, message in (
         (("model", "--batch", 1), "add --profile"),
+        (("model", "--texts", tmp_path / "few"), "add --profile"),
         (("model", "--profile", "--length", 65), "positions for 64 tokens"),
         (("model", "model/config.json", "--profile"), "no .onnx file"),
         (("t5", "--profile"), "only encoders are profiled"),
@@ -195,3 +227,36 @@ def test_inspect_profiles_on_request(tmp_path: Path, call) -> None:  # type: ign
         rest = [tmp_path / item if isinstance(item, str) and "/" in item else item for item in rest]
         status, _, err = call("inspect", tmp_path / first, *rest)
         assert (status, message in " ".join(err.split())) == (2, True)
+
+
+def test_a_profile_reads_the_texts_that_are_given(tmp_path: Path, call) -> None:  # type: ignore[no-untyped-def]
+    """Pairs are cut as pairs, batches are whole, and of a model that decides by text it says what becomes of them."""
+    model = write_model(tmp_path / "model", trained=False)
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(f"{text}\t{text}" if row % 2 else text for row, (text, _) in enumerate(sentences(70, seed=1))))
+    rows = encode_lines(file, model, 12)
+    assert len(rows) == MOST_READ
+    assert max(map(max, rows.columns["token_type_ids"])) == 1
+    assert max(rows.lengths()) == 12
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(text for text, _ in sentences(5, seed=1)))
+    found = profile_model(model, lengths=(12,), batches=(2, 32, 64), threads=1, rounds=1, texts=few)
+    assert [profile.load for profile in found.profiles] == [Texts(2, 12, own=True), Texts(5, 12, own=True)]
+    assert found.profiles[0].note.startswith("4 given texts, ")
+    subject = subject_of(checkpoint.load(model))
+    plan = Plan(junctions={"encoder.0": Sieve(0.5)})
+    checkpoint.save(shrink(subject.model, subject.anatomy, plan), plan, tmp_path / "sieved", tokenizer_from=model)
+    status, out, _ = call("inspect", tmp_path / "sieved", "--profile", "--batch", 4, "--length", 12, "--texts", few)
+    assert status == 0
+    text = " ".join(out.split())
+    for words in (
+        "4 texts of at most 12 tokens",
+        "4 given texts",
+        "behind the attention of layer 0: 5",
+        "M MACs a text",
+        "MACs: on",
+    ):
+        assert words in text
+    (tmp_path / "none.txt").write_text("\n")
+    status, _, err = call("inspect", model, "--profile", "--texts", tmp_path / "none.txt")
+    assert (status, "no texts" in err) == (2, True)

@@ -480,6 +480,10 @@ def inspect_command(
     batch: Annotated[
         list[int] | None, typer.Option(min=1, max=4096, help="With --profile: texts in a run; 1 and 32 by default.")
     ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="With --profile: a file with a text on each line, instead of random words; a tab parts a pair."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="With --profile: folder for profile.html.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -492,25 +496,26 @@ def inspect_command(
         from slimformer.reporting.profiles import draw_profiles, write_profiles
         from slimformer.running.profiling import profile_model
 
-        found = profile_model(model, others or (), lengths=lengths, batches=tuple(batch or (1, 32)), threads=threads)
+        batches = tuple(batch or (1, 32))
+        found = profile_model(model, others or (), lengths=lengths, batches=batches, threads=threads, texts=texts)
         for table in draw_profiles(found):
             Console().print(table, "")
         if out is not None:
             typer.echo(f"page: {write_profiles(found, out)}")
         return
-    _refuse_extras(others, lengths, batch, out)
+    _refuse_extras(others, lengths, batch, texts or out)
     from slimformer.reporting.inspection import inspect
     from slimformer.reporting.terminal import draw_inspection
 
     Console().print(draw_inspection(inspect(model, lengths[0])))
 
 
-def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: list[int] | None, out: Path | None) -> None:
+def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: list[int] | None, path: Path | None) -> None:
     """RecipeError for what only a profile has."""
     from slimformer.errors import RecipeError
 
-    if others or len(lengths) > 1 or batch or out is not None:
-        raise RecipeError("several files or lengths, --batch and --out are of a profile.", help="add --profile.")
+    if others or len(lengths) > 1 or batch or path is not None:
+        raise RecipeError("several files or lengths, --batch, --texts and --out are of a profile.", help="add --profile.")
 
 
 @app.command("serve", epilog="Example: slimformer serve ./small --port 8000")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -16,11 +19,11 @@ from tiny_folder import write_data, write_model
 from toy_task import Toy
 
 from slimformer.core import cost
-from slimformer.core.deciding import answers_apart, choose
+from slimformer.core.deciding import answers_apart, choose, doubt
 from slimformer.core.junction import Exit, junction_from_data, unreachable
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
-from slimformer.errors import ExportError, ModelError, PlanError, RecipeError, TargetError
+from slimformer.errors import ExportError, PlanError, RecipeError, TargetError
 from slimformer.exporters._onnx import exits as stopping
 from slimformer.exporters._onnx.parity import fill_inputs
 from slimformer.exporters.base import Variant
@@ -28,8 +31,11 @@ from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture, capturing
 from slimformer.log import Log
+from slimformer.measuring.components import Component, Spot, components_of
 from slimformer.measuring.machine import environment
-from slimformer.measuring.profile import Texts, check_profiled
+from slimformer.measuring.operators import decides_by_text, place_nodes
+from slimformer.measuring.profile import Texts, count_parts, profile_onnx, profile_torch, random_texts
+from slimformer.measuring.reach import told_layers
 from slimformer.measuring.records import ExitShare, Layer, Record
 from slimformer.measuring.scoring import exit_shares
 from slimformer.methods.base import Context, Held, Progress, Step
@@ -552,12 +558,78 @@ def test_reports_say_after_how_many_layers_examples_were_answered(tmp_path):
     assert read_records([tmp_path / "ledger.jsonl"]) == [record]
 
 
-def test_a_model_with_exits_says_so_and_is_not_profiled(tmp_path):
+def test_a_model_with_exits_says_so(tmp_path):
     model, plan = with_exits(keep={"encoder.0.attention": (), "encoder.0.ffn": ()})
     checkpoint.save(model, plan, tmp_path / "model", tokenizer_from=tmp_path)
     assert inspect(tmp_path / "model").exits == (0, 1)
-    with pytest.raises(ModelError, match="computes other parts of each text"):
-        check_profiled(subject_of(model), [Texts(1, 8)])
+
+
+def test_a_profile_counts_layers_as_often_as_texts_come_to_them():
+    """By hand: a text that leaves behind a layer has no part in those after it, nor in their exits."""
+    subject = subject_of(with_exits(exit=RULES["maximum"])[0])
+    reads = [random_texts(subject, Texts(1, 7), seed) for seed in range(20)]
+    places = []
+    with torch.no_grad(), answers_apart(subject.model) as said:
+        for read in reads:
+            logits = subject.model(**subject.feed(read)).logits
+            places.append(int(choose([RULES["maximum"]] * 2, list(said().values()), logits)[1]))
+    reach = [sum(place >= layer for place in places) / 20 for layer in range(3)]
+    assert 0 < reach[2] < reach[1] < 1
+    counts = count_parts(subject, 7, reads)
+    for layer, share in enumerate(reach):
+        assert counts[Spot(Component.FFN, layer)].macs == pytest.approx(share * 7 * 2 * 32 * 24)
+        assert counts[Spot(Component.LINEAR_BEFORE, layer)].macs == pytest.approx(share * 7 * 3 * 32 * 32)
+        assert counts[Spot(Component.CORE, layer)].macs == pytest.approx(share * 2 * 32 * 49)
+    for layer, share in enumerate(reach[:2]):
+        assert counts[Spot(Component.HEAD, layer)].macs == pytest.approx(share * 3 * 32)
+    assert sum(part.parameters for part in counts.values()) == subject.model.num_parameters()
+    found = profile_torch(subject, Texts(1, 7), "tiny", rounds=1, reads=reads)
+    assert found.ms[Spot(Component.HEAD, 0)] > 0
+    layers = [place + 1 for place in places]
+    assert found.note == f"20 texts of random words: {told_layers(layers)}; PyTorch computes all 3."
+
+
+def test_a_profile_of_a_file_tells_what_lies_within_its_branches(tmp_path):
+    wide = {"hidden_size": 68, "intermediate_size": 72}  # constants of 64 numbers and less lose their names in a branch
+    subject, path = subject_of(with_exits(exit=RULES["maximum"], **wide)[0]), tmp_path / "model.onnx"
+    reads = [random_texts(subject, Texts(1, 7), seed) for seed in range(8)]
+    with torch.no_grad(), answers_apart(subject.model) as said:
+        sure = []
+        for read in reads:
+            subject.model(**subject.feed(read))
+            sure.append(float(doubt(RULES["maximum"], said()["encoder.0"])))
+    exit = replace(RULES["maximum"], threshold=sum(sorted(sure)[3:5]) / 2)
+    subject = subject_of(with_exits(exit=exit, **wide)[0])
+    Onnx(agreement=0.0).export(subject.model, arrays(subject.model), path, Variant.INT8_FUSED)
+    graph, kinds = onnx.load(path).graph, Counter()
+    places = place_nodes(graph, components_of(subject))
+
+    def walk(graph, prefix):
+        for node in graph.node:
+            kinds["MatMul" if "MatMul" in node.op_type else node.op_type, places[prefix + node.name]] += 1
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    walk(attribute.g, f"{prefix}{node.name}>")
+
+    walk(graph, "")
+    assert decides_by_text(graph)
+    for layer in range(3):
+        assert kinds["MatMul", Spot(Component.LINEAR_BEFORE, layer)] == 3
+        assert kinds["MatMul", Spot(Component.LINEAR_AFTER, layer)] == 1
+        assert kinds["MatMul", Spot(Component.FFN, layer)] == 2
+        assert kinds["MatMul", Spot(Component.CORE, layer)] == 2
+        assert kinds["Softmax", Spot(Component.CORE, layer)] == 1
+    for layer in range(2):
+        assert kinds["Gemm", Spot(Component.HEAD, layer)] == 1
+        assert kinds["If", Spot(Component.HEAD, layer)] == 1
+        assert kinds["Softmax", Spot(Component.HEAD, layer)] == 1
+    found = profile_onnx(path, subject, Texts(1, 7), "tiny", threads=1, rounds=2, reads=reads)
+    assert re.fullmatch(r"8 texts of random words: [12]\.\d\d layers on average \(1: 50%, .*\)\.", found.note)
+    assert all(found.ms[Spot(component, 1)] > 0 for component in (Component.FFN, Component.CORE, Component.HEAD))
+    easy = [read for read, value in zip(reads, sure, strict=True) if value >= exit.threshold]
+    found = profile_onnx(path, subject, Texts(1, 7), "tiny", threads=1, rounds=1, reads=easy)
+    assert found.note == "4 texts of random words: 1.00 layers on average (1: 100%)."
+    assert found.of_layer(1) == found.of_layer(2) == 0
 
 
 def test_a_rival_gets_no_exits():

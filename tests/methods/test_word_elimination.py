@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,15 +19,17 @@ from slimformer.core.anatomy import Tokens
 from slimformer.core.junction import Exit, Sieve, junction_from_data
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
-from slimformer.core.sieving import all_words, latest_shares, sifting, surviving
-from slimformer.errors import ExportError, ModelError, PlanError, TargetError
+from slimformer.core.sieving import all_words, latest_shares, latest_words, sifting, surviving
+from slimformer.errors import ExportError, PlanError, TargetError
 from slimformer.exporters._onnx import sieves as cutting
 from slimformer.exporters.base import Variant
 from slimformer.exporters.kernels import Kernels
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture
-from slimformer.measuring.profile import Texts, check_profiled
+from slimformer.measuring.components import Component, Spot, components_of
+from slimformer.measuring.operators import decides_by_text, place_nodes
+from slimformer.measuring.profile import Texts, count_parts, profile_onnx, profile_torch, random_texts
 from slimformer.methods.base import Progress, Step
 from slimformer.methods.distillation import Pair, hidden_distance
 from slimformer.methods.early_exit import EarlyExit
@@ -405,9 +408,52 @@ def test_other_models_are_refused():
         Kernels().check("bert", branches=True)
 
 
-def test_a_model_with_sieves_is_not_profiled():
-    with pytest.raises(ModelError, match="exits or sieves"):
-        check_profiled(subject_of(sieved()), [Texts(1, 8)])
+@pytest.mark.parametrize("sieves", [SIEVES, BY_THRESHOLD], ids=["rank", "threshold"])
+def test_a_profile_counts_the_words_that_are_left(sieves):
+    subject, places = subject_of(sieved(sieves=sieves)), {"encoder.0": 0, "encoder.1": 1}
+    reads = [random_texts(subject, Texts(1, 10), seed) for seed in range(6)]
+    left = []  # of each text: the words that come to each layer's attention, and to the end
+    for read in reads:
+        with torch.no_grad():
+            subject.model(**subject.feed(read))
+        behind = {place: int(words.sum()) for place, words in latest_words(subject.model, subject.anatomy).items()}
+        left.append([10, behind[0], behind[1], behind[2]])
+    if sieves is SIEVES:
+        assert left == [[10, 7, 4, 4]] * 6
+    counts = count_parts(subject, 10, reads)
+    for layer in range(3):
+        attention, rest = (np.array([words[layer + behind] for words in left]) for behind in (0, 1))
+        assert counts[Spot(Component.LINEAR_BEFORE, layer)].macs == pytest.approx(attention.mean() * 3 * 32 * 32)
+        assert counts[Spot(Component.CORE, layer)].macs == pytest.approx(2 * 32 * (attention**2).mean())
+        assert counts[Spot(Component.LINEAR_AFTER, layer)].macs == pytest.approx(attention.mean() * 32 * 32)
+        assert counts[Spot(Component.FFN, layer)].macs == pytest.approx(rest.mean() * 2 * 32 * 24)
+    found = profile_torch(subject, Texts(1, 10), "tiny", rounds=1, reads=reads)
+    assert set(places.values()) == {place.layer for place in found.ms if place.component is Component.SIEVES}
+    shares = ", ".join(f"{layer}: {sum(words[layer + 1] for words in left) / 60:.0%}" for layer in (0, 1))
+    assert found.note == (
+        f"6 texts of random words: words that are left behind the attention of layer {shares}; PyTorch computes all."
+    )
+
+
+def test_a_profile_of_a_file_tells_what_sieves_take(tmp_path):
+    """Every operator that only a sieve needs counts to it, and what is gathered is still what it was."""
+    model, path = sieved(), tmp_path / "model.onnx"
+    subject = subject_of(model)
+    Onnx(agreement=0.0).export(model, arrays(model), path, Variant.FLOAT)
+    graph = onnx.load(path).graph
+    places = place_nodes(graph, components_of(subject))
+    assert decides_by_text(graph)
+    kinds = Counter((node.op_type, places[node.name]) for node in graph.node)
+    for layer in range(3):
+        assert kinds["MatMul", Spot(Component.LINEAR_BEFORE, layer)] == 3
+        assert kinds["MatMul", Spot(Component.LINEAR_AFTER, layer)] == 1
+        assert kinds["MatMul", Spot(Component.FFN, layer)] == 2
+        assert kinds["MatMul", Spot(Component.CORE, layer)] == 2
+        assert kinds["Softmax", Spot(Component.CORE, layer)] == 1
+        assert kinds["TopK", Spot(Component.SIEVES, layer)] == (layer < 2)
+    found = profile_onnx(path, subject, Texts(2, 10), "tiny", threads=1, rounds=1)
+    assert {place.layer for place in found.ms if place.component is Component.SIEVES} == {0, 1}
+    assert all(found.ms[Spot(Component.CORE, layer)] > 0 for layer in range(3))
 
 
 def test_stages_that_undo_it_are_refused():

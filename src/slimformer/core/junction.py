@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
@@ -100,7 +101,23 @@ class Sieve:
         return {"use": SIEVE} | dataclasses.asdict(self)
 
 
+def operator_name(use: str, layer: str | None, number: int) -> str:
+    """What an operator that only a junction needs is called in a file; `layer`: its layer's id, or None at the end of the model.
+
+    >>> operator_name(SIEVE, "encoder.3", 7), junction_named("fused sieve/encoder.3/7"), junction_named("node_MatMul_7")
+    ('sieve/encoder.3/7', ('sieve', 'encoder.3'), None)
+    """
+    return f"{use}/{layer or _END}/{number}"
+
+
+def junction_named(name: str) -> tuple[str, str | None] | None:
+    """The kind of the junction and its layer, if an operator has a name of `operator_name`, with a runtime's words around it or not."""
+    found = re.search(rf"({EXIT}|{SIEVE})/([^/]+)/\d+", name)
+    return None if found is None else (found[1], None if found[2] == _END else found[2])
+
+
 Junction = Exit | Sieve | Apart
+_END = "end"
 _KINDS: Mapping[str, type[Junction]] = {EXIT: Exit, SIEVE: Sieve, APART: Apart}
 
 

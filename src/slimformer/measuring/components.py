@@ -1,7 +1,7 @@
 """The components of a model: which part each module, and each parameter by its name, belongs to.
 
 As in section 2 of Ganesh et al. (2021): embedding, linear layers before the attention core (queries, keys, values), the core, the linear
-layer after it, the feed-forward block. Norms, heads and quantization are told apart here, and so is the rest.
+layer after it, the feed-forward block. Norms, heads, sieves and quantization are told apart here, and so is the rest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from slimformer.core.anatomy import SHARED_BIAS, Anatomy, Kind, PointRole, Role
+from slimformer.core.junction import EXIT, SIEVE, junction_named
 
 if TYPE_CHECKING:
     from slimformer.families.base import Subject
@@ -26,7 +27,8 @@ class Component(StrEnum):
     LINEAR_AFTER = "linear after"
     FFN = "FFN"  # its matrices and what stands between them
     NORMS = "norms"  # with the residuals that are added in front of them
-    HEAD = "head"  # the pooler too
+    HEAD = "head"  # the pooler too; and exits, with what they take to decide and to let inputs go
+    SIEVES = "sieves"  # which words stay, and gathering them
     QUANTIZE = "quantize"  # and dequantize, where they are operators of their own
     REST = "rest"  # masks, shapes, and what lies between the parts
     BOTTLENECK = "bottlenecks"  # between the hidden states and narrower ones that a layer computes in
@@ -55,13 +57,19 @@ _OF_ROLE = {
     Role.CLASSIFIER: Component.HEAD,
 }
 
+_OF_JUNCTION = {EXIT: Component.HEAD, SIEVE: Component.SIEVES}
+
 
 @dataclass(frozen=True)
 class Components:
-    """The place of each module that has one of its own; what lies in it belongs there too. `ends`: matrices that end a sublayer."""
+    """The place of each module that has one of its own; what lies in it belongs there too. `ends`: matrices that end a sublayer.
+
+    `layers`: the ids of the layers.
+    """
 
     places: Mapping[str, Spot]
     ends: frozenset[str] = frozenset()
+    layers: tuple[str, ...] = ()
 
     def of(self, name: str) -> Spot | None:
         """The place of a module or parameter; None if no module above it has one."""
@@ -78,6 +86,18 @@ class Components:
         spans = ((start, end) for end in range(len(words), 0, -1) for start in range(min(2, end)))
         paths = (".".join(words[start:end]) for start, end in spans)
         return next((path for path in paths if path in self.places), None)
+
+    def of_junction(self, operator: str) -> Spot | None:
+        """The place of an operator that only an exit or a sieve needs, by its name; None for any other.
+
+        >>> Components({}, layers=("encoder.0",)).of_junction("sieve/encoder.0/3")
+        Spot(component=<Component.SIEVES: 'sieves'>, layer=0)
+        """
+        found = junction_named(operator)
+        if found is None:
+            return None
+        use, layer = found
+        return Spot(_OF_JUNCTION[use], self.layers.index(layer) if layer in self.layers else None)
 
 
 def components_of(subject: Subject) -> Components:
@@ -103,12 +123,19 @@ def components_of(subject: Subject) -> Components:
     for matrix in anatomy.matrices.values():
         places[matrix.module] = Spot(_OF_ROLE[matrix.role], _layer_of(anatomy, matrix.sublayer))
     ends = (matrix.module for matrix in anatomy.matrices.values() if matrix.role in (Role.ATTENTION_OUT, Role.FFN_OUT))
-    return Components(places, frozenset(ends))
+    return Components(places, frozenset(ends), tuple(anatomy.layer_modules))
 
 
 def _of_layers(anatomy: Anatomy) -> dict[str, Spot]:
-    """Layers, the modules of their sublayers, and attentions; a layer's own sums are residuals."""
-    places = {name: Spot(Component.NORMS, layer) for layer, name in enumerate(anatomy.layers)}
+    """Layers with their exits, the modules of their sublayers, and attentions.
+
+    What a layer computes itself are residuals, or, if it has a sieve, which words stay.
+    """
+    sifted = {anatomy.layer_modules[layer] for layer in anatomy.sieves}
+    places = {
+        name: Spot(Component.SIEVES if name in sifted else Component.NORMS, layer) for layer, name in enumerate(anatomy.layers)
+    }
+    places |= {f"{name}.{EXIT}": Spot(Component.HEAD, layer) for layer, name in enumerate(anatomy.layers)}
     for site in anatomy.of_kind(Kind.SUBLAYER):
         feeds = any(matrix.sublayer == site.id and matrix.role is Role.FFN_IN for matrix in anatomy.matrices.values())
         for skip in site.skips:

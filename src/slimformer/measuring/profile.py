@@ -3,6 +3,8 @@
 In PyTorch a clock runs while a module computes, and stands still for it while a module inside computes: each moment is counted once.
 In ONNX Runtime the times are those of its own profile, and an operator belongs to the part whose parameters it reads, or to what its
 inputs come from. The runs that nobody watches are timed in turn with the watched ones: the parts should add up to them.
+
+What a model with exits or sieves computes depends on the text: of such a one times and counts are means over texts.
 """
 
 from __future__ import annotations
@@ -13,40 +15,42 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Kind
+from slimformer.core.sieving import all_words
 from slimformer.errors import ModelError
+from slimformer.exporters.base import LAYERS
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
 from slimformer.measuring.components import REST, Component, Components, Spot, components_of
-
-if TYPE_CHECKING:
-    import onnx
+from slimformer.measuring.operators import decides_by_text, graph_of, operator_runs, place_nodes
+from slimformer.measuring.reach import Reached, Read, reached_by, told_layers, told_words
 
 _Clock = Callable[[], float]
-_QUANTIZE = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-_NORMS = {"LayerNormalization", "SkipLayerNormalization", "InstanceNormalization", "SimplifiedLayerNormalization"}
+LEAST_READ = 32  # texts, at least, that are read if it depends on them what is computed
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The size of what a run reads: `batch` texts of `length` tokens."""
+    """The size of what a run reads: `batch` texts of `length` tokens; or, if they are a user's `own`, of so many at most."""
 
     batch: int
     length: int
+    own: bool = False
 
 
 @dataclass(frozen=True)
 class Profile:
     """Where the time of a run goes. `ms`: of each place, in the fastest of the watched runs. `whole_ms`: the fastest that nobody watched.
 
-    `working`: the bytes that the largest operator (in PyTorch: module) of a place reads and writes beside its parameters.
+    If several batches are read, these are means over them. `working`: the bytes that the largest operator (in PyTorch: module) of a place
+    reads and writes beside its parameters. `note`: which texts were read and what became of them, if that is not plain.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Profile:
     ms: Mapping[Spot, float]
     whole_ms: float
     working: Mapping[Spot, int] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def total_ms(self) -> float:
@@ -83,40 +88,64 @@ class Counted:
     macs: float = 0.0
 
 
-def count_parts(subject: Subject, length: int) -> dict[Spot, Counted]:
-    """What each place of a model holds and computes for a text of `length` tokens; a tied tensor counts where it stands first."""
+def count_parts(subject: Subject, length: int, reads: Sequence[Read] = ()) -> dict[Spot, Counted]:
+    """What each place of a model holds and computes for a text of `length` tokens; a tied tensor counts where it stands first.
+
+    `reads`: texts, over which a mean is taken instead: of the layers that each comes to, for the words that are left there.
+    """
     components = components_of(subject)
     found: dict[Spot, list[float]] = defaultdict(lambda: [0, 0, 0.0])
     for name, parameter in subject.model.named_parameters():
         cell = found[components.of(name) or REST]
         cell[0] += parameter.numel()
         cell[1] += parameter.numel() * parameter.element_size()
-    products = _linears(subject.model)
-
-    def count(path: str, rows: int) -> None:
-        found[components.of(path) or REST][2] += rows * products[path]
-
-    with ExitStack() as stack, torch.no_grad(), subject.evaluating():
-        for path in products:
-            hook = subject.model.get_submodule(path).register_forward_pre_hook(_rows(path, count))
-            stack.callback(hook.remove)
-        subject.model(**random_texts(subject, Texts(1, length)))
-    for site in subject.anatomy.of_kind(Kind.HEADS):
-        found[Spot(Component.CORE, site.layer)][2] += 2 * site.size * site.taps[0].unit * length**2
+    texts = [text for read in reads or [random_texts(subject, Texts(1, length))] for text in reached_by(subject, read)]
+    products: dict[int, dict[Spot, float]] = {}
+    for text in texts:
+        if text.words not in products:
+            products[text.words] = _products(subject, components, text.words)
+        for place, macs in products[text.words].items():
+            found[place][2] += macs * _share(place, text) / len(texts)
+        for site in subject.anatomy.of_kind(Kind.HEADS):
+            found[Spot(Component.CORE, site.layer)][2] += (
+                2 * site.size * site.taps[0].unit * text.attention[site.layer or 0] ** 2 / len(texts)
+            )
     return {place: Counted(int(cell[0]), int(cell[1]), cell[2]) for place, cell in found.items()}
 
 
-def random_texts(subject: Subject, load: Texts) -> dict[str, Tensor]:
+def _products(subject: Subject, components: Components, length: int) -> dict[Spot, float]:
+    """The multiply-accumulates of the matrices in each place, for a text of which all layers compute all words."""
+    found: dict[Spot, float] = defaultdict(float)
+    products = _linears(subject.model)
+
+    def count(path: str, rows: int) -> None:
+        found[components.of(path) or REST] += rows * products[path]
+
+    with ExitStack() as stack, torch.no_grad(), subject.evaluating(), all_words(subject.model):
+        for path in products:
+            hook = subject.model.get_submodule(path).register_forward_pre_hook(_rows(path, count))
+            stack.callback(hook.remove)
+        subject.model(**subject.feed(random_texts(subject, Texts(1, length))))
+    return found
+
+
+def _share(place: Spot, text: Reached) -> float:
+    """How much of a place is computed for a text."""
+    if place.component is Component.HEAD:
+        return float(text.share(place.layer) > 0)
+    return text.share(place.layer, behind=place.component is Component.FFN)
+
+
+def random_texts(subject: Subject, load: Texts, seed: int = 0) -> dict[str, Tensor]:
     """Random ids without padding, the same for each model of a vocabulary."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     size = min(1000, int(subject.model.config.vocab_size))
     shape = (load.batch, load.length)
-    columns = {
+    return {
         "input_ids": torch.randint(size // 2, size, shape, generator=generator),
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "token_type_ids": torch.zeros(shape, dtype=torch.long),
     }
-    return {name: columns[name] for name in subject.inputs}
 
 
 def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
@@ -131,11 +160,6 @@ def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
             f"{type(subject.model).__name__} has no layers to tell apart.",
             help="leave --profile out: `bench` times the whole model.",
         )
-    if subject.anatomy.exits or subject.anatomy.sieves:
-        raise ModelError(
-            "a model with exits or sieves computes other parts of each text, and a profile is of all layers.",
-            help="profile the model as it was before it got them.",
-        )
     most = subject.family.positions(subject.model.config.to_dict())
     longest = max(load.length for load in loads)
     if most is not None and longest > most:
@@ -145,23 +169,37 @@ def check_profiled(subject: Subject, loads: Sequence[Texts]) -> None:
 # -- PyTorch -------------------------------------------------------------------------------------------------------------------
 
 
-def profile_torch(subject: Subject, load: Texts, name: str, *, rounds: int = 5, clock: _Clock = time.perf_counter) -> Profile:
-    """The profile of a model in PyTorch, as many threads as it has now; `rounds` runs are watched, as many are not."""
-    texts, components = random_texts(subject, load), components_of(subject)
-    watched: list[_Watch] = []
-    alone: list[float] = []
+def profile_torch(
+    subject: Subject, load: Texts, name: str, *, rounds: int = 5, clock: _Clock = time.perf_counter, reads: Sequence[Read] = ()
+) -> Profile:
+    """The profile of a model in PyTorch, as many threads as it has now; `rounds` runs are watched, as many are not.
+
+    `reads`: the batches that are run so, one after the other; one of random words by default.
+    """
+    components, reads = components_of(subject), reads or [random_texts(subject, load)]
+    ms: dict[Spot, float] = defaultdict(float)
+    working: dict[Spot, int] = defaultdict(int)
+    whole = 0.0
     with torch.no_grad(), subject.evaluating():
-        subject.model(**texts)
-        for _ in range(rounds):
-            begin = clock()
+        for texts in map(subject.feed, reads):
+            watched: list[_Watch] = []
+            alone: list[float] = []
             subject.model(**texts)
-            alone.append(clock() - begin)
-            with _watching(subject.model, components, clock) as watch:
+            for _ in range(rounds):
+                begin = clock()
                 subject.model(**texts)
-            watched.append(watch)
-    best = min(watched, key=lambda watch: sum(watch.seconds.values()))
-    ms = {place: 1000 * seconds for place, seconds in best.seconds.items()}
-    return Profile(name, "PyTorch", load, ms, 1000 * min(alone), dict(best.working))
+                alone.append(clock() - begin)
+                with _watching(subject.model, components, clock) as watch:
+                    subject.model(**texts)
+                watched.append(watch)
+            whole += 1000 * min(alone) / len(reads)
+            best = min(watched, key=lambda watch: sum(watch.seconds.values()))
+            for place, seconds in best.seconds.items():
+                ms[place] += 1000 * seconds / len(reads)
+                working[place] = max(working[place], best.working[place])
+    decided = [text for read in reads for text in reached_by(subject, read)] if _decides(subject) else []
+    note = _told(reads, load, told_words(subject, decided) if decided else "")
+    return Profile(name, "PyTorch", load, dict(ms), whole, dict(working), note)
 
 
 class _Watch:
@@ -245,104 +283,43 @@ def _rows(path: str, count: Callable[[str, int], None]) -> Any:
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------------
 
 
-def profile_onnx(file: Path, subject: Subject, load: Texts, name: str, *, threads: int, rounds: int = 5) -> Profile:
-    """The profile of an .onnx file that an exporter made of `subject`'s model, or of one that was cut of it."""
+def profile_onnx(
+    file: Path, subject: Subject, load: Texts, name: str, *, threads: int, rounds: int = 5, reads: Sequence[Read] = ()
+) -> Profile:
+    """The profile of an .onnx file that an exporter made of `subject`'s model, or of one that was cut of it; `reads`: as in PyTorch."""
     from slimformer.runtimes.onnxruntime import open_plain
 
-    texts = {key: value.numpy() for key, value in random_texts(subject, load).items()}
+    reads = reads or [random_texts(subject, load)]
+    alone, layers = [], list[int]()
     with tempfile.TemporaryDirectory() as scratch:
         plain, watched = (open_plain(file, threads, Path(scratch) / "p" if watch else None) for watch in (False, True))
-        feeds = {item.name: texts[item.name] for item in plain.get_inputs() if item.name in texts}
-        if len(feeds) < len(plain.get_inputs()):
+        wanted, given = [item.name for item in plain.get_inputs()], [item.name for item in plain.get_outputs()]
+        if not set(wanted) <= set(subject.inputs) & set(reads[0]):
             raise ModelError(f"{file} reads other inputs than the model.", help="name a file that was exported from it.")
-        alone = []
-        for session in (plain, watched):
-            session.run(None, feeds)
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            plain.run(None, feeds)
-            alone.append(time.perf_counter() - begin)
-            watched.run(None, feeds)
+        batches = [{key: value.numpy() for key, value in read.items() if key in wanted} for read in reads]
+        watched.run(None, batches[0])
+        for feeds in batches:
+            outputs = dict(zip(given, plain.run(None, feeds), strict=True))
+            layers += outputs[LAYERS].tolist() if LAYERS in outputs else []
+            seconds = []
+            for _ in range(rounds):
+                begin = time.perf_counter()
+                plain.run(None, feeds)
+                seconds.append(time.perf_counter() - begin)
+                watched.run(None, feeds)
+            alone.append(min(seconds))
         events = json.loads(Path(watched.end_profiling()).read_text(encoding="utf-8"))
-        places = place_nodes(_graph(Path(scratch) / "p.onnx"), components_of(subject))
-    runs = _runs(events)[1:]  # the first one warms up
-    best = min(runs, key=lambda run: run[0])
+        places = place_nodes(graph_of(Path(scratch) / "p.onnx"), components_of(subject))
+    runs = operator_runs(events)[1:]  # the first one warms up
     ms: dict[Spot, float] = defaultdict(float)
     working: dict[Spot, int] = defaultdict(int)
-    for event in best[1]:
-        place = places.get(event["name"].removesuffix("_kernel_time"), REST)
-        ms[place] += event["dur"] / 1000
-        size = sum(int(event["args"].get(key, 0)) for key in ("activation_size", "output_size"))
-        working[place] = max(working[place], size)
-    return Profile(name, "ONNX Runtime", load, dict(ms), 1000 * min(alone), dict(working))
-
-
-def _runs(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, list[Mapping[str, Any]]]]:
-    """The microseconds of each run in a profile of ONNX Runtime, with the operators in it."""
-    runs = [event for event in events if event.get("cat") == "Session" and event["name"] == "model_run"]
-    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
-    return [(run["dur"], [node for node in nodes if run["ts"] <= node["ts"] <= run["ts"] + run["dur"]]) for run in runs]
-
-
-def _graph(file: Path) -> onnx.GraphProto:
-    import onnx
-
-    return onnx.load(str(file), load_external_data=False).graph
-
-
-def place_nodes(graph: onnx.GraphProto, components: Components) -> dict[str, Spot]:
-    """The place of each operator of an exported graph, by its name.
-
-    Exporters keep the names of parameters, though not of all of them: a product with a nameless matrix belongs where its bias does. What
-    reads no parameter goes on with what its inputs come from: after queries, keys and values comes the core, after a matrix that
-    ends a sublayer come the residual and the norm.
-    """
-    constants, named = {item.name for item in graph.initializer}, _named_by_readers(graph, components)
-    flows: dict[str, tuple[int, Spot]] = {}  # tensor -> the number of the operator that made it, and what goes on with it
-    places: dict[str, Spot] = {}
-    for number, node in enumerate(graph.node):
-        paths = named[number]
-        own = [components.places[path] for path in paths]
-        before = max((flows[item] for item in node.input if item in flows), default=(0, REST), key=_latest)[1]
-        place = next((item for item in own if item.component is Component.NORMS), own[-1] if own else before)
-        if node.op_type in _QUANTIZE and not set(node.input) <= constants:
-            place, after = Spot(Component.QUANTIZE, before.layer), before
-        elif node.op_type in _NORMS:
-            place = after = Spot(Component.NORMS, place.layer)
-        else:
-            after = _after(place, ended=bool(components.ends & set(paths)))
-        places[node.name] = place
-        flows |= dict.fromkeys(node.output, (number + 1, after))
-    return places
-
-
-def _named_by_readers(graph: onnx.GraphProto, components: Components) -> list[list[str]]:
-    """For each operator the modules whose parameters it reads; of a product with a nameless matrix, those of what reads it alone."""
-    constants = {item.name for item in graph.initializer}
-    readers: dict[str, list[int]] = defaultdict(list)
-    for number, node in enumerate(graph.node):
-        for item in node.input:
-            readers[item].append(number)
-    named = [[path for item in node.input if item in constants and (path := components.path_of(item))] for node in graph.node]
-    for number in reversed(range(len(graph.node))):
-        node = graph.node[number]
-        after = readers[node.output[0]]
-        if not named[number] and len(after) == 1 and constants & set(node.input) and "MatMul" in node.op_type:
-            named[number] = [path for path in named[after[0]] if components.places[path].component is not Component.NORMS]
-    return named
-
-
-def _latest(flow: tuple[int, Spot]) -> tuple[bool, int]:
-    return flow[1].component is not Component.REST, flow[0]
-
-
-def _after(place: Spot, *, ended: bool) -> Spot:
-    """What an operator belongs to that reads no parameter and goes on from this place; `ended`: a matrix ended a sublayer there."""
-    if place.component is Component.LINEAR_BEFORE:
-        return Spot(Component.CORE, place.layer)
-    if ended and place.component is not Component.NORMS:
-        return Spot(Component.NORMS, place.layer)
-    return place
+    for start in range(0, len(runs), rounds):
+        for item in min(runs[start : start + rounds], key=lambda run: run[0])[1]:
+            place = places.get(item.name, REST)
+            ms[place] += item.us / 1000 / len(batches)
+            working[place] = max(working[place], item.bytes)
+    note = _told(reads, load, f"{told_layers(layers)}." if layers else "")
+    return Profile(name, "ONNX Runtime", load, dict(ms), 1000 * sum(alone) / len(alone), dict(working), note)
 
 
 # -- Several at once -----------------------------------------------------------------------------------------------------------
@@ -350,32 +327,77 @@ def _after(place: Spot, *, ended: bool) -> Spot:
 
 @dataclass(frozen=True)
 class Profiled:
-    """A model and what stands beside it, profiled; `counts` are those of the model, for a text of `length` tokens."""
+    """A model and what stands beside it, profiled; `counts` are those of the model, for a text of `length` tokens.
+
+    `own`: for texts that were given, of `length` tokens at most, on average. `note`: what texts the counts are of, if that matters.
+    """
 
     name: str
     length: int
     counts: Mapping[Spot, Counted]
     profiles: tuple[Profile, ...]
+    own: bool = False
+    note: str = ""
 
 
 def profile_all(
-    model: Subject, name: str, others: Mapping[str, Subject | Path], texts: Sequence[Texts], *, threads: int, rounds: int = 5
+    model: Subject,
+    name: str,
+    others: Mapping[str, Subject | Path],
+    texts: Sequence[Texts],
+    *,
+    threads: int,
+    rounds: int = 5,
+    given: Callable[[str, Texts], Sequence[Read]] | None = None,
 ) -> Profiled:
-    """Profiles a model, and beside it other models and .onnx files of it, by their names; ModelError if that cannot be."""
-    check_profiled(model, texts)
+    """Profiles a model, and beside it other models and .onnx files of it, by their names; ModelError if that cannot be.
+
+    `given`: the batches of a user's texts for a model by its name. Without them words are random, and if any of the models decides by
+    text how much it computes, each reads `LEAST_READ` texts.
+    """
+    for subject in [model, *(item for item in others.values() if not isinstance(item, Path))]:
+        check_profiled(subject, texts)
+    several = any(_decides(item) for item in [model, *others.values()])
+
+    def reads_of(subject: Subject, called: str, load: Texts) -> Sequence[Read]:
+        if given is not None:
+            return given(called, load)
+        return [random_texts(subject, load, seed) for seed in range(max(1, LEAST_READ // load.batch) if several else 1)]
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         profiles = []
         for load in texts:
-            profiles.append(profile_torch(model, load, name, rounds=rounds))
+            profiles.append(profile_torch(model, load, name, rounds=rounds, reads=reads_of(model, name, load)))
             for other, item in others.items():
                 if isinstance(item, Path):
-                    profiles.append(profile_onnx(item, model, load, other, threads=threads, rounds=rounds))
+                    reads = reads_of(model, name, load)
+                    profiles.append(profile_onnx(item, model, load, other, threads=threads, rounds=rounds, reads=reads))
                 else:
-                    check_profiled(item, [load])
-                    profiles.append(profile_torch(item, load, other, rounds=rounds))
+                    profiles.append(profile_torch(item, load, other, rounds=rounds, reads=reads_of(item, other, load)))
+        longest = max(texts, key=lambda load: load.length)
+        reads = reads_of(model, name, replace(longest, batch=1))
+        counts = count_parts(model, longest.length, reads)
     finally:
         torch.set_num_threads(before)
-    longest = max(load.length for load in texts)
-    return Profiled(name, longest, count_parts(model, longest), tuple(profiles))
+    note = f"MACs: on average over {_texts_of(reads, longest)}." if len(reads) > 1 else ""
+    return Profiled(name, longest.length, counts, tuple(profiles), longest.own, note)
+
+
+def _decides(item: Subject | Path) -> bool:
+    """Whether a model or file computes more of some texts than of others."""
+    if isinstance(item, Path):
+        return item.is_file() and decides_by_text(graph_of(item))
+    return bool(item.anatomy.exits or item.anatomy.sieves)
+
+
+def _told(reads: Sequence[Read], load: Texts, what: str) -> str:
+    """Which texts were read, and what became of them; nothing if there is nothing to tell."""
+    return f"{_texts_of(reads, load)}: {what}" if what else f"{_texts_of(reads, load)}." if load.own else ""
+
+
+def _texts_of(reads: Sequence[Read], load: Texts) -> str:
+    count = sum(len(read["input_ids"]) for read in reads)
+    words = sum(int(read["attention_mask"].sum()) for read in reads) / count
+    return f"{count:,} given texts, {words:.1f} tokens on average" if load.own else f"{count:,} texts of random words"

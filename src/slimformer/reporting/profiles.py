@@ -23,12 +23,12 @@ _WIDTH, _BAR, _LEFT = 900, 26, 190
 
 def draw_profiles(found: Profiled) -> Iterator[Table]:
     """A table of counts, and for each size of texts tables of times by component and by layer."""
-    yield _table("", *by_count(found))
+    yield _table("", *by_count(found), found.note)
     for texts in dict.fromkeys(profile.load for profile in found.profiles):
         beside = [profile for profile in found.profiles if profile.load == texts]
         for start in range(0, len(beside), BESIDE):
             some = beside[start : start + BESIDE]
-            yield _table(_title(texts), *by_component(some))
+            yield _table(_title(texts), *by_component(some), *notes_of(some))
             yield _table(f"{_title(texts)}: by layer", *by_layer(some))
 
 
@@ -41,7 +41,8 @@ def by_count(found: Profiled) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         shares = (f"{_share(part.parameters, whole.parameters)}", f"{_share(part.macs, whole.macs)}")
         return name, f"{part.parameters:,}", f"{part.bytes / 1e6:.1f}", shares[0], f"{part.macs / 1e6:,.1f}", shares[1]
 
-    head = ("component", "parameters", "MB", "share", f"M MACs at {found.length}", "share")
+    macs = "M MACs a text" if found.own else f"M MACs at {found.length}"
+    head = ("component", "parameters", "MB", "share", macs, "share")
     rows = [row(str(component), part) for component, part in sums.items() if part.parameters or part.macs]
     return head, [*rows, row("together", whole)]
 
@@ -80,12 +81,19 @@ def by_layer(profiles: Sequence[Profile]) -> tuple[tuple[str, ...], list[tuple[s
     return head, [*rows, ("outside", *(f"{profile.of_layer(None):.2f}" for profile in profiles))]
 
 
+def notes_of(profiles: Sequence[Profile]) -> list[str]:
+    """What texts these profiles are of, and what became of them, where that is not plain."""
+    return [f"{profile.name}, {profile.runtime}: {profile.note}" for profile in profiles if profile.note]
+
+
 def write_profiles(found: Profiled, folder: Path) -> Path:
     """Writes profile.html into a folder: the tables, and bars of how each run divides."""
-    parts = [f"<h1>{escape(found.name)}: where time and bytes go</h1>", f"<p>{escape(EXPLAINED)}</p>", _html(*by_count(found))]
+    parts = [f"<h1>{escape(found.name)}: where time and bytes go</h1>", f"<p>{escape(EXPLAINED)}</p>"]
+    parts += [_html(*by_count(found)), *_paragraphs([found.note] if found.note else [])]
     for texts in dict.fromkeys(profile.load for profile in found.profiles):
         some = [profile for profile in found.profiles if profile.load == texts]
-        parts += [f"<h2>{escape(_title(texts))}</h2>", draw_stacks(some), _html(*by_component(some)), _html(*by_layer(some))]
+        parts += [f"<h2>{escape(_title(texts))}</h2>", draw_stacks(some), *_paragraphs(notes_of(some))]
+        parts += [_html(*by_component(some)), _html(*by_layer(some))]
     page = folder / PROFILE_PAGE
     folder.mkdir(parents=True, exist_ok=True)
     write_text(page, _PAGE.format(title=escape(found.name), body="\n".join(parts)))
@@ -94,7 +102,8 @@ def write_profiles(found: Profiled, folder: Path) -> Path:
 
 EXPLAINED = (
     "Times are those of the fastest watched run. 'together' is the sum of the parts, with its share of the fastest run that nobody "
-    "watched. MB is what the largest operator (in PyTorch: module) of a part reads and writes beside its parameters."
+    "watched. MB is what the largest operator (in PyTorch: module) of a part reads and writes beside its parameters. Where several "
+    "batches are read, times are means over them."
 )
 
 
@@ -135,7 +144,8 @@ def _sum(found: Profiled, component: Component | None) -> Counted:
 
 
 def _title(texts: Texts) -> str:
-    return f"{texts.batch} text{'s' * (texts.batch > 1)} of {texts.length} tokens"
+    most = "at most " if texts.own else ""
+    return f"{texts.batch} text{'s' * (texts.batch > 1)} of {most}{texts.length} tokens"
 
 
 def _share(part: float, whole: float) -> str:
@@ -147,11 +157,17 @@ def _shortened(profile: Profile) -> str:
     return name if len(name) <= _NAME else f"{name[: _NAME - 2]}.."
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _paragraphs(texts: Sequence[str]) -> list[str]:
+    return [f"<p>{escape(text)}</p>" for text in texts]
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> Table:
     from rich.markup import escape as escaped
     from rich.table import Table
 
+    told = escaped("\n".join(filter(None, notes))) or None
     table = Table(title=escaped(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    table.caption, table.caption_justify = told, "left"
     for number, text in enumerate(head):
         table.add_column(escaped(text), justify="right" if number else "left", overflow="fold")
     for row in rows:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from slimformer.core.deciding import choose, doubt
-from slimformer.core.junction import Exit
+from slimformer.core.junction import EXIT, Exit, operator_name
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.graph import BATCH_FIRST, SEQ_FIRST, Editor, ancestors, constant_of, light_values, turned_values
 from slimformer.exporters._onnx.parity import REPORT, GraphOutputs, exit_output, run_graph
@@ -41,7 +41,7 @@ def nest(program: ir.Model, exits: Mapping[str, Exit], passed: Sequence[int], an
     graph = program.graph
     values = {str(value.name): value for value in graph.outputs}
     ends = [values[exit_output(layer)] for layer in exits] + [values[answer]]
-    flat = _Flat(graph, ends, list(exits.values()), passed, Editor(graph))
+    flat = _Flat(graph, ends, exits, passed, Editor(graph))
     level = _Level(flat, 0)
     logits, layers = level.answer()
     flat.move_constants()
@@ -63,9 +63,10 @@ class _Flat:
     """A flat graph cut into pieces: which nodes belong to which, and which values no matrix has a part in."""
 
     def __init__(
-        self, graph: ir.Graph, ends: Sequence[ir.Value], exits: Sequence[Exit], layers: Sequence[int], editor: Editor
+        self, graph: ir.Graph, ends: Sequence[ir.Value], exits: Mapping[str, Exit], layers: Sequence[int], editor: Editor
     ) -> None:
-        self.graph, self.ends, self.exits, self.layers, self.editor = graph, ends, exits, layers, editor
+        self.graph, self.ends, self.exits, self.layers, self.editor = graph, ends, list(exits.values()), layers, editor
+        self.names = [*exits, None]  # of the layers with an exit, and of the end
         self.turned = turned_values(graph)
         self.piece: dict[ir.Node, int] = {}
         for number, end in enumerate(ends):
@@ -88,6 +89,11 @@ class _Flat:
         """A name that no other value has, in any branch."""
         self._count += 1
         return f"exit.value.{self._count}"
+
+    def label(self, number: int) -> str:
+        """A name for an operator that only the exit of this number needs, or the end; a profile counts it there."""
+        self._count += 1
+        return operator_name(EXIT, self.names[number], self._count)
 
 
 @dataclass
@@ -126,10 +132,12 @@ class _Level:
     def branch(self, some: ir.Value, rows: ir.Value, logits: ir.Value, passed: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Goes on with `rows` if there are some, and puts what becomes of them in the place of what is said here."""
         beyond, stop = _Level(self.flat, self.number + 1, self, rows), _Level(self.flat, self.number + 1, self, rows)
-        at = beyond.node("Unsqueeze", [rows, beyond.constant([1], np.int64)])
+        at = beyond.node("Unsqueeze", [rows, beyond.constant([1], np.int64)], behind=self)
         later = beyond.answer()
-        merged = [beyond.node("ScatterND", [old, at, new]) for old, new in zip((logits, passed), later, strict=True)]
-        kept = [stop.node("Identity", [value]) for value in (logits, passed)]
+        merged = [
+            beyond.node("ScatterND", [old, at, new], behind=self) for old, new in zip((logits, passed), later, strict=True)
+        ]
+        kept = [stop.node("Identity", [value], behind=self) for value in (logits, passed)]
         for values in (merged, kept):
             for value, kind in zip(values, (ir.DataType.FLOAT, ir.DataType.INT64), strict=True):
                 value.type = ir.TensorType(kind)
@@ -139,7 +147,7 @@ class _Level:
         }
         self.flat.branches[beyond.number] = branches["then_branch"]
         node = ir.node("If", [some], branches, num_outputs=2)
-        self.add(node)
+        self.add(node, self.flat.label(self.number))
         return node.outputs[0], node.outputs[1]
 
     # -- Values
@@ -162,7 +170,7 @@ class _Level:
             self.take(producer)
             return self.known[value]
         axis = SEQ_FIRST.batch if value in self.flat.turned else BATCH_FIRST.batch
-        self.known[value] = self.node("Gather", [self.above.here(value), self.rows], axis=axis)
+        self.known[value] = self.node("Gather", [self.above.here(value), self.rows], behind=self.above, axis=axis)
         self.known[value].type = value.type
         return self.known[value]
 
@@ -192,13 +200,14 @@ class _Level:
             self.constants[key] = ir.Value(name=tensor.name, shape=shape, type=kind, const_value=tensor)
         return self.constants[key]
 
-    def node(self, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
+    def node(self, op: str, inputs: Sequence[ir.Value | None], *, behind: _Level | None = None, **attributes: Any) -> ir.Value:
+        """What an operator gives that only exits need: that of this level, or of the one that it stands `behind`."""
         node = ir.node(op, inputs, attributes or None)
-        self.add(node)
+        self.add(node, self.flat.label((behind or self).number))
         return node.outputs[0]
 
-    def add(self, node: ir.Node) -> None:
-        node.name = self.flat.name()
+    def add(self, node: ir.Node, name: str | None = None) -> None:
+        node.name = name or self.flat.name()
         for value in node.outputs:
             value.name = self.flat.name()
         self.nodes.append(node)

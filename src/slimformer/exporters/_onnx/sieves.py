@@ -9,15 +9,16 @@ answers for each word, those that left come back with the vector that they had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from slimformer.core.junction import SHARE_PARTS, Sieve
+from slimformer.core.junction import SHARE_PARTS, SIEVE, Sieve, operator_name
 from slimformer.core.sieving import FIRST, latest_margins
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.graph import CUT, Editor, Unexpected, ancestors, light_values, rank_of, required, turned_values
@@ -71,7 +72,7 @@ def sift(program: ir.Model, sieves: Mapping[str, Sieve], heads: Mapping[str, int
         for value in values:
             for node in ancestors(value):
                 piece.setdefault(node, number)
-    flat = _Flat(graph, Editor(graph), light_values(graph), turned_values(graph), piece)
+    flat = _Flat(graph, Editor(graph), light_values(graph), turned_values(graph), piece, tuple(sieves))
     levels = [_Level(flat, 0, {str(value.name): value for value in graph.inputs})]
     nodes = list(graph)
     for number in range(1, len(ends) + 1):
@@ -107,6 +108,13 @@ class _Flat:
     light: set[ir.Value]
     turned: set[ir.Value]
     piece: Mapping[ir.Node, int]
+    layers: tuple[str, ...]  # with a sieve
+    numbers: Iterator[int] = field(default_factory=count)
+
+    def label(self, number: int) -> str:
+        """A name for an operator that only the sieve of this number needs, or the end; a profile counts it there."""
+        layer = self.layers[number] if number < len(self.layers) else None
+        return operator_name(SIEVE, layer, next(self.numbers))
 
 
 @dataclass
@@ -158,7 +166,7 @@ class _Level:
         if self.above is None or self.columns is None or rank_of(value) != 3:
             raise Unexpected(f"'{value.name}' is no hidden state, and it is read on both sides of a sieve")
         rows, flat = self.above.places(self.columns, value), self.above.rows_of(value)
-        found = self.node("Gather", [flat, rows], axis=0)
+        found = self.above.node("Gather", [flat, rows], axis=0)
         found.type, found.shape = value.type, ir.Shape([None, None, required_shape(value)[2]])
         return found
 
@@ -206,6 +214,7 @@ class _Level:
         worth = self.node("Where", [first, self.constant(FIRST, np.float32), worth])
         most = self.node("Reshape", [self.node("ReduceMax", [kept], keepdims=0), self.constant([1])])
         top = ir.node("TopK", [worth, most], {"axis": 1, "largest": 1, "sorted": 1}, num_outputs=2)
+        top.name = self.flat.label(self.number)
         self.flat.graph.append(top)
         columns = top.outputs[1]
         place = self.node("Range", [self.constant(0), self.node("Squeeze", [most]), self.constant(1)])
@@ -221,6 +230,7 @@ class _Level:
 
     def node(self, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         node = ir.node(op, inputs, attributes or None)
+        node.name = self.flat.label(self.number)
         self.flat.graph.append(node)
         return node.outputs[0]
 
@@ -234,7 +244,8 @@ def required_shape(value: ir.Value) -> ir.Shape:
 
 def _all_again(levels: Sequence[_Level], cuts: Sequence[_Cut], end: ir.Value) -> _Level:
     """The level of the head, which reads all words: each that left has the vector that it had before its last layer."""
-    state = levels[-1].here(end)
+    state, flat = levels[-1].here(end), levels[0].flat
+    before_them = set(flat.graph)
     for level, cut in zip(reversed(levels), reversed(cuts), strict=False):
         above, columns = level.above, level.columns
         assert above is not None
@@ -250,8 +261,10 @@ def _all_again(levels: Sequence[_Level], cuts: Sequence[_Cut], end: ir.Value) ->
         at = level.node("Unsqueeze", [rows, level.constant([2])])
         mixed = level.node("ScatterND", [whole, at, kept])
         state = level.node("Reshape", [mixed, level.node("Shape", [above.here(before)])])
-    head = _Level(levels[0].flat, len(levels), levels[0].inputs)
-    head.known = {value: value for value in levels[0].flat.light} | {end: state}
+    for node in set(flat.graph) - before_them:
+        node.name = flat.label(len(cuts))
+    head = _Level(flat, len(levels), levels[0].inputs)
+    head.known = {value: value for value in flat.light} | {end: state}
     return head
 
 
