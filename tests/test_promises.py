@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
@@ -177,3 +179,25 @@ def test_nothing_is_unpickled_and_nothing_outside_is_opened(tmp_path, dense, tra
         [sys.executable, "-W", "ignore", "-c", WATCH, dense, outside, tmp_path / "whole"], capture_output=True, text=True, check=False
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip().splitlines()[-1:]) == (0, ["[]"]), done.stderr[-2000:]
+
+
+def test_packages_beneath_report_to_nobody_unless_the_user_says_so(tmp_path):
+    """ONNX Runtime leaves a number for the machine and a store of events, once it reports."""
+    node = helper.make_node("Relu", ["x"], ["y"])
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in ("x", "y")]
+    graph = helper.make_graph([node], "relu", *ends)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "relu.onnx")
+    code = """
+import os, sys, slimformer, onnxruntime
+onnxruntime.InferenceSession("relu.onnx")
+print(*(os.environ[name] for name in ("ORT_DISABLE_TELEMETRY", "NNCF_CI", "HF_HUB_DISABLE_TELEMETRY")))
+"""
+    (tmp_path / "home").mkdir()
+    own = {name: value for name, value in os.environ.items() if name not in slimformer._SILENT and not name.startswith("XDG")}
+    places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "home")}
+    for more, said in (({}, "1 1 1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "1 1 0")):
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=own | places | more, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.split() == said.split()
+    assert list((tmp_path / "home").iterdir()) == []

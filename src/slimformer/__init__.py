@@ -13,9 +13,18 @@ used, so that `import slimformer` is quick.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from slimformer.saving import auto_classes as _auto
+
+_SILENT = {  # reports that these packages send to their makers unless told not to; read when they are first imported
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime, from 1.29 on
+    "NNCF_CI": "1",  # nothing else depends on it
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+for _name, _value in _SILENT.items():
+    os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
     from slimformer.core.anatomy import Anatomy
