@@ -59,15 +59,19 @@ NEEDS = (
     Need(
         "the most speed within two points",
         "heads and neurons first, then blocks of zeros",
-        ("fisher-40-blocks-20", "width-67-blocks-20"),
+        ("fisher-40-blocks-20-copies", "fisher-40-blocks-20", "width-67-blocks-20"),
         Variant.INT8_KERNELS,
     ),
     Need(
         "the smallest file",
         "words, width, neurons and the word table together: recipes/sst2-smallest.yaml",
-        ("smallest-longer", "smallest"),
+        ("smallest-closely", "smallest-longer", "smallest"),
     ),
-    Need("the best answers at less cost", "a narrower model: [hidden_width](methods.md#hidden_width)", ("hidden_width-67",)),
+    Need(
+        "the best answers at less cost",
+        "a narrower model: [hidden_width](methods.md#hidden_width)",
+        ("hidden_width-67", "hidden_width-50"),
+    ),
     Need("inputs come one by one, many are easy", "[early_exit](methods.md#early_exit)", ("early_exit-three", "early_exit")),
     Need(
         "texts of 40 tokens and more, one answer each",

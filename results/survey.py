@@ -230,13 +230,13 @@ def edgebert(passes: float) -> Stages:
     )
 
 
-def smallest(passes: float, *last: Any, copies: int = 0) -> Stages:
+def smallest(passes: float, *last: Any, copies: int = 0, after_cut: Callable[..., Train] = learnt) -> Stages:
     """Whatever makes the int8 file smaller: the vocabulary, the width, heads and neurons, and at last the word table as codes."""
     return (
         TrimVocabulary(),
         closely(passes * 3 / 8, HiddenWidth(keep_hidden=0.5), freeze="nothing", augment=copies),
         Calibrate(Fisher(keep=0.3, cost="macs")),
-        learnt(passes / 2, freeze="nothing", augment=copies),
+        after_cut(passes / 2, freeze="nothing", augment=copies),
         Calibrate(CodebookWords()),
         learnt(passes / 8, *last, freeze="nothing", augment=copies),
     )
@@ -569,6 +569,16 @@ ROWS = (
         "smallest-copies",
         "the same as `smallest`, with twice the training: on copies of the rows too, words replaced, and last in int8",
         lambda passes: smallest(passes * 2 / 3, Quantization(), copies=2),
+        0.3,
+        ablation=True,
+        tasks=("mrpc",),
+        bench=BESIDE_ALL,
+    ),
+    Row(
+        "compound",
+        "smallest-closely",
+        "the same as `smallest`, at the rate and with the losses of hidden states and scores behind the cut too",
+        lambda passes: smallest(passes, after_cut=closely),
         0.3,
         ablation=True,
         bench=BESIDE_ALL,
