@@ -226,6 +226,10 @@ BAD: dict[str, tuple[str, str]] = {
         lines([{"a": "x", "passage": "p", "label": 1}]),
         "cannot tell which column holds the queries",
     ),
+    "two nested columns of one name": (
+        lines([{"query": "x", "a": {"passage": "p"}, "b": {"passage": "q"}, "label": 1}]),
+        "cannot tell which column holds the passages",
+    ),
     "no passage column": (lines([{"query": "x", "b": "p", "label": 1}]), "cannot tell which column holds the passages"),
     "an empty query": (lines([{"query": " ", "passage": "p", "label": 1}]), "line 1: no query"),
     "an empty passage": (lines([{"query": "q", "passage": None, "label": 1}]), "line 1: no text in column 'passage'"),

@@ -38,7 +38,7 @@ def find_columns(
     A column that `with_flags` added holds the labels that columns of 0 and 1 told. Each guess is logged once. DataError if a named column
     is missing, or if there is none with a usual name.
     """
-    folded = _folded_names(table)
+    folded = folded_names(table)
     told = label is not None and text is not None
     if label is None:
         label = _guess_label(table, folded, glue, text)
@@ -61,14 +61,15 @@ def find_texts(table: Table, text: str | None, text_pair: str | None) -> tuple[s
     elif len(table.columns) == 1:
         texts = tuple(table.columns)
     else:
-        texts = _guess_texts(table, _folded_names(table), "", None)
+        texts = _guess_texts(table, folded_names(table), "", None)
         remark(f"{table.where}: taking text {' and '.join(map(repr, texts))}, and no labels")
     for name in texts:
         table.column(name)
     return texts
 
 
-def _folded_names(table: Table) -> dict[str, str]:
+def folded_names(table: Table) -> dict[str, str]:
+    """Columns by their names as `fold_name` gives them, and by the last part of a nested name that no other column shares."""
     last = [name for name in table.columns if "." in name]  # "reviews.text", or a field of a nested row
     folded = {ending: name for name in last if _is_only(ending := fold_name(name.rpartition(".")[2]), last)}
     return folded | {fold_name(name): name for name in reversed(list(table.columns))}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.data.beir import is_beir, read_beir
-from slimformer.data.columns import fold_name
+from slimformer.data.columns import fold_name, folded_names
 from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, spread
 from slimformer.data.labels import is_number, spell_label
 from slimformer.data.query_groups import Ranking, Row, by_query
@@ -140,10 +140,7 @@ def _columns(table: Table, named: _Named) -> RankingColumns:
     for name in named:
         if name is not None:
             table.column(name)
-    folded: dict[str, str] = {}
-    for name in reversed(list(table.columns)):
-        folded[fold_name(name.rpartition(".")[2])] = name
-    folded |= {fold_name(name): name for name in reversed(list(table.columns))}
+    folded = folded_names(table)
 
     def first(names: Sequence[str], *taken: str | None) -> str:
         return next((folded[name] for name in names if name in folded and folded[name] not in taken), "")
