@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -12,14 +14,22 @@ import onnxruntime
 import pytest
 import torch
 from tiny import batch, tiny
-from tiny_folder import write_model
+from tiny_folder import write_data, write_model
 
 from slimformer.core import cost
 from slimformer.core.anatomy import Tokens
 from slimformer.core.junction import Exit, Sieve, junction_from_data
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink, unshrink
-from slimformer.core.sieving import all_words, latest_shares, latest_words, sifting, surviving
+from slimformer.core.sieving import (
+    all_words,
+    keeping_shares,
+    latest_shares,
+    latest_words,
+    share_threshold,
+    sifting,
+    surviving,
+)
 from slimformer.errors import ExportError, PlanError, TargetError
 from slimformer.exporters._onnx import sieves as cutting
 from slimformer.exporters.base import Variant
@@ -27,18 +37,25 @@ from slimformer.exporters.kernels import Kernels
 from slimformer.exporters.onnx import Onnx
 from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.capture import Capture
+from slimformer.log import Log
 from slimformer.measuring.components import Component, Spot, components_of
 from slimformer.measuring.operators import decides_by_text, place_nodes
 from slimformer.measuring.profile import Texts, count_parts, profile_onnx, profile_torch, random_texts
-from slimformer.methods.base import Progress, Step
+from slimformer.methods.base import Method, Progress, Step
 from slimformer.methods.distillation import Pair, hidden_distance
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.fisher import Fisher
 from slimformer.methods.quantization import Quantization
-from slimformer.methods.word_elimination import WordElimination, rising_cuts, sieve_layers, steps_of
+from slimformer.methods.word_elimination import WordElimination, rising_cuts, seen_shares, sieve_layers, steps_of
 from slimformer.reporting.inspection import inspect
+from slimformer.running.bundle import Run
 from slimformer.running.order import conflicts
+from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
+from slimformer.running.recipe import Recipe
+from slimformer.running.stages import advance, context_of
 from slimformer.saving import checkpoint
+from slimformer.tasks.classification import Classification
 from slimformer.testing.checks import _seen, tiny_context
 from slimformer.training.stage import Calibrate, Train
 
@@ -454,6 +471,102 @@ def test_a_profile_of_a_file_tells_what_sieves_take(tmp_path):
     found = profile_onnx(path, subject, Texts(2, 10), "tiny", threads=1, rounds=1)
     assert {place.layer for place in found.ms if place.component is Component.SIEVES} == {0, 1}
     assert all(found.ms[Spot(Component.CORE, layer)] > 0 for layer in range(3))
+
+
+# -- Thresholds that are settled anew --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.77, 1.0])
+def test_a_threshold_keeps_at_most_a_share_and_the_next_lower_one_more(share):
+    """Brute force over all thresholds, on texts of different lengths; of words that tie, all leave or all stay."""
+    generator = torch.Generator().manual_seed(3)
+    received = (torch.rand(9, 8, generator=generator) * 2 * 20).round() / 20
+    there = torch.arange(8) < torch.randint(1, 9, (9, 1), generator=generator)
+
+    def mean(threshold):
+        return float((by_hand(Sieve(1.0, threshold), received, there).sum(1) / there.sum(1)).mean())
+
+    found = float(share_threshold(share, received, there))
+    tried = [*sorted({float(value) for value in received[:, 1:][there[:, 1:]]}), 100.0]
+    assert mean(found) == max([mean(100.0), *(mean(value) for value in tried if mean(value) <= share + 1e-6)])
+    assert Sieve(share, found).problem() is None
+
+
+def test_a_settled_sieve_takes_the_place_of_the_one_before():
+    """Plans compose, and any other junction stays where it is."""
+    model, anatomy = tiny("bert"), anatomy_of(tiny("bert"))
+    first, later = Plan(junctions=BY_THRESHOLD), Plan(junctions={"encoder.1": Sieve(0.5, threshold=1.1)})
+    once, twice = shrink(model, anatomy, first.then(later)), shrink(shrink(model, anatomy, first), anatomy.after(first), later)
+    assert anatomy_of(once) == anatomy_of(twice)
+    assert anatomy_of(twice).sieves == BY_THRESHOLD | later.junctions
+    for before, after in ((SIEVES, BY_THRESHOLD), (BY_THRESHOLD, SIEVES)):
+        with pytest.raises(PlanError, match="puts another there"):
+            Plan(junctions=before).then(Plan(junctions=after))
+        with pytest.raises(PlanError, match="already"):
+            shrink(shrink(model, anatomy, Plan(junctions=before)), anatomy.after(Plan(junctions=before)), Plan(junctions=after))
+
+
+def test_thresholds_follow_attention_while_a_stage_trains():
+    model = sieved(sieves={"encoder.0": Sieve(0.7, threshold=9.0), "encoder.1": Sieve(0.5, threshold=0.0)})
+    inputs = batch(model, rows=8, seq=20)
+    with torch.no_grad(), keeping_shares(model):
+        model(**inputs)
+        kept = [float(shares.mean()) for shares in latest_shares(model)]
+        assert 0.65 < kept[0] <= 0.7
+        assert 0.45 < kept[1] <= 0.5
+        assert latest_shares(model)[0].std() > 0, "one threshold for all texts"
+        again = copy.deepcopy(model)
+    with torch.no_grad():
+        model(**inputs)
+        again(**inputs)
+    for one in (model, again):
+        assert float(latest_shares(one)[0].mean()) < 0.2
+        assert float(latest_shares(one)[1].min()) == 1
+
+
+@dataclass(frozen=True)
+class Looks(Method):
+    """Notes the shares of words that pass in each step."""
+
+    seen: ClassVar[list[list[float]]] = []
+
+    def penalty(self, state, step):
+        self.seen.append([float(shares.mean()) for shares in latest_shares(step.model)])
+
+
+def test_a_stage_behind_thresholds_delivers_the_shares_that_were_asked_for(tmp_path):
+    source = write_model(tmp_path / "model")
+    data = write_data(tmp_path / "data", train=64, dev=20)
+    recipe = Recipe(str(source), Classification(data=str(data)), (Train(epochs=4.0, lr=0.01, precision="fp32"),))
+    run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
+    bundle, _ = prepare_bundle(preflight(recipe), run)
+    plan = Plan(junctions={"encoder.0": Sieve(0.8, threshold=0.5), "encoder.1": Sieve(0.6, threshold=0.9)})
+    subject = subject_of(shrink(bundle.subject.model, bundle.subject.anatomy, plan))
+    start = replace(bundle, subject=subject, plan=plan)
+    stages = [replace(recipe.stages[0], methods=(Looks(),))]
+    made, again = (advance(stages, start, run).bundle for _ in range(2))
+    assert made.plan.junctions == made.subject.anatomy.sieves == again.subject.anatomy.sieves
+    assert np.array(Looks.seen) == pytest.approx(np.tile([0.8, 0.6], (len(Looks.seen), 1)), abs=0.03)
+    assert {layer: sieve.share for layer, sieve in made.plan.junctions.items()} == {"encoder.0": 0.8, "encoder.1": 0.6}
+
+    def shares(subject):
+        context = context_of(made, run, subject, "macs")
+        found = seen_shares(replace(context, subject=subject_of(bare(subject))), subject.anatomy.sieves)
+        return [sieve.share for sieve in found]
+
+    def bare(subject):
+        plain = copy.deepcopy(bundle.subject.model)
+        plain.load_state_dict(subject.model.state_dict())
+        return plain
+
+    assert shares(made.subject) == pytest.approx([0.8, 0.6], abs=0.01)
+    stale = subject_of(shrink(made.subject.model, made.subject.anatomy, plan))
+    assert max(abs(share - asked) for share, asked in zip(shares(stale), (0.8, 0.6), strict=True)) > 0.05
+    frozen = advance([replace(recipe.stages[0], freeze="encoder")], start, run).bundle
+    assert frozen.plan == plan
+    learning = Train((WordElimination(keep=0.8, by="threshold"),), epochs=1.0, precision="fp32")
+    learned = advance([learning], bundle, run).bundle.plan.junctions
+    assert all(sieve.threshold is not None for sieve in learned.values())
 
 
 def test_stages_that_undo_it_are_refused():

@@ -68,9 +68,9 @@ class Exit:
 class Sieve:
     """Words that leave at a layer, once its attention is computed. The first one, which a classifier reads, always stays.
 
-    `share`: of the words that came so far, those that stay, rounded up; with a `threshold` it is only what was seen on examples, for
-    costs. `threshold`: a word stays if it gets so many times the attention that it would get if all words were alike, on average over
-    the heads and the words that ask.
+    `share`: of the words that came so far, those that stay, rounded up; with a `threshold` it is the mean over examples, to which the
+    threshold is settled again when weights change. `threshold`: a word stays if it gets so many times the attention that it would get
+    if all words were alike, on average over the heads and the words that ask.
 
     >>> Sieve(0.5).problem() is None, Sieve(1.5).problem()
     (True, 'share is a number above 0, and at most 1')

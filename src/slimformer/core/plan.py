@@ -105,8 +105,8 @@ class Plan:
                     f"matrix '{matrix}' has the form {self.forms[matrix]}, the later plan gives it another.",
                     help="a matrix changes its form once.",
                 )
-        for layer in later.junctions:
-            if layer in self.junctions:
+        for layer, junction in later.junctions.items():
+            if layer in self.junctions and not _settles(self.junctions[layer], junction):
                 raise PlanError(
                     f"layer '{layer}' has {_called(self.junctions[layer])}, the later plan puts another there.",
                     help="a layer has one.",
@@ -264,7 +264,7 @@ class Plan:
                     f"the plan puts {what} at the layer '{layer}', which this model does not have.",
                     help=nearest(layer, anatomy.layer_modules),
                 )
-            if layer in anatomy.junctions:
+            if layer in anatomy.junctions and not _settles(anatomy.junctions[layer], junction):
                 raise PlanError(f"layer '{layer}' has {_called(anatomy.junctions[layer])} already.", help="a layer has one.")
             if anatomy.layer_modules[layer] == anatomy.layers[-1] or len(anatomy.stacks) > 1:
                 raise PlanError(
@@ -413,6 +413,11 @@ def _check_given(site: str, before: Patterns, later: Patterns) -> None:
         raise PlanError(
             f"site '{site}' cannot get these patterns: {which}.", help="give an entry to each head that is left, once."
         )
+
+
+def _settles(before: Junction, junction: Junction) -> bool:
+    """Whether a junction may take the place of one before: a sieve whose threshold is settled again."""
+    return all(isinstance(item, Sieve) and item.threshold is not None for item in (before, junction))
 
 
 def _called(junction: Junction) -> str:

@@ -27,6 +27,7 @@ Passing = Callable[
     [Tensor, Tensor], Tensor
 ]  # attention received and words that are there, both (batch, seq) -> those that stay
 LEAST = 1e-12  # what a word counts that counts for nothing: its logarithm is finite
+ROUNDING = 1e-6  # of a mean share of words
 FIRST = 1e9  # more attention than a word can get: that of the first one, which always stays
 
 
@@ -52,6 +53,28 @@ def surviving(sieve: Sieve, received: Tensor, there: Tensor) -> Tensor:
     words = there.sum(1, keepdim=True)
     kept = ((words * sieve.parts + SHARE_PARTS - 1) // SHARE_PARTS).clamp(min=1)
     return there & (rank < kept)
+
+
+def share_threshold(share: float, received: Tensor, there: Tensor) -> Tensor:
+    """The lowest threshold with which texts keep at most this share of their words, on average: a scalar, from 0.
+
+    It lies halfway between the attention of the last word that stays and the first one that leaves. `received` and `there`: as in
+    `surviving`.
+
+    >>> received, there = torch.tensor([[1.0, 0.4, 2.0, 0.8], [1.0, 1.2, 0.9, 0.0]]), torch.tensor([[True] * 4, [True] * 3 + [False]])
+    >>> round(float(share_threshold(0.6, received, there)), 3)  # of four words 1/2 stay, of three 2/3
+    1.05
+    """
+    counts = there.sum(1, keepdim=True)
+    values = torch.cat([torch.full_like(received[:, :1], FIRST), received[:, 1:]], 1).masked_fill(~there, -1.0).flatten()
+    weights = (there.double() / counts / len(there)).flatten()
+    values, order = values.sort(descending=True, stable=True)
+    kept = (weights[order].cumsum(0) <= share + ROUNDING).sum().clamp(min=len(there))
+    kept = torch.minimum(kept, there.sum())
+    last, first = torch.cat([values, values.new_full((1,), -1.0)])[torch.stack([kept - 1, kept])]
+    last = torch.minimum(last, 2 * first.clamp(min=0) + 1)  # if nothing but the first word of each text stays
+    between = (last + first) / 2
+    return torch.where(last > first, between, torch.nextafter(last, last + 1)).clamp(min=0)
 
 
 def ranked(received: Tensor, there: Tensor) -> Tensor:
@@ -93,6 +116,7 @@ class _Line(Line):
     """Carries from layer to layer which words are there."""
 
     off: bool = False  # all words stay, while `all_words` lasts
+    follows: bool = False  # thresholds follow attention, while `keeping_shares` lasts
     there: Tensor | None = None  # (batch, seq)
     looks: tuple[tuple[Sieve, Tensor, Tensor], ...] = ()  # of each sieve: the attention received, and the words that came
     shares: tuple[Tensor, ...] = ()
@@ -127,9 +151,10 @@ class _Sifted:
             query, key = (own.get_submodule(name)(hidden_states) for name in (asking.query, asking.key))
             weights = there if there.is_floating_point() else there.float()
             received = attention_received(query, key, asking.size, mask, weights)
-            stays = own.sieve_rule(received, there)
-            if isinstance(own.sieve_rule, _Keeping):
-                line.looks += ((own.sieve_rule.sieve, received.detach(), there),)
+            rule: Passing = own.sieve_rule
+            stays = rule.following(received, there) if line.follows and isinstance(rule, _Keeping) else rule(received, there)
+            if isinstance(rule, _Keeping):
+                line.looks += ((rule.sieve, received.detach(), there),)
             line.shares += (stays.detach().float().sum(1) / weights.detach().sum(1),)
             line.there = there = stays
         line.words += (there,)
@@ -148,6 +173,13 @@ class _Keeping:
 
     def __call__(self, received: Tensor, there: Tensor) -> Tensor:
         return surviving(self.sieve, received.detach(), there)
+
+    def following(self, received: Tensor, there: Tensor) -> Tensor:
+        """The words that stay if the threshold is the one that keeps the sieve's share of this batch."""
+        if self.sieve.threshold is None:
+            return self(received, there)
+        first = torch.arange(received.shape[1], device=received.device) == 0
+        return there & (first | (received >= share_threshold(self.sieve.share, received.detach(), there)))
 
 
 def _narrowed(mask: Tensor | None, there: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,6 +257,26 @@ def all_words(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         line.off = before
+
+
+@contextmanager
+def keeping_shares(model: nn.Module) -> Iterator[None]:
+    """While it lasts each sieve with a threshold lets its share of each batch's words pass, whatever their attention has become."""
+    line = _line_of(model)
+    if line is None:
+        yield
+        return
+    before, line.follows = line.follows, True
+    try:
+        yield
+    finally:
+        line.follows = before
+
+
+def latest_looks(model: nn.Module) -> Sequence[tuple[Tensor, Tensor]]:
+    """For each sieve the attention that words received in the latest pass, and those that were there: (batch, seq) both."""
+    line = _line_of(model)
+    return () if line is None else tuple((received, there) for _, received, there in line.looks)
 
 
 def latest_margins(model: nn.Module) -> Sequence[Tensor]:

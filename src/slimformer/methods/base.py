@@ -233,3 +233,11 @@ class Method(ABC):
     def decide(self, state: State, context: Context) -> Decision:
         """What is to become of the model; nothing is changed yet."""
         return Decision()
+
+    @classmethod
+    def settle(cls, context: Context) -> Decision | None:  # noqa: ARG003
+        """What fits anew, to weights that a later stage has changed, what this method once left in the model; None if nothing is to fit.
+
+        The model of the context tells what was left, whatever options left it. Called for models with junctions.
+        """
+        return None

@@ -16,8 +16,7 @@ here they are multiples of its average. A word that leaves keeps the vector that
 end, where a task asks of each word.
 
 Choose when: texts are long, 40 tokens and more, and one answer is asked for each. Short texts and large cuts of heads and neurons leave
-it little to do, because sorting and gathering cost as much as a small product. It stands beside int8 and cuts: cut first. Ranks hold what
-was learned; behind thresholds a long stage of training moves attention to the words that would leave, and they pass again.
+it little to do, because sorting and gathering cost as much as a small product. It stands beside int8 and cuts: cut first.
 
 Cost: a stage of training that computes queries and keys twice, and a stage of training behind it.
 """
@@ -30,6 +29,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from slimformer.core.cost import Cost
 from slimformer.core.junction import SHARE_PARTS, Sieve
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
-from slimformer.core.sieving import latest_shares, ranked, sifting
+from slimformer.core.sieving import latest_looks, latest_shares, ranked, share_threshold, sifting
 from slimformer.errors import TargetError
 from slimformer.families.base import subject_of
 from slimformer.methods._schedules import linear_ramp
@@ -123,6 +123,26 @@ class WordElimination(Method):
             shares.append(shares[-1] * cast(Sieve, sieve).share)
         told = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(plan.junctions, shares[1:], strict=True))
         return Decision(plan, notes=(f"word_elimination: words that go on behind the attention of each layer: {told}.",))
+
+    @classmethod
+    def settle(cls, context: Context) -> Decision | None:
+        """Thresholds by which as many words stay as the sieves say: training moves attention, to words that would leave above all."""
+        sieves, settled = context.anatomy.sieves, dict[str, Sieve]()
+        passed: list[float] = []
+        for place, (layer, sieve) in enumerate(sieves.items()):
+            if sieve.threshold is None:
+                continue
+            received, there, shares = _looks(context, Plan(junctions=settled), place)
+            passed = passed or shares
+            settled[layer] = Sieve(sieve.share, float(share_threshold(sieve.share, received, there)))
+        if not settled:
+            return None
+        asked = np.cumprod([sieve.share for sieve in sieves.values()])
+        told = ", ".join(
+            f"{layer}: {share:.0%} ({old:.0%})" for layer, share, old in zip(sieves, asked, np.cumprod(passed), strict=True)
+        )
+        note = f"word_elimination: thresholds are settled anew, so that words go on as before (without that): {told}."
+        return Decision(Plan(junctions=settled), notes=(note,))
 
     def _by_rank(self, state: _State, context: Context) -> Plan:
         """The learned shares of words, to a power by which the budget is met."""
@@ -314,6 +334,27 @@ def seen_shares(context: Context, sieves: Mapping[str, Sieve]) -> list[Sieve]:
             count += len(batch["input_ids"])
     means = (totals / count).clamp(1 / SHARE_PARTS, 1.0).tolist()
     return [Sieve(round(mean, 6), sieve.threshold) for mean, sieve in zip(means, sieves.values(), strict=True)]
+
+
+@torch.no_grad()
+def _looks(context: Context, plan: Plan, place: int) -> tuple[Tensor, Tensor, list[float]]:
+    """What the sieve at this place sees in training examples with a plan: attention received and words, both (examples, seq).
+
+    The mean shares that all sieves let pass go with it.
+    """
+    small = subject_of(shrink(context.model, context.anatomy, plan))
+    looks, shares = [], []
+    with small.evaluating():
+        for batch in context.batches(SETTLED_ON):
+            small.model(**small.feed(batch))
+            looks.append(latest_looks(small.model)[place])
+            shares.append(torch.stack(list(latest_shares(small.model))))  # (sieves, batch)
+    longest = max(there.shape[1] for _, there in looks)
+    received, there = (
+        torch.cat([nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
+        for parts in zip(*looks, strict=True)
+    )
+    return received, there, torch.cat(shares, 1).mean(1).tolist()
 
 
 # -- Plumbing ------------------------------------------------------------------------------------------------------------------

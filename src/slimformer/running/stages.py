@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimformer import registry
 from slimformer.core import cost
 from slimformer.core.anatomy import Anatomy, Kind
 from slimformer.core.budget import something_left
@@ -168,7 +169,7 @@ def _train(stage: Train, bundle: Bundle, run: Run) -> Bundle:
     if not stage.dropout:
         _copy_dropout(bundle.subject.model, made.subject.model)
     run.log.event("trained", **{name: value for name, value in vars(trained).items() if name != "decision"})
-    return made
+    return made if stage.freeze in ("encoder", "everything") else _settled(made, job.context, stage, run)
 
 
 def training_of(stage: Train, bundle: Bundle, run: Run) -> Training:
@@ -241,7 +242,8 @@ def _calibrate(stage: Calibrate, bundle: Bundle, run: Run) -> Bundle:
         decision = method.decide(state, context)
     finally:
         state.close()
-    return _cut(bundle, context, decision, run)
+    made = _cut(bundle, context, decision, run)
+    return _settled(made, context, stage, run) if method.effects().rewrites else made
 
 
 # -- What both need ------------------------------------------------------------------------------------------------------------
@@ -254,6 +256,22 @@ def _cut(bundle: Bundle, context: Context, decision: Decision, run: Run) -> Bund
         run.log.say(note)
     small = shrink(context.model.eval(), context.anatomy, decision)
     return replace(bundle, subject=subject_of(small), plan=bundle.plan.then(decision.plan), ranges=decision.ranges)
+
+
+def _settled(made: Bundle, context: Context, stage: Stage, run: Run) -> Bundle:
+    """The bundle in which what methods of earlier stages left in the model is fitted to its new weights."""
+    for name in registry.names("methods") if made.subject.anatomy.junctions else ():
+        method: type[Method] = registry.find("methods", name)
+        if any(isinstance(item, method) for item in stage.methods):
+            continue
+        samples = _Samples(made.material.features[Split.TRAIN], made.subject, run.seed)
+        decision = method.settle(replace(context, subject=made.subject, plan=made.plan, batches=samples))
+        if decision is not None:
+            for note in decision.notes:
+                run.log.say(note)
+            subject = subject_of(shrink(made.subject.model, made.subject.anatomy, decision))
+            made = replace(made, subject=subject, plan=made.plan.then(decision.plan))
+    return made
 
 
 def refuse_cuts(methods: Sequence[Method], anatomy: Anatomy) -> None:

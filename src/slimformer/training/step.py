@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimformer.core.anatomy import Role
 from slimformer.core.plan import Decision
+from slimformer.core.sieving import keeping_shares
 from slimformer.data.batching import collate, least_width
 from slimformer.errors import RecipeError
 from slimformer.hooks.attention import quick_attention
@@ -328,6 +329,7 @@ def attached(
             states.append(state.to(device))
         needs = frozenset[Capture]().union(*(method.effects().needs for method in methods))
         stack.enter_context(quick_attention(model))
+        stack.enter_context(keeping_shares(model))
         recorder = stack.enter_context(capturing(model, context.anatomy, needs))
         single = accelerator.num_processes == 1  # several processes average their gradients through autograd
         lookup = stack.enter_context(kept_gradient(model.get_input_embeddings() if single else None))
