@@ -226,6 +226,24 @@ def train_beside(jobs: Sequence[Job]) -> None:
             process.terminate()
 
 
+def train_alone(jobs: Sequence[Job], wait_seconds: float = 60.0) -> int:
+    """Trains jobs and measures none of them; those that make the model of another run to their end. Returns how many of these failed.
+
+    A job whose model could not be made is left out.
+    """
+    makers, failed = {job.needs for job in jobs}, set[str]()
+    for job in jobs:
+        if job.needs and job.needs in failed:
+            print(f"   {job.folder} is left out: {job.needs} makes its model, and has failed.", flush=True)
+        elif job.folder in makers:
+            failed |= set() if _finish(job, wait_seconds) else {job.folder}
+        elif not (job.scratch / LEDGER).is_file():
+            if job.before is not None:
+                job.before()
+            train_stages(job.recipe, job.scratch, cache=TEACHERS)
+    return len(failed)
+
+
 @show_log()
 def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]) -> int:
     """The command line of a table."""
@@ -245,10 +263,7 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
     if chosen.plan:
         return 0
     if chosen.train:
-        for job in due(some):
-            if not (job.scratch / LEDGER).is_file():
-                train_stages(job.recipe, job.scratch, cache=TEACHERS)
-        return 0
+        return 1 if train_alone(due(some), chosen.wait) else 0
     failed = 0 if chosen.draw else sweep(some, chosen.beside, chosen.wait)
     draw()
     return 1 if failed else 0

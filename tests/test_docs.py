@@ -22,6 +22,7 @@ from tiny_pairs import pairs, speaker, write_joint_tokenizer, write_pairs
 
 from slimformer import registry
 from slimformer.data.memory import data_source
+from slimformer.errors import ModelError
 from slimformer.measuring.machine import Environment, Load
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.measuring.timing import SINGLE, SORTED, Lengths, Ratio, Timing
@@ -199,6 +200,36 @@ def test_a_job_brings_those_that_make_its_model(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "runs" / "sweep" / "b").mkdir(parents=True)
     (tmp_path / "runs" / "sweep" / "b" / "config.json").touch()
     assert [job.folder for job in sweep.due(jobs)] == ["c"]
+
+
+def test_to_train_a_job_makes_the_model_that_it_starts_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A maker runs to its end, so that its model is there; what starts from it is trained alone, and left out without it."""
+    sweep = importlib.import_module("sweep")
+    monkeypatch.setattr(sweep, "HOME", tmp_path / "results")
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    scratch, done = tmp_path / "runs" / "sweep", []
+
+    def run(recipe: Recipe, folder: Path, **_: object) -> None:
+        if folder.name == "bad":
+            raise ModelError("it cannot be made.")
+        folder.mkdir(parents=True)
+        (folder / "ledger.jsonl").touch()
+        (folder / "config.json").touch()
+        done.append(folder.name)
+
+    def train_stages(recipe: Recipe, folder: Path, **_: object) -> None:
+        assert (Path(recipe.model) / "config.json").is_file()
+        done.append(f"{folder.name} alone")
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "train_stages", train_stages)
+    recipe = Recipe(str(scratch / "teacher"), Classification("data"), ())
+    needed = {"teacher": "", "row": "teacher", "bad": "", "its": "bad"}
+    jobs = [sweep.Job(name, recipe, needs=needs) for name, needs in needed.items()]
+    assert sweep.train_alone(jobs[:2]) == 0
+    assert done == ["teacher", "row alone"]
+    assert sweep.train_alone(jobs[2:]) == 1
+    assert done == ["teacher", "row alone"]
 
 
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
