@@ -65,7 +65,7 @@ NEEDS = (
     Need(
         "the smallest file",
         "words, width, neurons and the word table together: recipes/sst2-smallest.yaml",
-        ("smallest-closely", "smallest-longer", "smallest"),
+        ("smallest-longer-int8", "smallest-longer", "smallest"),
     ),
     Need(
         "the best answers at less cost",

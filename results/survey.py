@@ -581,6 +581,16 @@ ROWS = (
         lambda passes: smallest(passes, after_cut=closely),
         0.3,
         ablation=True,
+        tasks=("sst2",),
+        bench=BESIDE_ALL,
+    ),
+    Row(
+        "compound",
+        "smallest-longer-int8",
+        "the same as `smallest`, with twice the passes, the last of them in int8",
+        lambda passes: smallest(2 * passes, Quantization()),
+        0.3,
+        ablation=True,
         bench=BESIDE_ALL,
     ),
     Row(
