@@ -53,7 +53,8 @@ ASKING = [family_of(kind).skeleton.attention for kind in SEPARATE]  # scores are
 
 
 @pytest.mark.parametrize(
-    "model_type", [kind for kind, own in zip(SEPARATE, ASKING, strict=True) if not own.shares_bias and own.asking is None]
+    "model_type",
+    [kind for kind, own in zip(SEPARATE, ASKING, strict=True) if not (own.shares_bias or own.terms) and own.asking is None],
 )
 def test_scores_are_queries_times_keys_and_explain_the_probabilities(model_type: str) -> None:
     model = tiny(model_type)

@@ -88,7 +88,8 @@ def test_parts_hold_all_parameters(model_type: str) -> None:
     assert counts[Spot(Component.LINEAR_BEFORE, 1)] == Counted(before + 96, 4 * (before + 96), 7 * before)
     assert counts[Spot(Component.LINEAR_AFTER, 1)].macs == 7 * 32 * 32
     assert counts[Spot(Component.FFN, 1)].macs == blocks * 7 * 2 * 32 * 24
-    assert counts[Spot(Component.CORE, 1)] == Counted(0, 0, 2 * 32 * 7 * 7)
+    pairs = 6 if model_type == "deberta-v2" else 2  # keys and queries of 14 distances beside those of 7 words
+    assert counts[Spot(Component.CORE, 1)] == Counted(0, 0, pairs * 32 * 7 * 7)
     assert {place for place in counts if place.component is Component.REST} == set()
 
 

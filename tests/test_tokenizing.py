@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -241,13 +242,14 @@ def test_vocab_json_is_delivered_with_the_names_of_its_special_tokens(tmp_path: 
     assert set(auto("ab")) == {"input_ids", "attention_mask"}
 
 
-def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "file"), [("xlm-roberta", "sentencepiece.bpe.model"), ("deberta-v2", "spm.model")])
+def test_a_sentencepiece_file_names_the_package_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, file: str
+) -> None:
     monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None if name == "sentencepiece" else True)
-    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"\x0a\x05")
-    write(tmp_path, config={"model_type": "xlm-roberta"})
-    with pytest.raises(
-        ExtraError, match=r"holds sentencepiece\.bpe\.model and no tokenizer\.json[\s\S]*pip install sentencepiece"
-    ):
+    (tmp_path / file).write_bytes(b"\x0a\x05")
+    write(tmp_path, config={"model_type": kind})
+    with pytest.raises(ExtraError, match=rf"holds {re.escape(file)} and no tokenizer\.json[\s\S]*pip install sentencepiece"):
         load_tokenizer(tmp_path)
 
 

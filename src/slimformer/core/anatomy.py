@@ -184,6 +184,13 @@ class Site:
     sublayer: str | None = None  # the SUBLAYER site this one lives in and vanishes with
     skips: tuple[Skip, ...] = ()  # of a SUBLAYER: the modules that go with it
     bias: str | None = None  # of HEADS: the attention, if it takes its heads' part of a bias that its whole stack shares
+    terms: int = 0  # of HEADS: products of queries or keys with relative positions that are added to the scores
+
+    @property
+    def products(self) -> int:
+        """Of HEADS: multiply-accumulates of a pair of words for each number of a head: two, and two for each term, whose
+        distances are twice as many as words."""
+        return 2 + 2 * self.terms
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,7 @@ class Stack:
     embedding: str | None  # the module whose output is the hidden state before the first; None: no module gives just that
     tokens: Tokens = Tokens.SOURCE
     norm: str | None = None
+    beside: tuple[str, ...] = ()  # modules beside the layers that all attentions read
 
 
 def separate_points(points: Iterable[Point], matrices: Iterable[Matrix]) -> dict[str, Point]:
@@ -376,12 +384,21 @@ class Anatomy:
         return any(site.bias is not None for site in self.sites.values())
 
     @property
+    def distance_matrices(self) -> tuple[str, ...]:
+        """The Linears that read the vectors of distances and nothing else: what they give follows from the weights alone."""
+        known = {matrix.module for matrix in self.matrices.values()}
+        named = (piece.param.rpartition(".")[0] for site in self.sites.values() if site.terms for piece in site.slices)
+        return tuple(dict.fromkeys(name for name in named if name not in known))
+
+    @property
     def attends_otherwise(self) -> str | None:
         """Why queries and keys do not give the scores from what the values read, as in a BERT; None if they do."""
         if self.fused:
             return "its queries, keys and values are one matrix"
         if self.shares_bias:
             return "its scores hold a bias for positions"
+        if any(site.terms for site in self.sites.values()):
+            return "its scores hold terms for positions"
         return "its layers have bottlenecks" if self.has_bottlenecks else None
 
     @property

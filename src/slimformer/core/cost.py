@@ -178,7 +178,7 @@ def macs(anatomy: Anatomy, lengths: np.ndarray, targets: np.ndarray | None = Non
                 pairs = np.multiply(counts[asker], counts[asked], dtype=np.float64)
             # scores, and their product with the values; of the heads that have any, on average over all
             learned = len(anatomy.asking_heads(site)) / site.size
-            per_unit += learned * left**2 * 2 * site.taps[0].unit * times[asker] * float(np.mean(pairs))
+            per_unit += learned * left**2 * site.products * site.taps[0].unit * times[asker] * float(np.mean(pairs))
         curve = per_unit * np.arange(site.size + 1)
         beside = [item for item in anatomy.matrices.values() if item.sublayer == site.sublayer and item not in inside]
         curve[1:] += left * sum(work(matrix) for matrix in (*(item for item in inside if not item.dense), *beside))

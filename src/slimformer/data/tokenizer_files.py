@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-OTHER_FORMS = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+OTHER_FORMS = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
 _JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SIDES = ("source.spm", "target.spm")  # of a Marian: they hold the pieces of the two languages
 _SIDE_FILES = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json", "merges.txt")

@@ -178,7 +178,7 @@ class OnnxDraft(OnnxDrafting):
         self.subject = subject_of(model)
         self._scores = scores.activation_of(self.subject)
         self._forms = trace.forms_in(model)
-        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        linears = sum(isinstance(module, nn.Linear) for module in model.modules()) - len(self.subject.anatomy.distance_matrices)
         self._factored = sum(len(form.form.products(form.shape)) for form in self._forms.values() if not form.table)
         self._matrices = linears + self._factored
         with self.subject.evaluating():

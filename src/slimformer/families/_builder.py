@@ -119,7 +119,8 @@ class _Built:
         self.add_start(part, layers)
         embedding = next((self.prefix + item for item in part.embedding if self.prefix + item in self.modules), None)
         norm = None if part.norm is None else self.prefix + part.norm
-        self.stacks.append(Stack(name, tuple(layers), embedding, tokens, norm))
+        beside = tuple(self.prefix + item for item in part.beside if self.prefix + item in self.modules)
+        self.stacks.append(Stack(name, tuple(layers), embedding, tokens, norm, beside))
         for index, path in enumerate(layers):
             self.add_bottleneck(f"{name}.{index}.bottleneck_in", part.narrow and part.narrow.under(path), tokens)
             self.add_attention(f"{name}.{index}", "", part.attention.under(path), part, tokens)
@@ -229,7 +230,11 @@ class _Built:
             kind=Kind.HEADS,
             size=shape_of(self.modules[block.value])[0] // (head_dim * block.parts),
             layer=self.layer,
-            slices=(*self.rows(block.inputs, head_dim, block.parts), Slice(f"{block.out}.weight", 1, head_dim)),
+            slices=(
+                *self.rows(block.inputs, head_dim, block.parts),
+                *self.rows(block.places, head_dim),
+                Slice(f"{block.out}.weight", 1, head_dim),
+            ),
             taps=(Tap(block.out, "input", head_dim),),
             counters=tuple(
                 Counter(block.module, attribute, per_unit)
@@ -237,6 +242,7 @@ class _Built:
             ),
             sublayer=sublayer,
             bias=block.module if block.shares_bias else None,
+            terms=block.terms,
         )
 
     def neurons(self, name: str, sublayer: str, block: FeedForward) -> Site:
@@ -297,8 +303,8 @@ class _Built:
         """The units of the hidden states, if all that reads them is known: heads of language models are not."""
         inside = tuple(f"{path}." for stack in self.stacks for path in stack.layers)
         outside = {name: module for name, module in self.modules.items() if not name.startswith(inside)}
-        if self.skeleton.narrow is not None:
-            return  # each layer has a width of its own inside
+        if self.skeleton.narrow is not None or self.skeleton.beside:
+            return  # each layer has a width of its own inside, or the vectors of distances are as wide
         skeleton, there = self.skeleton, {name for name, _ in self.model.named_parameters()}
         vectors = self.vector_layers
         if vectors is not None and (not vectors or len(cast(Any, self.model).head.pooling) > 1):

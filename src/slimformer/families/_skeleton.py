@@ -56,7 +56,9 @@ class Attention(Block):
 
     `counters`: the attribute of `module` that holds the number of its heads, and one that holds that number times the size of a
     head, if it has one. `shares_bias`: whether it adds a bias for each head to its scores that all of its stack share. `asking`: the
-    bottleneck in front of queries and keys alone; the values then read the hidden states of the layer as they are.
+    bottleneck in front of queries and keys alone; the values then read the hidden states of the layer as they are. `terms`: how many
+    products of queries or keys with relative positions its scores have beside their own, `places` the Linears that make the keys
+    and queries of positions, if it has some for these alone.
     """
 
     module: str
@@ -67,9 +69,11 @@ class Attention(Block):
     counters: tuple[str, ...] = ()
     shares_bias: bool = False
     asking: Bottleneck | None = None
+    terms: int = 0
+    places: tuple[str, ...] = ()
 
     def under(self, path: str) -> Attention:
-        block = super().under(path)
+        block = replace(super().under(path), places=tuple(f"{path}.{name}" for name in self.places))
         return block if self.asking is None else replace(block, asking=self.asking.under(path))
 
     @property
@@ -113,7 +117,8 @@ class StackTable:
     the hidden state before layer 0; none if no module gives just that. `words`: the first of these that a model has is the word
     table. `embedding_norm`: the norm behind the embeddings, `norm` the one behind the last layer, if there are such. `stacked`:
     feed-forward blocks between the attention and the last one. `narrow` and `widen`: the bottlenecks that a layer begins and ends
-    with; what lies between them is as wide as the field `inner_width` of the config says.
+    with; what lies between them is as wide as the field `inner_width` of the config says. `beside`: modules beside the layers that all
+    attentions read, if a model has them.
     """
 
     attention_heads: str = "num_attention_heads"
@@ -129,6 +134,7 @@ class StackTable:
     narrow: Bottleneck | None = None
     widen: Bottleneck | None = None
     inner_width: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,10 @@ class Family(ABC):
         """So many of the first token ids must keep their numbers when the vocabulary is cut: positions may be counted from one."""
         return 0
 
+    def unread(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Parameters of the base model that a folder may hold, though a model with this config has none of that name."""
+        return ()
+
     @abstractmethod
     def tiny(self, model_type: str) -> dict[str, Any]:
         """Config options for a model of a few thousand parameters, four heads or more and three layers: the checks run

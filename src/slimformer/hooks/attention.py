@@ -10,14 +10,14 @@ the same up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, matmul, nn
 
-from slimformer.core.asking import asking_functions
+from slimformer.core.asking import asking_functions, positions_unheard
 
 MOST_SCORES = 16 << 20  # of a layer, batch * heads * seq * seq
 ATTENTION_NAME = "slimformer"  # our name among transformers' attention functions
@@ -58,8 +58,8 @@ def attending(model: nn.Module, slots: Mapping[str, Slot]) -> Iterator[None]:
 
 
 def quick_attention(model: nn.Module) -> AbstractContextManager[None]:
-    """Trains `model` with the faster of two attentions on a CPU while the context lasts; on other devices nothing changes."""
-    return attending(model, {}) if next(model.parameters()).device.type == "cpu" else nullcontext()
+    """Trains `model` with the faster of two attentions on a CPU while the context lasts; on other devices its own compute."""
+    return attending(model, {}) if next(model.parameters()).device.type == "cpu" else positions_unheard(model)
 
 
 def _attend(

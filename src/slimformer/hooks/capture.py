@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Kind, Role, Tokens
+from slimformer.core.asking import positions_unheard
 from slimformer.core.sieving import latest_words
 from slimformer.hooks.attention import Slot, attending
 
@@ -91,6 +92,7 @@ def capturing(model: nn.Module, anatomy: Anatomy, needs: Collection[Capture]) ->
             for hook in _hidden_hooks(model, anatomy, recorder):
                 context.callback(hook.remove)
         if Capture.RELATIONS in recorder.needs:
+            context.enter_context(positions_unheard(model))
             for name, roles in related(anatomy).items():
                 context.callback(model.get_submodule(name).register_forward_hook(partial(_see_output, recorder, roles)).remove)
         if Capture.SCORES in recorder.needs:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Point, PointRole
+from slimformer.core.asking import positions_unheard
 from slimformer.core.ranges import Ranges
 from slimformer.errors import PlanError, nearest
 from slimformer.hooks.attention import Slot, attending
@@ -30,6 +31,7 @@ def touched(model: nn.Module, anatomy: Anatomy, changes: Mapping[str, Change]) -
     parts: dict[str, dict[str, Change]] = {}  # module -> part -> function
     norms, attentions = set[str](), set[str]()
     with ExitStack() as stack:
+        stack.enter_context(positions_unheard(model))
         for name, change in changes.items():
             point = anatomy.points.get(name)
             if point is None:

@@ -108,7 +108,8 @@ def components_of(subject: Subject) -> Components:
     beside = (
         name for name, _ in model.named_modules() if name.endswith(f".{SHARED_BIAS}") and not name.startswith(anatomy.layers)
     )
-    places |= dict.fromkeys(beside, Spot(Component.CORE)) | _of_layers(anatomy)
+    read = (name for stack in anatomy.stacks for name in stack.beside)
+    places |= dict.fromkeys((*beside, *read), Spot(Component.CORE)) | _of_layers(anatomy)
     for point in anatomy.points.values():
         layer = _layer_of(anatomy, point.sublayer)
         if point.role is PointRole.NORM:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Kind
+from slimformer.core.asking import positions_unheard
 from slimformer.core.sieving import all_words
 from slimformer.errors import ModelError
 from slimformer.exporters.base import LAYERS
@@ -108,7 +109,7 @@ def count_parts(subject: Subject, length: int, reads: Sequence[Read] = ()) -> di
             found[place][2] += macs * _share(place, text) / len(texts)
         for site in subject.anatomy.of_kind(Kind.HEADS):
             found[Spot(Component.CORE, site.layer)][2] += (
-                2 * site.size * site.taps[0].unit * text.attention[site.layer or 0] ** 2 / len(texts)
+                site.products * site.size * site.taps[0].unit * text.attention[site.layer or 0] ** 2 / len(texts)
             )
     return {place: Counted(int(cell[0]), int(cell[1]), cell[2]) for place, cell in found.items()}
 
@@ -125,6 +126,7 @@ def _products(subject: Subject, components: Components, length: int) -> dict[Spo
         for path in products:
             hook = subject.model.get_submodule(path).register_forward_pre_hook(_rows(path, count))
             stack.callback(hook.remove)
+        stack.enter_context(positions_unheard(subject.model))
         subject.model(**subject.feed(random_texts(subject, Texts(1, length))))
     return found
 
@@ -232,6 +234,7 @@ def _watching(model: nn.Module, components: Components, clock: _Clock) -> Iterat
     there = dict(model.named_modules())
     places = {path: place for path, place in components.places.items() if path in there} | {"": REST}
     with ExitStack() as stack:
+        stack.enter_context(positions_unheard(model))
         for path, place in places.items():
             before, after = _hooks(watch, place)
             stack.callback(there[path].register_forward_pre_hook(before, with_kwargs=True).remove)

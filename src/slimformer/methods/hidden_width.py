@@ -145,6 +145,11 @@ def _hidden(anatomy: Anatomy) -> Site:
             "the hidden states of this model cannot be made narrower: its layers compute in another width, between bottlenecks.",
             help="cut heads, neurons or layers of it.",
         )
+    if any(site.terms for site in anatomy.of_kind(Kind.HEADS)):
+        raise TargetError(
+            "the hidden states of this model cannot be made narrower: the vectors of distances are as wide.",
+            help="cut heads, neurons or layers of it.",
+        )
     if not found:
         raise TargetError(
             "the hidden states of this model cannot be made narrower: not all that reads them is known.",

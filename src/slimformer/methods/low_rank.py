@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from slimformer.core.anatomy import Anatomy, Matrix, Role
+from slimformer.core.asking import positions_unheard
 from slimformer.core.cost import Cost
 from slimformer.core.plan import Decision, Plan
 from slimformer.errors import PlanError, TargetError
@@ -282,7 +283,7 @@ def seen(context: Context, method: LowRankFactors) -> dict[str, Moments]:
     gradients = method.weighted == "loss"
     sums = {matrix.id: _Sums(context, matrix, method.biases) for matrix in matrices}
     examples = 0
-    with context.subject.evaluating(), torch.set_grad_enabled(gradients):
+    with context.subject.evaluating(), positions_unheard(context.model), torch.set_grad_enabled(gradients):
         for batch in context.batches(method.examples):
             examples += len(batch["input_ids"])
             passed: dict[str, tuple[Tensor, Tensor]] = {}

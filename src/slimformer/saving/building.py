@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 MOST_LABELS = 1_000_000
+MOST_PLACES = 1_000_000
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset")
 _OWN_ATTENTION = (None, True, False, "eager", "sdpa")
 _KERNELS = (
@@ -210,9 +211,12 @@ def _refuse_functions(folder: Path, raw: Mapping[str, Any]) -> None:
 
 def _refuse_sizes(folder: Path, raw: Mapping[str, Any], stored: StoredWeights, planned: int) -> None:
     """ModelError for sizes above anything that the weights hold; in building, each layer costs time before a shape is compared."""
+    family = family_of(str(raw["model_type"]).removeprefix("slimformer_"))
+    least = 64 if family.positions(raw) is not None else MOST_PLACES  # without a table of positions their number is no size
     for field in (*_SIZES, *_LAYERS):
         size = raw.get(field)
-        most = len(stored.tensors) + planned if field in _LAYERS else max(stored.largest, 64)
+        most = max(stored.largest, least if field == "max_position_embeddings" else 64)
+        most = len(stored.tensors) + planned if field in _LAYERS else most
         if type(size) is int and size > most:
             what = f"only {len(stored.tensors):,} tensors" if field in _LAYERS else f"no tensor larger than {stored.largest:,}"
             raise ModelError(

@@ -58,6 +58,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "sentencepiece.bpe.model",
     "spiece.model",
+    "spm.model",
     "source.spm",
     "target.spm",
 )

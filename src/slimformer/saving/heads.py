@@ -109,7 +109,7 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
     kind, stated = str(raw["model_type"]), _stated(folder, raw)
     encoder = encoder_of(kind)
     _refuse_empty(folder, stored)
-    renamed, remarks = _plain_names(folder, stored, encoder)
+    renamed, remarks = _plain_names(folder, raw, stored, encoder)
     body, tops = _divide(renamed, encoder)
     if not encoder.body & set(body):
         raise ModelError(
@@ -286,7 +286,9 @@ def _tiny(make: Any, kind: str) -> PreTrainedModel:
 # -- What the weights hold -----------------------------------------------------------------------------------------------------
 
 
-def _plain_names(folder: Path, stored: StoredWeights, encoder: Parts) -> tuple[dict[str, str], list[str]]:
+def _plain_names(
+    folder: Path, raw: Mapping[str, Any], stored: StoredWeights, encoder: Parts
+) -> tuple[dict[str, str], list[str]]:
     """Today's name of each tensor -> its name in the file, and remarks; ModelError if they are quantized, or with an adapter."""
     import transformers
 
@@ -303,8 +305,12 @@ def _plain_names(folder: Path, stored: StoredWeights, encoder: Parts) -> tuple[d
             help="merge it where it was trained: model.merge_and_unload().save_pretrained(folder), and name that folder.",
         )
     own = {name: name for name in stored.tensors if not _NO_WEIGHTS.search(name) and ".original_module." not in name}
-    names = {_KEPT_HEAD.sub(".", _WRAPPERS.sub("", name)): name for name in own}
     remarks = []
+    unread = set(family_of(str(raw["model_type"])).unread(raw))
+    for name in [name for name in own if unread.intersection(_endings(name))]:
+        remarks.append(f"{folder}: nothing that the model computes reads {name}, so it is left out.")
+        del own[name]
+    names = {_KEPT_HEAD.sub(".", _WRAPPERS.sub("", name)): name for name in own}
     wrapper = next((_WRAPPERS.search(name) for name in own if _WRAPPERS.search(name)), None)
     if wrapper is not None:
         where = "begin with" if all(name.startswith(wrapper[0]) for name in own) else "hold"

@@ -18,7 +18,7 @@ HUB_MODEL = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+?)(@(?P<revision>[\w./-]+))?", 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "plan.json", "ranges.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "source.spm", "target.spm",
+    "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "spm.model", "source.spm", "target.spm",
 )  # fmt: skip
 _STEPS = ("config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors")
 DOWNLOADED = (*MODEL_FILES, *(f"model/{name}" for name in MODEL_FILES), "adapter_config.json", "modules.json", *_STEPS)

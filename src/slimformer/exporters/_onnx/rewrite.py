@@ -7,7 +7,7 @@ exporter can compare that number with the model. docs/decisions/0002-onnx-graphs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +42,10 @@ TURNED = (
     "slimformer",
     "Turned",
 )  # (query, key, value, mask, cosines and sines of each place): (., ., width); with a window around each
+DISTANT = (
+    "slimformer",
+    "Distant",
+)  # (query, key, value, mask, keys of distances and queries of them, or one of the two): (., ., width); with the row of each distance
 PATTERN = ("slimformer", "Pattern")  # (values, mask) with what all of these heads attend to: (., ., width) -> the same
 FORMED = ("slimformer", "Formed")  # (x, its parameters) with the name of its `module`: (., ., in) -> (., ., out)
 TABLE = ("slimformer", "Table")  # (ids, its parameters) with the name of its `module`: (., .) -> (., ., width)
@@ -49,6 +53,7 @@ RECURRENT = (
     "slimformer",
     "Recurrent",
 )  # (words, mask, weights and biases of torch's LSTM, one direction after the other): (batch, seq, in) -> its states, and the last ones
+_FLAT = (TURNED, DISTANT)  # attentions that read and write (., ., width)
 _LEAST = 1e-30  # a sum of weights that is not 0 is far above
 MASKED = -10_000.0  # exp() of it is 0 in fp32, and it survives fp16; the smallest float does not
 
@@ -58,7 +63,7 @@ _BROADCAST = {"Add", "Mul", "Sub", "Div"}
 
 def markers(graph: ir.Graph) -> list[ir.Node]:
     """The attention markers that the trace left, in order."""
-    return [node for node in graph if (node.domain, node.op_type) in (ATTENTION, TURNED)]
+    return [node for node in graph if (node.domain, node.op_type) in (ATTENTION, *_FLAT)]
 
 
 # --------------------------------------------------------------------------------------------------------------- attention
@@ -68,8 +73,8 @@ def flatten_attentions(graph: ir.Graph) -> int:
     """Takes the reshapes around each marker away: it then reads and writes (., ., heads * dim). Gives the number of markers."""
     attentions = markers(graph)
     for node in attentions:
-        if (node.domain, node.op_type) == TURNED:
-            continue  # it is flat
+        if (node.domain, node.op_type) in _FLAT:
+            continue
         uses = list(node.outputs[0].uses())
         if len(uses) != 1 or uses[0].node.op_type != "Reshape":
             raise Unexpected(f"the heads of attention {node.name} are not joined again")
@@ -98,7 +103,7 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
     editor = Editor(graph)
     biases: dict[ir.Value, ir.Value] = {}
     attentions = markers(graph)
-    places = _Around(editor, axes)
+    places, distances = _Around(editor, axes), _Distances(editor, axes)
     for place, node in enumerate(attentions):
         query, key, value, mask, *beyond = (required(item) for item in node.inputs)
         heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
@@ -108,12 +113,14 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
         split = editor.constant([0, 0, heads, width // heads], np.int64)
         join = editor.constant([0, 0, width], np.int64)
         q, k, v = (editor.one(node, "Reshape", [item, split]) for item in (query, key, value))
-        turned = (node.domain, node.op_type) == TURNED
+        turned, distant = ((node.domain, node.op_type) == kind for kind in (TURNED, DISTANT))
         if turned:
             turns, first = beyond, "first" in node.attributes
             beyond = places.beyond(node, mask, first)
             k = places.turned(node, k, turns)
             q = q if first else places.turned(node, q, turns)  # the first place is turned by nothing
+        if distant:
+            beyond = distances.terms(node, q, k, mask, beyond)
         if fused:
             strides = {"transBatchA": 1, "transBatchB": 1, "transB": 1, "alpha": scale}
             scores = editor.one(node, "FusedMatMul", [q, k], MICROSOFT, **strides)  # (batch, heads, seq, seq)
@@ -127,7 +134,8 @@ def lower_attentions(graph: ir.Graph, axes: Axes, fused: bool, shares_names: Map
             scores = editor.one(node, "Add", [scores, places.with_mask(node, beyond[0], biases[mask])])
         else:
             scores = editor.one(node, "Add", [scores, biases[mask]])
-            scores = editor.one(node, "Add", [scores, beyond[0]]) if beyond else scores
+            for summand in beyond:
+                scores = editor.one(node, "Add", [scores, summand])
         shares = editor.one(node, "Softmax", [scores], axis=-1)
         shares.name = shares_names.get(place, shares.name)
         if fused:
@@ -204,6 +212,84 @@ class _Around:
             self.known[cosines,] = editor.one(node, "Reshape", [cosines, shape])
             self.known[sines,] = editor.one(node, "Mul", [editor.one(node, "Reshape", [sines, shape]), signs])
         return self.known[cosines,], self.known[sines,]
+
+
+class _Distances:
+    """The summands of scores for the distance of query i and key j, which alone decides the row of a vector.
+
+    A product with the vectors of all distances in order holds what belongs to key j at place j - i + seq - 1 of row i (seq, 2 seq). Read
+    as one long row, that is a place in a table one narrower, from seq - 1 on: so nothing is gathered.
+    """
+
+    def __init__(self, editor: Editor, axes: Axes) -> None:
+        self.editor, self.axes = editor, axes
+        self.known: dict[tuple[Any, ...], Any] = {}
+
+    def numbers(self, *values: int) -> ir.Value:
+        return self.editor.constant(values, np.int64)
+
+    def terms(self, node: ir.Node, q: ir.Value, k: ir.Value, mask: ir.Value, vectors: list[ir.Value]) -> list[ir.Value]:
+        """(batch, heads, seq, seq) each, or (batch, heads, 1, seq) for the first word alone."""
+        editor, first = self.editor, "first" in node.attributes
+        q, k = (editor.one(node, "Transpose", [item], perm=[self.axes.batch, 2, self.axes.seq, 3]) for item in (q, k))
+        keys, queries = (vectors[0], None) if node.attributes["keys"].as_int() else (None, vectors[0])
+        queries = vectors[1] if len(vectors) > 1 else queries
+        found = []
+        if keys is not None:
+            product = editor.one(node, "MatMul", [q, self.chosen(node, mask, keys, falling=True)])
+            found.append(product if first else self.skewed(node, mask, product))
+        if queries is not None:
+            chosen = self.chosen(node, mask, queries, falling=first)
+            if first:
+                k = editor.one(node, "Mul", [editor.one(node, "Transpose", [k], perm=[0, 1, 3, 2]), chosen])
+                found.append(editor.one(node, "ReduceSum", [k, self.numbers(2)]))
+            else:
+                product = self.skewed(node, mask, editor.one(node, "MatMul", [k, chosen]))
+                found.append(editor.one(node, "Transpose", [product], perm=[0, 1, 3, 2]))
+        return found
+
+    def chosen(self, node: ir.Node, mask: ir.Value, vectors: ir.Value, falling: bool) -> ir.Value:
+        """The vectors of the distances that a text has, from the largest or the smallest on: (heads, size of a head, distances)."""
+        editor, rows, first = self.editor, node.attributes["rows"].as_ints(), "first" in node.attributes
+        key = (mask, tuple(rows), falling, first)
+        if key not in self.known:
+            size, one, farthest = self.sizes(node, mask)["seq"], editor.constant(1, np.int64), len(rows) // 2
+            low = editor.constant(0, np.int64) if first else editor.one(node, "Sub", [one, size])
+            high = size if first else editor.one(node, "Add", [one, size])
+            places = editor.one(node, "Range", [low, high, one])
+            places = editor.one(node, "Neg", [places]) if falling else places
+            ends = (editor.constant(end, np.int64) for end in (-farthest, farthest))
+            places = editor.one(node, "Clip", [places, *ends])
+            places = editor.one(node, "Add", [places, editor.constant(farthest, np.int64)])
+            self.known[key] = editor.one(node, "Gather", [self.table(rows), places])
+        return editor.one(node, "Gather", [vectors, self.known[key]], axis=2)
+
+    def table(self, rows: Sequence[int]) -> ir.Value:
+        key = (tuple(rows),)
+        if key not in self.known:
+            self.known[key] = self.editor.constant(rows, np.int64, "rows_of_distances")
+        return cast(ir.Value, self.known[key])
+
+    def sizes(self, node: ir.Node, mask: ir.Value) -> dict[str, ir.Value]:
+        """What follows from the length of a text."""
+        if (mask,) not in self.known:
+            editor = self.editor
+            seq = editor.one(node, "Shape", [mask], start=1, end=2)
+            begin = editor.one(node, "Sub", [seq, self.numbers(1)])
+            row = editor.one(node, "Add", [seq, begin])  # 2 seq - 1
+            end = editor.one(node, "Add", [begin, editor.one(node, "Mul", [seq, row])])
+            shape = editor.one(node, "Concat", [self.numbers(0, 0, -1), row], axis=0)
+            number = editor.one(node, "Squeeze", [seq, self.numbers(0)])
+            self.known[mask,] = {"seq": number, "seqs": seq, "begin": begin, "end": end, "shape": shape}
+        return cast("dict[str, ir.Value]", self.known[mask,])
+
+    def skewed(self, node: ir.Node, mask: ir.Value, product: ir.Value) -> ir.Value:
+        """What belongs to key j at place j of row i: (batch, heads, seq, seq) from (batch, heads, seq, 2 seq)."""
+        editor, sizes = self.editor, self.sizes(node, mask)
+        flat = editor.one(node, "Reshape", [product, self.numbers(0, 0, -1)])
+        flat = editor.one(node, "Slice", [flat, sizes["begin"], sizes["end"], self.numbers(2)])
+        table = editor.one(node, "Reshape", [flat, sizes["shape"]])  # (batch, heads, seq, 2 seq - 1)
+        return editor.one(node, "Slice", [table, self.numbers(0), sizes["seqs"], self.numbers(3)])
 
 
 def lower_patterns(graph: ir.Graph, axes: Axes) -> int:
@@ -360,7 +446,7 @@ def read_only_first(graph: ir.Graph, axes: Axes) -> int:
         if node in narrow and (node.domain, node.op_type) == ATTENTION and len(node.inputs) > 4:
             beyond = required(node.inputs[4])  # (1, heads, seq, seq)
             node.replace_input_with(4, editor.one(node, "Slice", [beyond, start, stop, editor.constant([2], np.int64)]))
-        if node in narrow and (node.domain, node.op_type) == TURNED:
+        if node in narrow and (node.domain, node.op_type) in _FLAT:
             node.attributes["first"] = ir.AttrInt64("first", 1)
         for output in node.outputs if node in narrow and node not in picks else ():
             output.shape = _narrowed(output, axes)
@@ -404,7 +490,7 @@ def _splits_columns(node: ir.Node) -> bool:
 
 def _rowwise_operands(node: ir.Node) -> tuple[int, ...]:
     """Inputs whose row i alone decides row i of the node's output; empty if the node mixes rows."""
-    if (node.domain, node.op_type) in {ATTENTION, TURNED, FORMED}:
+    if (node.domain, node.op_type) in {ATTENTION, *_FLAT, FORMED}:
         return (0,)  # keys and values are read whole
     if node.op_type in _ELEMENTWISE or _takes_columns(node) or _splits_columns(node):
         return (0,)

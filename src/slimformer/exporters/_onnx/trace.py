@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from slimformer.core.anatomy import Role
-from slimformer.core.asking import asking_functions
+from slimformer.core.asking import asking_functions, distance_rows, distance_vectors, score_scale
 from slimformer.core.deciding import answers_apart
 from slimformer.core.dividing import MET, SEGMENTS, meeting_seen
 from slimformer.core.patterning import BEYOND, fixed_marked
@@ -27,7 +27,7 @@ from slimformer.core.sieving import all_words
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.graph import required
 from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
-from slimformer.exporters._onnx.rewrite import ATTENTION, FORMED, PATTERN, RECURRENT, TABLE, TURNED
+from slimformer.exporters._onnx.rewrite import ATTENTION, DISTANT, FORMED, PATTERN, RECURRENT, TABLE, TURNED
 from slimformer.exporters._onnx.sieves import END, before_name, state_name
 from slimformer.families.base import Subject
 from slimformer.forms.base import Formed
@@ -36,6 +36,7 @@ from slimformer.students.recurrent import Recurrent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DISTANCE_KEYS, DISTANCE_QUERIES = "distance_keys", "distance_queries"  # (heads, size of a head, rows) each, scaled
 MARKED = "slimformer_export"  # the name under which transformers finds the attention that leaves a marker
 CHATTER = (  # known and harmless; any other warning is heard
     (FutureWarning, r".*isinstance\(treespec, LeafSpec\).*"),
@@ -199,6 +200,24 @@ def _mark_turned(attention: nn.Module, inputs: str, out: str, head_dim: int) -> 
     return forward
 
 
+def _mark_distant(attention: Any, vectors: Sequence[str], rows: list[int]) -> Any:
+    """A forward pass for an attention whose scores have terms for distances that leaves a marker: its further inputs are the vectors of
+    these, and it has the row of each distance."""
+
+    def forward(hidden_states: Any, attention_mask: Any, *_: Any, **__: Any) -> Any:
+        parts = [linear(hidden_states) for linear in (attention.query_proj, attention.key_proj, attention.value_proj)]
+        width = parts[0].shape[-1]
+        attributes: dict[str, Any] = {"scale": score_scale(attention), "heads": width // attention.attention_head_size}
+        attributes |= {"width": width, "keys": int(DISTANCE_KEYS in vectors), "rows": rows}
+        constants = [attention.get_buffer(name) for name in vectors]
+        mixed = torch.onnx.ops.symbolic(
+            "::".join(DISTANT), [*parts, attention_mask, *constants], attributes, dtype=parts[0].dtype, shape=parts[0].shape
+        )
+        return mixed, None
+
+    return forward
+
+
 def _mark_fixed(values: Any, attends: str, mask: Any) -> Any:
     """Leaves a marker for heads with a fixed pattern: (., ., width) in and out."""
     attributes: dict[str, Any] = {"attends": attends}
@@ -264,6 +283,7 @@ def _marked(subject: Subject) -> Iterator[None]:
         model.config._attn_implementation = MARKED
         stack.enter_context(asking_functions(model, MARKED))
         stack.enter_context(_one_bias(model))
+        stack.enter_context(_distances_known(subject))
         for name, module in forms_in(model).items():
             stack.callback(delattr, module, "forward")
             module.forward = _mark_form(name, module)
@@ -294,6 +314,41 @@ def _one_bias(model: nn.Module) -> Iterator[None]:
     finally:
         for module in stacks:
             del module.compute_position_bias
+
+
+@contextmanager
+def _distances_known(subject: Subject) -> Iterator[None]:
+    """Lets attentions whose scores have terms for distances leave markers with what follows from the weights alone."""
+    anatomy, model = subject.anatomy, subject.model
+    found = [anatomy.attentions[site.id] for site in anatomy.sites.values() if site.terms]
+    if not found:
+        yield
+        return
+    stack: Any = model.get_submodule(anatomy.layers[0].rpartition(".")[0].rpartition(".")[0])
+    with ExitStack() as marks, torch.no_grad():
+        table = stack.get_rel_embedding()  # (rows, hidden)
+        for name in found:
+            attention: Any = model.get_submodule(name)
+            vectors = dict(
+                zip(
+                    (DISTANCE_KEYS, DISTANCE_QUERIES),
+                    distance_vectors(attention, table[: 2 * attention.pos_ebd_size]),
+                    strict=True,
+                )
+            )
+            there = {name: value for name, value in vectors.items() if value is not None}
+            for buffer, value in there.items():
+                marks.callback(delattr, attention, buffer)
+                attention.register_buffer(
+                    buffer, (value * score_scale(attention)).transpose(1, 2).contiguous(), persistent=False
+                )
+            marks.callback(delattr, attention, "forward")
+            attention.forward = _mark_distant(attention, list(there), distance_rows(attention).tolist())
+        ways: dict[str, Any] = {"get_rel_embedding": lambda: None, "get_rel_pos": lambda *_: None}
+        for name, way in (ways | {"get_attention_mask": lambda mask: mask}).items():  # (batch, seq): the marker reads it
+            marks.callback(delattr, stack, name)
+            setattr(stack, name, way)
+        yield
 
 
 def _turned_attentions(subject: Subject) -> Iterator[tuple[str, Any]]:
