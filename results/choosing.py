@@ -58,7 +58,7 @@ NEEDS = (
     ),
     Need(
         "the most speed within two points",
-        "heads and neurons first, then blocks of zeros",
+        "heads and neurons first, then blocks of zeros: recipes/sst2-fastest.yaml",
         ("fisher-40-blocks-20-copies", "fisher-40-blocks-20", "width-67-blocks-20"),
         Variant.INT8_KERNELS,
     ),
