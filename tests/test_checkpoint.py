@@ -96,7 +96,7 @@ def test_no_folder_no_config_no_type(tmp_path):
 
 def test_an_architecture_without_a_family_names_those_there_are(folder):
     change(folder / "config.json", model_type="slimformer_gpt2")
-    known = r"bert, bilstm, camembert, cnn, distilbert, electra"
+    known = r"bert, bilstm, camembert, cnn, deberta-v2, distilbert, electra"
     with pytest.raises(ModelError, match=rf"no family knows the architecture 'gpt2'[\s\S]*{known}"):
         slimformer.load(folder)
 

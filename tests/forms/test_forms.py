@@ -354,7 +354,11 @@ def test_a_factored_model_can_lose_sublayers_and_nothing_else() -> None:
 @pytest.mark.parametrize("form", [Kronecker((99, 8)), Kronecker((99, 8), 3)])
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_a_language_model_decodes_with_its_table_in_the_new_form(model_type: str, form: Kronecker, tmp_path: Path) -> None:
-    model = tiny(model_type, auto_class="AutoModelForMaskedLM", **({"embedding_size": 32} if model_type == "electra" else {}))
+    model = tiny(
+        model_type,
+        auto_class="AutoModelForMaskedLM",
+        **({"embedding_size": 32} if model_type in ("electra", "mobilebert") else {}),
+    )
     anatomy, plan = anatomy_of(model), Plan(forms={"embeddings.word": form})
     matrix = anatomy.matrices["embeddings.word"]
     assert matrix.tied is None

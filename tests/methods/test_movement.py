@@ -186,7 +186,7 @@ def test_the_masked_model_is_the_cut_one(variant, block, target):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_is_masked_as_it_is_cut(model_type):
     around = tiny_context(model_type)
-    method = Movement(variant="struct", keep=0.4, neuron_multiple=1)
+    method = Movement(variant="struct", keep=0.5, neuron_multiple=1)
     state = method.attach(around)
     scattered(state)
     keep = same_when_cut(method, state, around).plan.keep

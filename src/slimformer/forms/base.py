@@ -105,6 +105,11 @@ class Decoder(nn.Module):
         self.bias = linear.bias
         self._table = (table,)  # a tuple, so that its parameters stand once among the model's
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, multiplied out, for heads that read it and do not call the module: (words, hidden)."""
+        return self._table[0].matrix()
+
     def forward(self, states: Tensor) -> Tensor:
         scores = self._table[0].decode(states)
         return scores if self.bias is None else scores + self.bias.to(scores.dtype)

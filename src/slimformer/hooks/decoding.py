@@ -23,8 +23,15 @@ def decoding_at(model: PreTrainedModel, chosen: Tensor) -> Iterator[None]:
     def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][chosen.to(args[0].device)],)  # (batch, seq, hidden)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
+    handle = _reader(model).register_forward_pre_hook(choose)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _reader(model: PreTrainedModel) -> nn.Module:
+    """The first module that states pass on their way to words: BERT's transform, which MobileBERT has before matrices that no module
+    multiplies by; else the last matrix."""
+    transforms = (module for name, module in model.named_modules() if name.endswith("predictions.transform"))
+    return next(transforms, model.get_output_embeddings())
