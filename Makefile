@@ -1,4 +1,4 @@
-# make demo | test | check | docs | mutants | install | kernels | kernels-check: what CI calls and what the README says.
+# make demo | test | check | docs | gauntlet | mutants | install | kernels | kernels-check: what CI calls and what the README says.
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 # The compiled kernels need a C++ compiler; all else works without.
 HAS_COMPILER := $(shell command -v $(CXX) 2>/dev/null)
 
-.PHONY: install test fast check demo docs mutants clean kernels kernels-check kernels-check-arm
+.PHONY: install test fast check demo docs gauntlet mutants clean kernels kernels-check kernels-check-arm
 
 install: $(VENV)/.installed kernels
 
@@ -74,6 +74,9 @@ docs: $(VENV)/.docs
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) -e '.[docs]'
 	touch $@
+
+gauntlet: install
+	$(PYTHON) benchmarks/gauntlet.py --out gauntlet.jsonl
 
 mutants: $(VENV)/.mutants
 	$(PYTHON) benchmarks/mutants.py --out mutants.jsonl

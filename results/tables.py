@@ -16,6 +16,7 @@ from pathlib import Path
 import generation
 import loads
 import numerics
+import ordeals
 import published
 import structured
 import survey
@@ -253,6 +254,7 @@ def main(arguments: Sequence[str]) -> int:
         **generation.pages(),
         **survey.pages(),
         loads.PAGE: placed(loads.PAGE.read_text(encoding="utf-8"), loads.load_table(), "load"),
+        ordeals.RELIABILITY: placed(ordeals.RELIABILITY.read_text(encoding="utf-8"), ordeals.ordeal_table(), "gauntlet"),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
