@@ -109,6 +109,16 @@ class FeedForward(Block):
         return 2 if self.gate == self.into else 1
 
 
+BERT_FFN = FeedForward(  # of BERT, and of all in transformers that took its layers over
+    into="intermediate.dense",
+    out="output.dense",
+    norm="output.LayerNorm",
+    start="intermediate",
+    end="output",
+    skips=(Skip("intermediate", gives="input"), Skip("output", gives="residual")),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StackTable:
     """A stack of layers: each has an attention, in a decoder one that asks the encoder (`cross`), and a feed-forward block.

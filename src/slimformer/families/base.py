@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slimformer import registry
 from slimformer.core.anatomy import Anatomy, Skip
 from slimformer.errors import ModelError
-from slimformer.families._skeleton import Attention, Bottleneck, FeedForward, Skeleton, StackTable, Surroundings
+from slimformer.families._skeleton import BERT_FFN, Attention, Bottleneck, FeedForward, Skeleton, StackTable, Surroundings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "BERT_FFN",
     "Attention",
     "Bottleneck",
     "Family",

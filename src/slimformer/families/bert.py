@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from slimformer.families.base import Attention, Family, FeedForward, Skeleton, Skip
+from slimformer.families.base import BERT_FFN, Attention, Family, Skeleton, Skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,14 +34,7 @@ class Bert(Family):
             end="attention.output",
             skips=(Skip("attention", gives="input", pair=True),),
         ),
-        ffn=FeedForward(
-            into="intermediate.dense",
-            out="output.dense",
-            norm="output.LayerNorm",
-            start="intermediate",
-            end="output",
-            skips=(Skip("intermediate", gives="input"), Skip("output", gives="residual")),
-        ),
+        ffn=BERT_FFN,
         embedding=("embeddings_project", "embeddings"),
         project="embeddings_project",
         inner=("embeddings_project", "pooler.dense"),

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from slimformer.errors import ModelError
-from slimformer.families.base import SETTLED, Attention, Family, FeedForward, Skeleton, Skip
+from slimformer.families.base import BERT_FFN, SETTLED, Attention, Family, Skeleton, Skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,14 +41,7 @@ class Deberta(Family):
             end="attention.output",
             skips=(Skip("attention", gives="input", pair=True),),
         ),
-        ffn=FeedForward(
-            into="intermediate.dense",
-            out="output.dense",
-            norm="output.LayerNorm",
-            start="intermediate",
-            end="output",
-            skips=(Skip("intermediate", gives="input"), Skip("output", gives="residual")),
-        ),
+        ffn=BERT_FFN,
         beside=("encoder.rel_embeddings", "encoder.LayerNorm"),
         project="embeddings.embed_proj",
         inner=("embeddings.embed_proj",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
-from slimformer.families.base import Attention, Family, FeedForward, Skeleton, Skip
+from slimformer.families.base import BERT_FFN, Attention, Family, Skeleton, Skip
 
 _PADDING = 1  # the id by which its class counts positions, whatever its config says
 
@@ -32,14 +32,7 @@ class MPNet(Family):
             end="attention.LayerNorm",
             skips=(Skip("attention", gives="input", pair=True),),
         ),
-        ffn=FeedForward(
-            into="intermediate.dense",
-            out="output.dense",
-            norm="output.LayerNorm",
-            start="intermediate",
-            end="output",
-            skips=(Skip("intermediate", gives="input"), Skip("output", gives="residual")),
-        ),
+        ffn=BERT_FFN,
         inner=("pooler.dense",),
         head=("classifier.dense",),
         last=("classifier", "classifier.out_proj", "qa_outputs"),
