@@ -9,7 +9,7 @@ compute so by a class that goes before their own, and no hook stays on the model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -245,32 +245,29 @@ def sifting(model: nn.Module, anatomy: Anatomy, rules: Mapping[str, Passing]) ->
             step_back(module, _Sifted, "sieve_line", "sieve_first", "sieve_rule", "sieve_asking")
 
 
-@contextmanager
-def all_words(model: nn.Module) -> Iterator[None]:
+def all_words(model: nn.Module) -> AbstractContextManager[None]:
     """While it lasts no word leaves the model."""
-    line = _line_of(model)
-    if line is None:
-        yield
-        return
-    before, line.off = line.off, True
-    try:
-        yield
-    finally:
-        line.off = before
+    return _line_set(model, "off")
+
+
+def keeping_shares(model: nn.Module) -> AbstractContextManager[None]:
+    """While it lasts each sieve with a threshold lets its share of each batch's words pass, whatever their attention has become."""
+    return _line_set(model, "follows")
 
 
 @contextmanager
-def keeping_shares(model: nn.Module) -> Iterator[None]:
-    """While it lasts each sieve with a threshold lets its share of each batch's words pass, whatever their attention has become."""
+def _line_set(model: nn.Module, switch: str) -> Iterator[None]:
+    """Switches something on for all sieves of a model, if it has any."""
     line = _line_of(model)
     if line is None:
         yield
         return
-    before, line.follows = line.follows, True
+    before = getattr(line, switch)
+    setattr(line, switch, True)
     try:
         yield
     finally:
-        line.follows = before
+        setattr(line, switch, before)
 
 
 def latest_looks(model: nn.Module) -> Sequence[tuple[Tensor, Tensor]]:
