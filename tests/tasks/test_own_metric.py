@@ -115,20 +115,20 @@ def test_balanced_weights_are_counted_on_training_rows_and_weigh_the_loss() -> N
     task = Classification(data=ROWS, class_weights="balanced").settled()
     train = [item.answer for item in task.split(Split.TRAIN)]
     each = tuple(len(train) / 2 / train.count(name) for name in task.labels)
-    assert task.weights() == pytest.approx(each)
+    assert task.weights == pytest.approx(each)
     assert each[0] > 2 * each[1]
     logits, labels = torch.tensor([[1.0, 0.0], [0.3, 0.1], [0.0, 2.0]]), torch.tensor([0, 1, 1])
     loss = task.loss({"logits": logits}, {"labels": labels})
     parts = functional.cross_entropy(logits, labels, reduction="none")
     weights = torch.tensor(each)[labels]
     torch.testing.assert_close(loss, (parts * weights).sum() / weights.sum())
-    assert Classification(data=ROWS).settled().weights() is None
+    assert Classification(data=ROWS).settled().weights is None
 
 
 def test_weights_of_some_classes_and_of_several_labels() -> None:
     task = Classification(data=ROWS, class_weights="rare=4").settled()
     assert task.labels == ("rare", "usual")
-    assert task.weights() == (4.0, 1.0)
+    assert task.weights == (4.0, 1.0)
     again = Classification(data=ROWS, class_weights=task.class_weights)  # as a recipe writes and reads it
     assert again.class_weights == Classification(data=ROWS, class_weights={"rare": 4}).class_weights
     several = Classification(
@@ -153,7 +153,7 @@ def test_weights_that_cannot_be_are_refused(weights: Any, message: str) -> None:
         Classification(data=ROWS, class_weights=weights)
     assert message in "\n".join(told.value.facts)
     with pytest.raises(DataError, match="there is no class 'rar'; did you mean 'rare'"):
-        Classification(data=ROWS, class_weights="rar=2").settled().weights()
+        Classification(data=ROWS, class_weights="rar=2").settled().reading()
     with pytest.raises(RecipeError) as untold:
         Classification(data=ROWS, class_weights="balanced", labels="none")
     assert "these have none" in "\n".join(untold.value.facts)

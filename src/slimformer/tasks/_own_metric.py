@@ -61,7 +61,10 @@ def is_own(metric: str) -> bool:
 
 def known_or_own(metric: str, known: Collection[str]) -> bool:
     """Whether a metric is one of these, or a function of the user's; RecipeError if it names no function that can be one."""
-    return metric in known or (is_own(metric) and bool(own_metric(metric).name))
+    if is_own(metric):
+        own_metric(metric)
+        return True
+    return metric in known
 
 
 @lru_cache(maxsize=8)
@@ -89,7 +92,7 @@ def own_metric(name: str) -> OwnMetric:
     function = getattr(found, last, None)
     if not callable(function):
         there = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise RecipeError(f"metric: {module} has no function {last}; {nearest(last, there)}.")
+        raise RecipeError(f"metric: {module} has no function {last}; {nearest(last, there)[:200]}.")
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError as error:  # written in C

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -203,14 +203,15 @@ class Classification(Labelled):
     def reading(self) -> Reading:
         task = self if self.kind != "auto" else self.settled()
         if task.kind == MULTI:
-            return AnyLabels(task.classes, task.threshold, task.weights())
-        return OneClass(task.classes, task.weights()) if task.classes else OneScore()
+            return AnyLabels(task.classes, task.threshold, task.weights)
+        return OneClass(task.classes, task.weights) if task.classes else OneScore()
 
+    @cached_property
     def weights(self) -> tuple[float, ...] | None:
         """What a row of each class counts in the loss, in the order of the ids; None if all count the same."""
         if self.class_weights is None or self.kind == "score":
             return None
-        return _weights(self, stamp(self.data), stamp(self.train_rows))
+        return class_weights(self.class_weights, self.classes, [item.answer for item in self.split(Split.TRAIN)])
 
     @property
     def tunes(self) -> bool:
@@ -531,12 +532,6 @@ class Classification(Labelled):
 
 
 # ---- reading
-
-
-@lru_cache(maxsize=4)
-def _weights(task: Classification, _data: Stamp, _rows: Stamp) -> tuple[float, ...]:
-    """The weights of a task's classes, counted on its training rows."""
-    return class_weights(task.class_weights, task.classes, [item.answer for item in task.split(Split.TRAIN)])
 
 
 @lru_cache(maxsize=4)
