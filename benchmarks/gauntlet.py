@@ -210,11 +210,16 @@ def is_whole(out: Path) -> bool:
 
     from slimformer.reporting.ledger import read_records
 
-    files = list(out.rglob("*.onnx"))
-    plain = [file for file in files if file.name != "model_slim.onnx"]  # that one needs the compiled kernels
-    for file in plain:
-        onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return bool(plain and (out / "README.md").is_file() and read_records([out / "ledger.jsonl"]))
+    models = list((out / "points").iterdir()) if (out / "points").is_dir() else [out]
+    for model in models:
+        files = [
+            file for file in model.rglob("*.onnx") if file.name != "model_slim.onnx"
+        ]  # that one needs the compiled kernels
+        if not files or not (model / "README.md").is_file():
+            return False
+        for file in files:
+            onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return bool(models and (out / "report.html").is_file() and read_records([out / "ledger.jsonl"]))
 
 
 def numbers_of(out: Path) -> Any:
