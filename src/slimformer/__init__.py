@@ -22,6 +22,7 @@ _SILENT = {  # reports that these packages send to their makers unless told not 
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime, from 1.29 on
     "NNCF_CI": "1",  # nothing else depends on it
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 for _name, _value in _SILENT.items():
     os.environ.setdefault(_name, _value)

@@ -288,10 +288,40 @@ def _numbers(text: str, flag: str) -> tuple[float, ...]:
         ) from None
 
 
+def _seeds(text: str | None) -> tuple[int, ...]:
+    numbers = _numbers(text, "--seeds") if text is not None else ()
+    if text is not None and (not numbers or any(number < 0 or number != int(number) for number in numbers)):
+        raise RecipeError(f"--seeds must be whole numbers from 0 on, not {text!r}.", help="such as --seeds 1,2,3.")
+    return tuple(map(int, numbers))
+
+
+def _need_cluster(address: str | None, processors: int | None) -> None:
+    if address is None and processors is not None:
+        raise RecipeError("--processors is for trainings on a cluster.", help="name one with --ray, or leave it out.")
+
+
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="<address>",
+        help="Train side by side on this Ray cluster ('auto', host:port), or 'local' for this machine.",
+    ),
+]
+Processors = Annotated[
+    int | None, typer.Option(min=1, help="Processors for each training on the cluster; by default all are shared out.")
+]
+
+
 @app.command("run", epilog="Example: slimformer run recipes/fisher.yaml --out runs/fisher")
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipes: Annotated[list[Path], typer.Argument(help="YAML recipes; each of several has a folder of its own below --out.")],
     out: Out,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="<numbers>", help="Run each recipe with each of these seeds, such as 1,2,3.")
+    ] = None,
+    ray: RayAddress = None,
+    processors: Processors = None,
     model: Annotated[
         str | None, typer.Option(help="The model to take instead of the recipe's: where it is on this machine, or a hub name.")
     ] = None,
@@ -305,11 +335,37 @@ def run_command(
         ),
     ] = None,
 ) -> None:
-    """Run a recipe, stage by stage; run it again and it resumes."""
+    """Run a recipe, stage by stage, or several; run it again and it resumes."""
     _need_train()
-    from slimformer.running.runner import run
+    _need_cluster(ray, processors)
+    if len(recipes) == 1 and seeds is None and ray is None:
+        from slimformer.running.runner import run
 
-    _show(run(recipe, out, model=model, data=data, command=_command(), threads=threads, wait_seconds=wait, cache=cache))
+        result = run(
+            recipes[0], out, model=model, data=data, command=_command(), threads=threads, wait_seconds=wait, cache=cache
+        )
+        _show(result)
+        return
+    from slimformer.running.sweep import run_several
+
+    found = run_several(
+        recipes,
+        out,
+        seeds=_seeds(seeds),
+        cluster=ray,
+        processors=processors,
+        model=model,
+        data=data,
+        threads=threads,
+        wait_seconds=wait,
+        cache=cache,
+    )
+    for line in found.lines():
+        typer.echo(line)
+    if (out / "report.html").is_file():
+        typer.echo(f"page: {out / 'report.html'}")
+    if found.failed:
+        raise typer.Exit(1)
 
 
 @app.command("compare", epilog="Example: slimformer compare recipes/mrpc-*.yaml --hours 2 --out compared")
@@ -327,15 +383,20 @@ def compare_command(
     students: Annotated[
         int, typer.Option(help="Try so many students of smaller shapes of --model too, fast ones on this machine.", min=0)
     ] = 0,
+    ray: RayAddress = None,
+    processors: Processors = None,
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
     """Try several recipes within some hours; leave the models that no other beats."""
     _need_train()
+    _need_cluster(ray, processors)
     from slimformer.running.comparing import compare_recipes
 
     limits: dict[str, Any] = {"hours": hours, "part": part, "threads": threads, "wait_seconds": wait}
-    found = compare_recipes(recipes, out, model=model, data=data, students=students, **limits)
+    found = compare_recipes(
+        recipes, out, model=model, data=data, students=students, cluster=ray, processors=processors, **limits
+    )
     for line in found.lines():
         typer.echo(line)
     if not found.kept:

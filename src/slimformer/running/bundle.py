@@ -77,7 +77,7 @@ class Bundle:
             12
         """
         models = (fixed_digest(self.subject.model), fixed_digest(self.teacher.model))
-        names = (self.plan.digest(), self.teacher_plan.digest(), repr(self.material.task), self.material.digest)
+        names = (self.plan.digest(), self.teacher_plan.digest(), self.material.task.settings, self.material.digest)
         return digest(*models, *names, *([] if self.read is None else [self.read.digest]))
 
     @property

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimformer.digests import digest_files
-from slimformer.errors import RecipeError, SlimformerError, readable
+from slimformer.errors import RecipeError, SlimformerError
 from slimformer.files import remembered
 from slimformer.log import Log
 from slimformer.measuring.records import Record
 from slimformer.methods.distillation import Distillation
 from slimformer.reporting.page import report
 from slimformer.reporting.verdicts import worthless
-from slimformer.reporting.words import mb_text
+from slimformer.running.cluster import Cluster, Ended, Job, connected
 from slimformer.running.fresh import Fresh
-from slimformer.running.given import moved
 from slimformer.running.order import leading_stages
-from slimformer.running.preflight import preflight
-from slimformer.running.reader import read_recipe
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.runner import run
 from slimformer.running.shapes import StudentShape, timed_shapes, worth_trying
-from slimformer.running.students import check_student
+from slimformer.running.sweep import CACHE, check_recipes, figures, named_recipes
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.training.stage import Stage, Train
@@ -38,7 +36,6 @@ from slimformer.training.stage import Stage, Train
 TRIAL_TIME = 0.5  # of the hours, at most, are for the short runs
 SHORT_SECONDS = 5.0  # a short run is timed for so long
 SHORT, WHOLE = "short", "whole"  # folders below `out`
-CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,8 @@ def compare_recipes(
     students: int = 0,
     threads: int | None = None,
     wait_seconds: float = 60.0,
+    cluster: str | None = None,
+    processors: int | None = None,
     log: Log | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Comparison:
@@ -122,6 +121,9 @@ def compare_recipes(
             has. Of all shapes those are taken that are fast for their size on this machine; see `shapes`.
         threads: How many threads each timing uses; all cores by default.
         wait_seconds: How long each run waits at most until nothing else runs on the machine.
+        cluster: The address of a Ray cluster ("auto", "host:6379"), or "local" for one of this machine alone: trainings then run side
+            by side on its nodes, and are measured one at a time; see `run_several`.
+        processors: Processors for each training on the cluster; by default all are shared out.
         log: By default the lines go to Python's logger `slimformer`; `show_log` prints them.
         clock: What tells the seconds.
 
@@ -136,29 +138,35 @@ def compare_recipes(
     Example:
         >>> compare_recipes(["one.yaml", "two.yaml"], "compared", hours=2)  # doctest: +SKIP
     """
-    place, begin = Path(out), clock()
-    chains = _named(recipes, model, data)
+    place, begin, log = Path(out), clock(), log or Log(None)
+    chains = {name: _from_model(recipe, model) for name, recipe in named_recipes(recipes, None, data).items()}
     if students:
-        chains |= _students(chains, model, students, threads, log or Log(None), place)
+        chains |= _students(chains, model, students, threads, log, place)
     if len(chains) < 2:
         raise RecipeError("there is nothing to compare: name two recipes or more.", help="slimformer run is for one.")
     _check(chains)
     options: dict[str, Any] = {"threads": threads, "wait_seconds": wait_seconds, "cache": place / CACHE}
     left = Budget(hours * 60, clock, begin)
-    short = {
-        name: _tried(name, short_run(recipe, part), place / SHORT / name, left, TRIAL_TIME, options)
-        for name, recipe in chains.items()
-    }
-    ended = [item for item in short.values() if item.record is not None]
-    outcome = dict(short)
-    for item in sorted(ended, key=lambda entry: entry.values[0]):
-        better = beaten_by(item, ended)
-        if better is not None:
-            outcome[item.name] = replace(item, end="beaten", why=f"{better.name} is better in everything")
-            continue
-        expected = item.minutes / part
-        whole = _tried(item.name, chains[item.name], place / WHOLE / item.name, left, 1.0, options, expected)
-        outcome[item.name] = replace(whole, record=whole.record or item.record, minutes=whole.minutes + item.minutes)
+    with ExitStack() as stack:
+        nodes = stack.enter_context(connected(cluster, log)) if cluster is not None else None
+        if nodes is not None:
+            nodes.check(place)
+        many = _Many(nodes, processors, left, options)
+        short = many.tried(
+            {name: (short_run(recipe, part), place / SHORT / name) for name, recipe in chains.items()}, TRIAL_TIME
+        )
+        ended = [item for item in short.values() if item.record is not None]
+        outcome = dict(short)
+        for item in ended:
+            better = beaten_by(item, ended)
+            if better is not None:
+                outcome[item.name] = replace(item, end="beaten", why=f"{better.name} is better in everything")
+        going = sorted((item for item in ended if outcome[item.name] is item), key=lambda entry: entry.values[0])
+        expected = {item.name: item.minutes / part for item in going}
+        whole = many.tried({item.name: (chains[item.name], place / WHOLE / item.name) for item in going}, 1.0, expected)
+    for item in going:
+        last = whole[item.name]
+        outcome[item.name] = replace(last, record=last.record or item.record, minutes=last.minutes + item.minutes)
     if any(item.end in ("kept", "worthless") for item in outcome.values()):
         report([place / WHOLE], place)
     return Comparison(place, tuple(outcome.values()))
@@ -219,18 +227,6 @@ def beaten_by(item: Tried, others: Sequence[Tried]) -> Tried | None:
     return None
 
 
-def _named(recipes: Sequence[Recipe | str | Path], model: str | Path | None, data: Any) -> dict[str, Recipe]:
-    """The recipes by their names, with the model and data that are to be taken."""
-    found: dict[str, Recipe] = {}
-    for number, item in enumerate(recipes, 1):
-        name = f"recipe-{number}" if isinstance(item, Recipe) else Path(item).stem
-        recipe = item if isinstance(item, Recipe) else read_recipe(item)
-        if name in found:
-            raise RecipeError(f"two recipes are called {readable(name)}.", help="give their files other names.")
-        found[name] = _from_model(moved(recipe, None, data), model)
-    return found
-
-
 def _students(
     chains: Mapping[str, Recipe], model: str | Path | None, count: int, threads: int | None, log: Log, place: Path
 ) -> dict[str, Recipe]:
@@ -271,58 +267,64 @@ def _from_model(recipe: Recipe, model: str | Path | None) -> Recipe:
 def _check(chains: Mapping[str, Recipe]) -> None:
     """RecipeError with every mistake if some of the recipes could not be run, or are for other tasks."""
     first, *others = chains
-    facts = [f"{name}: another task or other data than {first}" for name in others if chains[name].task != chains[first].task]
-    for name, recipe in chains.items():
+    other = [f"{name}: another task or other data than {first}" for name in others if chains[name].task != chains[first].task]
+    check_recipes(chains, other, "compared")
+
+
+@dataclass(frozen=True)
+class _Many:
+    """Runs recipes as far as the time goes: one after another, or trained side by side on a cluster before they are measured."""
+
+    nodes: Cluster | None
+    processors: int | None
+    left: Budget
+    options: Mapping[str, Any]
+
+    def tried(
+        self, recipes: Mapping[str, tuple[Recipe, Path]], share: float, expected: Mapping[str, float] | None = None
+    ) -> dict[str, Tried]:
+        """Each with its folder, if its minutes are there; `expected`: how many those are, the longest so far if that is not known."""
+        jobs = {name: Job(recipe, folder, self.options) for name, (recipe, folder) in recipes.items()}
+        ahead = self._ahead(jobs, share, expected or {})
+        return {name: self._one(name, job, share, (expected or {}).get(name), ahead) for name, job in jobs.items()}
+
+    def _ahead(self, jobs: Mapping[str, Job], share: float, expected: Mapping[str, float]) -> dict[str, Ended] | None:
+        """What the cluster has trained; None without one."""
+        if self.nodes is None:
+            return None
+        left = self.left
+        begun = {name: job for name, job in jobs.items() if left.allows(expected.get(name, left.longest), share)}
+        if not begun:
+            return {}
+        ended = self.nodes.train(begun, self.processors, until=lambda: not left.allows(0.0, share))
+        good = {name: jobs[name] for name, item in ended.items() if not item.why}
+        measured = self.nodes.measure(good) if self.nodes.measures and good else {}
+        return ended | {name: replace(item, minutes=item.minutes + ended[name].minutes) for name, item in measured.items()}
+
+    def _one(self, name: str, job: Job, share: float, expected: float | None, ahead: Mapping[str, Ended] | None) -> Tried:
+        left = self.left
+        begin, minutes = left.spent, left.longest if expected is None else expected
+        if name not in ahead if ahead is not None else not left.allows(minutes, share):
+            return Tried(name, "no time", f"it needs some {minutes:.0f} minutes")
+        before = ahead[name] if ahead is not None else Ended()
+        if before.why:
+            return Tried(name, "failed", before.why, minutes=before.minutes)
         try:
-            if isinstance(recipe.model, Fresh):  # it is built when it runs
-                assert recipe.teacher is not None, "Recipe asks for one"
-                check_student(
-                    recipe.model.use, local_folder(recipe.teacher), recipe.task, recipe.stages, recipe.model.vocabulary
-                )
-            else:
-                preflight(recipe)
+            result = run(job.recipe, job.folder, **job.options)
+            record = result.record
         except SlimformerError as error:
-            facts.append(f"{name}: {str(error).splitlines()[0]}")
-    if facts:
-        raise RecipeError("these recipes cannot be compared.", facts=facts, help="correct them, or leave some out.")
-
-
-def _tried(
-    name: str,
-    recipe: Recipe,
-    folder: Path,
-    left: Budget,
-    share: float,
-    options: Mapping[str, Any],
-    expected: float | None = None,
-) -> Tried:
-    """Runs a recipe, if its minutes are there; `expected`: how many those are, the longest so far if that is not known."""
-    begin = left.spent
-    if not left.allows(left.longest if expected is None else expected, share):
-        return Tried(name, "no time", f"it needs some {left.longest if expected is None else expected:.0f} minutes")
-    try:
-        result = run(recipe, folder, **options)
-        record = result.record
-    except SlimformerError as error:
-        return Tried(name, "failed", str(error).splitlines()[0], minutes=left.spent - begin)
-    minutes = left.spent - begin
-    left.longest = max(left.longest, minutes)
-    if expected is not None and worthless(record, result.records):
-        return Tried(name, "worthless", "worse than doing nothing", record, minutes)
-    return Tried(name, "kept", "", record, minutes)
+            return Tried(name, "failed", str(error).splitlines()[0], minutes=before.minutes + left.spent - begin)
+        took = before.minutes + left.spent - begin
+        left.longest = max(left.longest, took)
+        if expected is not None and worthless(record, result.records):
+            return Tried(name, "worthless", "worse than doing nothing", record, took)
+        return Tried(name, "kept", "", record, took)
 
 
 def _told(item: Tried) -> str:
     """What became of a recipe, in a line."""
-    figures = ""
-    if item.record is not None:
-        speeds = [item.record.times_faster(batch) for batch in (32, 1)]
-        lost = f"{item.record.loss.value:+.1f} points lost" if item.record.loss else ""
-        times = ", ".join(
-            f"{speed.median:.1f}x at batch {batch}" for speed, batch in zip(speeds, (32, 1), strict=True) if speed
-        )
-        figures = ", ".join(part for part in (lost, times, f"{mb_text(item.record.size_bytes or 0)} MB") if part)
+    known = figures(item.record) if item.record is not None else ""
     ended = {"kept": "", "worthless": "", "beaten": "short run only: ", "no time": "no time left: ", "failed": "failed: "}[
         item.end
     ] + item.why
-    return "; ".join(part for part in (figures, ended) if part)
+    return "; ".join(part for part in (known, ended) if part)

@@ -181,7 +181,7 @@ def is_done(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, 
 
     OutputError if the folder belongs to another purpose, or holds a finished run with other options, or of data that has changed.
     """
-    if owned_purpose(folder) is None or not _is_finished(folder):
+    if owned_purpose(folder) is None or not is_finished(folder):
         return False
     refuse_other_purpose(folder, purpose)
     there = finished_wish(folder)
@@ -210,7 +210,8 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds the whole result of a run."""
     return any((folder / name).is_file() for name in (FACTS_FILE, FAMILY_FILE)) and not (folder / WORK).exists()
 
 
@@ -253,7 +254,7 @@ def open_run(
                 quiet=Quiet(conditions.wait_seconds),
                 cache=None if cache is None else Path(cache),
             )
-        if _is_finished(folder):
+        if is_finished(folder):
             mark_finished(folder, wish())
 
 

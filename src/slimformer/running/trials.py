@@ -143,7 +143,9 @@ def judge_of(bundle: Bundle, run: Run) -> Judge:
     alone = bundle.tuned_here or not material.task.labelled
     splits = (Split.VALIDATION,) if alone else (Split.VALIDATION, Split.TRAIN)
     fused = files[Variant.FUSED]
-    kept = fused.with_name(f"scores-{digest(repr((material.task, [material.examples[split] for split in splits])))}.json")
+    kept = fused.with_name(
+        f"scores-{digest(repr((material.task.settings, [material.examples[split] for split in splits])))}.json"
+    )
 
     def scores() -> list[float]:
         session = open_session(fused, run.threads)

@@ -8,11 +8,12 @@ without them; `loss` and `divergence` get torch tensors and import torch themsel
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_type_hints
@@ -119,6 +120,15 @@ class Task(ABC):
 
     metric: str  # the key of `score` that counts
     max_length: int  # tokens an input may have; a model may allow fewer
+
+    @property
+    def settings(self) -> str:
+        """All options as text, the same from whichever folder its files are named."""
+        told = {item.name: getattr(self, item.name) for item in fields(self) if item.repr}  # type: ignore[arg-type]
+        for name in self.paths:
+            if isinstance(told.get(name), str) and os.path.exists(told[name]):
+                told[name] = os.path.realpath(told[name])
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
 
     # ---- what every task says
 

@@ -1,0 +1,292 @@
+"""Trains recipes side by side on the nodes of a Ray cluster, and measures them one at a time on nodes that are kept for it.
+
+Ray places the trainings, starts one anew if its worker or node dies, and moves no model: all nodes see the output folder under one path,
+as Ray Train asks too. A training leaves its state there once a minute, and goes on from it on whichever node takes it over.
+
+Training needs no quiet machine and measuring does. So trainings share nodes by processors and memory, while a measurement takes all
+processors of a node that was started with the resource `measure`, and no two measurements run at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import slimformer
+from slimformer.data.tokenizer import max_length_of
+from slimformer.errors import ExtraError, OutputError, ProcessError, SlimformerError, readable
+from slimformer.families.base import anatomy_of
+from slimformer.files import in_turn, write_text
+from slimformer.log import Log
+from slimformer.measuring.machine import cores
+from slimformer.running.fresh import Fresh
+from slimformer.running.reader import parse_recipe
+from slimformer.running.recipe import Recipe
+from slimformer.running.runner import run, train_stages
+from slimformer.saving import checkpoint
+from slimformer.saving.hub import local_folder
+from slimformer.training.stage import Train
+
+LOCAL = "local"  # as an address: a cluster of this machine alone, which ends with the command
+MEASURES = "measure"  # the resource of nodes where speed may be measured
+RETRIES = 5  # a training is started anew so often if its worker or node dies
+KNOCK_SECONDS = 10.0  # for the first node to answer at all
+LOOK_SECONDS = 60.0  # for each node to say what it sees
+WAIT_SECONDS = 1.0  # between two looks at what has ended
+
+BASE_BYTES = 0.7e9  # Python, the libraries and the rows of a task
+WEIGHT_BYTES = 16  # a trained weight: itself, its gradient, and two moments
+TEACHER_BYTES = 4  # a teacher's weight
+HIDDEN_FLOATS = 24  # for each hidden unit, token and layer: what one forward pass keeps for the backward pass
+SPARE = 1.7  # methods keep scores, statistics of the matrices that they cut, and copies of batches
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and the folder it runs in; `options`: those of `run` for the measurement."""
+
+    recipe: Recipe
+    folder: Path
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended on a node: `why` is empty if all went well."""
+
+    node: str = ""
+    minutes: float = 0.0
+    why: str = ""
+
+
+class Cluster:
+    """The nodes of a Ray cluster that is connected; `connected` gives one."""
+
+    def __init__(self, nodes: Sequence[Mapping[str, Any]], log: Log) -> None:
+        self._log = log
+        self._nodes = {str(node["NodeID"]): node["Resources"] for node in nodes}
+
+    @property
+    def processors(self) -> int:
+        """The processors of all nodes."""
+        return int(sum(resources.get("CPU", 0) for resources in self._nodes.values()))
+
+    @property
+    def measures(self) -> bool:
+        """Whether a node is kept for measurements."""
+        return any(resources.get(MEASURES, 0) > 0 for resources in self._nodes.values())
+
+    def told(self) -> str:
+        """The cluster in a clause."""
+        count, measuring = len(self._nodes), sum(resources.get(MEASURES, 0) > 0 for resources in self._nodes.values())
+        return f"{count} node{'s' if count > 1 else ''} with {self.processors} processors; " + (
+            f"{measuring} of them measure{'s' if measuring == 1 else ''}" if measuring else "this machine measures"
+        )
+
+    def check(self, folder: Path) -> None:
+        """OutputError if a node does not see `folder`, or has another version of slimformer."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        mark = folder.resolve() / f".part-{uuid.uuid4().hex}"
+        write_text(mark, "seen")
+        try:
+            looks = {
+                node: _remote(_look, num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                    str(mark)
+                )
+                for node in self._nodes
+            }
+            facts = [fact for look in looks.values() if (fact := self._fault_of(look))]
+        finally:
+            mark.unlink(missing_ok=True)
+        if facts:
+            raise OutputError(
+                "these nodes of the cluster cannot take part.",
+                facts=facts,
+                help="choose an --out on a file system that all nodes mount under one path; install one version everywhere.",
+            )
+
+    def _fault_of(self, look: Any) -> str:
+        import ray
+
+        try:
+            host, version, sees = ray.get(look, timeout=LOOK_SECONDS)
+        except (ray.exceptions.RayError, TimeoutError) as error:  # GetTimeoutError is both
+            return f"a node does not answer: {readable(str(error).splitlines()[0])}"
+        if version != slimformer.__version__:
+            return f"{host} has slimformer {version}, this machine {slimformer.__version__}"
+        return "" if sees else f"{host} does not see the folder"
+
+    def train(
+        self, jobs: Mapping[str, Job], each: int | None = None, until: Callable[[], bool] = lambda: False
+    ) -> dict[str, Ended]:
+        """Trains all jobs side by side; what has not begun once `until` holds is left out, and is missing in the answer.
+
+        `each`: processors for one training; by default all are shared out, as long as one node has so many.
+        """
+        widest = max((int(resources.get("CPU", 0)) for resources in self._nodes.values()), default=0)
+        if widest < 1:
+            raise ProcessError("no node of the cluster has a processor for trainings.", help="start nodes with --num-cpus.")
+        count = min(each or max(1, self.processors // len(jobs)), widest)
+        self._log.say(f"{len(jobs)} trainings on {self.told()}, {count} processor{'s' if count > 1 else ''} for each.")
+        most = max(float(resources.get("memory", 0)) for resources in self._nodes.values())
+        started = {}
+        for name, job in jobs.items():
+            needed = training_bytes(job.recipe)
+            if needed > most:
+                self._log.say(
+                    f"{name} needs about {needed / 2**30:.1f} GiB, and the largest node has {most / 2**30:.1f}: it runs alone there."
+                )
+            place = {"num_cpus": count, "memory": int(min(needed, most)), "max_retries": RETRIES}
+            started[_remote(_trained, **place).remote(*_sent(job))] = name
+        return self._collected(started, "trained", until)
+
+    def measure(self, jobs: Mapping[str, Job]) -> dict[str, Ended]:
+        """Runs what is left of each job on a node that is kept for measurements, one after another."""
+        found: dict[str, Ended] = {}
+        processors = min(int(r.get("CPU", 0)) for r in self._nodes.values() if r.get(MEASURES, 0) > 0)
+        for name, job in jobs.items():
+            place = {"num_cpus": processors, "resources": {MEASURES: 1}, "max_retries": RETRIES}
+            task = _remote(_measured, **place).remote(*_sent(job), dict(job.options))
+            found |= self._collected({task: name}, "measured")
+        return found
+
+    def _collected(self, started: Mapping[Any, str], word: str, until: Callable[[], bool] = lambda: False) -> dict[str, Ended]:
+        """The answers of tasks as they end, each with a line."""
+        import ray
+
+        waiting, found, begin = dict(started), {}, time.monotonic()
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_SECONDS)
+            for task in ready:
+                name = waiting.pop(task)
+                found[name] = ended = _answer(task)
+                took = (time.monotonic() - begin) / 60
+                left = f"; {len(waiting)} to go, about {took / len(found) * len(waiting):.0f} min" if waiting else ""
+                self._log.say(f"{name}: {ended.why or f'{word} on {ended.node} in {ended.minutes:.1f} min'}{left}.")
+            if waiting and until():
+                for task in waiting:
+                    ray.cancel(task, force=True)
+                break
+        return found
+
+
+@contextmanager
+def connected(address: str, log: Log) -> Iterator[Cluster]:
+    """The Ray cluster at an address ("auto", "host:6379", "ray://host:10001"), or one of this machine alone ("local").
+
+    ExtraError without Ray; ProcessError if no cluster answers there.
+    """
+    if find_spec("ray") is None:
+        raise ExtraError("--ray needs Ray, which is not installed.", help="pip install 'slimformer[ray]' on every node")
+    import ray
+
+    options: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == LOCAL else {}
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if port.isdigit():  # Ray itself waits for most of a minute
+            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="slimformer", **options)
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError, OSError, OverflowError) as error:
+        raise ProcessError(
+            f"no Ray cluster answers at '{address}'.",
+            facts=[f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"],
+            help="start one (`ray start --head` on the first machine), or say --ray local for this machine alone.",
+        ) from None
+    try:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        yield Cluster([node for node in nodes if node["Alive"]], log)
+    finally:
+        ray.shutdown()  # tasks that still run end with it
+
+
+def training_bytes(recipe: Recipe) -> float:
+    """About how much memory the trainings of a recipe take at most, in bytes, counted from shapes alone.
+
+    Weights, gradients and moments, the teacher's weights, and what a forward pass over the longest batch keeps: for each layer and token
+    some floats a hidden unit and neuron, and the attention scores of each head.
+    """
+    if isinstance(recipe.model, Fresh):
+        model = checkpoint.skeleton(local_folder(str(recipe.teacher)), recipe.task.auto_class) if recipe.teacher else None
+    else:
+        model = checkpoint.skeleton(local_folder(recipe.model), recipe.task.auto_class)
+    if model is None:  # trained from scratch, by the numbers of its config
+        return 2 * BASE_BYTES
+    anatomy = anatomy_of(model)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    longest = min(
+        getattr(recipe.task, "max_length", None) or 512, max_length_of(local_folder(str(recipe.teacher or recipe.model)))
+    )
+    sizes = [stage.batch_size for stage in recipe.stages if isinstance(stage, Train)]
+    tokens = max(sizes, default=32) * longest
+    kept = 0.0
+    for site in anatomy.sites.values():
+        if site.kind.value == "neurons":
+            kept += tokens * (HIDDEN_FLOATS * anatomy.hidden_size + 3 * site.size)
+        elif site.kind.value == "heads":
+            kept += 2 * tokens * longest * site.size
+    return BASE_BYTES + SPARE * ((WEIGHT_BYTES + TEACHER_BYTES) * weights + 4 * kept)
+
+
+# -- What runs on a node -------------------------------------------------------------------------------------------------------
+
+
+def _remote(work: Callable[..., Any], **place: Any) -> Any:
+    import ray
+
+    return ray.remote(**place)(work)
+
+
+def _sent(job: Job) -> tuple[dict[str, Any], str, str | None]:
+    """A job as plain data; its paths are relative to its folder, which is absolute."""
+    folder, cache = job.folder.resolve(), job.options.get("cache")
+    return job.recipe.seen_from(folder).to_data(), str(folder), None if cache is None else str(Path(cache).resolve())
+
+
+def _look(mark: str) -> tuple[str, str, bool]:
+    return platform.node(), slimformer.__version__, os.path.exists(mark)
+
+
+def _trained(data: dict[str, Any], folder: str, cache: str | None) -> Ended:
+    """Trains a recipe; a worker that was here before may still be ending, and has its turn first."""
+    return _done(lambda recipe: train_stages(recipe, folder, wait_seconds=0.0, cache=cache), data, folder)
+
+
+def _measured(data: dict[str, Any], folder: str, cache: str | None, options: dict[str, Any]) -> Ended:
+    return _done(lambda recipe: run(recipe, folder, **options | {"cache": cache}), data, folder)
+
+
+def _done(work: Callable[[Recipe], Any], data: dict[str, Any], folder: str) -> Ended:
+    begin = time.monotonic()
+    try:
+        with in_turn(Path(folder), lambda: None):
+            pass
+        work(parse_recipe(data, base=Path(folder)))
+    except SlimformerError as error:
+        return Ended(platform.node(), (time.monotonic() - begin) / 60, str(error).splitlines()[0])
+    return Ended(platform.node(), (time.monotonic() - begin) / 60)
+
+
+def _answer(task: Any) -> Ended:
+    """What a task says; one that could not end says why."""
+    import ray
+
+    try:
+        ended: Ended = ray.get(task)
+    except ray.exceptions.RayTaskError as error:  # a mistake of ours: its traceback says where
+        with suppress(AttributeError):
+            return Ended(why=readable(f"{type(error.cause).__name__}: {error.cause}"))
+        return Ended(why=readable(str(error).strip().splitlines()[-1]))
+    except ray.exceptions.RayError as error:
+        return Ended(why=readable(f"its node or worker died {RETRIES + 1} times: {str(error).strip().splitlines()[0]}"))
+    return ended

@@ -1,0 +1,202 @@
+"""Several recipes at once: what is refused, what is said, and two nodes of a real Ray cluster of which one is killed half-way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_folder import write_data, write_model
+
+from slimformer import cli
+from slimformer.errors import ProcessError, RecipeError
+from slimformer.measuring.machine import environment
+from slimformer.measuring.records import Interval, Record
+from slimformer.measuring.timing import SINGLE, SORTED, Ratio
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.fisher import Fisher
+from slimformer.running.cluster import BASE_BYTES, Ended, Job, _done, _look, _sent, training_bytes
+from slimformer.running.recipe import Bench, Recipe
+from slimformer.running.result import Result
+from slimformer.running.sweep import Ran, Sweep, named_recipes, run_several
+from slimformer.tasks.classification import Classification
+from slimformer.training.stage import Calibrate, Train
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data", train=80, dev=40)
+    return tmp_path
+
+
+def recipe(home: Path, *stages: Train | Calibrate) -> Recipe:
+    return Recipe(str(home / "model"), Classification(data=str(home / "data")), stages, bench=Bench(rivals=(), seconds=0.3))
+
+
+def test_mistakes_of_all_recipes_are_said_before_anything_runs(home: Path) -> None:
+    good = recipe(home, Train(epochs=1.0))
+    (home / "one.yaml").write_text(good.to_yaml(), encoding="utf-8")
+    with pytest.raises(RecipeError, match="two recipes are called one"):
+        run_several([home / "one.yaml", home / "one.yaml"], home / "out")
+    with pytest.raises(RecipeError, match="nothing to run"):
+        run_several([], home / "out")
+    with pytest.raises(RecipeError) as error:
+        run_several(
+            [good, replace(good, model=str(home / "gone")), replace(good, task=Classification(data=str(home / "nothing")))],
+            home / "out",
+        )
+    assert "recipe-2: " in str(error.value)
+    assert "recipe-3: " in str(error.value)
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["--seeds", "1,x"], ["--seeds", "1.5"], ["--seeds", ","], ["--processors", "2"]])
+def test_options_that_cannot_be_meant_are_refused(
+    home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "one.yaml").write_text(recipe(home, Train(epochs=1.0)).to_yaml(), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["slimformer", "run", str(home / "one.yaml"), "--out", str(home / "out"), *command])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert command[0] in capsys.readouterr().err
+
+
+def row(loss: float, speed: float) -> Record:
+    ratios = {SORTED: Ratio(speed, speed, speed), SINGLE: Ratio(2.0, 2.0, 2.0)}
+    made = Record("ours", "ours", "my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.9}, "2026-01-02", environment())
+    return replace(
+        made, file="onnx/model.onnx", chosen=True, loss=Interval(loss, loss - 1, loss + 1), speed=ratios, size_bytes=10**6
+    )
+
+
+def test_lines_tell_each_run_and_the_mean_of_its_seeds() -> None:
+    results = [Result(Path("out"), (row(loss, speed),)) for loss, speed in ((0.5, 3.0), (1.5, 5.0))]
+    ran = (
+        Ran("a-seed-1", "", results[0]),
+        Ran("a-seed-2", "", results[1]),
+        Ran("b-seed-1", "the data is gone."),
+        Ran("b-seed-2"),
+    )
+    lines = Sweep(Path("out"), ran, (1, 2)).lines()
+    assert lines[0] == "a-seed-1   +0.5 points lost, 3.0x at batch 32, 2.0x at batch 1, 1.0 MB"
+    assert lines[2] == "mean of 2  +1.0 points lost (+0.5 to +1.5), 4.0x at batch 32"
+    assert lines[3] == "b-seed-1   failed: the data is gone."
+    assert len(lines) == 5
+    assert Sweep(Path("out"), ran).failed == (ran[2],)
+
+
+def test_memory_grows_with_weights_batches_and_lengths(home: Path) -> None:
+    small = training_bytes(recipe(home, Train(epochs=1.0, batch_size=8)))
+    assert small > BASE_BYTES
+    large = training_bytes(recipe(home, Train(epochs=1.0, batch_size=32)))
+    longest = training_bytes(
+        replace(recipe(home, Train(epochs=1.0, batch_size=8)), task=Classification(data=str(home / "data"), max_length=8))
+    )
+    assert longest < small < large
+    assert (large - BASE_BYTES) / (small - BASE_BYTES) < 4  # the weights are the same
+
+
+def test_a_job_is_sent_as_plain_data_and_read_wherever_its_folder_is_seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    chain = Recipe("./model", Classification(data="data"), (Calibrate(Fisher(keep=0.5)),), bench=Bench(rivals=()))
+    data, folder, cache = _sent(Job(chain, Path("runs/one"), {"cache": "runs/cache"}))
+    assert json.loads(json.dumps(data)) == data
+    assert (folder, cache) == (str(home / "runs/one"), str(home / "runs/cache"))
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    found: list[Recipe] = []
+    ended = _done(found.append, data, folder)
+    assert ended == Ended(ended.node, ended.minutes)
+    assert Path(str(found[0].model)).resolve() == home / "model"
+    assert found[0].task.settings == replace(chain.task, data=str(home / "data")).settings  # type: ignore[call-arg]
+
+    def refuses(_: Recipe) -> None:
+        raise RecipeError("it is wrong.", help="correct it.")
+
+    assert _done(refuses, data, folder).why == "it is wrong."
+    assert _look(str(home / "data"))[2]
+    assert not _look(str(home / "nothing"))[2]
+
+
+def test_names_are_those_of_the_files(home: Path) -> None:
+    for name in ("one", "two"):
+        (home / f"{name}.yaml").write_text(recipe(home, Train(epochs=1.0)).to_yaml(), encoding="utf-8")
+    found = named_recipes([home / "one.yaml", home / "two.yaml"], data=str(home / "model"))
+    assert list(found) == ["one", "two"]
+    assert {chain.task.data for chain in found.values()} == {str(home / "model")}  # type: ignore[attr-defined]
+
+
+# -- On a cluster --------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, threading, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from slimformer.log import show_log
+from slimformer.running.sweep import run_several
+
+store = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+second = cluster.add_node(num_cpus=1, object_store_memory=store["object_store_memory"])
+
+def kill():
+    while len(list(Path("spread").glob("*/work"))) < 2:
+        time.sleep(0.05)
+    print("killed")
+    cluster.remove_node(second, allow_graceful=False)
+
+threading.Thread(target=kill, daemon=True).start()
+with show_log():
+    found = run_several(["one.yaml"], "spread", seeds=(1, 2), cluster=cluster.address, processors=1, wait_seconds=0)
+print("\\n".join(found.lines()))
+cluster.shutdown()
+"""
+
+
+def call(home: Path, *command: str) -> str:
+    plain: dict[str, Any] = {"cwd": home, "capture_output": True, "text": True, "timeout": 500}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        **plain,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_changes_no_number(home: Path) -> None:
+    pytest.importorskip("ray")
+    chain = recipe(home, Calibrate(Fisher(keep=0.6, cost="macs", examples=40)), Train(epochs=2.0, methods=(Distillation(),)))
+    (home / "one.yaml").write_text(
+        replace(chain, model="./model", task=Classification(data="./data")).to_yaml(), encoding="utf-8"
+    )
+    (home / "spread.py").write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+    text = call(home, "spread.py")
+    assert "killed" in text
+    assert "2 trainings on 2 nodes with 2 processors; this machine measures, 1 processor for each." in text
+    assert "is done already; going on from it" in text  # what the nodes trained is not trained again here
+    assert "is made again" not in text
+    call(home, "-m", "slimformer", "run", "one.yaml", "--seeds", "1,2", "--out", "alone", "--wait", "0")
+    for seed in ("one-seed-1", "one-seed-2"):
+        spread, alone = (load_file(home / place / seed / "model" / "model.safetensors") for place in ("spread", "alone"))
+        assert spread.keys() == alone.keys()
+        assert all(torch.equal(spread[name], alone[name]) for name in spread)
+
+
+def test_an_address_where_nothing_answers_is_said(home: Path) -> None:
+    pytest.importorskip("ray")
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"):
+        with pytest.raises(ProcessError, match=f"no Ray cluster answers at '{address}'"):
+            run_several([recipe(home, Train(epochs=1.0))], home / "out", cluster=address)
+    assert not (home / "out").exists()
