@@ -25,7 +25,7 @@ from toy_task import accuracy, context, fit, rows
 
 from slimformer.core.plan import Decision, Plan
 from slimformer.core.shrink import shrink
-from slimformer.data.batching import collate
+from slimformer.data.batching import collate, sorted_by_length
 from slimformer.errors import RecipeError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.capture import Capture
@@ -536,6 +536,50 @@ def test_what_is_kept_is_what_a_live_teacher_shows(tmp_path: Path, cut: dict[str
     assert len(live.relations) == (0 if len(cut) == 3 else 3)
     for theirs, ours in zip((*live.hidden, *live.relations), (*kept.hidden, *kept.relations), strict=True):
         torch.testing.assert_close(ours[real], theirs[real], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("damage", [None, "rows", "gap"])
+def test_a_filling_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
+) -> None:
+    features, needs = rows(200, longest=9), {Capture.LOGITS, Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS}
+    around = context(tiny("bert", seed=5), features)
+    teacher = teacher_cache.Teacher(around.subject, around.task, nullcontext, "fp32")
+    some = [3, 17, 29, 150, 199]
+    batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
+
+    def outputs(folder: Path) -> teacher_cache.Captured:
+        with teacher_cache.teacher_outputs(teacher, features, needs, folder, QUIET, cap_bytes=1 << 30) as lessons:
+            return lessons.see(some, batch)
+
+    whole, calls = outputs(tmp_path / "whole"), []
+    monkeypatch.setattr(teacher_cache, "PART_SECONDS", 0.0)  # a part for each batch
+    told = around.subject.model.forward
+
+    def killed(*args: Any, **columns: Any) -> Any:
+        calls.append(0)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return told(*args, **columns)
+
+    monkeypatch.setattr(around.subject.model, "forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        outputs(tmp_path / "parts")
+    parts = sorted((tmp_path / "parts").glob("teacher/*/parts/0*"))
+    assert len(parts) == 4  # two calls told the outputs that have a value per token
+    if damage == "rows":
+        (parts[1] / "facts.json").write_text('{"rows": 3', encoding="utf-8")
+    elif damage == "gap":
+        shutil.rmtree(parts[1])
+    monkeypatch.setattr(around.subject.model, "forward", told)
+    again = count_calls(around.subject.model)
+    now = outputs(tmp_path / "parts")
+    batches = len(sorted_by_length(features.lengths(), teacher_cache.BATCH // 4))
+    assert len(again) == 2 + batches - (4 if damage is None else 1)
+    assert torch.equal(now.output["logits"], whole.output["logits"])
+    for ours, theirs in zip((*now.hidden, *now.relations), (*whole.hidden, *whole.relations), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(now.scores[site], scores) for site, scores in whole.scores.items())
 
 
 def test_outputs_per_token_are_kept_per_token(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """Gives the teacher's outputs for each batch: they are read from disk if possible, and computed otherwise.
 
 The one idea: a teacher does not change, so its outputs for a row are computed once, sorted by length, and kept on disk under a
-digest of weights, rows and precision. Outputs always fit; hidden states and attention scores are kept in half precision if both
-fit under a limit: scores of short texts do, those of 4,000 SQuAD questions would be tens of gigabytes. Otherwise the teacher is live.
+digest of weights, rows and precision. They are written in parts of half a minute each, so that a kill loses no more than that.
+Outputs always fit; hidden states and attention scores are kept in half precision if both fit under a limit: scores of short texts do,
+those of 4,000 SQuAD questions would be tens of gigabytes. Otherwise the teacher is live.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from slimformer.data.batching import collate, least_width, sorted_by_length
 from slimformer.data.material import features_digest
 from slimformer.digests import digest
 from slimformer.families.base import Subject
-from slimformer.files import in_turn, remove_parts, whole_folder
+from slimformer.files import in_turn, remove_parts, whole, whole_folder, write_text
 from slimformer.hooks.capture import RELATED, Capture, Captured, Recorder, capturing, related_width, state_count
 from slimformer.log import Log
 from slimformer.methods.base import Batch
@@ -34,10 +36,12 @@ from slimformer.tasks.base import Features, Task
 
 TEACHER_FOLDER = "teacher"
 BATCH = 64  # rows per pass while the cache is filled; a quarter of that if scores are read, which take most of the memory
-LAYOUT = 3  # a version number of the files below; it is part of their digest, so that another layout fills its cache anew
+LAYOUT = 4  # a version number of the files below; it is part of their digest, so that another layout fills its cache anew
 LARGE = frozenset({Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS})  # these outputs may not fit
 PADDING = -1e4  # outputs with a value per token have this at padding; tasks leave padding out
-CACHE_FACTS = "facts.json"
+CACHE_FACTS = "facts.json"  # of a cache, written last; and of each of its parts
+PARTS_FOLDER = "parts"
+PART_SECONDS = 30.0  # a part is closed after the batch that passes this
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,22 @@ class MemoizedTeacher(TeacherOutputs):
         return self._teacher.forward(self._recorder, batch)
 
 
+class _Kept:
+    """Numbers in the order of visits, (total, ...), read from the files of several parts; a slice must lie in one of them."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._maps = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+        sizes = [len(part) for part in self._maps]
+        self._ends = np.cumsum(sizes)
+        self.shape = (sum(sizes), *self._maps[0].shape[1:])
+        self.width = self.shape[-1]
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        part = min(int(np.searchsorted(self._ends, wanted.start, side="right")), len(self._maps) - 1)
+        before = int(self._ends[part]) - len(self._maps[part])
+        return self._maps[part][wanted.start - before : wanted.stop - before]
+
+
 class CachedTeacher(TeacherOutputs):
     """A teacher's outputs, and what else was kept, read from a folder that `_fill` wrote."""
 
@@ -110,11 +130,15 @@ class CachedTeacher(TeacherOutputs):
         self._place: np.ndarray = np.load(folder / "place.npy", allow_pickle=False)  # row -> position in visiting order
         self._start: np.ndarray = np.load(folder / "start.npy", allow_pickle=False)  # row -> its first token
         self._first_pair: np.ndarray = np.load(folder / "pair.npy", allow_pickle=False)  # row -> its first pair of tokens
-        self._outputs = {name: np.load(folder / f"output-{name}.npy", allow_pickle=False) for name in self._per_token}
+        parts = [folder / PARTS_FOLDER / name for name in facts["parts"]]
+        self._outputs = {
+            name: np.concatenate([np.load(part / f"output-{name}.npy", allow_pickle=False) for part in parts])
+            for name in self._per_token
+        }
         self._heads: dict[str, int] = facts["heads"]  # site -> its heads; empty if scores are not kept
         self._hidden, self._scores, self._relations = (
-            np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
-            for file in (folder / f"{kind}.npy" for kind in (Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS))
+            _Kept([part / f"{kind}.npy" for part in parts]) if (parts[0] / f"{kind}.npy").exists() else None
+            for kind in (Capture.HIDDEN, Capture.SCORES, Capture.RELATIONS)
         )
 
     def see(self, rows: Sequence[int], batch: Batch) -> Captured:
@@ -130,18 +154,18 @@ class CachedTeacher(TeacherOutputs):
             hidden = self._padded(self._hidden, rows, width, 0.0).unbind(2)  # layers + 1 of (batch, seq, hidden)
         scores = self._scores_of(self._scores, rows, width) if self._scores is not None else {}
         relations: tuple[Tensor, ...] = ()
-        if self._relations is not None and self._relations.shape[-1]:
+        if self._relations is not None and self._relations.width:
             relations = self._padded(self._relations, rows, width, 0.0).unbind(2)  # three of (batch, seq, width of all heads)
         return Captured(output, hidden, scores, relations)
 
-    def _padded(self, tokens: np.ndarray, rows: Sequence[int], width: int, fill: float) -> Tensor:
+    def _padded(self, tokens: np.ndarray | _Kept, rows: Sequence[int], width: int, fill: float) -> Tensor:
         out = np.full((len(rows), width, *tokens.shape[1:]), fill, dtype=np.float32)
         for index, row in enumerate(rows):
             start, length = int(self._start[row]), int(self._lengths[row])
             out[index, :length] = tokens[start : start + length]
         return torch.from_numpy(out).to(self._device)
 
-    def _scores_of(self, kept: np.ndarray, rows: Sequence[int], width: int) -> dict[str, Tensor]:
+    def _scores_of(self, kept: _Kept, rows: Sequence[int], width: int) -> dict[str, Tensor]:
         """Heads site -> (batch, heads, seq, seq), 0 at padding."""
         every = sum(self._heads.values())
         out = np.zeros((len(rows), every, width, width), dtype=np.float32)
@@ -196,7 +220,8 @@ def teacher_outputs(
     with subject.evaluating():
         kept = Capture.LOGITS not in needs or bool(teacher.kept)
         made = kept and (home / CACHE_FACTS).exists()  # an existing cache is read even if the disk is full by now
-        if not made and is_live(teacher, features, needs, cap_bytes):
+        begun = kept and (home / PARTS_FOLDER).is_dir()  # what is there counts no longer as free
+        if not made and not begun and is_live(teacher, features, needs, cap_bytes):
             with capturing(subject.model, subject.anatomy, needs) as recorder:
                 yield LiveTeacher(teacher, recorder)
             return
@@ -231,7 +256,7 @@ def _heads(anatomy: Anatomy) -> dict[str, int]:
 
 
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:
-    """Computes everything once, from short rows to long ones, and writes it whole."""
+    """Computes everything once, from short rows to long ones, in parts that are each written whole; a filling that was killed goes on."""
     lengths = features.lengths().astype(np.int64)
     batches = sorted_by_length(lengths, BATCH // 4 if Capture.SCORES in needs else BATCH)
     visited = np.asarray([row for rows in batches for row in rows], dtype=np.int64)
@@ -239,50 +264,121 @@ def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home
     place[visited] = np.arange(len(visited))
     start[visited] = np.cumsum(lengths[visited]) - lengths[visited]
     pair[visited] = np.cumsum(lengths[visited] ** 2) - lengths[visited] ** 2
+    ends = np.cumsum([len(rows) for rows in batches])
     heads = _heads(teacher.subject.anatomy) if Capture.SCORES in needs else {}
-    shapes = {
-        Capture.HIDDEN: (int(lengths.sum()), state_count(teacher.subject.anatomy), teacher.subject.anatomy.hidden_size),
-        Capture.SCORES: (int((lengths**2).sum()) * sum(heads.values()),),
-        Capture.RELATIONS: (int(lengths.sum()), len(RELATED), related_width(teacher.subject.anatomy)),
-    }
-    outputs: dict[str, list[np.ndarray]] = {name: [] for name in teacher.kept}
-    remove_parts(home.parent)
-    with whole_folder(home) as part, ExitStack() as stack:
-        files = {kind: stack.enter_context(open(part / f"{kind}.npy", "wb")) for kind in needs}
-        for kind, file in files.items():
-            _header(file, shapes[kind], np.dtype(np.float16))
+    parts = _parts_of(home)
+    done = parts[-1].rows if parts else 0
+    with ExitStack() as stack:
         recorder = stack.enter_context(capturing(teacher.subject.model, teacher.subject.anatomy, needs))
         advance = stack.enter_context(log.track("teacher outputs", len(visited)))
-        done = 0
-        per_token: dict[str, bool] = {}
-        for rows in batches:
-            columns = collate(features, rows, width=least_width(lengths, rows, teacher.precision))
-            batch = {name: torch.from_numpy(column).to(teacher.subject.device) for name, column in columns.items()}
-            if teacher.kept:
-                per_token = per_token or _per_token(teacher, recorder, batch)
-            seen = teacher.forward(recorder, batch)
-            for name, arrays in outputs.items():
-                arrays.append(seen.output[name].cpu().numpy())
-            # plain writes in order raise if the disk is full; a memory map would kill the process
-            if Capture.HIDDEN in files:
-                real = torch.stack(seen.hidden, dim=2)[batch["attention_mask"].bool()]  # (tokens, layers + 1, hidden)
-                files[Capture.HIDDEN].write(real.half().cpu().numpy().tobytes())
-            if Capture.RELATIONS in files and seen.relations:
-                real = torch.stack(seen.relations, dim=2)[batch["attention_mask"].bool()]  # (tokens, 3, width of all heads)
-                files[Capture.RELATIONS].write(real.half().cpu().numpy().tobytes())
-            if Capture.SCORES in files and heads:
-                every = torch.cat([seen.scores[site] for site in heads], dim=1).half().cpu().numpy()
-                for scores, row in zip(every, rows, strict=True):  # (heads of all layers, seq, seq)
-                    files[Capture.SCORES].write(scores[:, : lengths[row], : lengths[row]].tobytes())
-            done += len(rows)
-            advance(done)
+        filler = _Filler(teacher, features, lengths, frozenset(needs), heads, recorder)
+        per_token = filler.per_token(batches[0]) if teacher.kept else {}
+        while done < len(visited):
+            name = f"{done:012d}"
+            with whole_folder(home / PARTS_FOLDER / name) as folder:
+                for rows in filler.fill(folder, batches[int(np.searchsorted(ends, done, side="right")) :], per_token):
+                    done += len(rows)
+                    advance(done)
+                (folder / CACHE_FACTS).write_text(json.dumps({"rows": done}), encoding="utf-8")
+            parts.append(_Part(name, done))
+    for word, array in (("lengths", lengths), ("place", place), ("start", start), ("pair", pair)):
+        with whole(home / f"{word}.npy") as file, open(file, "wb") as plain:
+            np.save(plain, array, allow_pickle=False)
+    facts = {"outputs": per_token, "heads": heads, "parts": [part.name for part in parts]}
+    write_text(home / CACHE_FACTS, json.dumps(facts))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a cache; with it so many rows are done."""
+
+    name: str
+    rows: int
+
+
+def _parts_of(home: Path) -> list[_Part]:
+    """The parts that a filling which was killed has left, from the first on without a gap; what lies behind a gap is removed."""
+    folder, found = home / PARTS_FOLDER, []
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(home)
+    remove_parts(folder)
+    done = 0
+    for place in sorted(folder.iterdir()):
+        try:
+            rows = int(json.loads((place / CACHE_FACTS).read_text(encoding="utf-8"))["rows"]) if int(place.name) == done else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            rows = 0  # something other than slimformer damaged it
+        if rows <= done:
+            shutil.rmtree(place, ignore_errors=True)
+            continue
+        found.append(_Part(place.name, rows))
+        done = rows
+    return found
+
+
+@dataclass(frozen=True)
+class _Filler:
+    """Computes the teacher's outputs for batches, and writes what is kept of them."""
+
+    teacher: Teacher
+    features: Features
+    lengths: np.ndarray  # (rows,)
+    needs: frozenset[Capture]
+    heads: Mapping[str, int]
+    recorder: Recorder
+
+    def per_token(self, rows: Sequence[int]) -> dict[str, bool]:
+        """Which outputs have one value per token."""
+        return _per_token(self.teacher, self.recorder, self._batch(rows))
+
+    def fill(self, folder: Path, batches: Sequence[Sequence[int]], per_token: Mapping[str, bool]) -> Iterator[Sequence[int]]:
+        """Writes a part: the first of these batches, about half a minute of them; gives the rows of each when it is computed."""
+        anatomy, begin = self.teacher.subject.anatomy, time.perf_counter()
+        shapes: dict[Capture, tuple[int, ...]] = {
+            Capture.HIDDEN: (state_count(anatomy), anatomy.hidden_size),
+            Capture.SCORES: (),
+            Capture.RELATIONS: (len(RELATED), related_width(anatomy)),
+        }
+        outputs: dict[str, list[np.ndarray]] = {name: [] for name in self.teacher.kept}
+        counts = dict.fromkeys(self.needs, 0)
+        with ExitStack() as stack:
+            files = {kind: stack.enter_context(open(folder / f"{kind}.npy", "wb")) for kind in self.needs}
+            for kind, file in files.items():
+                _header(file, (0, *shapes[kind]))
+            for rows in batches:
+                seen = self.teacher.forward(self.recorder, batch := self._batch(rows))
+                for name, arrays in outputs.items():
+                    array = seen.output[name].cpu().numpy()
+                    own = [array[index, : self.lengths[row]] for index, row in enumerate(rows)] if per_token[name] else [array]
+                    arrays.extend(own)
+                for kind, numbers in self._large(seen, batch, rows):
+                    # plain writes in order raise if the disk is full; a memory map would kill the process
+                    files[kind].write(numbers.tobytes())
+                    counts[kind] += len(numbers)
+                yield rows
+                if time.perf_counter() - begin > PART_SECONDS:
+                    break
+            for kind, file in files.items():
+                file.seek(0)
+                _header(file, (counts[kind], *shapes[kind]))  # as long as before: numpy leaves room for a larger first number
         for name, arrays in outputs.items():
-            if per_token[name]:
-                arrays = [a[i, : lengths[row]] for a, rows in zip(arrays, batches, strict=True) for i, row in enumerate(rows)]
-            np.save(part / f"output-{name}.npy", np.concatenate(arrays), allow_pickle=False)
-        for name, array in (("lengths", lengths), ("place", place), ("start", start), ("pair", pair)):
-            np.save(part / f"{name}.npy", array, allow_pickle=False)
-        (part / CACHE_FACTS).write_text(json.dumps({"outputs": per_token, "heads": heads}), encoding="utf-8")
+            np.save(folder / f"output-{name}.npy", np.concatenate(arrays), allow_pickle=False)
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        columns = collate(self.features, rows, width=least_width(self.lengths, rows, self.teacher.precision))
+        return {name: torch.from_numpy(column).to(self.teacher.subject.device) for name, column in columns.items()}
+
+    def _large(self, seen: Captured, batch: Batch, rows: Sequence[int]) -> Iterator[tuple[Capture, np.ndarray]]:
+        """What is kept in half precision, without padding."""
+        real = batch["attention_mask"].bool()
+        if Capture.HIDDEN in self.needs:
+            yield Capture.HIDDEN, torch.stack(seen.hidden, dim=2)[real].half().cpu().numpy()  # (tokens, layers + 1, hidden)
+        if Capture.RELATIONS in self.needs and seen.relations:
+            yield Capture.RELATIONS, torch.stack(seen.relations, dim=2)[real].half().cpu().numpy()  # (tokens, 3, all heads)
+        if Capture.SCORES in self.needs and self.heads:
+            every = torch.cat([seen.scores[site] for site in self.heads], dim=1).half().cpu().numpy()
+            for scores, row in zip(every, rows, strict=True):  # (heads of all layers, seq, seq)
+                yield Capture.SCORES, scores[:, : self.lengths[row], : self.lengths[row]].reshape(-1)
 
 
 def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, bool]:
@@ -294,7 +390,8 @@ def _per_token(teacher: Teacher, recorder: Recorder, batch: Batch) -> dict[str, 
     return {name: value.shape != shapes[name] for name, value in teacher.forward(recorder, changed).output.items()}
 
 
-def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+def _header(file: IO[bytes], shape: tuple[int, ...]) -> None:
+    """The head of a file of half-precision numbers."""
     np.lib.format.write_array_header_1_0(
-        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        file, {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     )
