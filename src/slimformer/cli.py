@@ -579,6 +579,22 @@ def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: l
         raise RecipeError("several files or lengths, --batch, --texts and --out are of a profile.", help="add --profile.")
 
 
+@app.command("join", epilog="Example: slimformer join mood=./mood-bert topic=./topic-bert --out ./both")
+def join_command(
+    models: Annotated[list[str], typer.Argument(metavar="task=model ...", help="Each task and its classifier: task=./folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the joined model.")],
+) -> None:
+    """Join classifiers of one encoder to one model with an answer for each task."""
+    _need_train()
+    from slimformer.running.joining import join_classifiers
+
+    pairs = [text.partition("=") for text in models]
+    named = {name if mark else Path(name).name: place if mark else name for name, mark, place in pairs}
+    if len(named) < len(models):
+        raise RecipeError("two tasks have one name.", help="name each task: mood=./mood topic=./topic.")
+    join_classifiers(named, out)
+
+
 @app.command("serve", epilog="Example: slimformer serve ./small --port 8000")
 def serve_command(
     model: Annotated[Path, typer.Argument(help="A folder that compress or run wrote, or one with an ONNX file.")],
@@ -684,6 +700,7 @@ def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
 
 def _task_of_model(tasks: Mapping[str, type[Task]], model: str, data: str) -> str:
     """The task that reads the user's data and whose models have the head that this one has; its mistakes are reported later."""
+    from slimformer.core.answers import ANSWERS
     from slimformer.saving import checkpoint
     from slimformer.saving.hub import local_folder
 
@@ -696,6 +713,8 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str, data: str) -> st
         kind = checkpoint.base_type(config)
     except ModelError:
         return DEFAULT_TASK
+    if ANSWERS in config:
+        return "multitask"
     fitting = [name for name in fitting if tasks[name].reads(data) or checkpoint.is_cut_folder(config)]
     fitting = [name for name in fitting if kind in tasks[name].usual_for] or fitting
     if len(fitting) > 1 and DEFAULT_TASK not in fitting:

@@ -21,7 +21,7 @@ from slimformer.core.anatomy import PointRole, heads_of
 from slimformer.core.pattern import Fixed
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
-from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, scores, sieves, trace
+from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, scores, several, sieves, trace
 from slimformer.exporters._onnx.drafting import FUSED, INT8, OnnxDrafting, smoothing_notes
 from slimformer.exporters._onnx.graph import (
     BATCH_FIRST,
@@ -177,6 +177,7 @@ class OnnxDraft(OnnxDrafting):
         self.options, self.batches, self.ranges, self._outputs = options, batches, ranges, tuple(outputs)
         self.subject = subject_of(model)
         self._scores = scores.activation_of(self.subject)
+        self._answers = several.answers_of(self.subject)
         self._forms = trace.forms_in(model)
         linears = sum(isinstance(module, nn.Linear) for module in model.modules()) - len(self.subject.anatomy.distance_matrices)
         self._factored = sum(len(form.form.products(form.shape)) for form in self._forms.values() if not form.table)
@@ -254,7 +255,7 @@ class OnnxDraft(OnnxDrafting):
 
     def _run_model(self, batch: Arrays) -> parity.GraphOutputs:
         """What the file is to give on a batch."""
-        found = parity.run_model(self.subject, batch, self._outputs)
+        found = several.parted(parity.run_model(self.subject, batch, self._outputs), self._answers)
         return found if self._scores is None else scores.scored(found, self._scores)
 
     def _graph(self, variant: str, floats: Sequence[str], rough: Sequence[str]) -> tuple[onnx_ir.Model, list[str]]:
@@ -282,6 +283,8 @@ class OnnxDraft(OnnxDrafting):
             raise ExportError(f"the traced graph is not as expected: {reason}.", help=parity.REPORT) from None
         if self._scores is not None:
             scores.end_in_score(program.graph, self._scores)
+        if self._answers:
+            several.end_in_answers(program.graph, self._answers)
         strip(program)
         lower_versions(program)
         program.producer_name = "slimformer"

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from slimformer.measuring.sessions import installed_runtime, open_session
 from slimformer.measuring.timing import Rounds, model_inputs
 from slimformer.reporting.delivered import facts_beside, fastest_file, home_of, model_files, named_in
 from slimformer.reporting.ledger import FACTS_FILE, read_facts
-from slimformer.running.places import read_in
+from slimformer.running.places import each_place, read_in
 from slimformer.runtimes._texts import settings_of
 from slimformer.saving.checkpoint import TOKENIZER_FILES, check_weights, load, load_as, model_config, read_config
 from slimformer.saving.resaving import write_base_config
@@ -162,8 +163,7 @@ def _task_of(facts: Facts, folder: Path) -> Task:
     if unknown:
         raise ModelError(f"{file}: the task {name} has no option {readable(unknown[0])}.", help=other)
     for key in set(cls.paths) & set(options):
-        if isinstance(options[key], str):
-            options[key] = read_in(folder, options[key])
+        options[key] = each_place(options[key], partial(read_in, folder))
     try:
         task: Task = TypeAdapter(cls).validate_python(options)
     except ValidationError as error:

@@ -6,7 +6,7 @@ A name that is no path here stays as it is: it may be that of a model or of data
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,21 @@ def read_in(folder: Path, name: str) -> str:
 
 
 def options_seen_from(folder: Path, options: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
-    """The options of a task as a file in `folder` holds them; `paths` names those that may be paths."""
+    """The options of a task as a file in `folder` holds them; `paths` names those that may be paths, or hold some."""
     return {
-        name: seen_from(folder, value) if name in paths and isinstance(value, str) else value for name, value in options.items()
+        name: each_place(value, lambda place: seen_from(folder, place)) if name in paths else value
+        for name, value in options.items()
     }
+
+
+def each_place(value: Any, change: Callable[[str], str]) -> Any:
+    """A path changed, and each of those in a list or behind the names of a mapping; anything else stays.
+
+    >>> each_place({"a": "x", "b": ["y"]}, str.upper)
+    {'a': 'X', 'b': ['Y']}
+    """
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: each_place(item, change) for name, item in value.items()}
+    return [each_place(item, change) for item in value] if isinstance(value, list) else value

@@ -16,7 +16,7 @@ from slimformer.measuring.latency import Levels
 from slimformer.rules import rules_of
 from slimformer.running.fresh import Fresh
 from slimformer.running.order import conflicts
-from slimformer.running.places import read_in
+from slimformer.running.places import each_place, read_in
 from slimformer.running.recipe import Bench, Export, Recipe
 from slimformer.saving.hub import HUB_MODEL
 from slimformer.training.stage import TASK_TEXT, Calibrate, Stage, Train, TrimVocabulary
@@ -321,10 +321,8 @@ class _Reader:
             return None
         options = {key: value for key, value in data.items() if key != "use"}
         for key in registry.find(kind, name).paths if kind == "tasks" else ():
-            if isinstance(options.get(key), str):
-                options[key] = self.path(options[key])
-            elif isinstance(options.get(key), list):  # two parallel texts
-                options[key] = [self.path(item) if isinstance(item, str) else item for item in options[key]]
+            if key in options:
+                options[key] = each_place(options[key], self.path)  # several: two parallel texts, or the data of several tasks
         return self.build(registry.find(kind, name), options, place)
 
     def build(self, cls: type[Any], options: Any, place: str) -> Any:

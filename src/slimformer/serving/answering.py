@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from scipy.special import expit, softmax
 
+from slimformer.core.answers import answer_slices
 from slimformer.core.pooling import QUERY, SENTENCE_VECTOR, VectorHead, vector_head
 from slimformer.core.relevance import RELEVANCE, ScoreActivation, relevance_of, score_activation
 from slimformer.data.labels import model_labels
@@ -149,7 +150,7 @@ class Vectors(Answerer):
 
 
 class Classes(Answerer):
-    """The share of each class; or of each label by itself, if a text may have several; or one number."""
+    """The share of each class, of several tasks within each; or of each label by itself, if a text may have several; or one number."""
 
     path = "/classify"
 
@@ -157,16 +158,21 @@ class Classes(Answerer):
         super().__init__(folder, config, max_length)
         self.labels, problem = model_labels(config)
         self.several = problem == "multi_label_classification"
+        self.tasks = answer_slices(config)
 
     def shares(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        """(classes,) -> each label with its share, the largest first; the score itself if there is but one."""
-        values = np.asarray(logits, np.float64)
-        values = expit(values) if self.several else softmax(values) if len(values) > 1 else values
-        order = np.argsort(-values, kind="stable")
-        return [{"label": self.labels[place], "score": float(values[place])} for place in order]
+        """(classes,) -> each label with its share, the largest first, task by task; the score itself if there is but one."""
+        values, found = np.asarray(logits, np.float64), []
+        for part in self.tasks.values() or (slice(0, len(values)),):
+            some = values[part]
+            some = expit(some) if self.several else softmax(some) if len(some) > 1 else some
+            order = np.argsort(-some, kind="stable")
+            found += [{"label": self.labels[part.start + place], "score": float(some[place])} for place in order]
+        return found
 
     def facts(self) -> dict[str, Any]:
-        return {"labels": list(self.labels), "several_labels": self.several}
+        several = {"tasks": {name: list(self.labels[part]) for name, part in self.tasks.items()}} if self.tasks else {}
+        return {"labels": list(self.labels), "several_labels": self.several, **several}
 
 
 class Scores(Answerer):

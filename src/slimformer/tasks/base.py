@@ -126,8 +126,8 @@ class Task(ABC):
         """All options as text, the same from whichever folder its files are named."""
         told = {item.name: getattr(self, item.name) for item in fields(self) if item.repr}  # type: ignore[arg-type]
         for name in self.paths:
-            if isinstance(told.get(name), str) and os.path.exists(told[name]):
-                told[name] = os.path.realpath(told[name])
+            value = told.get(name)
+            told[name] = {key: _place(item) for key, item in value.items()} if isinstance(value, dict) else _place(value)
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
 
     # ---- what every task says
@@ -339,6 +339,11 @@ def option(default: Any, help: str, *, flag: str = "", required: bool = False) -
     `required`: the command line insists on it, unless an alias of the task settles it.
     """
     return field(default=default, metadata={"help": help, "flag": flag, "required": required})
+
+
+def _place(value: Any) -> Any:
+    """The one name of a place on this machine; anything else stays."""
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _content_of(item: Example) -> str:

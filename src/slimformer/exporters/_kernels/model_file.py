@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from slimformer.core.answers import answer_slices, output_of
 from slimformer.core.pooling import SENTENCE_VECTOR
 from slimformer.errors import ExportError
 from slimformer.exporters._kernels.packing import pack_encoder
@@ -35,8 +36,9 @@ FIRST_TOKEN_HEADS: dict[str, tuple[tuple[str, ...], str]] = {
 def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int | Literal["auto"] = "auto") -> None:
     """Writes the file.
 
-    Its inputs are those of the model; its outputs are the logits of a classifier, start_logits and end_logits of question answering,
-    logits of each token, the vector of a text (by mean or cls pooling), or last_hidden_state of a plain encoder. block_rows: as in
+    Its inputs are those of the model; its outputs are the logits of a classifier (and those of each of its tasks), start_logits and
+    end_logits of question answering, logits of each token, the vector of a text (by mean or cls pooling), or last_hidden_state of a
+    plain encoder. block_rows: as in
     `pack_encoder`. ExportError if the encoder or its head is of another kind.
     """
     from onnx import TensorProto, helper, numpy_helper, save
@@ -62,6 +64,12 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         linear(names[0], "hidden", "pooled")
         nodes += _activation(helper, constants, between, "pooled", "active")
         linear(names[1], "active", "logits")
+        answers = answer_slices(model.config)
+        if answers:
+            parts = {output_of(name): part.stop - part.start for name, part in answers.items()}
+            constants["answers"] = np.array([*parts.values()])
+            nodes.append(helper.make_node("Split", ["logits", "answers"], [*parts], axis=1))
+            outputs |= {name: ["batch", count] for name, count in parts.items()}
     elif kind.endswith("ForTokenClassification"):
         outputs = {"logits": [*sizes, model.config.num_labels]}
         linear("classifier", "hidden", "logits")
