@@ -141,7 +141,7 @@ def test_a_table_is_read_whole_whatever_wrote_it(tmp_path: Path, name: str, cont
          "two columns 'label'"),
         ("a.txt", "".join(f"__label__{label} {text}\n" for text, label in zip(TEXTS, LABELS, strict=True)), "fastText's form"),
         ("a.csv", table(rows=[(text, f"user {row}") for row, text in enumerate(TEXTS)]), "60 different values in 60 rows"),
-        ("a.json", json.dumps({"train": ROWS, "test": ROWS}), "several lists of rows: 'train', 'test'"),
+        ("a.json", json.dumps({"mine": ROWS, "yours": ROWS}), "several lists of rows: 'mine', 'yours'"),
         ("a.json", json.dumps({"text": TEXTS, "label": LABELS[:5]}), "neither a list of rows nor columns"),
         ("a.jsonl", "\n".join(map(str, ROWS)), "as Python prints it, with single quotes"),
         ("a.jsonl", "\n".join(json.dumps([row["text"], row["label"]]) for row in ROWS), "line 1: .* is not an object"),
@@ -732,3 +732,23 @@ def test_answers_that_no_model_can_find_are_counted_in_dev_too() -> None:
     notes = "\n".join(QuestionAnswering(data={"train": QUESTIONS, "dev": [*wrong, *QUESTIONS[3:9]]}).notes())
     assert "3 of 9 questions have an answer that does not occur in their context: no model can find it" in notes
     assert "9 of 9 questions of dev have a context of the training data" in notes
+
+
+def test_one_json_file_may_hold_all_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """CLINC150 comes so: {"train": [[text, intent], ...], "val": [...], "oos_val": [...], "test": [...]}, beside another JSON file."""
+    caplog.set_level("INFO", logger="slimformer")
+    rows = [[f"text {number}", ("greeting", "parting")[number % 2]] for number in range(60)]
+    content = {"oos_val": [["what", "oos"]], "val": rows[:20], "train": rows[20:], "test": rows[:4]}
+    (tmp_path / "data_full.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "domains.json").write_text(json.dumps({"banking": ["pin", "routing"], "travel": ["visa"]}), encoding="utf-8")
+    for data in (tmp_path, tmp_path / "data_full.json"):
+        task = Classification(data=str(data))
+        assert task.classes == ("greeting", "parting")
+        assert [item.texts[0] for item in task.split(Split.DEV)] == [f"text {number}" for number in range(20)]
+        assert len(task.split(Split.TRAIN)) + len(task.split(Split.VALIDATION)) == 40
+    assert "oos_val, test are left out" in caplog.text
+    objects = {"Train": [{"text": f"text {n}", "label": n % 2} for n in range(40)], "Dev": [{"text": "x", "label": 1}] * 4}
+    (tmp_path / "objects.json").write_text(json.dumps(objects), encoding="utf-8")
+    assert len(Classification(data=str(tmp_path / "objects.json")).split(Split.DEV)) == 4
+    with pytest.raises(DataError, match="has no training data|name one of them"):
+        Classification(data=str(tmp_path)).split(Split.TRAIN)  # two files with splits: which one is meant?

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimformer.data.columnar import read_arrow, read_parquet
-from slimformer.data.json_rows import json_rows
+from slimformer.data.json_rows import json_rows, split_rows
 from slimformer.data.texts import PACKED, read_bytes, read_text, suffix_of
 from slimformer.errors import DataError, ExtraError, nearest, shown
 from slimformer.log import remark
@@ -115,6 +115,12 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
     if literal:
         return _table(path, _literal(text, "\t"), header, extra)
     return _table(path, _rows(path, text, suffix, extra), header, extra)
+
+
+def read_splits(path: Path) -> dict[str, Table]:
+    """The tables of a .json file that holds several splits, by their names there; none if it is no such file."""
+    rows = split_rows(read_text(path)) if suffix_of(path) == ".json" else {}
+    return {name: _as_table(f"{path}, {name}", list(enumerate(some, 1)), "row") for name, some in rows.items() if some}
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
@@ -392,14 +398,17 @@ def _without_headers(path: Path, body: Rows, names: Sequence[str]) -> Rows:
 
 
 def _json(path: Path, text: str, suffix: str) -> Table:
-    items, unit = json_rows(path, text, suffix)
+    return _as_table(str(path), *json_rows(path, text, suffix))
+
+
+def _as_table(where: str, items: Sequence[tuple[int, Mapping[str, Any]]], unit: Literal["line", "row"]) -> Table:
     names = dict.fromkeys(name for _, item in items for name in item)
     if not names:
         raise DataError(
-            f"{path} holds no rows with columns.", help='each line must be an object: {"text": "fine", "label": 1}.'
+            f"{where} holds no rows with columns.", help='each line must be an object: {"text": "fine", "label": 1}.'
         )
     columns = {name: [item.get(name) for _, item in items] for name in names}
-    return Table(str(path), columns, [place for place, _ in items], unit)
+    return Table(where, columns, [place for place, _ in items], unit)
 
 
 def spread(table: Table) -> Table:

@@ -102,6 +102,28 @@ def _rows_of_object(path: Path, content: Mapping[str, Any]) -> list[Any]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+def split_rows(text: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each split in {"train": [...], "val": [...]}: objects, or pairs of a text and its label; none if it is no such text.
+
+    >>> split_rows('{"train": [["hello", "greeting"]], "val": [["bye", "parting"]]}')["train"]
+    [{'text': 'hello', 'label': 'greeting'}]
+    >>> split_rows('{"train": [1, 2], "val": [3]}')
+    {}
+    """
+    content = _whole_object(text) or {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in content.items():
+        if not isinstance(rows, list):
+            return {}
+        if all(isinstance(row, dict) for row in rows):
+            found[name] = rows
+        elif all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in rows):
+            found[name] = [{"text": row[0], "label": row[1]} for row in rows]
+        else:
+            return {}
+    return found if len(found) > 1 and "train" in map(str.lower, found) else {}
+
+
 def _parsed(path: Path, text: str, line: int | None) -> Any:
     try:
         return json.loads(text)

@@ -37,8 +37,9 @@ class Format(Generic[Data]):
     """How the data of one task is found and read.
 
     `match` gives those of a folder's files that hold the split of a name ("train", "dev", ...). `read` reads a file or the shards
-    of one, `read_hub` all splits of a hub data set. The rest is for messages: `example` is what a user could name as data,
-    `forms` are the forms data may have, and `advice` helps to choose between two files.
+    of one, `read_hub` all splits of a hub data set, and `read_splits` those of one file that may hold several. The rest is for
+    messages: `example` is what a user could name as data, `forms` are the forms data may have, and `advice` helps to choose between
+    two files.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Format(Generic[Data]):
     example: str
     forms: str
     advice: str = ""
+    read_splits: Callable[[Path], Mapping[str, Data]] = lambda _: {}
 
 
 def read_sources(data: str, form: Format[Data], hub: str | None = None) -> dict[str, Data]:
@@ -62,7 +64,7 @@ def read_sources(data: str, form: Format[Data], hub: str | None = None) -> dict[
     if os.path.isdir(path):  # os.path takes any text, pathlib raises if a name is too long
         return _read_folder(path, form)
     if os.path.isfile(path):
-        return {"train": form.read([path])}
+        return _of_one_file(path, form.read_splits(path)) or {"train": form.read([path])}
     if os.path.exists(path):
         raise DataError(f"{data} is no ordinary file.", help="write the data to a file and name that.")
     if not is_hub_name(hub) or suffix_of(Path(hub)) in form.suffixes:
@@ -90,11 +92,25 @@ def of_splits(splits: Mapping[str, Data], where: str) -> dict[str, Data]:
     return sources
 
 
+def _of_one_file(file: Path, splits: Mapping[str, Data]) -> dict[str, Data]:
+    """The splits that one file holds; none if it holds none."""
+    if not splits:
+        return {}
+    taken = of_splits(splits, str(file))
+    others = [name for name, data in splits.items() if not any(data is mine for mine in taken.values())]
+    said = f"{file}: its splits are taken as they are called there"
+    remark(f"{said}; {', '.join(others)} {'are' if len(others) > 1 else 'is'} left out." if others else f"{said}.")
+    return taken
+
+
 def _read_folder(folder: Path, form: Format[Data]) -> dict[str, Data]:
     files: dict[str, list[Path]] = {}
     for home in data_homes(folder):
         files = files or find_files(home, form)
     if not files:
+        whole = {file: splits for file in _files_in(folder, form.suffixes) if (splits := form.read_splits(file))}
+        if len(whole) == 1:
+            return _of_one_file(*next(iter(whole.items())))
         raise _no_data(folder, form)
     sources = {}
     for kind, parts in files.items():

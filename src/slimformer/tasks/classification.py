@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimformer.data.columns import find_columns, find_texts, flag_columns
-from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, spread
+from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_splits, read_table, spread
 from slimformer.data.glue import GLUE, Glue, read_glue
 from slimformer.data.label_sets import LabelSet, flag_width, label_sets, mark_between, told_apart, with_flags
 from slimformer.data.labels import (
@@ -552,6 +552,7 @@ def _read_tables(data: str, glue: str | None, _key: Stamp, untold: bool = False)
         read_hub=lambda name: {split: spread(table) for split, table in read_hub(name).items()},
         example="./reviews",
         forms="a folder or a file",
+        read_splits=lambda file: {split: spread(table) for split, table in read_splits(file).items()},
     )
     return read_sources(data, form, hub=f"nyu-mll/glue:{glue}" if data == f"glue/{glue}" else None)
 
