@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, from what benchmarks/gauntlet.py wrote into results/reliability/gauntlet.jsonl."""
+"""The tables of docs/reliability.md and docs/cluster.md, from what two benchmarks wrote into results/reliability."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pages import table
 from work import ROOT
 
 ORDEALS = ROOT / "results" / "reliability" / "gauntlet.jsonl"
+NODES = ROOT / "results" / "reliability" / "cluster.jsonl"
+CLUSTER = ROOT / "docs" / "cluster.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 DONE = {
     "kill": "killed (`kill -9`)",
@@ -41,3 +43,25 @@ def ordeal_table() -> str:
             f"Names looked up in pickles: {sum(row['pickles'] for row in found)}. Last tried: {dates[-1]}.",
         )
     )
+
+
+def cluster_table() -> str:
+    """A line for each trial of benchmarks/cluster.py."""
+    found = [json.loads(line) for line in NODES.read_text(encoding="utf-8").splitlines()]
+    first = found[0]
+    rows = [
+        (
+            f"{row['nodes']} node{'s' if row['nodes'] > 1 else ''}" + (", one killed half-way" if row["killed"] else ""),
+            f"{row['minutes']:.1f}",
+            f"{row['per_hour']:.0f}",
+            f"{row['per_hour'] / first['per_hour']:.2f}",
+            f"{row['same_weights']} of {row['trainings']}",
+        )
+        for row in found
+    ]
+    head = ("", "minutes", "trainings an hour", "over one node", "the same weights, bit by bit")
+    said = (
+        f"{first['trainings']} trainings of {first['steps']} steps, one thread each, on nodes that are processes of one machine, with "
+        f"a core each (`benchmarks/cluster.py`, {first['date']})."
+    )
+    return "\n".join((*table(head, rows), "", said))

@@ -255,6 +255,7 @@ def main(arguments: Sequence[str]) -> int:
         **survey.pages(),
         loads.PAGE: placed(loads.PAGE.read_text(encoding="utf-8"), loads.load_table(), "load"),
         ordeals.RELIABILITY: placed(ordeals.RELIABILITY.read_text(encoding="utf-8"), ordeals.ordeal_table(), "gauntlet"),
+        ordeals.CLUSTER: placed(ordeals.CLUSTER.read_text(encoding="utf-8"), ordeals.cluster_table(), "cluster"),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

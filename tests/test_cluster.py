@@ -142,7 +142,9 @@ SCRIPT = """
 import sys, threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from slimformer.log import show_log
+from slimformer import read_recipe
+from slimformer.log import Log, show_log
+from slimformer.running.cluster import Job, connected
 from slimformer.running.sweep import run_several
 
 store = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -159,6 +161,10 @@ threading.Thread(target=kill, daemon=True).start()
 with show_log():
     found = run_several(["one.yaml"], "spread", seeds=(1, 2), cluster=cluster.address, processors=1, wait_seconds=0)
 print("\\n".join(found.lines()))
+chain = read_recipe("one.yaml")
+with connected(cluster.address, Log(None)) as nodes:  # one processor is left: one training begins, and none after it
+    begun = nodes.train({name: Job(chain, Path("late") / name, {}) for name in ("first", "second")}, until=lambda: Path("late").exists())
+print("begun:", *begun)
 cluster.shutdown()
 """
 
@@ -184,9 +190,10 @@ def test_a_node_that_dies_changes_no_number(home: Path) -> None:
     (home / "spread.py").write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
     text = call(home, "spread.py")
     assert "killed" in text
-    assert "2 trainings on 2 nodes with 2 processors; this machine measures, 1 processor for each." in text
+    assert "2 trainings on 2 nodes with 2 processors (this machine measures), 1 processor for each." in text
     assert "is done already; going on from it" in text  # what the nodes trained is not trained again here
     assert "is made again" not in text
+    assert "begun: first\n" in text
     call(home, "-m", "slimformer", "run", "one.yaml", "--seeds", "1,2", "--out", "alone", "--wait", "0")
     for seed in ("one-seed-1", "one-seed-2"):
         spread, alone = (load_file(home / place / seed / "model" / "model.safetensors") for place in ("spread", "alone"))

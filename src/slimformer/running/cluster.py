@@ -88,10 +88,9 @@ class Cluster:
 
     def told(self) -> str:
         """The cluster in a clause."""
-        count, measuring = len(self._nodes), sum(resources.get(MEASURES, 0) > 0 for resources in self._nodes.values())
-        return f"{count} node{'s' if count > 1 else ''} with {self.processors} processors; " + (
-            f"{measuring} of them measure{'s' if measuring == 1 else ''}" if measuring else "this machine measures"
-        )
+        measuring = sum(resources.get(MEASURES, 0) > 0 for resources in self._nodes.values())
+        who = f"{measuring} of them measure{'s' if measuring == 1 else ''}" if measuring else "this machine measures"
+        return f"{_counted(len(self._nodes), 'node')} with {_counted(self.processors, 'processor')} ({who})"
 
     def check(self, folder: Path) -> None:
         """OutputError if a node does not see `folder`, or has another version of slimformer."""
@@ -128,9 +127,9 @@ class Cluster:
         return "" if sees else f"{host} does not see the folder"
 
     def train(
-        self, jobs: Mapping[str, Job], each: int | None = None, until: Callable[[], bool] = lambda: False
+        self, jobs: Mapping[str, Job], each: int | None = None, until: Callable[[], bool] | None = None
     ) -> dict[str, Ended]:
-        """Trains all jobs side by side; what has not begun once `until` holds is left out, and is missing in the answer.
+        """Trains all jobs side by side; no job begins once `until` holds, and those that did not are missing in the answer.
 
         `each`: processors for one training; by default all are shared out, as long as one node has so many.
         """
@@ -138,46 +137,51 @@ class Cluster:
         if widest < 1:
             raise ProcessError("no node of the cluster has a processor for trainings.", help="start nodes with --num-cpus.")
         count = min(each or max(1, self.processors // len(jobs)), widest)
-        self._log.say(f"{len(jobs)} trainings on {self.told()}, {count} processor{'s' if count > 1 else ''} for each.")
+        self._log.say(f"{_counted(len(jobs), 'training')} on {self.told()}, {_counted(count, 'processor')} for each.")
         most = max(float(resources.get("memory", 0)) for resources in self._nodes.values())
-        started = {}
-        for name, job in jobs.items():
-            needed = training_bytes(job.recipe)
+
+        def start(name: str) -> Any:
+            needed = training_bytes(jobs[name].recipe)
             if needed > most:
-                self._log.say(
-                    f"{name} needs about {needed / 2**30:.1f} GiB, and the largest node has {most / 2**30:.1f}: it runs alone there."
-                )
+                gigabytes = f"{needed / 2**30:.1f} GiB, and the largest node has {most / 2**30:.1f}"
+                self._log.say(f"{name} needs about {gigabytes}: it runs alone there.")
             place = {"num_cpus": count, "memory": int(min(needed, most)), "max_retries": RETRIES}
-            started[_remote(_trained, **place).remote(*_sent(job))] = name
-        return self._collected(started, "trained", until)
+            return _remote(_trained, **place).remote(*_sent(jobs[name]))
+
+        return self._collected(list(jobs), start, "trained", max(1, self.processors // count), until)
 
     def measure(self, jobs: Mapping[str, Job]) -> dict[str, Ended]:
         """Runs what is left of each job on a node that is kept for measurements, one after another."""
-        found: dict[str, Ended] = {}
         processors = min(int(r.get("CPU", 0)) for r in self._nodes.values() if r.get(MEASURES, 0) > 0)
-        for name, job in jobs.items():
-            place = {"num_cpus": processors, "resources": {MEASURES: 1}, "max_retries": RETRIES}
-            task = _remote(_measured, **place).remote(*_sent(job), dict(job.options))
-            found |= self._collected({task: name}, "measured")
-        return found
+        place = {"num_cpus": processors, "resources": {MEASURES: 1}, "max_retries": RETRIES}
 
-    def _collected(self, started: Mapping[Any, str], word: str, until: Callable[[], bool] = lambda: False) -> dict[str, Ended]:
-        """The answers of tasks as they end, each with a line."""
+        def start(name: str) -> Any:
+            return _remote(_measured, **place).remote(*_sent(jobs[name]), dict(jobs[name].options))
+
+        return self._collected(list(jobs), start, "measured", 1, lambda: False)
+
+    def _collected(
+        self, names: list[str], start: Callable[[str], Any], word: str, at_once: int, until: Callable[[], bool] | None
+    ) -> dict[str, Ended]:
+        """The answers of tasks as they end, each with a line. With `until`, at most `at_once` are begun and have not ended."""
         import ray
 
-        waiting, found, begin = dict(started), {}, time.monotonic()
-        while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=WAIT_SECONDS)
+        running: dict[Any, str] = {}
+        found: dict[str, Ended] = {}
+        begin, total = time.monotonic(), len(names)
+        while names or running:
+            while names and (until is None or (len(running) < at_once and not until())):
+                name = names.pop(0)
+                running[start(name)] = name
+            if not running:
+                break  # `until` holds
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=WAIT_SECONDS)
             for task in ready:
-                name = waiting.pop(task)
+                name = running.pop(task)
                 found[name] = ended = _answer(task)
-                took = (time.monotonic() - begin) / 60
-                left = f"; {len(waiting)} to go, about {took / len(found) * len(waiting):.0f} min" if waiting else ""
+                to_go, took = total - len(found), (time.monotonic() - begin) / 60
+                left = f"; {to_go} to go, about {took / len(found) * to_go:.0f} min" if to_go else ""
                 self._log.say(f"{name}: {ended.why or f'{word} on {ended.node} in {ended.minutes:.1f} min'}{left}.")
-            if waiting and until():
-                for task in waiting:
-                    ray.cancel(task, force=True)
-                break
         return found
 
 
@@ -239,6 +243,10 @@ def training_bytes(recipe: Recipe) -> float:
 
 
 # -- What runs on a node -------------------------------------------------------------------------------------------------------
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _remote(work: Callable[..., Any], **place: Any) -> Any:
