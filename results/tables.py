@@ -82,6 +82,7 @@ def readme_table(found: Sequence[Run]) -> str:
     if not found:
         return f"{NONE} `{COMMAND}` will draw the table here."
     shown, *others = _claims(found)
+    others = [run for run in others if run.folder.name == shown.folder.name]  # a name says what was asked for
     ours = shown.ours
     rows = [_row(record, record is ours) for record in shown.records if record.role in SHOWN or record is ours]
     sizes = " and ".join(
