@@ -289,10 +289,10 @@ def _numbers(text: str, flag: str) -> tuple[float, ...]:
 
 
 def _seeds(text: str | None) -> tuple[int, ...]:
-    numbers = _numbers(text, "--seeds") if text is not None else ()
-    if text is not None and (not numbers or any(number < 0 or number != int(number) for number in numbers)):
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isdecimal() for part in parts):
         raise RecipeError(f"--seeds must be whole numbers from 0 on, not {text!r}.", help="such as --seeds 1,2,3.")
-    return tuple(map(int, numbers))
+    return tuple(map(int, parts))
 
 
 def _need_cluster(address: str | None, processors: int | None) -> None:
@@ -700,7 +700,6 @@ def _task(texts: Mapping[str, str], model: str | None = None) -> Task:
 
 def _task_of_model(tasks: Mapping[str, type[Task]], model: str, data: str) -> str:
     """The task that reads the user's data and whose models have the head that this one has; its mistakes are reported later."""
-    from slimformer.core.answers import ANSWERS
     from slimformer.saving import checkpoint
     from slimformer.saving.hub import local_folder
 
@@ -713,8 +712,9 @@ def _task_of_model(tasks: Mapping[str, type[Task]], model: str, data: str) -> st
         kind = checkpoint.base_type(config)
     except ModelError:
         return DEFAULT_TASK
-    if ANSWERS in config:
-        return "multitask"
+    told = next((name for name, cls in tasks.items() if cls.made_for(config)), None)
+    if told is not None:
+        return told
     fitting = [name for name in fitting if tasks[name].reads(data) or checkpoint.is_cut_folder(config)]
     fitting = [name for name in fitting if kind in tasks[name].usual_for] or fitting
     if len(fitting) > 1 and DEFAULT_TASK not in fitting:

@@ -6,6 +6,7 @@ in all of them, up to the rounding of half precision; their last layers become t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 from slimformer.core.answers import ANSWERS, answers_field, is_task_name, label_of
 from slimformer.core.plan import Plan
 from slimformer.data.labels import model_labels
-from slimformer.errors import ModelError, OutputError, RecipeError, shown
-from slimformer.files import refuse_foreign, whole_folder
+from slimformer.errors import ModelError, RecipeError, shown
+from slimformer.files import own_folder, refuse_foreign, refuse_other_purpose
 from slimformer.log import Log
+from slimformer.running.places import seen_from
 from slimformer.running.readings import reads_otherwise
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
@@ -35,7 +37,7 @@ def join_classifiers(models: Mapping[str, str | Path], out: str | Path, *, log: 
 
     Args:
         models: The folder, or the name on the hub, of each task's classifier. A task's name has letters, digits and underscores.
-        out: The folder to write; one that we wrote before is replaced.
+        out: The folder to write; one that joined the same models before is replaced.
         log: By default the lines go to Python's logger `slimformer`.
 
     Returns:
@@ -55,27 +57,23 @@ def join_classifiers(models: Mapping[str, str | Path], out: str | Path, *, log: 
         wrong.append(f"{len(models)} model: two or more are joined")
     if wrong:
         raise RecipeError("these models cannot be joined.", facts=wrong, help="name each task: mood=./mood topic=./topic.")
-    if any(place.glob("*")) and not (place / "config.json").is_file():
-        refuse_foreign(place)
-        raise OutputError(f"{place} holds something else already.", help="choose another --out, or empty the folder.")
+    purpose = "join " + json.dumps({task: seen_from(place, str(model)) for task, model in models.items()})
+    refuse_foreign(place)
+    refuse_other_purpose(place, purpose)
     folders = {task: local_folder(str(model)) for task, model in models.items()}
     loaded = {task: _classifier(folder) for task, folder in folders.items()}
     (first, base), *others = loaded.items()
-    last = {task: _last_layer(model, folders[task]) for task, model in loaded.items()}
+    last = _last_layer(base, folders[first])
     for task, model in others:
         if reads_otherwise(folders[task], folders[first]):
             raise ModelError(
                 f"{folders[task]} reads other word pieces than {folders[first]}.",
                 help="heads of one encoder have one tokenizer; compress each model by itself.",
             )
-        _check_same(base, model, last[first], folders[first], folders[task])
-        if last[task] != last[first]:
-            raise ModelError(
-                f"the heads of {folders[first]} and {folders[task]} differ.", help="compress each model by itself."
-            )
+        _check_same(base, model, last, folders[first], folders[task])
     labels = {task: model_labels(model.config)[0] for task, model in loaded.items()}
-    joined = _joined(loaded, labels, last[first])
-    with whole_folder(place) as part:
+    joined = _joined(loaded, labels, last)
+    with own_folder(place, purpose) as part:
         checkpoint.write_dense(joined, Plan(), part, tokenizer_from=folders[first])
     counts = ", ".join(f"{task} {len(names)}" for task, names in labels.items())
     log.say(f"{place}: one {base.config.model_type} for {len(labels)} tasks ({counts} classes).")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +145,7 @@ class ClassOfEach(Reading):
         found = np.full(len(draws), np.nan)
         for place, draw in enumerate(draws):
             counts = known[draw].sum(0)
-            with suppress(FloatingPointError):
-                found[place] = float((right[draw].sum(0)[counts > 0] / counts[counts > 0]).mean())
+            found[place] = float((right[draw].sum(0)[counts > 0] / counts[counts > 0]).mean())
         return found
 
     def _parts(self) -> list[slice]:

@@ -292,6 +292,11 @@ class Task(ABC):
         return True
 
     @classmethod
+    def made_for(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        """Whether a model's config.json names this task: it is then taken if no task is named."""
+        return False
+
+    @classmethod
     def flags(cls) -> dict[str, Field[Any]]:
         """The task's options of the command line: "--max-length" -> the field max_length."""
         options: dict[str, Field[Any]] = getattr(cls, "__dataclass_fields__", {})

@@ -144,12 +144,14 @@ class Multitask(Labelled):
         for split in (Split.DEV, Split.VALIDATION, Split.TRAIN):
             found[split], left_out = {}, 0
             for task, part in self.parts.items():
-                for item in part.split(split):
+                items = part.split(split)
+                ids = part._ids(items)
+                for item in items:
                     home, data = places.setdefault(item.texts, (split, part.data))
                     if home is not split and data != part.data:
                         left_out += 1
                         continue
-                    answer = label_of(task, _name_of(part, item.answer))
+                    answer = label_of(task, part.classes[ids[item.answer]])
                     known = found[home].get(item.texts)
                     if known is None:
                         found[home][item.texts] = Example(f"{task}/{item.id}", item.texts, (answer,))
@@ -164,6 +166,10 @@ class Multitask(Labelled):
         return tuple(note for part in self.parts.values() for note in part.notes())
 
     # ---- what the model says
+
+    @classmethod
+    def made_for(cls, config: Mapping[str, Any]) -> bool:
+        return ANSWERS in config
 
     def bind(self, config: PretrainedConfig | Mapping[str, Any]) -> Multitask:
         slices, (names, _) = answer_slices(config), model_labels(config)
@@ -211,9 +217,3 @@ def _by_task(told: Any) -> dict[str, Any] | None:
         return None
     parts = [part.partition("=") for part in told.split(",")]
     return {name.strip(): value.strip() for name, _, value in parts}
-
-
-def _name_of(part: Classification, answer: Any) -> str:
-    """An answer by the name that its class has in the model."""
-    ids = part._ids_of_answers([answer])
-    return part.classes[ids[answer]]
