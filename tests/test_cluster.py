@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_folder import write_data, write_model
+from tiny_folder import recipe_in as recipe
+from tiny_folder import write_home
 
 from slimformer import cli
 from slimformer.errors import ProcessError, RecipeError
@@ -33,13 +34,7 @@ from slimformer.training.stage import Calibrate, Train
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    write_model(tmp_path / "model")
-    write_data(tmp_path / "data", train=80, dev=40)
-    return tmp_path
-
-
-def recipe(home: Path, *stages: Train | Calibrate) -> Recipe:
-    return Recipe(str(home / "model"), Classification(data=str(home / "data")), stages, bench=Bench(rivals=(), seconds=0.3))
+    return write_home(tmp_path)
 
 
 def test_mistakes_of_all_recipes_are_said_before_anything_runs(home: Path) -> None:
@@ -59,7 +54,9 @@ def test_mistakes_of_all_recipes_are_said_before_anything_runs(home: Path) -> No
     assert not (home / "out").exists()
 
 
-@pytest.mark.parametrize("command", [["--seeds", "1,x"], ["--seeds", "1.5"], ["--seeds", ","], ["--processors", "2"]])
+@pytest.mark.parametrize(
+    "command", [["--seeds", "1,x"], ["--seeds", "1.5"], ["--seeds", ","], ["--seeds", "inf"], ["--processors", "2"]]
+)
 def test_options_that_cannot_be_meant_are_refused(
     home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_folder import write_data, write_model
+from tiny_folder import recipe_in as recipe
+from tiny_folder import write_home
 
 from slimformer.errors import RecipeError
 from slimformer.log import Log
@@ -84,13 +85,7 @@ def test_the_time_allows_the_first_run_and_those_that_would_end() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    write_model(tmp_path / "model")
-    write_data(tmp_path / "data", train=80, dev=40)
-    return tmp_path
-
-
-def recipe(home: Path, *stages: Train | Calibrate) -> Recipe:
-    return Recipe(str(home / "model"), Classification(data=str(home / "data")), stages, bench=Bench(rivals=(), seconds=0.3))
+    return write_home(tmp_path)
 
 
 def test_recipes_that_cannot_be_compared_are_named_together(home: Path) -> None:

@@ -124,6 +124,21 @@ def write_model(
     return folder
 
 
+def write_home(folder: Path) -> Path:
+    """A folder with a trained `model` and little `data` for it."""
+    write_model(folder / "model")
+    write_data(folder / "data", train=80, dev=40)
+    return folder
+
+
+def recipe_in(home: Path, *stages: Any) -> Any:
+    """A recipe for what `write_home` wrote, with a short bench and no rivals."""
+    from slimformer.running.recipe import Bench, Recipe
+    from slimformer.tasks.classification import Classification
+
+    return Recipe(str(home / "model"), Classification(data=str(home / "data")), stages, bench=Bench(rivals=(), seconds=0.3))
+
+
 TUNED_AND_CUT: list[dict[str, Any]] = [  # the stages of a run from an encoder to files
     {"train": {"epochs": 8, "lr": 3e-3}},
     {"calibrate": {"method": {"use": "fisher", "keep": 0.7}}},

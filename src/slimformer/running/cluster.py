@@ -17,12 +17,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import slimformer
+from slimformer.core.anatomy import Kind
 from slimformer.data.tokenizer import max_length_of
 from slimformer.errors import ExtraError, OutputError, ProcessError, SlimformerError, readable
 from slimformer.families.base import anatomy_of
@@ -125,6 +126,15 @@ class Cluster:
         if version != slimformer.__version__:
             return f"{host} has slimformer {version}, this machine {slimformer.__version__}"
         return "" if sees else f"{host} does not see the folder"
+
+    def carry_out(
+        self, jobs: Mapping[str, Job], each: int | None = None, until: Callable[[], bool] | None = None
+    ) -> dict[str, Ended]:
+        """`train`, and what trained well is measured if a node is kept for that; the minutes are those of both."""
+        ended = self.train(jobs, each, until)
+        good = {name: jobs[name] for name, item in ended.items() if not item.why}
+        measured = self.measure(good) if self.measures and good else {}
+        return ended | {name: replace(item, minutes=item.minutes + ended[name].minutes) for name, item in measured.items()}
 
     def train(
         self, jobs: Mapping[str, Job], each: int | None = None, until: Callable[[], bool] | None = None
@@ -234,11 +244,10 @@ def training_bytes(recipe: Recipe) -> float:
     sizes = [stage.batch_size for stage in recipe.stages if isinstance(stage, Train)]
     tokens = max(sizes, default=32) * longest
     kept = 0.0
-    for site in anatomy.sites.values():
-        if site.kind.value == "neurons":
-            kept += tokens * (HIDDEN_FLOATS * anatomy.hidden_size + 3 * site.size)
-        elif site.kind.value == "heads":
-            kept += 2 * tokens * longest * site.size
+    for site in anatomy.of_kind(Kind.NEURONS):
+        kept += tokens * (HIDDEN_FLOATS * anatomy.hidden_size + 3 * site.size)
+    for site in anatomy.of_kind(Kind.HEADS):
+        kept += 2 * tokens * longest * site.size
     return BASE_BYTES + SPARE * ((WEIGHT_BYTES + TEACHER_BYTES) * weights + 4 * kept)
 
 

@@ -296,10 +296,7 @@ class _Many:
         begun = {name: job for name, job in jobs.items() if left.allows(expected.get(name, left.longest), share)}
         if not begun:
             return {}
-        ended = self.nodes.train(begun, self.processors, until=lambda: not left.allows(0.0, share))
-        good = {name: jobs[name] for name, item in ended.items() if not item.why}
-        measured = self.nodes.measure(good) if self.nodes.measures and good else {}
-        return ended | {name: replace(item, minutes=item.minutes + ended[name].minutes) for name, item in measured.items()}
+        return self.nodes.carry_out(begun, self.processors, until=lambda: not left.allows(0.0, share))
 
     def _one(self, name: str, job: Job, share: float, expected: float | None, ahead: Mapping[str, Ended] | None) -> Tried:
         left = self.left

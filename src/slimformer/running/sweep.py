@@ -17,7 +17,7 @@ from slimformer.log import Log
 from slimformer.measuring.records import Record
 from slimformer.reporting.page import report
 from slimformer.reporting.words import mb_text
-from slimformer.running.cluster import Cluster, Ended, Job, connected
+from slimformer.running.cluster import Cluster, Job, connected
 from slimformer.running.fresh import Fresh
 from slimformer.running.given import moved
 from slimformer.running.preflight import preflight
@@ -166,11 +166,7 @@ def run_on(nodes: Cluster, jobs: Mapping[str, Job], place: Path, processors: int
     if not left:
         return {}
     nodes.check(place)
-    ended: dict[str, Ended] = nodes.train(left, processors)
-    good = {name: job for name, job in left.items() if not ended[name].why}
-    if nodes.measures and good:
-        ended |= nodes.measure(good)
-    return {name: item.why for name, item in ended.items() if item.why}
+    return {name: item.why for name, item in nodes.carry_out(left, processors).items() if item.why}
 
 
 def named_recipes(

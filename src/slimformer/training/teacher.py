@@ -110,7 +110,6 @@ class _Kept:
         sizes = [len(part) for part in self._maps]
         self._ends = np.cumsum(sizes)
         self.shape = (sum(sizes), *self._maps[0].shape[1:])
-        self.width = self.shape[-1]
 
     def __getitem__(self, wanted: slice) -> np.ndarray:
         part = min(int(np.searchsorted(self._ends, wanted.start, side="right")), len(self._maps) - 1)
@@ -154,7 +153,7 @@ class CachedTeacher(TeacherOutputs):
             hidden = self._padded(self._hidden, rows, width, 0.0).unbind(2)  # layers + 1 of (batch, seq, hidden)
         scores = self._scores_of(self._scores, rows, width) if self._scores is not None else {}
         relations: tuple[Tensor, ...] = ()
-        if self._relations is not None and self._relations.width:
+        if self._relations is not None and self._relations.shape[-1]:
             relations = self._padded(self._relations, rows, width, 0.0).unbind(2)  # three of (batch, seq, width of all heads)
         return Captured(output, hidden, scores, relations)
 

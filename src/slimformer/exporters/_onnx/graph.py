@@ -49,6 +49,14 @@ class Unexpected(Exception):
     """The graph is not what the rules expect; the exporter turns it into an ExportError."""
 
 
+def output_of_graph(graph: ir.Graph, name: str) -> ir.Value:
+    """The output of that name; Unexpected if there is none."""
+    found = next((value for value in graph.outputs if value.name == name), None)
+    if found is None:
+        raise Unexpected(f"no output is called {name}")
+    return found
+
+
 class Editor:
     """Adds nodes before a node, and constants, to a graph."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir
 
 from slimformer.core.relevance import RELEVANCE, ScoreActivation, relevance_of, score_activation
-from slimformer.exporters._onnx.graph import Unexpected
+from slimformer.exporters._onnx.graph import output_of_graph
 from slimformer.exporters._onnx.parity import GraphOutputs
 from slimformer.families.base import Subject
 
@@ -28,9 +28,7 @@ def scored(outputs: GraphOutputs, activation: ScoreActivation) -> GraphOutputs:
 
 def end_in_score(graph: onnx_ir.Graph, activation: ScoreActivation) -> None:
     """Adds the output RELEVANCE, (batch, 1), to a graph, in place."""
-    logits = next((value for value in graph.outputs if value.name == "logits"), None)
-    if logits is None:
-        raise Unexpected("no output is called logits")
+    logits = output_of_graph(graph, "logits")
     node = onnx_ir.node(_OPERATORS[activation], [logits])
     score = node.outputs[0]
     score.name, score.type, score.shape = RELEVANCE, logits.type, logits.shape

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx_ir
 
 from slimformer.core.answers import answer_slices, output_of
-from slimformer.exporters._onnx.graph import Unexpected
+from slimformer.exporters._onnx.graph import Unexpected, output_of_graph
 from slimformer.exporters._onnx.parity import GraphOutputs
 from slimformer.families.base import Subject
 
@@ -26,9 +26,9 @@ def parted(outputs: GraphOutputs, answers: Mapping[str, slice]) -> GraphOutputs:
 
 def end_in_answers(graph: onnx_ir.Graph, answers: Mapping[str, slice]) -> None:
     """Adds an output for each task to a graph, in place."""
-    logits = next((value for value in graph.outputs if value.name == "logits"), None)
-    if logits is None or logits.shape is None:
-        raise Unexpected("no output is called logits")
+    logits = output_of_graph(graph, "logits")
+    if logits.shape is None:
+        raise Unexpected("the shape of logits is not known")
     sizes = onnx_ir.tensor([part.stop - part.start for part in answers.values()], name="sizes of answers")
     sizes_value = onnx_ir.Value(
         name=sizes.name, shape=onnx_ir.Shape((len(answers),)), type=onnx_ir.TensorType(sizes.dtype), const_value=sizes
