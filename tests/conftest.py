@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -58,6 +59,18 @@ def few_rounds() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing._Race, "run", fewest)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_looks_at_the_machine() -> Iterator[None]:
+    """No test sleeps to see what else runs, and the tracer's table of operators, seconds of a small model's export, is made once."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+        made = functools.cache(_registration.ONNXRegistry.from_torchlib)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(made))
         yield
 
 

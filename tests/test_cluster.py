@@ -165,6 +165,15 @@ print("begun:", *begun)
 cluster.shutdown()
 """
 
+ALONE = """
+from dataclasses import replace
+from slimformer import read_recipe
+from slimformer.running.runner import train_stages
+
+for seed in (1, 2):
+    train_stages(replace(read_recipe("one.yaml"), seed=seed), f"alone-{seed}", wait_seconds=0)
+"""
+
 
 def call(home: Path, *command: str) -> str:
     plain: dict[str, Any] = {"cwd": home, "capture_output": True, "text": True, "timeout": 500}
@@ -191,9 +200,12 @@ def test_a_node_that_dies_changes_no_number(home: Path) -> None:
     assert "is done already; going on from it" in text  # what the nodes trained is not trained again here
     assert "is made again" not in text
     assert "begun: first\n" in text
-    call(home, "-m", "slimformer", "run", "one.yaml", "--seeds", "1,2", "--out", "alone", "--wait", "0")
-    for seed in ("one-seed-1", "one-seed-2"):
-        spread, alone = (load_file(home / place / seed / "model" / "model.safetensors") for place in ("spread", "alone"))
+    call(home, "-c", ALONE)
+    for seed in (1, 2):
+        (trained,) = (home / f"alone-{seed}" / "work").glob("2-train-*/made")
+        spread, alone = (
+            load_file(place / "model.safetensors") for place in (home / "spread" / f"one-seed-{seed}" / "model", trained)
+        )
         assert spread.keys() == alone.keys()
         assert all(torch.equal(spread[name], alone[name]) for name in spread)
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 from tiny_folder import LABELS, refusing, write_data, write_model
+from tiny_hurry import count_speeds, hurry
 
 import slimformer
 from slimformer import cli
@@ -33,18 +34,17 @@ from slimformer.data.material import prepare
 from slimformer.errors import OutputError, TargetError
 from slimformer.exporters.base import FILES, Variant
 from slimformer.families.base import anatomy_of, subject_of
-from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Standing
 from slimformer.measuring.sessions import open_session
 from slimformer.registry import name_of
 from slimformer.reporting.ledger import read_facts, read_records
 from slimformer.running import lessons, search, trials
 from slimformer.running.bundle import Bundle, Run
-from slimformer.running.candidate import teacher_candidate
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.runner import run, train_stages
 from slimformer.running.scale import nearer
-from slimformer.running.search import compress
+from slimformer.running.schedule import Part
+from slimformer.running.search import compress, gentler
 from slimformer.running.trials import Trial
 from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
@@ -55,21 +55,6 @@ from slimformer.training.stage import Calibrate, Train
 pytestmark = pytest.mark.slow
 
 
-def int8_alone_is_slow(*args: Any, **options: Any) -> Any:
-    """The uncut model in int8 as a candidate of speed 1: the times of so small models would choose at random whether to cut."""
-    whole = teacher_candidate(*args, **options)
-    return replace(whole, trials=tuple(replace(trial, speed_32=1.0) for trial in whole.trials))
-
-
-# What makes a run quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
-HURRY: dict[str, Any] = {
-    "slimformer.measuring.latency.SHARES": (1.0, 0.0),
-    "slimformer.running.outline.PROBES": 1,
-    "slimformer.running.search.CLEARLY": float("inf"),  # likewise who is delivered
-    "slimformer.running.search.teacher_candidate": int8_alone_is_slow,
-    "slimformer.running.recipe.RIVALS": ("teacher-int8", "small-dense"),
-    "psutil.cpu_percent": lambda **_: 0.0,
-}
 OPTIONS = ("--data", "data", "--speedup", "1.5", "--max-loss", "100", "--epochs", "2", "--tries", "1", "--threads", "1")
 DELIVERED = {
     *("config.json", "tokenizer.json", "tokenizer_config.json", "slimformer.json"),
@@ -78,11 +63,6 @@ DELIVERED = {
     *("model/config.json", "model/plan.json", "model/model.safetensors", "model/tokenizer.json", "model/tokenizer_config.json"),
     *("README.md", "report.html", "ledger.jsonl", "recipe.yaml", "log.jsonl"),
 }
-
-
-def hurry(patch: pytest.MonkeyPatch) -> None:
-    for name, value in HURRY.items():
-        patch.setattr(name, value)
 
 
 def kill_in_the_middle() -> None:
@@ -320,23 +300,29 @@ def test_bench_needs_neither_torch_nor_transformers(done: Done) -> None:
 def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
     done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a teacher that no student can equal, nothing stays within the loss; the best is delivered all the same."""
+    """With a teacher that no student can equal, nothing stays within the loss; the best is delivered all the same.
+
+    Where only the time of the smaller dense rival is left, it goes into a gentler cut.
+    """
     write_model(tmp_path / "encoder", trained=False, bare=True)
     hurry(monkeypatch)
-    levels = read_recipe(done.out / "recipe.yaml").latency
-    assert isinstance(levels, Levels)
-    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+    count_speeds(monkeypatch)
 
     def hard(bundle: Bundle, state: Run) -> trials.Judge:
         return replace(trials.judge_of(bundle, state), reference=trials.Reference(validation=2.0, seen=None))
 
     monkeypatch.setattr(search, "judge_of", hard)
     task = Classification(data=str(done.home / "data"))
-    options = {"speedup": 1.5, "max_loss": 0, "epochs": 1, "tries": 1, "minutes": 60, "rivals": ()}
+    monkeypatch.setattr(search._Search, "_has_time", lambda _, *parts, **__: Part.RIVAL not in parts)
+    options = {"speedup": 1.5, "max_loss": 0, "epochs": 1, "tries": 2, "minutes": 60, "rivals": ("small-dense",)}
     out = tmp_path / "small"
     compress(tmp_path / "encoder", task, out, **options, threads=1, wait_seconds=0)
-    assert [event["stage"] for event in events(out, "stage")] == ["train", "calibrate", "train"]
+    assert [event["stage"] for event in events(out, "stage")] == ["train", *2 * ["calibrate", "train"]]
     lines = said(out)
+    gentler = [line for line in lines if line.startswith("more than 0 points are lost: trying a model ")]
+    assert len(gentler) == 1
+    assert gentler[0].endswith(" times as fast, in the time of the smaller dense rival.")
+    assert not any("training the smaller dense model" in line for line in lines)
     assert any(line.startswith("not all that was asked for was found; this is the best: ") for line in lines)
     assert any(line.startswith("this model has no head for the task yet: it is tuned first, for ") for line in lines)
     assert any(re.match(r"it took [\d.]+ (seconds|minutes), announced were", line) for line in lines)
@@ -350,8 +336,7 @@ def test_an_untuned_encoder_is_tuned_and_what_is_not_found_is_said(
 def test_a_smaller_dense_model_that_wins_is_delivered(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hurry(monkeypatch)
     monkeypatch.setattr(search, "CLEARLY", 0.0)
-    levels = read_recipe(done.out / "recipe.yaml").latency
-    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+    count_speeds(monkeypatch)
     monkeypatch.chdir(done.home)
     out, options = tmp_path / "small", {"speedup": 1.5, "max_loss": 100, "epochs": 1, "tries": 1, "rivals": ("small-dense",)}
     result = compress("model", Classification(data="data"), out, **options, threads=1, wait_seconds=0)
@@ -404,8 +389,7 @@ def test_when_one_more_dense_layer_is_tried(
 
 def test_depth_is_searched_until_a_dense_model_passes(done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hurry(monkeypatch)
-    levels = read_recipe(done.out / "recipe.yaml").latency
-    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+    count_speeds(monkeypatch)
     monkeypatch.chdir(done.home)
     monkeypatch.setattr(search, "CLEARLY", 1.05)
     races: list[str] = []
@@ -439,8 +423,7 @@ def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
     done: Done, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hurry(monkeypatch)
-    levels = read_recipe(done.out / "recipe.yaml").latency
-    monkeypatch.setattr("slimformer.running.stages.measure_levels", lambda *_: levels)
+    count_speeds(monkeypatch)
     monkeypatch.chdir(done.home)
     out = tmp_path / "small"
     task = Classification(data="data")
@@ -479,6 +462,15 @@ def test_attention_scores_are_learned_where_they_fit_on_disk(done: Done, monkeyp
     monkeypatch.setattr(lessons, "CACHED_BYTES", needed)
     chosen = lessons.distillation(bundle, Wanted(lr=1e-5), 12.0)
     assert (chosen.lr, chosen.augment, chosen.methods[0].scores) == (1e-5, 4, 0.0)  # copies take room too
+
+
+def test_a_gentler_cut_is_as_far_back_as_the_loss_says() -> None:
+    assert gentler(8.0, 2.0, lost=4.0, least=0.0, allowed=1.0) == pytest.approx(4.0)  # a quarter of the loss: half of the way
+    assert gentler(8.0, 2.0, lost=4.5, least=0.5, allowed=1.5) == pytest.approx(4.0)  # int8 alone loses some of it
+    assert gentler(8.0, 2.0, lost=1.01, least=0.0, allowed=1.0) == pytest.approx(2 * 4**0.75)
+    assert gentler(8.0, 2.0, lost=400.0, least=0.0, allowed=1.0) == pytest.approx(2 * 4**0.25)
+    assert gentler(8.0, 2.0, lost=3.0, least=2.0, allowed=1.0) == pytest.approx(2 * 4**0.25)  # what is allowed is out of reach
+    assert gentler(8.0, 2.0, lost=3.0, least=3.5, allowed=1.0) == pytest.approx(4.0)
 
 
 def test_the_next_budget_lies_between_the_nearest_on_both_sides() -> None:

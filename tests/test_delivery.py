@@ -32,6 +32,7 @@ from slimformer.measuring.timing import SINGLE, SORTED, Ratio
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.gates import Gates
 from slimformer.reporting.ledger import read_facts
+from slimformer.reporting.words import mb_text
 from slimformer.running import delivery, exports, rivals, trials
 from slimformer.running.bench import bench
 from slimformer.running.bundle import Bundle, Effort, Made, Run
@@ -134,8 +135,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1, quiet=Quiet(0))
 
 
@@ -219,10 +219,7 @@ def test_the_smaller_dense_rival_trains_in_every_stage() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("values", ["int8", "float16"])
-def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
-) -> None:
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+def test_non_zeros_are_delivered_in_fewer_bytes_and_the_card_says_so(tmp_path: Path, values: str) -> None:
     source = write_model(tmp_path / "model")
     model = checkpoint.load(source)
     with torch.no_grad():
@@ -266,8 +263,7 @@ def recipe_for_openvino(folder: Path) -> Recipe:
 @pytest.mark.slow
 @pytest.mark.skipif(not OpenVINO().available(), reason="needs the extra: pip install 'slimformer[openvino]'")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path) -> None:
     recipe, out = recipe_for_openvino(tmp_path), tmp_path / "out"
     made = run_recipe(recipe, out, log=Log(out, quiet=True), threads=1, wait_seconds=0.0)
     (ours,) = (record for record in made.records if record.name == "slimformer OpenVINO int8")
@@ -275,7 +271,7 @@ def test_our_model_is_delivered_and_measured_as_openvino_int8(tmp_path: Path, mo
     assert ours.size_bytes == sum((out / f"openvino/openvino_model.{end}").stat().st_size for end in ("xml", "bin"))
     assert ours.timings
     text = (out / "README.md").read_text()
-    assert f"| `openvino/openvino_model.xml` | {ours.size_bytes / 1e6:.1f} | int8 by NNCF" in text
+    assert f"| `openvino/openvino_model.xml` | {mb_text(ours.size_bytes)} | int8 by NNCF" in text
     assert "slimformer OpenVINO int8 | " in text
     OpenVINO().load(out / "openvino/openvino_model.xml", 1)
 
@@ -303,7 +299,6 @@ def recipe_for_kernels(folder: Path) -> Recipe:
 def test_a_file_for_the_kernels_is_measured_and_ships_if_it_is_the_fastest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     for fastest in (True, False):
         monkeypatch.setattr("slimformer.running.delivery._slim_ships", lambda _, ships=fastest: ships)
         out = tmp_path / str(fastest)

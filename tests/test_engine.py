@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_compression import hurry, python
+from test_compression import python
 from tiny_folder import write_data, write_model
+from tiny_hurry import count_speeds, hurry
 
 from slimformer import compress
 from slimformer.errors import ExportError, ExtraError, RecipeError
@@ -71,6 +72,7 @@ def test_blocks_go_before_heads_and_neurons(engine: str, beams: int | None, aim:
 @pytest.mark.slow
 def test_a_model_of_blocks_is_searched_trained_and_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)
+    count_speeds(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_model(Path("model"))
     write_data(Path("data"))

@@ -13,6 +13,7 @@ import pytest
 import tiny_export
 import torch
 from tiny_folder import write_data, write_model
+from tiny_hurry import count_speeds, hurry
 
 import slimformer
 from slimformer import registry
@@ -28,12 +29,6 @@ stages:
   - calibrate: {method: {use: fisher, keep: 0.6, examples: 64}}
   - bench: {rivals: [], seconds: 0.1}
 """
-# What makes a compression quick and says nothing on what it does: two levels of latency, one look at a budget, no waiting.
-HURRY: dict[str, Any] = {
-    "slimformer.measuring.latency.SHARES": (1.0, 0.0),
-    "slimformer.running.outline.PROBES": 1,
-    "psutil.cpu_percent": lambda **_: 0.0,
-}
 INNER = (
     "core.form",
     "families.base",
@@ -104,8 +99,8 @@ def test_the_examples_of_a_public_name_run(name: str, folder: Path, monkeypatch:
 def test_the_examples_of_a_run_run(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for place, value in HURRY.items():
-        monkeypatch.setattr(place, value)
+    hurry(monkeypatch)
+    count_speeds(monkeypatch)
     assert failures(getattr(slimformer, name), name) == 0
 
 
@@ -116,8 +111,8 @@ def test_the_python_of_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.
     write_padded_model(tmp_path / "my-bert")
     write_data(tmp_path / "reviews", train=100, dev=20)
     monkeypatch.chdir(tmp_path)
-    for place, value in HURRY.items():
-        monkeypatch.setattr(place, value)
+    hurry(monkeypatch)
+    count_speeds(monkeypatch)
     text = (Path(__file__).parent.parent / "docs" / "quickstart.md").read_text(encoding="utf-8")
     part = text.split("## From Python")[1].split("\n## ")[0]
     cheap = "speedup=1.5, max_loss=100.0, tries=1, rivals=(), epochs=1, threads=1"

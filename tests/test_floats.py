@@ -184,7 +184,6 @@ def test_every_matrix_of_a_model_gets_a_verdict(made: Any, monkeypatch: pytest.M
 def test_a_model_whose_int8_files_lose_too_much_is_rescued_once(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, run = made
     state = run("rescue")
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     monkeypatch.setattr("slimformer.measuring.machine.saturates", lambda _: True)
     judge = judge_of(bundle, state)
     judge_of(bundle, state)
@@ -222,7 +221,6 @@ def test_a_recipe_may_name_them(made: Any) -> None:
 
 @pytest.mark.slow
 def test_a_recipe_may_have_them_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     monkeypatch.setattr(mixed, "int8_speedups", lambda every, *_: [0.5 if shapes[0].width == 24 else 2.0 for shapes in every])
     data = {
         "model": str(write_model(tmp_path / "model")),
@@ -280,7 +278,6 @@ def test_files_of_other_weights_are_not_taken_for_these(made: Any, monkeypatch: 
     """A killed run may come back with other data, and then with another model, into the same folder."""
     bundle, run = made
     state = run("again")
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     judge = judge_of(bundle, state)
     model = copy.deepcopy(bundle.subject.model)
     with torch.no_grad():

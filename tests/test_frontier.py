@@ -200,7 +200,6 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
     for place in ("outline", "frontier"):
         patch.setattr(f"slimformer.running.{place}.estimate", lambda training, **_: estimate(training, seconds=0.1))
     patch.setattr("slimformer.running.recipe.RIVALS", ("teacher-int8", "small-dense"))
-    patch.setattr("psutil.cpu_percent", lambda **_: 0.0)
 
 
 @dataclass(frozen=True)

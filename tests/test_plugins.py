@@ -131,7 +131,6 @@ def test_a_run_uses_a_plug_in_of_each_kind(
     from slimformer.reporting.ledger import read_facts, read_records
     from slimformer.saving.checkpoint import load_plan
 
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     stages: list[dict[str, Any]] = [
         {"calibrate": {"method": {"use": "magnitude", "keep": 0.9}}},
         {"calibrate": {"method": {"use": "truncation", "rank": 4}}},

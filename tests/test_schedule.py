@@ -116,7 +116,7 @@ def test_what_is_left_out_is_said() -> None:
         "the model is tuned for 1 epochs, not 5",
         "distillation makes 2 passes over 2,700 of 5,400 rows, not 12",
         "no smaller dense rival is trained",
-        "1 budget is tried, not up to 3, and no matrix is searched that int8 had better leave in float",
+        "1 budget is planned, not up to 3, and no search for matrices that int8 had better leave in float",
         "importance is measured on 300 examples, not 2,048",
         "each workload is timed for 10 seconds at the end, not 60",
     ]

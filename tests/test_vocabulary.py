@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny
 from tiny_folder import DEGREES, LABELS, LINKS, OPENERS, SPECIAL, THINGS, WORDS, write_data, write_model
+from tiny_hurry import count_speeds, hurry
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from slimformer.core.anatomy import VOCABULARY_SITE
@@ -459,9 +460,11 @@ def test_texts_in_another_script_are_told_from_those_of_the_trimmed_vocabulary(m
 
 
 @pytest.mark.slow
-def test_compress_trims_if_it_is_asked_to(model: Path, data: Path, tmp_path: Path) -> None:
+def test_compress_trims_if_it_is_asked_to(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    count_speeds(monkeypatch)
     task = parse_task({"use": "classification", "data": str(data)})
-    options = {"speedup": 1.01, "max_loss": 100, "epochs": 1, "tries": 1, "rivals": (), "threads": 1, "wait_seconds": 0}
+    options = {"speedup": 1.2, "max_loss": 100, "epochs": 1, "tries": 1, "rivals": (), "threads": 1, "wait_seconds": 0}
     result = compress(model, task, tmp_path / "out", vocabulary="trim", **options)
     ours = next(record for record in result.records if record.chosen)
     assert ours.vocabulary is not None

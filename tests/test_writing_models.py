@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_compression import events, hurry, said
+from test_compression import events, said
 from tiny import tiny
 from tiny_folder import refusing
+from tiny_hurry import hurry
 from tiny_pairs import speaker, write_joint_tokenizer, write_pairs, write_speaker
 
 from slimformer.core.anatomy import Kind

@@ -949,7 +949,6 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
     from slimformer.runtimes.onnxruntime import OnnxRuntime
     from slimformer.saving.checkpoint import read_config
 
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     monkeypatch.chdir(tmp_path)
     recipe = {
         "model": "model",
@@ -1027,14 +1026,15 @@ def test_the_whole_path_of_a_v2_model(call: Call, tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_compress_takes_a_roberta_of_v1_to_the_end(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short command: what it delivers answers questions, always with a span, and its recipe names what was done."""
-    from test_compression import DELIVERED, delivered, hurry
+    from test_compression import DELIVERED, delivered
+    from tiny_hurry import count_speeds, hurry
 
     from slimformer.measuring.records import Standing
     from slimformer.reporting.ledger import read_facts, read_records
     from slimformer.saving import checkpoint
 
     hurry(monkeypatch)
-    monkeypatch.setattr("slimformer.measuring.latency.SECONDS", 3.0)
+    count_speeds(monkeypatch)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -235,7 +235,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_classifier_is_made_small_on_plain_texts(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_classifier_is_made_small_on_plain_texts(done: Path) -> None:
     records = read_records([done / "out" / "ledger.jsonl"])
     teacher, best = records[0], next(item for item in records if item.chosen)
     assert (teacher.metric, teacher.score) == ("agreement", 1.0)
@@ -247,7 +247,6 @@ def test_a_classifier_is_made_small_on_plain_texts(done: Path, monkeypatch: pyte
     facts = read_facts(done / "out")
     assert facts is not None
     assert facts.task["answers_from"] == "teacher"
-    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
     files = [done / "out" / "onnx" / name for name in ("model.onnx", "model_quantized.onnx")]
     task = Classification(data=str(done / "texts.txt"), labels="none")
     found = bench(files, task, seconds=0.1, wait_seconds=0, threads=1)

@@ -222,7 +222,7 @@ def savings(full: Diet, diet: Diet, rows: int | None, sizes: Sizes) -> list[str]
         lines.append("no smaller dense rival is trained")
     if diet.tries < full.tries:
         lines.append(
-            f"{diet.tries} budget is tried, not up to {full.tries}, and no matrix is searched that int8 had better leave in float"
+            f"{diet.tries} budget is planned, not up to {full.tries}, and no search for matrices that int8 had better leave in float"
         )
     if diet.examples < full.examples:
         lines.append(f"importance is measured on {diet.examples:,} examples, not {full.examples:,}")

@@ -2,8 +2,8 @@
 
 The model is tuned first if it has no head for the task. `fisher` then cuts it to the speed on this machine; the student is distilled,
 quantized to int8 and tried on validation examples. If only int8 loses too much, the matrices that cost most may stay in float
-(`rescue.py`); otherwise a gentler budget is tried, by bisection on the speed. If no candidate meets both limits, the best one is
-delivered, and a message says so. `slimformer run` repeats the recipe that is delivered with it.
+(`rescue.py`); otherwise a gentler budget is tried, as far back towards the uncut model as the loss says. If no candidate meets both
+limits, the best one is delivered, and a message says so. `slimformer run` repeats the recipe that is delivered with it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one file differ by more
+WORTHWHILE = 1.05  # times as fast as the uncut model is what a cut has to be
 CLEARLY = 1.05  # times as fast as the cut model is what the smaller dense one must be: two timings of one file differ by less
+REDUCED = 0.3  # of a planned distillation is worth another budget that the smaller dense rival makes way for
 BLOCKS_LEFT = (0.5, 0.2)  # shares of a matrix's blocks that may be left, for the kernels
 
 
@@ -196,6 +198,7 @@ class _Search:
             self.whole = teacher_candidate(
                 Made(bundle), self.judge, run, self.exporter, seconds=min(5.0, self.diet.trial_seconds)
             )
+        self.rival = self.diet.rival
         self.uncut = wanted.speedup <= self.whole.trials[0].speed_32
 
     @cached_property
@@ -214,7 +217,7 @@ class _Search:
             why = (
                 "no cut that stays within the loss is faster than" if close else "no cut stays within the loss that is allowed:"
             )
-            log.say(f"{why} the uncut model in its best file, which is delivered.")
+            log.say(f"{why} the uncut model in its best file, which is delivered.{'' if close else self._hint(candidates[-1])}")
         if best.loss > wanted.max_loss or best.speed_32 < wanted.speedup * CLOSE:
             log.say(
                 f"not all that was asked for was found; this is the best: {best.speed_32:.2f} times as fast (asked: "
@@ -222,6 +225,16 @@ class _Search:
                 f"{wanted.max_loss:g})."
             )
         return chosen
+
+    def _hint(self, last: Candidate) -> str:
+        """What to ask for after no cut stayed within the loss."""
+        wanted, slow = self.wanted, self.whole.trials[0].speed_32
+        trial, least = last.best_int8(wanted.max_loss), self.whole.best_int8(wanted.max_loss).loss
+        aim = gentler(trial.speed_32, slow, trial.loss, least, wanted.max_loss)
+        longer = ", or give it more --minutes" if wanted.minutes is not None else ""
+        return (
+            f" A gentler cut may stay within it: ask for about --speedup {aim:.2g}{longer}." if aim / slow >= WORTHWHILE else ""
+        )
 
     def _without_cut(self) -> list[Candidate]:
         """The uncut model; if its first int8 file loses too much, its others, with matrices in float if that is needed."""
@@ -241,7 +254,7 @@ class _Search:
         wanted, log = self.wanted, self.state.log
         slow, aim = self.whole.trials[0].speed_32, wanted.speedup
         candidates: list[Candidate] = []
-        for left in range(self.diet.tries - 1, -1, -1):
+        for number in range(1, wanted.tries + 1):
             with self.schedule.part(Part.CUTTING):
                 keep, blocks = self._budget(aim)
             candidate = self._cut_to(keep, blocks)
@@ -250,29 +263,48 @@ class _Search:
             log.say(f"{candidate.told(best)}.")
             if best.loss <= wanted.max_loss:
                 break
-            aim = math.sqrt(slow * aim)
-            if not self._has_time(Part.TRYING, more=SEARCH_SECONDS):
-                log.say(f"more than {wanted.max_loss:g} points are lost, and the time that is left allows no other try.")
+            aim = gentler(aim, slow, best.loss, self.whole.best_int8(wanted.max_loss).loss, wanted.max_loss)
+            if self._has_time(Part.TRYING, Part.RIVAL, more=SEARCH_SECONDS):
+                with self.schedule.part(Part.TRYING):
+                    rescued = rescue(candidate, self.judge, self.state, wanted.max_loss, exporter=self.exporter)
+                if rescued is not None:
+                    candidates.append(rescued)
+                    if rescued.best_int8(wanted.max_loss).speed_32 >= aim:
+                        break  # a gentler cut would not be faster
+            if aim / slow < WORTHWHILE or number == wanted.tries or not self._another(aim):
                 break
-            with self.schedule.part(Part.TRYING):
-                rescued = rescue(candidate, self.judge, self.state, wanted.max_loss, exporter=self.exporter)
-            if rescued is not None:
-                candidates.append(rescued)
-                if rescued.best_int8(wanted.max_loss).speed_32 >= aim:
-                    break  # a gentler cut would not be faster
-            if aim / slow < 1.05:
-                break
-            if left and not self._has_time(Part.CUTTING, Part.DISTILLING, Part.TRYING):
-                log.say(f"more than {wanted.max_loss:g} points are lost, and the time that is left allows no other budget.")
-                break
-            if left:
-                log.say(f"more than {wanted.max_loss:g} points are lost: trying a model {aim:.2f} times as fast.")
         return candidates
 
+    def _another(self, aim: float) -> bool:
+        """Whether another budget is tried; if only the time of the smaller dense rival allows it, there will be no rival."""
+        lost = f"more than {self.wanted.max_loss:g} points are lost"
+        shorter = REDUCED * self.schedule.announced[Part.DISTILLING]
+        answers: dict[str, tuple[tuple[Part, ...], float]] = {
+            "with a rival": ((Part.CUTTING, Part.DISTILLING, Part.TRYING, Part.RIVAL), 0.0),
+            "without": ((Part.CUTTING, Part.TRYING), shorter),
+        }
+
+        def first() -> str:
+            return next((name for name, (parts, more) in answers.items() if self._has_time(*parts, more=more)), "none")
+
+        found = remembered(self.state.root / f"another-{aim:.4f}.json", first, str)
+        if found == "none":
+            self.state.log.say(f"{lost}, and the time that is left allows no other budget.")
+            return False
+        self.rival = self.rival and found == "with a rival"
+        instead = ", in the time of the smaller dense rival" if self.diet.rival and not self.rival else ""
+        self.state.log.say(f"{lost}: trying a model {aim:.2f} times as fast{instead}.")
+        return True
+
     def _has_time(self, *parts: Part, more: float = 0.0) -> bool:
-        """Whether the time that is left allows these parts and `more` seconds, beside the rivals and the final measurement."""
-        needed = sum(self.schedule.announced[part] for part in (*parts, Part.RIVAL, Part.MEASURING))
-        return self.schedule.left >= needed + more
+        """Whether the time that is left allows these parts and `more` seconds, beside a short final measurement."""
+        return self.schedule.left >= sum(self.schedule.announced[part] for part in parts) + self._rest[Part.MEASURING] + more
+
+    @property
+    def _rest(self) -> dict[Part, float]:
+        """Seconds of each part without any training, with the shortest final measurement."""
+        rest = replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
+        return forecast(self.outline.sizes, self.outline.pace, rest, self.wanted.speedup)
 
     def _budget(self, aim: float) -> tuple[float, float]:
         """What is left for a speed: the share of the dense latency after a cut, and the share of each matrix's blocks.
@@ -318,11 +350,10 @@ class _Search:
             sizes, pace, slow = self.outline.sizes, self.outline.pace, self.schedule.slowness(Part.UNCUT, Part.CUTTING)
             cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=1.0)
             pace = replace(pace, read=cost.teacher_seconds / sizes.train_tokens)
-            rest = replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
-            later = forecast(sizes, pace, rest, self.wanted.speedup)
-            needed = sum(slow * later[part] for part in (Part.TRYING, Part.RIVAL, Part.MEASURING))
+            later = (Part.TRYING, Part.MEASURING, *([Part.RIVAL] if self.rival else []))
+            needed = sum(slow * self._rest[part] for part in later)
             most = full_diet(small, self.wanted, sizes).passes
-            fit = passes_within(sizes, pace, self.schedule.left - needed, most, (1 + self.diet.rival) / cost.tokens_per_second)
+            fit = passes_within(sizes, pace, self.schedule.left - needed, most, (1 + self.rival) / cost.tokens_per_second)
             least = FEWEST_STEPS * self.wanted.batch_size / sizes.train_rows
             return round(max(fit, least), 2)
 
@@ -351,7 +382,7 @@ class _Search:
                     winner = self._delivered(small, mine, its).after(sum(each.effort.minutes for each in made))
                     return winner, [*(rival for rival in rivals if rival is not small), self._loser(chosen)]
                 deeper = deeper_may_win(its, mine, layers, self.wanted.max_loss) and layers + 1 < self.outline.sizes.layers
-                if not deeper or tries >= self.diet.tries or not self._has_time():
+                if not deeper or tries >= self.diet.tries or not self._has_time(Part.RIVAL):
                     break
                 self.state.log.say(
                     f"{layers} dense layer{'s' * (layers > 1)} lost {abs(its.loss):.2f} points, more than is allowed, at "
@@ -396,7 +427,7 @@ class _Search:
     @property
     def rival_names(self) -> tuple[RivalName, ...]:
         """The rivals that are wanted and that the budget allows."""
-        return self.wanted.rivals if self.diet.rival else without_small_dense(self.wanted.rivals)
+        return self.wanted.rivals if self.rival else without_small_dense(self.wanted.rivals)
 
     def written(self, candidate: Candidate) -> Candidate:
         """The candidate with all files that ship: those of the uncut model are written only if they are asked for."""
@@ -411,6 +442,17 @@ class _Search:
         levels = self.scale.levels if chosen.stages and not drops_layers(chosen.stages) else None
         seconds = final_seconds(self.outline, self.schedule, self.state, self.wanted.speedup)
         return repeating(self.recipe, chosen, self.rival_names, seconds, levels)
+
+
+def gentler(speed: float, slow: float, lost: float, least: float, allowed: float) -> float:
+    """The speed to try after a model `speed` times as fast lost too much; the uncut one of speed `slow` loses `least` points.
+
+    Losses grow at least with the square of the way from `slow` to `speed`, on a logarithmic axis: on SQuAD cuts to 3.6, 4.4 and 5.5
+    times the speed lost 0.1, 2.9 and 5.4 points, and 2.3 times is uncut. A quarter of the way is gone back at least, and at most
+    three quarters of it.
+    """
+    way = math.sqrt(max(0.0, allowed - least) / (lost - least)) if lost > max(least, allowed) else 0.5
+    return slow * (speed / slow) ** min(0.75, max(0.25, way))
 
 
 def better(dense: Trial, cut: Trial, max_loss: float) -> bool:
