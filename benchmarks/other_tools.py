@@ -1,7 +1,7 @@
 """Loads a delivered folder with other tools, each in an environment without slimformer, and compares their scores with ours.
 
     python benchmarks/other_tools.py --envs ./envs                   # makes a tiny classifier and delivers it
-    python benchmarks/other_tools.py --envs ./envs --folder ./small  # a folder of yours, with classes or a score
+    python benchmarks/other_tools.py --envs ./envs --folder ./small  # a folder of yours, with classes, a score, or vectors
 
 It makes the environments below --envs once, with pip and npm, and prints a table for docs/concepts.md. A row that is no success holds
 the tool's own words. Each tool runs this very file in its environment, which is why only the standard library is imported at the top.
@@ -34,13 +34,14 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "sentence-transformers-onnx": (TORCH, "sentence-transformers[onnx]>=6,<7"),
     "sentence-transformers-5": (TORCH, "sentence-transformers[onnx]>=5,<6"),  # brings optimum and transformers 4
     "sentence-transformers-openvino": (TORCH, "sentence-transformers[openvino]>=6,<7"),
+    "fastembed": ("fastembed",),
     "node": ("@huggingface/transformers@4",),
 }
 NEEDS = {"sentence-transformers-openvino": "openvino"}  # the files without which an environment is not made
 FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx", "openvino/openvino_model.xml")
 SINGLE = (("where is my parcel",), ("I want my money back, now!",), ("Could you change the address of order 12?",))
 PAIRS = (("where is my parcel", "it will arrive on Monday"), ("cancel it", "Your order of two lamps was cancelled."))
-MODEL, PROBABILITIES, LOGITS, ANSWERS = "model", "probabilities", "logits", "answers"
+MODEL, PROBABILITIES, LOGITS, ANSWERS, VECTORS = "model", "probabilities", "logits", "answers", "sentence_embedding"
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,21 @@ def asked(folder: Path, scratch: Path) -> dict[str, Any]:
     ]
     sessions = {name: open_session(folder / name, 1) for name in there}
     scores: dict[str, Any] = {name: {} for name in (MODEL, *sessions)}
-    for kind, texts in (("single", SINGLE), ("pairs", PAIRS)):
+    head = getattr(model.config, VECTORS, None)
+    wanted = LOGITS if head is None else VECTORS
+    for kind, texts in (("single", SINGLE),) if head else (("single", SINGLE), ("pairs", PAIRS)):
         encoded = [tokenizer.encode(*row) for row in texts]
         parts = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         feeds = [{name: torch.tensor([getattr(row, part)]) for name, part in parts.items()} for row in encoded]
         known = {"token_type_ids"} if model.config.model_type in ("distilbert", "roberta") else set()
         with torch.no_grad():
             scores[MODEL][kind] = [
-                model(**{name: value for name, value in feed.items() if name not in known}).logits[0].tolist() for feed in feeds
+                model(**{name: value for name, value in feed.items() if name not in known})[wanted][0].tolist()
+                for feed in feeds
             ]
         for name, session in sessions.items():
             scores[name][kind] = [
-                session({part: value.numpy() for part, value in feed.items()})["logits"][0].tolist() for feed in feeds
+                session({part: value.numpy() for part, value in feed.items()})[wanted][0].tolist() for feed in feeds
             ]
     return {
         "folder": str(folder),
@@ -138,7 +142,8 @@ def asked(folder: Path, scratch: Path) -> dict[str, Any]:
         "scratch": str(scratch),
         "files": [name for name in sessions if name.endswith(".onnx")],
         "openvino": [name for name in sessions if name.endswith(".xml")],
-        "labels": [model.config.id2label[number] for number in range(model.config.num_labels)],
+        "labels": [] if head else [model.config.id2label[number] for number in range(model.config.num_labels)],
+        "vectors": head,
         "single": SINGLE,
         "pairs": PAIRS,
         "scores": scores,
@@ -245,6 +250,8 @@ def tried(tool: str, call: str, loads: str, form: str, ask: Callable[[], Any], *
 
 def see_card(request: dict[str, Any]) -> Iterator[Seen]:
     """The lines of the card, with the texts that it shows replaced by ours."""
+    if request["vectors"]:
+        return  # they print numbers for people
     card = (Path(request["folder"]) / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (file,) = re.findall(r'InferenceSession\("([^"]+)"', code)
@@ -262,7 +269,9 @@ def see_card(request: dict[str, Any]) -> Iterator[Seen]:
 
 
 def see_transformers(request: dict[str, Any]) -> Iterator[Seen]:
-    """Plain Auto classes and a pipeline."""
+    """Plain Auto classes and a pipeline; there are none for vectors."""
+    if request["vectors"]:
+        return
     import numpy as np
     import onnxruntime
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -300,27 +309,38 @@ def piped(pipeline: Any, request: dict[str, Any], **parts: Any) -> list[list[flo
 
 
 def see_sentence_transformers(request: dict[str, Any]) -> Iterator[Seen]:
-    """A CrossEncoder from the plain folder, with PyTorch."""
-    from sentence_transformers import CrossEncoder
+    """A CrossEncoder from the plain folder, or a SentenceTransformer from the folder itself, with PyTorch."""
+    from sentence_transformers import CrossEncoder, SentenceTransformer
 
     tool = f"sentence-transformers {version('sentence-transformers')}"
+    if request["vectors"]:
+        yield tried(
+            tool,
+            'SentenceTransformer(".")',
+            MODEL,
+            VECTORS,
+            lambda: embedded(SentenceTransformer(request["folder"]).encode, request),
+        )
+        return
     yield tried(
         tool, "CrossEncoder(DENSE)", MODEL, LOGITS, lambda: crossed(CrossEncoder(request["dense"]), request), pairs=True
     )
 
 
 def see_backend(request: dict[str, Any], backend: str, package: str, files: Sequence[str]) -> Iterator[Seen]:
-    """A CrossEncoder from each of the files."""
-    from sentence_transformers import CrossEncoder
+    """A CrossEncoder or a SentenceTransformer from each of the files."""
+    from sentence_transformers import CrossEncoder, SentenceTransformer
 
     tool = ", ".join(f"{name} {version(name)}" for name in ("sentence-transformers", package, "transformers"))
+    kind: Any = SentenceTransformer if request["vectors"] else CrossEncoder
     for file in files:
-        call = f'CrossEncoder(".", backend="{backend}", model_kwargs={{"file_name": "{file}"}})'
+        call = f'{kind.__name__}(".", backend="{backend}", model_kwargs={{"file_name": "{file}"}})'
 
         def ask(file: str = file) -> list[list[float]]:
-            return crossed(CrossEncoder(request["folder"], backend=backend, model_kwargs={"file_name": file}), request)
+            model = kind(request["folder"], backend=backend, model_kwargs={"file_name": file})
+            return embedded(model.encode, request) if request["vectors"] else crossed(model, request)
 
-        yield tried(tool, call, file, LOGITS, ask, pairs=True)
+        yield tried(tool, call, file, VECTORS if request["vectors"] else LOGITS, ask, pairs=not request["vectors"])
 
 
 def see_onnx_backend(request: dict[str, Any]) -> Iterator[Seen]:
@@ -331,6 +351,36 @@ def see_onnx_backend(request: dict[str, Any]) -> Iterator[Seen]:
 def see_openvino_backend(request: dict[str, Any]) -> Iterator[Seen]:
     """A CrossEncoder from OpenVINO's file, if there is one."""
     yield from see_backend(request, "openvino", "optimum-intel", request["openvino"])
+
+
+def embedded(encode: Callable[[list[str]], Any], request: dict[str, Any]) -> list[list[float]]:
+    """Vectors of the texts, one after the other: ours are of texts alone."""
+    return [[float(value) for value in next(iter(encode([text])))] for (text,) in request["single"]]
+
+
+def see_fastembed(request: dict[str, Any]) -> Iterator[Seen]:
+    """The vector as each file gives it, of a model that fastembed is told of."""
+    if not request["vectors"]:
+        return
+    from fastembed import TextEmbedding
+    from fastembed.common.model_description import ModelSource, PoolingType
+
+    for file in request["files"]:
+        name, tool = f"small/{Path(file).stem}", f"fastembed {version('fastembed')}"
+
+        def ask(name: str = name, file: str = file) -> list[list[float]]:
+            size = len(request["scores"][file]["single"][0])
+            TextEmbedding.add_custom_model(
+                model=name,
+                pooling=PoolingType.DISABLED,
+                normalization=False,
+                sources=ModelSource(hf=name),
+                dim=size,
+                model_file=file,
+            )
+            return embedded(TextEmbedding(model_name=name, specific_model_path=request["folder"]).embed, request)
+
+        yield tried(tool, f'TextEmbedding.add_custom_model(pooling=DISABLED, model_file="{file}")', file, VECTORS, ask)
 
 
 def crossed(model: Any, request: dict[str, Any]) -> list[list[float]]:
@@ -347,7 +397,7 @@ def see_optimum(request: dict[str, Any]) -> Iterator[Seen]:
     from transformers import AutoTokenizer, pipeline
 
     tool = f"optimum-onnx {version('optimum-onnx')}, transformers {version('transformers')}"
-    for file in request["files"]:
+    for file in [] if request["vectors"] else request["files"]:
         place, name = file.split("/")
         call = f'ORTModelForSequenceClassification.from_pretrained(".", subfolder="{place}", file_name="{name}")'
 
@@ -366,6 +416,7 @@ PROBES: dict[str, Callable[[dict[str, Any]], Iterator[Seen]]] = {
     "sentence-transformers-onnx": see_onnx_backend,
     "sentence-transformers-5": see_optimum,
     "sentence-transformers-openvino": see_openvino_backend,
+    "fastembed": see_fastembed,
 }
 NODE = """
 import { readFileSync, writeFileSync } from "node:fs";
@@ -381,9 +432,19 @@ const tool = `transformers.js ${env.version}, Node ${process.versions.node}`;
 const seen = [];
 for (const [dtype, file] of [["fp32", "onnx/model.onnx"], ["q8", "onnx/model_quantized.onnx"], ["int8", "onnx/model_int8.onnx"]]) {
   if (!request.files.includes(file)) continue;
-  const row = { tool, call: `pipeline("text-classification", ".", { dtype: "${dtype}" })`, loads: file };
+  const task = request.vectors ? "feature-extraction" : "text-classification";
+  const row = { tool, call: `pipeline("${task}", ".", { dtype: "${dtype}" })`, loads: file };
   try {
-    const classify = await pipeline("text-classification", name, { dtype, device: "cpu" });
+    const classify = await pipeline(task, name, { dtype, device: "cpu" });
+    if (request.vectors) {
+      const scores = [];
+      for (const [text] of request.single) {
+        const made = await classify(text, { pooling: request.vectors.pooling[0], normalize: request.vectors.normalize });
+        scores.push(Array.from(made.data));
+      }
+      seen.push({ ...row, form: "sentence_embedding", scores });
+      continue;
+    }
     const scores = [];
     for (const [text] of request.single) {
       const found = await classify(text, { top_k: request.labels.length });

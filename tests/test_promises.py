@@ -124,8 +124,7 @@ def test_what_changes_no_output_is_left_out_with_a_word(dense, entries, said, ca
 
 
 WATCH = """
-import sys, os
-folder, outside = sys.argv[1], sys.argv[2]
+import sys, os, json
 import torch, pickle, slimformer
 from slimformer.saving import checkpoint
 opened = []
@@ -139,26 +138,28 @@ def no(*_, **__):
     raise AssertionError("unpickled")
 class Refused(pickle.Unpickler):  # a class, since others derive theirs from it
     load = no
-slimformer.load(sys.argv[3])  # everything that is imported late is imported now
+slimformer.load(sys.argv[1])  # everything that is imported late is imported now
 pickle.load = pickle.loads = torch.load = no
 pickle.Unpickler = pickle._Unpickler = Refused
 sys.addaudithook(watch)
-for call in (slimformer.load, checkpoint.check_weights, lambda name: checkpoint.skeleton(name, "AutoModelForSequenceClassification")):
-    try:
-        call(folder if call is slimformer.load else checkpoint.Path(folder))
-    except slimformer.errors.ModelError:
-        pass
-print([name for name in opened if name in ("unpickled", "pickle.find_class", "os.system", "subprocess.Popen", "socket.connect")
-       or name.endswith((".bin", ".pt", ".pkl", "evil.py")) or os.path.realpath(name).startswith((outside, "/dev/zero"))])
+for folder, outside in zip(sys.argv[2::2], sys.argv[3::2]):
+    opened.clear()
+    for call in (slimformer.load, checkpoint.check_weights, lambda name: checkpoint.skeleton(name, "AutoModelForSequenceClassification")):
+        try:
+            call(folder if call is slimformer.load else checkpoint.Path(folder))
+        except slimformer.errors.ModelError:
+            pass
+    print(json.dumps([name for name in opened
+        if name in ("unpickled", "pickle.find_class", "os.system", "subprocess.Popen", "socket.connect")
+        or name.endswith((".bin", ".pt", ".pkl", "evil.py")) or os.path.realpath(name).startswith((outside, "/dev/zero"))]))
 """
+TRAPS = ("index", "traversal", "device", "link", "config", "code", "none")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trap", ["index", "traversal", "device", "link", "config", "code", "none"])
-def test_nothing_is_unpickled_and_nothing_outside_is_opened(tmp_path, dense, trap):
-    """A hook in a child process watches every file that is opened, and the unpickler."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
+def trapped(trap, dense, outside):
+    """A folder that would have something opened that lies elsewhere, or run."""
+    outside.mkdir(parents=True)
+    tiny("bert").save_pretrained(dense)
     for place in (dense / "a.bin", dense / "pytorch_model.bin"):
         place.write_bytes(b"cos\nsystem\n(S'exit 9'\ntR.")
     (dense / "evil.py").write_text("raise SystemExit(9)", encoding="utf-8")
@@ -174,11 +175,22 @@ def test_nothing_is_unpickled_and_nothing_outside_is_opened(tmp_path, dense, tra
         change(
             dense / "config.json", auto_map={"AutoModelForSequenceClassification": "evil.Model", "AutoConfig": "evil.Config"}
         )
+
+
+@pytest.mark.slow
+def test_nothing_is_unpickled_and_nothing_outside_is_opened(tmp_path):
+    """A hook in a child process watches every file that is opened, and the unpickler."""
     tiny("bert").save_pretrained(tmp_path / "whole")
+    places = [(tmp_path / trap / "dense", tmp_path / trap / "outside") for trap in TRAPS]
+    for trap, (dense, outside) in zip(TRAPS, places, strict=True):
+        trapped(trap, dense, outside)
+    asked = [item for pair in places for item in pair]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WATCH, dense, outside, tmp_path / "whole"], capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert (done.returncode, done.stdout.strip().splitlines()[-1:]) == (0, ["[]"]), done.stderr[-2000:]
+        [sys.executable, "-W", "ignore", "-c", WATCH, tmp_path / "whole", *asked], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert dict(zip(TRAPS, said, strict=True)) == {trap: [] for trap in TRAPS}
 
 
 def test_packages_beneath_report_to_nobody_unless_the_user_says_so(tmp_path):

@@ -14,12 +14,15 @@ from safetensors.torch import save_file
 from tiny_folder import sentences, write_tokenizer
 
 from slimformer.core.plan import Plan
-from slimformer.core.pooling import EMBEDDER, POOLINGS, SENTENCE_VECTOR, DenseLayer, VectorHead
+from slimformer.core.pooling import EMBEDDER, POOLINGS, SENTENCE_VECTOR, TOKEN_VECTORS, DenseLayer, VectorHead
 from slimformer.core.shrink import shrink
 from slimformer.data.tokenizer import load_tokenizer
 from slimformer.errors import ExportError, ModelError, PlanError
+from slimformer.exporters.base import Variant
+from slimformer.exporters.onnx import Onnx
 from slimformer.families._embedder import AutoModelForSentenceEmbedding, pooled
 from slimformer.families.base import anatomy_of
+from slimformer.runtimes.onnxruntime import OnnxRuntime
 from slimformer.saving import checkpoint
 from slimformer.saving.resaving import write_base_config
 from slimformer.saving.sentence_folder import read_sentence_folder, write_dense_state, write_steps
@@ -394,6 +397,39 @@ def test_a_written_folder_loads_in_sentence_transformers_without_us(cut: str, tm
     assert (again.head.prompts, again.head.max_length, again.encoder.name) == (head.prompts, 32, "0_Transformer")
     texts = [text for text, _ in sentences(5, 0)]
     assert np.allclose(by_sentence_transformers(tmp_path / "out", texts), by_us(source, small, texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
+def test_other_tools_find_the_hidden_states_beside_the_vector(kind: str, pooling: str, tmp_path: Path) -> None:
+    """They make the vector themselves. A last layer that computes the first token alone has no others to give."""
+    import onnxruntime
+
+    model = embedder(kind, VectorHead((pooling,)))
+    inputs = batch(model)
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    feeds |= {"token_type_ids": np.zeros_like(feeds["input_ids"])}
+    with torch.no_grad():
+        wanted = model(**inputs)
+    kinds = {variant: tmp_path / item.name for variant, item in Onnx().kinds_for(model).items()}
+    Onnx(agreement=0.0).export_all(model, [feeds], kinds, (SENTENCE_VECTOR,))
+    for variant, file in kinds.items():
+        session = onnxruntime.InferenceSession(str(file))
+        shapes = {item.name: item.shape for item in session.get_outputs()}
+        assert list(shapes) == [SENTENCE_VECTOR] + ([TOKEN_VECTORS] if pooling != "cls" else [])
+        told = dict(zip(shapes, session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()}), strict=True))
+        assert OnnxRuntime().load(file, 1)(feeds).keys() == {SENTENCE_VECTOR}
+        if variant in (Variant.FLOAT, Variant.FUSED):
+            assert np.allclose(told[SENTENCE_VECTOR], wanted.sentence_embedding.numpy(), atol=1e-5)
+        if pooling == "cls":
+            continue
+        states = told[TOKEN_VECTORS]
+        assert [size if isinstance(size, int) else None for size in shapes[TOKEN_VECTORS]] == [None, None, 32]
+        made = pooled(torch.from_numpy(states), inputs["attention_mask"], pooling).numpy()
+        assert np.allclose(made / np.linalg.norm(made, axis=1, keepdims=True), told[SENTENCE_VECTOR], atol=1e-5)
+        if variant in (Variant.FLOAT, Variant.FUSED):
+            real = inputs["attention_mask"].numpy() == 1
+            assert np.allclose(states[real], wanted.token_embeddings.numpy()[real], atol=1e-4)
 
 
 @pytest.mark.parametrize("head", [VectorHead(), VectorHead(("cls",), False, LAYERS)], ids=["mean", "cls"])

@@ -13,6 +13,7 @@ from typing import Any
 from slimformer.errors import ModelError, shown
 
 SENTENCE_VECTOR = "sentence_embedding"  # the field of config.json, and the name of the model's output
+TOKEN_VECTORS = "token_embeddings"  # the output with the hidden states, by which other tools make the vector themselves
 EMBEDDER = "AutoModelForSentenceEmbedding"  # what such models would be called among transformers' Auto classes
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # in the order in which they are joined
 VECTOR_ACTIVATIONS = {  # of a linear layer -> torch's class
@@ -69,6 +70,11 @@ class VectorHead:
     def sides(self) -> tuple[str | None, str | None]:
         """The prompt of queries and that of passages; None if there is none of that name."""
         return self.prompts.get(QUERY), next((self.prompts[name] for name in _PASSAGES if name in self.prompts), None)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the vector depends on the hidden states of all tokens, not of the first one alone."""
+        return any(mode != "cls" for mode in self.pooling)
 
     def dimension(self, hidden: int) -> int:
         """Numbers in a vector, of a model with hidden states of this width."""

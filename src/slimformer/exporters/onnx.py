@@ -19,6 +19,7 @@ from torch import nn
 
 from slimformer.core.anatomy import PointRole, heads_of
 from slimformer.core.pattern import Fixed
+from slimformer.core.pooling import SENTENCE_VECTOR, TOKEN_VECTORS, vector_head
 from slimformer.core.ranges import Ranges, check_bits
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx import calibrate, exits, int8, parity, parts, rewrite, scores, several, sieves, trace
@@ -174,8 +175,9 @@ class OnnxDraft(OnnxDrafting):
     def __init__(
         self, options: Onnx, model: PreTrainedModel, batches: Sequence[Arrays], outputs: Sequence[str], ranges: Ranges | None
     ) -> None:
-        self.options, self.batches, self.ranges, self._outputs = options, batches, ranges, tuple(outputs)
+        self.options, self.batches, self.ranges = options, batches, ranges
         self.subject = subject_of(model)
+        self._outputs = (*outputs, *_beside(model, outputs))
         self._scores = scores.activation_of(self.subject)
         self._answers = several.answers_of(self.subject)
         self._forms = trace.forms_in(model)
@@ -189,7 +191,7 @@ class OnnxDraft(OnnxDrafting):
                 self.reference.append(self._run_model(batch))
                 if self.subject.anatomy.sieves:
                     self._sure.append(sieves.sure_rows(model))
-            self._traced = trace.trace_model(self.subject, outputs)
+            self._traced = trace.trace_model(self.subject, self._outputs)
         self._float_graphs: dict[tuple[bool, frozenset[str]], _FloatGraph] = {}
 
     def write(self, path: Path, variant: str, floats: Sequence[str] = ()) -> Artifact:
@@ -376,3 +378,13 @@ class OnnxDraft(OnnxDrafting):
         how, percentile = self.options.calibration, self.options.percentile
         ranges = {name: calibrate.range_of(samples[name], how, percentile) for name in sorted(missing)}
         return codings | {name: Coding(*span.grid(8)) for name, span in ranges.items()}
+
+
+def _beside(model: PreTrainedModel, outputs: Sequence[str]) -> tuple[str, ...]:
+    """The outputs that a file has beside those of its task.
+
+    Other tools make the vector of a text from the hidden states of its tokens (transformers.js, optimum, fastembed), and take both by
+    these names. A file whose last layer computes the first token alone has none.
+    """
+    head = vector_head(model.config) if SENTENCE_VECTOR in outputs else None
+    return (TOKEN_VECTORS,) if head is not None and head.reads_all else ()

@@ -25,9 +25,10 @@ _LEAST = 1e-12  # the length by which a vector is divided at least, as in torch
 
 @dataclass
 class EmbeddingOutput(ModelOutput):
-    """The vectors of a batch: (batch, dimension)."""
+    """The vectors of a batch, (batch, dimension), and the hidden states that they are made of, (batch, seq, hidden)."""
 
     sentence_embedding: Tensor | None = None
+    token_embeddings: Tensor | None = None
 
 
 class Embedder:
@@ -57,7 +58,7 @@ class Embedder:
             vector = _ACTIVATIONS[facts.activation]()(layer(vector))
         if self.head.normalize:
             vector = vector / vector.square().sum(-1, keepdim=True).sqrt().clamp_min(_LEAST)
-        return EmbeddingOutput(sentence_embedding=vector)
+        return EmbeddingOutput(sentence_embedding=vector, token_embeddings=states)
 
 
 def pooled(states: Tensor, mask: Tensor, mode: str) -> Tensor:

@@ -29,6 +29,7 @@ MOST_COPIES = 4
 RESERVE = 0.03  # share of a budget that no part is given
 TUNED_SHARE = 0.33  # of the time that training gets goes at most into tuning a model that came without a head
 PASSES = 2.0  # over fewer rows, rather than one over more
+TRIED = 2.5  # passes of the uncut model in fp32 take as long as one of each file of a model: that in fp32, and three in int8
 CUT_STEP = 0.1  # what a step costs beside the layers, as a share of an uncut one: the teacher's numbers, the losses, the head
 
 
@@ -104,12 +105,12 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, *aims: float) -> dict[Part, f
         Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + min(10.0, trial),
         Part.CUTTING: short + count * (weigh + (diet.probes + 1) / 2 * (trace + 5.0)),
         Part.DISTILLING: distil,
-        Part.TRYING: (count + (count > 1)) * (trace + 5 * write + 4 * sizes.validation_tokens * pace.read / 2 + trial),
+        Part.TRYING: (count + (count > 1)) * (trace + 5 * write + TRIED * sizes.validation_tokens * pace.read + trial),
         Part.RIVAL: teaching(sizes, pace, diet.passes, all_steps(pace, aims, rival=True)) - distil + contest
         if diet.rival
         else 0.0,
         Part.MEASURING: sizes.searches
-        * ((5 + count) * sizes.dev_tokens * pace.read / 2 + timing(sizes.dev_tokens, pace, diet.bench_seconds))
+        * ((TRIED + count + 1) * sizes.dev_tokens * pace.read + timing(sizes.dev_tokens, pace, diet.bench_seconds))
         + 6.0 * count,
     }
 

@@ -216,6 +216,15 @@ def _given(inputs: Sequence[Port], batch: Mapping[str, np.ndarray]) -> _Arrays:
     return {port.name: batch[port.name] if port.name in batch else np.zeros_like(batch["input_ids"]) for port in inputs}
 
 
+def answers_of(outputs: Sequence[str]) -> list[str]:
+    """The outputs of a file that are asked for: of one that gives the vector of a text, that alone.
+
+    >>> answers_of(["token_embeddings", "sentence_embedding"]), answers_of(["start_logits", "end_logits"])
+    (['sentence_embedding'], ['start_logits', 'end_logits'])
+    """
+    return [SENTENCE_VECTOR] if SENTENCE_VECTOR in outputs else list(outputs)
+
+
 def _outputs(path: Path, outputs: Sequence[Port]) -> dict[str, str]:
     """What outputs are taken for if none is called as transformers calls it: the only one with two axes, or of the labels' size."""
     if any(port.name in _ANSWERS for port in outputs):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from slimformer.core.deciding import answers_apart
-from slimformer.core.pooling import SENTENCE_VECTOR
+from slimformer.core.pooling import SENTENCE_VECTOR, TOKEN_VECTORS
 from slimformer.errors import ExportError, ModelError
 from slimformer.exporters.base import Arrays
 from slimformer.families.base import Subject
@@ -80,9 +80,10 @@ def check_parity(
     differs by more than `tolerance` of the largest output; or, with no tolerance, if the share of answers is below `agreement`.
     """
     outputs = list(reference[0])
+    answers = answers_in(outputs)
     check_finite(reference)
     worst, worst_shape, agreeing, rows, kind = 0.0, (0, 0), 0, 0, "rows"
-    top = max(float(np.abs(value).max()) for item in reference for value in item.values())
+    top = max(float(np.abs(item[name]).max()) for item in reference for name in answers)
     pairs = list(zip(batches, reference, strict=True))
     per_token = {name for name in outputs if all(item[name].shape == batch["input_ids"].shape for batch, item in pairs)}
     for batch, expected in pairs:
@@ -98,6 +99,8 @@ def check_parity(
             if name in per_token or (gaps.ndim == 3 and gaps.shape[:2] == batch["input_ids"].shape):
                 gaps = gaps[real_tokens(batch)]  # what stands at padding is read by no one
             difference = float(gaps.max(initial=0.0))
+            if name not in answers:  # as a share of the largest one, where an answer differs by a share of the largest answer
+                difference *= max(1.0, top) / max(1.0, float(np.abs(expected[name]).max()))
             if difference > worst:
                 worst, worst_shape = difference, batch["input_ids"].shape
         if per_token:
@@ -105,7 +108,7 @@ def check_parity(
         same = np.logical_and.reduce(
             [
                 near(got[name], expected[name]) if name == SENTENCE_VECTOR else agree(got[name], expected[name], top)
-                for name in outputs
+                for name in answers
             ]
         )
         if same.ndim > 1:  # an answer for each token
@@ -132,11 +135,16 @@ def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str],
     """Squared error of a session's outputs, as a share of the squared outputs of the model; only finite outputs count."""
     wrong = square = 0.0
     for batch, expected in zip(batches, reference, strict=True):
-        for name, value in run_graph(session, names, batch, list(expected)).items():
+        for name, value in run_graph(session, names, batch, answers_in(expected)).items():
             real = np.isfinite(expected[name])
             wrong += float(np.square(value[real] - expected[name][real]).sum())
             square += float(np.square(expected[name][real]).sum())
     return wrong / max(square, 1e-12)
+
+
+def answers_in(outputs: Iterable[str]) -> list[str]:
+    """The outputs that say what the model answers, not what its answer is made of."""
+    return [name for name in outputs if name != TOKEN_VECTORS]
 
 
 def unpad(outputs: GraphOutputs, names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:

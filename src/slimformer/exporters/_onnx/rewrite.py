@@ -401,11 +401,14 @@ def unturn(graph: ir.Graph) -> int:
     editor = Editor(graph)
     transposes = [node for node in graph if turns(node)]
     for node in transposes:
-        source, name = required(node.inputs[0]), str(node.outputs[0].name)
-        node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+        source, turned = required(node.inputs[0]), node.outputs[0]
+        name, shape = str(turned.name), turned.shape
+        turned.replace_all_uses_with(source, replace_graph_outputs=True)
         editor.remove(node)
-        if name.startswith(CUT):
+        if name.startswith(CUT) or source.is_graph_output():
             source.name = name
+        if source.is_graph_output():
+            source.shape = shape
     for node in graph:  # the tracer noted shapes in the other order
         for value in node.outputs:
             if value.shape is not None and value.shape.rank() == 3 and not value.is_graph_output():
