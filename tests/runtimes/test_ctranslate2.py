@@ -59,8 +59,10 @@ def test_its_float_file_writes_what_the_model_does(kind: str, tmp_path: Path) ->
 @needed
 def test_its_int8_file_is_small_and_is_read_by_its_own_runtime(tmp_path: Path) -> None:
     model = written_by("marian", tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = ctranslate2_file(model, tmp_path, tmp_path / "float", "float32")
     path = ctranslate2_file(model, tmp_path, tmp_path / "ctranslate2")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())  # it scales in place
     assert path.stat().st_size < 0.5 * whole.stat().st_size
     assert runtime_for(path) == "ctranslate2"
     assert CTranslate2().version().count(".") == 2

@@ -142,7 +142,7 @@ def ctranslate2_file(model: Any, home: Path, folder: Path, quantization: str = "
     import ctranslate2.converters.transformers as converters
 
     tokenizer = read_tokenizer(home)
-    seen: Any = _Seen(model)
+    seen: Any = _Seen(copy.deepcopy(model))  # CTranslate2 scales the weights that it is given where they lie
     pieces = _pieces(tokenizer, model.config.vocab_size)
     spec = getattr(converters, _LOADERS[model.config.model_type])().get_model_spec(seen)
     spec.register_source_vocabulary(pieces)
