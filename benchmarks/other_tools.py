@@ -334,10 +334,12 @@ def see_backend(request: dict[str, Any], backend: str, package: str, files: Sequ
     tool = ", ".join(f"{name} {version(name)}" for name in ("sentence-transformers", package, "transformers"))
     kind: Any = SentenceTransformer if request["vectors"] else CrossEncoder
     for file in files:
-        call = f'{kind.__name__}(".", backend="{backend}", model_kwargs={{"file_name": "{file}"}})'
+        place, name = file.split("/")  # the step that computes words has a folder of its own, where files of vectors are not
+        options = {"subfolder": place, "file_name": name} if request["vectors"] else {"file_name": file}
+        call = f'{kind.__name__}(".", backend="{backend}", model_kwargs={json.dumps(options)})'
 
-        def ask(file: str = file) -> list[list[float]]:
-            model = kind(request["folder"], backend=backend, model_kwargs={"file_name": file})
+        def ask(options: dict[str, str] = options) -> list[list[float]]:
+            model = kind(request["folder"], backend=backend, model_kwargs=options)
             return embedded(model.encode, request) if request["vectors"] else crossed(model, request)
 
         yield tried(tool, call, file, VECTORS if request["vectors"] else LOGITS, ask, pairs=not request["vectors"])

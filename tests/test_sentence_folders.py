@@ -230,7 +230,7 @@ def test_what_is_not_computed_is_refused_in_one_line(name: str, tmp_path: Path) 
     [
         ({"activation_function": "mine.Tanh"}, "the activation mine.Tanh"),
         ({"use_residual": True}, "adds its input"),
-        ({"module_input_name": "token_embeddings"}, "has module_input_name"),
+        ({"module_input_name": "last_hidden_state"}, "has module_input_name"),
     ],
 )
 def test_a_linear_layer_of_another_kind_is_refused(facts: Any, said: str, tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_other_tools_find_the_hidden_states_beside_the_vector(kind: str, pooling
         assert np.allclose(made / np.linalg.norm(made, axis=1, keepdims=True), told[SENTENCE_VECTOR], atol=1e-5)
         if variant in (Variant.FLOAT, Variant.FUSED):
             real = inputs["attention_mask"].numpy() == 1
-            assert np.allclose(states[real], wanted.token_embeddings.numpy()[real], atol=1e-4)
+            assert np.allclose(states[real], wanted.last_hidden_state.numpy()[real], atol=1e-4)
 
 
 @pytest.mark.parametrize("head", [VectorHead(), VectorHead(("cls",), False, LAYERS)], ids=["mean", "cls"])

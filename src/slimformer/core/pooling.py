@@ -13,7 +13,7 @@ from typing import Any
 from slimformer.errors import ModelError, shown
 
 SENTENCE_VECTOR = "sentence_embedding"  # the field of config.json, and the name of the model's output
-TOKEN_VECTORS = "token_embeddings"  # the output with the hidden states, by which other tools make the vector themselves
+TOKEN_VECTORS = "last_hidden_state"  # the output with the hidden states, by which other tools make the vector themselves
 EMBEDDER = "AutoModelForSentenceEmbedding"  # what such models would be called among transformers' Auto classes
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # in the order in which they are joined
 VECTOR_ACTIVATIONS = {  # of a linear layer -> torch's class

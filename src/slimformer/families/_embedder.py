@@ -28,7 +28,7 @@ class EmbeddingOutput(ModelOutput):
     """The vectors of a batch, (batch, dimension), and the hidden states that they are made of, (batch, seq, hidden)."""
 
     sentence_embedding: Tensor | None = None
-    token_embeddings: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 class Embedder:
@@ -58,7 +58,7 @@ class Embedder:
             vector = _ACTIVATIONS[facts.activation]()(layer(vector))
         if self.head.normalize:
             vector = vector / vector.square().sum(-1, keepdim=True).sqrt().clamp_min(_LEAST)
-        return EmbeddingOutput(sentence_embedding=vector, token_embeddings=states)
+        return EmbeddingOutput(sentence_embedding=vector, last_hidden_state=states)
 
 
 def pooled(states: Tensor, mask: Tensor, mode: str) -> Tensor:

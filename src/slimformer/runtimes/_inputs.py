@@ -216,10 +216,10 @@ def _given(inputs: Sequence[Port], batch: Mapping[str, np.ndarray]) -> _Arrays:
     return {port.name: batch[port.name] if port.name in batch else np.zeros_like(batch["input_ids"]) for port in inputs}
 
 
-def answers_of(outputs: Sequence[str]) -> list[str]:
+def asked_outputs(outputs: Sequence[str]) -> list[str]:
     """The outputs of a file that are asked for: of one that gives the vector of a text, that alone.
 
-    >>> answers_of(["token_embeddings", "sentence_embedding"]), answers_of(["start_logits", "end_logits"])
+    >>> asked_outputs(["last_hidden_state", "sentence_embedding"]), asked_outputs(["start_logits", "end_logits"])
     (['sentence_embedding'], ['start_logits', 'end_logits'])
     """
     return [SENTENCE_VECTOR] if SENTENCE_VECTOR in outputs else list(outputs)

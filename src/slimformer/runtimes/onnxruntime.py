@@ -18,7 +18,7 @@ import numpy as np
 from slimformer.errors import ExtraError, ModelError
 from slimformer.exporters.base import KERNELS_DOMAIN, SLIM, is_pair
 from slimformer.kernels import sessions as kernels
-from slimformer.runtimes._inputs import Port, answers_of, fit
+from slimformer.runtimes._inputs import Port, asked_outputs, fit
 from slimformer.runtimes._texts import TextRunner
 from slimformer.runtimes.base import Runner, Runtime
 
@@ -62,7 +62,7 @@ class OnnxRuntime(Runtime):
         session = self._open(path, threads)
         ports, made = _ports(session.get_inputs()), _ports(session.get_outputs())
         made = [item for item in made if NUMBERS.fullmatch(item.type)]
-        outputs = answers_of([item.name for item in made])
+        outputs = asked_outputs([item.name for item in made])
 
         def call(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             try:

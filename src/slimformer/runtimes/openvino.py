@@ -16,7 +16,7 @@ import numpy as np
 from slimformer.errors import ExtraError, ModelError
 from slimformer.exporters.base import FILES, OPENVINO, Arrays, Variant
 from slimformer.files import whole_folder
-from slimformer.runtimes._inputs import answers_of
+from slimformer.runtimes._inputs import asked_outputs
 from slimformer.runtimes.base import Runner, Runtime
 
 INSTALL = "pip install 'slimformer[openvino]'"
@@ -72,7 +72,7 @@ class OpenVINO(Runtime):
                     facts=str(error).strip().splitlines()[-1:],
                     help="bench it in ONNX Runtime, which is given what files of other tools want: --runtime onnxruntime.",
                 ) from error
-            return {name: np.array(results[outputs.index(name)]) for name in answers_of(outputs)}
+            return {name: np.array(results[outputs.index(name)]) for name in asked_outputs(outputs)}
 
         return run
 
