@@ -5,7 +5,7 @@ A float file must give the model's numbers; an int8 file must give its answers o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,9 +142,13 @@ def squared_error(session: Any, batches: Sequence[Arrays], names: Sequence[str],
     return wrong / max(square, 1e-12)
 
 
-def answers_in(outputs: Iterable[str]) -> list[str]:
-    """The outputs that say what the model answers, not what its answer is made of."""
-    return [name for name in outputs if name != TOKEN_VECTORS]
+def answers_in(outputs: Collection[str]) -> list[str]:
+    """The outputs that say what the model answers, not what its answer is made of.
+
+    >>> answers_in(["sentence_embedding", "last_hidden_state"]), answers_in(["last_hidden_state"])
+    (['sentence_embedding'], ['last_hidden_state'])
+    """
+    return [name for name in outputs if name != TOKEN_VECTORS or SENTENCE_VECTOR not in outputs]
 
 
 def unpad(outputs: GraphOutputs, names: Iterable[str], batch: Arrays) -> dict[str, np.ndarray]:
