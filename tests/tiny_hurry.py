@@ -22,6 +22,7 @@ def int8_alone_is_slow(*args: Any, **options: Any) -> Any:
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
     """Two levels of latency, one look at a budget, no waiting; a cut is always needed, and no clock says who is delivered."""
+    patch.setattr("psutil.cpu_percent", lambda **_: 0.0)  # in a process of its own, which conftest does not reach
     patch.setattr("slimformer.measuring.latency.SHARES", (1.0, 0.0))
     patch.setattr("slimformer.running.outline.PROBES", 1)
     patch.setattr("slimformer.running.search.CLEARLY", float("inf"))
