@@ -37,7 +37,12 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "fastembed": ("fastembed",),
     "node": ("@huggingface/transformers@4",),
 }
-NEEDS = {"sentence-transformers-openvino": "openvino"}  # the files without which an environment is not made
+NEEDS = {  # what a folder must have, or an environment is not made
+    "card": "labels",
+    "transformers": "labels",
+    "fastembed": "vectors",
+    "sentence-transformers-openvino": "openvino",
+}
 FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_int8.onnx", "openvino/openvino_model.xml")
 SINGLE = (("where is my parcel",), ("I want my money back, now!",), ("Could you change the address of order 12?",))
 PAIRS = (("where is my parcel", "it will arrive on Monday"), ("cancel it", "Your order of two lamps was cancelled."))
@@ -250,8 +255,6 @@ def tried(tool: str, call: str, loads: str, form: str, ask: Callable[[], Any], *
 
 def see_card(request: dict[str, Any]) -> Iterator[Seen]:
     """The lines of the card, with the texts that it shows replaced by ours."""
-    if request["vectors"]:
-        return  # they print numbers for people
     card = (Path(request["folder"]) / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (file,) = re.findall(r'InferenceSession\("([^"]+)"', code)
@@ -269,9 +272,7 @@ def see_card(request: dict[str, Any]) -> Iterator[Seen]:
 
 
 def see_transformers(request: dict[str, Any]) -> Iterator[Seen]:
-    """Plain Auto classes and a pipeline; there are none for vectors."""
-    if request["vectors"]:
-        return
+    """Plain Auto classes and a pipeline."""
     import numpy as np
     import onnxruntime
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -362,8 +363,6 @@ def embedded(encode: Callable[[list[str]], Any], request: dict[str, Any]) -> lis
 
 def see_fastembed(request: dict[str, Any]) -> Iterator[Seen]:
     """The vector as each file gives it, of a model that fastembed is told of."""
-    if not request["vectors"]:
-        return
     from fastembed import TextEmbedding
     from fastembed.common.model_description import ModelSource, PoolingType
 

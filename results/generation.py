@@ -254,8 +254,7 @@ READING = (
     "products of matrices in integers, and the rest in float.",
     "**×** is times as fast as the dense model in fp32, both in ONNX Runtime, in texts written to their end. Files that share a run "
     "were timed in turn; **texts a second** tell of the machine too, and are to be compared within a run alone. A few batches are timed, "
-    "spread over all lengths. With one beam 3 of the 1,000 German texts never end by themselves, in any file, and one of these "
-    "batches has such a text: over all texts CTranslate2 writes 175 a second with one beam, our int8 file 488.",
+    "spread over all lengths: a text that does not end by itself, as some do with one beam, weighs much there.",
 )
 BESIDE: dict[str, str] = {
     Standing.TEACHER_FP32: "dense, fp32",
@@ -264,8 +263,8 @@ BESIDE: dict[str, str] = {
 }
 ROWS = {
     "quantization": "Prato et al.: every operation on a grid of so many bits, trained for 3 passes on the data's texts. In the paper 8 "
-    "bits score 26.38 against 26.46 on WMT14 English-German, 6 bits 26.98, 4 bits 18.32. What it loses here is the training's, not "
-    "the grids': without dropout, on 27,550 pairs, the same weights in fp32 lose as much, and `post-8` loses nothing.",
+    "bits score 26.38 against 26.46 on WMT14 English-German, 6 bits 26.98, 4 bits 18.32. It is trained without dropout: where "
+    "the same weights in fp32 lose as much, the training lost it, not the grids.",
     "post": "The same after training: weights as they are, ranges from 200 batches. The paper: 26.44 with 8 bits, 24.84 with 6.",
     "naive": "One grid for a tensor, from the first step, denominators from 0. The paper saw it diverge; its own settings were not to be "
     "had.",

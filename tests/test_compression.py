@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -471,6 +472,40 @@ def test_a_gentler_cut_is_as_far_back_as_the_loss_says() -> None:
     assert gentler(8.0, 2.0, lost=400.0, least=0.0, allowed=1.0) == pytest.approx(2 * 4**0.25)
     assert gentler(8.0, 2.0, lost=3.0, least=2.0, allowed=1.0) == pytest.approx(2 * 4**0.25)  # what is allowed is out of reach
     assert gentler(8.0, 2.0, lost=3.0, least=3.5, allowed=1.0) == pytest.approx(4.0)
+
+
+def test_a_second_budget_takes_the_time_of_the_rival_or_is_not_tried(tmp_path: Path) -> None:
+    for room, tried, rival, told in (
+        ({Part.RIVAL, Part.DISTILLING}, True, True, "trying a model 3.00 times as fast."),
+        (set(), True, False, "trying a model 3.00 times as fast, in the time of the smaller dense rival."),
+        (None, False, True, "the time that is left allows no other budget."),
+    ):
+        lines: list[str] = []
+        known: Any = SimpleNamespace(
+            wanted=Wanted(max_loss=1.0),
+            schedule=SimpleNamespace(announced={Part.DISTILLING: 100.0}),
+            state=SimpleNamespace(root=tmp_path / str(room), log=SimpleNamespace(say=lines.append)),
+            diet=SimpleNamespace(rival=True),
+            rival=True,
+            _has_time=lambda *parts, room=room, **_: room is not None and {Part.RIVAL, Part.DISTILLING} & {*parts} <= room,
+        )
+        for _ in range(2):  # a resumed run decides as before
+            assert search._Search._another(known, 3.0) is tried
+            known._has_time = lambda *_, **__: pytest.fail("decided anew")
+        assert known.rival is rival
+        assert [line.endswith(told) for line in lines] == [True, True]
+
+
+def test_what_to_ask_for_after_no_cut_was_good_enough() -> None:
+    def candidate(speed: float, loss: float) -> Any:
+        trial = Trial("int8", 0.9, loss, speed, 1.0, 1)
+        return SimpleNamespace(trials=(trial,), best_int8=lambda _: trial)
+
+    known: Any = SimpleNamespace(wanted=Wanted(max_loss=1.0, minutes=10.0), whole=candidate(2.0, 0.0))
+    assert search._Search._hint(known, candidate(8.0, 4.0)).endswith("ask for about --speedup 4, or give it more --minutes.")
+    known.wanted = Wanted(max_loss=1.0)
+    assert search._Search._hint(known, candidate(8.0, 4.0)).endswith("ask for about --speedup 4.")
+    assert search._Search._hint(known, candidate(2.05, 4.0)) == ""  # nothing worthwhile lies between
 
 
 def test_the_next_budget_lies_between_the_nearest_on_both_sides() -> None:

@@ -19,18 +19,18 @@ import torch
 from test_compression import events, said
 from test_report import BASE, check, record
 from tiny_folder import write_data, write_model
+from tiny_hurry import count_speeds
 
 import slimformer
 from slimformer import Result, cli
 from slimformer.errors import ModelError, RecipeError
 from slimformer.exporters.base import Variant
-from slimformer.families.base import Subject
-from slimformer.measuring.latency import Latency, Levels
+from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.reporting.family import FamilyPoint, HeldResult, ModelFamily, draw_family, read_family
 from slimformer.reporting.ledger import read_records
 from slimformer.reporting.verdicts import dominator
-from slimformer.running import candidate, frontier, scale
+from slimformer.running import candidate, frontier
 from slimformer.running.frontier import rising
 from slimformer.running.levels import write_levels
 from slimformer.running.reader import read_levels, read_recipe
@@ -176,11 +176,6 @@ COMMAND = (
 )
 
 
-def by_the_table(self: Any, small: Subject) -> float:
-    """The speed of an untrained model, by the latency table instead of a clock."""
-    return LEVELS.dense_fp32_ms / Latency.of(small.anatomy, LEVELS).cost.dense
-
-
 def quickly(patch: pytest.MonkeyPatch) -> None:
     """No clock decides what is trained, what is best, and what is dropped."""
     tried = Judge.try_out
@@ -194,8 +189,7 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Judge, "try_out", try_out)
     patch.setattr(frontier, "dominator", uncut_is_needless)
-    patch.setattr(scale.Scale, "_timed", by_the_table)
-    patch.setattr("slimformer.running.stages.measure_levels", lambda *_: LEVELS)
+    count_speeds(patch, LEVELS)
     patch.setattr("slimformer.running.outline.PROBES", 1)
     for place in ("outline", "frontier"):
         patch.setattr(f"slimformer.running.{place}.estimate", lambda training, **_: estimate(training, seconds=0.1))

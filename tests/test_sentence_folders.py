@@ -230,7 +230,7 @@ def test_what_is_not_computed_is_refused_in_one_line(name: str, tmp_path: Path) 
     [
         ({"activation_function": "mine.Tanh"}, "the activation mine.Tanh"),
         ({"use_residual": True}, "adds its input"),
-        ({"module_input_name": "last_hidden_state"}, "has module_input_name"),
+        ({"module_input_name": "token_embeddings"}, "has module_input_name"),
     ],
 )
 def test_a_linear_layer_of_another_kind_is_refused(facts: Any, said: str, tmp_path: Path) -> None:

@@ -30,10 +30,15 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("slimformer.running.recipe.RIVALS", ("teacher-int8", "small-dense"))
 
 
-def count_speeds(patch: pytest.MonkeyPatch) -> None:
-    """A model is as many times as fast as it has fewer heads and neurons: no file is written to be timed."""
-    patch.setattr("slimformer.running.stages.measure_levels", lambda subject, *_: counted(subject))
-    patch.setattr(Scale, "_timed", _counted_speed)
+def count_speeds(patch: pytest.MonkeyPatch, levels: Levels | None = None) -> None:
+    """A model is as many times as fast as a table says (None: as it has fewer heads and neurons): no file is written to be timed."""
+
+    def speed(scale: Scale, small: Subject) -> float:
+        table = levels or counted(scale.bundle.subject)
+        return table.dense_fp32_ms / Latency.of(small.anatomy, table).cost.dense
+
+    patch.setattr("slimformer.running.stages.measure_levels", lambda subject, *_: levels or counted(subject))
+    patch.setattr(Scale, "_timed", speed)
 
 
 def counted(subject: Subject) -> Levels:
@@ -45,8 +50,3 @@ def counted(subject: Subject) -> Levels:
     table = {name: {units: units / max(found) for units in {1, max(found)}} for name, found in sizes.items()}
     inside = sum(size / max(found) for found in sizes.values() for size in found)
     return Levels(0.1 * inside, 1.1 * inside, **{name: table.get(name, {}) for name in GROUPS})
-
-
-def _counted_speed(scale: Scale, small: Subject) -> float:
-    table = counted(scale.bundle.subject)
-    return table.dense_fp32_ms / Latency.of(small.anatomy, table).cost.dense

@@ -39,7 +39,7 @@ from slimformer.running.recipe import RIVALS, Recipe, RivalName
 from slimformer.running.rivals import Contestant, rivals_of, without_small_dense
 from slimformer.running.runner import Conditions, is_done, model_name, open_run, wish_of
 from slimformer.running.scale import Scale, out_of_reach
-from slimformer.running.schedule import FEWEST_STEPS, SHORTEST_BENCH, Diet, Part, Schedule, cut_step, forecast, rival_place
+from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, forecast, rival_place
 from slimformer.running.stages import latency_of, training_of
 from slimformer.running.start import checked_wish, opened
 from slimformer.running.trials import Trial, judge_of
@@ -267,7 +267,7 @@ class _Levels:
         if self.wanted.minutes is None or self._noted(name).is_file():
             return True
         sizes, pace = self.outline.sizes, self.outline.pace
-        one = forecast(sizes, pace, self._rest, self.aims[place])
+        one = forecast(sizes, pace, self.diet.untrained, self.aims[place])
         rows = FEWEST_STEPS * self.wanted.batch_size
         least = rows * sizes.row_tokens * cut_step(pace, self.aims[place])
         slow = self._slowness()
@@ -277,14 +277,9 @@ class _Levels:
         """How much longer than announced things take here, by the part that is over before the first level."""
         return max(1.0, self.schedule.slowness(Part.UNCUT))
 
-    @property
-    def _rest(self) -> Diet:
-        """All that is no training."""
-        return replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
-
     def _measuring(self, count: int) -> float:
         """Seconds of the final measurement of so many levels."""
-        return forecast(self.outline.sizes, self.outline.pace, self._rest, *self.aims[:count])[Part.MEASURING]
+        return forecast(self.outline.sizes, self.outline.pace, self.diet.untrained, *self.aims[:count])[Part.MEASURING]
 
     def _noted(self, name: str) -> Path:
         return self.state.root / name / "passes.json"
@@ -324,7 +319,7 @@ class _Levels:
         cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=1.0)
         rows = (distil.rows or sizes.train_rows) * (1 + distil.augment)
         tokens = rows * sizes.row_tokens  # of an epoch
-        later, one = (forecast(sizes, pace, self._rest, *aims) for aims in (left, left[:1]))
+        later, one = (forecast(sizes, pace, self.diet.untrained, *aims) for aims in (left, left[:1]))
         slow = self._slowness()
         busy = slow * (later[Part.CUTTING] - one[Part.CUTTING] + len(left) * one[Part.TRYING] + self._measuring(len(self.aims)))
         busy += tokens * cost.teacher_seconds / sizes.train_tokens if place == 0 else 0.0
@@ -409,7 +404,7 @@ class _Levels:
         trained = [stage for stage in middle.candidate.stages if isinstance(stage, Train)]
         passes = sum(stage.epochs * (stage.rows or sizes.train_rows) * (1 + stage.augment) for stage in trained)
         aim = middle.aim or 1.0
-        return passes * sizes.row_tokens * cut_step(pace, aim) + forecast(sizes, pace, self._rest, aim)[Part.RIVAL]
+        return passes * sizes.row_tokens * cut_step(pace, aim) + forecast(sizes, pace, self.diet.untrained, aim)[Part.RIVAL]
 
 
 # -- The race, and who is needless -----------------------------------------------------------------------------------------------

@@ -85,6 +85,11 @@ class Diet:
     trial_seconds: float = 10.0  # of timing, for each of two workloads
     bench_seconds: float = FULL_BENCH  # likewise, at the end
 
+    @property
+    def untrained(self) -> Diet:
+        """All of it but the distillation, with the shortest final measurement."""
+        return replace(self, passes=0.0, bench_seconds=min(self.bench_seconds, SHORTEST_BENCH))
+
 
 def forecast(sizes: Sizes, pace: Pace, diet: Diet, *aims: float) -> dict[Part, float]:
     """Seconds that each part takes at this pace. What is no training is known to about a third.

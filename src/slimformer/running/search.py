@@ -38,7 +38,6 @@ from slimformer.running.runner import Conditions, finished_result, model_name, o
 from slimformer.running.scale import Scale
 from slimformer.running.schedule import (
     FEWEST_STEPS,
-    SHORTEST_BENCH,
     Part,
     Schedule,
     forecast,
@@ -279,19 +278,17 @@ class _Search:
         """Whether another budget is tried; if only the time of the smaller dense rival allows it, there will be no rival."""
         lost = f"more than {self.wanted.max_loss:g} points are lost"
         shorter = REDUCED * self.schedule.announced[Part.DISTILLING]
-        answers: dict[str, tuple[tuple[Part, ...], float]] = {
-            "with a rival": ((Part.CUTTING, Part.DISTILLING, Part.TRYING, Part.RIVAL), 0.0),
-            "without": ((Part.CUTTING, Part.TRYING), shorter),
-        }
 
-        def first() -> str:
-            return next((name for name, (parts, more) in answers.items() if self._has_time(*parts, more=more)), "none")
+        def room() -> list[bool]:
+            """Whether there is time for it with a rival, and without."""
+            beside = self._has_time(Part.CUTTING, Part.DISTILLING, Part.TRYING, Part.RIVAL)
+            return [beside, beside or self._has_time(Part.CUTTING, Part.TRYING, more=shorter)]
 
-        found = remembered(self.state.root / f"another-{aim:.4f}.json", first, str)
-        if found == "none":
+        beside, alone = remembered(self.state.root / f"another-{aim:.4f}.json", room, list[bool])
+        if not alone:
             self.state.log.say(f"{lost}, and the time that is left allows no other budget.")
             return False
-        self.rival = self.rival and found == "with a rival"
+        self.rival = self.rival and beside
         instead = ", in the time of the smaller dense rival" if self.diet.rival and not self.rival else ""
         self.state.log.say(f"{lost}: trying a model {aim:.2f} times as fast{instead}.")
         return True
@@ -303,8 +300,7 @@ class _Search:
     @property
     def _rest(self) -> dict[Part, float]:
         """Seconds of each part without any training, with the shortest final measurement."""
-        rest = replace(self.diet, passes=0.0, bench_seconds=min(self.diet.bench_seconds, SHORTEST_BENCH))
-        return forecast(self.outline.sizes, self.outline.pace, rest, self.wanted.speedup)
+        return forecast(self.outline.sizes, self.outline.pace, self.diet.untrained, self.wanted.speedup)
 
     def _budget(self, aim: float) -> tuple[float, float]:
         """What is left for a speed: the share of the dense latency after a cut, and the share of each matrix's blocks.

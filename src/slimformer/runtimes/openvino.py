@@ -55,6 +55,7 @@ class OpenVINO(Runtime):
             model = core.compile_model(core.read_model(path), "CPU", settings)
             names = [item.get_any_name() for item in model.inputs]
             outputs = [item.get_any_name() for item in model.outputs]
+            places = {name: outputs.index(name) for name in asked_outputs(outputs)}
         except RuntimeError as error:
             raise ModelError(
                 f"OpenVINO {self.version()} cannot load {path}.",
@@ -72,7 +73,7 @@ class OpenVINO(Runtime):
                     facts=str(error).strip().splitlines()[-1:],
                     help="bench it in ONNX Runtime, which is given what files of other tools want: --runtime onnxruntime.",
                 ) from error
-            return {name: np.array(results[outputs.index(name)]) for name in asked_outputs(outputs)}
+            return {name: np.array(results[place]) for name, place in places.items()}
 
         return run
 
