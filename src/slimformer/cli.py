@@ -72,7 +72,21 @@ def _task_params() -> tuple[Any, ...]:
     return tuple(get_command(app).params)
 
 
-class _TaskCommand(TyperCommand):
+class _Command(TyperCommand):
+    """A command that refuses an option which is given twice: the last would win, and nobody would know."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        twice = next(
+            (param for param in order if order.count(param) > 1 and not (param.multiple or getattr(param, "is_flag", False))),
+            None,
+        )
+        if twice is not None:
+            raise RecipeError(f"{twice.opts[0]} is given {order.count(twice)} times.", help="give it once.")
+        return super().parse_args(ctx, args)
+
+
+class _TaskCommand(_Command):
     """A command with the options of all tasks. Its function finds those that were given in the context: flag -> text.
 
     An option of the command itself goes before one of a task with the same flag.
@@ -125,7 +139,13 @@ RateOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option(help="Examples per training step.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-Out = Annotated[Path, typer.Option(help="Folder for the result; the same command resumes a run that was stopped.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the result; the same command resumes a run that was stopped.",
+        callback=lambda place: place and place.expanduser(),  # a shell leaves the ~ of --out=~/small
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
 Wait = Annotated[
     float,
@@ -313,7 +333,7 @@ Processors = Annotated[
 ]
 
 
-@app.command("run", epilog="Example: slimformer run recipes/fisher.yaml --out runs/fisher")
+@app.command("run", cls=_Command, epilog="Example: slimformer run recipes/fisher.yaml --out runs/fisher")
 def run_command(
     recipes: Annotated[list[Path], typer.Argument(help="YAML recipes; each of several has a folder of its own below --out.")],
     out: Out,
@@ -368,7 +388,7 @@ def run_command(
         raise typer.Exit(1)
 
 
-@app.command("compare", epilog="Example: slimformer compare recipes/mrpc-*.yaml --hours 2 --out compared")
+@app.command("compare", cls=_Command, epilog="Example: slimformer compare recipes/mrpc-*.yaml --hours 2 --out compared")
 def compare_command(
     recipes: Annotated[list[Path], typer.Argument(help="YAML recipes for one task.")],
     out: Out,
@@ -504,7 +524,7 @@ def verify_command(
         raise typer.Exit(1)
 
 
-@app.command("report")
+@app.command("report", cls=_Command)
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html; not one of the runs, whose own page stands there.")] = Path(
@@ -522,7 +542,7 @@ def report_command(
     typer.echo(f"page: {out / 'report.html'}")
 
 
-@app.command("inspect")
+@app.command("inspect", cls=_Command)
 def inspect_command(
     model: ModelName,
     others: Annotated[
@@ -579,7 +599,7 @@ def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: l
         raise RecipeError("several files or lengths, --batch, --texts and --out are of a profile.", help="add --profile.")
 
 
-@app.command("join", epilog="Example: slimformer join mood=./mood-bert topic=./topic-bert --out ./both")
+@app.command("join", cls=_Command, epilog="Example: slimformer join mood=./mood-bert topic=./topic-bert --out ./both")
 def join_command(
     models: Annotated[list[str], typer.Argument(metavar="task=model ...", help="Each task and its classifier: task=./folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the joined model.")],
@@ -595,7 +615,7 @@ def join_command(
     join_classifiers(named, out)
 
 
-@app.command("serve", epilog="Example: slimformer serve ./small --port 8000")
+@app.command("serve", cls=_Command, epilog="Example: slimformer serve ./small --port 8000")
 def serve_command(
     model: Annotated[Path, typer.Argument(help="A folder that compress or run wrote, or one with an ONNX file.")],
     host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine reaches it.")] = "127.0.0.1",
@@ -613,7 +633,7 @@ def serve_command(
     serve(model, host=host, port=port, threads=threads, max_length=max_length, limits=limits)
 
 
-@app.command("list", epilog="Example: slimformer list gates")
+@app.command("list", cls=_Command, epilog="Example: slimformer list gates")
 def list_command(
     name: Annotated[
         str | None,
@@ -638,7 +658,7 @@ def list_command(
     typer.echo(f"stages: {', '.join(STAGES)}\n`slimformer list NAME` shows the options of one.")
 
 
-@app.command("check")
+@app.command("check", cls=_Command)
 def check_command(
     name: Annotated[
         str | None, typer.Argument(help="A family, method, form, task, exporter or runtime; all without it.")
@@ -656,7 +676,7 @@ def check_command(
         raise typer.Exit(1)
 
 
-@app.command("demo")
+@app.command("demo", cls=_Command)
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,

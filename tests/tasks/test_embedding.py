@@ -174,7 +174,7 @@ def test_queries_and_passages_come_from_squad_or_rows(tmp_path: Path) -> None:
             for item in part["qas"]
         ),  # type: ignore[attr-defined]
     )
-    found = [read_retrieval(str(file), ())["train"] for file in (squad, rows)]
+    found = [next(iter(read_retrieval(str(file), ()).values())) for file in (squad, rows)]
     assert replace(found[0], where="") == replace(found[1], where="")
     assert found[0].passages == tuple(passages)
     assert [found[0].passages[place] for place in found[0].relevant[5]] == [passages[2]]

@@ -29,6 +29,9 @@ _NO_DATA = re.compile(
     r"(unnamed:?_?\d*|column_\d+|index|level_\d+|id|_?idx|ids|guid|uuid|_id|row_?(id|number)?|\w+_id|split|fold)"
 )
 
+_NAMES_BESIDE = ("_text", "_name", "_str", "_string")
+_FLAGS = {"0": "0", "1": "1", "0.0": "0", "1.0": "1", "false": "0", "true": "1"}
+
 
 def find_columns(
     table: Table, text: str | None, text_pair: str | None, label: str | None, glue: Glue | None
@@ -97,6 +100,22 @@ def flag_columns(table: Table, label: str | None) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
+def names_beside(table: Table, label: str) -> tuple[str, ...]:
+    """The names of a column's ids, from a column beside it such as `label_text`; none without such a column, or if it is not clear.
+
+    >>> names_beside(Table("rows", {"label": [1, 0], "label_text": ["good", "bad"]}, range(1, 3)), "label")
+    ('bad', 'good')
+    """
+    beside = next((f"{label}{end}" for end in _NAMES_BESIDE if f"{label}{end}" in table.columns), None)
+    if beside is None:
+        return ()
+    pairs = {(str(value), str(name)) for value, name in zip(table.columns[label], table.columns[beside], strict=True)}
+    names = {int(value): name for value, name in pairs if value.isascii() and value.isdigit()}
+    if not len(pairs) == len(names) == len({*names.values()}) or max(names) > 10 * len(names):
+        return ()
+    return tuple(names.get(place, str(place)) for place in range(max(names) + 1))
+
+
 def _guess_label(table: Table, folded: dict[str, str], glue: Glue | None, text: str | None) -> str:
     flags = ",".join(flag_columns(table, None)) if glue is None else ""
     if flags in table.columns:
@@ -146,13 +165,28 @@ def _guess_texts(table: Table, folded: dict[str, str], label: str, glue: Glue | 
 
 
 def _indicators(table: Table) -> list[str]:
-    """Columns that hold nothing but 0 and 1, and both of them."""
-    flags = {"0", "1", "0.0", "1.0", "true", "false"}
-    return [
-        name
-        for name, column in table.columns.items()
-        if len(values := {str(value).strip().lower() for value in column[:2000]}) == 2 and values <= flags
-    ]
+    """Columns that hold nothing but 0 and 1, and both of them. A column beside them that holds one of these alone is told."""
+    found, alone = [], []
+    for name, column in table.columns.items():
+        values = _flags_in(column)
+        if len(values) == 2:
+            found.append(name)
+        elif values:
+            alone.append(f"'{name}' ({min(values)})")
+    if len(found) > 1 and alone:
+        remark(f"{table.where}: columns that say the same in every row are no labels: {', '.join(alone)}")
+    return found
+
+
+def _flags_in(column: Sequence[Any]) -> set[str]:
+    """What stands in a column of 0 and 1; empty if anything else does."""
+    found: set[str] = set()
+    for value in column:
+        text = str(value).strip().lower()
+        if text not in _FLAGS:
+            return set()
+        found.add(_FLAGS[text])
+    return found
 
 
 def _is_repeated(column: Sequence[Any]) -> bool:

@@ -18,12 +18,15 @@ from typing import Any, Literal
 
 from slimformer.data.columnar import read_arrow, read_parquet
 from slimformer.data.json_rows import json_rows, split_rows
+from slimformer.data.splits import SPLIT_NAMES
 from slimformer.data.texts import PACKED, read_bytes, read_text, suffix_of
 from slimformer.errors import DataError, ExtraError, nearest, shown
 from slimformer.log import remark
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_TEXTS = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json")
+_HEAD = 4096  # characters, in which a header or the first rows of JSON name their columns
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")  # older versions of `datasets` put a digest behind
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
 _HUB_NAME = re.compile(  # ./reviews and ../reviews are paths
     r"(?P<name>\w[\w.-]*/[\w.-]+)(?P<parts>(:[\w.-]+|@[\w.-]+(/[\w.-]+){0,2}){0,2})", re.ASCII
@@ -118,9 +121,32 @@ def read_table(path: Path, *, header: Sequence[str] | None = None, literal: bool
 
 
 def read_splits(path: Path) -> dict[str, Table]:
-    """The tables of a .json file that holds several splits, by their names there; none if it is no such file."""
+    """The tables of a file that holds several splits, by their names there; none if it is no such file.
+
+    Either a .json file has a list of rows for each, or a column `split` tells each row's.
+    """
     rows = split_rows(read_text(path)) if suffix_of(path) == ".json" else {}
-    return {name: _as_table(f"{path}, {name}", list(enumerate(some, 1)), "row") for name, some in rows.items() if some}
+    if rows:
+        return {name: _as_table(f"{path}, {name}", list(enumerate(some, 1)), "row") for name, some in rows.items() if some}
+    if suffix_of(path) not in _TEXTS or not re.search(r"\bsplit\b", read_text(path)[:_HEAD], re.IGNORECASE):
+        return {}
+    table = spread(read_table(path))
+    column = next((name for name in table.columns if name.strip().lower() == "split"), None)
+    return {} if column is None else _by_column(table, column)
+
+
+def _by_column(table: Table, column: str) -> dict[str, Table]:
+    """The rows of each split that a column names; none if it names anything else."""
+    told = [str(value).strip().lower() for value in table.columns[column]]
+    if not {*told} <= {*SPLIT_NAMES} or len({*told}) < 2:
+        return {}
+    parts = {}
+    for name in dict.fromkeys(told):
+        rows = [row for row, value in enumerate(told) if value == name]
+        columns = {other: [values[row] for row in rows] for other, values in table.columns.items() if other != column}
+        places = [table.places[row] for row in rows]
+        parts[name] = replace(table, where=f"{table.where} [{name}]", columns=columns, places=places)
+    return parts
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
@@ -199,6 +225,8 @@ def hub_table(where: str, data: Any) -> Table:
 # -- Rows of separated fields --------------------------------------------------------------------------------------------------
 
 Rows = list[tuple[int, list[str]]]  # the line that each row begins in, and its fields
+_INNER_RETURN = re.compile(r"\r(?!\r*\n)")  # csv takes it for the end of a row
+_STAND_IN = "\ue00d"  # for it, a character of private use
 
 
 def _rows(path: Path, text: str, suffix: str, extra: bool) -> Rows:
@@ -284,9 +312,7 @@ def _lines_are_rows(quoted: Rows, literal: Rows) -> bool:
 
 
 def _literal(text: str, separator: str) -> Rows:
-    lines = text.split("\n")
-    windows = lines[0].endswith("\r")
-    rows = ((number, line[:-1] if windows and line.endswith("\r") else line) for number, line in enumerate(lines, 1))
+    rows = ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1))
     return [(number, line.split(separator)) for number, line in rows if line]
 
 
@@ -299,9 +325,12 @@ def _fields(text: str, separator: str, escape: str | None = None) -> Rows | None
 
 
 def _quoted(path: Path, text: str, separator: str, escape: str | None = None) -> Rows:
-    """Rows with the line that each one begins in; DataError if quotes do not close."""
+    """Rows with the line that each one begins in; DataError if quotes do not close. A \\r inside a line ends no row."""
     limit = csv.field_size_limit(FIELD_LIMIT)
     rows: Rows = []
+    inner = _INNER_RETURN.search(text) is not None and _STAND_IN not in text
+    if inner:
+        text = _INNER_RETURN.sub(_STAND_IN, text)
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, strict=True, escapechar=escape, doublequote=escape is None
     )
@@ -309,7 +338,7 @@ def _quoted(path: Path, text: str, separator: str, escape: str | None = None) ->
     try:
         for fields in reader:
             if fields:
-                rows.append((begin, fields))
+                rows.append((begin, [field.replace(_STAND_IN, "\r") for field in fields] if inner else fields))
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -363,6 +392,11 @@ def _lacks_names(rows: Rows) -> bool:
     """Whether the first line is data already: one of its fields is a value that its column repeats, and none of them names a column."""
     first, body = rows[0][1], rows[1:]
     if len(first) < 2 or len(body) < 4 or not all(len(fields) == len(first) for _, fields in body):
+        return False
+    counted = [name for name in first if name.strip()]
+    if counted == [str(place) for place in range(len(counted))] and len(first) - len(counted) < 2 and len(counted) > 1:
+        return False  # how pandas calls columns without names, behind the index
+    if {"text", "label"} <= {name.strip().lower() for name in first}:
         return False
     repeated = [column for column, name in enumerate(first) if _repeats(name, [fields[column] for _, fields in body])]
     same = sum(fields == first for _, fields in body)  # a header that was joined in again

@@ -32,8 +32,15 @@ def label_sets(table: Table, column: str, joint: str | None = None) -> list[Labe
     listed = are_lists([value for value in values if isinstance(value, str)])
     rows = [_items(table, row, value, joint, column, listed=listed) for row, value in enumerate(values)]
     flags = _as_flags(rows)
-    found = flags if flags is not None else [[spell_label(item) for item in items] for items in rows]
+    found = flags if flags is not None else _spelled(rows)
     return [tuple(dict.fromkeys(item for item in items if item is not None)) for items in found]
+
+
+def _spelled(rows: Sequence[Sequence[Any]]) -> list[list[str | None]]:
+    """The labels of each row as text. "NA", or another word for none, is a label if a row has it beside others: Namibia has that code."""
+    texts = [[spell_label(item, words_for_none=False) for item in items] for items in rows]
+    beside = {text for items in texts if len({*items} - {None}) > 1 for text in items}
+    return [[text if text in beside else spell_label(text) for text in items] for items in texts]
 
 
 def mark_between(table: Table, column: str, *, sure: bool = False) -> str:

@@ -53,8 +53,11 @@ _JOINTS = ("|", ";", ",", "/", "+", "&")
 # ---- as data sets spell them
 
 
-def spell_label(value: Any) -> str | None:
-    """A label as text, whole numbers without a decimal point, digits of any script as 0 to 9; None if the value is no label."""
+def spell_label(value: Any, *, words_for_none: bool = True) -> str | None:
+    """A label as text, whole numbers without a decimal point, digits of any script as 0 to 9; None if the value is no label.
+
+    `words_for_none`: a text such as "NA" or "-" is none.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -64,7 +67,7 @@ def spell_label(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     text = value.strip("\0 \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2003\u3000\ufeff").strip()
-    if not text or text.lower() in _NO_LABEL:
+    if not text or (words_for_none and text.lower() in _NO_LABEL):
         return None
     if not text.isascii() and any(char.isdecimal() for char in text):
         digits = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text).replace("\u066b", ".")

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.data.files import Table, hub_table, read_table
-from slimformer.data.sources import DEV_NAMES, TEST_NAMES, TRAIN_NAMES, of_splits
+from slimformer.data.sources import of_splits
+from slimformer.data.splits import SPLIT_NAMES
 from slimformer.digests import digest_all
 from slimformer.errors import DataError, OutputError, shown
 from slimformer.files import whole_folder
 from slimformer.log import remark
 
-_NAMES_FILE = ".class-names.json"  # beside train.jsonl: column -> names of its ids
-_SPLITS = (*TRAIN_NAMES, *DEV_NAMES, *TEST_NAMES)
+_NAMES_FILE = ".class-names.json"  # beside train.jsonl: split -> column -> names of its ids there
 _ROWS_HELP = 'give a list of rows, [{"text": "fine", "label": "good"}, ...], a DataFrame, a Dataset, or a path.'
 
 
@@ -46,7 +46,7 @@ def data_source(data: Any, *, paths: bool = True) -> str:
         if not table.columns or not len(table):
             raise DataError(f"the data in memory has no rows under '{name}'.", help=_ROWS_HELP)
     texts = {name: [json.dumps(row) for row in _rows(table)] for name, table in tables.items()}
-    names = {column: list(found) for table in tables.values() for column, found in table.class_names.items()}
+    names = {split: dict(table.class_names) for split, table in tables.items() if table.class_names}
     parts = [
         kind,
         json.dumps(names, sort_keys=True),
@@ -65,14 +65,15 @@ def with_kept_names(table: Table, file: Path) -> Table:
     kept = file.parent / _NAMES_FILE
     if not kept.is_file():
         return table
-    return replace(table, class_names={name: tuple(found) for name, found in json.loads(kept.read_text("utf-8")).items()})
+    names = json.loads(kept.read_text("utf-8")).get(file.stem, {})
+    return replace(table, class_names={column: tuple(found) for column, found in names.items()})
 
 
 def _home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimformer" / "data"
 
 
-def _write(folder: Path, texts: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]]) -> None:
+def _write(folder: Path, texts: Mapping[str, Sequence[str]], names: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with whole_folder(folder) as part:
@@ -94,7 +95,7 @@ def _tables(data: Any, paths: bool) -> tuple[str, dict[str, Table]]:
     """What kind of data it is, for the name of its folder, and its tables by split."""
     if isinstance(data, Mapping) and not _refusal(data):
         folded = {str(name).strip().lower(): value for name, value in data.items()}
-        if any(name in _SPLITS for name in folded):
+        if any(name in SPLIT_NAMES for name in folded):
             splits = of_splits(folded, "the dict of splits")
             if not paths and any(isinstance(value, (str, os.PathLike)) for value in splits.values()):
                 raise DataError(
@@ -152,7 +153,7 @@ def _columns(data: Mapping[Any, Any], where: str) -> Table:
         if not isinstance(column, (list, tuple)):
             raise DataError(
                 f"{where} is a dict, and '{name}' is neither the name of a split nor a column: it is a {type(column).__name__}.",
-                facts=[f"splits are called: {', '.join(_SPLITS)}"],
+                facts=[f"splits are called: {', '.join(SPLIT_NAMES)}"],
                 help=_ROWS_HELP,
             )
         columns[str(name)] = list(column)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimformer.data.files import SHARD, SUFFIXES, Table, is_hub_name, join_tables, read_hub, read_table, spread
+from slimformer.data.files import SHARD, SUFFIXES, Table, is_hub_name, join_tables, read_hub, read_splits, read_table, spread
 from slimformer.data.parallel import (
     Corpus,
     by_split,
@@ -218,6 +218,7 @@ def _of_tables(place: Place, data: str) -> tuple[dict[str, Pairs], dict[str, Pai
         match=lambda files, name: [file for file in files if SHARD.sub("", stem_of(file)).lower() == name],
         read=lambda files: spread(join_tables([read_table(file) for file in files])),
         read_hub=read_all,
+        read_splits=lambda file: {split: spread(table) for split, table in read_splits(file).items()},
         example="./folder",
         forms="a folder with train.en and train.de or with tables, or a file",
     )
@@ -306,7 +307,7 @@ def _usual(place: Place, table: Table, known: Mapping[str, str], first: str | No
         if source and target and source != target and first in (None, source) and second in (None, target):
             return source, target
     if place.task == "translation":
-        spoken = [name for end, name in known.items() if is_language(end)]
+        spoken = [name for end, name in known.items() if is_language(end.replace(" ", "_"))]
         spoken = [name for name in dict.fromkeys(spoken) if _folded(name) != "id" or len(spoken) < 3]  # Indonesian, or numbers
         english = [name for name in spoken if _folded(name.rpartition(".")[2])[:2] == "en" and name != second]
         if first is None:

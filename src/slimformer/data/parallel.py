@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimformer.data.files import SUFFIXES
-from slimformer.data.sources import DEV_NAMES, TEST_NAMES, TRAIN_NAMES
+from slimformer.data.splits import DEV_NAMES, TEST_NAMES, TRAIN_NAMES
 from slimformer.data.texts import PACKED, read_text, suffix_of
 from slimformer.errors import DataError, nearest
 from slimformer.log import remark

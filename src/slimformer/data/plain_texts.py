@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table
-from slimformer.data.sources import DEV_NAMES, TEST_NAMES, TRAIN_NAMES, Format, Stamp, read_sources
+from slimformer.data.sources import Format, Stamp, read_sources
+from slimformer.data.splits import DEV_NAMES, TEST_NAMES, TRAIN_NAMES
 from slimformer.data.texts import repair_text, stem_of, stream_lines, suffix_of
 from slimformer.errors import DataError, nearest
 from slimformer.log import remark
@@ -65,6 +66,7 @@ def read_plain(data: str, column: str | None, most: int, _key: Stamp) -> Mapping
         read_hub=lambda name: {split: _of_table(table, column, most) for split, table in read_hub(name).items()},
         example="./texts.txt",
         forms="a folder or a file",
+        named=False,
     )
     sources = dict(read_sources(data, form))
     if "test" in sources:
@@ -155,4 +157,4 @@ def is_plain(data: str) -> bool:
     if not path.is_file() or suffix_of(path) not in _LINES:
         return False
     lines = [line for line, _ in zip(stream_lines(path), range(50), strict=False) if line.strip()]
-    return bool(lines) and not any("\t" in line for line in lines)
+    return bool(lines) and 2 * sum("\t" in line for line in lines) < len(lines)

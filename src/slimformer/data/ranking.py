@@ -13,7 +13,7 @@ from typing import Any
 
 from slimformer.data.beir import is_beir, read_beir
 from slimformer.data.columns import fold_name, folded_names
-from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_table, spread
+from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_splits, read_table, spread
 from slimformer.data.labels import is_number, spell_label
 from slimformer.data.query_groups import Ranking, Row, by_query
 from slimformer.data.sources import Format, Stamp, read_sources
@@ -66,6 +66,7 @@ def read_ranking(data: str, query: str | None, passage: str | None, label: str |
         match=lambda files, name: [file for file in files if SHARD.sub("", stem_of(file)).lower().startswith(name)],
         read=lambda files: _read(files, named),
         read_hub=lambda name: {split: _of_table(spread(table), named) for split, table in read_hub(name).items()},
+        read_splits=lambda file: {split: _of_table(spread(table), named) for split, table in read_splits(file).items()},
         example="./pairs.jsonl",
         forms="a folder or a file",
         advice="several match: ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os.path
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +11,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from slimformer.data.files import SHARD, is_hub_name
+from slimformer.data.splits import DEV_NAMES, SPLIT_NAMES, TEST_NAMES, TRAIN_NAMES
 from slimformer.data.texts import stem_of, suffix_of
 from slimformer.errors import DataError, nearest
+from slimformer.files import read_small
 from slimformer.log import remark
 
 Data = TypeVar("Data")
 Stamp = tuple[tuple[str, int, int, int], ...]
 
-TRAIN_NAMES = ("train", "training")
-DEV_NAMES = ("dev", "validation", "valid", "val", "eval", "dev_matched", "validation_matched")
 _OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dataset.json")
 _OTHER_KINDS = {
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip", ".7z", ".rar", ".zst"), "unpack it."),
@@ -29,7 +30,6 @@ _OTHER_KINDS = {
     **dict.fromkeys((".feather", ".arrows", ".ipc"), "call it .arrow."),
     **dict.fromkeys((".xml", ".yaml", ".yml", ".db", ".sqlite", ".html"), "write a table of it: .csv, .jsonl or .parquet."),
 }
-TEST_NAMES = ("test",)  # stands in if there is no dev data, and only if it has labels
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class Format(Generic[Data]):
     forms: str
     advice: str = ""
     read_splits: Callable[[Path], Mapping[str, Data]] = lambda _: {}
+    named: bool = True  # whether the name of a single file tells if it is training data
 
 
 def read_sources(data: str, form: Format[Data], hub: str | None = None) -> dict[str, Data]:
-    """The "train" and "dev" data, one or both, and "test" if there is no dev; a single file is all "train".
+    """The "train" and "dev" data, one or both, and "test" if there is no dev; a single file is all "train", or what its name says.
 
     `hub`: what `data` is called on the hub.
     """
@@ -64,15 +65,27 @@ def read_sources(data: str, form: Format[Data], hub: str | None = None) -> dict[
     if os.path.isdir(path):  # os.path takes any text, pathlib raises if a name is too long
         return _read_folder(path, form)
     if os.path.isfile(path):
-        return _of_one_file(path, form.read_splits(path)) or {"train": form.read([path])}
+        return _of_one_file(path, form.read_splits(path)) or {_kind_of(path, form): form.read([path])}
     if os.path.exists(path):
         raise DataError(f"{data} is no ordinary file.", help="write the data to a file and name that.")
     if not is_hub_name(hub) or suffix_of(Path(hub)) in form.suffixes:
         raise DataError(
-            f"{data} does not exist.", help=f"{_neighbours(path)} Or name {form.forms}, or a hub data set: owner/name."
+            f"{data} does not exist.", help=f"{_why_not(path)} Or name {form.forms}, or a hub data set: owner/name."
         )
     remark(f"{data} is no file here: loading it from the hub")
     return of_splits(form.read_hub(hub), hub)
+
+
+def _kind_of(file: Path, form: Format[Data]) -> str:
+    """Which data a file holds that was named by itself: "dev" or "test" if that is its name, else "train"."""
+    stem = SHARD.sub("", stem_of(file)).lower()
+    if form.named and (stem in DEV_NAMES or stem in TEST_NAMES):
+        return "dev" if stem in DEV_NAMES else "test"
+    if stem in TRAIN_NAMES:
+        beside = [item.name for item in _files_in(file.parent, form.suffixes) if stem_of(item).lower() in DEV_NAMES]
+        if beside:
+            remark(f"{file}: {beside[0]} beside it is not used; name the folder, {file.parent}, to report on that.")
+    return "train"
 
 
 def of_splits(splits: Mapping[str, Data], where: str) -> dict[str, Data]:
@@ -98,7 +111,7 @@ def _of_one_file(file: Path, splits: Mapping[str, Data]) -> dict[str, Data]:
         return {}
     taken = of_splits(splits, str(file))
     others = [name for name, data in splits.items() if not any(data is mine for mine in taken.values())]
-    said = f"{file}: its splits are taken as they are called there"
+    said = f"{file}: the splits in it ({', '.join(splits)}) are taken as they are called there"
     remark(f"{said}; {', '.join(others)} {'are' if len(others) > 1 else 'is'} left out." if others else f"{said}.")
     return taken
 
@@ -112,6 +125,8 @@ def _read_folder(folder: Path, form: Format[Data]) -> dict[str, Data]:
         if len(whole) == 1:
             return _of_one_file(*next(iter(whole.items())))
         raise _no_data(folder, form)
+    if [*files] == ["train"] and len(files["train"]) == 1 and (splits := form.read_splits(files["train"][0])):
+        return _of_one_file(files["train"][0], splits)
     sources = {}
     for kind, parts in files.items():
         try:
@@ -142,7 +157,18 @@ def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
         items = sorted(item for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}.", help="check its permissions.") from None
-    return [item for item in items if suffix_of(item) in suffixes and item.name not in _OF_DATASETS]
+    kept = _saved_by_datasets(folder)
+    items = [item for item in items if suffix_of(item) in suffixes and item.name not in _OF_DATASETS]
+    return items if kept is None else [item for item in items if item.name in kept]
+
+
+def _saved_by_datasets(folder: Path) -> set[str] | None:
+    """The files that `save_to_disk` of `datasets` wrote, by its state.json; others, such as cache-*.arrow, came when it was opened."""
+    try:
+        state = json.loads(read_small(folder / "state.json"))
+        return {str(item["filename"]) for item in state["_data_files"]}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
 
 
 def find_files(folder: Path, form: Format[Data]) -> dict[str, list[Path]]:
@@ -200,11 +226,22 @@ def _count(files: Sequence[Path]) -> str:
     return f"file {files[0].name}" if len(files) == 1 else f"{len(files)} files ({files[0].name}, ...)"
 
 
+def held_by(data: str) -> list[str]:
+    """What a folder holds, as a fact of an error; nothing if it is none."""
+    folder = Path(os.path.expanduser(data))
+    if os.path.isfile(folder):
+        return [f"by its name, {folder.name} is data to report on; to train on it too, give it another name"]
+    if not os.path.isdir(folder):
+        return []
+    there = sorted(item for item in folder.iterdir() if not item.name.startswith("."))
+    names = [f"{item.name}/" if item.is_dir() else item.name for item in there]
+    return [f"it holds: {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "it is empty"]
+
+
 def _no_data(folder: Path, form: Format[Data]) -> DataError:
     """The error for a folder without data files, by what it holds instead."""
     inner, there = _folders(folder), sorted(item for item in folder.iterdir() if not item.name.startswith("."))
-    names = [f"{item.name}/" if item.is_dir() else item.name for item in there]
-    facts = [f"it holds: {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "it is empty"]
+    facts = held_by(str(folder))
     tables = [item.name for item in there if item.is_file() and suffix_of(item) in form.suffixes]
     texts = next(
         (item for item in (*inner, *(below for item in inner for below in _folders(item))) if _holds_texts(item)), None
@@ -238,11 +275,19 @@ def settle_dev(sources: Mapping[str, Data], where: Callable[[Data], str], lacks:
             settled["dev"] = test
             remark(f"there is no dev data: {where(test)} stands in.")
     elif "dev" not in sources:
-        remark(f"{where(sources['train'])}: there is no dev data beside it, and a tenth of it becomes dev.")
+        remark(f"{where(sources['train'])}: no dev data was given, and a tenth of it becomes dev.")
     return settled
 
 
-def _neighbours(path: Path) -> str:
+def _why_not(path: Path) -> str:
+    """What to do about a path that does not exist."""
+    text = str(path)
+    if re.match(r"\w+:/", text):
+        return "Addresses are not read: download it, and name the file."
+    if re.search(r"[*?]", text):
+        return "Patterns are not read: name the folder that holds the files."
+    if "$" in text:
+        return "Variables are the shell's: leave out the quotes around it."
     try:
         names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     except OSError:
@@ -260,7 +305,7 @@ def stamp(source: str | int | None) -> Stamp:
         return ()
     path = Path(os.path.expanduser(source))
     homes = data_homes(path) if path.is_dir() else []
-    splits = {*TRAIN_NAMES, *DEV_NAMES, *TEST_NAMES}
+    splits = {*SPLIT_NAMES}
     folders = [*homes, *(inner for home in homes for inner in _folders(home) if inner.name.lower() in splits)]
     files = sorted(item for folder in folders for item in folder.iterdir() if item.is_file()) or [path]
     stats = [(str(file), file.stat()) for file in files]

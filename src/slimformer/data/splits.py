@@ -1,4 +1,4 @@
-"""Draws parts of a data set: the dev part of a single file, the validation examples, and a subset to train on.
+"""The names of splits, and drawn parts of a data set: the dev part of a single file, the validation examples, and a subset to train on.
 
 Every draw is a function of the data alone. It does not depend on a run's seed, because runs on different examples could not be
 compared.
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 Item = TypeVar("Item")
+
+# What people call the splits of their data.
+TRAIN_NAMES = ("train", "training")
+DEV_NAMES = ("dev", "validation", "valid", "val", "eval", "dev_matched", "validation_matched")
+TEST_NAMES = ("test",)  # stands in if there is no dev data, and only if it has labels
+SPLIT_NAMES = (*TRAIN_NAMES, *DEV_NAMES, *TEST_NAMES)
 
 # The least: with 200 examples one standard error is 2 to 3 points, and fewer would choose at random. The most: with 2,000 it is 0.7.
 _FEWEST, _MOST = 200, 2000

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from slimformer.data.files import SUFFIXES, load_hub, read_table
+from slimformer.data.files import SUFFIXES, Table, load_hub, read_table
 from slimformer.data.sources import Stamp, stamp
 from slimformer.data.texts import read_text, repair_text, stem_of, suffix_of
 from slimformer.errors import DataError, nearest, shown
@@ -112,7 +112,9 @@ def _read(name: str, _key: Stamp) -> Questions:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}.", help=SHAPE) from None
     if isinstance(content, list):
-        return _of_table(file)
+        if not content or not all(isinstance(item, dict) and "paragraphs" in item for item in content):
+            return _of_table(file)
+        content = {"data": content}
     return _questions(str(file), _nested(str(file), content))
 
 
@@ -134,6 +136,8 @@ def read_hub_questions(name: str) -> dict[str, Questions]:
 
 def _of_table(file: Path) -> Questions:
     table = read_table(file)
+    if {"context", "qas"} <= {*table.columns}:
+        return _questions(str(file), _of_paragraphs(table))
     missing = _missing(table.columns)
     if missing:
         raise DataError(
@@ -146,6 +150,17 @@ def _of_table(file: Path) -> Questions:
     names = [name for name in table.columns if name in _COLUMNS]
     rows = ({"id": row + 1} | {name: table.columns[name][row] for name in names} for row in range(len(table)))
     return _questions(str(file), ((table.place(row), item) for row, item in enumerate(rows)))
+
+
+def _of_paragraphs(table: Table) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each question of rows that are paragraphs of SQuAD, with a context and the list of its questions; an id may be missing."""
+    number = 0
+    for row, (context, questions) in enumerate(zip(table.columns["context"], table.columns["qas"], strict=True)):
+        if not isinstance(questions, list) or not all(isinstance(item, dict) for item in questions):
+            raise DataError(f"{table.place(row)}: 'qas' is no list of questions.", help=SHAPE)
+        for place, item in enumerate(questions):
+            number += 1
+            yield f"{table.place(row)}, qas[{place}]", {"id": number} | item | {"context": context}
 
 
 def _missing(columns: Collection[str]) -> str:
@@ -238,7 +253,16 @@ def _golds(answers: Any, place: str) -> Iterator[tuple[str, int | None, int]]:
         if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
             raise DataError(f"{place}: an answer has no 'text'.", help=SHAPE)
         start, times = answer.get("answer_start"), answer.get("n_occ", 1)
-        yield repair_text(answer["text"]), start if type(start) is int else None, times if type(times) is int else 1
+        yield repair_text(answer["text"]), _whole(start), times if type(times) is int else 1
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also as tables write it: "9", 9.0. None for anything else."""
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def placed(context: str, golds: Sequence[tuple[str, int | None, int]]) -> tuple[Answer, str]:

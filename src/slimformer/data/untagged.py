@@ -10,7 +10,8 @@ from pathlib import Path
 from slimformer.data.conll import read_word_lines, reads_lines
 from slimformer.data.files import Table, join_tables, read_hub, read_table
 from slimformer.data.plain_texts import MOST_TEXTS, is_plain, read_plain
-from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, read_sources
+from slimformer.data.sources import Format, Stamp, read_sources
+from slimformer.data.splits import TRAIN_NAMES
 from slimformer.data.tagged import TAGGED_SUFFIXES, WORD, Sentence, joined_words, match_tagged, words_column
 from slimformer.data.texts import repair_text, stream_lines
 from slimformer.errors import DataError

@@ -15,6 +15,7 @@ from typing import Any
 from slimformer.errors import OutputError, RecipeError, SlimformerError, readable
 from slimformer.log import Log
 from slimformer.measuring.records import Record
+from slimformer.reporting.ledger import LEDGER
 from slimformer.reporting.page import report
 from slimformer.reporting.words import mb_text
 from slimformer.running.cluster import Cluster, Job, connected
@@ -138,12 +139,17 @@ def run_several(
         >>> run_several(["one.yaml", "two.yaml"], "runs", seeds=(1, 2, 3), cluster="auto")  # doctest: +SKIP
     """
     place, log = Path(out), log or Log(None)
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file.", help="choose another --out.")
+    if (place / LEDGER).is_file():
+        raise OutputError(
+            f"{place} holds a run, and several runs are written beside each other.",
+            help="choose another --out; the run may be moved into it.",
+        )
     chains = _with_seeds(named_recipes(recipes, model, data), tuple(dict.fromkeys(seeds)))
     if not chains:
         raise RecipeError("there is nothing to run.", help="name a recipe.")
     check_recipes(chains)
-    if place.exists() and not place.is_dir():
-        raise OutputError(f"{place} is a file.", help="choose another --out.")
     options = {"threads": threads, "wait_seconds": wait_seconds, "cache": str(cache or place / CACHE)}
     jobs = {name: Job(recipe, place / name, options) for name, recipe in chains.items()}
     failed: dict[str, str] = {}

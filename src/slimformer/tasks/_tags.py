@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 OUTSIDE = "O"
 TAG_METRICS = ("f1", "precision", "recall", "accuracy")
 Span = tuple[str, int, int]  # type, first word, last word
-_PREFIXED = re.compile(r"([BIMLEUSW])([-_:.])(\S.*)")
+_PREFIXED = re.compile(r"([BIMLEUSWbimleusw])([-_:.])(\S.*)")
+_SUFFIXED = re.compile(r"(\S*[^\s_:.-])[-_:.]([BIMLEUSW])")  # PER-B
 _BARE = frozenset("BIMLEUSW")
 _LETTERS = {"M": "I", "L": "E", "U": "S", "W": "S"}  # of other schemes, as BIOES has them
 _OUTSIDES = ("o", "out", "outside", "other", "null", "none", "0")
@@ -57,10 +58,10 @@ class Tagset:
             others = [name for name in rest if not has_letter(name)]
             outside = others[0] if len(others) == 1 and len(rest) > 1 and others[0].casefold() in _OUTSIDES else ""
             rest = [name for name in rest if name != outside]
-        plain = not rest or not all(map(has_letter, rest))
-        parts = tuple(
-            (OUTSIDE, "") if name == outside and outside else ("I", name) if plain else _letter(name) for name in names
-        )
+        last = bool(rest) and all(map(_SUFFIXED.fullmatch, rest)) and not all(map(has_letter, rest))
+        plain = not rest or not (last or all(map(has_letter, rest)))
+        read = _last_letter if last else _letter
+        parts = tuple((OUTSIDE, "") if name == outside and outside else ("I", name) if plain else read(name) for name in names)
         return Tagset(names, parts, plain, outside or ("" if plain else OUTSIDE))
 
     @property
@@ -142,8 +143,14 @@ def has_letter(name: str) -> bool:
 @lru_cache(maxsize=4096)
 def _letter(name: str) -> tuple[str, str]:
     match = _PREFIXED.fullmatch(name)
-    letter, kind = (match[1], match[3]) if match else (name, "_")
+    letter, kind = (match[1].upper(), match[3]) if match else (name, "_")
     return _LETTERS.get(letter, letter), kind
+
+
+def _last_letter(name: str) -> tuple[str, str]:
+    match = _SUFFIXED.fullmatch(name)
+    assert match is not None
+    return _LETTERS.get(match[2], match[2]), match[1]
 
 
 def complete(names: Sequence[str]) -> tuple[str, ...]:
@@ -156,6 +163,8 @@ def complete(names: Sequence[str]) -> tuple[str, ...]:
     if found.plain:
         return tuple(([found.outside] if found.outside else []) + sorted(name for name in found.names if name != found.outside))
     first = next(name for name in found.names if name != found.outside)
+    if not has_letter(first):  # its letter stands last
+        return (found.outside, *sorted(name for name in found.names if name != found.outside))
     match = _PREFIXED.fullmatch(first)
     joint = match[2] if match else ""
     written = {_letter(name)[0]: name[0] for name in found.names if name != found.outside}
@@ -165,6 +174,8 @@ def complete(names: Sequence[str]) -> tuple[str, ...]:
         written = {"B": "B", "I": "I", "E": "E", "S": "S"} | of_others | bilou | written
     elif "B" in written:
         written = {"B": "B", "I": "I"} | written
+    if first[0].islower():
+        written = {letter: name.lower() for letter, name in written.items()}
     order = [written[letter] for letter in "BIES" if letter in written]
     bare = found.types == ("_",) and not joint
     return (found.outside, *(letter if bare else f"{letter}{joint}{kind}" for kind in found.types for letter in order))

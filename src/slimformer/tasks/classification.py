@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimformer.data.columns import find_columns, find_texts, flag_columns
+from slimformer.data.columns import find_columns, find_texts, flag_columns, names_beside
 from slimformer.data.files import SHARD, SUFFIXES, Table, join_tables, read_hub, read_splits, read_table, spread
 from slimformer.data.glue import GLUE, Glue, read_glue
 from slimformer.data.label_sets import LabelSet, flag_width, label_sets, mark_between, told_apart, with_flags
@@ -29,6 +29,7 @@ from slimformer.data.labels import (
     id_of,
     is_collection,
     is_number,
+    match_by_name,
     match_labels,
     maybe_none,
     model_labels,
@@ -41,10 +42,11 @@ from slimformer.data.labels import (
 )
 from slimformer.data.memory import data_source, with_kept_names
 from slimformer.data.plain_texts import MOST_TEXTS, is_plain, read_plain
-from slimformer.data.sources import TRAIN_NAMES, Format, Stamp, is_training, read_sources, settle_dev, stamp
+from slimformer.data.sources import Format, Stamp, held_by, is_training, read_sources, settle_dev, stamp
 from slimformer.data.splits import (
     FOR_DEV,
     FOR_VALIDATION,
+    TRAIN_NAMES,
     dev_count,
     draw_rows,
     draw_some,
@@ -122,7 +124,9 @@ class Classification(Labelled):
     text: str | None = option(None, "Column of the text; guessed if it has a usual name.")
     text_pair: str | None = option(None, "Column of the second text, if pairs are classified.")
     label: str | None = option(None, "Column of the label; guessed if it has a usual name.")
-    kind: Literal["auto", "classes", "score", "multi_label"] = "auto"
+    kind: Literal["auto", "classes", "score", "multi_label"] = option(
+        "auto", "What a row gets: classes (one of them), score, or multi_label; found from the data."
+    )
     metric: str = option(
         "auto",
         "The metric that counts: accuracy, f1, f1_macro, matthews, pearson, spearman, f1_micro, exact, or package.function.",
@@ -289,9 +293,17 @@ class Classification(Labelled):
         first = self._table(Split.TRAIN, any_split=True)
         return label_sets(table, label, mark_between(first, label, sure=self.kind == MULTI))
 
-    def _has_several(self) -> bool:
+    def _has_several(self, names: Sequence[str]) -> bool:
+        """Whether rows may have several labels; not if each is the name of one of a model's classes, such as "light/on"."""
         table = self._table(Split.TRAIN, any_split=True)
-        return bool(_several_in(table.column(self._columns(table)[1])))
+        values = table.column(self._columns(table)[1])
+        whole = all(isinstance(value, str) for value in values) and match_by_name({*values}, names, ())
+        return not whole and bool(_several_in(values))
+
+    @property
+    def has_dev_data(self) -> bool:
+        """Whether dev data was given; if not, it is drawn."""
+        return "dev" in self._sources()
 
     def _sources(self) -> Mapping[str, Table]:
         return _settled_tables(self, stamp(self.data))
@@ -316,8 +328,8 @@ class Classification(Labelled):
             return sources["dev"]
         raise DataError(
             f"{self.data} has no training data.",
-            facts=[f"looked for: {', '.join(TRAIN_NAMES)} with {', '.join(SUFFIXES)}"],
-            help="name the training file train.tsv, .csv, .jsonl or .parquet.",
+            facts=[*held_by(self.data), f"looked for: {', '.join(TRAIN_NAMES)} with {', '.join(SUFFIXES)}"],
+            help="name the training file train.tsv, .csv, .jsonl or .parquet; files that belong together may lie in a folder train.",
         )
 
     def _form(self) -> Glue | None:
@@ -329,7 +341,7 @@ class Classification(Labelled):
     def _known_names(self, table: Table, label: str) -> tuple[str, ...]:
         """The names that GLUE or the data itself gives to class ids; none if it gives none."""
         form = self._form()
-        return form.labels if form is not None else table.class_names.get(label, ())
+        return form.labels if form is not None else table.class_names.get(label) or names_beside(table, label)
 
     def _id_sets(self, table: Table, sets: Sequence[LabelSet]) -> list[list[int]]:
         """The ids of each row's labels, rising; DataError with the first row that has an unknown one."""
@@ -384,7 +396,7 @@ class Classification(Labelled):
             return replace(self, kind=found, labels=() if found == "score" else names)  # type: ignore[arg-type]
         kind = self.kind
         if kind == "auto":
-            kind = MULTI if problem == AnyLabels.problem_type or self._has_several() else "classes"
+            kind = MULTI if problem == AnyLabels.problem_type or self._has_several(names) else "classes"
             if kind != MULTI and (len(names) == 1 or problem == "regression"):
                 kind = "score"
         if kind != MULTI and problem == AnyLabels.problem_type:
@@ -581,7 +593,7 @@ def _guess(table: Table, column: str) -> Literal["classes", "score", "multi_labe
     several = _several_in(table.column(column))
     if several:
         remark(
-            f"{table.where}: rows of column '{column}' may have several labels: {several}. If each is one name, say kind: classes."
+            f"{table.where}: rows of column '{column}' may have several labels: {several}. If each is one name, say --kind classes."
         )
         return MULTI
     return guess_kind(_raw_labels(table, column))

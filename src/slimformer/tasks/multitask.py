@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+_STRICTEST_FIRST = (Split.DEV, Split.VALIDATION, Split.TRAIN)
+
+
 @dataclass(frozen=True)
 class Multitask(Labelled):
     """Several classifications with one encoder.
@@ -136,19 +139,27 @@ class Multitask(Labelled):
     def _rows(self) -> Mapping[Split, tuple[Example, ...]]:
         """The examples of all tasks; a text is in one split alone.
 
-        In common data, that is dev if it was drawn for the dev split of any task, and its labels go with it. Otherwise a text that
-        is another task's dev or validation text is left out.
+        In common data, that is where the first task has its first row, and the labels of all tasks go with it: so dev and validation
+        are as large as those of one task. A text that is dev or validation text in other data is left out.
         """
-        found: dict[Split, dict[tuple[str, ...], Example]] = {}
-        places: dict[tuple[str, ...], tuple[Split, str]] = {}  # a text -> its split, and the data that it came from
-        for split in (Split.DEV, Split.VALIDATION, Split.TRAIN):
-            found[split], left_out = {}, 0
+        found: dict[Split, dict[tuple[str, ...], Example]] = {split: {} for split in _STRICTEST_FIRST}
+        homes: dict[str, dict[tuple[str, ...], Split]] = {}  # data -> a text -> its split
+        for part in self.parts.values():
+            first = homes.setdefault(part.data, {})
+            for split, item in _in_order(part):
+                first.setdefault(item.texts, split)
+        places: dict[tuple[str, ...], Split] = {}
+        for data in homes.values():
+            for texts, split in data.items():
+                places[texts] = min(split, places.get(texts, split), key=_STRICTEST_FIRST.index)
+        for split in _STRICTEST_FIRST:
+            left_out = 0
             for task, part in self.parts.items():
                 items = part.split(split)
                 ids = part._ids(items)
                 for item in items:
-                    home, data = places.setdefault(item.texts, (split, part.data))
-                    if home is not split and data != part.data:
+                    home = homes[part.data][item.texts]
+                    if home is not places[item.texts]:
                         left_out += 1
                         continue
                     answer = label_of(task, part.classes[ids[item.answer]])
@@ -207,6 +218,13 @@ class Multitask(Labelled):
             labels=self.labels.get(name, ()),
             **options,
         )
+
+
+def _in_order(part: Classification) -> list[tuple[Split, Example]]:
+    """The examples of a task as its data has them, those of a dev file first."""
+    rows = [(split, item) for split in _STRICTEST_FIRST for item in part.split(split)]
+    apart = part.has_dev_data
+    return sorted(rows, key=lambda row: (not (apart and row[0] is Split.DEV), int(row[1].id.rpartition("/")[2])))
 
 
 def _by_task(told: Any) -> dict[str, Any] | None:
