@@ -15,6 +15,7 @@ from slimformer.errors import DataError
 from slimformer.tasks._tags import Tagset, complete
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
+from slimformer.tasks.embedding import Embedding
 from slimformer.tasks.multitask import Multitask
 from slimformer.tasks.translation import Translation
 
@@ -235,3 +236,11 @@ def test_several_runs_are_not_written_into_one(tmp_path: Path, call: Call) -> No
     code, _, err = call("run", recipe, "--seeds", 5, "--out", tmp_path / "run")
     assert code == 2
     assert "holds a run, and several runs are written beside each other" in err
+
+
+def test_scores_of_pairs_with_decimal_commas(tmp_path: Path) -> None:
+    """As a spreadsheet in German or French writes them."""
+    rows = "".join(f"text {place};text {place + 1};{place % 5},5\n" for place in range(40))
+    pairs = write(tmp_path / "pairs.csv", "sentence1;sentence2;score\n" + rows)
+    task = Embedding(data=[{"text": f"text {place}"} for place in range(60)], pairs=str(pairs))
+    assert {item.answer.gold for item in task.split(Split.DEV)} - {None} == {0.5, 1.5, 2.5, 3.5, 4.5}

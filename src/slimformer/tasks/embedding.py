@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from slimformer.core.pooling import EMBEDDER, POOLINGS, SENTENCE_VECTOR, DenseLayer, VectorHead, vector_head
 from slimformer.data.columns import find_columns
 from slimformer.data.files import Table, read_table
-from slimformer.data.labels import is_number
+from slimformer.data.labels import is_number, spell_labels
 from slimformer.data.memory import data_source
 from slimformer.data.plain_texts import MOST_TEXTS, PlainTexts, is_plain, read_plain
 from slimformer.data.retrieval import read_retrieval
@@ -541,10 +541,11 @@ def _rated(table: Table) -> list[Example]:
     """The rows of a table of texts with scores."""
     names, label = find_columns(table, None, None, None, None)
     examples = []
-    for row, score in enumerate(table.columns[label]):
+    for row, score in enumerate(spell_labels(table.columns[label])):
         texts = tuple(table.columns[name][row] for name in names)
-        if not is_number(str(score)) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{table.place(row)}: no texts with a number: {shown((*texts, score), 80)}.", help="mend the row.")
+        if score is None or not is_number(score) or not all(isinstance(text, str) for text in texts):
+            told = shown((*texts, table.columns[label][row]), 80)
+            raise DataError(f"{table.place(row)}: no texts with a number: {told}.", help="mend the row.")
         examples.append(Example(str(row), tuple(map(repair_text, texts)), float(score)))
     return examples
 
