@@ -91,6 +91,10 @@ STRANGERS = {
     "pickles_inside": ({"best_model__config_dot_json": CONFIG, "best_model__pytorch_model_dot_bin": b"x"}, "folders of it: best_model"),
     "archive": ({"model_dot_tar_dot_gz": b"\x1f\x8b"}, r"but an archive \(model\.tar\.gz\).*unpack"),
     "anything": ({"README_dot_md": b"x", "notes__a_dot_md": b"x"}, r"holds no config\.json; it holds README\.md, notes/"),
+    "gliner": ({"gliner_config_dot_json": {}, "pytorch_model_dot_bin": b"PK\3\4"}, "model of GLiNER"),
+    "fairseq": ({"model_dot_pt": b"PK\3\4", "dict_dot_txt": b"the 1"}, r"model of fairseq \(model\.pt, dict\.txt\)"),
+    "adapter_hub": ({"adapter_config_dot_json": {"model_type": "bert"}, "pytorch_adapter_dot_bin": b"x"},
+                    "library `adapters`.*merge_adapter"),
     "config_only": ({"config_dot_json": CONFIG}, "holds no model.safetensors"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from tiny import batch, tiny
 
 import slimformer
@@ -17,8 +17,9 @@ from slimformer.errors import ModelError
 from slimformer.saving import checkpoint
 
 WEIGHTS = "model.safetensors"
-CLASSIFY, TAG, ANSWER, FILL = (
-    f"AutoModelFor{name}" for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+CLASSIFY, TAG, ANSWER, FILL, TRANSLATE = (
+    f"AutoModelFor{name}"
+    for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "Seq2SeqLM")
 )
 KINDS = ("bert", "roberta", "camembert", "xlm-roberta", "electra", "distilbert")
 
@@ -199,6 +200,10 @@ def _with_adapter(name):
         (_without, {"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "nothing of the encoder of a bert"),
         (_without, {}, "hold no tensor"),
         (_without, {"bert.embeddings.word_embeddings.weight": (0,), "classifier.weight": (0,)}, "all 2 tensors .*empty.*ZeRO"),
+        (lambda name: "bert/" + name.replace(".", "/") + ":0", {}, "are TensorFlow's .*from_tf"),
+        (lambda name: name.replace("weight", "kernel"), {}, "are Flax's .*from_flax"),
+        (None, {"bert.pooler.dense.weight_mask": (32, 32)}, "torch.nn.utils.prune.*prune.remove"),
+        (None, {"bert.pooler.dense.weight_g": (32, 1)}, "remove_weight_norm"),
         (lambda name: name.replace("classifier", "fc"), {}, r"no such head \(classifier.bias\), but fc.bias, which no class"),
     ],
 )  # fmt: skip
@@ -231,8 +236,68 @@ def test_label2id_helps_and_its_contradictions_are_told(tmp_path, entries, names
 def test_weights_of_another_type_than_config_says(tmp_path, kind):
     saved(tmp_path, kind)
     change(tmp_path, model_type="bert", architectures=["BertForSequenceClassification"])
-    with pytest.raises(ModelError, match=f"weights are those of a {kind} model .*asks for a BertModel"):
+    with pytest.raises(ModelError, match=f"weights are those of an? {kind} model .*'{kind}\\.'.*says that it is a bert"):
         slimformer.load(tmp_path)
+
+
+def test_a_type_that_is_not_the_one_of_its_class_is_the_cause(tmp_path):
+    saved(tmp_path)
+    change(tmp_path, model_type="roberta")
+    with pytest.raises(ModelError, match=r"those of a bert model .*says that it is a roberta"):
+        slimformer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "usual", "own"),
+    [("modernbert", "model.", "modernbert."), ("xlm-roberta", "roberta.", "xlm_roberta."), ("t5", "", "t5."), ("bart", "", "bart."),
+     ("distilbert", "distilbert.", "distilbert.distilbert."), ("xlm-roberta", "roberta.", "roberta.roberta.")],
+)  # fmt: skip
+def test_a_module_named_like_the_type_is_one_like_any_other(tmp_path, kind, usual, own):
+    model = saved(tmp_path, kind, TRANSLATE if kind in ("t5", "bart") else CLASSIFY)
+    rename(tmp_path, lambda name: own + name.removeprefix(usual) if name.startswith(usual) else name)
+    again = slimformer.load(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "head"), [("t5", TRANSLATE), ("bart", TRANSLATE), ("roberta", FILL), ("modernbert", FILL)])
+def test_a_tied_table_under_another_of_its_names(tmp_path, kind, head):
+    model = saved(tmp_path, kind, head)
+    (tmp_path / WEIGHTS).unlink()
+    save_model(model, str(tmp_path / WEIGHTS))  # keeps one name of each, and not the one that transformers keeps
+    assert set(model.all_tied_weights_keys.values()) - set(load_file(tmp_path / WEIGHTS))
+    again = slimformer.load(tmp_path)
+    assert torch.equal(again(**batch(model))[0], model(**batch(model))[0])
+    if head == FILL:
+        tuned = checkpoint.load_dense(tmp_path, CLASSIFY)
+        assert torch.equal(tuned.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_of_two_copies_the_plain_one_is_taken(tmp_path, caplog):
+    model = saved(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file(state | {f"module.{name}": tensor + 1 for name, tensor in state.items()}, tmp_path / WEIGHTS)
+    assert torch.equal(slimformer.load(tmp_path).classifier.weight, model.classifier.weight)
+    assert "are there twice, such as module.bert" in caplog.text
+
+
+def test_a_head_under_another_name_is_to_be_renamed(tmp_path):
+    saved(tmp_path)
+    rename(tmp_path, lambda name: name.replace("classifier", "classifier.1"))
+    with pytest.raises(
+        ModelError, match=r"but classifier\.1\.bias[\s\S]*rename its tensors to classifier.bias and classifier.weight"
+    ):
+        slimformer.load(tmp_path)
+
+
+def test_a_class_that_is_guessed_is_called_a_guess(tmp_path, caplog):
+    saved(tmp_path / "alike", "modernbert", TAG)
+    saved(tmp_path / "apart", "bert", CLASSIFY)
+    for name in ("alike", "apart"):
+        change(tmp_path / name, architectures="gone")
+    slimformer.load(tmp_path / "apart")
+    assert "That is a guess" not in caplog.text
+    slimformer.load(tmp_path / "alike")
+    assert "That is a guess: the tensors of ModernBertForTokenClassification and" in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -15,6 +15,7 @@ from tiny_folder import sentences, write_tokenizer
 
 from slimformer.core.plan import Plan
 from slimformer.core.pooling import EMBEDDER, POOLINGS, SENTENCE_VECTOR, TOKEN_VECTORS, DenseLayer, VectorHead
+from slimformer.core.relevance import score_activation
 from slimformer.core.shrink import shrink
 from slimformer.data.tokenizer import load_tokenizer
 from slimformer.errors import ExportError, ModelError, PlanError
@@ -187,6 +188,18 @@ READ: dict[str, tuple[dict[str, Any], VectorHead]] = {
         {"sbert": ("sentence_xlm-roberta_config.json", {"max_seq_length": 128, "do_lower_case": True})},
         VectorHead(max_length=128, lower=True),
     ),
+    "the length of a call": (
+        {"sbert": ("sentence_bert_config.json", {"max_seq_length": 32, "processing_kwargs": {"text": {"max_length": 5}}})},
+        VectorHead(max_length=5),
+    ),
+    "the length of the tokenizer": (
+        {"sbert": ("sentence_bert_config.json", {"max_seq_length": 32, "tokenizer_args": {"model_max_length": 8}})},
+        VectorHead(max_length=8),
+    ),
+    "the first numbers": (
+        {"facts": {"truncate_dim": 8}, "pooling": {"embedding_dimension": 32, "pooling_mode": ["cls", "mean"]}},
+        VectorHead(("cls", "mean"), dense=(DenseLayer(64, 8),)),
+    ),
     "the transformer in a folder": (
         {
             "steps": [("0_Transformer", "models.Transformer"), *STEPS[1:2], ("2_Dropout", "models.Dropout")],
@@ -213,6 +226,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a folder outside": ({"steps": [("../other", "models.Transformer"), *STEPS[1:]]}, "leads out of its folder"),
     "a strange pooling": ({"pooling": {"pooling_mode": "attention"}}, "names the pooling 'attention'"),
     "prompts left out": ({"pooling": {"pooling_mode": "mean", "include_prompt": False}}, r"include_prompt: false"),
+    "fewer numbers by dot": (
+        {"facts": {"truncate_dim": 8, "similarity_fn_name": "dot"}, "pooling": {"embedding_dimension": 32}},
+        "truncate_dim: 8, which leaves vectors of other lengths than 1, and compares them by dot",
+    ),
+    "fewer numbers of nobody knows how many": (
+        {"facts": {"truncate_dim": 8}},
+        "truncate_dim: 8, of vectors of an unknown number",
+    ),
+    "fields for the config": (
+        {"sbert": ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}})},
+        "config_args: num_hidden_layers: 1, which is not followed here",
+    ),
+    "truncation off": (
+        {"sbert": ("sentence_bert_config.json", {"processing_kwargs": {"text": {"truncation": False}}})},
+        "processing_kwargs: text: truncation: False",
+    ),
     "prompts that are none": ({"facts": {"prompts": ["query: "]}}, "prompts is"),
 }
 
@@ -252,6 +281,37 @@ def test_a_linear_layer_in_a_pickle_is_not_read_and_another_shape_is_refused(tmp
     (folder / "3_Dense" / "config.json").write_text(json.dumps({"in_features": 13, "out_features": 8, "bias": False}))
     with pytest.raises(ModelError, match=r"its config\.json asks for .*\(8, 13\)"):
         checkpoint.load_as(folder, EMBEDDER, {}, 0)
+
+
+@pytest.mark.parametrize("dense", [(), LAYERS])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_truncate_dim_keeps_the_first_numbers_of_a_vector(
+    normalize: bool, dense: tuple[DenseLayer, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_embedder(tmp_path / "model", VectorHead(normalize=normalize, dense=dense))
+    facts = folder / "config_sentence_transformers.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"truncate_dim": 5}))
+    texts = [text for text, _ in sentences(4, 0)]
+    ours = by_us(folder, checkpoint.load_as(folder, EMBEDDER, {}, 0), texts)
+    theirs = by_sentence_transformers(folder, texts)
+    if normalize:
+        assert "sentence-transformers leaves these shorter" in caplog.text
+        theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    assert ours.shape == (4, 5)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_newer_file_of_a_reranker_says_what_becomes_of_its_score(tmp_path: Path) -> None:
+    config = {"model_type": "bert", "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
+    facts = {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.activation.Sigmoid"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(facts))
+    assert score_activation(checkpoint.read_config(tmp_path)) == "sigmoid"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"processing_kwargs": {"text": {"max_length": 10}}}))
+    with pytest.raises(ModelError, match=r"at most 10 tokens, and tokenizer_config\.json says 64") as caught:
+        checkpoint.read_config(tmp_path)
+    assert "model_max_length: 10" in caught.value.help
 
 
 # -- What a person says of a model ---------------------------------------------------------------------------------------------

@@ -110,6 +110,14 @@ class Family(ABC):
         """What a model computes around its layers; ModelError for a family without a decoder."""
         raise ModelError(f"{type(model).__name__} is no encoder-decoder: it writes no text.")
 
+    def refusal(self, class_name: str, where: str = "this") -> ModelError:
+        """The error for a model of its types that lacks a decoder, or whose decoder writes no text. `where`: the folder that holds it."""
+        return ModelError(
+            f"{where} is a model of the class {class_name}, and of the type {', '.join(self.model_types)} only models for translation "
+            "and summarization are cut.",
+            help="take a model that writes text, or for classes, tags and vectors one of another type, such as bert or roberta.",
+        )
+
     def inputs(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Names of the model's inputs."""
         names = ("input_ids", "attention_mask")
@@ -227,6 +235,8 @@ class Subject:
 def subject_of(model: PreTrainedModel) -> Subject:
     """The subject of any supported model; ModelError that lists the supported ones for another."""
     family = family_of(model.config.model_type)
+    if family.decodes and not model.can_generate():
+        raise family.refusal(type(model).__name__)
     return Subject(model, family, family.anatomy(model), family.inputs(model))
 
 

@@ -37,6 +37,8 @@ from slimformer.saving.heads import (
     is_computed,
     parts_for,
     purpose_of,
+    type_of_class,
+    with_article,
 )
 from slimformer.saving.hub import local_folder
 from slimformer.saving.resaving import GENERATION, PLAN_FILE, PREFIX, keep_saving, write_base_config, write_own_facts
@@ -308,24 +310,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_object(file)
     if "model_type" not in config:
-        config |= _type_of_class(config.get("architectures"))
+        names = config.get("architectures")
+        config["model_type"] = type_of_class(names[0]) if isinstance(names, list) and names else None
     if not isinstance(config.get("model_type"), str):
         raise stranger(folder) or ModelError(
             f"{file} names no model_type.",
             help='name a folder that save_pretrained() wrote, or add the type of the model, such as "model_type": "bert".',
         )
     refuse_labels(folder, config)
-    return cross_encoder_facts(folder) | config
-
-
-def _type_of_class(names: object) -> dict[str, str]:
-    """The model_type of the class that an old config.json names; nothing if it names none of transformers."""
-    import transformers
-
-    name = names[0] if isinstance(names, list) and names else None
-    config = getattr(getattr(transformers, name, None), "config_class", None) if isinstance(name, str) else None
-    kind = getattr(config, "model_type", None)
-    return {"model_type": kind} if isinstance(kind, str) else {}
+    return config | cross_encoder_facts(folder)  # the files of CrossEncoder are the newer ones
 
 
 def model_config(folder: Path, auto_class: str = "") -> dict[str, Any]:
@@ -497,13 +490,14 @@ def _load_cut_as(
     _compare(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, new, "config.json and plan.json")
     lacking = sorted(set(wanted) - set(state) - set(_tied(skeleton)))
     head = {} if lender is None else load_folder(lender).state_dict()
+    had = with_article(own.cls.__name__)
     if all(name in head and tuple(head[name].shape) == wanted[name] for name in lacking):
-        _say([f"{folder}: it is a {own.cls.__name__}; its head ({lacking[0]}, ...) is copied from the teacher {lender}."])
+        _say([f"{folder}: it is {had}; its head ({lacking[0]}, ...) is copied from the teacher {lender}."])
     else:
         with silence(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = design.cls(design.config).state_dict()
-        _say([f"{folder}: it is a {own.cls.__name__}; its encoder is taken, and the head of the {design.cls.__name__} is new."])
+        _say([f"{folder}: it is {had}; its encoder is taken, and the head of the {design.cls.__name__} is new."])
     state |= {name: head[name].clone() for name in lacking}
     return _filled(design, state, None)
 
@@ -607,7 +601,9 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 
 def load_embedder(folder: Path) -> PreTrainedModel:
     """A folder of sentence-transformers as one model that gives vectors; ModelError if it is none, or cannot be computed here."""
-    return load_dense(folder, EMBEDDER, _vector_facts(folder), more=read_sentence_folder(folder).dense_state())
+    found = read_sentence_folder(folder)
+    _say(found.remarks)
+    return load_dense(folder, EMBEDDER, _vector_facts(folder), more=found.dense_state())
 
 
 def _vector_facts(folder: Path) -> dict[str, Any]:
@@ -661,11 +657,12 @@ def _source(folder: Path, raw: Mapping[str, Any]) -> Source:
 def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str, Any]) -> _Dense:
     """The model of a plain folder, whose names and shapes agree with the headers of its weights; nothing is read or allocated."""
     folder, kind = source.folder, base_type(source.raw)
+    _refuse_half(source, kind)
     parts = source.parts if auto_class is None else _parts(auto_class, kind)
     if auto_class is None and source.problem:
         raise ModelError(
             f"{folder} does not load: {source.problem}.",
-            help="mend architectures in config.json; without it, the class is found from the weights.",
+            help=source.cure,
         )
     fresh = not source.holds(parts)
     shared = sorted(parts.head & set(source.tops)) if fresh and source.parts.purpose == "MaskedLM" else []
@@ -673,7 +670,7 @@ def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str
     fields = blueprint(folder, raw, source.stored)
     remarks = list(fields.remarks)
     if fresh and (source.problem or source.parts.head):
-        had = source.problem or f"it is a {source.parts.cls.__name__}"
+        had = source.problem or f"it is {with_article(source.parts.cls.__name__)}"
         taken = "its encoder and what the heads share are" if shared else "its encoder is"
         remarks.append(f"{folder}: {had}; {taken} taken, and the head of the {parts.cls.__name__} is new.")
     known = {name: value for name, value in changes.items() if name not in LABEL_FIELDS} | {
@@ -694,6 +691,14 @@ def _dense_skeleton(source: Source, auto_class: str | None, changes: Mapping[str
     have = {name: source.stored.tensors[own].shape for name, own in names.items()}
     _compare(folder, have, wanted, new | set(_tied(model)) | {name for name in wanted if is_computed(model, name)}, CONFIG)
     return _Dense(model, names, tuple(remarks), options)
+
+
+def _refuse_half(source: Source, kind: str) -> None:
+    """ModelError for the encoder alone of a type whose models are cut with their decoder."""
+    family = family_of(kind)
+    decoder = family.skeleton.decoder if family.decodes else None
+    if decoder is not None and not any(name.startswith(f"{decoder.layers}.") for name in source.body):
+        raise family.refusal(source.parts.cls.__name__, str(source.folder))
 
 
 def _parts(auto_class: str, kind: str) -> Parts:

@@ -16,8 +16,10 @@ from slimformer.errors import ModelError, shown
 from slimformer.files import read_small
 from slimformer.saving.folders import CONFIG
 from slimformer.saving.headers import WEIGHTS, read_object
+from slimformer.saving.sentence_texts import text_facts
 
 STEPS, FACTS = "modules.json", "config_sentence_transformers.json"
+_LONGEST = 512  # tokens that are read of a pair at most
 _HELP = "take a reranker whose score is the one output of a transformer's own head (AutoModelForSequenceClassification)."
 
 
@@ -47,6 +49,13 @@ def cross_encoder_facts(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder / FACTS} puts {shown(prompt)} before each pair, which is not done here.",
             help="write it into the queries of the data, and take default_prompt_name out of that file.",
+        )
+    length, tokenizer = text_facts(folder).max_length, folder / "tokenizer_config.json"
+    own = read_object(tokenizer).get("model_max_length") if os.path.isfile(tokenizer) else None
+    if length is not None and min(length, _LONGEST) != min(own if type(own) is int else _LONGEST, _LONGEST):
+        raise ModelError(
+            f"{folder} says that a pair has at most {length} tokens, and {tokenizer.name} says {own}, which is what is read.",
+            help=f"write model_max_length: {length} into {tokenizer.name}.",
         )
     said = facts.get("activation_fn")
     return {} if said is None else {"sentence_transformers": {"activation_fn": said}}

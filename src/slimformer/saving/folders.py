@@ -119,12 +119,19 @@ def _empty(folder: Path, names: frozenset[str]) -> _Found:
 
 
 def _adapter(folder: Path, names: frozenset[str]) -> _Found:
-    """PEFT: a few low-rank matrices that belong to another model."""
+    """A few low-rank matrices that belong to another model, as PEFT or the library `adapters` saves them."""
     if not {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"} & names:
         return None
     content = _content(folder, "adapter_config.json")
+    if {"pytorch_adapter.bin", "adapter.safetensors"} & names:
+        return (
+            "holds an adapter of the library `adapters` for another model.",
+            "merge it there into its model, and name the folder that this writes: "
+            "model.merge_adapter(model.load_adapter(<this folder>)), then model.save_pretrained(<another folder>). "
+            "Only LoRA and (IA)3 can be merged.",
+        )
     kind = readable(str(content.get("peft_type") or "")) or "PEFT"
-    base = shown(content.get("base_model_name_or_path") or "another model")
+    base = shown(content["base_model_name_or_path"]) if content.get("base_model_name_or_path") else "another model"
     beside = " beside its model" if has_weights(folder) else ", not a model"
     return (
         f"holds an adapter ({kind}) for {base}{beside}: its weights only add to those.",
@@ -222,6 +229,28 @@ def _hub_cache(folder: Path, names: frozenset[str]) -> _Found:
     return (
         f"is the hub cache's folder of a model, with {len(found)} of its revisions.",
         f"name the model by its hub id, or one revision: {folder / found[-1].rstrip('/')}",
+    )
+
+
+def _gliner(folder: Path, names: frozenset[str]) -> _Found:
+    if "gliner_config.json" not in names:
+        return None
+    return (
+        "is a model of GLiNER, whose layers around the encoder are its own.",
+        "take a tagger of transformers (ForTokenClassification).",
+    )
+
+
+def _fairseq(folder: Path, names: frozenset[str]) -> _Found:
+    """A checkpoint beside the dictionary of its pieces: dict.txt, or one for each language."""
+    pieces = next((name for name in sorted(names) if re.fullmatch(r"dict\.(\w+\.)?txt", name)), None)
+    name = _ending((name for name in names if "/" not in name), ".pt")
+    if pieces is None or name is None:
+        return None
+    return (
+        f"is a model of fairseq ({name}, {pieces}).",
+        "convert it with the script that transformers has for its type (convert_..._checkpoint_to_pytorch.py), and name the folder that "
+        "this writes.",
     )
 
 
@@ -449,6 +478,8 @@ _LOOKS: tuple[_Look, ...] = (
     _lightning,
     _hub_cache,
     _mlflow,
+    _gliner,
+    _fairseq,
     _pickles,
     _openvino,
     _onnx,

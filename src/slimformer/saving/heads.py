@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,12 +30,44 @@ _PURPOSES = (  # of the heads that are looked for; of two that fit alike the fir
 )  # fmt: skip
 _OF_WORDS = ("MaskedLM", "PreTraining")  # one file may hold both heads, and names the class of one
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|ia3_l|adapters?|adapter_\w+|hada_w\w*|oft_\w+)\.")
 _KEPT_HEAD = re.compile(r"\.modules_to_save\.[^.]+\.")  # the trained copy of a module, in PEFT's words
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))  # of checkpoints from TensorFlow
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")  # buffers that older versions saved
-_QUANTIZED = re.compile(
-    r"\.(SCB|absmax|quant_map|qweight|qzeros|g_idx|weight_packed|weight_scale|_packed_params\w*|quant_state\..*)$"
+_CONVERTED = (
+    "make PyTorch weights of them with transformers 4: "
+    "AutoModel....from_pretrained(<this folder>, {}=True).save_pretrained(<another folder>)."
+)
+_FOREIGN = (  # names that other tools give to tensors: how, what the weights then are, and what to do
+    (
+        re.compile(
+            r"\.(SCB|absmax|quant_map|qweight|qzeros|g_idx|weight_packed|weight_scale|_packed_params\w*|quant_state\..*)$"
+        ),
+        "are quantized by another tool ({}), and slimformer cuts float weights",
+        "name the folder of the model before it was quantized.",
+    ),
+    (
+        re.compile(r"\.(lora_\w+|base_layer|ia3_l|adapters?|adapter_\w+|hada_w\w*|oft_\w+)\."),
+        "hold an adapter beside the matrices that it adds to ({})",
+        "merge it where it was trained: model.merge_and_unload().save_pretrained(folder), and name that folder.",
+    ),
+    (re.compile(r"/.*:\d+$"), "are TensorFlow's ({})", _CONVERTED.format("from_tf")),
+    (re.compile(r"[./]kernel$"), "are Flax's ({})", _CONVERTED.format("from_flax")),
+    (
+        re.compile(r"\.(weight|bias)_mask$"),
+        "hold masks of torch.nn.utils.prune beside the matrices ({})",
+        'make each final where the model was pruned: prune.remove(module, "weight"), then model.save_pretrained(folder).',
+    ),
+    (
+        re.compile(r"\.weight_g$"),
+        "hold the length and the direction of a matrix apart, as weight_norm does ({})",
+        "join them where the model was trained: torch.nn.utils.remove_weight_norm(module), then model.save_pretrained(folder).",
+    ),
+    (
+        re.compile(r"\.parametrizations\."),
+        "hold a matrix in the parts of torch.nn.utils.parametrize ({})",
+        'join them where the model was trained: parametrize.remove_parametrizations(module, "weight"), then '
+        "model.save_pretrained(folder).",
+    ),
 )
 _LABELS = 7  # a number of labels that is no other size of a tiny model
 STEPS_UNREAD = "its transformer is read, not the steps behind it"  # of a folder of sentence-transformers, for any other task
@@ -47,7 +79,8 @@ _TAG = re.compile(r"[BILUES]-\w+")
 class Parts:
     """The names of a class's tensors: those of the encoder, without its prefix, and those of the head.
 
-    `per_label` names one that has a row for each label, `spare` those that weights may lack: they are tied, or computed.
+    `per_label` names one that has a row for each label, `spare` those that weights may lack: they are tied, or computed. `ties`: names of
+    one tensor, each with the one that transformers keeps it under, those in the encoder first.
     """
 
     cls: type[PreTrainedModel]
@@ -56,6 +89,7 @@ class Parts:
     head: frozenset[str]
     per_label: str | None
     spare: frozenset[str] = frozenset()
+    ties: tuple[tuple[str, str], ...] = ()
 
     @property
     def pooled(self) -> bool:
@@ -72,7 +106,7 @@ class Parts:
 class Source:
     """What the weights of a plain transformers folder are: the class they are for, and each tensor by its name in that class.
 
-    `parts.head` is empty if they have no trained head. `problem` says why they cannot be loaded as they are, if so.
+    `parts.head` is empty if they have no trained head. `problem` says why they cannot be loaded as they are, if so, `cure` what to do.
     """
 
     folder: Path
@@ -83,6 +117,7 @@ class Source:
     tops: Mapping[str, str]  # name outside it -> name in the file
     remarks: tuple[str, ...] = ()
     problem: str = ""
+    cure: str = ""
 
     @property
     def tuned(self) -> str:
@@ -113,13 +148,14 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
     body, tops = _divide(renamed, encoder)
     if not encoder.body & set(body):
         raise ModelError(
-            f"{folder}: its weights hold nothing of the encoder of a {kind} model; they begin with {min(stored.tensors)}.",
+            f"{folder}: its weights hold nothing of the encoder of {with_article(kind)} model; they begin with {min(stored.tensors)}.",
             facts=[f"looked for: {min(encoder.body)} and {len(encoder.body) - 1} more"],
             help="does config.json belong to these weights? A head alone, or another model's weights, cannot be loaded.",
         )
     cls = class_named(stated, kind)
     parts = _parts_of(cls, kind) if cls is not None else None
-    problem = ""
+    _take_partners(body, tops, (encoder, *((parts,) if parts else ()), *_candidates(kind)), raw)
+    problem, cure = "", "mend architectures in config.json; without it, the class is found from the weights."
     if parts is None or not (parts.head <= set(tops) if parts.head else set(tops) <= parts.spare):
         fitting = [other for other in _candidates(kind) if _fits(other, body, tops)]
         if fitting:
@@ -129,13 +165,17 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
                 said = f"names {stated}" if stated else "names no class"
                 named = min(better.head, default="tied to the word table")
                 head = f"the head of {better.cls.__name__} ({named})"
-                remarks.append(f"{folder}: config.json {said}, and the weights hold {head}: that is used.")
+                guess = _guessed(better, fitting, raw)
+                remarks.append(f"{folder}: config.json {said}, and the weights hold {head}: that is used.{guess}")
         elif parts is None or (parts.head and not parts.head & set(tops)):
             if parts is not None:
                 problem = f"config.json names {stated}, and the weights hold no such head ({min(parts.head)})"
-                problem += f", but {min(tops)}, which no class of transformers reads" if tops else ""
+                if tops:
+                    problem += f", but {min(tops)}, which no class of transformers reads"
+                    cure = f"if {min(tops)} is of that head, rename its tensors to {' and '.join(sorted(parts.head))}."
             elif stated and tops:
                 problem = f"config.json names {stated}, which transformers does not have, and no other class reads {min(tops)}"
+                cure = "rename the tensors of its head to those of a class of transformers; without architectures, that class is found."
             elif stated:
                 remarks.append(f"{folder}: config.json names {stated}, which transformers does not have; the encoder is read.")
             parts = encoder
@@ -151,7 +191,7 @@ def find_source(folder: Path, raw: Mapping[str, Any], stored: StoredWeights) -> 
         head = " Its classifier is SetFit's own, and is not read." if (folder / "config_setfit.json").is_file() else ""
         remarks.append(f"{folder} is a sentence-transformers model: {STEPS_UNREAD}.{head}")
     settled = _with_labels(folder, raw, parts, tops, stored, remarks)
-    return Source(folder, settled, stored, parts, body, tops, tuple(remarks), problem)
+    return Source(folder, settled, stored, parts, body, tops, tuple(remarks), problem, cure)
 
 
 def _refuse_empty(folder: Path, stored: StoredWeights) -> None:
@@ -184,11 +224,29 @@ def class_named(name: str | None, kind: str) -> type[PreTrainedModel] | None:
     return cls if getattr(cls.config_class, "model_type", None) == kind else None
 
 
+def type_of_class(name: object) -> str | None:
+    """The model type of the class of that name; None if transformers has none."""
+    import transformers
+
+    cls = getattr(transformers, name, None) if isinstance(name, str) and name else None
+    kind = getattr(getattr(cls, "config_class", None), "model_type", None)
+    return kind if isinstance(kind, str) else None
+
+
 def purpose_of(class_name: str) -> str:
     """ "SequenceClassification" and the like, as in the names of Auto classes; "" for an encoder."""
     if class_name.endswith(("ForConditionalGeneration", "MTModel")):
         return "Seq2SeqLM"
     return class_name.partition("For")[2]
+
+
+def with_article(noun: str) -> str:
+    """The noun behind "a" or "an", by the sound of its first letters.
+
+    >>> with_article("ElectraModel"), with_article("xlm-roberta"), with_article("UNet")
+    ('an ElectraModel', 'an xlm-roberta', 'a UNet')
+    """
+    return f"{'an' if noun.lower().startswith(('a', 'e', 'i', 'o', 'xl', 'mp')) else 'a'} {noun}"
 
 
 # -- The classes of a model type -----------------------------------------------------------------------------------------------
@@ -260,7 +318,8 @@ def _read_parts(cls: type[PreTrainedModel], kind: str) -> Parts:
     spare = frozenset(name for name in tops if name in tied or is_computed(model, name))
     head = tops - spare
     per_label = min((name for name in head if state[name].shape[0] == _LABELS and name.endswith("weight")), default=None)
-    return Parts(cls, prefix, body, head, per_label, spare)
+    ties = tuple(sorted(tied.items(), key=lambda names: names[0] in tops))
+    return Parts(cls, prefix, body, head, per_label, spare, ties)
 
 
 def is_computed(model: PreTrainedModel, name: str) -> bool:
@@ -292,35 +351,35 @@ def _plain_names(
     """Today's name of each tensor -> its name in the file, and remarks; ModelError if they are quantized, or with an adapter."""
     import transformers
 
-    quantized = next((name for name in stored.tensors if _QUANTIZED.search(name)), None)
-    if quantized is not None:
-        raise ModelError(
-            f"the weights of {folder} are quantized by another tool ({quantized}), and slimformer cuts float weights.",
-            help="name the folder of the model before it was quantized.",
-        )
-    adapter = next((name for name in stored.tensors if _ADAPTER.search(name)), None)
-    if adapter is not None:
-        raise ModelError(
-            f"the weights of {folder} hold an adapter beside the matrices that it adds to ({adapter}).",
-            help="merge it where it was trained: model.merge_and_unload().save_pretrained(folder), and name that folder.",
-        )
+    for pattern, what, help in _FOREIGN:
+        strange = next((name for name in stored.tensors if pattern.search(name)), None)
+        if strange is not None:
+            raise ModelError(f"the weights of {folder} {what.format(strange)}.", help=help)
     own = {name: name for name in stored.tensors if not _NO_WEIGHTS.search(name) and ".original_module." not in name}
     remarks = []
     unread = set(family_of(str(raw["model_type"])).unread(raw))
     for name in [name for name in own if unread.intersection(_endings(name))]:
         remarks.append(f"{folder}: nothing that the model computes reads {name}, so it is left out.")
         del own[name]
-    names = {_KEPT_HEAD.sub(".", _WRAPPERS.sub("", name)): name for name in own}
-    wrapper = next((_WRAPPERS.search(name) for name in own if _WRAPPERS.search(name)), None)
+    plain = {name: _KEPT_HEAD.sub(".", _WRAPPERS.sub("", name)) for name in own}
+    twice = [name for name, short in plain.items() if short != name and short in own]
+    if twice:
+        remarks.append(
+            f"{folder}: {len(twice)} tensors are there twice, such as {twice[0]} and {plain[twice[0]]}: the plain name is taken."
+        )
+    names = {short: name for name, short in plain.items() if name not in twice}
+    wrapper = next((_WRAPPERS.search(name) for name in names.values() if _WRAPPERS.search(name)), None)
     if wrapper is not None:
-        where = "begin with" if all(name.startswith(wrapper[0]) for name in own) else "hold"
+        where = "begin with" if all(name.startswith(wrapper[0]) for name in names.values()) else "hold"
         remarks.append(f"{folder}: the names of its tensors {where} '{wrapper[0]}', which is left out.")
     names, prefix = _under_one_prefix(names, encoder)
-    other = prefix.rstrip(".").rpartition(".")[2].replace("_", "-")
-    if other in transformers.CONFIG_MAPPING and other != "bert":  # many call any encoder that
+    kind, other = str(raw["model_type"]), prefix.rstrip(".").rpartition(".")[2].replace("_", "-")
+    usual = {"bert"} - {type_of_class(_stated(folder, raw))}  # many call any encoder that
+    if other in transformers.CONFIG_MAPPING and other not in usual | {kind, encoder.cls.base_model_prefix}:
         raise ModelError(
-            f"{folder}: its weights are those of a {other} model ('{prefix}...'), and config.json asks for a {encoder.cls.__name__}.",
-            help="config.json does not belong to these weights; copy the whole folder again.",
+            f"{folder}: its weights are those of {with_article(other)} model (they begin with '{prefix}'), "
+            f"and config.json says that it is {with_article(kind)} (model_type).",
+            help=f'write "model_type": "{other}" there if the rest of config.json is of that type; else copy the whole folder again.',
         )
     if prefix:
         remarks.append(f"{folder}: the names of its tensors begin with '{prefix}', which is left out.")
@@ -363,6 +422,23 @@ def _divide(names: Mapping[str, str], encoder: Parts) -> tuple[dict[str, str], d
     }
 
 
+def _take_partners(body: dict[str, str], tops: dict[str, str], readers: Iterable[Parts], raw: Mapping[str, Any]) -> None:
+    """Adds tied tensors under the names that transformers keeps them under: a file has each once, and perhaps under another."""
+    if raw.get("share_encoder_decoder_embeddings") is False:  # a Marian of two vocabularies has no table for both
+        return
+    for parts in readers:
+        for alias, source in parts.ties:
+            (there, name), (home, usual) = _home(parts, alias, body, tops), _home(parts, source, body, tops)
+            if name in there and (there is body or raw.get("tie_word_embeddings") is not False):
+                home.setdefault(usual, there[name])
+
+
+def _home(parts: Parts, name: str, body: dict[str, str], tops: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Which of the two a tensor of a class belongs to, and its name there."""
+    short = name.removeprefix(parts.prefix)
+    return (body, short) if short in parts.body else (tops, name)
+
+
 def _fits(parts: Parts, body: Mapping[str, str], tops: Mapping[str, str]) -> bool:
     """Whether all tensors of the head are there, and a pooler if the class has one."""
     pooled = not parts.pooled or any(name.startswith("pooler.") for name in body)
@@ -374,6 +450,20 @@ def _rank(parts: Parts, raw: Mapping[str, Any]) -> tuple[bool, int, bool]:
     names = raw.get("id2label")
     tags = isinstance(names, Mapping) and any(isinstance(name, str) and _TAG.match(name) for name in names.values())
     return tags and parts.purpose == "TokenClassification", len(parts.head), parts.pooled
+
+
+def _guessed(parts: Parts, fitting: Iterable[Parts], raw: Mapping[str, Any]) -> str:
+    """A sentence if the class is one of several that fit alike; of those with a row for each label alone."""
+    twins = [
+        other.cls.__name__
+        for other in fitting
+        if other is not parts and other.per_label and other.head == parts.head and _rank(other, raw) == _rank(parts, raw)
+    ]
+    if not twins:
+        return ""
+    return (
+        f" That is a guess: the tensors of {' and '.join(twins)} have the same names; architectures in config.json would tell."
+    )
 
 
 def _with_labels(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from slimformer.errors import ModelError, shown
 from slimformer.files import read_small
 from slimformer.saving.cross_encoder import is_cross_encoder
 from slimformer.saving.headers import PICKLE_HELP, WEIGHTS, has_weights, inner_file, read_object, stored_weights
+from slimformer.saving.sentence_texts import ENCODER_FACTS, text_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 MODULES = "modules.json"
 STEP_FACTS = "config_sentence_transformers.json"
 ENCODER_FOLDER = "0_Transformer"  # of a folder that is written here
-ENCODER_FACTS = tuple(
-    f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta", "albert", "xlnet")
-)
 _FLAGS = {  # of older versions, in the order in which vectors are joined
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -44,19 +42,28 @@ _HELP = "take a model whose vectors come from a transformer, a pooling, linear l
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """A folder of sentence-transformers: where its transformer lies, how vectors are made, and the weights of its linear layers."""
+    """A folder of sentence-transformers: where its transformer lies, how vectors are made, and the weights of its linear layers.
+
+    Without a folder in `layers`, the last linear layer of `head` keeps the first numbers of a vector.
+    """
 
     folder: Path
     encoder: Path
     head: VectorHead
     layers: tuple[Path, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def dense_state(self) -> dict[str, Tensor]:
         """The weights of the linear layers, by their names in a model: "dense.0.weight"."""
+        import torch
         from safetensors.torch import load_file
 
-        state: dict[str, Tensor] = {}
-        for place, (folder, facts) in enumerate(zip(self.layers, self.head.dense, strict=True)):
+        state: dict[str, Tensor] = {
+            f"dense.{place}.weight": torch.eye(facts.out_features, facts.in_features)
+            for place, facts in enumerate(self.head.dense[len(self.layers) :], len(self.layers))
+        }
+        for place, folder in enumerate(self.layers):
+            facts = _dense(folder / "config.json")
             read = {name.removeprefix("linear."): value.float() for name, value in load_file(folder / WEIGHTS).items()}
             wanted = {"weight": (facts.out_features, facts.in_features)} | (
                 {"bias": (facts.out_features,)} if facts.bias else {}
@@ -67,7 +74,8 @@ class SentenceFolder:
                     f"{folder}: its weights are {have}, and its config.json asks for {wanted}.",
                     help="copy the whole folder again.",
                 )
-            state |= {f"dense.{place}.{name}": value for name, value in read.items()}
+            kept = self.head.dense[place].out_features
+            state |= {f"dense.{place}.{name}": value[:kept] for name, value in read.items()}
         return state
 
 
@@ -94,9 +102,8 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
         )
     encoder = steps[0][1]
     layers = [place for kind, place in steps if kind == "Dense"]
-    said = _encoder_facts(encoder)
+    texts = text_facts(encoder)
     own = _optional(folder / STEP_FACTS)
-    length = said.get("max_seq_length")
     prompts = own.get("prompts") or {}
     if not isinstance(prompts, Mapping) or any(not isinstance(text, (str, type(None))) for text in prompts.values()):
         raise ModelError(
@@ -109,8 +116,8 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
         dense=tuple(_dense(place / "config.json") for place in layers),
         prompts={str(name): text for name, text in prompts.items() if text},
         default_prompt=default if isinstance(default, str) else None,
-        max_length=length if type(length) is int and length > 0 else None,
-        lower=bool(said.get("do_lower_case", False)),
+        max_length=texts.max_length,
+        lower=texts.lower,
         similarity=own.get("similarity_fn_name") if isinstance(own.get("similarity_fn_name"), str) else None,
     )
     for place in layers:
@@ -119,8 +126,37 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
                 f"{place} holds no {WEIGHTS}; pickles are not read.", help=PICKLE_HELP.replace("model.", "the model's ", 1)
             )
         stored_weights(place)
+    head, remarks = _shortened(folder, head, own.get("truncate_dim"), steps[1][1] / "config.json")
     head.check()
-    return SentenceFolder(folder, encoder, head, tuple(layers))
+    return SentenceFolder(folder, encoder, head, tuple(layers), remarks)
+
+
+def _shortened(folder: Path, head: VectorHead, kept: Any, pooling: Path) -> tuple[VectorHead, tuple[str, ...]]:
+    """The head with vectors of the first `kept` numbers, which truncate_dim asks for, and remarks; `pooling`: the facts of that step."""
+    if kept is None:
+        return head, ()
+    facts = read_object(pooling)
+    width = facts.get("embedding_dimension", facts.get("word_embedding_dimension"))
+    own = head.dimension(width if type(width) is int else 0)
+    if type(kept) is not int or kept < 1 or own < 1:
+        raise ModelError(
+            f"{folder / STEP_FACTS} says truncate_dim: {shown(kept)}, of vectors of {own or 'an unknown number of'} numbers.",
+            help=f"mend it there, or embedding_dimension in {pooling}.",
+        )
+    if kept >= own:
+        return head, ()
+    if head.normalize and head.similarity not in (None, "cosine"):
+        raise ModelError(
+            f"{folder / STEP_FACTS} says truncate_dim: {kept}, which leaves vectors of other lengths than 1, "
+            f"and compares them by {head.similarity}: that is not computed here.",
+            help="with similarity_fn_name: cosine, lengths do not count.",
+        )
+    last = replace(head.dense[-1], out_features=kept) if head.dense else DenseLayer(own, kept)
+    said = f"{folder}: its vectors have {kept} numbers, as truncate_dim says"
+    length = (
+        ", and length 1; sentence-transformers leaves these shorter, and their cosine is the same" if head.normalize else ""
+    )
+    return replace(head, dense=(*head.dense[:-1], last)), (f"{said}{length}.",)
 
 
 def _steps(folder: Path) -> list[tuple[str, Path]]:
@@ -179,10 +215,6 @@ def _dense(file: Path) -> DenseLayer:
         return DenseLayer(int(facts["in_features"]), int(facts["out_features"]), bool(facts.get("bias", True)), activation)
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{file} does not say in_features and out_features.", help="copy the whole folder again.") from None
-
-
-def _encoder_facts(folder: Path) -> dict[str, Any]:
-    return next((read_object(folder / name) for name in ENCODER_FACTS if (folder / name).is_file()), {})
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from slimformer.saving.headers import WEIGHTS
 from slimformer.saving.heads import encoder_of
 from slimformer.saving.resaving import write_base_config
 from slimformer.saving.sentence_folder import (
-    ENCODER_FACTS,
     ENCODER_FOLDER,
     MODULES,
     STEP_FACTS,
@@ -25,6 +24,7 @@ from slimformer.saving.sentence_folder import (
     write_dense_state,
     write_steps,
 )
+from slimformer.saving.sentence_texts import ENCODER_FACTS
 from slimformer.saving.uniform import uniform
 
 if TYPE_CHECKING:
