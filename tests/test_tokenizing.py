@@ -365,3 +365,213 @@ def test_settings_that_are_stored_in_the_file_do_not_cut_or_pad(tmp_path: Path, 
         assert [tokenizer.encode(text).ids for text in ("Good", "Good film good film")] == [[2, 7, 3], [2, 7, 6, 5, 3]]
     assert "on the left" in caplog.text
     assert max_length_of(tmp_path) == 512
+
+
+FIVE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "Ġ", "!"]
+COURSE = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()])
+NAMED = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+ROBERTA = {
+    "tokenizer_class": "RobertaTokenizer",
+    "bos_token": "[CLS]",
+    "eos_token": "[SEP]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+}
+ROBERTA |= {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+
+
+def other_kind(model: str, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+    """A tokenizer of that model, the special tokens of BERT at the first ids, and its template."""
+    if model == "Unigram":
+        pieces = ["▁good", "▁film", "▁G", "▁", *LETTERS]
+        tokenizer = Tokenizer(
+            models.Unigram([*((token, 0.0) for token in FIVE), *((piece, -2.0) for piece in pieces)], unk_id=1)
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif model == "BPE":
+        ids = {token: index for index, token in enumerate([*FIVE, *LETTERS, "go"])}
+        tokenizer = Tokenizer(models.BPE(ids, [("g", "o")], unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        small = LETTERS[:26]
+        words = [*FIVE, "good", "film", "東京", "東", "京", *small, *(f"##{letter}" for letter in small)]
+        ids = {token: index for index, token in enumerate(words)}
+        tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(FIVE)
+    return tokenizer
+
+
+def auto_ids(folder: Path, *texts: str) -> dict:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)(*texts)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "kind", "settings", "version", "because"),
+    [
+        (other_kind("Unigram"), "bert", {}, None, "holds a Unigram, of whose vocabulary BertTokenizer makes a WordPiece"),
+        (other_kind("Unigram"), "bert", NAMED, "5.1.0", "holds a Unigram"),
+        (other_kind("BPE"), "bert", {}, None, "holds a BPE"),
+        (other_kind("Unigram"), "roberta", {"tokenizer_class": "RobertaTokenizer"}, None, "holds a Unigram"),
+        (other_kind("BPE", normalizers.Lowercase()), "roberta", ROBERTA, "4.40.0", r"4\.40\.0"),
+        (other_kind("WordPiece", COURSE), "bert", NAMED | {"do_lower_case": True}, "4.40.0", r"4\.40\.0"),
+        (other_kind("WordPiece", COURSE), "bert", NAMED, None, r"unknown to BertTokenizer, and \d+% to the file"),
+    ],
+)
+def test_the_file_is_taken_where_the_model_cannot_have_been_tuned_with_what_transformers_makes(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    kind: str,
+    settings: dict,
+    version: str | None,
+    because: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"model_type": kind, "vocab_size": tokenizer.get_vocab_size(), "transformers_version": version}
+    write(tmp_path, tokenizer_config=settings, config=config)
+    ours = load_tokenizer(tmp_path)
+    for text in ("Good films", "good 東京!"):
+        assert ours.encode(text, "film").ids == tokenizer.encode(text, "film").ids
+    assert re.search(rf"tokenizer\.json is taken, because .*{because}", caplog.text)
+    delivered = tmp_path / "delivered"
+    write_tokenizer(tmp_path, delivered)
+    write(delivered, config=config)
+    assert auto_ids(delivered, "Good films", "film")["input_ids"] == tokenizer.encode("Good films", "film").ids
+
+
+def test_transformers_4_took_letter_case_from_the_settings_and_the_rest_from_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(pieces(tmp_path, template=False), tokenizer_config=BOTH | {"do_lower_case": True})
+    write(tmp_path, config=BERT | {"transformers_version": "4.40.0"})
+    assert load_tokenizer(tmp_path).encode("Good Films").ids == [
+        5,
+        6,
+        9,
+    ]  # of the file: [7, 8, 9]; of transformers 5: [2, 5, 6, 9, 3]
+    assert "4.40.0" in caplog.text
+
+
+MARKS = ["[E1]", "[/E1]"]
+
+
+@pytest.mark.parametrize("version", [None, "4.40.0"])
+@pytest.mark.parametrize("vocabulary", [CASED, [*CASED, *(f"w{index}" for index in range(900)), *MARKS, *CASED[5:]]])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"added_tokens": {"[E1]": 10, "[/E1]": 11}},
+        {"tokenizer_config": {"added_tokens_decoder": {"10": FILMS | {"content": "[E1]"}, "11": FILMS | {"content": "[/E1]"}}}},
+        {"tokenizer_config": {"additional_special_tokens": MARKS}},
+        {"special_tokens_map": {"additional_special_tokens": MARKS}},
+    ],
+)
+def test_tokens_that_the_files_beside_it_add_get_the_ids_of_auto_tokenizer(
+    tmp_path: Path, beside: dict, vocabulary: list[str], version: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    vocabulary = list(dict.fromkeys(vocabulary))
+    pieces(tmp_path, vocabulary=vocabulary)
+    config = BERT | {"vocab_size": len(vocabulary) + 2, "transformers_version": version}
+    write(tmp_path, config=config, **({"tokenizer_config": BOTH} | beside))
+    if "tokenizer_config" in beside:
+        write(tmp_path, tokenizer_config=BOTH | beside["tokenizer_config"])
+    text = "[E1] Good [/E1] films"
+    ids = load_tokenizer(tmp_path).encode(text).ids
+    assert ids == auto_ids(tmp_path, text)["input_ids"]
+    assert len(ids) == 7
+    assert "[E1]" in caplog.text
+    write_tokenizer(tmp_path, tmp_path / "delivered")
+    write(tmp_path / "delivered", config=config)
+    assert auto_ids(tmp_path / "delivered", text)["input_ids"] == ids
+
+
+def test_tokens_that_are_lost_since_transformers_cannot_read_the_folder_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pieces(tmp_path)
+    write(tmp_path, tokenizer_config={"tokenizer_class": "AlbertTokenizer"}, added_tokens={"[E1]": 10})
+    assert load_tokenizer(tmp_path).encode("Good").ids == [2, 7, 3]
+    assert "without it [E1] are no tokens" in caplog.text
+
+
+def sequence(name: str, type_id: int) -> dict:
+    return {"Sequence": {"id": name, "type_id": type_id}}
+
+
+def mark(name: str, type_id: int = 0) -> dict:
+    return {"SpecialToken": {"id": name, "type_id": type_id}}
+
+
+def template(single: list[dict], second: int = 1) -> dict:
+    one = [mark("[CLS]"), sequence("A", 0), mark("[SEP]")]
+    ids = {token: {"id": token, "ids": [index], "tokens": [token]} for index, token in ((2, "[CLS]"), (3, "[SEP]"))}
+    pair = [*one, sequence("B", second), mark("[SEP]", second)]
+    return {"post_processor": {"type": "TemplateProcessing", "single": single or one, "pair": pair, "special_tokens": ids}}
+
+
+SHORT = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 4}
+SHORT |= {"vocab": {word: index for index, word in enumerate(CASED)}}
+ROBERTA_MARKS = {
+    "type": "RobertaProcessing",
+    "sep": ["[SEP]", 3],
+    "cls": ["[CLS]", 2],
+    "trim_offsets": True,
+    "add_prefix_space": False,
+}
+
+
+@pytest.mark.parametrize("version", ["4.40.0", "5.0.0"])
+@pytest.mark.parametrize(
+    ("parts", "settings"),
+    [
+        ({"post_processor": ROBERTA_MARKS}, {}),
+        (template([], second=0), {}),
+        (template([mark("[CLS]"), sequence("A", 0), mark("[SEP]"), mark("[SEP]")]), {}),
+        ({"model": SHORT}, {}),
+        ({}, {"cls_token": "good", "sep_token": "film"}),
+        ({}, {"unk_token": "good"}),
+    ],
+)
+def test_other_marks_types_and_special_tokens_than_those_of_a_bert_are_told(
+    tmp_path: Path, parts: dict, settings: dict, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(pieces(tmp_path, **parts), tokenizer_config=BOTH | settings)
+    write(tmp_path, config=BERT | {"type_vocab_size": 2, "transformers_version": version})
+    file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    got, auto = load_tokenizer(tmp_path), auto_ids(tmp_path, "Good films ☃", "Films")
+    told = re.search(r"makes the [a-z ]+ (\[.*?\]), and .* makes (\[.*?\])\. (\S+) is taken", caplog.text)
+    assert told is not None
+    assert told[1] != told[2]
+    assert told[3] == ("tokenizer.json" if version == "4.40.0" else "BertTokenizer")
+    pair = got.encode("Good films ☃", "Films")
+    if version == "4.40.0":
+        expected = file.encode("Good films ☃", "Films")
+        assert settings or (pair.ids, pair.type_ids) == (expected.ids, expected.type_ids)
+        assert pair.ids[0] == 2
+    else:
+        assert (pair.ids, pair.type_ids) == (auto["input_ids"], auto["token_type_ids"])
+
+
+def test_special_tokens_that_the_file_does_not_mark_are_special_nevertheless(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write(pieces(tmp_path), tokenizer_config=BOTH)
+    assert load_tokenizer(tmp_path).encode("Good [MASK]").ids == auto_ids(tmp_path, "Good [MASK]")["input_ids"] == [2, 7, 4, 3]
+    assert "[MASK]" in caplog.text
+
+
+def test_token_types_count_only_for_a_model_that_has_rows_for_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(pieces(tmp_path, **template([], second=0)), tokenizer_config=BOTH)
+    for rows in (2, 1):
+        caplog.clear()
+        write(tmp_path, config=BERT | {"type_vocab_size": rows, "note": "x" * rows})
+        load_tokenizer(tmp_path)
+        assert ("makes the token types" in caplog.text) is (rows == 2)

@@ -1,8 +1,9 @@
 """Says which tokenizer the files of a model folder stand for, as the text of a tokenizer.json.
 
-transformers builds many tokenizers from the arguments in tokenizer_config.json and takes only the vocabulary from tokenizer.json, so
-that the two may give other ids. A model was tuned with what AutoTokenizer gave: that is taken, and the log says so. Folders without a
-tokenizer.json are converted by transformers. Nothing is downloaded, and no code of a model is run.
+A model was tuned with what AutoTokenizer gave at that time. transformers 4 took tokenizer.json as it is, but for a few settings of
+tokenizer_config.json; transformers 5 takes only the vocabulary from it and builds the class that the folder names, which may give
+other ids. Where the two disagree, `_why_the_file` decides, and the log says what is taken and why. Folders without a tokenizer.json
+are converted by transformers. Nothing is downloaded, and no code of a model is run.
 """
 
 from __future__ import annotations
@@ -31,12 +32,30 @@ _SIDES = ("source.spm", "target.spm")  # of a Marian: they hold the pieces of th
 _SIDE_FILES = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json", "merges.txt")
 _AS_THE_FILE = {"PreTrainedTokenizer", "TokenizersBackend"}  # classes that take tokenizer.json as it is, "Fast" left out
 _BERTS = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"}
+_BERT_PARTS = (  # part and name in tokenizer.json; what a BERT tokenizer has there, or the setting that says it and its default
+    ("normalizer", "type", None, "BertNormalizer"),
+    ("normalizer", "clean_text", None, True),
+    ("normalizer", "lowercase", "do_lower_case", True),
+    ("normalizer", "strip_accents", "strip_accents", None),
+    ("normalizer", "handle_chinese_chars", "tokenize_chinese_chars", True),
+    ("pre_tokenizer", "type", None, "BertPreTokenizer"),
+    ("model", "unk_token", None, "[UNK]"),
+    ("model", "continuing_subword_prefix", None, "##"),
+    ("model", "max_input_chars_per_word", None, 100),  # only a WordPiece has it
+)
 _BERT_TYPES = {"bert", "distilbert", "electra"}  # model types whose class is one of these if the folder names none
 # Settings that hold for the machine or the files of the source alone; tokenizer.json has the added tokens.
 _OF_THE_SOURCE = (
     *("name_or_path", "is_local", "local_files_only", "auto_map", "backend", "tokenizer_file", "vocab_file"),
     *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
 )
+_USUAL = {  # the special tokens by the names that transformers gives to them: those of BERT, then those of others
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
 _MOST_IDS = 10_000_000  # of any vocabulary: the tokenizers package walks over all ids up to the largest one
 _PROBES = (
     "Good films, isn't it?",
@@ -46,6 +65,7 @@ _PROBES = (
     "qxzj ☃",
 )
 _VOCABULARY_PROBES = 48  # tokens of the vocabulary, evenly spaced, in texts of eight
+_FAR_MORE_UNKNOWN = 0.2  # of all tokens: two readings of sound files differ in a word here and there, wrong ones in most words
 
 
 def tokenizer_text(folder: Path) -> str:
@@ -84,8 +104,7 @@ def write_tokenizer(source: Path, folder: Path, cut: str | None = None) -> None:
         settings.pop(name, None)
     if cut or _may_differ(source, data) or not settings.get("tokenizer_class"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # for this, old and new versions read tokenizer.json as it is
-        segments = (read_json(source / "config.json").get("type_vocab_size") or 1) > 1
-        settings["model_input_names"] = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
+        settings["model_input_names"] = ["input_ids", *(["token_type_ids"] if _has_types(source) else []), "attention_mask"]
     for name, token in _special_tokens(source, data).items():
         settings.setdefault(name, token)
     for name in ("special_tokens_map.json", "added_tokens.json", "merges.txt", *OTHER_FORMS, *(_SIDES if cut else ())):
@@ -172,30 +191,80 @@ def _chosen(folder: Path) -> str:
         for reason in _bert_differences(folder, data):
             _log.warning("%s: %s. tokenizer.json is taken: without transformers nothing else can be.", folder, reason)
         return text
-    probes = [*_PROBES, *_vocabulary_probes(data)]
+    return _agreed(folder, text, ours, data)
+
+
+def _agreed(folder: Path, text: str, ours: Tokenizer, data: dict[str, Any]) -> str:
+    """The file as it is if transformers reads the folder so, else what `_why_the_file` is for; tells what they disagree on."""
+    said, special = _said_tokens(folder) - _added(data), set(_special_tokens(folder, data).values()) - _added(data)
     try:
         theirs, kind = _auto_tokenizer(folder)
-        expected = {probe: _ids(folder, theirs, probe) for probe in probes}
+        as_4 = _as_transformers_4(folder, data, theirs)
     except Exception as error:  # a class that transformers does not know, files of another class, ...
         _log.debug("transformers cannot read the tokenizer in %s: %s", folder, error)
+        if lost := said - _words(data):
+            _log.warning("%s: transformers cannot read it, and without it %s are no tokens.", folder, ", ".join(sorted(lost)))
         return text
-    differing = next((probe for probe in probes if _ids(folder, ours, probe) != expected[probe]), None)
-    if differing is None:
-        return text
-    ids, others = _ids(folder, ours, differing), expected[differing]
-    taken = max(others, default=0) <= _largest_id(data, _said_tokens(folder))
+    probes = [*_PROBES, *_vocabulary_probes(data, special), *_in_eights(sorted(said))]
+    known = said | _added(data)
+    try:
+        expected = [_encoded(folder, theirs, probe) for probe in probes]
+    except ModelError as error:  # its class needs an [UNK] that the vocabulary does not have
+        _log.debug("what transformers makes of the tokenizer in %s is of no use: %s", folder, error)
+        return _plain_text(as_4, known)
+    as_in_4 = [_encoded(folder, as_4, probe) for probe in probes] == expected
+    read = [_encoded(folder, ours, probe) for probe in probes]
+    if read == expected:
+        if not special or not as_in_4:
+            return text
+        _log.info("%s: tokenizer.json does not say that %s are special; they are.", folder, ", ".join(sorted(special)))
+        return _plain_text(as_4, known)
+    probe, mine, other = next(row for row in zip(probes, read, expected, strict=True) if row[1] != row[2])
+    what = next(name for name in mine if mine[name] != other[name])
+    reason = "" if as_in_4 else _why_the_file(folder, data, as_4, theirs, kind, probes)
     _log.warning(
-        "the tokenizer files in %s disagree: of %r tokenizer.json makes %s, and %s of transformers makes %s. %s",
+        "the tokenizer files in %s disagree: of %r tokenizer.json makes the %s %s, and %s of transformers makes %s. %s",
         folder,
-        differing,
-        _short(ids),
+        probe,
+        what,
+        _short(mine[what], other[what]),
         kind,
-        _short(others),
-        f"{kind} is taken, because a model is tuned with what AutoTokenizer gives."
-        if taken
-        else "tokenizer.json is taken, because the other ids are beyond its vocabulary.",
+        _short(other[what], mine[what]),
+        f"tokenizer.json is taken, because {reason}."
+        if reason
+        else f"{kind} is taken, because a model is tuned with what AutoTokenizer gives.",
     )
-    return _plain_text(theirs, _said_tokens(folder) | _added(data)) if taken else text
+    return _plain_text(as_4 if reason else theirs, known)
+
+
+def _why_the_file(
+    folder: Path, data: Mapping[str, Any], as_4: Tokenizer, theirs: Tokenizer, kind: str, probes: list[str]
+) -> str:
+    """What speaks for tokenizer.json where this transformers reads the folder otherwise; empty if nothing does."""
+    model, other = type(as_4.model).__name__, type(theirs.model).__name__
+    if model != other:
+        return f"it holds a {model}, of whose vocabulary {kind} makes a {other}"
+    if max(index for probe in probes for index in theirs.encode(probe, probe).ids) > _largest_id(data, _said_tokens(folder)):
+        return "the other ids are beyond its vocabulary"
+    unknown, others = _unknown_share(as_4, probes), _unknown_share(theirs, probes)
+    if others > unknown + _FAR_MORE_UNKNOWN:
+        return f"of such texts {others:.0%} is unknown to {kind}, and {unknown:.0%} to the file"
+    version = str(read_json(folder / "config.json").get("transformers_version"))
+    return f"the model was saved with transformers {version}, which took that file" if version.startswith("4.") else ""
+
+
+def _as_transformers_4(folder: Path, data: dict[str, Any], theirs: Tokenizer) -> Tokenizer:
+    """The file as transformers 4 read it: with a few settings of tokenizer_config.json, and the added tokens that `theirs` has."""
+    kind, settings, parts = _class_of(folder), read_json(folder / _CONFIG), data.copy()
+    if kind in {*_BERTS, "MPNetTokenizer"} and (data.get("normalizer") or {}).get("type") == "BertNormalizer":
+        said = {name: settings.get(option, default) for _, name, option, default in _BERT_PARTS if option}
+        parts["normalizer"] = data["normalizer"] | said
+    if kind not in _AS_THE_FILE and (data.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+        parts["pre_tokenizer"] = data["pre_tokenizer"] | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
+    tokenizer = parsed_tokenizer(json.dumps(parts, ensure_ascii=False))
+    known = _words(data) | _added(data) | _said_tokens(folder)
+    tokenizer.add_tokens([token for _, token in sorted(theirs.get_added_tokens_decoder().items()) if token.content in known])
+    return tokenizer
 
 
 def _may_differ(folder: Path, data: Mapping[str, Any]) -> bool:
@@ -226,42 +295,72 @@ def _bert_differences(folder: Path, data: Mapping[str, Any]) -> Iterator[str]:
     """Where tokenizer.json differs from what a BERT tokenizer of transformers is built of."""
     if _class_of(folder) not in _BERTS:
         return
-    settings, normalizer = read_json(folder / _CONFIG), data.get("normalizer") or {}
-    expected = {
-        "lowercase": ("do_lower_case", True),
-        "strip_accents": ("strip_accents", None),
-        "handle_chinese_chars": ("tokenize_chinese_chars", True),
-    }
-    if normalizer.get("type") != "BertNormalizer":
-        yield f"its normalizer is {normalizer.get('type', 'missing')}, a BERT tokenizer has a BertNormalizer"
-    else:
-        for name, (option, default) in expected.items():
-            there, said = normalizer.get(name), settings.get(option, default)
-            if there != said:
-                yield f"tokenizer.json has {name}: {there}, and by tokenizer_config.json it is {option}: {said}"
-    if data["model"].get("continuing_subword_prefix") != "##" or data["model"].get("type", "WordPiece") != "WordPiece":
-        yield f"its model is {data['model'].get('type')}, that of a BERT tokenizer is WordPiece"
-    if (data.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer":
-        yield "its texts are split otherwise than a BERT tokenizer splits them"
-    if not data.get("post_processor"):
-        yield "tokenizer.json adds no [CLS] and [SEP]"
+    settings = read_json(folder / _CONFIG)
+    for part, name, option, default in _BERT_PARTS:
+        there, said = (data.get(part) or {}).get(name), settings.get(option, default) if option else default
+        if there != said:
+            yield f"tokenizer.json has {name}: {there}, and by tokenizer_config.json and its class it is {option or name}: {said}"
+    if not _marks_as_bert(data):
+        yield "tokenizer.json does not make [CLS] A [SEP] B [SEP] of two texts"
+    for file in (_CONFIG, "special_tokens_map.json"):
+        content = read_json(folder / file)
+        for name, (usual, *_) in _USUAL.items():
+            if (token := _content(content.get(name))) not in (None, usual):
+                yield f"the {name} of a BERT tokenizer is {usual}, and in {file} it is {token}"
+    if plain := {usual for usual, *_ in _USUAL.values()} & _words(data) - _added(data):
+        yield f"tokenizer.json does not say that {', '.join(sorted(plain))} are special"
 
 
-def _vocabulary_probes(data: Mapping[str, Any]) -> list[str]:
-    """Texts of words of the vocabulary, as they are and with capitals."""
-    special = {item["content"] for item in data.get("added_tokens") or []}
-    vocabulary = data["model"].get("vocab") or {}
+def _marks_as_bert(data: Mapping[str, Any]) -> bool:
+    """Whether the post-processor puts the marks around one text and two that a BERT tokenizer puts there."""
+    processor, ids = data.get("post_processor") or {}, data["model"].get("vocab") or {}
+    if not {"[CLS]", "[SEP]"} <= _words(data) or not isinstance(ids, dict):
+        return False
+    if processor.get("type") == "BertProcessing":
+        return all(processor.get(end) == [token, ids[token]] for end, token in (("cls", "[CLS]"), ("sep", "[SEP]")))
+    single = [
+        {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
+    ]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}]
+    tokens = processor.get("special_tokens") or {}
+    named = all((tokens.get(token) or {}).get("ids") == [ids[token]] for token in ("[CLS]", "[SEP]"))
+    return named and (processor.get("single"), processor.get("pair")) == (single, pair)
+
+
+def _vocabulary_probes(data: Mapping[str, Any], special: set[str]) -> list[str]:
+    """Texts of words of the vocabulary, as they are and with capitals, without added and special tokens."""
+    vocabulary, added = data["model"].get("vocab") or {}, _added(data)
     words = [str(item if isinstance(item, str) else item[0]).strip("#▁Ġ@</w>") for item in vocabulary]
-    words = [word for word in words if word and word not in special]
-    some = words[:: max(1, len(words) // _VOCABULARY_PROBES)]
-    texts = [" ".join(some[start : start + 8]) for start in range(0, len(some), 8)]
+    words = [word for word in words if word and word not in special | added]
+    texts = _in_eights(words[:: max(1, len(words) // _VOCABULARY_PROBES)])
     return [*texts, *(text.title() for text in texts)]
 
 
-def _ids(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, and of it as a pair with itself."""
+def _in_eights(words: list[str]) -> list[str]:
+    return [" ".join(words[start : start + 8]) for start in range(0, len(words), 8)]
+
+
+def _encoded(folder: Path, tokenizer: Tokenizer, text: str) -> dict[str, list[int]]:
+    """What the model gets of a text, and of it as a pair with itself; token types only if it has rows for them."""
     with encoding_errors(folder):
-        return [*tokenizer.encode(text).ids, *tokenizer.encode(text, text).ids]
+        one, two = tokenizer.encode(text), tokenizer.encode(text, text)
+    encoded = {"ids": one.ids, "ids of a pair": two.ids}
+    return encoded | {"token types of a pair": two.type_ids} if _has_types(folder) else encoded
+
+
+def _has_types(folder: Path) -> bool:
+    rows = read_json(folder / "config.json").get("type_vocab_size")
+    return isinstance(rows, int) and rows > 1
+
+
+def _unknown_share(tokenizer: Tokenizer, probes: Iterable[str]) -> float:
+    """How many of the tokens of the texts are unknown, of 1."""
+    model = json.loads(tokenizer.model.__getstate__())
+    unknown = model.get("unk_id", tokenizer.token_to_id(str(model.get("unk_token"))))
+    ids = [index for probe in probes for index in tokenizer.encode(probe, add_special_tokens=False).ids]
+    return ids.count(unknown) / max(1, len(ids))
 
 
 # -- What transformers makes of a folder ---------------------------------------------------------------------------------------
@@ -446,21 +545,22 @@ def _said_tokens(folder: Path) -> set[str]:
             extra.values() if isinstance(extra, dict) else extra,
             content.get("additional_special_tokens") or [],
         ]
-        tokens |= {str(item["content"] if isinstance(item, dict) else item) for items in lists for item in items}
+        tokens |= {str(_content(item)) for items in lists for item in items}
     return tokens
+
+
+def _content(token: Any) -> Any:
+    """A special token of a settings file, where it is a text or an object that holds it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _special_tokens(folder: Path, data: Mapping[str, Any]) -> dict[str, str]:
     """The names that transformers gives to special tokens ("pad_token"), as the folder or its vocabulary has them."""
     said = read_json(folder / "special_tokens_map.json")
-    usual = {"pad_token": ("[PAD]", "<pad>"), "unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]", "<s>")}
-    usual |= {"sep_token": ("[SEP]", "</s>"), "mask_token": ("[MASK]", "<mask>")}
     there = _words(data) | _added(data)
     names = {}
-    for name, candidates in usual.items():
-        given = said.get(name)
-        given = given.get("content") if isinstance(given, dict) else given
-        token = next((token for token in (given, *candidates) if token in there), None)
+    for name, candidates in _USUAL.items():
+        token = next((token for token in (_content(said.get(name)), *candidates) if token in there), None)
         if token is not None:
             names[name] = str(token)
     return names
@@ -516,5 +616,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _short(ids: list[int]) -> str:
-    return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"
+def _short(ids: list[int], others: list[int]) -> str:
+    """Eight of the ids, from the first one on that is not as in `others`, or from the last one that both have."""
+    both = list(zip(ids, others, strict=False))
+    start = next((place for place, (mine, other) in enumerate(both) if mine != other), max(0, len(both) - 1))
+    end = start + 8
+    return f"[{'..., ' if start else ''}{', '.join(map(str, ids[start:end]))}{', ...' if len(ids) > end else ''}]"
