@@ -668,7 +668,7 @@ READING = (
     "Runtime, whole. **×**: times as fast as the dense model in fp32, both with fused operators, in ONNX Runtime, with 80 % of the "
     "rounds; of our fp32 file, of our int8 file, and of the file for [the compiled kernels](../kernels.md), which skip blocks of zeros. "
     "**lost**: points of the metric, with the 95 % interval of the paired bootstrap. **minutes**, **GiB**: what making it took, and the "
-    "peak of its memory, the tuned model at hand.",
+    "peak of its memory, the tuned model at hand; with 1 thread other trainings ran beside it, so that alone it takes fewer minutes.",
     "**as claimed**: whether our int8 file, at the size and speed of this row, loses no more points than the paper says of its own: yes "
     "or no if the interval lies on one side of that, open if it does not, empty if the paper claims nothing that could be compared.",
     "Scattered zeros give small files when they are packed (`model.safetensors`), and no speed.",
