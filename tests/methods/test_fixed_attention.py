@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -357,14 +358,21 @@ def test_it_is_profiled():
 # -- The choice --------------------------------------------------------------------------------------------------------------------
 
 
-def test_damage_is_that_of_models_that_were_really_changed():
-    context = tiny_context()
+def test_damage_is_that_of_models_that_were_really_changed_and_progress_is_told():
+    told = []
+
+    @contextmanager
+    def track(_, total):
+        yield lambda done: told.append((done, total))
+
+    context = replace(tiny_context(), track=track)
     batches = list(context.batches(8))
     answers, chosen = own_answers(context, batches), {("encoder.0.heads", 2): "end"}
     before = context.model(**batch(context.model)).logits
     found = damages(context, open_sites(context.anatomy, (1, 2)), ("previous", "left"), chosen, batches, answers)
     assert torch.equal(context.model(**batch(context.model)).logits, before)
     assert len(found) == (4 + 3) * 2
+    assert told == [(done, len(found)) for done in range(1, len(found) + 1)]
     for ((site, head), attends), damage in found.items():
         given = {"encoder.0.heads": [None, None, Fixed("end"), None], "encoder.1.heads": [None] * 4}
         given[site][head] = Fixed(attends)

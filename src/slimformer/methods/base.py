@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from slimformer.core.plan import Decision, Plan
 from slimformer.families.base import Subject
 from slimformer.hooks.capture import Capture, Captured
+from slimformer.log import Advance, Log
 from slimformer.rules import check_options
 
 if TYPE_CHECKING:
@@ -122,6 +124,7 @@ class Context:
     held: Held | None = None  # None if there are no validation examples
     tokenizers: tuple[str, str] | None = None  # the tokenizer.json of model and teacher, if each has its own
     memo: dict[str, Any] = field(default_factory=dict)  # found once in this run, under a key that names all it depends on
+    track: Callable[[str, int], AbstractContextManager[Advance]] = Log(None, quiet=True).track  # of long looks at the model
 
     @property
     def model(self) -> PreTrainedModel:

@@ -196,14 +196,20 @@ def damages(
     model, anatomy, task = context.model, context.anatomy, context.task
     before = patterns_of_heads(anatomy, chosen)
     found: dict[tuple[Head, Attends], float] = {}
-    with context.subject.evaluating(), attending_by(model, anatomy, before):
+    trials = {site.id: list(_trials(anatomy, site, names, chosen)) for site in sites}
+    with (
+        context.subject.evaluating(),
+        attending_by(model, anatomy, before),
+        context.track("trying patterns", sum(map(len, trials.values()))) as advance,
+    ):
         feed = Feed(model, anatomy, [context.subject.feed(batch) for batch in batches])
         for site in sites:
             feed.reach(site.layer)
-            for head, attends in _trials(anatomy, site, names, chosen):
+            for head, attends in trials[site.id]:
                 tried = patterns_of_heads(anatomy, {**chosen, head: attends})
                 with attending_by(model, anatomy, tried):
                     found[head, attends] = _mean_divergence(feed, batches, answers, task)
+                advance(len(found))
     return found
 
 

@@ -306,6 +306,7 @@ def context_of(bundle: Bundle, run: Run, student: Subject, unit: str) -> Context
         generator=torch.Generator().manual_seed(run.seed),
         held=held_of(student, bundle.material),
         memo=run.memo,
+        track=run.log.track,
         tokenizers=None
         if bundle.read is None
         else (tokenizer_text(bundle.material.source), tokenizer_text(bundle.read.source)),
