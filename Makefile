@@ -53,10 +53,10 @@ kernels-check-arm: $(VENV)/.installed
 endif
 
 test: install
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 fast: install
-	$(PYTHON) -m pytest -n auto --dist loadfile -m 'not slow'
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 check: install
 	$(VENV)/bin/ruff check

@@ -101,6 +101,7 @@ def test_a_drift_of_the_machine_leaves_the_ratio_alone() -> None:
     assert timings["base"].round_ms()[-1] > 3 * timings["base"].round_ms()[0]
 
 
+@pytest.mark.slow
 def test_long_batches_are_sampled_so_that_the_budget_is_kept() -> None:
     def timing(budget: float, count: int, clock: Clock | None = None) -> Timing:
         clock = clock or Clock()
@@ -137,6 +138,7 @@ def test_the_ratio_is_the_median_over_rounds_with_its_spread() -> None:
         ratio(base, replace(ours, samples_ms=ours.samples_ms[:2]))
 
 
+@pytest.mark.slow
 def test_a_budget_stops_it_but_never_before_the_least_rounds() -> None:
     def rounds(budget: float) -> int:
         clock = Clock()
@@ -255,6 +257,7 @@ def run_bench(*paths: Path, folder: Path) -> Measurement:
     return bench(paths, Classification(data=str(data(folder))), rounds=3, load=LOAD, threads=1)
 
 
+@pytest.mark.slow
 def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
     first = export(tmp_path / "first")
     # The second one has learnt nothing of "dull": it gets three of five right.
@@ -275,6 +278,7 @@ def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spelt", [("0", "1"), ("BAD", "Good"), ("LABEL_0", "label_1")])
+@pytest.mark.slow
 def test_data_may_spell_the_labels_otherwise_than_the_model(tmp_path: Path, spelt: tuple[str, str]) -> None:
     for file in data(tmp_path / "data").iterdir():
         text = file.read_text(encoding="utf-8")
@@ -302,6 +306,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         ({"dull": (0.0, 0.0), "fine": (0.0, 0.0), "great": (0.0, 0.0)}, "worse than chance|no better than chance"),
     ],
 )
+@pytest.mark.slow
 def test_answers_that_cannot_be_right_are_told(
     tmp_path: Path, weights: dict[str, tuple[float, float]], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -314,6 +319,7 @@ def test_answers_that_cannot_be_right_are_told(
     assert re.search(f"^other: .*({said})", told[0])
 
 
+@pytest.mark.slow
 def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
     folder = export(tmp_path / "model", ("model.onnx", "model_quantized.onnx"))
     result = run_bench(folder, folder=tmp_path / "data")
@@ -321,6 +327,7 @@ def test_of_a_single_folder_all_files_are_benched(tmp_path: Path) -> None:
     assert [record.precision for record in result.records] == ["float", "int8_fused"]
 
 
+@pytest.mark.slow
 def test_a_folder_knows_what_it_was_made_for(tmp_path: Path) -> None:
     folder = export(tmp_path / "model", ("model.onnx", "model_int8.onnx"))
     options = {"use": "classification", "data": str(data(tmp_path / "data"))}
@@ -359,6 +366,7 @@ def plain_folder(folder: Path, *files: str, home: str = "") -> Path:
         (["model.onnx", "model_optimized.onnx"], "", "model.onnx"),
     ],
 )
+@pytest.mark.slow
 def test_files_of_other_tools_are_found(tmp_path: Path, files: list[str], home: str, taken: str) -> None:
     other = plain_folder(tmp_path / "other", *files, home=home)
     records = run_bench(export(tmp_path / "base"), other, folder=tmp_path / "data").records
@@ -366,6 +374,7 @@ def test_files_of_other_tools_are_found(tmp_path: Path, files: list[str], home: 
     assert records[1].score == 0.8
 
 
+@pytest.mark.slow
 def test_of_several_unknown_files_one_must_be_named(tmp_path: Path) -> None:
     folder = plain_folder(tmp_path / "other", "a.onnx", "onnx/b.onnx")
     with pytest.raises(ModelError, match=r"holds 2 ONNX files[\s\S]*there: a\.onnx, onnx/b\.onnx[\s\S]*name one of them"):
@@ -403,6 +412,7 @@ def test_a_delivered_folder_is_benched_from_anywhere(tmp_path: Path, monkeypatch
     assert (one.file, one.params, one.precision) == ("onnx/model_int8.onnx", 12, "int8_static")
 
 
+@pytest.mark.slow
 def test_a_moved_folder_asks_for_its_data_and_takes_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = delivered(tmp_path / "home")
     away = tmp_path / "away" / "small"

@@ -80,6 +80,7 @@ def hooks_of(model: torch.nn.Module) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_gates_and_distillation_give_a_cut_model_equal_to_the_gated_one(tmp_path: Path) -> None:
     model, teacher = tiny("bert"), tiny("bert", seed=1)
     before, attention = sorted(model.state_dict()), model.config._attn_implementation
@@ -109,6 +110,7 @@ def test_gates_and_distillation_give_a_cut_model_equal_to_the_gated_one(tmp_path
         assert torch.equal(load(tmp_path / "small")(**inputs).logits, slim.model(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
@@ -144,6 +146,7 @@ def test_a_saved_checkpoint_goes_on(tmp_path: Path) -> None:
     [Movement(keep=0.8), GroupLasso(keep=0.8), Quantization(weights=4, start=0.2)],
     ids=lambda method: type(method).__name__,
 )
+@pytest.mark.slow
 def test_each_method_leaves_a_plain_model(tmp_path: Path, method: Any) -> None:
     model = tiny("distilbert")
     slim = SlimCallback(method)
@@ -168,6 +171,7 @@ def test_the_same_rows_train_with_and_without_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.slow
 def test_accumulated_batches_count_once(tmp_path: Path, accumulated: int) -> None:
     """The gradient of what is added is the mean over the batches, however they are accumulated."""
     model = tiny("bert")
@@ -196,6 +200,7 @@ class Own(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.slow
 def test_a_loss_that_the_terms_do_not_reach_is_refused(tmp_path: Path) -> None:
     model = tiny("bert")
     slim = SlimCallback(GATES)
@@ -205,6 +210,7 @@ def test_a_loss_that_the_terms_do_not_reach_is_refused(tmp_path: Path) -> None:
     assert hooks_of(model) == []
 
 
+@pytest.mark.slow
 def test_an_own_loss_may_add_them(tmp_path: Path) -> None:
     slim = SlimCallback([GATES, Distillation()], teacher=tiny("bert", seed=1))
     job = trainer(tiny("bert"), tmp_path, slim)
@@ -217,6 +223,7 @@ def test_an_own_loss_may_add_them(tmp_path: Path) -> None:
     assert slim.plan.keep
 
 
+@pytest.mark.slow
 def test_the_best_model_is_cut_by_its_own_gates(tmp_path: Path) -> None:
     model = tiny("bert")
     slim = SlimCallback(GATES)
@@ -235,11 +242,13 @@ def test_the_best_model_is_cut_by_its_own_gates(tmp_path: Path) -> None:
     [({"label_smoothing_factor": 0.1}, "label_smoothing_factor"), ({"gradient_checkpointing": True}, "gradient_checkpointing")],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
+@pytest.mark.slow
 def test_arguments_that_do_not_go_with_it_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         trainer(tiny("bert"), tmp_path, SlimCallback(GATES), **changes).train()
 
 
+@pytest.mark.slow
 def test_methods_that_cannot_train_here_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="fisher looks once"):
         SlimCallback(Fisher(keep=0.5))

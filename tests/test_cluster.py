@@ -57,6 +57,7 @@ def test_mistakes_of_all_recipes_are_said_before_anything_runs(home: Path) -> No
 @pytest.mark.parametrize(
     "command", [["--seeds", "1,x"], ["--seeds", "1.5"], ["--seeds", ","], ["--seeds", "inf"], ["--processors", "2"]]
 )
+@pytest.mark.slow
 def test_options_that_cannot_be_meant_are_refused(
     home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +93,7 @@ def test_lines_tell_each_run_and_the_mean_of_its_seeds() -> None:
     assert Sweep(Path("out"), ran).failed == (ran[2],)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_weights_batches_and_lengths(home: Path) -> None:
     small = training_bytes(recipe(home, Train(epochs=1.0, batch_size=8)))
     assert small > BASE_BYTES
@@ -103,6 +105,7 @@ def test_memory_grows_with_weights_batches_and_lengths(home: Path) -> None:
     assert (large - BASE_BYTES) / (small - BASE_BYTES) < 4  # the weights are the same
 
 
+@pytest.mark.slow
 def test_a_job_is_sent_as_plain_data_and_read_wherever_its_folder_is_seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     chain = Recipe("./model", Classification(data="data"), (Calibrate(Fisher(keep=0.5)),), bench=Bench(rivals=()))
@@ -125,6 +128,7 @@ def test_a_job_is_sent_as_plain_data_and_read_wherever_its_folder_is_seen(home: 
     assert not _look(str(home / "nothing"))[2]
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_files(home: Path) -> None:
     for name in ("one", "two"):
         (home / f"{name}.yaml").write_text(recipe(home, Train(epochs=1.0)).to_yaml(), encoding="utf-8")

@@ -88,6 +88,7 @@ def home(tmp_path: Path) -> Path:
     return write_home(tmp_path)
 
 
+@pytest.mark.slow
 def test_recipes_that_cannot_be_compared_are_named_together(home: Path) -> None:
     good = recipe(home, Calibrate(Fisher(keep=0.5)))
     out = home / "out"
@@ -154,6 +155,7 @@ def test_a_student_keeps_its_shape_and_learns_from_the_model_that_is_named(home:
     assert _from_model(plain, "there") == replace(plain, model="there", stages=plain.stages[1:])
 
 
+@pytest.mark.slow
 def test_shapes_of_students_are_timed_and_the_fast_ones_for_their_size_are_tried(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

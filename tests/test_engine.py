@@ -125,6 +125,7 @@ def test_a_model_of_blocks_is_searched_trained_and_delivered(tmp_path: Path, mon
     assert [record.name for record in again.records] == [record.name for record in result.records]
 
 
+@pytest.mark.slow
 def test_without_the_library_its_install_line_is_told_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_gate_is_cut(name, data):
 @pytest.mark.parametrize("name", MODEL_TYPES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_plans_compose_and_anatomy_follows(name, data):
     model, anatomy = MODELS[name], ANATOMIES[name]
     first = data.draw(plans(anatomy, forms=True))
@@ -83,6 +84,7 @@ def test_plans_compose_and_anatomy_follows(name, data):
 @pytest.mark.parametrize("name", MODEL_TYPES)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_predicted_is_counted_and_saved_is_loaded(name, data, tmp_path_factory):
     model, anatomy = MODELS[name], ANATOMIES[name]
     plan = data.draw(plans(anatomy, forms=True))

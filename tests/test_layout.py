@@ -80,6 +80,7 @@ def depths(graph: Mapping[str, Set[str]]) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_no_module_imports_itself_in_a_circle() -> None:
     depths({name: imports(name) for name in FILES})
 

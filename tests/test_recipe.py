@@ -167,6 +167,7 @@ NINE_TO_THE_NINTH = b"a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + b"".join(
         (b"model: !!python/object/apply:os.system [id]", "is not YAML"),
     ],
 )
+@pytest.mark.slow
 def test_a_file_that_is_no_recipe(tmp_path, content, message):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
@@ -220,6 +221,7 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
+@pytest.mark.slow
 def test_anything_gives_a_recipe_or_a_recipe_error(data):
     try:
         recipe = parse_recipe(data)
@@ -437,6 +439,7 @@ LOSES = "it has learned grids and ranges, which the first stage would lose: begi
         ("dense", [PLAIN_TRAIN], None),
     ],
 )
+@pytest.mark.slow
 def test_what_a_delivered_model_holds_is_not_lost_without_a_word(
     delivered: Path, folder: str, stages: list[dict[str, object]], fact: str | None
 ) -> None:

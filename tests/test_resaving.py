@@ -54,6 +54,7 @@ def test_a_loaded_model_saves_itself(tmp_path, kind, plan):
     assert not list((tmp_path / "again").glob(".part-*"))
 
 
+@pytest.mark.slow
 def test_copies_cuts_and_pickles_of_it_too(tmp_path):
     model = slimformer.load(cut(tmp_path / "small"))
     later = Plan({"encoder.0.heads": (1,), "encoder.0.neurons": (3, 4)})

@@ -461,6 +461,7 @@ def test_a_written_folder_loads_in_sentence_transformers_without_us(cut: str, tm
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 @pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
+@pytest.mark.slow
 def test_other_tools_find_the_hidden_states_beside_the_vector(kind: str, pooling: str, tmp_path: Path) -> None:
     """They make the vector themselves. A last layer that computes the first token alone has no others to give."""
     import onnxruntime

@@ -94,6 +94,7 @@ def test_learns_from_the_teacher_and_reads_no_label(tmp_path: Path) -> None:
     assert any(not torch.equal(made[0][name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_batches_come_where_the_model_is_by_now(tmp_path: Path) -> None:
     """Training moves a model after the context of its methods is made."""
     start = bundle(tmp_path)

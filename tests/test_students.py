@@ -143,6 +143,7 @@ def test_a_student_without_layers_is_not_profiled() -> None:
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.slow
 def test_an_answer_of_a_file_depends_on_no_neighbour_and_no_padding(kind: str, tmp_path: Path) -> None:
     """Stock ONNX Runtime, file by file; only the file with dynamic ranges looks at the whole batch."""
     model = tiny(kind)

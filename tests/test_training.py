@@ -109,6 +109,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
+@pytest.mark.slow
 def test_learns_a_separable_set(tmp_path: Path) -> None:
     features, others = rows(200), rows(80, seed=1)
     around = context(features=features)

@@ -90,6 +90,7 @@ def test_bounds_that_ask_nothing_are_refused(measured: list[Any], bounds: dict[s
 
 
 @pytest.mark.parametrize(("bound", "status"), [("5", 0), ("-1", 1)])
+@pytest.mark.slow
 def test_the_exit_status_is_the_answer(
     tmp_path: Path, bound: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

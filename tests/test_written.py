@@ -39,6 +39,7 @@ def run_in(folder: Path) -> Run:
     return Run(folder, folder, Log(None, quiet=True))
 
 
+@pytest.mark.slow
 def test_rows_hold_what_the_teachers_beams_find(bundle: Bundle, tmp_path: Path) -> None:
     """Each row alone through transformers' own generate gives the same text, and the decoder reads it a place later."""
     rows = training_rows(Train(targets="teacher", rows=12), bundle, run_in(tmp_path))

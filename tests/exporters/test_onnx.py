@@ -232,6 +232,7 @@ def test_a_model_whose_own_outputs_are_not_finite_is_blamed_itself(factor: float
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_question_answering_model_keeps_every_token(tmp_path: Path) -> None:
     from transformers import AutoModelForQuestionAnswering
 
@@ -263,6 +264,7 @@ def test_a_model_without_any_layer_left_still_exports(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, answers(bare, inputs)["logits"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_matrices_are_stored_once(tmp_path: Path) -> None:
     """Layers that share weights take the bytes of one, in float and in int8."""
     apart, shared = tiny("bert", intermediate_size=512), tiny("bert", intermediate_size=512)

@@ -154,6 +154,7 @@ def test_hooks_hear_of_words_alone_and_nothing_is_left(model: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", ["apart"])
+@pytest.mark.slow
 def test_the_laws_hold_for_the_other_shape_too(monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
     """`test_contracts.py` checks shared matrices and a normed table."""
     monkeypatch.setattr(checks, "tiny", lambda model_type: tiny(model_type, **SHAPES[shape]))
@@ -179,6 +180,7 @@ def test_the_price_of_an_attention_counts_its_distances(model: Any) -> None:
     assert curve[1] == curve[-1] / 4
 
 
+@pytest.mark.slow
 def test_files_hold_what_is_known_of_distances_and_no_logarithm(tmp_path: Path) -> None:
     """At any length, also of one word and beyond the table's end; of matrices for distances alone nothing is in the file."""
     whole = tiny("deberta-v2", auto_class="AutoModelForTokenClassification", num_hidden_layers=2, **APART)

@@ -91,6 +91,7 @@ def test_a_cut_model_generates_what_the_masked_one_does(model_type):
 
 
 @pytest.mark.parametrize("model_type", SPEAKING)
+@pytest.mark.slow
 def test_folders_keep_the_cut_model_and_how_it_generates(model_type, tmp_path: Path):
     model = tiny(model_type)
     model.generation_config.num_beams = 3
@@ -145,6 +146,7 @@ def test_the_first_t5_has_no_gate():
     same(spoken(small, **BEAMS), spoken(shrink(model, anatomy, UNITS), **BEAMS))
 
 
+@pytest.mark.slow
 def test_nothing_undoes_a_marian_without_its_first_attention():
     model = tiny("marian")
     plan = Plan({"decoder.0.attention": ()})

@@ -133,6 +133,7 @@ def test_the_price_of_a_layer_is_that_of_its_matrices(model: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", [SCALED, pytest.param(TOGETHER, marks=pytest.mark.slow)], ids=["scaled", "together"])
+@pytest.mark.slow
 def test_files_compute_what_the_model_does(changes: dict[str, Any], tmp_path: Path) -> None:
     whole = tiny("mobilebert", **changes)
     plan = Plan({name: kept for name, kept in CUT.keep.items() if name in anatomy_of(whole).sites})

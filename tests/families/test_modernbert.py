@@ -142,6 +142,7 @@ def test_methods_that_need_queries_apart_refuse_in_one_line(name: str) -> None:
 # -- Files -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_turn_queries_and_keep_windows(tmp_path: Path) -> None:
     """The last layer, of which the first word alone is computed, has a window."""
     whole = tiny("modernbert", num_hidden_layers=2)
@@ -163,6 +164,7 @@ def test_files_turn_queries_and_keep_windows(tmp_path: Path) -> None:
     assert {"model.model.layers.0.attn.Wqkv.weight.int8", "model.model.layers.1.attn.Wqkv.weight.int8"} <= weights
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_answers_for_each_word_and_says_nothing_of_padding(tmp_path: Path) -> None:
     """Far behind a short text all words of a window are padding; what a model computes there is read by no one, and differs."""
     tagger = tiny("modernbert", auto_class="AutoModelForTokenClassification")

@@ -80,6 +80,7 @@ def test_the_attention_is_its_own_again_after_a_context(model: Any) -> None:
     assert torch.equal(logits(small, inputs), expected)
 
 
+@pytest.mark.slow
 def test_files_hold_the_bias_of_the_heads_that_are_left(tmp_path: Path) -> None:
     """The vectors of texts, from all words of a longer text than the table's buckets tell apart one by one; and a folder."""
     torch.manual_seed(0)

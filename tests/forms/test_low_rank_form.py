@@ -141,6 +141,7 @@ def mixed(model_type: str) -> tuple[Any, Any, Plan]:
 
 
 @pytest.mark.parametrize("model_type", SEPARATE)
+@pytest.mark.slow
 def test_a_model_computes_its_matrices_and_comes_back(model_type: str, tmp_path: Path) -> None:
     model, anatomy, plan = mixed(model_type)
     with torch.no_grad():

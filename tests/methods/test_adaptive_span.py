@@ -221,6 +221,7 @@ def test_stages_that_undo_it_are_refused():
         assert not list(conflicts(stage, [before]))
 
 
+@pytest.mark.slow
 def test_edgeberts_parts_make_one_model(tmp_path):
     source, data = write_model(tmp_path / "model"), write_data(tmp_path / "data", train=120, dev=40)
     learns = {"lr": 1e-3, "precision": "fp32", "epochs": 1}

@@ -314,6 +314,7 @@ def classes(tmp_path_factory):
         ("classes", Variant.INT8_STATIC),
     ],
 )
+@pytest.mark.slow
 def test_the_three_files_give_what_the_whole_one_and_the_model_give(kind, variant, request):
     model, paths, outputs = request.getfixturevalue(kind)
     sessions, whole = parts_of(paths[variant]), session_of(paths[variant])
@@ -537,6 +538,7 @@ def recipe(tmp_path_factory):
     return Recipe(str(source), Classification(data=str(data), text="first", text_pair="second"), (DIVIDED,))
 
 
+@pytest.mark.slow
 def test_a_run_saves_the_division_and_goes_on_from_it(recipe, tmp_path):
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
     bundle, _ = prepare_bundle(preflight(recipe), run)

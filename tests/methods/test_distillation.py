@@ -101,6 +101,7 @@ def test_a_student_head_learns_from_the_head_it_descends_from():
 SUBSETS = [heads for size in range(1, 5) for heads in combinations(range(4), size)]
 
 
+@pytest.mark.slow
 def test_a_student_of_a_cut_teacher_learns_from_the_same_original_heads():
     """Every teacher with heads of four, and every student cut further from it: scores of the same heads are the same numbers."""
     dense, inputs = tiny_context(), batch(tiny("bert"))

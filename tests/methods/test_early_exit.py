@@ -263,6 +263,7 @@ def session_of(path):
         ("bert", Exit(1, "patience", 0.5, patience=1)),
     ],
 )
+@pytest.mark.slow
 def test_files_stop_where_the_model_says(model_type, exit, tmp_path):
     changes = {"num_labels": exit.outputs, "num_hidden_layers": 4} if model_type != "distilbert" else {"n_layers": 4}
     model, _ = with_exits(model_type, exit, keep={"encoder.0.heads": (1,)}, **changes)
@@ -285,6 +286,7 @@ def test_files_stop_where_the_model_says(model_type, exit, tmp_path):
 
 
 @pytest.mark.parametrize("variant", [Variant.INT8_FUSED, Variant.INT8_STATIC])
+@pytest.mark.slow
 def test_an_answer_of_an_int8_file_does_not_depend_on_its_neighbours(variant, tmp_path):
     model, _ = with_exits(exit=RULES["maximum"], num_hidden_layers=4)
     artifact = Onnx(weight_bits=WEIGHT_BITS, agreement=0.0).export(model, arrays(model), tmp_path / "model.onnx", variant)
@@ -298,6 +300,7 @@ def test_an_answer_of_an_int8_file_does_not_depend_on_its_neighbours(variant, tm
     assert any("int8: " in note for note in artifact.notes)
 
 
+@pytest.mark.slow
 def test_a_file_computes_no_layer_that_nobody_needs(tmp_path):
     model, _ = with_exits(exit=Exit(3, "maximum", 0.34), num_hidden_layers=4)
     with torch.no_grad():
@@ -313,6 +316,7 @@ def test_a_file_computes_no_layer_that_nobody_needs(tmp_path):
     assert text.count('"op_name" : "Softmax"') == 2, "more than one attention and one exit were computed"
 
 
+@pytest.mark.slow
 def test_layers_that_are_gone_do_not_count(tmp_path):
     gone = {"encoder.1.attention": (), "encoder.1.ffn": ()}
     model, _ = with_exits(exit=RULES["maximum"], keep=gone, num_hidden_layers=4)
@@ -324,6 +328,7 @@ def test_layers_that_are_gone_do_not_count(tmp_path):
     assert len(found) > 1
 
 
+@pytest.mark.slow
 def test_a_graph_that_stops_elsewhere_is_not_delivered(tmp_path, monkeypatch):
     model, _ = with_exits(exit=RULES["maximum"])
 
@@ -589,6 +594,7 @@ def test_a_profile_counts_layers_as_often_as_texts_come_to_them():
     assert found.note == f"20 texts of random words: {told_layers(layers)}; PyTorch computes all 3."
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_file_tells_what_lies_within_its_branches(tmp_path):
     wide = {"hidden_size": 68, "intermediate_size": 72}  # constants of 64 numbers and less lose their names in a branch
     subject, path = subject_of(with_exits(exit=RULES["maximum"], **wide)[0]), tmp_path / "model.onnx"
@@ -649,6 +655,7 @@ def recipe(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_saves_its_exits_and_goes_on_from_them(recipe, tmp_path):
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
     bundle, _ = prepare_bundle(preflight(recipe), run)

@@ -220,6 +220,7 @@ def test_gates_and_later_cuts_take_the_same_head():
         Plan({"encoder.0.heads": (0, 2)}).check(anatomy)
 
 
+@pytest.mark.slow
 def test_a_saved_model_attends_the_same_way(tmp_path):
     plan, inputs = Plan({"encoder.1.ffn": ()}, patterns=GIVEN), batch(tiny("bert"))
     assert Plan.from_json(plan.to_json()) == plan
@@ -303,6 +304,7 @@ def exported(request, tmp_path_factory):
     return small, Onnx(agreement=0.0).export_all(small, arrays(small), {name: home / f"{name}.onnx" for name in variants})
 
 
+@pytest.mark.slow
 def test_files_give_the_numbers_of_the_model(exported):
     small, made = exported
     for variant, artifact in made.items():
@@ -335,6 +337,7 @@ def test_a_file_computes_scores_for_learned_heads_alone(exported):
     assert [value.shape for value in session.run(softmaxes, feed)] == [(2, 1, 6, 6), (2, 2, 6, 6), (2, 2, last, 6)]
 
 
+@pytest.mark.slow
 def test_a_file_with_exits_stops_as_it_should(tmp_path):
     small = patterned(hidden_size=16, num_hidden_layers=2, given={name: GIVEN[name] for name in list(GIVEN)[:2]})
     branched = shrink(small, anatomy_of(small), Plan(junctions={"encoder.0": Exit(3, "maximum", 0.36)}))
@@ -533,6 +536,7 @@ def recipe(tmp_path_factory):
     return Recipe(str(source), Classification(data=str(data), text="sentence"), stages)
 
 
+@pytest.mark.slow
 def test_a_run_fixes_heads_and_trains_on(recipe, tmp_path):
     run = Run(tmp_path / "work", tmp_path / "work", Log(None, quiet=True), threads=1)
     bundle, _ = prepare_bundle(preflight(recipe), run)

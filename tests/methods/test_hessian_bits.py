@@ -101,6 +101,7 @@ def test_the_search_finds_what_trying_everything_finds(bits: float) -> None:
     assert sum(lost for _, lost in chosen) <= best * (1 + 1e-4) + 1e-12
 
 
+@pytest.mark.slow
 def test_words_have_more_bits_and_groups_values_of_their_own() -> None:
     context = around(tiny("bert"))
     decision = decided(context, groups=4, embedding=16)
@@ -113,6 +114,7 @@ def test_words_have_more_bits_and_groups_values_of_their_own() -> None:
     assert decision.notes[0].startswith("bits of the matrices: ")
 
 
+@pytest.mark.slow
 def test_more_bits_lose_less() -> None:
     context = around(tiny("bert"))
     gaps = []

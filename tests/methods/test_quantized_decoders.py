@@ -175,6 +175,7 @@ def test_a_stage_without_dropout_turns_off_what_functions_drop(home: Path, tmp_p
 
 
 @pytest.mark.parametrize("ranked", [information, gain])
+@pytest.mark.slow
 def test_a_row_is_worth_what_its_whole_text_says(ranked, home: Path) -> None:
     """Gradients of each row's summed loss, brute force: a row of a batch counts as it does alone, however long the others are."""
     around = tiny_context("marian")

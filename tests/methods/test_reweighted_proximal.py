@@ -51,6 +51,7 @@ def run(method, steps=40):
     return around, state, zeros, decision
 
 
+@pytest.mark.slow
 def test_without_gradients_those_below_a_bar_reach_zero():
     around = tiny_context()
     name = "bert.encoder.layer.0.output.dense.weight"

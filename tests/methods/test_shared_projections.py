@@ -228,6 +228,7 @@ def around(home: Path, bundle: Bundle, tmp_path: Path) -> Context:
     return context_of(bundle, Run(tmp_path, tmp_path, Log(None, quiet=True)), bundle.subject, "macs")
 
 
+@pytest.mark.slow
 def test_the_student_has_its_own_pieces_and_begins_with_the_teachers_rows(home: Path, bundle: Bundle) -> None:
     folder = bundle.material.source
     own, theirs = load_tokenizer(folder), load_tokenizer(home / "teacher")
@@ -430,6 +431,7 @@ def test_what_needs_the_same_pieces_is_refused_before_anything_is_built(
         ({"model": {"use": "cnn", "vocabulary": PIECES}}, "stages\\[0\\]: shared_projections: the model has no layers"),
     ],
 )
+@pytest.mark.slow
 def test_a_student_that_cannot_be_is_refused_before_anything_is_trained(
     home: Path, tmp_path: Path, changes: Any, said: str
 ) -> None:

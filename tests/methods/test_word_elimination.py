@@ -296,6 +296,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_files_give_the_numbers_of_the_model(case, tmp_path):
     model_type, sieves, auto_class, outputs = CASES[case]
     changes = {"num_labels": 2} if len(outputs) == 2 else {}
@@ -319,6 +320,7 @@ def test_files_give_the_numbers_of_the_model(case, tmp_path):
             np.testing.assert_allclose(got, expected[name].numpy(), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_trains_is_exported_as_it_answers(tmp_path):
     small = sieved(hidden_dropout_prob=0.5).train()
     artifact = Onnx().export(small, arrays(small), tmp_path / "model.onnx", Variant.FLOAT)
@@ -358,6 +360,7 @@ def test_the_file_computes_only_the_words_that_are_left(tmp_path):
     assert shapes == [(2, 14), (2, 7), (2, 1)]  # the head reads the first word only
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_neighbours_or_padding(tmp_path):
     small = sieved(sieves=BY_THRESHOLD)
     artifact = Onnx(agreement=0.0).export(small, arrays(small), tmp_path / "model.onnx", Variant.INT8_FUSED)
@@ -534,6 +537,7 @@ class Looks(Method):
         self.seen.append([float(shares.mean()) for shares in latest_shares(step.model)])
 
 
+@pytest.mark.slow
 def test_a_stage_behind_thresholds_delivers_the_shares_that_were_asked_for(tmp_path):
     source = write_model(tmp_path / "model")
     data = write_data(tmp_path / "data", train=64, dev=20)

@@ -64,6 +64,7 @@ def examples(count: int = 7) -> list[Example]:
     return [Example(f"dev/{number}", (text,), Targets((text,), text)) for number, text in enumerate(texts)]
 
 
+@pytest.mark.slow
 def test_a_session_of_files_writes_what_the_model_does(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     task = Translation(data="x", source="en", target="de").bind(config)
@@ -81,6 +82,7 @@ def test_a_session_of_files_writes_what_the_model_does(folder: Path) -> None:
         assert all(len(text.split()) <= 4 for text in texts[0]) == (generation is not None and "max_new_tokens" in generation)
 
 
+@pytest.mark.slow
 def test_the_encoder_is_timed_once_and_the_decoder_for_each_token(folder: Path) -> None:
     """By a clock that moves by one second whenever it is read: each measured run takes one."""
     ticks = iter(range(10_000))

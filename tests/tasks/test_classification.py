@@ -590,6 +590,7 @@ GLUE_FILES = {
 
 @needs_glue
 @pytest.mark.parametrize("name", GLUE_FILES)
+@pytest.mark.slow
 def test_glue_is_read_whole_and_right(name: str) -> None:
     folder, train, dev, texts, answer = GLUE_FILES[name]
     task = Classification(data=str(SHARED / "glue" / folder), glue=name)
@@ -616,6 +617,7 @@ def test_qnli_has_dev_only() -> None:
 
 
 @needs_glue
+@pytest.mark.slow
 def test_the_20000_of_sst2() -> None:
     task = Classification(glue="sst2", data=str(SHARED / "glue" / "SST-2"), train_rows=str(SHARED / "splits" / "sst2-20k.json"))
     assert (len(task.split(Split.TRAIN)), len(task.split(Split.VALIDATION))) == (19_000, 1_000)

@@ -209,6 +209,7 @@ def test_heads_of_one_encoder_are_joined_and_answer_as_before(tmp_path: Path) ->
     assert cli._task_of_model(cli._tasks(), str(mood), "rows") == "classification"
 
 
+@pytest.mark.slow
 def test_models_that_share_no_encoder_are_refused(tmp_path: Path) -> None:
     mood = write_model(tmp_path / "mood", trained=False)
     other = write_model(tmp_path / "other", trained=True)

@@ -379,6 +379,7 @@ def test_a_stage_on_text_leaves_a_student_for_a_tuned_teacher(tmp_path, caplog):
     assert torch.equal(load(tmp_path / "saved").classifier.weight, teacher.classifier.weight)
 
 
+@pytest.mark.slow
 def test_a_student_without_a_pooler_takes_the_teachers_and_one_of_another_width_a_fresh_head(tmp_path, caplog):
     model = load(write_model(tmp_path / "plain"))  # for masked words alone
     anatomy, plan = anatomy_of(model), Plan({"encoder.0.heads": (1, 3)})
