@@ -17,6 +17,8 @@ from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.tasks.embedding import Embedding
 from slimformer.tasks.multitask import Multitask
+from slimformer.tasks.reranking import Reranking
+from slimformer.tasks.tagging import Tagging
 from slimformer.tasks.translation import Translation
 
 Call = Callable[..., tuple[int, str, str]]
@@ -154,6 +156,21 @@ def test_a_file_is_what_its_name_says(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "slimformer"):
         assert sum(sizes(Classification(data=str(tmp_path / "train.csv")))) == 100
     assert "dev.csv beside it is not used; name the folder" in caplog.text
+
+
+def test_of_every_task_a_file_called_dev_is_judged_on_whole(tmp_path: Path) -> None:
+    words = "".join(f"Rome B-LOC\nis O\nold{place} O\n\n" for place in range(30))
+    queries = [{"query": f"query {place}", "positive": f"right {place}", "negative": f"wrong {place}"} for place in range(30)]
+    pairs = [{"en": f"Hello {place}", "de": f"Hallo {place}"} for place in range(30)]
+    tasks = (
+        Tagging(data=str(write(tmp_path / "tags" / "dev.conll", words))),
+        Reranking(data=str(write(tmp_path / "ranks" / "dev.jsonl", "".join(json.dumps(row) + "\n" for row in queries)))),
+        Translation(data=str(write(tmp_path / "pairs" / "test.jsonl", "".join(json.dumps(row) + "\n" for row in pairs)))),
+    )
+    for task in tasks:
+        assert len(task.split(Split.DEV)) == 30
+        with pytest.raises(DataError, match="by its name, (dev|test).* is data to report on"):
+            task.split(Split.TRAIN)
 
 
 def test_names_beside_ids_are_their_names(tmp_path: Path) -> None:

@@ -226,7 +226,13 @@ def _count(files: Sequence[Path]) -> str:
     return f"file {files[0].name}" if len(files) == 1 else f"{len(files)} files ({files[0].name}, ...)"
 
 
-def held_by(data: str) -> list[str]:
+def no_training_data(data: str, help: str, looked_for: str = "") -> DataError:
+    """The error for data without a training part: what it holds instead, or that its name says what it is for."""
+    facts = [*_held_by(data), *([f"looked for: {looked_for}"] if looked_for else [])]
+    return DataError(f"{data} has no training data.", facts=facts, help=help)
+
+
+def _held_by(data: str) -> list[str]:
     """What a folder holds, as a fact of an error; nothing if it is none."""
     folder = Path(os.path.expanduser(data))
     if os.path.isfile(folder):
@@ -241,7 +247,7 @@ def held_by(data: str) -> list[str]:
 def _no_data(folder: Path, form: Format[Data]) -> DataError:
     """The error for a folder without data files, by what it holds instead."""
     inner, there = _folders(folder), sorted(item for item in folder.iterdir() if not item.name.startswith("."))
-    facts = held_by(str(folder))
+    facts = _held_by(str(folder))
     tables = [item.name for item in there if item.is_file() and suffix_of(item) in form.suffixes]
     texts = next(
         (item for item in (*inner, *(below for item in inner for below in _folders(item))) if _holds_texts(item)), None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimformer.data.memory import data_source
 from slimformer.data.pairs import Pairs, Place, Targets, read_pairs, read_targets
-from slimformer.data.sources import Stamp, stamp
+from slimformer.data.sources import Stamp, no_training_data, stamp
 from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_groups, draw_some, validation_count
 from slimformer.errors import DataError, RecipeError, nearest, shown
 from slimformer.log import remark, remarks_on
@@ -342,9 +342,7 @@ def _examples(
     sources = _read(place, place.stamp())
     kind = "dev" if name is Split.DEV and "dev" in sources else "train"
     if kind not in sources:
-        raise DataError(
-            f"{place.data} has no training data.", help="name the file train.<side>, or train.tsv, .jsonl, .parquet."
-        )
+        raise no_training_data(place.data, "name the file train.<side>, or train.tsv, .jsonl, .parquet.")
     pairs = sources[kind]
     rows = list(range(len(pairs)))
     if "dev" not in sources:

@@ -42,7 +42,7 @@ from slimformer.data.labels import (
 )
 from slimformer.data.memory import data_source, with_kept_names
 from slimformer.data.plain_texts import MOST_TEXTS, is_plain, read_plain
-from slimformer.data.sources import Format, Stamp, held_by, is_training, read_sources, settle_dev, stamp
+from slimformer.data.sources import Format, Stamp, is_training, no_training_data, read_sources, settle_dev, stamp
 from slimformer.data.splits import (
     FOR_DEV,
     FOR_VALIDATION,
@@ -326,10 +326,10 @@ class Classification(Labelled):
             return sources["train"]
         if any_split:
             return sources["dev"]
-        raise DataError(
-            f"{self.data} has no training data.",
-            facts=[*held_by(self.data), f"looked for: {', '.join(TRAIN_NAMES)} with {', '.join(SUFFIXES)}"],
-            help="name the training file train.tsv, .csv, .jsonl or .parquet; files that belong together may lie in a folder train.",
+        raise no_training_data(
+            self.data,
+            "name the training file train.tsv, .csv, .jsonl or .parquet; files that belong together may lie in a folder train.",
+            f"{', '.join(TRAIN_NAMES)} with {', '.join(SUFFIXES)}",
         )
 
     def _form(self) -> Glue | None:
@@ -711,9 +711,7 @@ def _without_labels(task: Classification, name: Split, key: Stamp, rows_key: Sta
         return tuple(half_of_dev(told, name, task.data, "dev rows with labels"))
     sources = _bare_rows(task.data, task.glue, task.text, task.text_pair, key)
     if "train" not in sources and not (name is Split.DEV and "dev" in sources):
-        raise DataError(
-            f"{task.data} has no training data.", help="name the file of texts train.txt, .csv, .jsonl or .parquet."
-        )
+        raise no_training_data(task.data, "name the file of texts train.txt, .csv, .jsonl or .parquet.")
     counts = {kind: len(texts) for kind, texts in sources.items()}
 
     def chosen(rows: list[int]) -> list[int]:

@@ -22,7 +22,7 @@ from slimformer.data.labels import is_number, spell_labels
 from slimformer.data.memory import data_source
 from slimformer.data.plain_texts import MOST_TEXTS, PlainTexts, is_plain, read_plain
 from slimformer.data.retrieval import read_retrieval
-from slimformer.data.sources import Stamp, stamp
+from slimformer.data.sources import Stamp, no_training_data, stamp
 from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_rows, draw_some, validation_count
 from slimformer.data.texts import repair_text
 from slimformer.errors import DataError, ModelError, RecipeError, nearest, shown
@@ -494,7 +494,7 @@ def _texts(data: str, text: str | None, most: int, share: float, name: Split, ke
     sources: Mapping[str, PlainTexts] = read_plain(data, text, most, key)
     kind = "dev" if name is Split.DEV and "dev" in sources else "train"
     if kind not in sources:
-        raise DataError(f"{data} has no training data.", help="name the file of texts train.txt, .csv, .jsonl or .parquet.")
+        raise no_training_data(data, "name the file of texts train.txt, .csv, .jsonl or .parquet.")
     texts = sources[kind].texts
     rows = list(range(len(texts)))
     if len(texts) < _FEWEST and kind == "train":

@@ -19,7 +19,7 @@ from slimformer.data.labels import model_labels
 from slimformer.data.memory import data_source
 from slimformer.data.query_groups import QueryGroup, Ranking
 from slimformer.data.ranking import read_ranking
-from slimformer.data.sources import Stamp, settle_dev, stamp
+from slimformer.data.sources import Stamp, no_training_data, settle_dev, stamp
 from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_rows, draw_some, validation_count
 from slimformer.errors import DataError, RecipeError, nearest
 from slimformer.log import remark, remarks_on
@@ -409,17 +409,13 @@ def _rankings(source: _Source, key: Stamp) -> Mapping[str, Ranking]:
     def lacks(test: Ranking) -> str:
         return "" if _judged_places(test, source.labels) else "no query has passages with different labels"
 
-    settled = settle_dev(sources, lambda ranking: ranking.where, lacks)
-    if "train" not in settled:
-        raise DataError(
-            f"{source.data} has no training data.", help="name the training file train.jsonl, .csv, .tsv or .parquet."
-        )
-    return settled
+    return settle_dev(sources, lambda ranking: ranking.where, lacks)
 
 
 def _highest(source: _Source, key: Stamp) -> float:
-    """The highest label to train on, at least 1."""
-    train = _rankings(source, key)["train"]
+    """The highest label to train on, at least 1; of data to report on alone, the highest there."""
+    rankings = _rankings(source, key)
+    train = rankings.get("train") or rankings["dev"]
     return max(1.0, *(label for group in train.groups for label in group.labels if label is not None), 1.0)
 
 
@@ -437,7 +433,13 @@ def _judged_places(ranking: Ranking, labels: str) -> list[int]:
 @lru_cache(maxsize=12)
 def _examples(source: _Source, name: Split, key: Stamp) -> tuple[Example, ...]:
     rankings = _rankings(source, key)
-    train, dev = rankings["train"], rankings.get("dev")
+    dev = rankings.get("dev")
+    if name is Split.DEV and dev is not None and source.labels != "dev":
+        found = draw_some(_some_judged(dev, source.labels), source.dev_queries, "queries")
+        return _as_examples(dev, "dev", found, source.candidates, judged=source.labels != "none")
+    if "train" not in rankings:
+        raise no_training_data(source.data, "name the training file train.jsonl, .csv, .tsv or .parquet.")
+    train = rankings["train"]
     every, judged = list(range(len(train.groups))), _judged_places(train, source.labels)
     if source.labels == "dev":
         if dev is None:
@@ -452,9 +454,6 @@ def _examples(source: _Source, name: Split, key: Stamp) -> tuple[Example, ...]:
             )
         some = draw_some(found, 2 * source.dev_queries, "queries")[name is Split.DEV :: 2]
         return _as_examples(dev, "dev", some, source.candidates, judged=True)
-    if name is Split.DEV and dev is not None:
-        found = draw_some(_some_judged(dev, source.labels), source.dev_queries, "queries")
-        return _as_examples(dev, "dev", found, source.candidates, judged=source.labels != "none")
     judged = _some_judged(train, source.labels)
     told = source.labels != "none"
     if dev is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from slimformer.data.conll import LINES_SHAPE, claims_lines
 from slimformer.data.labels import are_placeholders, enumerate_labels, model_labels
 from slimformer.data.memory import data_source
-from slimformer.data.sources import Format, Stamp, is_training, read_sources, settle_dev, stamp
+from slimformer.data.sources import Format, Stamp, is_training, no_training_data, read_sources, settle_dev, stamp
 from slimformer.data.splits import FOR_DEV, FOR_VALIDATION, dev_count, draw_rows, draw_some, validation_count
 from slimformer.data.tagged import TAGGED_SUFFIXES, WORD, Tagged, match_tagged, read_hub_tagged, read_tagged
 from slimformer.data.untagged import read_untagged
@@ -533,7 +533,7 @@ def _without_tags(task: Tagging, name: Split, key: Stamp) -> tuple[Example, ...]
         return tuple(half_of_dev(_told_examples(task, Split.DEV, key), name, task.data, "sentences of dev"))
     sources = read_untagged(task.data, task.text, key)
     if "train" not in sources and not (name is Split.DEV and "dev" in sources):
-        raise DataError(f"{task.data} has no training data.", help="name the file train.txt, .jsonl or .parquet.")
+        raise no_training_data(task.data, "name the file train.txt, .jsonl or .parquet.")
 
     def chosen(rows: list[int]) -> list[int]:
         return rows if task.train_rows is None else draw_some(rows, task.train_rows, "rows")
@@ -559,7 +559,7 @@ def _told_examples(task: Tagging, name: Split, key: Stamp) -> tuple[Example, ...
     corpus = _corpus(task, key)
     kind = "dev" if name is Split.DEV and "dev" in corpus.sources else "train"
     if kind not in corpus.sources:
-        raise DataError(f"{task.data} has no training data.", help="name the file train.conll, train.txt, .jsonl or .parquet.")
+        raise no_training_data(task.data, "name the file train.conll, train.txt, .jsonl or .parquet.")
     source, naming = corpus.sources[kind], corpus.naming(task.labels)
     rows = list(range(len(source.sentences)))
     if "dev" not in corpus.sources:
