@@ -75,7 +75,9 @@ def test_the_verdict_is_read_by_programs_and_by_people(measured: list[Any]) -> N
     table = found.as_markdown().splitlines()
     assert table[0] == "**Not met**: small\\|1 against dense, accuracy on 1,000 examples."
     assert table[4] == "| points lost | 0.5 | 0.8 | -0.4 to 2 | no | too close to call |"
-    assert found.lines()[0] == "points lost 0.8, asked 0.5: not met (interval -0.4 to 2: too close to call)"
+    base, small = found.records
+    assert found.lines()[0] == f"{small.name} against {base.name}, {base.metric} on {base.examples:,} examples:"
+    assert found.lines()[1] == "points lost 0.8, asked 0.5: not met (interval -0.4 to 2: too close to call)"
     assert found.lines()[-1] == "not met"
 
 

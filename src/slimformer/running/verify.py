@@ -67,13 +67,15 @@ class Verification:
         return json.dumps(found, indent=1)
 
     def lines(self) -> list[str]:
-        """The verdict in lines of a terminal, the answer last."""
+        """The verdict in lines of a terminal: what was compared and on how many examples first, the answer last."""
+        base, small = self.records
+        compared = f"{small.name} against {base.name}, {base.metric.replace('_', ' ')} on {base.examples:,} examples:"
         told = [
             f"{check.what} {check.measured:.3g}, asked {check.asked:g}: {'met' if check.met else 'not met'} "
             f"(interval {check.low:.3g} to {check.high:.3g}: {_WORDS[check.sure]})"
             for check in self.checks
         ]
-        return [*told, *self.doubts, "met" if self.met else "not met"]
+        return [compared, *told, *self.doubts, "met" if self.met else "not met"]
 
     def as_markdown(self) -> str:
         """The verdict as a table for a pull request."""
