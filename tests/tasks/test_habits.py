@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from collections.abc import Callable
@@ -171,6 +172,13 @@ def test_of_every_task_a_file_called_dev_is_judged_on_whole(tmp_path: Path) -> N
         assert len(task.split(Split.DEV)) == 30
         with pytest.raises(DataError, match="by its name, (dev|test).* is data to report on"):
             task.split(Split.TRAIN)
+
+
+def test_a_torn_archive_of_texts_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt.gz"
+    file.write_bytes(gzip.compress("".join(f"text {place}\n" for place in range(9000)).encode())[:300])
+    with pytest.raises(DataError, match=r"texts\.txt\.gz cannot be read"):
+        Embedding(data=str(file)).split(Split.TRAIN)
 
 
 def test_names_beside_ids_are_their_names(tmp_path: Path) -> None:

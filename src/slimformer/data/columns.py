@@ -8,6 +8,7 @@ from typing import Any
 
 from slimformer.data.files import Table
 from slimformer.data.glue import Glue
+from slimformer.data.label_sets import told_by
 from slimformer.errors import DataError, shown
 from slimformer.log import remark
 
@@ -30,7 +31,6 @@ _NO_DATA = re.compile(
 )
 
 _NAMES_BESIDE = ("_text", "_name", "_str", "_string")
-_FLAGS = {"0": "0", "1": "1", "0.0": "0", "1.0": "1", "false": "0", "true": "1"}
 
 
 def find_columns(
@@ -172,20 +172,20 @@ def _indicators(table: Table) -> list[str]:
         if len(values) == 2:
             found.append(name)
         elif values:
-            alone.append(f"'{name}' ({min(values)})")
+            alone.append(f"'{name}' ({min(values):d})")
     if len(found) > 1 and alone:
         remark(f"{table.where}: columns that say the same in every row are no labels: {', '.join(alone)}")
     return found
 
 
-def _flags_in(column: Sequence[Any]) -> set[str]:
+def _flags_in(column: Sequence[Any]) -> set[bool]:
     """What stands in a column of 0 and 1; empty if anything else does."""
-    found: set[str] = set()
+    found: set[bool] = set()
     for value in column:
-        text = str(value).strip().lower()
-        if text not in _FLAGS:
+        flag = told_by(value)
+        if flag is None:
             return set()
-        found.add(_FLAGS[text])
+        found.add(flag)
     return found
 
 

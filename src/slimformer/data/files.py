@@ -13,19 +13,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from slimformer.data.columnar import read_arrow, read_parquet
 from slimformer.data.json_rows import json_rows, split_rows
 from slimformer.data.splits import SPLIT_NAMES
-from slimformer.data.texts import PACKED, read_bytes, read_text, suffix_of
+from slimformer.data.texts import PACKED, read_bytes, read_text, stream_lines, suffix_of
 from slimformer.errors import DataError, ExtraError, nearest, shown
 from slimformer.log import remark
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 _TEXTS = (".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json")
-_HEAD = 4096  # characters, in which a header or the first rows of JSON name their columns
+_HEAD, _HEAD_LINES = 4096, 200  # characters and lines, in which a header or the first rows of JSON name their columns
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")  # older versions of `datasets` put a digest behind
 FIELD_LIMIT = 1 << 30  # characters in a field; the standard library's own limit of 131,072 is less than some documents
 _HUB_NAME = re.compile(  # ./reviews and ../reviews are paths
@@ -128,11 +129,20 @@ def read_splits(path: Path) -> dict[str, Table]:
     rows = split_rows(read_text(path)) if suffix_of(path) == ".json" else {}
     if rows:
         return {name: _as_table(f"{path}, {name}", list(enumerate(some, 1)), "row") for name, some in rows.items() if some}
-    if suffix_of(path) not in _TEXTS or not re.search(r"\bsplit\b", read_text(path)[:_HEAD], re.IGNORECASE):
+    if suffix_of(path) not in _TEXTS or not _names_split(path):
         return {}
     table = spread(read_table(path))
     column = next((name for name in table.columns if name.strip().lower() == "split"), None)
     return {} if column is None else _by_column(table, column)
+
+
+def _names_split(path: Path) -> bool:
+    """Whether the beginning of a text file names a column `split`; a file that cannot be read does not, and its reader says why."""
+    try:
+        head = "\n".join(islice(stream_lines(path), _HEAD_LINES))
+    except DataError:
+        return False
+    return re.search(r"\bsplit\b", head[:_HEAD], re.IGNORECASE) is not None
 
 
 def _by_column(table: Table, column: str) -> dict[str, Table]:

@@ -18,6 +18,11 @@ SURE_MARKS = ("|", ";", ",")
 LabelSet = tuple[str, ...]  # the labels of one row, as the data spells them
 
 
+def told_by(value: Any) -> bool | None:
+    """What a cell of 0 and 1 says; None if it holds anything else."""
+    return YES_AND_NO.get((spell_label(value) or "").lower())
+
+
 def label_sets(table: Table, column: str, joint: str | None = None) -> list[LabelSet]:
     """The labels of each row; none at all is an answer too. DataError with the row whose labels cannot be read.
 
@@ -95,7 +100,7 @@ def _as_flags(rows: Sequence[Sequence[Any]]) -> list[list[str | None]] | None:
     widths = {len(items) for items in rows}
     if len(widths) != 1 or widths == {0} or widths == {1}:
         return None
-    spelled = [[YES_AND_NO.get((spell_label(item) or "").lower()) for item in items] for items in rows]
+    spelled = [[told_by(item) for item in items] for items in rows]
     if any(flag is None for flags in spelled for flag in flags):
         return None
     return [[str(place) for place, flag in enumerate(flags) if flag] for flags in spelled]
@@ -118,7 +123,7 @@ def with_flags(table: Table, columns: Sequence[str]) -> Table:
     lists: list[list[str]] = [[] for _ in range(len(table))]
     for name in columns:
         for row, value in enumerate(table.column(name)):
-            flag = YES_AND_NO.get((spell_label(value) or "").lower())
+            flag = told_by(value)
             if flag is None:
                 raise DataError(
                     f"{table.place(row)}: column '{name}' holds {shown(value, 30)}, and should hold 0 or 1.",

@@ -311,8 +311,7 @@ def stamp(source: str | int | None) -> Stamp:
         return ()
     path = Path(os.path.expanduser(source))
     homes = data_homes(path) if path.is_dir() else []
-    splits = {*SPLIT_NAMES}
-    folders = [*homes, *(inner for home in homes for inner in _folders(home) if inner.name.lower() in splits)]
+    folders = [*homes, *(inner for home in homes for inner in _folders(home) if inner.name.lower() in SPLIT_NAMES)]
     files = sorted(item for folder in folders for item in folder.iterdir() if item.is_file()) or [path]
     stats = [(str(file), file.stat()) for file in files]
     return tuple((name, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for name, stat in stats)

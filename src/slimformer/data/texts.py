@@ -24,6 +24,7 @@ _MOST = 8 << 30  # bytes of one file, unpacked; more than any data set that a cl
 _MEMORY_SHARE = 0.3  # of the free memory: text takes about twice its bytes as Python strings
 _CHUNK = 1 << 24
 _HEAD = 4096  # bytes that tell what a file is
+_TORN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 _STRANGERS = (
     (b"PAR1", "is a Parquet file", "call it .parquet."),
     (b"\x89HDF", "is an HDF5 file", "save it as .csv or .jsonl."),
@@ -81,8 +82,11 @@ def stream_lines(path: Path) -> Iterator[str]:
 
     A file in UTF-16, an archive and a file of old Mac lines are read whole.
     """
-    with _opened(path) as file:
-        head = file.read(_HEAD)
+    try:
+        with _opened(path) as file:
+            head = file.read(_HEAD)
+    except _TORN as error:
+        raise _torn(path, error) from None
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff", b"PK\x03\x04")) or (b"\r" in head and b"\n" not in head):
         yield from read_text(path).split("\n")
         return
@@ -105,8 +109,12 @@ def stream_lines(path: Path) -> Iterator[str]:
                 f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {number} is no character.",
                 help="save it as UTF-8, for instance: iconv -f latin1 -t utf-8 old > new (cp1252 for files of Windows).",
             ) from None
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}.", help="fetch it again, or unpack it yourself.") from None
+        except _TORN as error:
+            raise _torn(path, error) from None
+
+
+def _torn(path: Path, error: BaseException) -> DataError:
+    return DataError(f"{path} cannot be read: {error}.", help="fetch it again, or unpack it yourself.")
 
 
 def _opened(path: Path) -> Any:

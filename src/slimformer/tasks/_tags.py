@@ -160,11 +160,10 @@ def complete(names: Sequence[str]) -> tuple[str, ...]:
     ('O', 'B-LOC', 'I-LOC', 'B-PER', 'I-PER')
     """
     found = Tagset.of(names)
-    if found.plain:
-        return tuple(([found.outside] if found.outside else []) + sorted(name for name in found.names if name != found.outside))
-    first = next(name for name in found.names if name != found.outside)
-    if not has_letter(first):  # its letter stands last
-        return (found.outside, *sorted(name for name in found.names if name != found.outside))
+    rest = [name for name in found.names if name != found.outside]
+    if found.plain or not all(map(has_letter, rest)):  # no letters, or letters that stand last
+        return tuple(([found.outside] if found.outside else []) + sorted(rest))
+    first = rest[0]
     match = _PREFIXED.fullmatch(first)
     joint = match[2] if match else ""
     written = {_letter(name)[0]: name[0] for name in found.names if name != found.outside}
