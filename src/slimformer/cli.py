@@ -139,11 +139,18 @@ RateOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option(help="Examples per training step.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+
+
+def _home(place: Path | None) -> Path | None:
+    """The path with the home for its ~, which a shell leaves in --out=~/small."""
+    return place and place.expanduser()
+
+
 Out = Annotated[
     Path,
     typer.Option(
         help="Folder for the result; the same command resumes a run that was stopped.",
-        callback=lambda place: place and place.expanduser(),  # a shell leaves the ~ of --out=~/small
+        callback=_home,
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to time with; all cores by default.")]
@@ -527,9 +534,9 @@ def verify_command(
 @app.command("report", cls=_Command)
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders that compress or run left, or ledger files.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html; not one of the runs, whose own page stands there.")] = Path(
-        "report"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html; not one of the runs, whose own page stands there.", callback=_home)
+    ] = Path("report"),
 ) -> None:
     """Show quality against speed and size of all runs: a table and report.html."""
     from rich.console import Console
@@ -565,7 +572,7 @@ def inspect_command(
         Path | None,
         typer.Option(help="With --profile: a file with a text on each line, instead of random words; a tab parts a pair."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="With --profile: folder for profile.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --profile: folder for profile.html.", callback=_home)] = None,
     threads: Threads = None,
 ) -> None:
     """Show what can be cut: sites, parameters and MACs per layer; or, with --profile, where the time goes."""
@@ -602,7 +609,7 @@ def _refuse_extras(others: list[Path] | None, lengths: tuple[int, ...], batch: l
 @app.command("join", cls=_Command, epilog="Example: slimformer join mood=./mood-bert topic=./topic-bert --out ./both")
 def join_command(
     models: Annotated[list[str], typer.Argument(metavar="task=model ...", help="Each task and its classifier: task=./folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the joined model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the joined model.", callback=_home)],
 ) -> None:
     """Join classifiers of one encoder to one model with an answer for each task."""
     _need_train()
@@ -678,7 +685,7 @@ def check_command(
 
 @app.command("demo", cls=_Command)
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the result.", callback=_home)] = Path("demo"),
     speedup: Annotated[float, typer.Option(help="Times faster than the dense model.")] = 3.0,
     minutes: Annotated[float, typer.Option(help="Minutes for everything.")] = 4.7,
 ) -> None:

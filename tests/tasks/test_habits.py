@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from slimformer.data.squad import read_questions
-from slimformer.errors import DataError
+from slimformer.errors import DataError, OutputError
 from slimformer.tasks._tags import Tagset, complete
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
@@ -250,6 +250,23 @@ def test_an_option_that_is_given_twice_is_refused(call: Call) -> None:
     code, _, err = call("compress", "model", "--data", "a.csv", "--data", "b.csv", "--out", "small")
     assert code == 2
     assert "--data is given 2 times" in err
+
+
+@pytest.mark.parametrize("command", [("run", "one.yaml", "--seeds", 5), ("join", "a=one", "b=two"), ("report", "one")])
+def test_the_home_of_a_path_behind_an_equals_sign(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, command: tuple[Any, ...]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    seen = []
+
+    def stop(_: Any, out: Path, **__: Any) -> None:
+        seen.append(Path(out))
+        raise OutputError("far enough.", help="look at the path.")
+
+    for name in ("running.sweep.run_several", "running.joining.join_classifiers", "reporting.page.report"):
+        monkeypatch.setattr(f"slimformer.{name}", stop)
+    call(*command, "--out=~/small")
+    assert seen == [tmp_path / "home" / "small"]
 
 
 def test_several_runs_are_not_written_into_one(tmp_path: Path, call: Call) -> None:
