@@ -155,7 +155,11 @@ def test_speeds_that_rise_are_taken() -> None:
 # -- A family from end to end ----------------------------------------------------------------------------------------------------
 
 LEVELS = Levels(
-    fixed_ms=0.05, dense_fp32_ms=0.2, heads={1: 0.004, 2: 0.005, 4: 0.01}, neurons={16: 0.004, 32: 0.006, 64: 0.012}
+    fixed_ms=0.05,
+    dense_fp32_ms=0.2,
+    heads={1: 0.004, 2: 0.005, 4: 0.01},
+    neurons={16: 0.004, 32: 0.006, 64: 0.012},
+    single=Levels(fixed_ms=0.1, dense_fp32_ms=0.4, heads={1: 0.02, 2: 0.02, 4: 0.025}, neurons={16: 0.02, 32: 0.02, 64: 0.025}),
 )
 SPEEDS = {Variant.INT8_FUSED: 2.1, Variant.INT8_STATIC: 1.3, Variant.INT8_DYNAMIC: 1.4}  # on held examples, of any model
 COMMAND = (
@@ -300,7 +304,7 @@ def test_the_page_shows_every_model_and_leads_to_each(made: Made) -> None:
     assert all((made.out / link).is_file() for link in links)
     html = page.read_text(encoding="utf-8")
     assert html.count('class="m-beaten"') == 2  # uncut, wide and narrow
-    assert html.count("<polyline") == 4  # what heads and neurons cost
+    assert html.count("<polyline") == 8  # what heads and neurons cost at both batches, wide and narrow
     assert html.count('class="m-chosen"') == 4
     assert "uncut is dropped: dense int8 is" in text
     assert "There is no model for 1.5 times: int8 alone is 2.10 times as fast, and nothing needs to be cut." in text
@@ -328,6 +332,9 @@ def test_the_family_is_read_back_from_its_folder(made: Made) -> None:
         ("2-layers", None, False),
     ]
     assert all(point.predicted and point.error is not None for point in found.kept)
+    assert all(point.predicted_1 and point.error_1 is not None for point in found.kept)
+    narrow = found.points[2]
+    assert narrow.predicted_1 < narrow.predicted  # by LEVELS a cut saves less of a single text
     assert found.points[1].predicted == pytest.approx(2.5, rel=0.2)
     assert found.levels == LEVELS
     assert found.records == tuple(read_records([made.out / "ledger.jsonl"]))

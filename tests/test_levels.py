@@ -29,6 +29,9 @@ def test_a_table_is_measured_written_and_read(tmp_path: Path) -> None:
     assert set(found.heads) <= {1, 2, 3, 4}
     assert max(found.heads) == 4
     assert max(found.neurons) == 24
+    assert found.single is not None
+    assert found.single.heads.keys() == found.heads.keys()
+    assert found.single.dense_fp32_ms > found.dense_fp32_ms  # a text alone takes longer than one of many
     write_levels(found, tmp_path / "table.yaml", "model", 1)
     assert "# model: model; machine: " in (tmp_path / "table.yaml").read_text(encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(RECIPE + ", latency: table.yaml}", encoding="utf-8")
@@ -47,8 +50,19 @@ def test_a_table_that_cannot_be_read_is_a_mistake_of_the_recipe(tmp_path: Path) 
         read_recipe(tmp_path / "recipe.yaml")
 
 
+def test_a_table_of_single_texts_holds_no_other(tmp_path: Path) -> None:
+    (tmp_path / "table.yaml").write_text(
+        "{fixed_ms: 0.1, dense_fp32_ms: 1, heads: {1: 2}, neurons: {1: 2}, single: {fixed_ms: 0.1, dense_fp32_ms: 1, heads: {1: 2}, "
+        "neurons: {1: 2}, single: {fixed_ms: 0.1, dense_fp32_ms: 1, heads: {1: 2}, neurons: {1: 2}}}}",
+        encoding="utf-8",
+    )
+    (tmp_path / "recipe.yaml").write_text(RECIPE + ", latency: table.yaml}", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"latency.*single must not hold a table of its own"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
 def test_a_written_table_is_the_table(tmp_path: Path) -> None:
-    levels = Levels(0.1, 2.0, {1: 0.25, 4: 0.75}, {8: 0.5})
+    levels = Levels(0.1, 2.0, {1: 0.25, 4: 0.75}, {8: 0.5}, single=Levels(0.3, 3.0, {1: 0.5, 4: 1.0}, {8: 0.75}))
     write_levels(levels, tmp_path / "table.yaml", "my-bert", None)
     (tmp_path / "recipe.yaml").write_text(RECIPE + ", latency: table.yaml}", encoding="utf-8")
     assert read_recipe(tmp_path / "recipe.yaml").latency == levels

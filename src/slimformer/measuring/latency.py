@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from slimformer.log import Log
 from slimformer.measuring.beside import make_readable
 from slimformer.measuring.machine import Quiet
 from slimformer.measuring.sessions import open_session
-from slimformer.measuring.timing import Rounds, compare, workloads
+from slimformer.measuring.timing import Rounds, Timing, compare, workloads
 from slimformer.rules import NotNegative, Positive, check_options
 from slimformer.tasks.base import Split
 
@@ -41,6 +41,7 @@ SHARES = (1.0, 0.08, 0.0)
 GROUPS = ("heads", "neurons", "decoder_heads", "cross_heads", "decoder_neurons")  # of sites that cost alike; fields of `Levels`
 PROBED = 2  # sublayers of a kind that a short model has
 SECONDS = 8.0  # of timing, all levels together
+SINGLE_SECONDS = 4.0  # the same of single texts
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Levels:
     """What was timed: int8 milliseconds per example of one sublayer, by kind and units kept; a recipe may carry it.
 
     `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32. `heads` and `neurons` are the
-    encoder's; a decoder has its own, and `cross_heads` that ask the encoder.
+    encoder's; a decoder has its own, and `cross_heads` that ask the encoder. All are times at batch 32; `single` is the same table at
+    batch 1, if that was timed.
     """
 
     fixed_ms: NotNegative
@@ -58,6 +60,7 @@ class Levels:
     decoder_heads: Mapping[int, float] = field(default_factory=dict)
     cross_heads: Mapping[int, float] = field(default_factory=dict)
     decoder_neurons: Mapping[int, float] = field(default_factory=dict)
+    single: Levels | None = None
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -67,14 +70,17 @@ class Levels:
                 continue
             if not times or not all(0 <= units <= 1e9 and 0 <= ms <= 1e9 for units, ms in times.items()):
                 raise ValueError(f"{name} must hold a time in milliseconds, from 0 on, for each number of units")
+        if self.single is not None and self.single.single is not None:
+            raise ValueError("single must not hold a table of its own")
 
     def to_data(self) -> dict[str, Any]:
-        """The table as plain data, without the groups that the model lacks.
+        """The table as plain data, without what it lacks.
 
         >>> Levels(0.1, 2.0, {1: 0.25}, {8: 0.5}).to_data()
         {'fixed_ms': 0.1, 'dense_fp32_ms': 2.0, 'heads': {1: 0.25}, 'neurons': {8: 0.5}}
         """
-        return {name: part for name, part in asdict(self).items() if part != {}}
+        known = {name: part for name, part in asdict(replace(self, single=None)).items() if part not in ({}, None)}
+        return known if self.single is None else known | {"single": self.single.to_data()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def measure_levels(
     quiet: Quiet,
     dense: Mapping[str, Path] | None = None,
 ) -> Levels:
-    """Times this model's sublayers in ONNX Runtime int8, batch 32 of validation examples; scratch files lie in `folder`.
+    """Times this model's sublayers in ONNX Runtime int8, on batches of 32 and single validation examples; scratch files lie in `folder`.
 
     `dense`: its own files by variant, fused fp32 and dynamic int8, if there are some already.
     """
@@ -133,8 +139,16 @@ def measure_levels(
                 advance(done + 1)
         sessions = {level: open_session(file, threads, generation=length) for level, file in files.items()}
         features, _ = subset(material, Split.VALIDATION, 640)
-        workload = workloads(features, limit=12)[1]
-        timings = compare(sessions, workload, Rounds(40, seconds=SECONDS), quiet.load())
+        one, many = workloads(features, limit=12)
+        large, single = (
+            _levels_of(anatomy, compare(sessions, work, Rounds(40, seconds=seconds), quiet.load()))
+            for work, seconds in ((many, SECONDS), (one, SINGLE_SECONDS))
+        )
+    return replace(large, single=single)
+
+
+def _levels_of(anatomy: Anatomy, timings: Mapping[str, Timing]) -> Levels:
+    """What a sublayer takes at each level, from the times of short models and of the dense files."""
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
     ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}
@@ -147,7 +161,9 @@ def measure_levels(
     fixed = max(0.0, min(ms["none"], ms["int8"]))
     # the last layer of a classifier computes one token only: it costs less
     share = (ms["int8"] - fixed) / inside if inside else 1.0
-    scaled = {part: {units: round(share * value, 7) for units, value in levels.items()} for part, levels in table.items()}
+    scaled: dict[str, Any] = {
+        part: {units: round(share * value, 7) for units, value in levels.items()} for part, levels in table.items()
+    }
     return Levels(round(fixed, 7), round(fp32, 7), **scaled)
 
 

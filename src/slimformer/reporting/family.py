@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ class FamilyPoint:
         predicted: The same by the latency table, before it was trained; None for the uncut model, by whose file the table is scaled.
         beaten_by: The row that makes it needless; "" if there is none.
         elsewhere: Whether the table is that of another machine, so that the prediction says nothing of this one.
+        measured_1: Like `measured`, at batch 1.
+        predicted_1: Like `predicted`, at batch 1; None if the table was not timed for it.
     """
 
     name: str
@@ -67,13 +69,23 @@ class FamilyPoint:
     predicted: float | None = None
     beaten_by: str = ""
     elsewhere: bool = False
+    measured_1: float | None = None
+    predicted_1: float | None = None
 
     @property
     def error(self) -> float | None:
-        """How much more time was predicted than measured, in percent of what was measured."""
-        if self.predicted is None or self.measured is None or self.elsewhere:
+        """How much more time was predicted than measured at batch 32, in percent of what was measured."""
+        return self._error(self.predicted, self.measured)
+
+    @property
+    def error_1(self) -> float | None:
+        """The same at batch 1."""
+        return self._error(self.predicted_1, self.measured_1)
+
+    def _error(self, predicted: float | None, measured: float | None) -> float | None:
+        if predicted is None or measured is None or self.elsewhere:
             return None
-        return 100 * (self.measured / self.predicted - 1)
+        return 100 * (measured / predicted - 1)
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,9 @@ def write_family(family: ModelFamily) -> None:
     write_text(family.out / PAGE, family_page(family))
     data = {
         "points": [
-            asdict(point) | {"error_percent": None if point.error is None else round(point.error, 1)} | _figures(family, point)
+            asdict(point)
+            | {name: None if error is None else round(error, 1) for name, error in _errors(point).items()}
+            | _figures(family, point)
             for point in family.points
         ],
         "picks": family.picks,
@@ -170,6 +184,10 @@ def write_family(family: ModelFamily) -> None:
         "levels": family.levels.to_data() if family.levels else None,
     }
     write_text(family.out / FAMILY_FILE, json.dumps(data, indent=1) + "\n")
+
+
+def _errors(point: FamilyPoint) -> dict[str, float | None]:
+    return {"error_percent": point.error, "error_1_percent": point.error_1}
 
 
 def _figures(family: ModelFamily, point: FamilyPoint) -> dict[str, Any]:
@@ -207,14 +225,14 @@ def read_family(out: Path) -> ModelFamily:
 
 
 def draw_family(family: ModelFamily) -> Table:
-    """A rich table of 80 columns: rivals and models, with the time that the latency table had predicted."""
+    """A rich table of 80 columns: rivals and models, with how far off the times were that the latency table had predicted."""
     from rich.table import Table
     from rich.text import Text
 
     metric = shortened(family.records[0].metric.replace("_", " "), 9)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("model", overflow="fold")
-    for head in (metric, "points lost", "MB", "speed\nat 32", "speed\nat 1", "pre-\ndicted", "time\noff"):
+    for head in (metric, "points lost", "MB", "speed\nat 32", "speed\nat 1", "off\nat 32", "off\nat 1"):
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     points = {point.row: point for point in family.points}
     for record in family.records:
@@ -228,14 +246,23 @@ def draw_family(family: ModelFamily) -> Table:
             mb_text(record.size_bytes),
             f"{large.median:.2f}" if large else "",
             f"{single.median:.2f}" if single else "",
-            f"{point.predicted:.2f}" if point and point.predicted else "",
-            _error_text(point, ""),
+            *(percent_text(error, "") for error in _both_errors(point)),
         )
     return table
 
 
-def _error_text(point: FamilyPoint | None, none: str) -> str:
-    return none if point is None or point.error is None else f"{point.error:+.0f} %".replace("-", "−")
+def _both_errors(point: FamilyPoint | None) -> tuple[float | None, float | None]:
+    """Of the times at batch 32 and at batch 1."""
+    return (None, None) if point is None else (point.error, point.error_1)
+
+
+def percent_text(error: float | None, none: str) -> str:
+    """An error with its sign, in whole percent.
+
+    >>> percent_text(-4.2, ""), percent_text(None, "")
+    ('−4 %', '')
+    """
+    return none if error is None else f"{error:+.0f} %".replace("-", "−")
 
 
 # -- The page --------------------------------------------------------------------------------------------------------------------
@@ -273,13 +300,21 @@ def _headline(family: ModelFamily) -> str:
 def _row(record: Record, point: FamilyPoint | None, base: Record) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
     """Style, link, and the cells before and after the link of one row of the page's table."""
     style = "" if point is None else "beaten" if point.beaten_by else "ours"
-    dense = next((timing.p50_ms for timing in base.timings if timing.batch_size > 1), None)
-    predicted = point.predicted if point else None
-    expected = f"{dense / predicted:.3g}" if dense and predicted else NONE
-    speed = record.times_faster(32)
-    took = f"{dense / speed.median:.3g}" if dense and predicted and speed else NONE
     name, _, *figures = cells_of(record)
-    return style, point.folder if point else "", (name,), (*figures[:5], expected, took, _error_text(point, NONE))
+    speeds = (point.predicted, point.predicted_1) if point else (None, None)
+    cells: list[str] = []
+    for batch, predicted, error in zip((32, 1), speeds, _both_errors(point), strict=True):
+        cells += (*_expected(record, base, batch, predicted), percent_text(error, NONE))
+    return style, point.folder if point else "", (name,), (*figures[:5], *cells)
+
+
+def _expected(record: Record, base: Record, batch: int, predicted: float | None) -> tuple[str, str]:
+    """Milliseconds of a text at a batch size, by a predicted speed and as measured, both over the dense model's time."""
+    dense = next((timing.p50_ms for timing in base.timings if (timing.batch_size == 1) == (batch == 1)), None)
+    speed = record.times_faster(batch)
+    if not dense or not predicted or not speed:
+        return NONE, NONE
+    return f"{dense / predicted:.3g}", f"{dense / speed.median:.3g}"
 
 
 def family_figure(family: ModelFamily) -> Figure:
@@ -300,11 +335,12 @@ def family_figure(family: ModelFamily) -> Figure:
 
 def levels_figure(levels: Levels | None) -> tuple[Figure, ...]:
     """A picture for each group of sublayers that the latency table was timed for: milliseconds against the units that are left."""
-    groups = levels.to_data() if levels else {}
-    return tuple(_timed(name, times) for name, times in groups.items() if isinstance(times, Mapping))
+    tables = [(32, levels), (1, levels.single)] if levels else []
+    groups = [(batch, *group) for batch, table in tables if table for group in replace(table, single=None).to_data().items()]
+    return tuple(_timed(name, times, batch) for batch, name, times in groups if isinstance(times, Mapping))
 
 
-def _timed(name: str, times: Mapping[int, float]) -> Figure:
+def _timed(name: str, times: Mapping[int, float], batch: int) -> Figure:
     what = name.replace("_", " ")
     points = [(0.0, 0.0), *((float(units), ms) for units, ms in sorted(times.items()))]
     marks = [Mark(units, ms, f"{ms:.3g}", "ours", f"{units:.0f} {what}: {ms:.4g} ms") for units, ms in points[1:]]
@@ -312,7 +348,7 @@ def _timed(name: str, times: Mapping[int, float]) -> Figure:
         marks=[Mark(0.0, 0.0, "", "ours", f"no {what}: the sublayer is gone"), *marks],
         front=points,
         x_label=f"{what} that are left in a sublayer",
-        y_label="ms of a text, batch 32, int8",
+        y_label=f"ms of a text, batch {batch}, int8",
         more_is_right=True,
         joined=True,
     )

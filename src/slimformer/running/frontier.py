@@ -185,7 +185,8 @@ class _Point:
     name: str
     candidate: Candidate
     aim: float | None
-    predicted: float | None = None
+    predicted: float | None = None  # at batch 32
+    predicted_1: float | None = None
 
 
 class _Levels:
@@ -239,11 +240,17 @@ class _Levels:
                 self._remark(f"there is no model for {aim:g} times: {error.what.removesuffix('.')}")
                 break
             self.state.log.say(f"{name}: {found[-1].candidate.told(self.best(found[-1].candidate))}.")
-        return [replace(point, predicted=self.predicted(point.candidate)) for point in found]
+        return [self._foretold(point) for point in found]
+
+    def _foretold(self, point: _Point) -> _Point:
+        """A model with the speeds that the latency table makes of it."""
+        large, single = (self.predicted(point.candidate, single=one) for one in (False, True))
+        return replace(point, predicted=large, predicted_1=single)
 
     def _within_reach(self) -> tuple[float, ...]:
         """The speeds that need a cut and can be reached by one."""
-        alone, most = self.speed(self.whole), self._scaled(self.table.dense_fp32_ms / max(1e-9, self.table.cost.fixed))
+        alone, levels, plain = self.speed(self.whole), self.table.levels, self.best(self.whole).variant
+        most = self._scaled(levels.dense_fp32_ms / max(1e-9, levels.fixed_ms), levels, plain)
         needless = [aim for aim in self.aims if aim <= alone]
         beyond = [aim for aim in self.aims if aim > max(alone, most)]
         if needless:
@@ -350,25 +357,28 @@ class _Levels:
 
     def speed(self, candidate: Candidate) -> float:
         """Times as fast as dense fp32 that a model is: on held examples, or on the machine of the table."""
-        return self._by_table(candidate) if self.elsewhere else self.best(candidate).speed_32
+        return self._by_table(candidate, self.table.levels) if self.elsewhere else self.best(candidate).speed_32
 
-    def _by_table(self, candidate: Candidate) -> float:
-        own = Latency.of(candidate.made.bundle.subject.anatomy, self.table.levels)
-        return self.table.dense_fp32_ms / own.cost.dense
+    def _by_table(self, candidate: Candidate, levels: Levels) -> float:
+        own = Latency.of(candidate.made.bundle.subject.anatomy, levels)
+        return own.dense_fp32_ms / own.cost.dense
 
-    def predicted(self, candidate: Candidate) -> float | None:
-        """Times as fast as dense fp32 that the latency table makes of a model; None for the uncut one, which scales the table."""
-        if candidate is self.whole and not self.elsewhere:
+    def predicted(self, candidate: Candidate, *, single: bool = False) -> float | None:
+        """Times as fast as dense fp32 that the latency table makes of a model at batch 32, or of single texts; None if it was not timed
+        for these, and for the uncut model, which scales the table."""
+        levels = self.table.levels.single if single else self.table.levels
+        if levels is None or (candidate is self.whole and not self.elsewhere):
             return None
-        return self._scaled(self._by_table(candidate), self.best(candidate).variant)
+        return self._scaled(self._by_table(candidate, levels), levels, self.best(candidate).variant)
 
-    def _scaled(self, speed: float, variant: str = "") -> float:
-        """A speed of the table, which was timed with plain int8 files, for files of another kind: by those of the uncut model."""
+    def _scaled(self, speed: float, levels: Levels, variant: str) -> float:
+        """A speed of a table, which was timed with plain int8 files, for files of another kind: by those of the uncut model."""
         if self.elsewhere:
             return speed
-        trials = {trial.variant: trial.speed_32 for trial in self.whole.trials}
-        alone = trials.get(variant or self.best(self.whole).variant, 0.0)
-        return speed * alone * self.table.cost.dense / self.table.dense_fp32_ms if alone else speed
+        single = levels is self.table.levels.single
+        speeds = {trial.variant: trial.speed_1 if single else trial.speed_32 for trial in self.whole.trials}
+        alone = speeds.get(variant, 0.0)
+        return speed * alone / self._by_table(self.whole, levels) if alone else speed
 
     # -- The rivals --
 
@@ -384,7 +394,7 @@ class _Levels:
                 return found, None
             candidate = self._tried(small.made, small.stages, self.state.root / "dense", self.state)
         name = small.name.removesuffix(" int8").replace(" dense", "").replace(" + ", "+").replace(" ", "-")  # "3-layers"
-        dense = _Point(name, candidate, None, self.predicted(candidate))
+        dense = self._foretold(_Point(name, candidate, None))
         return [rival for rival in found if rival is not small], dense
 
     def _may_train_rival(self, cut: Sequence[_Point]) -> bool:
@@ -464,7 +474,8 @@ def _judged(
 
     def judged(point: _Point) -> FamilyPoint:
         row = rows[files[point.name].name]
-        best, speed, better = levels.best(point.candidate), row.times_faster(32), dominator(row, measurement.records)
+        best, better = levels.best(point.candidate), dominator(row, measurement.records)
+        large, single = row.times_faster(32), row.times_faster(1)
         return FamilyPoint(
             name=point.name,
             row=row.name,
@@ -472,8 +483,10 @@ def _judged(
             folder="" if better else f"{POINTS}/{point.name}",
             held=HeldResult(best.loss, best.speed_32, best.speed_1),
             size_bytes=best.size_bytes,
-            measured=speed.median if speed else None,
+            measured=large.median if large else None,
+            measured_1=single.median if single else None,
             predicted=point.predicted,
+            predicted_1=point.predicted_1,
             beaten_by=better.name if better else "",
             elsewhere=levels.elsewhere,
         )

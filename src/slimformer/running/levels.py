@@ -59,7 +59,8 @@ def write_levels(levels: Levels, file: Path, model: str, threads: int | None) ->
 
     machine = environment()
     head = [
-        "# Milliseconds of a text at batch 32 in int8, by heads or neurons that are left; for `latency:` in a recipe.",
+        "# Milliseconds of a text in int8 at batch 32, and at batch 1 under `single`, by heads or neurons that are left;",
+        "# for `latency:` in a recipe.",
         f"# model: {model}; machine: {machine.cpu}, {threads or cores()} of {machine.cores} cores, {machine.os}",
     ]
     write_text(file, "\n".join([*head, yaml.safe_dump(levels.to_data(), sort_keys=False)]))
