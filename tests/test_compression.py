@@ -417,7 +417,7 @@ def test_the_card_tells_what_the_chosen_file_holds(done: Done) -> None:
     assert facts is not None
     text = (done.out / "README.md").read_text(encoding="utf-8")
     assert f"## What `{facts.best}` holds" in text
-    assert "embedding tables" in text
+    assert "rows answer as before" in text
 
 
 def test_a_speed_out_of_reach_names_the_best_possible_and_may_be_lowered(
