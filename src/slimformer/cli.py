@@ -616,7 +616,8 @@ def join_command(
     from slimformer.running.joining import join_classifiers
 
     pairs = [text.partition("=") for text in models]
-    named = {name if mark else Path(name).name: place if mark else name for name, mark, place in pairs}
+    # A shell reads ~ at the beginning of a word only, and not in task=~/model.
+    named = {name if mark else Path(name).name: os.path.expanduser(place) if mark else name for name, mark, place in pairs}
     if len(named) < len(models):
         raise RecipeError("two tasks have one name.", help="name each task: mood=./mood topic=./topic.")
     join_classifiers(named, out)

@@ -95,8 +95,8 @@ def test_no_example_is_in_two_splits() -> None:
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "nothing": ("a.txt", b"", r"holds only blank lines"),
-    "blank lines": ("a.txt", b"\n \n\t\n", r"holds only blank lines"),
+    "nothing": ("a.txt", b"", r"holds no text"),
+    "blank lines": ("a.txt", b"\n \n\t\n", r"holds no text"),
     "one line": ("a.txt", b"a text\n", r"holds one text"),
     "few lines": ("a.txt", b"a\nb\nc\n", r"holds 3 texts, too few to set some aside"),
     "a binary file": ("a.txt", b"abc\0\1\2\3def\n" * 50, r"is a binary file: it holds NUL bytes"),
@@ -142,7 +142,10 @@ def test_pairs_are_chosen_on_and_reported_on_apart(tmp_path: Path) -> None:
     file = write_pairs(tmp_path / "pairs.tsv", 40, 5)
     write_pairs(tmp_path / "folder" / "train.tsv", 40, 5)
     write_pairs(tmp_path / "folder" / "dev.tsv", 30, 6)
-    for place, counts in ((file, (20, 20)), (tmp_path / "folder", (40, 30))):
+    own = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    told = [f"{'dev' if place % 4 else 'train'}\t" + "\t".join(row) for place, row in enumerate(own)]
+    by_column = write(tmp_path / "told.tsv", "\n".join(["split\tsentence1\tsentence2\tscore", *told]) + "\n")
+    for place, counts in ((file, (20, 20)), (tmp_path / "folder", (40, 30)), (by_column, (10, 30))):
         task = Embedding(data=[{"text": text} for text in TEXTS], pairs=str(place))
         assert task.metric == "spearman"
         found = [[item for item in task.split(split) if item.answer.kind == "pair"] for split in (Split.VALIDATION, Split.DEV)]

@@ -252,21 +252,24 @@ def test_an_option_that_is_given_twice_is_refused(call: Call) -> None:
     assert "--data is given 2 times" in err
 
 
-@pytest.mark.parametrize("command", [("run", "one.yaml", "--seeds", 5), ("join", "a=one", "b=two"), ("report", "one")])
+@pytest.mark.parametrize("command", [("run", "one.yaml", "--seeds", 5), ("join", "a=~/one", "b=two"), ("report", "one")])
 def test_the_home_of_a_path_behind_an_equals_sign(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, command: tuple[Any, ...]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    seen = []
+    seen, models = [], []
 
-    def stop(_: Any, out: Path, **__: Any) -> None:
+    def stop(given: Any, out: Path, **__: Any) -> None:
         seen.append(Path(out))
+        models.append(given)
         raise OutputError("far enough.", help="look at the path.")
 
     for name in ("running.sweep.run_several", "running.joining.join_classifiers", "reporting.page.report"):
         monkeypatch.setattr(f"slimformer.{name}", stop)
     call(*command, "--out=~/small")
     assert seen == [tmp_path / "home" / "small"]
+    if command[0] == "join":
+        assert models == [{"a": str(tmp_path / "home" / "one"), "b": "two"}]
 
 
 def test_several_runs_are_not_written_into_one(tmp_path: Path, call: Call) -> None:

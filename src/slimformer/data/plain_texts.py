@@ -108,7 +108,7 @@ def _kept(where: str, lines: Iterable[str], most: int) -> PlainTexts:
     """The texts that are kept; DataError if there are none, or one."""
     texts, total, twice, every = _evenly(lines, most)
     if total < 2:
-        found = "only blank lines" if total == 0 else "one text"
+        found = "no text" if total == 0 else "one text"
         raise DataError(f"{where} holds {found}.", help=f"give some hundreds of texts: {TEXTS_SHAPE}")
     if every > 1:
         remark(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimformer.core.pooling import EMBEDDER, POOLINGS, SENTENCE_VECTOR, DenseLayer, VectorHead, vector_head
 from slimformer.data.columns import find_columns
-from slimformer.data.files import Table, read_table
+from slimformer.data.files import Table, read_splits, read_table
 from slimformer.data.labels import is_number, spell_labels
 from slimformer.data.memory import data_source
 from slimformer.data.plain_texts import MOST_TEXTS, PlainTexts, is_plain, read_plain
@@ -517,7 +517,7 @@ def _pairs(data: str, name: Split, _key: Stamp) -> tuple[Example, ...]:
     """Pairs to report on, or to choose on: of the training data, if there is some, else every other one."""
     path = Path(os.path.expanduser(data))
     try:
-        if path.is_file():
+        if path.is_file() and not read_splits(path):
             remark(f"{data}: every other pair is to choose on, the others are to report on.")
             examples = _rated(read_table(path))[name is Split.DEV :: 2]
         else:
