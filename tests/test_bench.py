@@ -277,6 +277,14 @@ def test_folders_are_benched_side_by_side(tmp_path: Path) -> None:
     assert result.scored["first"].answers == ("good", "bad", "bad", "good", "bad")
 
 
+def test_a_file_that_no_runtime_takes_is_not_left_out(tmp_path: Path) -> None:
+    first = export(tmp_path / "first")
+    second = export(tmp_path / "second") / "second.xml"
+    second.write_text("<net/>", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"second.xml cannot be run by onnxruntime.\s+help: say --runtime openvino"):
+        run_bench(first, second, folder=tmp_path / "data")
+
+
 @pytest.mark.parametrize("spelt", [("0", "1"), ("BAD", "Good"), ("LABEL_0", "label_1")])
 @pytest.mark.slow
 def test_data_may_spell_the_labels_otherwise_than_the_model(tmp_path: Path, spelt: tuple[str, str]) -> None:

@@ -213,9 +213,10 @@ def test_a_loss_that_the_terms_do_not_reach_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_own_loss_may_add_them(tmp_path: Path) -> None:
     slim = SlimCallback([GATES, Distillation()], teacher=tiny("bert", seed=1))
-    job = trainer(tiny("bert"), tmp_path, slim)
+    job = trainer(tiny("bert"), tmp_path, slim, gradient_accumulation_steps=2)
 
     def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        assert torch.equal(outputs.loss, slim.penalty)  # as much of it as is added where the model has the loss
         return torch.nn.functional.cross_entropy(outputs.logits, labels) + slim.penalty
 
     job.compute_loss_func = own

@@ -72,7 +72,14 @@ def test_each_option_says_what_it_means(name: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("compress", "m", "--data", "d", "--out", "o"), ("run", "r.yaml", "--out", "o"), ("inspect", "m"), ("list",), ("check",)],
+    [
+        ("compress", "m", "--data", "d", "--out", "o"),
+        ("run", "r.yaml", "--out", "o"),
+        ("inspect", "m"),
+        ("list",),
+        ("check",),
+        ("demo",),
+    ],
     ids=lambda value: value[0],
 )
 def test_the_light_installation_says_what_is_missing(

@@ -137,7 +137,12 @@ def test_a_comparison_runs_whole_what_nothing_beats_and_resumes(home: Path) -> N
     assert "no other beats: " in found.lines()[-1]
     assert all(item.name in "\n".join(found.lines()) for item in found.tried)
     before = {path: path.stat().st_mtime_ns for path in (home / "out").rglob("ledger.jsonl")}
+    (home / "out" / "seconds").write_text("840.0", encoding="utf-8")  # the hours are used up: no other run begins
     again = compared()
+    assert all(item.minutes > 0 for item in again.kept)
+    assert {item.name: round(item.minutes, 1) for item in again.tried} == {
+        item.name: round(item.minutes, 1) for item in found.tried
+    }
     assert [item.name for item in again.kept] == [item.name for item in found.kept]
     assert before == {path: path.stat().st_mtime_ns for path in (home / "out").rglob("ledger.jsonl")}
 

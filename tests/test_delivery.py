@@ -45,6 +45,7 @@ from slimformer.running.trials import Judge, Reference, Trial, choose_trial, jud
 from slimformer.runtimes.openvino import OpenVINO
 from slimformer.saving import checkpoint
 from slimformer.saving.sparse import size_bytes
+from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
 from slimformer.training.stage import Train
 
@@ -187,6 +188,14 @@ def test_losses_are_points_below_the_teacher_on_validation_examples(bundle: Bund
     unsure = judge(Reference(1.0, 0.9)).try_out(files, seconds=0)
     assert unsure[0].loss == pytest.approx((0 - 10) / 2)
     assert unsure[1].loss == pytest.approx((100 * (1 - chosen_on) + 100 * (0.9 - seen)) / 2)
+    # the rows of another tokenizer are those of its own file alone
+    features = bundle.material.features[Split.VALIDATION]
+    blank = [[0] * len(ids) for ids in features.columns["input_ids"]]
+    other = replace(features, columns={**features.columns, "input_ids": blank})
+    read = replace(bundle.material, features={**bundle.material.features, Split.VALIDATION: other})
+    apart = judge(Reference(1.0, None)).try_out(files, seconds=0, reads={Variant.FLOAT: read})
+    assert apart[0].loss > 0
+    assert apart[1].loss == tried[1].loss
 
 
 def test_a_rival_must_be_wanted(bundle: Bundle, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from slimformer.errors import ExtraError, ModelError, OutputError, PlanError, Re
 from slimformer.families.base import anatomy_of
 from slimformer.log import Log
 from slimformer.running.bundle import Run
-from slimformer.running.places import seen_from
+from slimformer.running.places import read_in, seen_from
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import _Reader, parse_recipe, read_recipe
@@ -661,3 +661,6 @@ def test_a_path_through_a_link_keeps_the_links_name(tmp_path: Path, monkeypatch:
     (tmp_path / "out" / "run").mkdir(parents=True)
     (tmp_path / "near" / "there").symlink_to(tmp_path / "out" / "run")
     assert (Path("there") / seen_from(Path("there"), "link")).samefile("link")
+    monkeypatch.chdir(tmp_path)
+    for name in ("../../near/link", "../../far"):  # read by a process elsewhere, and written again: the same name
+        assert seen_from(tmp_path / "out" / "run", read_in(tmp_path / "out" / "run", name)) == name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
+from slimformer.running.runner import train_stages
 from slimformer.running.stages import advance, context_of, refuse_cuts, run_stage, training_rows
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
 from slimformer.tasks.classification import Classification
-from slimformer.training.stage import Calibrate, Train
+from slimformer.training.stage import Calibrate, Train, TrimVocabulary
 
 # -- Text without labels -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +195,34 @@ def test_what_comes_cut_teaches_the_heads_that_it_has(tmp_path: Path, named: boo
 
 
 # -- What was made before ------------------------------------------------------------------------------------------------------
+
+
+def test_what_trackers_write_lies_where_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Path | None] = []
+
+    def noted(trackers: Sequence[str], folder: Path | None) -> Any:
+        places.append(folder)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("slimformer.training.loop.accelerator_for", noted)
+    source, data = write_model(tmp_path / "model", trained=False), write_data(tmp_path / "data", train=24, dev=8)
+    recipe = Recipe(str(source), Classification(data=str(data)), (Train(steps=1, methods=(Distillation(),)),))
+    with pytest.raises(ZeroDivisionError):
+        train_stages(recipe, tmp_path / "out", wait_seconds=0)
+    (place,) = places
+    assert place.parent == tmp_path / "out" / "tracking"  # the folder of the work goes
+
+
+def test_a_stage_is_the_same_wherever_its_files_lie() -> None:
+    """They count by what they hold, which `advance` looks at."""
+    for near, far in (
+        (Train(text="./texts.txt"), Train(text="/far/texts.txt")),
+        (Train(augment=1, augment_model="masked"), Train(augment=1, augment_model="/far/masked")),
+        (TrimVocabulary(text="texts.txt"), TrimVocabulary(text="../texts.txt")),
+    ):
+        assert near.digest() == far.digest()
+    assert len({stage.digest() for stage in (Train(), Train(text="task"), Train(text="a.txt"), Train(augment=1))}) == 4
+    assert TrimVocabulary().digest() != TrimVocabulary(text="texts.txt").digest()
 
 
 @pytest.mark.slow

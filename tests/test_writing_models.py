@@ -19,7 +19,7 @@ import pytest
 import torch
 from test_compression import events, said
 from tiny import tiny
-from tiny_folder import refusing
+from tiny_folder import kept_from_others, refusing
 from tiny_hurry import hurry
 from tiny_pairs import speaker, write_joint_tokenizer, write_pairs, write_speaker
 
@@ -98,6 +98,7 @@ def test_both_files_of_each_kind_are_delivered_with_what_writes_by_them(done: Si
     assert record.size_bytes == sum(file.stat().st_size for file in pair)
     said_of = json.loads((done.out / "generation_config.json").read_text(encoding="utf-8"))
     assert (said_of["num_beams"], said_of["max_length"]) == (2, 16)
+    assert not kept_from_others(done.out)
 
 
 def test_the_rows_hold_bleu_on_two_beams_and_one_with_times_of_both(done: SimpleNamespace) -> None:

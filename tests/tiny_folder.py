@@ -152,3 +152,15 @@ def run_quickly(model: Path, task: dict[str, Any], stages: list[dict[str, Any]],
 
     ending = [{"export": {"choose_within": 100.0}}, {"bench": {"seconds": 0.2, "rivals": []}}]
     slimformer.run({"model": str(model), "task": task, "stages": [*stages, *ending]}, out, threads=1, wait_seconds=0)
+
+
+PRIVATE = {"ledger.jsonl", "report.html", "log.jsonl", "changed.jsonl", ".lock", ".slimformer"}
+
+
+def kept_from_others(out: Path) -> set[str]:
+    """Files of a result that `push_to_hub` leaves out, but for those that it should."""
+    from slimformer import Result
+
+    there = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    there = {name for name in there if not name.startswith("given")}  # the model and the data that the run was given
+    return there - {file.relative_to(out).as_posix() for file in Result.read(out).shipped_files()} - PRIVATE

@@ -45,7 +45,10 @@ def _task_params() -> tuple[Any, ...]:
     for name, cls in tasks.items():
         hints = get_type_hints(cls)
         for flag, item in cls.flags().items():
-            helps.setdefault(flag, {}).setdefault(item.metadata["help"], []).append(name)
+            said = item.metadata["help"]
+            if type(item.default) is int:
+                said = f"{said.removesuffix('.')}; {item.default} by default."
+            helps.setdefault(flag, {}).setdefault(said, []).append(name)
             numbers |= {flag} if hints[item.name] is int else set()
 
     def text(flag: str) -> str:
@@ -298,7 +301,7 @@ def frontier_command(
     )
     console = Console()
     console.print(draw_family(family))
-    console.print(f"models: {out / 'points'}   page: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"models: {out / 'points'}   page: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     for line in family.lines():
         console.print(line, markup=False, highlight=False)
     if not family.kept:
@@ -340,7 +343,7 @@ Processors = Annotated[
 ]
 
 
-@app.command("run", cls=_Command, epilog="Example: slimformer run recipes/fisher.yaml --out runs/fisher")
+@app.command("run", cls=_Command, epilog="Example: slimformer run recipes/sst2-fisher.yaml --out runs/sst2-fisher")
 def run_command(
     recipes: Annotated[list[Path], typer.Argument(help="YAML recipes; each of several has a folder of its own below --out.")],
     out: Out,
@@ -395,7 +398,9 @@ def run_command(
         raise typer.Exit(1)
 
 
-@app.command("compare", cls=_Command, epilog="Example: slimformer compare recipes/mrpc-*.yaml --hours 2 --out compared")
+@app.command(
+    "compare", cls=_Command, epilog="Example: slimformer compare recipes/mrpc-{fisher,movement}.yaml --hours 2 --out compared"
+)
 def compare_command(
     recipes: Annotated[list[Path], typer.Argument(help="YAML recipes for one task.")],
     out: Out,
@@ -490,9 +495,11 @@ def verify_command(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="The small model: a folder, or an .onnx file.")],
     against: Annotated[Path, typer.Option(help="The model that it stands in for.")],
-    max_loss: Annotated[float | None, typer.Option(help="Points of the metric that may be lost.")] = None,
-    min_speedup: Annotated[float | None, typer.Option(help="How many times as fast it has to be.")] = None,
-    max_mb: Annotated[float | None, typer.Option(help="Megabytes that its file may have.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Points of the metric that may be lost; not asked by default.")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="How many times as fast it has to be; not asked by default.")
+    ] = None,
+    max_mb: Annotated[float | None, typer.Option(help="Megabytes that its file may have; not asked by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="The batch whose speed counts: 1 or 32.")] = 32,
     sure: Annotated[
         bool, typer.Option("--sure", help="The intervals have to lie within the bounds, not the values alone.")
@@ -691,6 +698,7 @@ def demo_command(
     minutes: Annotated[float, typer.Option(help="Minutes for everything.")] = 4.7,
 ) -> None:
     """Compress a real six-layer BERT for a built-in task; needs the extra slimformer[demo]."""
+    _need_train()
     from slimformer.demo import encoder
     from slimformer.running.search import compress
     from slimformer.tasks.intents import Intents
@@ -762,7 +770,7 @@ def _show(result: Result) -> None:
         console.print(str(result), markup=False, highlight=False, soft_wrap=True)
         return
     console.print(draw_table(result.records))
-    console.print(f"model: {result.out}   page: {result.out / 'report.html'}", soft_wrap=True)
+    console.print(f"model: {result.out}   page: {result.out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     for line in result.findings:
         console.print(line, markup=False, highlight=False)
     if worthless(result.record, result.records):

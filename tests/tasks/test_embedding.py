@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from test_sentence_folders import by_sentence_transformers, by_us, embedder, write_embedder
-from tiny_folder import refusing, run_quickly, sentences, write_tokenizer
+from tiny_folder import kept_from_others, refusing, run_quickly, sentences, write_tokenizer
 
 import slimformer
 from slimformer import cli
@@ -440,6 +440,7 @@ def test_an_embedder_is_cut_distilled_exported_and_measured(done: Path) -> None:
     facts = read_facts(done / "out")
     assert facts is not None
     assert facts.task["use"] == "embedding"
+    assert not kept_from_others(done / "out")
 
 
 @pytest.mark.slow

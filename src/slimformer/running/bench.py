@@ -118,6 +118,7 @@ def bench(
         task = task or _recorded_task(folders)
         refuse_pretraining(task, "bench")
         models = _models(folders, task, Path(scratch), max_length)
+        _refuse_unread(models, runtimes, named=len(folders) > 1)
         examples = task.split(Split.DEV)
         encoder = _Encoder(task, examples, max_length or _length_limit(models, task))
         entries = list(_entries(models, encoder, runtimes, threads or cores()))
@@ -204,6 +205,20 @@ def _models(paths: Sequence[Path], task: Task, scratch: Path, max_length: int | 
         else:
             models.append(_model(fastest_file(path, files), path.resolve().name))
     return _named_apart(models)
+
+
+def _refuse_unread(models: Sequence[_Model], runtimes: Sequence[str], *, named: bool) -> None:
+    """ModelError if none of the runtimes reads a model: any that was `named`, or all files of a single folder."""
+    engines = [installed_runtime(name) for name in runtimes]
+    unread = [model for model in models if not any(engine.accepts(model.file) for engine in engines)]
+    if not unread or not (named or len(unread) == len(models)):
+        return
+    file = unread[0].file
+    others = [name for name in registry.names("runtimes") if registry.find("runtimes", name)().accepts(file)]
+    raise ModelError(
+        f"{file} cannot be run by {' or '.join(runtimes)}.",
+        help=f"say --runtime {' or '.join(others)}." if others else "name another file.",
+    )
 
 
 def _named_apart(models: Sequence[_Model]) -> list[_Model]:

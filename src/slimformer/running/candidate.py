@@ -82,7 +82,7 @@ def candidate_of(
         paths = export_files(bundle.subject, bundle.material, files, shipped, run.log, exporter=exporter, ranges=bundle.ranges)
         return judge.try_out(paths, kinds, seconds=seconds)
 
-    tried = remembered(home / "trials.json", trials, list[Trial])
+    tried = remembered(home / f"trials-{run.threads}.json", trials, list[Trial])
     return Candidate(made, tuple(stages), kinds, tuple(tried), files)
 
 
@@ -101,7 +101,7 @@ def teacher_candidate(
             files = export_files(bundle.subject, bundle.material, home / "int8", [own], run.log, exporter=exporter)
         return judge.try_out(files, kinds, seconds=seconds)
 
-    trials = remembered(home / "int8.json", tried, list[Trial])
+    trials = remembered(home / f"int8-{run.threads}.json", tried, list[Trial])
     return Candidate(made, (), kinds, tuple(trials))
 
 

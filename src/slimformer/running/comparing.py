@@ -2,7 +2,7 @@
 
 Each recipe is first run with a part of its training. Those that another one beats in everything are out; the others are run whole, as far
 as the time goes. What goes on is chosen on validation examples; the figures on the page are those of the dev split. Each run lies in a
-folder of its own and resumes, so the command may be stopped and started at will.
+folder of its own and resumes, and the hours that were used count, so the command may be stopped and started at will.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from slimformer.running.cluster import Cluster, Ended, Job, connected
 from slimformer.running.fresh import Fresh
 from slimformer.running.order import leading_stages
 from slimformer.running.recipe import Bench, Recipe
-from slimformer.running.runner import run
+from slimformer.running.runner import is_finished, run
 from slimformer.running.shapes import StudentShape, timed_shapes, worth_trying
+from slimformer.running.stages import Clock
 from slimformer.running.sweep import CACHE, check_recipes, figures, named_recipes
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
@@ -138,7 +139,7 @@ def compare_recipes(
     Example:
         >>> compare_recipes(["one.yaml", "two.yaml"], "compared", hours=2)  # doctest: +SKIP
     """
-    place, begin, log = Path(out), clock(), log or Log(None)
+    place, began, log = Path(out), clock(), log or Log(None)
     chains = {name: _from_model(recipe, model) for name, recipe in named_recipes(recipes, None, data).items()}
     if students:
         chains |= _students(chains, model, students, threads, log, place)
@@ -146,8 +147,9 @@ def compare_recipes(
         raise RecipeError("there is nothing to compare: name two recipes or more.", help="slimformer run is for one.")
     _check(chains)
     options: dict[str, Any] = {"threads": threads, "wait_seconds": wait_seconds, "cache": place / CACHE}
-    left = Budget(hours * 60, clock, begin)
     with ExitStack() as stack:
+        used = stack.enter_context(Clock(place))
+        left = Budget(hours * 60, clock, began - 60 * used.minutes)
         nodes = stack.enter_context(connected(cluster, log)) if cluster is not None else None
         if nodes is not None:
             nodes.check(place)
@@ -301,9 +303,10 @@ class _Many:
     def _one(self, name: str, job: Job, share: float, expected: float | None, ahead: Mapping[str, Ended] | None) -> Tried:
         left = self.left
         begin, minutes = left.spent, left.longest if expected is None else expected
-        if name not in ahead if ahead is not None else not left.allows(minutes, share):
+        begins = name in ahead if ahead is not None else left.allows(minutes, share)
+        if not begins and not is_finished(job.folder):
             return Tried(name, "no time", f"it needs some {minutes:.0f} minutes")
-        before = ahead[name] if ahead is not None else Ended()
+        before = (ahead or {}).get(name, Ended())
         if before.why:
             return Tried(name, "failed", before.why, minutes=before.minutes)
         try:
@@ -311,7 +314,8 @@ class _Many:
             record = result.record
         except SlimformerError as error:
             return Tried(name, "failed", str(error).splitlines()[0], minutes=before.minutes + left.spent - begin)
-        took = before.minutes + left.spent - begin
+        noted = job.folder.with_name(f".minutes-{name}.json")  # so that a resumed comparison knows how long it took
+        took = remembered(noted, lambda: before.minutes + left.spent - begin, float)
         left.longest = max(left.longest, took)
         if expected is not None and worthless(record, result.records):
             return Tried(name, "worthless", "worse than doing nothing", record, took)

@@ -39,7 +39,7 @@ from slimformer.running.recipe import RIVALS, Recipe, RivalName
 from slimformer.running.rivals import Contestant, rivals_of, without_small_dense
 from slimformer.running.runner import Conditions, is_done, model_name, open_run, wish_of
 from slimformer.running.scale import Scale, out_of_reach
-from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, forecast, rival_place
+from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, forecast, rival_place, rounded_passes
 from slimformer.running.stages import latency_of, training_of
 from slimformer.running.start import checked_wish, opened
 from slimformer.running.trials import Trial, judge_of
@@ -342,7 +342,7 @@ class _Levels:
         fit = (self.schedule.left - busy) / (tokens * steps)
         least = FEWEST_STEPS * self.wanted.batch_size / rows
         most = distil.epochs * full_diet(small, self.wanted, sizes).passes / self.diet.passes
-        return round(min(most, max(least, fit)), 2)
+        return rounded_passes(min(most, max(least, fit)), 2)
 
     # -- What a model of the family is good for --
 

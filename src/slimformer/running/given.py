@@ -69,7 +69,8 @@ def refuse_gone(recipe: Recipe) -> None:
         raise RecipeError(
             "what this recipe names is not here.",
             facts=gone,
-            help="say where it is now: --model ./folder, --data ./folder (in Python model=, data=), or correct the recipe.",
+            help="say where it is now: --model ./folder, --data ./folder (in Python model=, data=), or correct the recipe. A teacher "
+            "that another recipe makes is there once that one has run.",
         )
 
 

@@ -11,7 +11,7 @@ from slimformer import registry
 from slimformer.data.material import spaced_rows
 from slimformer.families.base import family_of
 from slimformer.running.bundle import Bundle
-from slimformer.running.schedule import PASSES, Diet, Sizes, copies_of
+from slimformer.running.schedule import PASSES, Diet, Sizes, copies_of, rounded_passes
 from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
@@ -43,7 +43,7 @@ def tuning(source: Path, diet: Diet, sizes: Sizes, wanted: Wanted) -> Train:
     """The tuning of a model that came without a head. The fewer tokens it sees, the higher the rate (decision 0013)."""
     seen = diet.tune_passes * sizes.train_tokens
     faster = min(4.0, max(1.0, (TUNE_TOKENS / 2 / seen) ** 0.75))
-    lr, passes = float(f"{tune_lr(source) * faster:.2g}"), round(diet.tune_passes, 2)
+    lr, passes = float(f"{tune_lr(source) * faster:.2g}"), rounded_passes(diet.tune_passes, 2)
     return Train(lr=lr, epochs=passes, batch_size=wanted.batch_size)
 
 

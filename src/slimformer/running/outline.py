@@ -25,6 +25,7 @@ from slimformer.running.schedule import (
     diet_for,
     duration,
     forecast,
+    rounded_passes,
     savings,
 )
 from slimformer.running.stages import training_of
@@ -111,8 +112,8 @@ def full_diet(first: Bundle, wanted: Wanted, sizes: Sizes) -> Diet:
     tune = min(5.0, max(2.0, TUNE_TOKENS / sizes.train_tokens))
     passes = wanted.epochs or min(12.0, max(3.0, DISTIL_TOKENS / sizes.train_tokens))
     return Diet(
-        tune_passes=0.0 if sizes.tuned else round(tune, 1),
-        passes=round(passes, 1),
+        tune_passes=0.0 if sizes.tuned else rounded_passes(tune, 1),
+        passes=rounded_passes(passes, 1),
         probes=PROBES,
         tries=wanted.tries,
         rival="small-dense" in wanted.rivals,

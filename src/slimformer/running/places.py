@@ -38,7 +38,8 @@ def read_in(folder: Path, name: str) -> str:
         return name
     if not there:
         return os.path.abspath(folder / name)
-    place = (folder / name).resolve()
+    place = Path(os.path.abspath(folder / name))  # a link keeps its name, as in `seen_from`
+    place = place if os.path.samefile(place, folder / name) else (folder / name).resolve()
     return str(place.relative_to(here)) if place.is_relative_to(here) and place != here else str(place)
 
 

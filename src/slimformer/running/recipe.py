@@ -148,7 +148,8 @@ class Recipe:
         model: A folder, an id on the hub ("owner/name", "owner/name@revision"), or a `Fresh` model that is built.
         task: Where the examples come from, and how they are scored.
         stages: `Train`, `Calibrate` and `TrimVocabulary` stages, in order.
-        teacher: Another model to learn from; by default the model itself after the leading stages of plain fine-tuning.
+        teacher: Another model to learn from; by default the model itself, after the leading stages of plain fine-tuning if it came
+            without a head.
         seed: The seed of all random numbers.
         export: Which files to write.
         bench: Which baselines to measure, and for how long.

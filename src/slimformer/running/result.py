@@ -21,7 +21,8 @@ from slimformer.saving.headers import WEIGHTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ALONGSIDE = ("README.md", "config.json", WEIGHTS, FACTS_FILE, "recipe.yaml")
+_ALONGSIDE = ("README.md", "config.json", "generation_config.json", WEIGHTS, FACTS_FILE, "recipe.yaml", "decode.py")
+_STEPS = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*")  # of a model of vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,7 +190,8 @@ class Result:
         inner = [self.out / MODEL_FOLDER / name for name in checkpoint.OWN_FILES]
         whole = [*named, *(part_path(file, part) for file in named for part in PARTS)]
         models = [part for file in whole for part in files_of(file)]
-        return tuple(sorted({file for file in (*beside, *inner, *models) if file.is_file()}))
+        steps = [file for name in _STEPS for file in self.out.glob(name)]
+        return tuple(sorted({file for file in (*beside, *inner, *models, *steps) if file.is_file()}))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Uploads what ships to a repository on the hub, which is made if there is none.

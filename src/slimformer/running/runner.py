@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from slimformer.errors import DataError, OutputError
-from slimformer.files import claim, finished_wish, mark_finished, owned_purpose, refuse_other_purpose, remove_folder
+from slimformer.files import (
+    claim,
+    finished_wish,
+    mark_finished,
+    owned_purpose,
+    refuse_other_purpose,
+    remove_folder,
+    remove_parts,
+)
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.machine import Quiet, cores
@@ -197,6 +205,7 @@ def is_done(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, 
                 facts=facts,
                 help="choose another --out for this one, or delete the folder to start over.",
             )
+    remove_parts(folder)  # of a run that was killed while it removed its last files
     (log or Log(None)).say(f"{folder} is finished already, and this is its result; choose another --out to run it anew.")
     return True
 

@@ -62,7 +62,9 @@ class Scale:
 
     def keep(self, speedup: float) -> float:
         """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
-        return remembered(self.state.folder / f"budget-{speedup:.4f}.json", lambda: self._probed(speedup), float)
+        return remembered(
+            self.state.folder / f"budget-{speedup:.4f}-{self.state.threads}.json", lambda: self._probed(speedup), float
+        )
 
     def _probed(self, speedup: float) -> float:
         aim = speedup * MARGIN
@@ -108,7 +110,7 @@ class Scale:
                     blocks *= size >= size.flatten().quantile(1 - left)
             return self._timed(small)
 
-        return remembered(self.state.folder / f"blocks-{left:g}.json", timed, float)
+        return remembered(self.state.folder / f"blocks-{left:g}-{self.state.threads}.json", timed, float)
 
     def _timed(self, small: Subject) -> float:
         """How many times as fast as dense fp32 the quickest int8 file of a model is, batch 32."""

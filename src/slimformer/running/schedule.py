@@ -161,6 +161,15 @@ def passes_within(sizes: Sizes, pace: Pace, seconds: float, most: float, step: f
     return low
 
 
+def rounded_passes(passes: float, digits: int) -> float:
+    """Passes as a recipe shows them: to so many digits behind the point, but never to none of a few.
+
+    >>> rounded_passes(3.46, 1), rounded_passes(0.004321, 1)
+    (3.5, 0.0043)
+    """
+    return round(passes, digits) if passes >= 1 else float(f"{passes:.2g}")
+
+
 def copies_of(passes: float) -> int:
     """Copies of each row with other words, which teach more than many passes over the same rows."""
     return min(MOST_COPIES, int(passes // 3)) if passes >= MANY_PASSES else 0

@@ -42,6 +42,7 @@ from slimformer.running.schedule import (
     Schedule,
     forecast,
     passes_within,
+    rounded_passes,
 )
 from slimformer.running.stages import Clock, training_of
 from slimformer.running.start import checked_wish, opened
@@ -351,7 +352,7 @@ class _Search:
             most = full_diet(small, self.wanted, sizes).passes
             fit = passes_within(sizes, pace, self.schedule.left - needed, most, (1 + self.rival) / cost.tokens_per_second)
             least = FEWEST_STEPS * self.wanted.batch_size / sizes.train_rows
-            return round(max(fit, least), 2)
+            return rounded_passes(max(fit, least), 2)
 
         fit = remembered(file, passes, float)
         if abs(fit - self.diet.passes) > 0.1 * self.diet.passes:
@@ -393,12 +394,13 @@ class _Search:
     def _race(self, chosen: Candidate, small: Contestant) -> tuple[Trial, Trial]:
         """The trials of the cut model's best int8 file and of the smaller dense one's, in one race on validation examples."""
         assert small.made is not None
-        best = chosen.best_int8(self.wanted.max_loss)
+        best, bundles = chosen.best_int8(self.wanted.max_loss), (chosen.made.bundle, small.made.bundle)
         files: dict[str, Path] = {best.variant: chosen.files[best.variant], small.variant: small.path}
-        pair = f"{chosen.made.bundle.digest()}-{small.made.bundle.digest()}.json"
+        reads = {name: bundle.material for name, bundle in zip(files, bundles, strict=True)}
+        pair = f"{bundles[0].digest()}-{bundles[1].digest()}-{self.state.threads}.json"
         mine, its = remembered(
             self.state.root / "contest" / pair,
-            lambda: self.judge.try_out(files, chosen.kinds, seconds=self.diet.trial_seconds),
+            lambda: self.judge.try_out(files, chosen.kinds, seconds=self.diet.trial_seconds, reads=reads),
             list[Trial],
         )
         return mine, its

@@ -54,6 +54,7 @@ from slimformer.training.written import written_by
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRACKED = "tracking"  # the folder of what trackers write, beside what is delivered
 VALIDATION_ROWS = 2000  # a choice uses so many rows of the validation split: one standard error is then below a point
 
 
@@ -164,6 +165,7 @@ def _train(stage: Train, bundle: Bundle, run: Run) -> Bundle:
         run.log,
         evaluate=lambda _: validation_score(job.context.subject, bundle.material),
         cache=run.cache or run.root,
+        tracked=run.root.parent / TRACKED / run.folder.name,
     )
     made = _cut(bundle, job.context, trained.decision, run)
     if not stage.dropout:

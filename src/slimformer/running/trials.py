@@ -89,16 +89,25 @@ class Judge:
         return score, loss
 
     def try_out(
-        self, files: Mapping[str, Path], kinds: Mapping[str, FileKind] = FILES, *, seconds: float = TRIAL_SECONDS
+        self,
+        files: Mapping[str, Path],
+        kinds: Mapping[str, FileKind] = FILES,
+        *,
+        seconds: float = TRIAL_SECONDS,
+        reads: Mapping[str, Material] | None = None,
     ) -> list[Trial]:
-        """Each file on validation examples, timed in turn with the teacher's; a file slower than float is named in the log."""
+        """Each file on validation examples, timed in turn with the teacher's; a file slower than float is named in the log.
+
+        `reads`: the data as those files read them that have another tokenizer than the others.
+        """
         sessions = {variant: open_session(path, self.threads) for variant, path in files.items()}
-        losses = {name: self.loss_of(session) for name, session in sessions.items()}
+        read = {name: (reads or {}).get(name, self.material) for name in files}
+        losses = {name: self.reading(read[name]).loss_of(session) for name, session in sessions.items()}
         sessions["teacher"] = open_session(self.teacher[Variant.FUSED], self.threads)
         load = self.quiet.load()
         speeds: dict[str, list[Ratio]] = {name: [] for name in sessions}
         rounds = 0
-        for places in self._places(tuple(sessions))[::-1]:
+        for places in self._places({**read, "teacher": self.read or self.material})[::-1]:
             timings = compare(sessions, places, Rounds(30, seconds=seconds), load)
             for name, timing in timings.items():
                 speeds[name].append(ratio(timings["teacher"], timing))
@@ -124,15 +133,17 @@ class Judge:
             )
         return trials
 
-    def _places(self, names: Sequence[str]) -> list[dict[str, Workload]]:
+    def _places(self, read: Mapping[str, Material]) -> list[dict[str, Workload]]:
         """Some validation examples at batch 1 and 32, for each session as its tokenizer splits them."""
         own, _ = subset(self.material, Split.VALIDATION, 640)
-        given, _ = subset(self.read or self.material, Split.VALIDATION, 640)
-        if len(given) != len(own):  # windows of long texts: the rows are not the same ones
-            given = own
-        lengths = own.lengths()
-        works, theirs = (workloads(features, limit=20, lengths=lengths) for features in (own, given))
-        return [{name: theirs[place] if name == "teacher" else works[place] for name in names} for place in range(len(works))]
+        works: dict[int, tuple[Workload, Workload]] = {}
+        for material in read.values():
+            if id(material) not in works:
+                given, _ = subset(material, Split.VALIDATION, 640)
+                if len(given) != len(own):  # windows of long texts: the rows are not the same ones
+                    given = own
+                works[id(material)] = workloads(given, limit=20, lengths=own.lengths())
+        return [{name: works[id(material)][place] for name, material in read.items()} for place in range(2)]
 
 
 def judge_of(bundle: Bundle, run: Run) -> Judge:

@@ -305,12 +305,11 @@ class _Attached:
         step = Step(model, batch, seen, self._see_teacher(batch), self.progress, task)
         terms = [method.penalty(state, step) for method, state in zip(self.methods, self.states, strict=True)]
         total = sum((term.float() for term in terms if term is not None), torch.zeros((), device=self.context.subject.device))
-        self.callback.penalty = total
         if total.requires_grad:
             self.used = False
             total.register_hook(self._reached)
         # the Trainer divides a loss by the accumulated batches, unless the model was told to do so itself
-        share = total / self.accumulated if "num_items_in_batch" in given else total
+        self.callback.penalty = share = total / self.accumulated if "num_items_in_batch" in given else total
         loss = output.get("loss")
         output["loss"] = share if loss is None else loss + share
         return output

@@ -61,18 +61,24 @@ class Trained:
 
 
 def train(
-    training: Training, folder: Path, log: Log, *, evaluate: Evaluate | None = None, cache: Path | None = None
+    training: Training,
+    folder: Path,
+    log: Log,
+    *,
+    evaluate: Evaluate | None = None,
+    cache: Path | None = None,
+    tracked: Path | None = None,
 ) -> Trained:
     """Trains the context's model in place and returns the methods' decision; nothing is cut yet.
 
     Run states lie under `folder`: after a kill, the same call resumes. When the result is saved elsewhere, call
     `runstate.forget_states(folder)`. `evaluate` is called after each epoch. `cache` holds the teacher's outputs (default: `folder`);
-    stages with one teacher may share it. Raises RecipeError if the methods cannot train together, or if the loss is no longer a
-    number.
+    stages with one teacher may share it. `tracked` is where trackers write their files (default: `folder`). Raises RecipeError if the
+    methods cannot train together, or if the loss is no longer a number.
     """
     training.check()
     stage = training.stage
-    accelerator = accelerator_for(stage.trackers, folder)
+    accelerator = accelerator_for(stage.trackers, tracked or folder)
     log = log if accelerator.is_main_process else Log(None, quiet=True)
     accelerator.wait_for_everyone()
     saved = runstate.latest_state(folder)

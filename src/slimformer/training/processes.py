@@ -82,7 +82,13 @@ def shared(work: Callable[P, R]) -> Callable[P, R]:
 
 
 def train_together(
-    training: Training, folder: Path, log: Log, *, evaluate: Evaluate | None = None, cache: Path | None = None
+    training: Training,
+    folder: Path,
+    log: Log,
+    *,
+    evaluate: Evaluate | None = None,
+    cache: Path | None = None,
+    tracked: Path | None = None,
 ) -> Trained:
     """`train`, with the help of the other processes if there are any."""
     if _leading:
@@ -90,7 +96,7 @@ def train_together(
         cost = replace(context.cost, matrix=None, narrow=None)
         sent = replace(context, generator=cast(torch.Generator, None), memo={}, cost=cost, held=None)  # the first one decides
         _send(_Job(replace(training, context=sent), context.generator.get_state(), folder, cache, evaluate is not None))
-    return train(training, folder, log, evaluate=evaluate, cache=cache)
+    return train(training, folder, log, evaluate=evaluate, cache=cache, tracked=tracked)
 
 
 def join() -> Any:

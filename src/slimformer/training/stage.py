@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, final, get_args
 
@@ -22,6 +22,7 @@ from slimformer.rules import Count, CountOrZero, Fraction, NotNegative, Positive
 from slimformer.tasks.base import Features
 
 TASK_TEXT = "task"  # this value of `Train.text` stands for the task's own training texts
+_SOME_FILE = "file"
 Freeze = Literal["nothing", "embeddings", "encoder", "everything"]
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
@@ -62,7 +63,7 @@ class Stage(ABC):
         return ()
 
     def digest(self) -> str:
-        """Names the stage and all its options."""
+        """Names the stage and all its options; of `files` only that there are some, because they count by what they hold."""
         return f"{type(self).__name__}:{self!r}"
 
 
@@ -71,8 +72,10 @@ class Stage(ABC):
 class Train(Stage):
     """Trains with any methods; without one it is plain fine-tuning. At the end the model is cut as the methods decide.
 
-    `epochs`: passes over the rows, copies counted apart (above 0); `steps`, if given, overrides it.
-    `lr`: the peak learning rate of AdamW; it rises over the share `warmup` of the steps and then falls to 0 in a line.
+    `epochs`: passes over the rows, copies counted apart (above 0).
+    `steps`: steps of the optimiser; if given, `epochs` does not count.
+    `lr`: the peak learning rate of AdamW; it rises to it and then falls to 0 in a line.
+    `warmup`: the share of the steps in which the rate rises.
     `batch_size`: rows a step, of all processes together. `clip`: largest gradient norm of the model's weights; 0 clips nothing.
     `task_weight`: weight of the task's own loss beside what methods add. `weight_decay`: of matrices, not of biases and norms.
     `freeze`: the model's own weights that do not train: the word embeddings (half of a small encoder), all but the head, or all.
@@ -149,6 +152,10 @@ class Train(Stage):
     def files(self) -> tuple[Path, ...]:
         text = None if self.text == TASK_TEXT else self.text
         return tuple(Path(name) for name in (text, self.augment_model) if name is not None)
+
+    def digest(self) -> str:
+        text = self.text if self.text in (None, TASK_TEXT) else _SOME_FILE
+        return Stage.digest(replace(self, text=text, augment_model=self.augment_model and _SOME_FILE))
 
     @property
     def loss_weight(self) -> float:
@@ -240,6 +247,9 @@ class TrimVocabulary(Stage):
     @property
     def files(self) -> tuple[Path, ...]:
         return () if self.text is None else (Path(self.text),)
+
+    def digest(self) -> str:
+        return Stage.digest(replace(self, text=self.text and _SOME_FILE))
 
 
 @dataclass(frozen=True)
