@@ -41,29 +41,29 @@ class Need:
 
 NEEDS = (
     Need(
-        "faster without a new package, and as good as before",
+        "faster without a new package, with no sure loss",
         "[fisher](methods.md#fisher), then distillation: `slimformer compress`",
         ("fisher-50",),
     ),
     Need(
-        "the most speed without a new package, within two points",
+        "the most speed without a new package, for one to five points",
         "every second layer: [layers](methods.md#layers), then distillation",
         ("logits", "layers-even"),
     ),
     Need(
         "more speed, and the compiled kernels may be installed",
-        "blocks of zeros: `compress --engine kernels`, [kernels](kernels.md)",
+        "blocks of zeros: recipes/sst2-fast-zeros.yaml, [kernels](kernels.md)",
         ("knowledge_sparse-4x4-20",),
         Variant.INT8_KERNELS,
     ),
     Need(
-        "the most speed within two points",
+        "the most speed, for one to two points",
         "heads and neurons first, then blocks of zeros: recipes/sst2-fastest.yaml",
         ("fisher-40-blocks-20-copies", "fisher-40-blocks-20", "width-67-blocks-20"),
         Variant.INT8_KERNELS,
     ),
     Need(
-        "the smallest file",
+        "a very small file, for some two points",
         "words, width, neurons and the word table together: recipes/sst2-smallest.yaml",
         ("smallest-longer-int8", "smallest-longer", "smallest"),
     ),
@@ -84,7 +84,7 @@ NEEDS = (
         ("decomposed_attention-4", "decomposed_attention-3"),
     ),
     Need(
-        "a hundred times as fast, and points may go",
+        "ten times as fast and more, and points may go",
         "[students](methods.md) without layers: word vectors, an LSTM",
         ("static", "bilstm", "cnn"),
     ),
@@ -104,8 +104,7 @@ WORDS = (
     "plain int8 would have done as well. Come here if that is not enough.",
     "If you do not know your need, let the machine choose: [`slimformer compare`](quickstart.md#several-ways-at-once) tries recipes "
     "within the hours that you have.",
-    "The name of a run leads to its recipe, whose `stages:` you can copy; [Recipes](recipes.md) has one for most rows that runs as it "
-    "stands.",
+    "The name of a run leads to its recipe, whose `stages:` you can copy; [Recipes](recipes.md) has one for most rows.",
     "**×** is the speed over the dense model in fp32 with fused operators, at batch 32 and at batch 1; **MB** the whole file; **lost** "
     "the points of accuracy with their 95 % intervals. All rows, their intervals and the papers' claims: [Every branch of the "
     "survey](methods/survey.md).",

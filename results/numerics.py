@@ -388,7 +388,8 @@ NOTES = (  # work.notes reads the figures from the rows
     "{sst2/fisher-35-table-text-quantization:int8}. The sentences help because most words of the table are in no row of "
     "the task.",
     "At 80 % zeros in 1x4 blocks, int8 lost {sst2/sparse-1x4-20-quantization:int8} points on SST-2. The zeros bring no "
-    "speed in ONNX Runtime, which computes them like other numbers; the layout is meant for a future kernel.",
+    "speed in ONNX Runtime, which computes them like other numbers; "
+    "[the kernels](../kernels.md) skip such blocks, from a layout of their own.",
     "On MRPC the 7.7x shapes lost {mrpc/kronecker-7.7x:lost} points with {mrpc/kronecker-7.7x:left} % of the encoder's "
     "weights, and {mrpc/kronecker-7.7x:int8} in int8; in fp32 they were {mrpc/kronecker-7.7x:faster} times as fast as the "
     "dense model.",

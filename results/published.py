@@ -404,8 +404,8 @@ AIMS = (
     Aim(
         "Tahaei et al., as published: 97 % of the teacher's metric on three of four tasks", "kronecker-7.7x", STRONG, kept=0.97
     ),
-    Aim("Prato et al., everything at 8 bits: no loss beyond its interval, MRPC", "quantization-8", ("mrpc",)),
-    Aim("the same, SST-2", "quantization-8", ("sst2",)),
+    Aim("Prato et al., everything at 8 bits: at most 0.5 points lost, MRPC", "quantization-8", ("mrpc",), 0.5),
+    Aim("the same, SST-2", "quantization-8", ("sst2",), 0.5),
     Aim("Lagunas et al., as published: 2.4 times as fast, at most 1.0 F1 lost", "movement", ("squad1",), 1.0, 2.4),
     Aim("Lagunas et al., `movement` to a share: the same", "movement-ours", ("squad1",), 1.0, 2.4),
     Aim("McCarley et al.: 1.9 times as fast, at most 1.4 points lost, MRPC", "gates", ("mrpc",), 1.4, 1.9),
@@ -561,8 +561,6 @@ def _judged(aim: Aim, encoder: str, groups: Mapping[str, list[Run]]) -> tuple[st
     high = hypot(*(loss.high - loss.value for loss in losses.values())) / len(losses)
     total = Interval(mean, mean - low, mean + high)
     answers = [within(total.low, total.high, aim.allowed)]
-    if not aim.allowed:  # no loss beyond its interval
-        answers = [Conclusion.YES if total.low <= 0 else Conclusion.NO]
     text = f"{interval_of(total)} points" + (f" on {len(losses)} tasks: {said}" if len(losses) > 1 else "")
     first = next(iter(strong.values()))[0]
     plain = plain_in(first)

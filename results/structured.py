@@ -359,7 +359,8 @@ READING = (  # how to read the tables
     "smaller than its interval is no finding.",
 )
 NOTES = (  # sentences on the rows; work.notes reads the figures from the rows
-    "Gates need several hundred training steps to beat a one-shot choice. Before any retraining `mrpc-choice/gain-75` lost "
+    "Gates need several hundred training steps to do better than `gain`, the mean gradient. "
+    "Before any retraining `mrpc-choice/gain-75` lost "
     "{mrpc-choice/gain-75:lost} points; gates lost no less after 2 epochs of MRPC (`l0-75`: {mrpc-choice/l0-75:lost}), and "
     "hardly any after 8 (`l0-long-75`: {mrpc-choice/l0-long-75:lost}). So gates get as many epochs there as the "
     "retraining. On SQuAD a quarter of the epochs has enough steps, and the retraining makes better use of the rest: "
@@ -401,7 +402,8 @@ NOTES = (  # sentences on the rows; work.notes reads the figures from the rows
     "{nq/gates-48:lost}, {nq/gates-no-teacher-48:lost} and {nq/layers-48:lost}.",
     "With two and a half times as many passes over those few questions of Natural Questions, gates lost "
     "{nq/gates-long-48:lost}.",
-    "Dropping whole layers gives the most speed for the same operations, and costs by far the most points. On MRPC two of "
+    "Dropping layers evenly gives the most speed for the same operations. Two of six lost more than what cuts inside layers; with "
+    "three no difference is sure. On MRPC two of "
     "six layers lost {mrpc/layers-35:lost} points at {mrpc/layers-35:faster} times the speed, three lost "
     "{mrpc/layers-50:lost} at {mrpc/layers-50:faster} times. At that last speed `fisher-35` gained "
     "{mrpc/fisher-35:gained}.",

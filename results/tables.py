@@ -24,7 +24,7 @@ from pages import HOME, METHODS, Run, bullets, interval, row_times, runs_of, saf
 
 from slimformer.measuring.records import Record, Standing
 from slimformer.reporting.circumstances import circumstances
-from slimformer.reporting.verdicts import against, doubts, judge, tally
+from slimformer.reporting.verdicts import Conclusion, against, doubts, judge, tally
 from slimformer.reporting.words import count_text, interval_text, layers_text, mb_text, signed
 
 COMMAND = "python results/tables.py"
@@ -82,7 +82,6 @@ def readme_table(found: Sequence[Run]) -> str:
     if not found:
         return f"{NONE} `{COMMAND}` will draw the table here."
     shown, *others = _claims(found)
-    others = [run for run in others if run.folder.name == shown.folder.name]  # a name says what was asked for
     ours = shown.ours
     rows = [_row(record, record is ours) for record in shown.records if record.role in SHOWN or record is ours]
     sizes = " and ".join(
@@ -93,7 +92,8 @@ def readme_table(found: Sequence[Run]) -> str:
         f"{_machine(shown)}; one "
         "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, the median over rounds in which all files take "
         "turns. **Bold**: the "
-        f"file that ships. {_others(others)}[All rows](docs/results.md), with the machine that measured them. Drawn by `{COMMAND}`."
+        f"file that ships. {_beaten(shown)}{_others(others, shown.folder.name)}"
+        "[All rows](docs/results.md), with the machine that measured them. Drawn by `{COMMAND}`."
     )
     return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *wrapped(text)])
 
@@ -106,7 +106,7 @@ def readme_lead(found: Sequence[Run]) -> str:
         return NONE
     (dense,) = (record for record in shown.records if record.role == Standing.TEACHER_FP32)
     sizes = f"{mb_text(ours.size_bytes)} instead of {mb_text(dense.size_bytes)} MB"
-    lost = "no measurable loss" if ours.loss.low <= 0 <= ours.loss.high else "a loss"
+    lost = "a loss too close to call" if ours.loss.low <= 0 <= ours.loss.high else "a loss"
     text = (
         f"On SST-2 slimformer made a fine-tuned six-layer MiniLM **{faster.median:.1f} times as fast** and its file "
         f"**{sizes}**, within {_minutes(ours.minutes)} minutes, with {lost}: {signed(ours.loss.value)} points lost, 95 % interval "
@@ -130,17 +130,45 @@ def _machine(run: Run) -> str:
     return processors + (f", {' or '.join(map(str, threads))} threads" if threads else "")
 
 
-def _others(runs: Sequence[Run]) -> str:
-    """A sentence on the other tasks: the ranges of loss and speed of the files that ship; a teacher near chance proves nothing."""
-    runs = [run for run in runs if run.records[0].task != WEAK]
-    ours = [run.ours for run in runs]
+def _beaten(run: Run) -> str:
+    """Sentences on the rows that beat the file that ships."""
+    ours = run.ours
+    lost = [] if ours is None else [item.text for item in against(ours, run.records) if item.conclusion is Conclusion.NO]
+    return "".join(f"{safe(text)} " for text in lost)
+
+
+def _others(runs: Sequence[Run], asked: str) -> str:
+    """Sentences on all other requests, whatever became of them; `asked`: the name of those that asked for the same as the first."""
+    same = [run for run in runs if run.folder.name == asked]
+    fair = [run for run in same if run.records[0].task != WEAK]
+    parts = []
+    ours = [run.ours for run in fair]
     losses = [record.loss.value for record in ours if record and record.loss]
     speeds = [times.median for record in ours if record and (times := record.times_faster(32))]
-    if not losses or not speeds:
+    if losses and speeds:
+        tasks = ", ".join(f"{safe(run.records[0].task)} ({_goal(run)})" for run in fair)
+        lost = f"{signed(min(losses))} to {signed(max(losses))} points"
+        parts.append(f"The same request lost {lost} at {min(speeds):.1f} to {max(speeds):.1f} times the speed on {tasks}.")
+    parts += [_told(run, ", whose teacher is hardly better than one answer for all") for run in same if run not in fair]
+    parts += [_told(run, f" (`{run.folder.name}`)") for run in runs if run not in same]
+    return "".join(f"{part} " for part in parts if part)
+
+
+def _told(run: Run, more: str) -> str:
+    """A request in a sentence: what was lost, how fast it came out, and whether that is what was asked for."""
+    record = run.ours
+    times = record.times_faster(32) if record else None
+    if record is None or record.loss is None or times is None:
         return ""
-    tasks = ", ".join(safe(run.records[0].task) for run in runs)
-    lost = f"{signed(min(losses))} to {signed(max(losses))} points"
-    return f"On {tasks} the same request to `compress` lost {lost}, at {min(speeds):.1f} to {max(speeds):.1f} times the speed. "
+    task = safe(run.records[0].task)
+    return f"On {task}{more}: {interval(record)} points at {times.median:.1f} times the speed, {_goal(run)}."
+
+
+def _goal(run: Run) -> str:
+    """Whether a run's goal is met, by its own verdict."""
+    assert run.ours is not None, "a run that is told has a file that ships"
+    conclusion = judge(run.ours, run.records).conclusion
+    return {Conclusion.YES: "met", Conclusion.NO: "not met", Conclusion.OPEN: "open"}[conclusion] if conclusion else "no goal"
 
 
 def placed(text: str, drawn: str, part: str = "results") -> str:

@@ -660,7 +660,7 @@ def test_the_first_sentence_is_what_a_row_says(tmp_path: Path) -> None:
     write_run(tmp_path / "cola" / "minilm", score=0.892, seed=17)
     lead = " ".join(drawn.readme_lead(drawn.runs(tmp_path)).split())
     assert "**3.2 times as fast** and its file **15.3 instead of 90.0 MB**, within 12.4 minutes" in lead
-    assert "no measurable loss: +0.8 points lost, 95 % interval −0.3 to +1.9" in lead
+    assert "a loss too close to call: +0.8 points lost, 95 % interval −0.3 to +1.9" in lead
 
 
 def test_the_python_of_the_readme_calls_what_there_is() -> None:
