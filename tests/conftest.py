@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -95,50 +93,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture(autouse=True, scope="session")
-def each_graph_is_traced_once() -> Iterator[None]:
-    """A model that equals an earlier one in all that the tracer can see is not traced again: most of the time of a short run is that."""
-    import torch
+def each_structure_is_traced_once() -> Iterator[None]:
+    """See traced_once.py."""
+    from traced_once import traced_once
 
     from slimformer.exporters._onnx import trace
 
-    real, tracer, known = trace.trace_model, torch.onnx.export, dict[str, Any]()
-
-    def once(subject: Any, outputs: Any) -> Any:
-        if torch.onnx.export is not tracer:  # a test has put another in its place
-            return real(subject, outputs)
-        key = _seen_by_tracer(subject, outputs)
-        if key not in known:
-            known[key] = _apart(real(subject, outputs))
-        return _apart(known[key])
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "trace_model", once)
+        patch.setattr(trace, "trace_model", traced_once(trace.trace_model))
         yield
-
-
-def _seen_by_tracer(subject: Any, outputs: Any) -> str:
-    """A digest of a model: its classes, settings, hooks, and every number in it."""
-    import torch
-
-    def bits(value: torch.Tensor) -> bytes:
-        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-    seen = hashlib.sha256(repr((subject.inputs, tuple(outputs), subject.anatomy, subject.model.config.to_dict())).encode())
-    for name, module in subject.model.named_modules():
-        seen.update(f"{name} {type(module)} {module.training}".encode())
-        for key, value in sorted({**vars(module), **module._parameters, **module._buffers}.items()):
-            if isinstance(value, torch.Tensor):
-                seen.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + bits(value))
-            elif key not in ("_parameters", "_buffers", "_modules", "config"):
-                seen.update(f"{key} {re.sub(r' at 0x[0-9a-f]+', '', repr(value))}".encode())
-    return seen.hexdigest()
-
-
-def _apart(graph: Any) -> Any:
-    """A copy of a graph that shares no number with the model, which may be trained on."""
-    import onnx_ir
-
-    copied = graph.clone()
-    for name, value in copied.graph.initializers.items():
-        value.const_value = onnx_ir.tensor(value.const_value.numpy().copy(), name=name)
-    return copied
