@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import MODEL_TYPES, batch, tiny
@@ -45,6 +47,22 @@ def test_what_changes_after_the_reached_layer_is_seen_and_what_changes_before_is
             assert not torch.equal(feed.run(0).logits, expected)
 
 
+@contextmanager
+def inputs_of_modules(model):
+    """What each module reads first while the context lasts."""
+    states = []
+
+    def note(_, args):
+        states.extend(item for item in args[:1] if isinstance(item, torch.Tensor))
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_watching_shows_the_residual_and_both_ends_of_the_output_matrix_and_may_end_the_pass(model_type):
     model = tiny(model_type)
@@ -56,11 +74,16 @@ def test_watching_shows_the_residual_and_both_ends_of_the_output_matrix_and_may_
             for stop in (False, True):
                 seen: dict[str, torch.Tensor] = {}
                 passed.clear()
-                with watching(model, anatomy, site, seen, stop=stop):
+                read = inputs_of_modules(model)
+                with watching(model, anatomy, site, seen, stop=stop), read as states:
                     model(**inputs)
                 assert passed == ([] if stop else [True])
                 linear = model.get_submodule(site.taps[0].module)
                 torch.testing.assert_close(linear(seen[f"{site.id}/x"]), seen[f"{site.id}/y"])
-                assert seen[f"{site.id}/r"].shape == seen[f"{site.id}/y"].shape
+                together = seen[f"{site.id}/r"] + seen[f"{site.id}/y"]
+                alike = [state for state in states if state.shape == together.shape]
+                assert stop or any(
+                    torch.allclose(state, together, atol=1e-5) for state in alike
+                )  # what reads the residual stream
     handle.remove()
     assert hooks(model) == 0

@@ -342,11 +342,13 @@ sfk_status read_texts(const sfk_encoder& e, const sfk_texts& t, std::vector<Grou
   const int64_t target = count ? (total + count - 1) / count : 0;
   for (int64_t row = 0; row < t.rows; row++) {
     Text text{row, 0, 0};
+    int64_t words = 0;  // of this row so far that are not the id of padding, whether the mask lets them be read or not
     for (int64_t column = 0; column < t.columns; column++) {
       const int64_t i = row * t.columns + column;
-      if (t.mask && !t.mask[i]) continue;
       const int64_t id = t.ids[i], type = t.types ? t.types[i] : 0;
-      const int64_t position = e.first_position + (e.positions_by_mask ? text.count : column);
+      const bool padding = e.positions_by_id && id == e.first_position - 1;  // its position is the one before the first
+      const int64_t position = e.first_position + (!e.positions_by_id ? column : padding ? -1 : words++);
+      if (t.mask && !t.mask[i]) continue;
       if (id < 0 || id >= e.vocabulary)
         return fail(SFK_BAD_ARGUMENT, "token id %lld lies outside of the vocabulary of %lld", static_cast<long long>(id),
                     static_cast<long long>(e.vocabulary));

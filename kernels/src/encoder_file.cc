@@ -153,7 +153,7 @@ sfk_status sfk_encoder_open(const void* packed, size_t bytes, sfk_encoder** enco
     base = e->copy;
   }
   e->hidden = h.hidden, e->head_dim = h.head_dim, e->vocabulary = h.vocabulary, e->positions = h.positions, e->types = h.types;
-  e->first_position = h.first_position, e->first_only = h.flags & 1, e->positions_by_mask = h.flags & 2;
+  e->first_position = h.first_position, e->first_only = h.flags & 1, e->positions_by_id = h.flags & 2;
   e->activation = h.activation, e->epsilon = h.epsilon, e->widest = h.hidden;
   Reader reader(static_cast<const unsigned char*>(base), h);
   reader.sound = reader.has_directory();

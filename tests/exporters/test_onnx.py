@@ -21,7 +21,7 @@ from slimformer.errors import ExportError, ModelError
 from slimformer.exporters._onnx import int8, parity, rewrite, storing
 from slimformer.exporters._onnx import trace as tracing
 from slimformer.exporters._onnx.calibrate import best_range
-from slimformer.exporters._onnx.graph import Unexpected, lower_versions
+from slimformer.exporters._onnx.graph import Unexpected, classifiers, lower_versions, products
 from slimformer.exporters.base import Variant
 from slimformer.exporters.onnx import Onnx, fused_attentions, needed_runtime, quantized_matrices
 from slimformer.families.base import anatomy_of, family_of, subject_of
@@ -66,6 +66,22 @@ def traced(bert: Any, trace: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`bert`, whose exports start from the shared trace."""
     monkeypatch.setattr(tracing, "trace_model", lambda *_: trace.clone())
     return bert
+
+
+@pytest.mark.slow
+def test_a_model_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
+    half = tiny("bert").bfloat16()
+    artifact = Onnx().export(half, arrays(half), tmp_path / "model.onnx", Variant.FLOAT)
+    assert artifact.max_difference < 1e-4
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_stack_without_norms_keeps_its_matrices_out_of_the_head() -> None:
+    scaled = tiny("mobilebert", auto_class="AutoModel", normalization_type="no_norm")
+    graph = tracing.trace_model(subject_of(scaled), ("last_hidden_state",)).graph
+    assert len(products(graph)) > 20
+    assert len(classifiers(graph)) <= 1
 
 
 def arrays(model: Any, shapes: Any = SHAPES) -> list[dict[str, np.ndarray]]:

@@ -18,9 +18,11 @@ from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.decoding import Halves, Settings, search
 from slimformer.errors import ExportError, ModelError
+from slimformer.exporters._onnx.int8 import int8_embeddings
+from slimformer.exporters._onnx.pair import Writing
 from slimformer.exporters.base import PAIRS, Variant, files_of, variant_of
 from slimformer.exporters.onnx import Onnx
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.hooks.points import quantized_inputs
 from slimformer.methods.quantization import Quantization
 from slimformer.testing.checks import tiny_context
@@ -125,6 +127,12 @@ def test_int8_files_hold_integers_for_every_matrix_and_table_once(kind: str, tmp
         tables = [name for name, array in wide.items() if 99 in array.shape]
         assert tables == ["model.lm_head.table.int8"]
         assert all(array.dtype == np.int8 for array in wide.values())
+
+
+def test_biases_of_distances_are_no_table_of_words() -> None:
+    model = tiny("t5", relative_attention_max_distance=128)  # as people have it: the file has a row for each of 257 distances
+    graph = Writing(subject_of(model), fused=False).graph("encoder").graph
+    assert int8_embeddings(graph) == 1
 
 
 def test_the_decoder_has_the_names_that_others_look_for(tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ def test_values_are_means_of_what_is_nearest_and_no_round_is_missing() -> None:
     assert torch.equal(codes, (values[:, None] - found).abs().argmin(1))
 
 
+def test_a_number_that_is_none_ends_it_too() -> None:
+    assert centroids(torch.tensor([1.0, float("nan"), 2.0, 3.0]), 2).shape == (2,)
+
+
 def test_few_different_numbers_are_exact() -> None:
     values = torch.tensor([1.0, 2.0, 5.0]).repeat(40)
     found = centroids(values, 8)

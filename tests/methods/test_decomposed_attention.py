@@ -379,6 +379,14 @@ def test_parts_of_two_models_are_not_mixed(questions):
     assert "passage: none" in caught.value.facts
 
 
+def test_weights_of_large_parts_lie_beside_them(questions, tmp_path):
+    model, paths, outputs = questions
+    path = tmp_path / "model.onnx"
+    path.write_bytes(paths[Variant.FLOAT].read_bytes())
+    made = Onnx(one_file_bytes=1000).export_parts(path, model, pairs("bert"), Variant.FLOAT, outputs)
+    assert all(file.with_name(f"{file.name}_data").is_file() for file in made)
+
+
 def test_parts_that_differ_from_the_whole_are_not_left_behind(questions, tmp_path, monkeypatch):
     model, paths, outputs = questions
     path = tmp_path / "model.onnx"

@@ -35,7 +35,7 @@ from slimformer.methods.decomposed_attention import DecomposedAttention
 from slimformer.methods.distillation import Distillation, score_distance
 from slimformer.methods.early_exit import EarlyExit
 from slimformer.methods.fisher import Fisher
-from slimformer.methods.fixed_attention import FixedAttention, cheapest, damages, open_sites, own_answers
+from slimformer.methods.fixed_attention import FixedAttention, cheapest, damages, open_sites
 from slimformer.methods.low_rank import LowRankFactors
 from slimformer.methods.shared_layers import SharedLayers
 from slimformer.methods.word_elimination import WordElimination
@@ -370,7 +370,7 @@ def test_damage_is_that_of_models_that_were_really_changed_and_progress_is_told(
 
     context = replace(tiny_context(), track=track)
     batches = list(context.batches(8))
-    answers, chosen = own_answers(context, batches), {("encoder.0.heads", 2): "end"}
+    answers, chosen = context.answers(batches), {("encoder.0.heads", 2): "end"}
     before = context.model(**batch(context.model)).logits
     found = damages(context, open_sites(context.anatomy, (1, 2)), ("previous", "left"), chosen, batches, answers)
     assert torch.equal(context.model(**batch(context.model)).logits, before)

@@ -14,7 +14,7 @@ from toy_task import context, fit, rows, with_model
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
 from slimformer.errors import RecipeError
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.log import Log
 from slimformer.methods._ranking import highest
 from slimformer.methods.base import Method, Progress, State
@@ -266,6 +266,26 @@ def test_second_order_keeps_what_the_loss_feels():
         kept[score] = masks_of(state)[value][:, 5].float().mean().item()
         state.close()
     assert kept == {"magnitude": 1.0, "fisher": 0.0}
+
+
+def test_labels_of_each_word_are_read_beside_padding():
+    from slimformer.methods.knowledge_sparse import _gradients
+
+    class Tags:
+        def loss(self, output, batch):
+            return torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
+
+    model = tiny("bert", auto_class="AutoModelForTokenClassification")
+    inputs = batch(model, rows=3, seq=6)
+    lengths = inputs["attention_mask"].sum(1)
+    assert len(lengths.unique()) > 1
+    inputs["labels"] = torch.randint(0, 3, (3, 6)).masked_fill(inputs["attention_mask"] == 0, -100)
+    around = dataclasses.replace(tiny_context(), subject=subject_of(model), task=Tags())
+    weight = model.bert.encoder.layer[0].intermediate.dense.weight
+    for row, (found,) in enumerate(_gradients(around, [weight], [inputs])):
+        alone = {name: value[row : row + 1, : lengths[row]] for name, value in inputs.items()}
+        loss = Tags().loss(model(input_ids=alone["input_ids"]), alone)
+        torch.testing.assert_close(found, torch.autograd.grad(loss, weight)[0], atol=1e-6, rtol=1e-4)
 
 
 def test_fisher_is_measured_as_often_as_asked(monkeypatch):

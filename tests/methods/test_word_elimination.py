@@ -311,13 +311,16 @@ def test_files_give_the_numbers_of_the_model(case, tmp_path):
     assert made[Variant.FUSED].max_difference < 1e-4
     assert all("words leave at 2 layers" in artifact.notes for artifact in made.values())
     others = arrays(small, ((16, 13),))[0]
+    if auto_class is not None:  # where the head reads the first word alone, padding cannot stand before it
+        others["attention_mask"][-4:, :2] = 0
     with torch.no_grad():
         expected = small(**{name: torch.from_numpy(values) for name, values in others.items()})
     for variant in (Variant.FLOAT, Variant.FUSED):
         session = onnxruntime.InferenceSession(made[variant].path)
         feed = {item.name: others.get(item.name, np.zeros_like(others["input_ids"])) for item in session.get_inputs()}
         for name, got in zip(outputs, session.run(list(outputs), feed), strict=True):
-            np.testing.assert_allclose(got, expected[name].numpy(), atol=2e-4)
+            there = others["attention_mask"] > 0 if got.shape[:2] == (16, 13) else np.full(16, fill_value=True)
+            np.testing.assert_allclose(got[there], expected[name].numpy()[there], atol=2e-4)
 
 
 @pytest.mark.slow

@@ -103,6 +103,21 @@ def test_a_file_of_another_tool_gives_its_logits(
     assert caplog.text.count(told) == 1 or not told
 
 
+def test_answers_for_words_that_were_filled_up_are_cut_off(tmp_path: Path) -> None:
+    export(tmp_path)
+    table = np.array(list(WEIGHTS.values()), dtype=np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "input_ids"], ["logits"])],
+        "tagger",
+        [helper.make_tensor_value_info(name, INT64, ["batch", 8]) for name in ("input_ids", "attention_mask")],
+        [helper.make_tensor_value_info("logits", FLOAT, ["batch", 8, 2])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    file = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
+    np.testing.assert_allclose(OnnxRuntime().load(file, 1)(INPUTS)["logits"], table[INPUTS["input_ids"]])
+
+
 @pytest.mark.parametrize(
     ("model_type", "expected"), [("bert", [[3, 6], [5, 4], [5, 4]]), ("roberta", [[3 + 3, 9], [8, 7], [5, 4]])]
 )

@@ -37,6 +37,8 @@ def test_onnx_runtime_gives_the_outputs_by_name(tmp_path: Path, threads: int) ->
     outputs = runtime.load(tmp_path / "model.onnx", threads)(INPUTS)
     assert list(outputs) == ["logits"]
     np.testing.assert_allclose(outputs["logits"], LOGITS)
+    bare = {"input_ids": INPUTS["input_ids"][1:]}  # no mask: all words are there
+    np.testing.assert_allclose(runtime.load(tmp_path / "model.onnx", threads)(bare)["logits"], LOGITS[1:])
 
 
 def test_onnx_runtime_is_given_the_threads() -> None:

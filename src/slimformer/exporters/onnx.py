@@ -7,6 +7,7 @@ behind if anything disagrees. docs/decisions/0002-onnx-graphs.md says which grap
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 import onnx_ir
+import torch
 from torch import nn
 
 from slimformer.core.anatomy import PointRole, heads_of
@@ -51,6 +53,7 @@ from slimformer.exporters.base import (
 )
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
+from slimformer.forms.base import forms_in
 from slimformer.hooks.points import quantized_inputs
 from slimformer.quantizing.calibration import Calibration, check_calibration, check_percentile
 
@@ -141,7 +144,8 @@ class Onnx(Exporter):
         if not subject.anatomy.meeting:
             return ()
         tolerance = ONE_CODE if variant in INT8 else self.tolerance
-        return tuple(parts.write_parts(whole, subject, batches, outputs, tolerance).paths.values())
+        written = parts.write_parts(whole, subject, batches, outputs, tolerance, self.one_file_bytes)
+        return tuple(written.paths.values())
 
     def draft(
         self,
@@ -152,6 +156,8 @@ class Onnx(Exporter):
     ) -> Draft:
         if not batches:
             raise ExportError("no batches to check the file with.", help="give export() some real inputs.")
+        if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in model.parameters()):
+            model = copy.deepcopy(model).float()  # files compute in float32, and round from there
         if model.config.is_encoder_decoder:
             return SpeakingDraft(self, model, batches, ranges)
         return OnnxDraft(self, model, batches, outputs, ranges)
@@ -180,7 +186,7 @@ class OnnxDraft(OnnxDrafting):
         self._outputs = (*outputs, *_beside(model, outputs))
         self._scores = scores.activation_of(self.subject)
         self._answers = several.answers_of(self.subject)
-        self._forms = trace.forms_in(model)
+        self._forms = forms_in(model)
         linears = sum(isinstance(module, nn.Linear) for module in model.modules()) - len(self.subject.anatomy.distance_matrices)
         self._factored = sum(len(form.form.products(form.shape)) for form in self._forms.values() if not form.table)
         self._matrices = linears + self._factored

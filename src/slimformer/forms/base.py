@@ -147,6 +147,11 @@ def weight_of(model: nn.Module, reader: str) -> str:
     return f"{path}.{formed.integers[formed.form.reads.index(part)]}"
 
 
+def forms_in(model: nn.Module) -> dict[str, Formed]:
+    """The matrices in another form than a plain one, by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Formed)}
+
+
 def numbers_of(values: Tensor) -> np.ndarray:
     """A tensor as float32 numbers, wherever it lies."""
     return np.asarray(values.detach().float().cpu().numpy())

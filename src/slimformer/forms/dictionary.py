@@ -143,7 +143,7 @@ def centroids(values: Tensor, entries: int) -> Tensor:
     while True:
         codes = nearest_values(flat, found)
         distance = float((flat - found[codes]).abs().sum())
-        if distance >= least:
+        if not distance < least:  # nor with a number that is none
             return best.to(values.dtype)
         best, least = found, distance
         count = torch.bincount(codes, minlength=entries)

@@ -108,7 +108,7 @@ def watching(model: nn.Module, anatomy: Anatomy, site: Site, seen: dict[str, Ten
     assert end.residual is not None
 
     def residual(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[f"{site.id}/r"] = args[0]
+        seen[f"{site.id}/r"] = args[end.place]
 
     def output(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         seen[f"{site.id}/x"], seen[f"{site.id}/y"] = args[0], result

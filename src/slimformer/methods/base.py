@@ -9,7 +9,7 @@ order are refused.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -135,6 +135,12 @@ class Context:
     def anatomy(self) -> Anatomy:
         """What can be cut in it."""
         return self.subject.anatomy
+
+    def answers(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """The outputs of the model as it stands, on each batch."""
+        with self.subject.evaluating(), torch.no_grad():
+            outputs = [self.model(**self.subject.feed(batch)) for batch in batches]
+        return [{name: output[name] for name in self.task.outputs} for output in outputs]
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class FixedAttention(Method):
         """The heads that lose their queries and keys, each with its pattern."""
         anatomy, total = context.anatomy, self.count(context.anatomy)
         batches = list(context.batches(self.examples))
-        answers = own_answers(context, batches)
+        answers = context.answers(batches)
         chosen: dict[Head, Attends] = {}
         for step in range(self.rounds):
             due = -(-total * (step + 1) // self.rounds)
@@ -242,13 +242,6 @@ def patterns_of_heads(anatomy: Anatomy, chosen: Mapping[Head, Attends]) -> dict[
         alone = tuple(Fixed(attends) if place == head else None for place in range(size))
         given[name] = over(given.get(name, (None,) * size), alone)
     return given
-
-
-def own_answers(context: Context, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """The outputs of the model as it stands."""
-    with context.subject.evaluating(), torch.no_grad():
-        outputs = [context.model(**context.subject.feed(batch)) for batch in batches]
-    return [{name: output[name] for name in context.task.outputs} for output in outputs]
 
 
 def _trials(

@@ -333,7 +333,10 @@ def _gradients(context: Context, weights: Sequence[Tensor], batches: Iterable[Ma
             for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
                 one = {name: value[row : row + 1] for name, value in batch.items()}
                 fed = context.subject.feed(one)
-                inputs = {name: value if name.startswith("decoder_") else value[:, :length] for name, value in fed.items()}
+                padded = one["attention_mask"].shape[1]
+                labelled = any(value.shape[1:2] == (padded,) for name, value in one.items() if name not in fed)  # each word
+                width = padded if labelled else length
+                inputs = {name: value if name.startswith("decoder_") else value[:, :width] for name, value in fed.items()}
                 with torch.enable_grad(), context.subject.evaluating():
                     yield list(torch.autograd.grad(context.task.loss(context.model(**inputs), one | inputs), weights))
     finally:

@@ -163,7 +163,7 @@ def one_by_one(
     stay = list(layers)
     yield stay
     batches = list(context.batches(examples))
-    answers = None if all("labels" in batch for batch in batches) else _answers(context, batches)
+    answers = None if all("labels" in batch for batch in batches) else context.answers(batches)
     while len(stay) > len(stacks):
         mates = [[layer for layer in stack if layer in stay] for stack in stacks]
         if decoder_first and len(mates[-1]) > 1:
@@ -207,10 +207,3 @@ def _shut(context: Context, layers: Sequence[int]) -> dict[str, Tensor]:
     """Gates of 0 on all that these layers add."""
     closed = torch.zeros(1, device=context.subject.device)
     return {site.id: closed for site in context.anatomy.of_kind(Kind.SUBLAYER) if site.layer in layers}
-
-
-def _answers(context: Context, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """The outputs of the model as it stands."""
-    with context.subject.evaluating(), torch.no_grad():
-        outputs = [context.model(**context.subject.feed(batch)) for batch in batches]
-    return [{name: output[name] for name in context.task.outputs} for output in outputs]

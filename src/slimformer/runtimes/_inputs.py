@@ -199,7 +199,7 @@ class _Fitted:
             self.width is not None
             and value.ndim > 1
             and value.shape[1] == self.width
-            and self.names.get(name, name) not in ("logits", SENTENCE_VECTOR)
+            and not (value.ndim == 2 and self.names.get(name, name) in ("logits", SENTENCE_VECTOR))
         ):
             value = value[:, :seq]
         return value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
@@ -212,8 +212,9 @@ def _source(port: Port) -> str | None:
 
 
 def _given(inputs: Sequence[Port], batch: Mapping[str, np.ndarray]) -> _Arrays:
-    """The inputs of a file out of a batch, with zeros for token types that it lacks."""
-    return {port.name: batch[port.name] if port.name in batch else np.zeros_like(batch["input_ids"]) for port in inputs}
+    """The inputs of a file out of a batch: all words are there if it does not say which, and token types that it lacks are 0."""
+    ids = batch["input_ids"]
+    return {port.name: batch.get(port.name, np.full_like(ids, port.name == "attention_mask")) for port in inputs}
 
 
 def asked_outputs(outputs: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ import numpy as np
 from slimformer.decoding import Settings
 from slimformer.errors import ExtraError, ModelError
 from slimformer.files import whole_folder
+from slimformer.log import remark
 from slimformer.runtimes._texts import read_tokenizer, settings_of, texts_of
 from slimformer.runtimes.base import Runner, Runtime
 
@@ -72,6 +73,9 @@ class CTranslate2(Runtime):
         pieces = _pieces(tokenizer, 0)
         numbers = {piece: number for number, piece in enumerate(pieces)}
         options = _options(settings, pieces)
+        untold = [name for name in _NOT_TOLD if getattr(settings, name) != getattr(Settings, name)]
+        if untold:
+            remark(f"{home}: CTranslate2 searches without {', '.join(untold)}, which it has no option for.")
 
         def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             ids = inputs["input_ids"]

@@ -18,9 +18,9 @@ from slimformer.exporters._kernels.packing import pack_encoder
 from slimformer.exporters.base import KERNELS_DOMAIN
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
+from slimformer.forms.base import numbers_of
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 OPSET, IR_VERSION = 17, 8
@@ -51,7 +51,7 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
 
     def linear(name: str, source: str, target: str) -> None:
         module = modules[name]
-        constants[f"{name}.weight"], constants[f"{name}.bias"] = (_array(part).T for part in (module.weight, module.bias))
+        constants[f"{name}.weight"], constants[f"{name}.bias"] = (numbers_of(part).T for part in (module.weight, module.bias))
         nodes.append(helper.make_node("MatMul", [source, f"{name}.weight"], [f"{name}.product"]))
         nodes.append(helper.make_node("Add", [f"{name}.product", f"{name}.bias"], [target]))
 
@@ -83,7 +83,7 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         outputs = {SENTENCE_VECTOR: ["batch", "dimension"]}
         nodes += _vector(helper, constants, model)
     elif model.base_model is model:
-        outputs = {"last_hidden_state": [*sizes, model.config.hidden_size]}
+        outputs = {"last_hidden_state": [*sizes, subject_of(model).anatomy.hidden_size]}
         nodes.append(helper.make_node("Identity", ["hidden"], ["last_hidden_state"]))
     else:
         raise ExportError(f"the kernels know no head of {kind}.", help="export standard files, or the base model.")
@@ -128,11 +128,11 @@ def _vector(helper: Any, constants: dict[str, np.ndarray], model: Any) -> list[A
         last = "pooled"
     for place, (layer, facts) in enumerate(zip(model.dense, head.dense, strict=True)):
         name = f"dense.{place}"
-        constants[f"{name}.weight"] = _array(layer.weight).T
+        constants[f"{name}.weight"] = numbers_of(layer.weight).T
         nodes.append(helper.make_node("MatMul", [last, f"{name}.weight"], [f"{name}.product"]))
         last = f"{name}.product"
         if layer.bias is not None:
-            constants[f"{name}.bias"] = _array(layer.bias)
+            constants[f"{name}.bias"] = numbers_of(layer.bias)
             nodes.append(helper.make_node("Add", [last, f"{name}.bias"], [f"{name}.sum"]))
             last = f"{name}.sum"
         nodes.append(helper.make_node(activations[facts.activation], [last], [f"{name}.active"]))
@@ -161,7 +161,3 @@ def _activation(helper: Any, constants: dict[str, np.ndarray], name: str, source
     steps = [("Mul", [source, "root"]), ("Erf", ["gelu0"]), ("Add", ["gelu1", "one"]), ("Mul", ["gelu2", source])]
     nodes = [helper.make_node(kind, inputs, [f"gelu{index}"]) for index, (kind, inputs) in enumerate(steps)]
     return [*nodes, helper.make_node("Mul", ["gelu3", "half"], [target])]
-
-
-def _array(parameter: nn.Parameter) -> np.ndarray:
-    return parameter.detach().float().cpu().numpy()

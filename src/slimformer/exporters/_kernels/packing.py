@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION_PACKED = 1
-FLAG_FIRST_ONLY, FLAG_POSITIONS_BY_MASK = 1, 2
+FLAG_FIRST_ONLY, FLAG_POSITIONS_BY_ID = 1, 2
 CODES_OF_ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "gelu_fast": 3}
 # What a product costs for each weight that is stored, against a dense one, measured on AVX-512 VNNI (docs/decisions/0020-kernels.md):
 # a block of one output loads as much as it computes, and a tile of many inputs does not fit the first cache.
@@ -93,7 +93,7 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
         types=len(types),
         epsilon=modules[norm].eps,
         first_position=config.pad_token_id + 1 if offset else 0,
-        flags=FLAG_FIRST_ONLY * first_only | FLAG_POSITIONS_BY_MASK * offset,
+        flags=FLAG_FIRST_ONLY * first_only | FLAG_POSITIONS_BY_ID * offset,
     )
 
 

@@ -182,7 +182,7 @@ def is_transposed(node: ir.Node) -> bool:
 def classifiers(graph: ir.Graph) -> set[ir.Node]:
     """The products that only outputs read. They stay in float: they are tiny, and they decide.
 
-    What lies behind a norm is the encoder's: a model without a matrix in its head has none.
+    What lies behind a norm is the encoder's, and so is what other products read: a model without a matrix in its head has none.
     """
     every = {product.node for product in products(graph)}
     last: set[ir.Node] = set()
@@ -193,7 +193,8 @@ def classifiers(graph: ir.Graph) -> set[ir.Node]:
             last.add(node)
         elif node is not None and node.op_type != "LayerNormalization":
             todo.extend(value.producer() for value in node.inputs if value is not None)
-    return last
+    inside = {node for product in last for value in product.inputs[:1] for node in ancestors(required(value))}
+    return last - inside
 
 
 def turns(node: ir.Node) -> bool:

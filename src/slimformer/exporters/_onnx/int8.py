@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from slimformer.core.anatomy import SHARED_BIAS
 from slimformer.exporters._onnx.graph import MICROSOFT, Editor, Product, classifiers, constant_of, products, required
 from slimformer.quantizing.calibration import TABLE_ROWS
 
@@ -197,14 +198,19 @@ def quantizable_inputs(graph: ir.Graph, floats: Collection[str] = ()) -> dict[st
 
 
 def int8_embeddings(graph: ir.Graph, coding: WeightCoding = WeightCoding(), rows: int = TABLE_ROWS) -> int:
-    """Stores embedding tables of at least `rows` rows in int8 with a scale per row; gives their number."""
+    """Stores embedding tables of at least `rows` rows in int8 with a scale per row; gives their number.
+
+    Biases for distances stay in float: they are few, and what is added to scores decides.
+    """
     editor = Editor(graph)
     count = 0
     for node in list(graph):
         table = constant_of(node.inputs[0]) if node.op_type == "Gather" else None
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < rows:
             continue
-        name = required(node.inputs[0]).name
+        name = str(required(node.inputs[0]).name)
+        if name.endswith(SHARED_BIAS):
+            continue
         values, scales = quantize_weight(table, 0, coding)
         small = editor.constant(values, np.int8, f"{name}.int8")
         scale = editor.constant(scales[:, None], np.float32, f"{name}.scale")

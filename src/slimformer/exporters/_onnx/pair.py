@@ -20,13 +20,13 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from slimformer.core.anatomy import Skip
+from slimformer.core.anatomy import SHARED_BIAS, Skip
 from slimformer.core.standing import is_skipped
 from slimformer.errors import ExportError
 from slimformer.exporters._onnx.graph import IR_VERSIONS, MICROSOFT, OLDEST_OPSET
 from slimformer.exporters._onnx.rewrite import FORMED, MASKED, TABLE, lower_forms
 from slimformer.families.base import Attention, FeedForward, StackTable, Subject
-from slimformer.forms.base import Formed
+from slimformer.forms.base import Formed, forms_in, numbers_of
 
 GraphPart = Literal["encoder", "first", "next"]
 GRAPH_PARTS: tuple[GraphPart, ...] = ("encoder", "first", "next")
@@ -69,11 +69,6 @@ class Writing:
         return _Writer(self, part).model()
 
 
-def forms_of(model: nn.Module) -> dict[str, Formed]:
-    """Matrices in another form than a plain one, by the names of their modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Formed)}
-
-
 class _Writer:
     """Writes one graph, from its inputs on. Hidden states are (batch, seq, hidden), in a fused encoder (seq, batch, hidden)."""
 
@@ -105,7 +100,7 @@ class _Writer:
             self._encoder()
         else:
             self._decoder()
-        forms = forms_of(self.net)
+        forms = forms_in(self.net)
         here = {node.attributes["module"].as_string() for node in self.nodes if (node.domain, node.op_type) in (FORMED, TABLE)}
         lower_forms(self.nodes, {name: form for name, form in forms.items() if name in here})
         model = ir.Model(self.nodes, ir_version=IR_VERSIONS[OLDEST_OPSET], producer_name="slimformer")
@@ -328,9 +323,9 @@ class _Writer:
 
     def last_bias(self, last: nn.Linear) -> np.ndarray | None:
         """What is added to the scores of all words; None if that is nothing."""
-        bias = np.zeros(last.weight.shape[0], np.float32) if last.bias is None else numbers_in(last.bias)
+        bias = np.zeros(last.weight.shape[0], np.float32) if last.bias is None else numbers_of(last.bias)
         if self.around.last_bias is not None:
-            bias = bias + numbers_in(self.net.get_buffer(self.around.last_bias)).reshape(-1)
+            bias = bias + numbers_of(self.net.get_buffer(self.around.last_bias)).reshape(-1)
         return bias if bias.any() else None
 
     # -- positions, masks, biases
@@ -351,7 +346,7 @@ class _Writer:
         if self.around.positions is None:
             return state
         place = self.around.positions[0 if self.part == "encoder" else 1]
-        rows = numbers_in(self.modules[place].weight)[self.around.first_position :]
+        rows = numbers_of(self.modules[place].weight)[self.around.first_position :]
         begin = self.numbers(0) if said is None else said
         end = length if said is None else self.op("Add", [said, length])
         return self.op(
@@ -399,11 +394,11 @@ class _Writer:
             num_buckets=owner.relative_attention_num_buckets,
             max_distance=owner.relative_attention_max_distance,
         )
-        values = numbers_in(owner.relative_attention_bias.weight)[buckets.cpu().numpy()]  # (distances, heads)
+        values = numbers_of(owner.relative_attention_bias.weight)[buckets.cpu().numpy()]  # (distances, heads)
         ends = (self.constant(np.int64(end), "constant") for end in (low, high))
         inside = self.op("Clip", [self.steps(queries, keys), *ends])
         places = self.op("Sub", [inside, self.constant(np.int64(low), "constant")])
-        got = self.op("Gather", [self.constant(values, f"model.{self.part_of_bias}.relative_attention_bias"), places])
+        got = self.op("Gather", [self.constant(values, f"model.{self.part_of_bias}.{SHARED_BIAS}"), places])
         return self.op("Transpose", [got], perm=[2, 0, 1])
 
     @property
@@ -548,7 +543,7 @@ class _Writer:
 
     def parameter(self, name: str, tensor: torch.Tensor, turned: bool = False) -> ir.Value:
         if ("parameter", name) not in self._constants:
-            values = numbers_in(tensor)
+            values = numbers_of(tensor)
             self._constants["parameter", name] = self._initializer(np.ascontiguousarray(values.T) if turned else values, name)
         return self._constants["parameter", name]
 
@@ -564,11 +559,6 @@ class _Writer:
         while unique in self.nodes.initializers:
             unique, count = f"{name}_{count}", count + 1
         return _initializer_of(self.nodes, values, unique)
-
-
-def numbers_in(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's numbers as float32."""
-    return tensor.detach().float().cpu().numpy()
 
 
 # -- Two graphs in one -------------------------------------------------------------------------------------------------------

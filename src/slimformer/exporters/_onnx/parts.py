@@ -145,11 +145,17 @@ class PartFiles:
 
 
 def write_parts(
-    whole: Path, subject: Subject, batches: Sequence[Arrays], outputs: Sequence[str], tolerance: float
+    whole: Path,
+    subject: Subject,
+    batches: Sequence[Arrays],
+    outputs: Sequence[str],
+    tolerance: float,
+    one_file_bytes: int = ONE_FILE_BYTES,
 ) -> PartFiles:
     """Writes the three files of an exported one beside it, and compares them with it on every pair in `batches`.
 
-    `tolerance`: as a share of the largest output. ExportError if they disagree; no file is left behind then.
+    `tolerance`: as a share of the largest output; `one_file_bytes`: as in `Onnx`. ExportError if they disagree; no file is left behind
+    then.
     """
     program, name = ir.load(whole), digest_of(whole)
     paths, made = {part: part_path(whole, part) for part in PARTS}, split(program)
@@ -157,7 +163,7 @@ def write_parts(
         for part, piece in made.items():
             piece.metadata_props[MODEL_DIGEST] = name
             with whole_group(paths[part], [weights_name(paths[part].name)]) as file:
-                save_graph(piece, file, ONE_FILE_BYTES)
+                save_graph(piece, file, one_file_bytes)
         sessions = {part: open_model(path) for part, path in paths.items()}
         worst, rows = check_parts(sessions, open_model(whole), subject, batches, outputs, tolerance)
     except BaseException:

@@ -206,10 +206,8 @@ class _Level:
         else:
             enough = self.node("GreaterOrEqual", [received, self.constant(cut.sieve.threshold, np.float32)])
             movable = self.node("And", [there, self.node("Or", [enough, first])])
-            kept = self.node(
-                "ReduceSum", [self.node("Cast", [movable], to=int(ir.DataType.INT64)), self.constant([1])], keepdims=1
-            )
-            kept = self.node("Max", [kept, self.constant(1)])
+            placed = self.node("Cast", [self.node("Or", [movable, first])], to=int(ir.DataType.INT64))
+            kept = self.node("ReduceSum", [placed, self.constant([1])], keepdims=1)
         worth = self.node("Where", [movable, received, self.constant(-1.0, np.float32)])
         worth = self.node("Where", [first, self.constant(FIRST, np.float32), worth])
         most = self.node("Reshape", [self.node("ReduceMax", [kept], keepdims=0), self.constant([1])])
@@ -218,7 +216,9 @@ class _Level:
         self.flat.graph.append(top)
         columns = top.outputs[1]
         place = self.node("Range", [self.constant(0), self.node("Squeeze", [most]), self.constant(1)])
-        left = self.node("Cast", [self.node("Less", [place, kept])], to=int(ir.DataType.INT64))
+        # the first column has the first place even if it is padding, and stays padding there
+        left = self.node("And", [self.node("Less", [place, kept]), self.node("GatherElements", [there, columns], axis=1)])
+        left = self.node("Cast", [left], to=int(ir.DataType.INT64))
         inputs = {
             name: left if name == MASK else self.node("GatherElements", [value, columns], axis=1)
             for name, value in self.inputs.items()

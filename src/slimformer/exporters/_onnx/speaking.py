@@ -34,13 +34,13 @@ from slimformer.exporters._onnx.pair import (
     MASK,
     GraphPart,
     Writing,
-    forms_of,
     merge,
 )
 from slimformer.exporters._onnx.storing import open_graph, open_model, save_graph, weights_name
 from slimformer.exporters.base import Arrays, Artifact, Variant, files_of
 from slimformer.families.base import subject_of
 from slimformer.files import whole_group
+from slimformer.forms.base import forms_in
 from slimformer.hooks.points import quantized_inputs
 from slimformer.quantizing.calibration import TABLE_ROWS
 
@@ -78,7 +78,7 @@ class SpeakingDraft(OnnxDrafting):
         self.subject = subject_of(model)
         self.batches = [_inputs(batch) for batch in batches]
         self.subject.family.surroundings(model)
-        self._forms = forms_of(model)
+        self._forms = forms_in(model)
         with self.subject.evaluating():
             self.reference = [self._said(batch) for batch in self.batches]
         self._written: dict[tuple[bool, frozenset[str]], _Graphs] = {}

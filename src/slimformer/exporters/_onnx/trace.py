@@ -30,7 +30,7 @@ from slimformer.exporters._onnx.parity import FILLING, REPORT, exit_output
 from slimformer.exporters._onnx.rewrite import ATTENTION, DISTANT, FORMED, PATTERN, RECURRENT, TABLE, TURNED
 from slimformer.exporters._onnx.sieves import END, before_name, state_name
 from slimformer.families.base import Subject
-from slimformer.forms.base import Formed
+from slimformer.forms.base import Formed, forms_in
 from slimformer.students.recurrent import Recurrent
 
 if TYPE_CHECKING:
@@ -151,11 +151,6 @@ def _seen_cuts(subject: Subject) -> Iterator[dict[str, Any]]:
             last = model.get_submodule(anatomy.layers[-1])
             stack.callback(last.register_forward_hook(lambda _, __, output: note(END, output), prepend=True).remove)
         yield seen
-
-
-def forms_in(model: nn.Module) -> dict[str, Formed]:
-    """The matrices in another form than a plain one, by the names of their modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Formed)}
 
 
 def recurrent_in(model: nn.Module) -> list[Recurrent]:
