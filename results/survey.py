@@ -479,7 +479,9 @@ ROWS = (
             claim,
             lambda passes, options=options: (  # type: ignore[misc]
                 Train(
-                    methods=(EarlyExit(max_loss=0.5, lr=5e-4, layers=(2, 3, 4), **options),), lr=4e-5, epochs=min(3.0, passes)
+                    methods=(EarlyExit(**{"max_loss": 0.5, "lr": 5e-4, "layers": (2, 3, 4), **options}),),
+                    lr=4e-5,
+                    epochs=min(3.0, passes),
                 ),
             ),
             ablation=True,
@@ -487,6 +489,7 @@ ROWS = (
         for name, claim, options in (
             ("early_exit-three", "the same with exits behind three layers alone, each of one matrix", {"head": "linear"}),
             ("early_exit-three-poolers", "the same with poolers, and a threshold for each exit", {"thresholds": "each"}),
+            ("early_exit-three-strict", "that, with half of the loss allowed", {"thresholds": "each", "max_loss": 0.25}),
         )
     ),
     Row(
