@@ -238,7 +238,7 @@ def test_a_task_of_a_third_party_brings_its_options(call: Call, name: str) -> No
     assert code == 0
     assert max(map(len, shown.splitlines())) <= 80
     text = " ".join(shown.split())
-    assert "Words of a review (films)." in text
+    assert "Words of a review; 5 by default (films)." in text
     assert "--by <text> Whose reviews: all or some (films)." in text
     assert "films/short" in text
     assert cli._task({"--task": "films/short", "--by": "some"}) == registry.find("tasks", "films")(

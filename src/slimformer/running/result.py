@@ -190,7 +190,7 @@ class Result:
         inner = [self.out / MODEL_FOLDER / name for name in checkpoint.OWN_FILES]
         whole = [*named, *(part_path(file, part) for file in named for part in PARTS)]
         models = [part for file in whole for part in files_of(file)]
-        steps = [file for name in _STEPS for file in self.out.glob(name)]
+        steps = [file for name in _STEPS for folder in (self.out, self.out / MODEL_FOLDER) for file in folder.glob(name)]
         return tuple(sorted({file for file in (*beside, *inner, *models, *steps) if file.is_file()}))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
