@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
-MODELS = ("6x384", "12x384", "24x384", "6x768", "12x768", "12x1024", "24x1024")  # layers x width
+MODELS = ("6x384", "12x384", "24x384", "6x768", "12x768", "24x1024")  # layers x width
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
 KINDS = ("sentences with labels", "texts without labels")
 WORDS = 22  # of the longest text

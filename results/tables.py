@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 
 import generation
@@ -285,6 +286,11 @@ def main(arguments: Sequence[str]) -> int:
         loads.PAGE: placed(loads.PAGE.read_text(encoding="utf-8"), loads.load_table(), "load"),
         ordeals.RELIABILITY: placed(ordeals.RELIABILITY.read_text(encoding="utf-8"), ordeals.ordeal_table(), "gauntlet"),
         ordeals.CLUSTER: placed(ordeals.CLUSTER.read_text(encoding="utf-8"), ordeals.cluster_table(), "cluster"),
+        ordeals.SCALING: reduce(
+            lambda text, part: placed(text, ordeals.SCALING_PARTS[part](), part),
+            ordeals.SCALING_PARTS,
+            ordeals.SCALING.read_text(encoding="utf-8"),
+        ),
     }
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

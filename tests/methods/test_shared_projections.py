@@ -360,7 +360,7 @@ def test_the_word_table_is_compared_with_what_the_teacher_has_for_each_piece(
 
 def test_a_trial_times_the_teacher_on_the_same_texts_in_its_own_pieces(bundle: Bundle) -> None:
     judge = Judge(bundle.material, {}, Reference(1.0, None), 1, None, Log(None, quiet=True), bundle.read)  # type: ignore[arg-type]
-    for place in judge._places(("int8", "teacher")):
+    for place in judge._places({"int8": bundle.material, "teacher": bundle.read}):
         ours, theirs = place["int8"], place["teacher"]
         assert ours.sizes == theirs.sizes
         assert ours.tokens > theirs.tokens

@@ -64,7 +64,10 @@ class Stage(ABC):
 
     def digest(self) -> str:
         """Names the stage and all its options; of `files` only that there are some, because they count by what they hold."""
-        return f"{type(self).__name__}:{self!r}"
+        return f"{type(self).__name__}:{self._without_paths()!r}"
+
+    def _without_paths(self) -> Stage:
+        return self
 
 
 @final
@@ -153,9 +156,9 @@ class Train(Stage):
         text = None if self.text == TASK_TEXT else self.text
         return tuple(Path(name) for name in (text, self.augment_model) if name is not None)
 
-    def digest(self) -> str:
+    def _without_paths(self) -> Train:
         text = self.text if self.text in (None, TASK_TEXT) else _SOME_FILE
-        return Stage.digest(replace(self, text=text, augment_model=self.augment_model and _SOME_FILE))
+        return replace(self, text=text, augment_model=self.augment_model and _SOME_FILE)
 
     @property
     def loss_weight(self) -> float:
@@ -248,8 +251,8 @@ class TrimVocabulary(Stage):
     def files(self) -> tuple[Path, ...]:
         return () if self.text is None else (Path(self.text),)
 
-    def digest(self) -> str:
-        return Stage.digest(replace(self, text=self.text and _SOME_FILE))
+    def _without_paths(self) -> TrimVocabulary:
+        return replace(self, text=self.text and _SOME_FILE)
 
 
 @dataclass(frozen=True)
