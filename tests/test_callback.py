@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import slimformer
-from slimformer import Plan, SlimCallback, load, load_plan
-from slimformer.errors import RecipeError
+from slimformer import Plan, SlimCallback, load, load_plan, registry
+from slimformer.errors import RecipeError, SlimformerError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.gating import gated
 from slimformer.methods import Distillation, Fisher, Gates, GroupLasso, Movement, Quantization
@@ -222,6 +223,31 @@ def test_an_own_loss_may_add_them(tmp_path: Path) -> None:
     job.compute_loss_func = own
     job.train()
     assert slim.plan.keep
+
+
+def training_methods() -> list[str]:
+    """All methods of training stages that are installed and need no option."""
+    found = []
+    for name in registry.names("methods"):
+        with suppress(RecipeError):
+            found += [name] * (not registry.find("methods", name)().effects().one_shot)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", training_methods())
+def test_each_method_that_trains_ends_with_a_model_or_says_what_it_needs(name: str, tmp_path: Path) -> None:
+    model, slim = tiny("bert"), SlimCallback(registry.find("methods", name)(), teacher=tiny("bert", seed=1))
+    try:
+        trainer(model, tmp_path, slim).train()
+    except SlimformerError as error:
+        assert error.help
+        slim.close()
+    else:
+        assert slim.model is not None
+        slim.save(tmp_path / "small", tokenizer())
+        assert load(tmp_path / "small").config.model_type == "bert"
+    assert hooks_of(model) == []
 
 
 @pytest.mark.slow
