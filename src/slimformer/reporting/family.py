@@ -304,17 +304,17 @@ def _row(record: Record, point: FamilyPoint | None, base: Record) -> tuple[str, 
     speeds = (point.predicted, point.predicted_1) if point else (None, None)
     cells: list[str] = []
     for batch, predicted, error in zip((32, 1), speeds, _both_errors(point), strict=True):
-        cells += (*_expected(record, base, batch, predicted), percent_text(error, NONE))
+        cells += (_expected(record, base, batch, predicted), percent_text(error, NONE))
     return style, point.folder if point else "", (name,), (*figures[:5], *cells)
 
 
-def _expected(record: Record, base: Record, batch: int, predicted: float | None) -> tuple[str, str]:
+def _expected(record: Record, base: Record, batch: int, predicted: float | None) -> str:
     """Milliseconds of a text at a batch size, by a predicted speed and as measured, both over the dense model's time."""
     dense = next((timing.p50_ms for timing in base.timings if (timing.batch_size == 1) == (batch == 1)), None)
     speed = record.times_faster(batch)
     if not dense or not predicted or not speed:
-        return NONE, NONE
-    return f"{dense / predicted:.3g}", f"{dense / speed.median:.3g}"
+        return NONE
+    return " / ".join(f"{ms:.3g}" if ms >= 1 else f"{ms:.2g}" for ms in (dense / predicted, dense / speed.median))
 
 
 def family_figure(family: ModelFamily) -> Figure:
