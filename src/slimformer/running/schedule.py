@@ -104,7 +104,7 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, *aims: float) -> dict[Part, f
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
     trial = timing(sizes.validation_tokens, pace, diet.trial_seconds)
     contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + trial  # it may be delivered
-    short = 6 * (trace / 2 + 0.7) + 8.0  # models of a few sublayers, traced, written and timed
+    short = 6 * (trace / 2 + 0.7) + 12.0  # models of a few sublayers, traced, written and timed at both batches
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
         Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + min(10.0, trial),
