@@ -95,7 +95,7 @@ def model_table() -> str:
     phases = list(models[0]["seconds"])
     rows = [
         (
-            row["model"].replace("x", " layers, width "),
+            row["model"].replace("x", " × "),
             f"{row['params'] / 1e6:.0f} M",
             f"{row['macs'] / 1e9:.2f} G",
             *(f"{row['seconds'][phase]:.3g}" for phase in phases),
@@ -110,7 +110,7 @@ def model_table() -> str:
         f"{exponent([row['params'] for row in models], [row[key] for row in models]):.2f}"
         for key in ("training_gib", "peak_gib")
     ]
-    head = ("model", "parameters", "MACs a row", *(f"{phase}, s" for phase in phases), "GiB, training", "GiB, all")
+    head = ("layers × width", "parameters", "MACs a row", *(f"{phase}, s" for phase in phases), "GiB, training", "GiB, all")
     return "\n".join((*table(head, [*rows, tuple(slopes)]), "", _circumstances(models[0])))
 
 
