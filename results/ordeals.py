@@ -152,12 +152,10 @@ def foretold() -> str:
         bullets(
             (
                 f"The teacher's pass takes {teacher:,.0f} hours of such a machine, the student's {training:,.0f} at full size; a cut one "
-                f"takes its share of the operations. Shared out evenly by accelerate's data parallelism these are, in hours, "
-                f"{listed(hours)} "
-                "such machines.",
+                "takes its share of the operations. Shared out evenly by accelerate's data parallelism these are, in hours, "
+                f"{listed(hours)} such machines.",
                 f"A classifier's outputs fit anywhere. The hidden states of one layer would take {hidden:,.0f} TB, far above what is "
-                "kept, "
-                "so that the teacher runs beside the student.",
+                "kept, so that the teacher runs beside the student.",
                 "Memory does not grow with texts that are streamed. A table of a hundred million rows is read whole, and does not fit: "
                 "give a part of it.",
             )

@@ -173,7 +173,8 @@ def test_a_folder_whose_removal_is_killed_is_gone_all_the_same(tmp_path, monkeyp
         patch.setattr("shutil.rmtree", kill)
         remove_folder(tmp_path / "work")
     assert not (tmp_path / "work").exists()
-    remove_folder(tmp_path / "work")  # nothing to remove
+    remove_folder(tmp_path / "work")  # nothing but what the kill left
+    assert not (tmp_path / ".part-work").exists()
     with claim(tmp_path, "x"):
         assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".part-")] == []
 

@@ -21,7 +21,7 @@ struct sfk_encoder {
   int64_t hidden, head_dim, vocabulary, positions, types;
   int64_t first_position;
   bool first_only;         // only the hidden state of the first column is wanted
-  bool positions_by_id;  // positions count the ids that are no padding, not columns
+  bool positions_by_id;    // positions count the ids that are no padding, not columns
   int activation;
   float epsilon;
   const int8_t* words;       // [vocabulary][hidden]

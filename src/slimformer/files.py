@@ -140,11 +140,11 @@ def remove_parts(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder that must not be met half removed: a kill leaves at most a part, for `remove_parts`."""
+    """Removes a folder that must not be met half removed: a kill leaves at most a part, for `remove_parts` or another call."""
+    gone = folder.with_name(f".part-{folder.name}")
+    if gone.exists():
+        shutil.rmtree(gone, ignore_errors=True)
     if folder.is_dir():
-        gone = folder.with_name(f".part-{folder.name}")
-        if gone.exists():
-            shutil.rmtree(gone, ignore_errors=True)
         folder.replace(gone)
         shutil.rmtree(gone, ignore_errors=True)
 

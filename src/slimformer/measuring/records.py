@@ -245,10 +245,26 @@ class Record:
             >>> record.times_faster(32).median, record.times_faster(1)
             (3.1, None)
         """
-        for timing in self.timings:
-            if (timing.batch_size == 1) == (batch == 1):
-                return self.speed.get(timing.workload)
-        return self.speed.get(SINGLE if batch == 1 else SORTED)
+        timing = self.timing_at(batch)
+        return self.speed.get(timing.workload if timing else SINGLE if batch == 1 else SORTED)
+
+    def timing_at(self, batch: int = 32) -> Timing | None:
+        """The raw times at batch 1 or at the larger batch.
+
+        Args:
+            batch: 1, or any other number for the larger batch.
+
+        Returns:
+            The first such times; None if it was not timed.
+
+        Example:
+            >>> from slimformer import Record
+            >>> from slimformer.measuring.machine import environment
+            >>> about = ("my-bert", "reviews", "dev", "accuracy", {"accuracy": 0.9}, "2026-01-02", environment())
+            >>> Record("int8", "ours", *about).timing_at(1) is None
+            True
+        """
+        return next((timing for timing in self.timings if (timing.batch_size == 1) == (batch == 1)), None)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,10 @@ def write_family(family: ModelFamily) -> None:
     data = {
         "points": [
             asdict(point)
-            | {name: None if error is None else round(error, 1) for name, error in _errors(point).items()}
+            | {
+                name: None if error is None else round(error, 1)
+                for name, error in zip(("error_percent", "error_1_percent"), _errors(point), strict=True)
+            }
             | _figures(family, point)
             for point in family.points
         ],
@@ -184,10 +187,6 @@ def write_family(family: ModelFamily) -> None:
         "levels": family.levels.to_data() if family.levels else None,
     }
     write_text(family.out / FAMILY_FILE, json.dumps(data, indent=1) + "\n")
-
-
-def _errors(point: FamilyPoint) -> dict[str, float | None]:
-    return {"error_percent": point.error, "error_1_percent": point.error_1}
 
 
 def _figures(family: ModelFamily, point: FamilyPoint) -> dict[str, Any]:
@@ -246,12 +245,12 @@ def draw_family(family: ModelFamily) -> Table:
             mb_text(record.size_bytes),
             f"{large.median:.2f}" if large else "",
             f"{single.median:.2f}" if single else "",
-            *(percent_text(error, "") for error in _both_errors(point)),
+            *(percent_text(error, "") for error in _errors(point)),
         )
     return table
 
 
-def _both_errors(point: FamilyPoint | None) -> tuple[float | None, float | None]:
+def _errors(point: FamilyPoint | None) -> tuple[float | None, float | None]:
     """Of the times at batch 32 and at batch 1."""
     return (None, None) if point is None else (point.error, point.error_1)
 
@@ -303,18 +302,18 @@ def _row(record: Record, point: FamilyPoint | None, base: Record) -> tuple[str, 
     name, _, *figures = cells_of(record)
     speeds = (point.predicted, point.predicted_1) if point else (None, None)
     cells: list[str] = []
-    for batch, predicted, error in zip((32, 1), speeds, _both_errors(point), strict=True):
+    for batch, predicted, error in zip((32, 1), speeds, _errors(point), strict=True):
         cells += (_expected(record, base, batch, predicted), percent_text(error, NONE))
     return style, point.folder if point else "", (name,), (*figures[:5], *cells)
 
 
 def _expected(record: Record, base: Record, batch: int, predicted: float | None) -> str:
     """Milliseconds of a text at a batch size, by a predicted speed and as measured, both over the dense model's time."""
-    dense = next((timing.p50_ms for timing in base.timings if (timing.batch_size == 1) == (batch == 1)), None)
-    speed = record.times_faster(batch)
+    dense, speed = base.timing_at(batch), record.times_faster(batch)
     if not dense or not predicted or not speed:
         return NONE
-    return " / ".join(f"{ms:.3g}" if ms >= 1 else f"{ms:.2g}" for ms in (dense / predicted, dense / speed.median))
+    times = (dense.p50_ms / faster for faster in (predicted, speed.median))
+    return " / ".join(f"{ms:.3g}" if ms >= 1 else f"{ms:.2g}" for ms in times)
 
 
 def family_figure(family: ModelFamily) -> Figure:

@@ -210,10 +210,8 @@ def cells_of(record: Record) -> tuple[str, ...]:
         return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else NONE
 
     def spent(batch: int) -> str:
-        for timing in record.timings:
-            if (timing.batch_size == 1) == (batch == 1):
-                return f"{timing.p50_ms:.2f} / {timing.p95_ms:.2f}"
-        return NONE
+        timing = record.timing_at(batch)
+        return f"{timing.p50_ms:.2f} / {timing.p95_ms:.2f}" if timing else NONE
 
     loss = f"{signed(record.loss.value)} ({interval_text(record.loss)})" if record.loss else NONE
     return (

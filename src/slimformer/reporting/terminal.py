@@ -59,7 +59,7 @@ def draw_table(records: Sequence[Record], title: str = "") -> Table:
 def _cells(record: Record) -> tuple[str, ...]:
     """All but the name."""
     large, single = record.times_faster(32), record.times_faster(1)
-    times = [timing.p50_ms for timing in record.timings if timing.batch_size > 1]
+    timing = record.timing_at(32)
     loss = record.loss
     return (
         f"{record.score:.4f}",
@@ -67,7 +67,7 @@ def _cells(record: Record) -> tuple[str, ...]:
         mb_text(record.size_bytes),
         f"{large.median:.2f}" if large else "",
         f"{single.median:.2f}" if single else "",
-        f"{times[0]:.2f}" if times else "",
+        f"{timing.p50_ms:.2f}" if timing else "",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from slimformer.measuring.records import Interval, Record, Standing
-from slimformer.measuring.timing import Ratio, Timing, ratio
+from slimformer.measuring.timing import Ratio, ratio
 from slimformer.reporting.words import MEGABYTE, interval_text, lost_text, points_text, times_text
 from slimformer.tasks._unlabelled import AGREEMENTS
 
@@ -76,7 +76,7 @@ def likely_speed(record: Record) -> Ratio | None:
 
 def rounds_of(record: Record) -> int:
     """How many rounds a record's speed at batch 32 was taken from."""
-    timing = _larger_batch(record)
+    timing = record.timing_at(32)
     return timing.rounds if timing else 0
 
 
@@ -334,7 +334,7 @@ class _Difference:
 
 
 def _speeds(ours: Record, rival: Record) -> _Difference | None:
-    mine, other = _larger_batch(ours), _larger_batch(rival)
+    mine, other = ours.timing_at(32), rival.timing_at(32)
     if mine is None or other is None or (ours.baseline, ours.run) != (rival.baseline, rival.run):
         return None
     try:
@@ -346,10 +346,6 @@ def _speeds(ours: Record, rival: Record) -> _Difference | None:
     if speed.high < 1:
         return _Difference(-1, f"slower ({speed.median:.2f} times its speed)")
     return _Difference(0, f"equally fast within the spread of the rounds ({speed.median:.2f} times its speed)")
-
-
-def _larger_batch(record: Record) -> Timing | None:
-    return next((timing for timing in record.timings if timing.batch_size > 1), None)
 
 
 def _qualities(ours: Record, rival: Record) -> _Difference | None:

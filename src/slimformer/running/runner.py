@@ -22,7 +22,6 @@ from slimformer.files import (
     owned_purpose,
     refuse_other_purpose,
     remove_folder,
-    remove_parts,
 )
 from slimformer.log import Log
 from slimformer.measuring.latency import Levels
@@ -205,7 +204,7 @@ def is_done(folder: Path, purpose: str, options: Mapping[str, Any], task: Task, 
                 facts=facts,
                 help="choose another --out for this one, or delete the folder to start over.",
             )
-    remove_parts(folder)  # of a run that was killed while it removed its last files
+    remove_folder(folder / WORK)  # of a run that was killed while it did so
     (log or Log(None)).say(f"{folder} is finished already, and this is its result; choose another --out to run it anew.")
     return True
 

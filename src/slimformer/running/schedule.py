@@ -18,6 +18,7 @@ from pathlib import Path
 from slimformer.errors import RecipeError
 from slimformer.files import remembered, write_text
 from slimformer.log import Log
+from slimformer.measuring.latency import SECONDS, SINGLE_SECONDS
 from slimformer.running.stages import Clock
 
 FEWEST_STEPS = 60  # a stage that trains less teaches nothing
@@ -104,7 +105,7 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, *aims: float) -> dict[Part, f
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
     trial = timing(sizes.validation_tokens, pace, diet.trial_seconds)
     contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + trial  # it may be delivered
-    short = 6 * (trace / 2 + 0.7) + 12.0  # models of a few sublayers, traced, written and timed at both batches
+    short = 6 * (trace / 2 + 0.7) + SECONDS + SINGLE_SECONDS  # models of a few sublayers, traced, written and timed
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
         Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + min(10.0, trial),
