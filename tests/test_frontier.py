@@ -27,6 +27,7 @@ from slimformer.errors import ModelError, RecipeError
 from slimformer.exporters.base import Variant
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Interval, Record, Standing
+from slimformer.registry import name_of
 from slimformer.reporting.family import FamilyPoint, HeldResult, ModelFamily, draw_family, read_family
 from slimformer.reporting.ledger import read_records
 from slimformer.reporting.verdicts import dominator
@@ -118,17 +119,20 @@ def test_the_error_is_that_of_the_time() -> None:
         ("4,2", "the speeds must rise, and 2 comes after 4."),
         ("2,2", "the speeds must rise, and 2 comes after 2."),
         ("0.5,2", "a speed must be above 1 and at most 100, not 0.5."),
+        ("2 --megabytes 5,8", "the sizes must fall, and 8 comes after 5."),
+        ("2 --megabytes 0", "a file must have from 0.001 to 1,000,000 megabytes, not 0."),
+        ("2 --megabytes small", "--megabytes must be numbers with commas between them, not 'small'."),
         ("2,nan", "a speed must be above 1 and at most 100, not nan."),
         ("2,many", "--speedups must be numbers with commas between them, not '2,many'."),
         (",", "no speeds are named."),
     ],
 )
-def test_bad_speeds_are_refused_in_one_line(
+def test_bad_speeds_and_sizes_are_refused_in_one_line(
     call: Callable[..., tuple[int, str, str]], tmp_path: Path, speedups: str, words: str
 ) -> None:
     write_model(tmp_path / "model", trained=False)
     status, _, errors = call(
-        "frontier", tmp_path / "model", "--data", tmp_path, "--speedups", speedups, "--out", tmp_path / "out"
+        "frontier", tmp_path / "model", "--data", tmp_path, "--speedups", *speedups.split(), "--out", tmp_path / "out"
     )
     assert status == 2
     assert errors.splitlines()[0] == f"RecipeError: {words}"
@@ -161,6 +165,7 @@ LEVELS = Levels(
     neurons={16: 0.004, 32: 0.006, 64: 0.012},
     single=Levels(fixed_ms=0.1, dense_fp32_ms=0.4, heads={1: 0.02, 2: 0.02, 4: 0.025}, neurons={16: 0.02, 32: 0.02, 64: 0.025}),
 )
+SIZES = "9,0.04,0.027,0.001"  # megabytes
 SPEEDS = {Variant.INT8_FUSED: 2.1, Variant.INT8_STATIC: 1.3, Variant.INT8_DYNAMIC: 1.4}  # on held examples, of any model
 COMMAND = (
     *(
@@ -171,6 +176,8 @@ COMMAND = (
         "data",
         "--speedups",
         "1.5,2.5,3.2,50",
+        "--megabytes",
+        SIZES,
         "--max-loss",
         "100",
         "--epochs",
@@ -189,7 +196,10 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
         return [replace(trial, speed_32=SPEEDS.get(Variant(trial.variant), 1.0)) for trial in trials]
 
     def uncut_is_needless(row: Record, others: tuple[Record, ...]) -> Record | None:
-        return next(other for other in others if other.role == Standing.TEACHER_INT8) if row.name.startswith("uncut") else None
+        int8 = (
+            other for other in others if other.role == Standing.TEACHER_INT8
+        )  # too large to make a model for a size needless
+        return next(int8, None) if row.name.startswith(("uncut", "0.027MB")) else None
 
     patch.setattr(Judge, "try_out", try_out)
     patch.setattr(frontier, "dominator", uncut_is_needless)
@@ -258,7 +268,8 @@ def test_a_stopped_family_goes_on_at_its_level(made: Made) -> None:
     assert lines.count("stage 1 (calibrate) is done already; going on from it.") == 2
     assert lines.count("stage 1 (train) is done already; going on from it.") == 2
     assert len(events(made.out, "augmenting")) == 0
-    assert sum(line.startswith("plan: cut to 1.5, 2.5, 3.2 and 50 times the speed, distil each for") for line in lines) == 1
+    plan = "plan: cut to 1.5, 2.5, 3.2 and 50 times the speed, and to 9, 0.04, 0.027 and 0.001 megabytes, distil each for"
+    assert sum(line.startswith(plan) for line in lines) == 1
     assert not (made.out / "work").exists()
 
 
@@ -279,7 +290,8 @@ def test_each_level_is_cut_from_the_one_before(made: Made) -> None:
 
 @pytest.mark.slow
 def test_every_model_lies_whole_in_its_folder(made: Made) -> None:
-    for name, rivals in (("2.5x", {"small-dense"}), ("3.2x", {"small-dense"}), ("2-layers", {"cut"})):
+    own = {"2.5x": {"small-dense"}, "3.2x": {"small-dense"}, "0.027MB": {"small-dense"}, "2-layers": {"cut"}}
+    for name, rivals in own.items():
         result = Result.read(made.out / "points" / name)
         assert result.best.is_file()
         assert result.record.name == f"{name} int8"
@@ -289,7 +301,22 @@ def test_every_model_lies_whole_in_its_folder(made: Made) -> None:
         assert result.model.config.num_labels == 2
         card = (result.out / "README.md").read_text(encoding="utf-8")
         assert f"# {name} int8" in card
-    assert sorted(item.name for item in (made.out / "points").iterdir()) == ["2-layers", "2.5x", "3.2x"]  # uncut is needless
+    assert {item.name for item in (made.out / "points").iterdir()} == set(own)  # uncut is needless
+
+
+@pytest.mark.slow
+def test_a_size_is_had_by_codes_and_by_a_cut_of_the_smallest_model(made: Made) -> None:
+    fast, small = (Result.read(made.out / "points" / name) for name in ("3.2x", "0.027MB"))
+    assert small.best.stat().st_size <= 27_000 < fast.best.stat().st_size
+    before, after = (read_recipe(result.out / "recipe.yaml").stages for result in (fast, small))
+    assert after[: len(before)] == before
+    cut, codes, lesson = after[len(before) :]
+    assert (cut.method.cost, name_of(codes.method)) == ("parameters", "codebook")  # type: ignore[attr-defined]
+    assert lesson == replace(before[-1], freeze="nothing")
+    lines = said(made.out)
+    assert "there is no model for 9MB: uncut has 61 kB already." in lines
+    assert "there is no model for 0.04MB: 3.2x has 28 kB already." in lines
+    assert "there is no model for 0.001MB: with every layer cut, the file would have 24 kB." in lines
 
 
 @pytest.mark.slow
@@ -299,13 +326,13 @@ def test_the_page_shows_every_model_and_leads_to_each(made: Made) -> None:
     text = " ".join(found.text.split())
     for name in ("dense fp32", "dense int8", "uncut int8", "2.5x int8", "3.2x int8", "2-layers int8"):
         assert name in text
-    links = {link.removeprefix("href=") for link in found.outside}
-    assert links == {f"points/{name}/{file}" for name in ("2.5x", "3.2x", "2-layers") for file in ("report.html", "README.md")}
+    links, names = {link.removeprefix("href=") for link in found.outside}, ("2.5x", "3.2x", "0.027MB", "2-layers")
+    assert links == {f"points/{name}/{file}" for name in names for file in ("report.html", "README.md")}
     assert all((made.out / link).is_file() for link in links)
     html = page.read_text(encoding="utf-8")
     assert html.count('class="m-beaten"') == 2  # uncut, wide and narrow
     assert html.count("<polyline") == 8  # what heads and neurons cost at both batches, wide and narrow
-    assert html.count('class="m-chosen"') == 4
+    assert html.count('class="m-chosen"') == 12  # three models, against speed and against size
     assert "uncut is dropped: dense int8 is" in text
     assert "There is no model for 1.5 times: int8 alone is 2.10 times as fast, and nothing needs to be cut." in text
     assert "There is no model for 50 times: with every layer cut, 4.0 would be the speed." in text
@@ -329,6 +356,7 @@ def test_the_family_is_read_back_from_its_folder(made: Made) -> None:
         ("uncut", None, True),
         ("2.5x", 2.5, False),
         ("3.2x", 3.2, False),
+        ("0.027MB", None, False),
         ("2-layers", None, False),
     ]
     assert all(point.predicted and point.error is not None for point in found.kept)
@@ -343,7 +371,8 @@ def test_the_family_is_read_back_from_its_folder(made: Made) -> None:
     data = json.loads((made.out / "frontier.json").read_text(encoding="utf-8"))
     assert data["picks"] == found.picks
     assert data["points"][1]["speed_32"]["median"] == found.points[1].measured
-    assert draw_family(found).row_count == 6
+    assert found.points[3].megabytes == 0.027
+    assert draw_family(found).row_count == 7
     (made.out / "frontier.json").with_name("broken").mkdir(exist_ok=True)
     with pytest.raises(ModelError, match="holds no family that can be read"):
         read_family(made.out / "broken")

@@ -142,6 +142,10 @@ RateOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option(help="Examples per training step.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+VocabularyOption = Annotated[
+    str,
+    typer.Option(help="'trim' cuts the word table to the pieces that the training texts need; 'whole' leaves it as it is."),
+]
 
 
 def _home(place: Path | None) -> Path | None:
@@ -197,10 +201,7 @@ def compress_command(
             help="Minutes for everything, rivals and the final measurement included; it says what is left out or shortened for it."
         ),
     ] = None,
-    vocabulary: Annotated[
-        str,
-        typer.Option(help="'trim' cuts the word table to the pieces that the training texts need; 'whole' leaves it as it is."),
-    ] = "whole",
+    vocabulary: VocabularyOption = "whole",
     engine: Annotated[
         str,
         typer.Option(help="'kernels' searches for the compiled kernels, which skip zeros; 'onnx' for ONNX Runtime alone."),
@@ -249,6 +250,12 @@ def frontier_command(
     speedups: Annotated[
         str, typer.Option(help="How many times as fast as the dense model in fp32 the models are at batch 32, in rising order.")
     ] = "2,3,4,6,8",
+    megabytes: Annotated[
+        str | None,
+        typer.Option(
+            help="For models that are asked for by their size too: the megabytes of the best file, in falling order. Such as 8,5."
+        ),
+    ] = None,
     max_loss: Annotated[
         float, typer.Option(help="Points of the metric within which models are recommended; all of them are delivered.")
     ] = 1.0,
@@ -264,6 +271,7 @@ def frontier_command(
         float | None,
         typer.Option(help="Minutes for everything; it says what is left out or shortened for it."),
     ] = None,
+    vocabulary: VocabularyOption = "whole",
     latency: Annotated[
         Path | None,
         typer.Option(
@@ -274,7 +282,7 @@ def frontier_command(
     threads: Threads = None,
     wait: Wait = 60.0,
 ) -> None:
-    """Make models of several speeds in one run, each from the one before, and show the curve."""
+    """Make models of several speeds and sizes in one run, each from the one before, and show the curves."""
     _need_train()
     from rich.console import Console
 
@@ -287,6 +295,7 @@ def frontier_command(
         _task(context.obj, model),
         out,
         speedups=_numbers(speedups, "--speedups"),
+        megabytes=_numbers(megabytes or "", "--megabytes"),
         max_loss=max_loss,
         epochs=epochs,
         lr=lr,
@@ -294,6 +303,7 @@ def frontier_command(
         seed=seed,
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
         minutes=minutes,
+        vocabulary=vocabulary,  # type: ignore[arg-type]
         latency=latency,
         command=_command(),
         threads=threads,

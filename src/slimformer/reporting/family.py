@@ -21,7 +21,7 @@ from slimformer.reporting.ledger import FAMILY_FILE, LEDGER, append_record, read
 from slimformer.reporting.page import PAGE, rendered
 from slimformer.reporting.sections import NONE, cells_of
 from slimformer.reporting.svg import Mark, Scatter, draw_scatter
-from slimformer.reporting.verdicts import doubts, slowness
+from slimformer.reporting.verdicts import doubts, megabytes, slowness
 from slimformer.reporting.verdicts import frontier as best_of
 from slimformer.reporting.words import mb_text, plain, points_text, shortened, signed
 
@@ -48,6 +48,7 @@ class FamilyPoint:
         name: What it is called: "4x", "uncut", "3-layers".
         row: The name of the row of its best file.
         aim: The speed that it was made for; None if it was made for none.
+        megabytes: The size of its file that it was made for; None if it was made for none.
         folder: Where it was delivered, in the folder of the family; "" if it was dropped.
         held: What it did on held examples.
         size_bytes: Bytes of its best file.
@@ -71,6 +72,7 @@ class FamilyPoint:
     elsewhere: bool = False
     measured_1: float | None = None
     predicted_1: float | None = None
+    megabytes: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -268,7 +270,7 @@ def percent_text(error: float | None, none: str) -> str:
 
 
 def family_page(family: ModelFamily) -> str:
-    """A self-contained page: the curve, the table, the way to each card, and what was dropped."""
+    """A self-contained page: the curves, the table, the way to each card, and what was dropped."""
     records, points = family.records, {point.row: point for point in family.points}
     first = records[0]
     return rendered(
@@ -279,6 +281,7 @@ def family_page(family: ModelFamily) -> str:
         doubts=doubts(records),
         dropped=family.dropped(),
         figure=family_figure(family),
+        sizes=sizes_figure(family),
         table=levels_figure(family.levels),
         metric=first.metric.replace("_", " "),
         rows=[_row(record, points.get(record.name), first) for record in records],
@@ -330,6 +333,24 @@ def family_figure(family: ModelFamily) -> Figure:
         more_is_right=True,
     )
     return (draw_scatter(scatter, width=760, height=420), draw_scatter(scatter, width=360, height=360))
+
+
+def sizes_figure(family: ModelFamily) -> Figure:
+    """Quality with its interval against the bytes of the file, without what was dropped and the dense model, which is far off."""
+    points = {point.row: point for point in family.points}
+    dropped = {point.row for point in family.points if point.beaten_by}
+    base, *others = family.records
+    known = [record for record in others if record.times_faster(32) and record.size_bytes and record.name not in dropped]
+    if len(known) < 2:
+        return ("", "")
+    scatter = Scatter(
+        marks=[replace(_mark(record, points.get(record.name), base), x=megabytes(record), spread=None) for record in known],
+        front=[(megabytes(record), record.score) for record in best_of(known, megabytes)],
+        x_label="megabytes of the file",
+        y_label=base.metric.replace("_", " "),
+        more_is_right=False,
+    )
+    return (draw_scatter(scatter, width=760, height=320), draw_scatter(scatter, width=360, height=320))
 
 
 def levels_figure(levels: Levels | None) -> tuple[Figure, ...]:

@@ -5,12 +5,17 @@ under a measured budget: Kurtic, Frantar, Alistarh, ZipLM, NeurIPS 2023, section
 the last of them alone, and leave a curve to pick from. All levels learn from the same outputs of the teacher, which are computed once. At
 the end every model, the dense one and the rivals run in one race, and a model that another row makes needless is not delivered.
 
+A model may be asked for by the size of its file, too. Speed and size are had by other means: of a small encoder half of the bytes are the
+word table, which takes no time. So the slowest of the models whose file is small enough once the table is kept as codes gets that table;
+if none is, the fastest is cut further, by what its heads and neurons weigh.
+
 What a level needs is that of `compress` (budgets, lessons, trials, rivals, delivery); here are only the levels and who dominates whom.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimformer import registry
+from slimformer.core.cost import parameters
 from slimformer.errors import RecipeError, TargetError
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
@@ -26,8 +33,8 @@ from slimformer.measuring.latency import Latency, Levels
 from slimformer.measuring.records import Goal, Record, Standing
 from slimformer.measuring.scoring import Measurement
 from slimformer.reporting.family import FamilyPoint, HeldResult, ModelFamily, read_family, write_family
-from slimformer.reporting.verdicts import dominator
-from slimformer.reporting.words import listed
+from slimformer.reporting.verdicts import dominator, megabytes
+from slimformer.reporting.words import MEGABYTE, listed, size_text
 from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, cut_candidate, repeating
 from slimformer.running.delivery import Order, best_file, deliver, fitted_tasks, side_by_side
@@ -43,7 +50,7 @@ from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, 
 from slimformer.running.stages import latency_of, training_of
 from slimformer.running.start import checked_wish, opened
 from slimformer.running.trials import Trial, judge_of
-from slimformer.running.wanted import WAIT_SHARE, Wanted
+from slimformer.running.wanted import WAIT_SHARE, VocabularyChoice, Wanted
 from slimformer.tasks.base import Task, refuse_pretraining
 from slimformer.training.estimate import estimate
 from slimformer.training.processes import shared
@@ -53,6 +60,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPEEDUPS = (2.0, 3.0, 4.0, 6.0, 8.0)
+AIMED = 0.98  # of the bytes that are asked for is aimed at: names, shapes and scales are not counted beforehand
 POINTS = "points"  # the folder of the models, in that of the run
 UNCUT = "uncut"
 WITHIN = 0.5  # points: a faster int8 file may lose so much more than the best one of its model, which held examples hardly tell apart
@@ -67,6 +75,7 @@ def compress_family(
     *,
     tokenizer: Any = None,
     speedups: Sequence[float] = SPEEDUPS,
+    megabytes: Sequence[float] = (),
     max_loss: float = 1.0,
     epochs: float | None = None,
     lr: float | None = None,
@@ -74,6 +83,7 @@ def compress_family(
     seed: int = 17,
     rivals: RivalName | Sequence[RivalName] = RIVALS,
     minutes: float | None = None,
+    vocabulary: VocabularyChoice = "whole",
     latency: Levels | str | Path | None = None,
     log: Log | None = None,
     command: str = "",
@@ -89,6 +99,8 @@ def compress_family(
             returns what a finished one left.
         tokenizer: The tokenizer of a model in memory.
         speedups: How many times as fast as the dense model in fp32 in ONNX Runtime, at batch 32: rising, above 1, at most 100.
+        megabytes: How many megabytes (1,000,000 bytes) the best int8 file has at most, for models that are asked for by their size:
+            falling. The word table of each is kept as codes (`codebook`), and heads and neurons go as far as that needs.
         max_loss: Points of the metric within which models are recommended; those that lose more are delivered too.
         epochs: Epochs of the distillation of each level; by default the size of the data decides.
         lr: The peak learning rate of the distillation; by default the width of the model decides.
@@ -96,6 +108,7 @@ def compress_family(
         seed: The seed of all random numbers.
         rivals: The baselines to measure; "small-dense" trains as long as the model of the middle speed, and is delivered with the others.
         minutes: A budget for everything. Each level gets as many passes as the others.
+        vocabulary: As in `compress`: "trim" cuts the word table of all models to the pieces that the training texts need.
         latency: The latency table of another machine, or its file, as `slimformer bench --levels` writes it there. The speeds are then
             those of that machine, as the table predicts them; what is measured is measured here.
         log: As in `run`, like `command`, `threads` and `wait_seconds`.
@@ -107,9 +120,9 @@ def compress_family(
         The models, and everything that was measured.
 
     Raises:
-        RecipeError: An option is out of range, the speeds do not rise, the latency table cannot be read, or `minutes` are too few; the
-            message says how many would do, and for which speeds they suffice.
-        ModelError: The model cannot be loaded, or does not suit the task.
+        RecipeError: An option is out of range, the speeds do not rise, the sizes do not fall, the latency table cannot be read, or
+            `minutes` are too few; the message says how many would do, and for which speeds they suffice.
+        ModelError: The model cannot be loaded, or does not suit the task, or its word table cannot be kept as codes.
         DataError: The data cannot be read, or do not suit the model.
         TargetError: All speeds are out of reach; the message names the highest possible.
         OutputError: `out` cannot be used, or belongs to another run.
@@ -121,25 +134,25 @@ def compress_family(
         {'fastest at batch 32': '4x', 'fastest at batch 1': '4x', 'smallest file': '4x'}
     """
     began = time.monotonic()
-    aims = rising(speedups)
+    aims, sizes = rising(speedups), falling(megabytes)
     chosen = (rivals,) if isinstance(rivals, str) else tuple(rivals)
     table = read_levels(latency) if isinstance(latency, (str, Path)) else latency
-    wanted = Wanted(aims[0], max_loss, epochs, lr, batch_size, seed, 1, chosen, minutes)
+    wanted = Wanted(aims[0], max_loss, epochs, lr, batch_size, seed, 1, chosen, minutes, vocabulary)
     if minutes is not None:
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * minutes)
     settled = given_task(task)
     refuse_pretraining(settled, "frontier")
     place = Path(out)
     with given_model(model, tokenizer, place) as given, told_model(given, settled, place) as name:
-        purpose = _purpose(name, settled, aims, wanted, table)
+        purpose = _purpose(name, settled, aims, sizes, wanted, table)
         if is_done(place, purpose, {}, settled, log):
             return read_family(place)
-        checked = checked_wish(name, settled, wanted)
+        checked = checked_wish(name, settled, wanted, [Calibrate(codebook())] if sizes else [])
         conditions, wish = Conditions(log, threads, wait_seconds), partial(wish_of, settled, {})
         with open_run(place, purpose, seed, conditions, table, wish) as run:
             with Schedule(run.root, minutes, run.log, began) as schedule:
-                bundle, outline, recipe = opened(checked, wanted, aims, schedule, run)
-                levels = _Levels(bundle, recipe, aims, wanted, outline, schedule, run)
+                bundle, outline, recipe = opened(checked, wanted, aims, schedule, run, sizes)
+                levels = _Levels(bundle, recipe, _levels_of(aims, sizes), wanted, outline, schedule, run)
                 family = _finished(levels, model_name(name), command, place)
                 schedule.compare()
             remove_folder(run.root)
@@ -166,16 +179,59 @@ def rising(speedups: Sequence[float]) -> tuple[float, ...]:
     return tuple(map(float, speedups))
 
 
-def _purpose(model: str, task: Task, aims: Sequence[float], wanted: Wanted, table: Levels | None) -> str:
+def falling(megabytes: Sequence[float]) -> tuple[float, ...]:
+    """The sizes, checked; none may be asked for.
+
+    >>> falling([8, 2.5])
+    (8.0, 2.5)
+    """
+    if isinstance(megabytes, str):
+        raise RecipeError("megabytes are numbers.", help="name them in falling order: --megabytes 8,5.")
+    for size in megabytes:
+        if not 0.001 <= size <= 1e6:
+            raise RecipeError(f"a file must have from 0.001 to 1,000,000 megabytes, not {size:g}.", help="correct --megabytes.")
+    for large, small in pairwise(megabytes):
+        if small >= large:
+            raise RecipeError(f"the sizes must fall, and {small:g} comes after {large:g}.", help="say --megabytes 8,5.")
+    return tuple(map(float, megabytes))
+
+
+def codebook() -> Any:
+    """The method that keeps a word table as codes."""
+    return registry.find("methods", "codebook")()
+
+
+def _purpose(
+    model: str, task: Task, aims: Sequence[float], sizes: Sequence[float], wanted: Wanted, table: Levels | None
+) -> str:
     """The purpose of a folder."""
-    left_out = ("speedup", "tries", "vocabulary", "engine")
+    left_out = ("speedup", "tries", "engine", *(() if wanted.vocabulary == "trim" else ("vocabulary",)))
     options = {name: value for name, value in asdict(wanted).items() if name not in left_out}
-    own = {} if table is None else {"latency": table.to_data()}
+    own: dict[str, Any] = {} if table is None else {"latency": table.to_data()}
+    own |= {"megabytes": sizes} if sizes else {}
     asked = {"model": model, "task": repr(task), "speedups": aims, **options, **own}
     return f"frontier {json.dumps(asked, sort_keys=True, default=str)}"
 
 
 # -- The levels ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A model that is asked for, by its speed or by the size of its file; a step of its training takes as long as at the speed `pace`."""
+
+    name: str
+    pace: float
+    aim: float | None = None
+    megabytes: float | None = None
+
+
+def _levels_of(aims: Sequence[float], sizes: Sequence[float]) -> tuple[_Level, ...]:
+    """What is asked for, in the order in which it is made."""
+    return (
+        *(_Level(f"{aim:g}x", aim, aim=aim) for aim in aims),
+        *(_Level(f"{size:g}MB", aims[-1], megabytes=size) for size in sizes),
+    )
 
 
 @dataclass(frozen=True)
@@ -185,25 +241,26 @@ class _Point:
     name: str
     candidate: Candidate
     aim: float | None
+    megabytes: float | None = None
     predicted: float | None = None  # at batch 32
     predicted_1: float | None = None
 
 
 class _Levels:
-    """Trains a model for each speed, each from the one before, and a smaller dense one beside the middle one."""
+    """Trains a model for each speed, each from the one before, then for each size, and a smaller dense one beside the middle speed."""
 
     def __init__(
         self,
         bundle: Bundle,
         recipe: Recipe,
-        aims: tuple[float, ...],
+        asked: tuple[_Level, ...],
         wanted: Wanted,
         outline: Outline,
         schedule: Schedule,
         run: Run,
     ) -> None:
         self.bundle, self.recipe, self.wanted, self.outline, self.schedule = bundle, recipe, wanted, outline, schedule
-        self.diet, self.aims, self.notes = outline.diet, aims, list[str]()
+        self.diet, self.asked, self.notes = outline.diet, asked, list[str]()
         self.state, self.elsewhere = run, run.levels is not None  # the speeds are those of another machine, by its table
         if self.elsewhere:
             self._remark(
@@ -221,25 +278,44 @@ class _Levels:
     def _tried(self, made: Made, stages: Sequence[Stage], home: Path, run: Run) -> Candidate:
         return candidate_of(made, stages, home, self.judge, run, self.exporter, seconds=self.diet.trial_seconds)
 
+    @property
+    def paces(self) -> tuple[float, ...]:
+        """The speeds at which steps are planned, of all models that are made."""
+        return tuple(level.pace for level in self.asked)
+
     def points(self) -> list[_Point]:
-        """The uncut model, and one for each speed that can be reached."""
-        found, self.aims = [_Point(UNCUT, self.whole, None)], self._within_reach()
-        for place, aim in enumerate(self.aims):
-            before, name = found[-1].candidate, f"{aim:g}x"
-            fast = self.speed(before)
-            if place and fast >= aim:
-                self._remark(f"there is no model for {aim:g} times: {found[-1].name} is {fast:.2f} times as fast already")
+        """The uncut model, and one for each speed and each size that can be reached."""
+        found = [_Point(UNCUT, self.whole, None)]
+        aims = self._within_reach(tuple(level.aim for level in self.asked if level.aim is not None))
+        self.asked = tuple(level for level in self.asked if level.aim is None or level.aim in aims)
+        beyond: set[bool] = set()  # whether speeds, or sizes, are out of reach from here on
+        for place, level in enumerate(self.asked):
+            if (level.aim is None) in beyond:
                 continue
-            if not self._has_time(name, place):
-                rest = listed([f"{other:g}" for other in self.aims[place:]])
-                self._remark(f"there is no model for {rest} times: the time that is left does not suffice")
+            before = found[-1].candidate if level.aim is not None else self._small_enough(level, found)
+            fast = self.speed(before)
+            if level.aim is not None and place and fast >= level.aim:
+                self._remark(f"there is no model for {level.aim:g} times: {found[-1].name} is {fast:.2f} times as fast already")
+                continue
+            smaller = next((point for point in found if self._is_as_small(point, level)), None)
+            if smaller is not None:
+                size = size_text(self.bytes(smaller.candidate))
+                self._remark(f"there is no model for {level.name}: {smaller.name} has {size} already")
+                continue
+            if not self._has_time(level, place):
+                rest = listed([other.name for other in self.asked[place:]])
+                self._remark(f"there is no model for {rest}: the time that is left does not suffice")
                 break
             try:
-                found.append(_Point(name, self._level(place, before), aim))
+                found.append(_Point(level.name, self._level(place, before), level.aim, level.megabytes))
             except TargetError as error:
-                self._remark(f"there is no model for {aim:g} times: {error.what.removesuffix('.')}")
-                break
-            self.state.log.say(f"{name}: {found[-1].candidate.told(self.best(found[-1].candidate))}.")
+                self._remark(f"there is no model for {level.name}: {error.what.removesuffix('.')}")
+                beyond.add(level.aim is None)
+                continue
+            made = found[-1].candidate
+            self.state.log.say(f"{level.name}: {made.told(self.best(made))}.")
+            if level.megabytes and self.bytes(made) > level.megabytes * MEGABYTE:
+                self._remark(f"the file of {level.name} has {size_text(self.bytes(made))}")
         return [self._foretold(point) for point in found]
 
     def _foretold(self, point: _Point) -> _Point:
@@ -247,36 +323,39 @@ class _Levels:
         large, single = (self.predicted(point.candidate, single=one) for one in (False, True))
         return replace(point, predicted=large, predicted_1=single)
 
-    def _within_reach(self) -> tuple[float, ...]:
+    def _within_reach(self, aims: tuple[float, ...]) -> tuple[float, ...]:
         """The speeds that need a cut and can be reached by one."""
         alone, levels, plain = self.speed(self.whole), self.table.levels, self.best(self.whole).variant
         most = self._scaled(levels.dense_fp32_ms / max(1e-9, levels.fixed_ms), levels, plain)
-        needless = [aim for aim in self.aims if aim <= alone]
-        beyond = [aim for aim in self.aims if aim > max(alone, most)]
+        needless = [aim for aim in aims if aim <= alone]
+        beyond = [aim for aim in aims if aim > max(alone, most)]
         if needless:
             names = listed([f"{aim:g}" for aim in needless])
             self._remark(
                 f"there is no model for {names} times: int8 alone is {alone:.2f} times as fast, and nothing needs to be cut"
             )
         if beyond:
-            if len(beyond) == len(self.aims):
+            if len(beyond) == len(self.asked):
                 raise out_of_reach(beyond[0], most)
             names = listed([f"{aim:g}" for aim in beyond])
             self._remark(f"there is no model for {names} times: with every layer cut, {most:.1f} would be the speed")
-        return tuple(aim for aim in self.aims if aim not in (*needless, *beyond))
+        return tuple(aim for aim in aims if aim not in (*needless, *beyond))
+
+    def _is_as_small(self, point: _Point, level: _Level) -> bool:
+        return level.megabytes is not None and self.bytes(point.candidate) <= level.megabytes * MEGABYTE
 
     def _remark(self, why: str) -> None:
         self.notes.append(f"{why[0].upper()}{why[1:]}.")
         self.state.log.say(f"{why}.")
 
-    def _has_time(self, name: str, place: int) -> bool:
+    def _has_time(self, level: _Level, place: int) -> bool:
         """Whether a level can be trained for the fewest steps and delivered; one that has begun goes on."""
-        if self.wanted.minutes is None or self._noted(name).is_file():
+        if self.wanted.minutes is None or self._noted(level).is_file():
             return True
         sizes, pace = self.outline.sizes, self.outline.pace
-        one = forecast(sizes, pace, self.diet.untrained, self.aims[place])
+        one = forecast(sizes, pace, self.diet.untrained, level.pace)
         rows = FEWEST_STEPS * self.wanted.batch_size
-        least = rows * sizes.row_tokens * cut_step(pace, self.aims[place])
+        least = rows * sizes.row_tokens * cut_step(pace, level.pace)
         slow = self._slowness()
         return self.schedule.left >= slow * (one[Part.CUTTING] + one[Part.TRYING]) + least + self._measuring(place + 1)
 
@@ -286,59 +365,94 @@ class _Levels:
 
     def _measuring(self, count: int) -> float:
         """Seconds of the final measurement of so many levels."""
-        return forecast(self.outline.sizes, self.outline.pace, self.diet.untrained, *self.aims[:count])[Part.MEASURING]
+        return forecast(self.outline.sizes, self.outline.pace, self.diet.untrained, *self.paces[:count])[Part.MEASURING]
 
-    def _noted(self, name: str) -> Path:
-        return self.state.root / name / "passes.json"
+    def _noted(self, level: _Level) -> Path:
+        return self.state.root / level.name / "passes.json"
 
     def _level(self, place: int, before: Candidate) -> Candidate:
-        """The next model: the one before, cut to a speed, trained on, exported and tried."""
-        name = f"{self.aims[place]:g}x"
-        below = self.state.under(name)
+        """The next model: one that is there already, cut to a speed or to a size, trained on, exported and tried."""
+        level = self.asked[place]
+        below = self.state.under(level.name)
         with self.schedule.part(Part.CUTTING):
             scale = Scale(before.made.bundle, self.judge, self.diet, self.exporter, below)
-            aim = self.aims[place]
-            keep = round(self.table.dense_fp32_ms / aim / scale.cost.dense if self.elsewhere else scale.keep(aim), 4)
-        cuts = (Calibrate(replace(scale.fisher, keep=min(keep, NO_CUT))),)
+            cuts = (self._faster(level.aim, scale),) if level.aim is not None else self._smaller(level, before, scale)
         lesson = partial(self._lesson, place=place)
-        home, seconds = self.state.root / name, self.diet.trial_seconds
+        home, seconds = self.state.root / level.name, self.diet.trial_seconds
         return cut_candidate(
             before.made, before.stages, cuts, lesson, home, self.judge, self.schedule, below, self.exporter, seconds=seconds
         )
 
+    def _faster(self, aim: float, scale: Scale) -> Stage:
+        """What cuts a model to a speed."""
+        keep = round(self.table.dense_fp32_ms / aim / scale.cost.dense if self.elsewhere else scale.keep(aim), 4)
+        return Calibrate(replace(scale.fisher, keep=min(keep, NO_CUT)))
+
+    def _smaller(self, level: _Level, before: Candidate, scale: Scale) -> tuple[Stage, ...]:
+        """What cuts a model to a size: codes in the place of the word table, and before that heads and neurons if they must go."""
+        assert level.megabytes is not None
+        codes, over = Calibrate(codebook()), self.in_codes(before) - AIMED * level.megabytes * MEGABYTE
+        if over <= 0:
+            return (codes,)
+        subject = before.made.bundle.subject
+        weights = parameters(subject.model, subject.anatomy)
+        least = self.in_codes(before) - (weights.dense - weights.fixed)
+        if over > weights.dense - weights.fixed:
+            raise TargetError(f"with every layer cut, the file would have {size_text(round(least))}.", help="ask for more.")
+        keep = math.floor(1e4 * (1 - over / weights.dense)) / 1e4
+        return (Calibrate(replace(scale.fisher, cost="parameters", keep=min(keep, NO_CUT))), codes)
+
+    def _small_enough(self, level: _Level, found: Sequence[_Point]) -> Candidate:
+        """The model that one of this size is made from: the slowest that is small enough with codes, or else the fastest."""
+        assert level.megabytes is not None
+        models = [point.candidate for point in found if point.megabytes is None]
+        most = AIMED * level.megabytes * MEGABYTE
+        return next((model for model in models if self.in_codes(model) <= most), models[-1])
+
     def _lesson(self, small: Bundle, *, place: int) -> Train:
         """The distillation of a level: all of them see the same rows, so that the teacher's outputs serve them all.
 
-        With a budget, as many passes over them as leave the same to each level that is still to come.
+        With a budget, as many passes over them as leave the same to each level that is still to come. Codes are rough, and what they
+        name has to learn.
         """
+        level = self.asked[place]
         distil = distillation(small, self.wanted, self.diet.passes)
+        if level.megabytes is not None:
+            distil = replace(distil, freeze="nothing")
         if self.wanted.minutes is None:
             return distil
-        name = f"{self.aims[place]:g}x"
-        epochs = remembered(self._noted(name), lambda: self._epochs(distil, small, place), float)
+        epochs = remembered(self._noted(level), lambda: self._epochs(distil, small, place), float)
         if abs(epochs - distil.epochs) > 0.1 * distil.epochs:
-            self.state.log.say(f"{name}: the time that is left allows {epochs:.2g} epochs; {distil.epochs:.2g} were planned.")
+            self.state.log.say(
+                f"{level.name}: the time that is left allows {epochs:.2g} epochs; {distil.epochs:.2g} were planned."
+            )
         return replace(distil, epochs=epochs)
 
     def _epochs(self, distil: Train, small: Bundle, place: int) -> float:
         """The epochs that the time allows each level that is left, from a few real steps of this model."""
-        sizes, pace, left = self.outline.sizes, self.outline.pace, self.aims[place:]
+        sizes, pace, left = self.outline.sizes, self.outline.pace, self.asked[place:]
         cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=1.0)
         rows = (distil.rows or sizes.train_rows) * (1 + distil.augment)
         tokens = rows * sizes.row_tokens  # of an epoch
-        later, one = (forecast(sizes, pace, self.diet.untrained, *aims) for aims in (left, left[:1]))
+        later, one = (
+            forecast(sizes, pace, self.diet.untrained, *(level.pace for level in levels)) for levels in (left, left[:1])
+        )
         slow = self._slowness()
-        busy = slow * (later[Part.CUTTING] - one[Part.CUTTING] + len(left) * one[Part.TRYING] + self._measuring(len(self.aims)))
+        busy = slow * (
+            later[Part.CUTTING] - one[Part.CUTTING] + len(left) * one[Part.TRYING] + self._measuring(len(self.asked))
+        )
         busy += tokens * cost.teacher_seconds / sizes.train_tokens if place == 0 else 0.0
-        relative = {aim: cut_step(pace, aim) / cut_step(pace, left[0]) / cost.tokens_per_second for aim in self.aims}
-        steps = sum(relative[aim] for aim in left)  # seconds a token, of all levels that are left
+        first = cut_step(pace, left[0].pace) * cost.tokens_per_second
+        relative = {level: cut_step(pace, level.pace) / first for level in self.asked}
+        steps = sum(relative[level] for level in left)  # seconds a token, of all levels that are left
         if self.diet.rival:
-            copied = self.aims[: rival_place(self.aims) + 1]  # the levels whose training the smaller dense model repeats
+            faster = [level for level in self.asked if level.aim is not None]
+            copied = faster[: rival_place(self.paces[: len(faster)]) + 1]  # the smaller dense model repeats their training
             done = sum(
-                remembered(self._noted(f"{aim:g}x"), lambda: 0.0, float) * relative[aim] for aim in copied if aim not in left
+                remembered(self._noted(level), lambda: 0.0, float) * relative[level] for level in copied if level not in left
             )
             busy += one[Part.RIVAL] + tokens * done
-            steps += sum(relative[aim] for aim in copied if aim in left)
+            steps += sum(relative[level] for level in copied if level in left)
         fit = (self.schedule.left - busy) / (tokens * steps)
         least = FEWEST_STEPS * self.wanted.batch_size / rows
         most = distil.epochs * full_diet(small, self.wanted, sizes).passes / self.diet.passes
@@ -354,6 +468,17 @@ class _Levels:
     def best(self, candidate: Candidate) -> Trial:
         """The trial of a model's best file."""
         return candidate.best(self.allowed(candidate))
+
+    def bytes(self, candidate: Candidate) -> int:
+        """Bytes of a model's best int8 file."""
+        return candidate.best_int8(self.allowed(candidate)).size_bytes
+
+    def in_codes(self, candidate: Candidate) -> int:
+        """About the same if its word table were codes; in an int8 file, a code takes a byte, and so does a number."""
+        anatomy = candidate.made.bundle.subject.anatomy
+        plan = codebook().foresee(anatomy, None)
+        coded = anatomy.after(plan).matrices
+        return self.bytes(candidate) - sum(anatomy.matrices[name].parameters - coded[name].parameters for name in plan.forms)
 
     def speed(self, candidate: Candidate) -> float:
         """Times as fast as dense fp32 that a model is: on held examples, or on the machine of the table."""
@@ -402,7 +527,7 @@ class _Levels:
         if not cut or not self.diet.rival:
             return False
         file = self.state.root / "rival.json"
-        needed = self._rival_seconds(cut) + self._measuring(len(cut))
+        needed = self._rival_seconds(cut) + self._measuring(len(self.asked))
         fits = remembered(file, lambda: self.schedule.left >= needed, bool)
         if not fits:
             self.state.log.say("no smaller dense rival is trained: the time that is left does not suffice.")
@@ -427,7 +552,7 @@ def _finished(levels: _Levels, name: str, command: str, out: Path) -> ModelFamil
     points += [dense] if dense else []
     places = {point.name: out / POINTS / point.name for point in points}
     with levels.schedule.part(Part.MEASURING):
-        seconds = final_seconds(levels.outline, levels.schedule, run, *(levels.aims or (levels.wanted.speedup,)))
+        seconds = final_seconds(levels.outline, levels.schedule, run, *(levels.paces or (levels.wanted.speedup,)))
         orders = {point.name: _order(point, levels, name, command, seconds) for point in points}
         files = {
             point.name: best_file(point.candidate, orders[point.name], run, places[point.name], point.name) for point in points
@@ -455,7 +580,7 @@ def _order(point: _Point, levels: _Levels, name: str, command: str, seconds: flo
     """What the delivery of a model tells of how it was made."""
     wanted = levels.wanted
     rivals = wanted.rivals if levels.diet.rival else without_small_dense(wanted.rivals)
-    table = levels.table.levels if point.aim is not None else None
+    table = levels.table.levels if point.aim is not None or point.megabytes is not None else None
     recipe = repeating(levels.recipe, point.candidate, rivals, seconds, table)
     goal = None if point.aim is None or levels.elsewhere else Goal(point.aim, wanted.max_loss)
     return Order(recipe, name, recipe.task.title(), goal, command, levels.allowed(point.candidate))
@@ -474,12 +599,14 @@ def _judged(
 
     def judged(point: _Point) -> FamilyPoint:
         row = rows[files[point.name].name]
-        best, better = levels.best(point.candidate), dominator(row, measurement.records)
+        others = [other for other in measurement.records if point.megabytes is None or megabytes(other) <= megabytes(row)]
+        best, better = levels.best(point.candidate), dominator(row, others)
         large, single = row.times_faster(32), row.times_faster(1)
         return FamilyPoint(
             name=point.name,
             row=row.name,
             aim=point.aim,
+            megabytes=point.megabytes,
             folder="" if better else f"{POINTS}/{point.name}",
             held=HeldResult(best.loss, best.speed_32, best.speed_1),
             size_bytes=best.size_bytes,

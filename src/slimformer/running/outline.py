@@ -49,17 +49,30 @@ class Outline:
     disk_bytes: int
 
 
-def outline_of(first: Bundle, wanted: Wanted, aims: Sequence[float], schedule: Schedule, run: Run, *, tuned: bool) -> Outline:
+def outline_of(
+    first: Bundle,
+    wanted: Wanted,
+    aims: Sequence[float],
+    schedule: Schedule,
+    run: Run,
+    *,
+    tuned: bool,
+    megabytes: Sequence[float] = (),
+) -> Outline:
     """Measures a few real steps, fits everything into the budget if there is one, and says what will be done and how long it takes.
 
-    `aims`: the speeds that models are trained for, each from the one before.
+    `aims`: the speeds that models are trained for, each from the one before. `megabytes`: the sizes that more models are trained for;
+    their steps are planned to take as long as those of the fastest.
     """
+    asked = f"{listed([f'{aim:g}' for aim in aims])} times the speed"
+    asked += f", and to {listed([f'{size:g}' for size in megabytes])} megabytes" if megabytes else ""
+    aims = (*aims, *[aims[-1]] * len(megabytes))
     file = run.root / "outline.json"
     new = not file.is_file()
     outline = remembered(file, lambda: _planned(first, wanted, aims, schedule, run, tuned=tuned), Outline)
     schedule.announced = forecast(outline.sizes, outline.pace, outline.diet, *aims)
     if new:
-        _announce(outline, full_diet(first, wanted, outline.sizes), first, wanted, aims, schedule, run)
+        _announce(outline, full_diet(first, wanted, outline.sizes), first, wanted, asked, len(aims), schedule, run)
     return outline
 
 
@@ -121,7 +134,7 @@ def full_diet(first: Bundle, wanted: Wanted, sizes: Sizes) -> Diet:
 
 
 def _announce(
-    outline: Outline, full: Diet, first: Bundle, wanted: Wanted, aims: Sequence[float], schedule: Schedule, run: Run
+    outline: Outline, full: Diet, first: Bundle, wanted: Wanted, asked: str, count: int, schedule: Schedule, run: Run
 ) -> None:
     """Says what is about to happen, how long it takes, what it needs, and what was left out for the budget."""
     diet, sizes, pace, say = outline.diet, outline.sizes, outline.pace, run.log.say
@@ -132,10 +145,10 @@ def _announce(
             f"this model has no head for the task yet: it is tuned first, for {diet.tune_passes:.2g} epochs at lr "
             f"{tuning(first.material.source, diet, sizes, wanted).lr:g}, {duration(schedule.announced[Part.TUNING])}."
         )
-    several = len(aims) > 1
+    several = count > 1
     budgets = "each from the one before" if several else f"up to {diet.tries} budget{'s' if diet.tries > 1 else ''}"
     say(
-        f"plan: cut to {listed([f'{aim:g}' for aim in aims])} times the speed, distil {'each ' if several else ''}for "
+        f"plan: cut to {asked}, distil {'each ' if several else ''}for "
         f"{diet.passes:.2g} epochs ({steps:,} steps; uncut {1 / pace.step:,.0f} tokens a second), int8, verify; {budgets}."
     )
     schedule.announce(schedule.announced)

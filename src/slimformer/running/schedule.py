@@ -209,10 +209,11 @@ def diet_for(
 
     given = (seconds + spent) / (1 - RESERVE) / 60
     fewer = next((count for count in range(len(aims) - 1, 0, -1) if minutes(count) <= given), 0)
+    speeds, alone = ",".join(dict.fromkeys(f"{aim:g}" for aim in aims[:fewer])), len(set(aims)) < len(aims)
     raise RecipeError(
         f"the minutes are too few on this machine: {spent:.0f} seconds went into measuring it, and {duration(seconds)} are left.",
         help=f"the least that works here is about --minutes {minutes(len(aims))}"
-        + (f", or --speedups {','.join(f'{aim:g}' for aim in aims[:fewer])}." if fewer else "."),
+        + (f", or --speedups {speeds}{' without --megabytes' if alone else ''}." if fewer else "."),
     )
 
 

@@ -18,13 +18,16 @@ from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Task
-from slimformer.training.stage import Train, TrimVocabulary
+from slimformer.training.stage import Stage, Train, TrimVocabulary
 
 LARGE_TABLE = 0.5  # a share of the parameters that is worth a line
 
 
-def checked_wish(model: str, task: Task, wanted: Wanted) -> Checked:
-    """The recipe that the search starts from, with all checks passed that need no training. Its stages tune a model without a head."""
+def checked_wish(model: str, task: Task, wanted: Wanted, later: Sequence[Stage] = ()) -> Checked:
+    """The recipe that the search starts from, with all checks passed that need no training. Its stages tune a model without a head.
+
+    `later`: stages that will come, which are to be refused now if they cannot.
+    """
     source = local_folder(model)
     tune = Train(lr=tune_lr(source), batch_size=wanted.batch_size)
     recipe = Recipe(
@@ -36,19 +39,19 @@ def checked_wish(model: str, task: Task, wanted: Wanted) -> Checked:
         bench=Bench(rivals=wanted.rivals),
     )
     trim = (TrimVocabulary(),) if wanted.vocabulary == "trim" else ()
-    checked = replace(preflight(replace(recipe, stages=(*recipe.stages, *trim))), recipe=recipe)
+    checked = replace(preflight(replace(recipe, stages=(*recipe.stages, *trim, *later))), recipe=recipe)
     refuse_student(source)
     check_kept(source, (tune,))  # all searched stages train, whether the model came tuned or not
     return checked
 
 
 def opened(
-    checked: Checked, wanted: Wanted, aims: Sequence[float], schedule: Schedule, run: Run
+    checked: Checked, wanted: Wanted, aims: Sequence[float], schedule: Schedule, run: Run, megabytes: Sequence[float] = ()
 ) -> tuple[Bundle, Outline, Recipe]:
-    """The bundle with a teacher that is ready, the plan for these speeds, and the recipe with the tuning that was done."""
+    """The bundle with a teacher that is ready, the plan for these speeds and sizes, and the recipe with the tuning that was done."""
     tuned = not checked.recipe.stages
     first = load_bundle(checked, run)
-    outline = outline_of(first, wanted, aims, schedule, run, tuned=tuned)
+    outline = outline_of(first, wanted, aims, schedule, run, tuned=tuned, megabytes=megabytes)
     if not tuned:
         tune = tuning(checked.source, outline.diet, outline.sizes, wanted)
         checked = replace(checked, recipe=replace(checked.recipe, stages=(tune,)))
