@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_folder import recipe_in as recipe
-from tiny_folder import write_home
+from tiny_folder import write_data, write_home
 
 from slimformer import cli
 from slimformer.errors import ProcessError, RecipeError
@@ -24,12 +24,16 @@ from slimformer.measuring.records import Interval, Record
 from slimformer.measuring.timing import SINGLE, SORTED, Ratio
 from slimformer.methods.distillation import Distillation
 from slimformer.methods.fisher import Fisher
-from slimformer.running.cluster import BASE_BYTES, Ended, Job, _done, _look, _sent, training_bytes
+from slimformer.methods.gates import Gates
+from slimformer.running.cluster import BASE_BYTES, Ended, Job, _done, _look, _sent, _taught, training_bytes
 from slimformer.running.recipe import Bench, Recipe
 from slimformer.running.result import Result
+from slimformer.running.runner import train_stages
 from slimformer.running.sweep import Ran, Sweep, named_recipes, run_several
+from slimformer.running.teaching import has_many_rows, shared_stage
 from slimformer.tasks.classification import Classification
-from slimformer.training.stage import Calibrate, Train
+from slimformer.training import teacher as teacher_cache
+from slimformer.training.stage import Calibrate, Train, TrimVocabulary
 
 
 @pytest.fixture
@@ -137,6 +141,38 @@ def test_names_are_those_of_the_files(home: Path) -> None:
     assert {chain.task.data for chain in found.values()} == {str(home / "model")}  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
+def test_outputs_that_shares_computed_are_those_that_a_training_reads(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(home / "data", train=200, dev=40)
+    chain = recipe(home, Train(epochs=1.0, methods=(Distillation(),)))
+    for number in (1, 0):
+        ended = _taught(*_sent(Job(chain, home / "spread", {"cache": str(home / "cache")})), number, 2)  # type: ignore[arg-type]
+        assert ended == Ended(ended.node, ended.minutes)
+    parts = {place.name for place in home.glob("cache/teacher/*/parts/*")}
+    assert len(parts) == 2
+    fill = teacher_cache._Filler.fill
+    monkeypatch.setattr(teacher_cache._Filler, "fill", None)  # nothing is left to compute
+    train_stages(chain, home / "spread", wait_seconds=0, cache=home / "cache")
+    monkeypatch.setattr(teacher_cache._Filler, "fill", fill)
+    train_stages(chain, home / "alone", wait_seconds=0)
+    spread, alone = (
+        load_file(next(home.glob(f"{name}/work/1-train-*/made/model.safetensors"))) for name in ("spread", "alone")
+    )
+    assert all(torch.equal(spread[name], alone[name]) for name in spread)
+
+
+@pytest.mark.slow
+def test_only_a_teacher_that_is_there_is_asked_beforehand(home: Path) -> None:
+    lesson = Train(epochs=1.0, methods=(Distillation(),))
+    found = recipe(home, Calibrate(Fisher(keep=0.6)), Train(methods=(Gates(),)), lesson)
+    assert shared_stage(found) == lesson
+    assert has_many_rows(found, replace(lesson, augment=400))
+    assert not has_many_rows(found, replace(lesson, augment=400, rows=8))
+    assert shared_stage(recipe(home, Train(epochs=1.0), lesson)) is None  # its teacher is the model that the first stage makes
+    assert shared_stage(recipe(home, TrimVocabulary(), lesson)) is None  # its words are still to be chosen
+    assert shared_stage(recipe(home, Train(methods=(Gates(),)))) is None
+
+
 # -- On a cluster --------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -145,9 +181,11 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 from slimformer import read_recipe
 from slimformer.log import Log, show_log
+from slimformer.running import teaching
 from slimformer.running.cluster import Job, connected
 from slimformer.running.sweep import run_several
 
+teaching.MANY_ROWS = 0
 store = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
 second = cluster.add_node(num_cpus=1, object_store_memory=store["object_store_memory"])
@@ -193,6 +231,7 @@ def call(home: Path, *command: str) -> str:
 @pytest.mark.slow
 def test_a_node_that_dies_changes_no_number(home: Path) -> None:
     pytest.importorskip("ray")
+    write_data(home / "data", train=200, dev=40)  # more than one batch of outputs: each share has rows
     chain = recipe(home, Calibrate(Fisher(keep=0.6, cost="macs", examples=40)), Train(epochs=2.0, methods=(Distillation(),)))
     (home / "one.yaml").write_text(
         replace(chain, model="./model", task=Classification(data="./data")).to_yaml(), encoding="utf-8"
@@ -201,6 +240,12 @@ def test_a_node_that_dies_changes_no_number(home: Path) -> None:
     text = call(home, "spread.py")
     assert "killed" in text
     assert "2 trainings on 2 nodes with 2 processors (this machine measures), 1 processor for each." in text
+    assert "outputs of 1 teacher in 2 shares on 2 nodes" in text  # of both seeds
+    assert [line.split(" computed on ")[0] for line in text.splitlines() if " computed on " in line] in (
+        [f"one-seed-1, share {first} of 2", f"one-seed-1, share {second} of 2"] for first, second in ((1, 2), (2, 1))
+    )
+    (facts,) = home.glob("spread/cache/teacher/*/facts.json")
+    assert len(json.loads(facts.read_text(encoding="utf-8"))["parts"]) == 2
     assert "is done already; going on from it" in text  # what the nodes trained is not trained again here
     assert "is made again" not in text
     assert "begun: first\n" in text

@@ -583,6 +583,62 @@ def test_a_filling_that_was_killed_goes_on_where_it_was(
     assert all(torch.equal(now.scores[site], scores) for site, scores in whole.scores.items())
 
 
+def test_shares_in_any_order_leave_what_one_filling_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three is killed half-way and made again, and one is missing."""
+    features, needs = rows(400, longest=9), {Capture.LOGITS, Capture.HIDDEN, Capture.SCORES}
+    around = context(tiny("bert", seed=5), features)
+    teacher = teacher_cache.Teacher(around.subject, around.task, nullcontext, "fp32")
+
+    def share(number: int, folder: Path) -> bool:
+        part = teacher_cache.RowShare(number, 3)
+        return teacher_cache.fill_share(teacher, features, needs, folder, QUIET, part, cap_bytes=1 << 30)
+
+    def outputs(folder: Path) -> tuple[teacher_cache.Captured, int]:
+        some = [3, 17, 29, 150, 399]
+        batch = {name: torch.from_numpy(array) for name, array in collate(features, some).items()}
+        calls = count_calls(around.subject.model)
+        with teacher_cache.teacher_outputs(teacher, features, needs, folder, QUIET, cap_bytes=1 << 30) as lessons:
+            return lessons.see(some, batch), len(calls)
+
+    (whole, every), told, left = outputs(tmp_path / "whole"), around.subject.model.forward, [5]
+    monkeypatch.setattr(teacher_cache, "PART_SECONDS", 0.0)  # a part for each batch
+
+    def killed(*args: Any, **columns: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return told(*args, **columns)
+
+    monkeypatch.setattr(around.subject.model, "forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        share(2, tmp_path / "shared")
+    assert len(list(tmp_path.glob("shared/teacher/*/parts/0*"))) == 3  # two calls told the outputs that have a value per token
+    monkeypatch.setattr(around.subject.model, "forward", told)
+    assert share(0, tmp_path / "shared")
+    again = count_calls(around.subject.model)
+    assert share(2, tmp_path / "shared")
+    last = len(again)
+    shutil.copytree(tmp_path / "shared", tmp_path / "gap")
+    assert share(1, tmp_path / "shared")
+    begins = [int(place.name) for place in tmp_path.glob("shared/teacher/*/parts/0*")]
+    bounds = teacher_cache._visits(features, needs).bounds(3)
+    assert every == 2 + len(begins)
+    assert set(bounds[:3]) <= set(begins)
+    assert last == 2 + sum(begin >= bounds[2] for begin in begins) - 3  # what the killed share had made was not made again
+    now, calls = outputs(tmp_path / "shared")
+    assert calls == 2  # nothing was left to compute
+    mended, more = outputs(tmp_path / "gap")  # what lies behind the gap is computed with it
+    assert more > 2
+    for found in (now, mended):
+        assert torch.equal(found.output["logits"], whole.output["logits"])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.hidden, whole.hidden, strict=True))
+        assert all(torch.equal(found.scores[site], scores) for site, scores in whole.scores.items())
+    assert not teacher_cache.fill_share(
+        teacher, features, needs, tmp_path / "full", QUIET, teacher_cache.RowShare(0, 3), cap_bytes=0
+    )
+    assert not (tmp_path / "full").exists()
+
+
 def test_outputs_per_token_are_kept_per_token(tmp_path: Path) -> None:
     """Span scores, one per token, come back padded to the width of any batch, also where a class count equals a width."""
     from tiny import tiny_config

@@ -1,5 +1,8 @@
 """Trains recipes side by side on the nodes of a Ray cluster, and measures them one at a time on nodes that are kept for it.
 
+Where many rows have the same teacher's outputs to learn from, the nodes first compute these together (`teaching.py`): else one training
+would compute them all, and the others wait for it.
+
 Ray places the trainings, starts one anew if its worker or node dies, and moves no model: all nodes see the output folder under one path,
 as Ray Train asks too. A training leaves its state there once a minute, and goes on from it on whichever node takes it over.
 
@@ -34,9 +37,11 @@ from slimformer.running.fresh import Fresh
 from slimformer.running.reader import parse_recipe
 from slimformer.running.recipe import Recipe
 from slimformer.running.runner import run, train_stages
+from slimformer.running.teaching import has_many_rows, shared_stage, teach_share
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.training.stage import Train
+from slimformer.training.teacher import RowShare
 
 LOCAL = "local"  # as an address: a cluster of this machine alone, which ends with the command
 MEASURES = "measure"  # the resource of nodes where speed may be measured
@@ -130,7 +135,8 @@ class Cluster:
     def carry_out(
         self, jobs: Mapping[str, Job], each: int | None = None, until: Callable[[], bool] | None = None
     ) -> dict[str, Ended]:
-        """`train`, and what trained well is measured if a node is kept for that; the minutes are those of both."""
+        """`teach`, `train`, and what trained well is measured if a node is kept for that; the minutes are those of the last two."""
+        self.teach(jobs, each)
         ended = self.train(jobs, each, until)
         good = {name: jobs[name] for name, item in ended.items() if not item.why}
         measured = self.measure(good) if self.measures and good else {}
@@ -143,15 +149,11 @@ class Cluster:
 
         `each`: processors for one training; by default all are shared out, as long as one node has so many.
         """
-        widest = max((int(resources.get("CPU", 0)) for resources in self._nodes.values()), default=0)
-        if widest < 1:
-            raise ProcessError("no node of the cluster has a processor for trainings.", help="start nodes with --num-cpus.")
-        count = min(each or max(1, self.processors // len(jobs)), widest)
+        count = min(each or max(1, self.processors // len(jobs)), self._widest())
         self._log.say(f"{_counted(len(jobs), 'training')} on {self.told()}, {_counted(count, 'processor')} for each.")
-        most = max(float(resources.get("memory", 0)) for resources in self._nodes.values())
 
         def start(name: str) -> Any:
-            needed = training_bytes(jobs[name].recipe)
+            needed, most = training_bytes(jobs[name].recipe), self._most_memory
             if needed > most:
                 gigabytes = f"{needed / 2**30:.1f} GiB, and the largest node has {most / 2**30:.1f}"
                 self._log.say(f"{name} needs about {gigabytes}: it runs alone there.")
@@ -159,6 +161,50 @@ class Cluster:
             return _remote(_trained, **place).remote(*_sent(jobs[name]))
 
         return self._collected(list(jobs), start, "trained", max(1, self.processors // count), until)
+
+    def teach(self, jobs: Mapping[str, Job], each: int | None = None) -> dict[str, Ended]:
+        """Computes outputs of teachers in shares, one for each training that the cluster could run at once; a share that fails is left
+        to the training that reads it.
+
+        Trainings that differ in their seeds alone have the same outputs, unless rows are augmented.
+        """
+        count = min(each or 1, self._widest())
+        shares = self.processors // count
+        wanted: dict[str, tuple[Job, RowShare]] = {}
+        seen = set[str]()
+        for name, job in jobs.items() if shares > 1 else ():
+            stage = shared_stage(job.recipe) if job.options.get("cache") else None
+            if stage is None or not has_many_rows(job.recipe, stage):
+                continue
+            alike = repr(job.recipe if stage.augment else replace(job.recipe, seed=0))
+            if alike not in seen:
+                seen.add(alike)
+                wanted |= {
+                    f"{name}, share {number + 1} of {shares}": (job, RowShare(number, shares)) for number in range(shares)
+                }
+        if not wanted:
+            return {}
+        self._log.say(f"outputs of {_counted(len(seen), 'teacher')} in {_counted(shares, 'share')} on {self.told()}.")
+
+        def start(name: str) -> Any:
+            job, share = wanted[name]
+            needed = int(min(training_bytes(job.recipe), self._most_memory))
+            place = {"num_cpus": count, "memory": needed, "max_retries": RETRIES}
+            return _remote(_taught, **place).remote(*_sent(job), share.number, share.count)
+
+        return self._collected(list(wanted), start, "computed", shares, None)
+
+    def _widest(self) -> int:
+        """The most processors of a node; ProcessError if there is none."""
+        widest = max((int(resources.get("CPU", 0)) for resources in self._nodes.values()), default=0)
+        if widest < 1:
+            raise ProcessError("no node of the cluster has a processor for trainings.", help="start nodes with --num-cpus.")
+        return widest
+
+    @property
+    def _most_memory(self) -> float:
+        """Bytes of the largest node."""
+        return max(float(resources.get("memory", 0)) for resources in self._nodes.values())
 
     def measure(self, jobs: Mapping[str, Job]) -> dict[str, Ended]:
         """Runs what is left of each job on a node that is kept for measurements, one after another."""
@@ -277,6 +323,12 @@ def _look(mark: str) -> tuple[str, str, bool]:
 def _trained(data: dict[str, Any], folder: str, cache: str | None) -> Ended:
     """Trains a recipe; a worker that was here before may still be ending, and has its turn first."""
     return _done(lambda recipe: train_stages(recipe, folder, wait_seconds=0.0, cache=cache), data, folder)
+
+
+def _taught(data: dict[str, Any], folder: str, cache: str, number: int, count: int) -> Ended:
+    """Computes a share of what the training of a recipe will read."""
+    quiet = Log(None, quiet=True)
+    return _done(lambda recipe: teach_share(recipe, RowShare(number, count), Path(cache), quiet), data, folder)
 
 
 def _measured(data: dict[str, Any], folder: str, cache: str | None, options: dict[str, Any]) -> Ended:

@@ -24,7 +24,7 @@ from slimformer.hooks.attention import quick_attention
 from slimformer.hooks.capture import Capture, Captured, Recorder, capturing
 from slimformer.hooks.precision import Precision, autocast
 from slimformer.log import Log
-from slimformer.methods.base import Batch, Context, Progress, State, Step
+from slimformer.methods.base import Batch, Context, Method, Progress, State, Step
 from slimformer.registry import name_of
 from slimformer.saving.tensors import tensors_of
 from slimformer.training import runstate
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from slimformer.tasks.base import Features
+    from slimformer.families.base import Subject
+    from slimformer.tasks.base import Features, Task
 
 
 class WholeLoss(nn.Module):
@@ -339,6 +340,16 @@ def attached(
         yield stepper
 
 
+def as_teacher(subject: Subject, task: Task, device: torch.device, precision: Precision) -> Teacher:
+    """A model that gives its outputs as a training of this precision asks for them."""
+    return Teacher(subject, task, partial(autocast, device, precision), precision)
+
+
+def asked_of_teacher(methods: Sequence[Method]) -> frozenset[Capture]:
+    """What methods read of a teacher."""
+    return frozenset[Capture]().union(*(method.effects().needs for method in methods if method.effects().needs_teacher))
+
+
 @contextmanager
 def _teacher_reader(
     training: Training, precision: Precision, accelerator: Accelerator, log: Log, cache_folder: Path | None
@@ -353,10 +364,8 @@ def _teacher_reader(
     if subject is None or subject.model is training.context.model:
         raise ValueError("the teacher must be another object than the student")
     device, model, home = accelerator.device, subject.model, subject.device
-    teacher = Teacher(subject, training.context.task, partial(autocast, device, precision), precision)
-    needs = frozenset[Capture]().union(
-        *(method.effects().needs for method in training.methods if method.effects().needs_teacher)
-    )
+    teacher = as_teacher(subject, training.context.task, device, precision)
+    needs = asked_of_teacher(training.methods)
     rows = training.features if training.read is None else training.read
     rooms = [cache_room(cache_folder)]
     if cache_folder is not None and accelerator.num_processes > 1:

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -254,37 +254,118 @@ def _heads(anatomy: Anatomy) -> dict[str, int]:
     return {site.id: len(anatomy.asking_heads(site)) for site in anatomy.of_kind(Kind.HEADS)}
 
 
+@dataclass(frozen=True)
+class RowShare:
+    """One of `count` runs of rows, of about as many tokens each; the first is 0."""
+
+    number: int
+    count: int
+
+
+def fill_share(
+    teacher: Teacher,
+    features: Features,
+    needs: Collection[Capture],
+    folder: Path,
+    log: Log,
+    share: RowShare,
+    *,
+    cap_bytes: int,
+) -> bool:
+    """Computes a share of what `teacher_outputs` with the same arguments will read; False if that keeps nothing.
+
+    Shares are computed side by side. Each batch is the one that a filling of all rows has, so that no number depends on their count.
+    """
+    large = LARGE & set(needs)
+    home = folder / TEACHER_FOLDER / _key(teacher, features, large)
+    if Capture.LOGITS in needs and not teacher.kept:
+        return False
+    if (home / CACHE_FACTS).exists():
+        return True
+    if not (home / PARTS_FOLDER).is_dir() and is_live(teacher, features, needs, cap_bytes):
+        return False
+    visits = _visits(features, needs)
+    bounds = visits.bounds(share.count)
+    first, last = bounds[share.number], bounds[share.number + 1]
+    with teacher.subject.evaluating(), _filling(teacher, features, large, visits) as filler:
+        done = first
+        for part in _parts_from(home / PARTS_FOLDER, first):
+            done = part.rows
+        with log.track("teacher outputs", last - first) as advance:
+            for rows in _filled(filler, visits, home, done, last):
+                advance(rows - first)
+    return True
+
+
+@dataclass(frozen=True)
+class _Visits:
+    """All rows in the order in which they are computed, from short ones to long ones."""
+
+    batches: Sequence[Sequence[int]]
+    lengths: np.ndarray  # (rows,)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(rows,): by their place in that order."""
+        return np.asarray([row for rows in self.batches for row in rows], dtype=np.int64)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(batches,): the rows that are done after each."""
+        return np.cumsum([len(rows) for rows in self.batches])
+
+    def bounds(self, count: int) -> list[int]:
+        """Where `count` shares begin and end, in rows that are done: at ends of batches, and with about as many tokens in each."""
+        tokens = np.cumsum([int(self.lengths[list(rows)].sum()) for rows in self.batches])
+        steps = [int(np.searchsorted(tokens, tokens[-1] * number / count)) for number in range(1, count)]
+        return [0, *(int(self.ends[step]) for step in steps), int(self.ends[-1])]
+
+
+def _visits(features: Features, needs: Collection[Capture]) -> _Visits:
+    lengths = features.lengths().astype(np.int64)
+    return _Visits(sorted_by_length(lengths, BATCH // 4 if Capture.SCORES in needs else BATCH), lengths)
+
+
 def _fill(teacher: Teacher, features: Features, needs: Collection[Capture], home: Path, log: Log) -> None:
     """Computes everything once, from short rows to long ones, in parts that are each written whole; a filling that was killed goes on."""
-    lengths = features.lengths().astype(np.int64)
-    batches = sorted_by_length(lengths, BATCH // 4 if Capture.SCORES in needs else BATCH)
-    visited = np.asarray([row for rows in batches for row in rows], dtype=np.int64)
+    visits = _visits(features, needs)
+    lengths, visited = visits.lengths, visits.rows
     place, start, pair = (np.empty_like(visited) for _ in range(3))
     place[visited] = np.arange(len(visited))
     start[visited] = np.cumsum(lengths[visited]) - lengths[visited]
     pair[visited] = np.cumsum(lengths[visited] ** 2) - lengths[visited] ** 2
-    ends = np.cumsum([len(rows) for rows in batches])
-    heads = _heads(teacher.subject.anatomy) if Capture.SCORES in needs else {}
     parts = _parts_of(home)
-    done = parts[-1].rows if parts else 0
-    with ExitStack() as stack:
-        recorder = stack.enter_context(capturing(teacher.subject.model, teacher.subject.anatomy, needs))
-        advance = stack.enter_context(log.track("teacher outputs", len(visited)))
-        filler = _Filler(teacher, features, lengths, frozenset(needs), heads, recorder)
-        per_token = filler.per_token(batches[0]) if teacher.kept else {}
-        while done < len(visited):
-            name = f"{done:012d}"
-            with whole_folder(home / PARTS_FOLDER / name) as folder:
-                for rows in filler.fill(folder, batches[int(np.searchsorted(ends, done, side="right")) :], per_token):
-                    done += len(rows)
-                    advance(done)
-                (folder / CACHE_FACTS).write_text(json.dumps({"rows": done}), encoding="utf-8")
-            parts.append(_Part(name, done))
+    with _filling(teacher, features, needs, visits) as filler, log.track("teacher outputs", len(visited)) as advance:
+        for done in _filled(filler, visits, home, parts[-1].rows if parts else 0, len(visited)):
+            advance(done)
     for word, array in (("lengths", lengths), ("place", place), ("start", start), ("pair", pair)):
         with whole(home / f"{word}.npy") as file, open(file, "wb") as plain:
             np.save(plain, array, allow_pickle=False)
-    facts = {"outputs": per_token, "heads": heads, "parts": [part.name for part in parts]}
+    facts = {"outputs": filler.per_token, "heads": filler.heads, "parts": [part.name for part in _parts_of(home)]}
     write_text(home / CACHE_FACTS, json.dumps(facts))
+
+
+@contextmanager
+def _filling(teacher: Teacher, features: Features, needs: Collection[Capture], visits: _Visits) -> Iterator[_Filler]:
+    """What computes batches of rows and writes what is kept of them."""
+    heads = _heads(teacher.subject.anatomy) if Capture.SCORES in needs else {}
+    with capturing(teacher.subject.model, teacher.subject.anatomy, needs) as recorder:
+        filler = _Filler(teacher, features, visits.lengths, frozenset(needs), heads, recorder)
+        if teacher.kept:
+            filler.per_token.update(_per_token(teacher, recorder, filler.batch(visits.batches[0])))
+        yield filler
+
+
+def _filled(filler: _Filler, visits: _Visits, home: Path, done: int, last: int) -> Iterator[int]:
+    """Writes the parts from row `done` to row `last`, both ends of batches; gives the rows that are done after each batch."""
+    ends = visits.ends
+    stop = int(np.searchsorted(ends, last)) + 1
+    while done < last:
+        with whole_folder(home / PARTS_FOLDER / f"{done:012d}") as folder:
+            for rows in filler.fill(folder, visits.batches[int(np.searchsorted(ends, done, side="right")) : stop]):
+                done += len(rows)
+                yield done
+            (folder / CACHE_FACTS).write_text(json.dumps({"rows": done}), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -296,22 +377,29 @@ class _Part:
 
 
 def _parts_of(home: Path) -> list[_Part]:
-    """The parts that a filling which was killed has left, from the first on without a gap; what lies behind a gap is removed."""
-    folder, found = home / PARTS_FOLDER, []
+    """The parts that a filling which was killed, or shares of one, have left, from the first on without a gap; all others are removed."""
+    folder = home / PARTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     remove_parts(home)
     remove_parts(folder)
-    done = 0
-    for place in sorted(folder.iterdir()):
+    found = _parts_from(folder, 0)
+    for place in {item.name for item in folder.iterdir()} - {part.name for part in found}:
+        shutil.rmtree(folder / place, ignore_errors=True)
+    return found
+
+
+def _parts_from(folder: Path, first: int) -> list[_Part]:
+    """The parts that follow each other from row `first` on; one that something other than slimformer damaged is removed."""
+    found: list[_Part] = []
+    while (place := folder / f"{(done := found[-1].rows if found else first):012d}").is_dir():
         try:
-            rows = int(json.loads((place / CACHE_FACTS).read_text(encoding="utf-8"))["rows"]) if int(place.name) == done else 0
+            rows = int(json.loads((place / CACHE_FACTS).read_text(encoding="utf-8"))["rows"])
         except (OSError, ValueError, KeyError, TypeError):
-            rows = 0  # something other than slimformer damaged it
+            rows = 0
         if rows <= done:
             shutil.rmtree(place, ignore_errors=True)
-            continue
+            break
         found.append(_Part(place.name, rows))
-        done = rows
     return found
 
 
@@ -325,12 +413,9 @@ class _Filler:
     needs: frozenset[Capture]
     heads: Mapping[str, int]
     recorder: Recorder
+    per_token: dict[str, bool] = field(default_factory=dict)  # which outputs have one value per token
 
-    def per_token(self, rows: Sequence[int]) -> dict[str, bool]:
-        """Which outputs have one value per token."""
-        return _per_token(self.teacher, self.recorder, self._batch(rows))
-
-    def fill(self, folder: Path, batches: Sequence[Sequence[int]], per_token: Mapping[str, bool]) -> Iterator[Sequence[int]]:
+    def fill(self, folder: Path, batches: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
         """Writes a part: the first of these batches, about half a minute of them; gives the rows of each when it is computed."""
         anatomy, begin = self.teacher.subject.anatomy, time.perf_counter()
         shapes: dict[Capture, tuple[int, ...]] = {
@@ -345,10 +430,14 @@ class _Filler:
             for kind, file in files.items():
                 _header(file, (0, *shapes[kind]))
             for rows in batches:
-                seen = self.teacher.forward(self.recorder, batch := self._batch(rows))
+                seen = self.teacher.forward(self.recorder, batch := self.batch(rows))
                 for name, arrays in outputs.items():
                     array = seen.output[name].cpu().numpy()
-                    own = [array[index, : self.lengths[row]] for index, row in enumerate(rows)] if per_token[name] else [array]
+                    own = (
+                        [array[index, : self.lengths[row]] for index, row in enumerate(rows)]
+                        if self.per_token[name]
+                        else [array]
+                    )
                     arrays.extend(own)
                 for kind, numbers in self._large(seen, batch, rows):
                     # plain writes in order raise if the disk is full; a memory map would kill the process
@@ -363,7 +452,8 @@ class _Filler:
         for name, arrays in outputs.items():
             np.save(folder / f"output-{name}.npy", np.concatenate(arrays), allow_pickle=False)
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The columns of rows."""
         columns = collate(self.features, rows, width=least_width(self.lengths, rows, self.teacher.precision))
         return {name: torch.from_numpy(column).to(self.teacher.subject.device) for name, column in columns.items()}
 

@@ -1,0 +1,86 @@
+"""Computes a share of a teacher's outputs on a node of a cluster, before any training there reads them.
+
+Outputs over much text take longer than anything else that can be cut into independent pieces: each row's depend on no other row. A share
+is a run of the rows in the order in which one process computes them all, and its parts lie where that one would write them, so the
+training that comes next finds a filling that is done. If a share is missing, the training computes it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from slimformer.log import Log
+from slimformer.running.bundle import Bundle, Run
+from slimformer.running.fresh import Fresh
+from slimformer.running.order import leading_stages
+from slimformer.running.preflight import preflight
+from slimformer.running.prepare import prepare_bundle
+from slimformer.running.recipe import Recipe
+from slimformer.running.stages import training_rows
+from slimformer.saving import checkpoint
+from slimformer.saving.hub import local_folder
+from slimformer.tasks.base import Split
+from slimformer.training.devices import accelerator_for, cache_room, chosen_precision
+from slimformer.training.stage import TASK_TEXT, Train, TrimVocabulary
+from slimformer.training.step import as_teacher, asked_of_teacher
+from slimformer.training.teacher import RowShare, fill_share
+
+MANY_ROWS = (
+    20_000  # reading the model and the data takes a node some seconds: with fewer rows, one process has computed them by then
+)
+
+
+def shared_stage(recipe: Recipe) -> Train | None:
+    """The first training, if its teacher's outputs could be made beforehand; None if the teacher or its words are still to be made."""
+    if isinstance(recipe.model, Fresh):
+        return None
+    tuned = checkpoint.is_tuned(local_folder(str(recipe.model)), recipe.task.auto_class)
+    if recipe.teacher is None and (not tuned or leading_stages(recipe.stages)):
+        return None
+    for stage in recipe.stages:
+        if isinstance(stage, TrimVocabulary):
+            return None
+        if isinstance(stage, Train) and asked_of_teacher(stage.methods):
+            return stage if stage.targets != "teacher" else None
+    return None
+
+
+def has_many_rows(recipe: Recipe, stage: Train) -> bool:
+    """Whether a stage trains on so many rows that nodes compute outputs for them sooner together than one alone."""
+    if stage.text is not None and stage.text != TASK_TEXT:
+        with open(stage.text, "rb") as file:
+            found = sum(1 for _ in file)
+    else:
+        found = len(recipe.task.split(Split.TRAIN))
+    return min(found, stage.rows or found) * (1 + stage.augment) >= MANY_ROWS
+
+
+def teach_share(recipe: Recipe, share: RowShare, cache: Path, log: Log) -> bool:
+    """Computes a share of the outputs that the first training of a recipe will read in `cache`; False if there are none to keep."""
+    stage = shared_stage(recipe)
+    if stage is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="slimformer-share-") as place:
+        run = Run(Path(place), Path(place), log, recipe.seed, cache=cache)
+        bundle, _ = prepare_bundle(preflight(recipe), run)
+        accelerator = accelerator_for((), Path(place))
+        precision = chosen_precision(stage.precision, accelerator)
+        read = bundle if bundle.read is None else _as_read(bundle)
+        rows, home = training_rows(stage, read, run), bundle.teacher.device
+        teacher = as_teacher(bundle.teacher, bundle.material.task, accelerator.device, precision)
+        try:
+            nn.Module.to(bundle.teacher.model, accelerator.device)
+            needs = asked_of_teacher(stage.methods)
+            return fill_share(teacher, rows, needs, cache, log, share, cap_bytes=cache_room(cache))
+        finally:
+            nn.Module.to(bundle.teacher.model, home)
+
+
+def _as_read(bundle: Bundle) -> Bundle:
+    """The bundle with the data as the teacher's own tokenizer splits them."""
+    assert bundle.read is not None
+    return replace(bundle, material=bundle.read, read=None)
