@@ -17,7 +17,7 @@ from slimformer.core.shrink import shrink
 from slimformer.errors import TargetError
 from slimformer.families.base import anatomy_of
 from slimformer.hooks.gating import gated
-from slimformer.methods import _gradients, fisher
+from slimformer.methods import _gradients, _surgeon, fisher
 from slimformer.methods.base import State
 from slimformer.methods.fisher import Fisher
 from slimformer.testing.checks import tiny_context
@@ -253,3 +253,94 @@ def test_a_run_weighs_the_same_weights_once() -> None:
         next(context.model.parameters()).add_(0.1)
     assert method.weigh(context) is not first
     assert tiny_context().memo == {}  # another run knows nothing of it
+
+
+# -- One at a time ----------------------------------------------------------------------------------------------------------------
+
+
+def matrix_and_inputs(units, width, *, bias=True):
+    """A matrix (5, n) whose inputs depend on each other, and the ridged sum of their products (n, n)."""
+    torch.manual_seed(3)
+    inputs = torch.randn(60, units * width, dtype=torch.float64) @ torch.randn(
+        units * width, units * width, dtype=torch.float64
+    )
+    if bias:
+        inputs = torch.cat([inputs, torch.ones(60, 1, dtype=torch.float64)], 1)
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    return torch.randn(5, inputs.shape[1], dtype=torch.float64), gram
+
+
+def best_without(weight, gram, gone):
+    """The least squared error without some columns, and the matrix that has it."""
+    stay = [column for column in range(weight.shape[1]) if column not in gone]
+    solved = weight @ gram[:, stay] @ torch.linalg.inv(gram[stay][:, stay])
+    whole = torch.zeros_like(weight)
+    whole[:, stay] = solved
+    error = weight - whole
+    return float(((error @ gram) * error).sum()), whole
+
+
+@pytest.mark.parametrize(("units", "width"), [(9, 1), (5, 3)])
+def test_each_removal_is_the_one_that_the_others_make_up_for_best(monkeypatch, units, width):
+    monkeypatch.setattr(_surgeon, "LAZY", 2)  # the whole inverse is brought up to date in between
+    weight, gram = matrix_and_inputs(units, width)
+    found = _surgeon.removal(weight, gram, units, width, counts=(0, 2, units))
+    gone, before = [], 0.0
+    for step, (unit, damage) in enumerate(zip(found.order, found.damage, strict=True)):
+        tried = {}
+        for other in set(range(units)) - set(found.order[:step]):
+            tried[other], _ = best_without(weight, gram, gone + [other * width + row for row in range(width)])
+        assert unit == min(tried, key=tried.__getitem__)
+        assert damage == pytest.approx(tried[unit] - before, rel=1e-6)
+        gone += [unit * width + row for row in range(width)]
+        before = tried[unit]
+        if units - step - 1 in found.refits:
+            torch.testing.assert_close(
+                found.refits[units - step - 1], best_without(weight, gram, gone)[1], rtol=1e-6, atol=1e-8
+            )
+    torch.testing.assert_close(found.refits[units], weight)
+    assert set(found.refits) == {0, 2, units}
+
+
+def test_of_two_units_that_do_the_same_work_one_goes_for_nothing_and_the_other_stays_long():
+    context = tiny_context()
+    dense = context.model.get_submodule("bert.encoder.layer.1.intermediate.dense")
+    output = context.model.get_submodule("bert.encoder.layer.1.output.dense")
+    with torch.no_grad():
+        for part in (dense.weight, dense.bias):
+            part[7] = part[3]  # each of the two seems to be worth little
+        output.weight[:, 3] *= 4
+        output.weight[:, 7] = output.weight[:, 3]
+    ways = fisher.removals(context, tokens=10_000, ridge=1e-6)
+    way = ways["encoder.1.neurons"]
+    first, second = sorted((way.order.index(3), way.order.index(7)))
+    assert way.damage[first] < 1e-4 * way.damage[second]
+    importance = fisher.ranked(way)
+    assert list(np.argsort(importance, kind="stable")) == list(way.order)
+    assert set(ways) == {site.id for site in context.anatomy.units}
+
+
+def test_damage_is_measured_with_the_weights_that_make_up_for_what_goes():
+    context = tiny_context()
+    before = {name: value.clone() for name, value in context.model.state_dict().items()}
+    ways = fisher.removals(context, tokens=10_000, ridge=1e-4)
+    importance = {name: fisher.ranked(way) for name, way in ways.items()}
+    alone = fisher.worths(context, importance, 32)
+    mended = fisher.worths(context, importance, 32, {name: way.refits for name, way in ways.items()})
+    assert all(torch.equal(value, before[name]) for name, value in context.model.state_dict().items())
+    halves = {name: len(value) // 2 for name, value in alone.items() if name.endswith("neurons")}
+    assert sum(mended[name][half] for name, half in halves.items()) > 0.8 * sum(
+        alone[name][half] for name, half in halves.items()
+    )
+
+
+def test_the_order_is_an_option_and_what_it_counts_on_is_asked_for():
+    context = tiny_context()
+    cut = [Fisher(keep=0.6, examples=16, damage_examples=16, order=order) for order in ("gradients", "removal")]
+    first, second = (method.decide(State(), context) for method in cut)
+    assert first.plan != second.plan
+    for decision in (first, second):
+        assert context.cost.of(decision.plan, context.anatomy) <= 0.6 * context.cost.dense
+    with pytest.raises(ValueError, match="leave repair on"):
+        Fisher(order="removal", repair=False)

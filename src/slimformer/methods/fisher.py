@@ -1,7 +1,8 @@
 """One-shot pruning: Fisher information of gates, a search under a budget, least-squares repair of what is left.
 
 Paper: Kwon, Kim, Mahoney, Hassoun, Keutzer, Gholami: A Fast Post-Training Pruning Framework for Transformers (NeurIPS 2022),
-for the importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024), for the repair of whole output matrices.
+for the importance; Park, Choi, Kang: Accurate Retraining-free Pruning (ICLR 2024), for the repair of whole output matrices; Kurtic,
+Frantar, Alistarh: ZipLM (NeurIPS 2023), for `order: removal`, which takes units out one at a time (`_surgeon.py`).
 
 Idea: A gate is put on each head and neuron, and its squared gradient says how much the loss feels that unit. A search keeps
 what is worth most within the budget; then the output matrix of each sublayer is solved again, so that it makes up for what was
@@ -10,19 +11,23 @@ cut.
 Differs: Gradients are squared per example, not per batch mean, and only order the units of a sublayer. What a sublayer loses at
 each size is measured, since squared gradients say little about cutting most of it (docs/decisions/0005-measured-damage.md).
 Heads, neurons and whole sublayers compete in one exact search under MACs, parameters or measured milliseconds. The repair runs
-in float64 with a ridge towards the old weights, solves for the bias too, and never stops early.
+in float64 with a ridge towards the old weights, solves for the bias too, and never stops early. With `order: removal` the units of a
+sublayer are put in order by what the others cannot make up for, scored anew after each that goes, and the loss at each size is measured
+with the weights that make up for it; theirs estimates it from squared errors, and searches coefficients for these instead.
 
-Choose when: you start from a tuned model and have minutes, not hours. Distil afterwards to win back what it lost.
+Choose when: you start from a tuned model and have minutes, not hours. Distil afterwards to win back what it lost. `order: removal` if
+nothing is trained afterwards.
 
 Cost: one pass with gradients over `examples`; for each sublayer and each of six sizes a pass over `damage_examples` from its
-layer on; for the repair a pass from its layer on and a linear system for each sublayer, as wide as what is kept of it.
+layer on; for the repair a pass from its layer on and a linear system for each sublayer, as wide as what is kept of it. `order: removal`
+takes a pass with gradients over `repair_tokens` instead, and for each sublayer time that grows with the cube of its width.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast, final
 
@@ -38,6 +43,7 @@ from slimformer.hooks.feeding import Feed, unpadded, watching
 from slimformer.hooks.gating import gated, gates_of
 from slimformer.hooks.precision import quick_autocast
 from slimformer.methods._gradients import gate_gradients
+from slimformer.methods._surgeon import Removal, removal
 from slimformer.methods.base import Batch, Context, Effects, Method, State
 from slimformer.rules import Count, CountOrZero, Positive, Share
 from slimformer.saving.tensors import model_digest
@@ -66,6 +72,12 @@ class Fisher(Method):
     neuron_multiple: Count = 16  # one row of a vector register of int8 quads; see docs/decisions
     sublayers: bool = True  # whether all units of a sublayer may go, and the rest of it with them
     repair: bool = True  # whether the weights that stay are refitted to what the dense model computed
+    order: Literal["gradients", "removal"] = "gradients"  # what says which units of a sublayer go first
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order == "removal" and not self.repair:
+            raise ValueError("order: removal counts on the units that stay to make up for those that go: leave repair on")
 
     def effects(self) -> Effects:
         return Effects(cuts=True, uneven=True, one_shot=True, refills=self.repair)  # the least squares solve for whole matrices
@@ -83,10 +95,14 @@ class Fisher(Method):
 
     def weigh(self, context: Context) -> Weighed:
         """What the search needs to know of the model; the same for every budget, so a run computes it once for its weights."""
-        key = f"fisher {self.examples} {self.damage_examples} {model_digest(context.model)}"
+        by_removal = self.order == "removal"
+        counted = f"removal {self.repair_tokens} {self.ridge:g}" if by_removal else f"{self.examples}"
+        key = f"fisher {counted} {self.damage_examples} {model_digest(context.model)}"
         if key not in context.memo:
-            importance = information(context, self.examples)
-            worth = worths(context, importance, self.damage_examples) if self.damage_examples else None
+            found = removals(context, tokens=self.repair_tokens, ridge=self.ridge) if by_removal else {}
+            importance = {name: ranked(item) for name, item in found.items()} or information(context, self.examples)
+            refits = {name: item.refits for name, item in found.items()}
+            worth = worths(context, importance, self.damage_examples, refits) if self.damage_examples else None
             context.memo[key] = Weighed(importance, worth)
         return cast(Weighed, context.memo[key])
 
@@ -133,12 +149,48 @@ def information(context: Context, examples: int) -> dict[str, np.ndarray]:
     return {name: value / max(1, seen) for name, value in total.items()}
 
 
-def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int) -> dict[str, np.ndarray]:
+def removals(context: Context, *, tokens: int, ridge: float) -> dict[str, Removal]:
+    """The way of each sublayer's units out of it: site -> their order, and the weights that make up for them at `DAMAGE_SHARES`."""
+    anatomy, model = context.anatomy, context.model
+    sites = anatomy.units
+    grams: dict[str, Tensor] = {}
+    with context.subject.evaluating():
+        for batch in _batches_of(context, tokens):
+            for name, (x, importance) in _read_and_weighed(model, context, sites, batch).items():
+                x = x.double()
+                gram = (x * importance.double()[:, None]).T @ x
+                grams[name] = gram if name not in grams else grams[name] + gram
+    found = {}
+    for site in sites:
+        tap, gram = site.taps[0], grams[site.id]
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        linear = cast(nn.Linear, model.get_submodule(tap.module))
+        whole = linear.weight if linear.bias is None else torch.cat([linear.weight, linear.bias[:, None]], 1)
+        found[site.id] = removal(whole.detach(), gram, site.size, tap.unit, _damage_counts(site))
+    return found
+
+
+def ranked(found: Removal) -> np.ndarray:
+    """What units are worth, (size,): the damage of each, but no less than that of one which went before."""
+    rising = np.maximum.accumulate(np.asarray(found.damage))
+    rising = rising + 1e-9 * max(float(rising[-1]), 1e-30) * np.arange(1, len(rising) + 1)  # of two equal ones, the first goes
+    importance = np.empty_like(rising)
+    importance[list(found.order)] = rising
+    return importance
+
+
+def worths(
+    context: Context,
+    importance: Mapping[str, np.ndarray],
+    examples: int,
+    refits: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> dict[str, np.ndarray]:
     """Minus the measured damage of keeping only the best 0, 1, ... units of one site: site -> (size + 1,), rising to 0.
 
     The damage is the divergence of the task's outputs from those of the uncut model, with one site gated and all others whole.
     It is measured at a few sizes (`DAMAGE_SHARES`); in between it follows the Fisher information that is cut. At 0 the whole
-    sublayer is gone. Sites are measured one by one; the search adds them up.
+    sublayer is gone. Sites are measured one by one; the search adds them up. `refits`: site -> number of units -> the output matrix and
+    bias that the site has then.
     """
     model, anatomy, task = context.model, context.anatomy, context.task
     batches = [dict(batch) for batch in context.batches(examples)]
@@ -164,17 +216,45 @@ def worths(context: Context, importance: Mapping[str, np.ndarray], examples: int
             site = anatomy.sites[name]
             feed.reach(site.layer)  # earlier layers are whole
             order = np.argsort(-units, kind="stable")
-            counts = sorted({round(share * site.size) for share in DAMAGE_SHARES} - {site.size})
+            counts = _damage_counts(site)
             lost = []
             for count in counts:
                 gate = torch.zeros(site.size, device=device)
                 gate[order[:count].copy()] = 1.0
-                lost.append(damage({name: gate} if count or site.sublayer is None else {site.sublayer: gate[:1]}))
+                with _refitted(model, site, (refits or {}).get(name, {}).get(count)):
+                    lost.append(damage({name: gate} if count or site.sublayer is None else {site.sublayer: gate[:1]}))
             cut = np.concatenate([np.cumsum(np.sort(units))[::-1], [0.0]])  # information lost with 0, 1, ... units kept
             knots = [*counts, site.size]
             curve = np.interp(cut, cut[knots][::-1], [*lost, 0.0][::-1])
             worth[name] = -np.maximum.accumulate(curve[::-1])[::-1]  # more units never do more damage: else it is noise
     return worth
+
+
+def _damage_counts(site: Site) -> list[int]:
+    """At how many units of a site the damage is measured."""
+    return sorted({round(share * site.size) for share in DAMAGE_SHARES} - {site.size})
+
+
+@contextmanager
+def _refitted(model: nn.Module, site: Site, matrix: Tensor | None) -> Iterator[None]:
+    """Gives a site's output matrix and bias other numbers for a while."""
+    if matrix is None:
+        yield
+        return
+    linear = cast(nn.Linear, model.get_submodule(site.taps[0].module))
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    before = [part.detach().clone() for part in parts]
+
+    def put(numbers: Sequence[Tensor]) -> None:
+        for part, own in zip(parts, numbers, strict=False):
+            part.data.copy_(own)
+        torch.clear_autocast_cache()  # it holds the numbers before in half precision
+
+    try:
+        put([matrix[:, : linear.weight.shape[1]], matrix[:, -1]])
+        yield
+    finally:
+        put(before)
 
 
 def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict[str, Tensor]:
@@ -260,19 +340,46 @@ def _targets(model: nn.Module, context: Context, sites: list[Site], batch: Batch
     layer of a classifier that is the first token alone.
     """
     seen: dict[str, Tensor] = {}
+    weights = _token_weights(model, context, sites, batch, seen)
+    targets = {}
+    for site in sites:
+        mask = unpadded(batch, context.anatomy.stack_of(site.layer).tokens)
+        total = (seen[f"{site.id}/y"] + seen[f"{site.id}/r"]).detach()
+        targets[site.id] = (total[mask], weights[site.id])
+    return targets
+
+
+def _token_weights(
+    model: nn.Module, context: Context, sites: Sequence[Site], batch: Batch, seen: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Each real token's weight (tokens,) for each site; what `watching` sees in that pass goes into `seen`."""
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             stack.enter_context(watching(model, context.anatomy, site, seen))
         loss = context.task.loss(model(**context.subject.feed(batch)), batch) * context.task.terms(batch)
         gradients = torch.autograd.grad(loss, [seen[f"{site.id}/y"] for site in sites])
-    targets = {}
+    weights = {}
     for site, gradient in zip(sites, gradients, strict=True):
         mask = unpadded(batch, context.anatomy.stack_of(site.layer).tokens)
         weight = gradient.square().sum(-1)  # (batch, seq)
         weight = weight / (weight * mask).sum(1, keepdim=True).clamp_min(1e-30) * mask.sum(1, keepdim=True)
-        total = (seen[f"{site.id}/y"] + seen[f"{site.id}/r"]).detach()
-        targets[site.id] = (total[mask], weight[mask] * (1 - FLOOR) + FLOOR)
-    return targets
+        weights[site.id] = weight[mask] * (1 - FLOOR) + FLOOR
+    return weights
+
+
+def _read_and_weighed(
+    model: nn.Module, context: Context, sites: Sequence[Site], batch: Batch
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site, at real tokens: what its output matrix reads, and 1 for its bias, (tokens, n); each token's weight (tokens,)."""
+    seen: dict[str, Tensor] = {}
+    weights = _token_weights(model, context, sites, batch, seen)
+    found = {}
+    for site in sites:
+        mask = unpadded(batch, context.anatomy.stack_of(site.layer).tokens)
+        x = seen[f"{site.id}/x"].detach()[mask]
+        linear = cast(nn.Linear, model.get_submodule(site.taps[0].module))
+        found[site.id] = (x if linear.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1), weights[site.id])
+    return found
 
 
 def _downstream(site: Site, plan: Plan, anatomy: Anatomy) -> bool:
