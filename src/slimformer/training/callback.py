@@ -7,9 +7,10 @@ Everything else goes through the verbs of `methods/base.py`, and nothing is left
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,9 +170,16 @@ class SlimCallback(TrainerCallback):
         context = self._context(subject, kwargs["train_dataloader"])
         with ExitStack() as stack:
             self._attached = _Attached(self, context, args, Progress(state.global_step, state.max_steps), stack)
+            with suppress(TypeError):  # of data whose length is not known the Trainer makes no shorter window
+                self._attached.batches = len(kwargs["train_dataloader"])
             if state.global_step:
                 self._attached.restore(_checkpoint(args, state))
             self._stack = stack.pop_all()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Counts the batches that the coming step accumulates."""
+        if self._attached is not None:
+            self._attached.begin(state.global_step)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Steps the optimiser of the methods' own parameters, at the Trainer's rhythm and schedule."""
@@ -263,7 +271,8 @@ class _Attached:
         self, callback: SlimCallback, context: Context, args: TrainingArguments, progress: Progress, stack: ExitStack
     ) -> None:
         self.callback, self.context, self.progress = callback, context, progress
-        self.accumulated = args.gradient_accumulation_steps
+        self.accumulated = self.window = args.gradient_accumulation_steps
+        self.batches: int | None = None  # of an epoch
         self.methods, model = callback.methods, context.model
         self.states: list[State] = []
         self.used = True  # whether the last penalty was part of what was differentiated
@@ -309,7 +318,7 @@ class _Attached:
             self.used = False
             total.register_hook(self._reached)
         # the Trainer divides a loss by the accumulated batches, unless the model was told to do so itself
-        self.callback.penalty = share = total / self.accumulated if "num_items_in_batch" in given else total
+        self.callback.penalty = share = total / self.window if "num_items_in_batch" in given else total
         loss = output.get("loss")
         output["loss"] = share if loss is None else loss + share
         return output
@@ -326,6 +335,12 @@ class _Attached:
         return self.teacher.take({name: output[name] for name in self.context.task.outputs})
 
     # ---- between the passes
+
+    def begin(self, step: int) -> None:
+        """The last step of an epoch accumulates what is left of it."""
+        steps = math.ceil((self.batches or self.accumulated) / self.accumulated)
+        last = self.batches is not None and step % steps == steps - 1
+        self.window = self.batches - (steps - 1) * self.accumulated if last and self.batches else self.accumulated
 
     def step(self, trainers: Any) -> None:
         if not self.used:
