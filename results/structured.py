@@ -148,6 +148,30 @@ def ablations(share: float, epochs: float, distil: Train, gating: float = 0.5) -
     }
 
 
+def chain(share: float) -> dict[str, tuple[Stage, ...]]:
+    """What `compress` does between the teacher and the files, and the same with one part of it switched off or in another's place."""
+    cut = Fisher(keep=share, cost="macs")
+    whole = Distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)
+    lesson = replace(DISTIL, methods=(whole,), lr=8e-4, task_weight=0.0, epochs=2.4, augment=4)
+    slower = replace(lesson, lr=DISTIL.lr, task_weight=0.1)  # as fast as a student without attention scores can learn
+    without = {
+        "no-damage": replace(cut, damage_examples=0),
+        "no-repair": replace(cut, repair=False),
+        "no-sublayers": replace(cut, sublayers=False),
+        "removal": replace(cut, order="removal"),
+    }
+    return {
+        "whole": (Calibrate(cut), lesson),
+        **{name: (Calibrate(method), lesson) for name, method in without.items()},
+        "no-copies": (Calibrate(cut), replace(lesson, augment=0, epochs=12.0)),
+        "no-scores": (Calibrate(cut), replace(slower, methods=(Distillation(),))),
+        "logits-alone": (Calibrate(cut), replace(slower, methods=(Distillation(hidden=0.0),))),
+        "no-training": (Calibrate(cut),),
+        "no-training-no-repair": (Calibrate(without["no-repair"]),),
+        "no-training-removal": (Calibrate(without["removal"]),),
+    }
+
+
 def from_pretrained(share: float, epochs: float) -> dict[str, tuple[Stage, ...]]:
     """Hybrid Filled from weights that are not tuned, with the teacher's logits alone and no weight decay, to a share of the cost."""
     learn = replace(DISTIL, methods=(Distillation(logits=0.9, hidden=0.0),), weight_decay=0.0)
@@ -274,6 +298,7 @@ def jobs() -> tuple[Job, ...]:
         names = ("fisher", "layers") if share == mild else ("fisher",)  # of six layers a quarter is two, as 35 % is
         add(squad, "squad1", SQUAD_TEACHER, only(methods(share, 6.0, long), *names), share)
     add(mrpc, "mrpc", tuned_mrpc, methods(middle, 8.0, DISTIL), middle, seed=18)
+    add(mrpc, "mrpc-chain", tuned_mrpc, chain(middle), middle)
     return tuple(found)
 
 
@@ -347,7 +372,8 @@ READING = (  # how to read the tables
     "compared with the model that it learned from, and no two runs of different ones with each other.",
     "The number in the name of a run is the share of the dense encoder's multiply-accumulates that stays, in per cent.",
     "All runs of a task have the same teacher and, at each point, the same epochs. `gates-long` has more. `mrpc-choice` "
-    "and `mrpc-heads` compare choices alone, before any retraining.",
+    "and `mrpc-heads` compare choices alone, before any retraining. In `mrpc-chain`, `whole` does what `compress` does, and in each "
+    "other run one part of it is switched off, or has another in its place.",
     "`layers` is the baseline: whole layers dropped evenly, and the rest trained for as long. It keeps the nearest whole "
     "number of layers.",
     "Score, loss, size and speed are those of the int8 file for ONNX Runtime. **×**: times as fast as the dense teacher in "
