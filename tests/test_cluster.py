@@ -168,6 +168,10 @@ def test_only_a_teacher_that_is_there_is_asked_beforehand(home: Path) -> None:
     assert shared_stage(found) == lesson
     assert has_many_rows(found, replace(lesson, augment=400))
     assert not has_many_rows(found, replace(lesson, augment=400, rows=8))
+    (home / "lines.txt").write_text("a line\n\n" * 3, encoding="utf-8")
+    some = replace(lesson, text=str(home / "lines.txt"), augment=6_666)
+    assert has_many_rows(found, some)  # 3 x 6,667
+    assert not has_many_rows(found, replace(some, augment=6_665))
     assert shared_stage(recipe(home, Train(epochs=1.0), lesson)) is None  # its teacher is the model that the first stage makes
     assert shared_stage(recipe(home, TrimVocabulary(), lesson)) is None  # its words are still to be chosen
     assert shared_stage(recipe(home, Train(methods=(Gates(),)))) is None

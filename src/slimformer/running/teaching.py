@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from slimformer.data.material import read_texts
 from slimformer.log import Log
 from slimformer.running.bundle import Bundle, Run
 from slimformer.running.fresh import Fresh
@@ -52,8 +53,7 @@ def shared_stage(recipe: Recipe) -> Train | None:
 def has_many_rows(recipe: Recipe, stage: Train) -> bool:
     """Whether a stage trains on so many rows that nodes compute outputs for them sooner together than one alone."""
     if stage.text is not None and stage.text != TASK_TEXT:
-        with open(stage.text, "rb") as file:
-            found = sum(1 for _ in file)
+        found = sum(1 for _ in read_texts(Path(stage.text)))
     else:
         found = len(recipe.task.split(Split.TRAIN))
     return min(found, stage.rows or found) * (1 + stage.augment) >= MANY_ROWS
