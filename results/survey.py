@@ -676,7 +676,8 @@ READING = (
     "or no if the interval lies on one side of that, open if it does not, empty if the paper claims nothing that could be compared.",
     "Scattered zeros give small files when they are packed (`model.safetensors`), and no speed.",
     "`mrpc/layer_drop` and `mrpc/reweighted_proximal-10` stood still for 38 minutes while something else was measured: their minutes are "
-    "too many by these.",
+    "too many by these. `mrpc/shared_projections`, `mrpc/smallest-longer-int8` and `squad/decomposed_attention-4` shared the two cores "
+    "with other work for parts of their trainings: their minutes are too many by up to a half.",
 )
 
 
