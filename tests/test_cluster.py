@@ -245,7 +245,7 @@ def test_a_node_that_dies_changes_no_number(home: Path) -> None:
     assert "killed" in text
     assert "2 trainings on 2 nodes with 2 processors (this machine measures), 1 processor for each." in text
     assert "outputs of 1 teacher in 2 shares on 2 nodes" in text  # of both seeds
-    assert [line.split(" computed on ")[0] for line in text.splitlines() if " computed on " in line] in (
+    assert [line.split(": computed on ")[0] for line in text.splitlines() if ": computed on " in line] in (
         [f"one-seed-1, share {first} of 2", f"one-seed-1, share {second} of 2"] for first, second in ((1, 2), (2, 1))
     )
     (facts,) = home.glob("spread/cache/teacher/*/facts.json")

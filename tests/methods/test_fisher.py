@@ -316,7 +316,7 @@ def test_of_two_units_that_do_the_same_work_one_goes_for_nothing_and_the_other_s
     way = ways["encoder.1.neurons"]
     first, second = sorted((way.order.index(3), way.order.index(7)))
     assert way.damage[first] < 1e-4 * way.damage[second]
-    importance = fisher.ranked(way)
+    importance = fisher.ranks_of(way)
     assert list(np.argsort(importance, kind="stable")) == list(way.order)
     assert set(ways) == {site.id for site in context.anatomy.units}
 
@@ -325,7 +325,7 @@ def test_damage_is_measured_with_the_weights_that_make_up_for_what_goes():
     context = tiny_context()
     before = {name: value.clone() for name, value in context.model.state_dict().items()}
     ways = fisher.removals(context, tokens=10_000, ridge=1e-4)
-    importance = {name: fisher.ranked(way) for name, way in ways.items()}
+    importance = {name: fisher.ranks_of(way) for name, way in ways.items()}
     alone = fisher.worths(context, importance, 32)
     mended = fisher.worths(context, importance, 32, {name: way.refits for name, way in ways.items()})
     assert all(torch.equal(value, before[name]) for name, value in context.model.state_dict().items())

@@ -100,7 +100,7 @@ class Fisher(Method):
         key = f"fisher {counted} {self.damage_examples} {model_digest(context.model)}"
         if key not in context.memo:
             found = removals(context, tokens=self.repair_tokens, ridge=self.ridge) if by_removal else {}
-            importance = {name: ranked(item) for name, item in found.items()} or information(context, self.examples)
+            importance = {name: ranks_of(item) for name, item in found.items()} or information(context, self.examples)
             refits = {name: item.refits for name, item in found.items()}
             worth = worths(context, importance, self.damage_examples, refits) if self.damage_examples else None
             context.memo[key] = Weighed(importance, worth)
@@ -170,7 +170,7 @@ def removals(context: Context, *, tokens: int, ridge: float) -> dict[str, Remova
     return found
 
 
-def ranked(found: Removal) -> np.ndarray:
+def ranks_of(found: Removal) -> np.ndarray:
     """What units are worth, (size,): the damage of each, but no less than that of one which went before."""
     rising = np.maximum.accumulate(np.asarray(found.damage))
     rising = rising + 1e-9 * max(float(rising[-1]), 1e-30) * np.arange(1, len(rising) + 1)  # of two equal ones, the first goes
@@ -228,33 +228,6 @@ def worths(
             curve = np.interp(cut, cut[knots][::-1], [*lost, 0.0][::-1])
             worth[name] = -np.maximum.accumulate(curve[::-1])[::-1]  # more units never do more damage: else it is noise
     return worth
-
-
-def _damage_counts(site: Site) -> list[int]:
-    """At how many units of a site the damage is measured."""
-    return sorted({round(share * site.size) for share in DAMAGE_SHARES} - {site.size})
-
-
-@contextmanager
-def _refitted(model: nn.Module, site: Site, matrix: Tensor | None) -> Iterator[None]:
-    """Gives a site's output matrix and bias other numbers for a while."""
-    if matrix is None:
-        yield
-        return
-    linear = cast(nn.Linear, model.get_submodule(site.taps[0].module))
-    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-    before = [part.detach().clone() for part in parts]
-
-    def put(numbers: Sequence[Tensor]) -> None:
-        for part, own in zip(parts, numbers, strict=False):
-            part.data.copy_(own)
-        torch.clear_autocast_cache()  # it holds the numbers before in half precision
-
-    try:
-        put([matrix[:, : linear.weight.shape[1]], matrix[:, -1]])
-        yield
-    finally:
-        put(before)
 
 
 def repaired(context: Context, plan: Plan, *, tokens: int, ridge: float) -> dict[str, Tensor]:
@@ -380,6 +353,33 @@ def _read_and_weighed(
         linear = cast(nn.Linear, model.get_submodule(site.taps[0].module))
         found[site.id] = (x if linear.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1), weights[site.id])
     return found
+
+
+def _damage_counts(site: Site) -> list[int]:
+    """At how many units of a site the damage is measured."""
+    return sorted({round(share * site.size) for share in DAMAGE_SHARES} - {site.size})
+
+
+@contextmanager
+def _refitted(model: nn.Module, site: Site, matrix: Tensor | None) -> Iterator[None]:
+    """Gives a site's output matrix and bias other numbers for a while."""
+    if matrix is None:
+        yield
+        return
+    linear = cast(nn.Linear, model.get_submodule(site.taps[0].module))
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    before = [part.detach().clone() for part in parts]
+
+    def put(numbers: Sequence[Tensor]) -> None:
+        for part, own in zip(parts, numbers, strict=False):
+            part.data.copy_(own)
+        torch.clear_autocast_cache()  # it holds the numbers before in half precision
+
+    try:
+        put([matrix[:, : linear.weight.shape[1]], matrix[:, -1]])
+        yield
+    finally:
+        put(before)
 
 
 def _downstream(site: Site, plan: Plan, anatomy: Anatomy) -> bool:
