@@ -226,9 +226,9 @@ def narrow_and_blocks(passes: float) -> Stages:
     )
 
 
-def apart(passes: float, layers: int, **options: Any) -> Stages:
+def apart(passes: float, layers: int) -> Stages:
     """Lower layers that keep two texts apart, with the paper's two losses."""
-    methods = (DecomposedAttention(layers=layers, **options), Distillation(hidden=0.0))
+    methods = (DecomposedAttention(layers=layers), Distillation(hidden=0.0))
     return (replace(DISTIL, methods=methods, epochs=passes),)
 
 
@@ -518,14 +518,6 @@ ROWS = (
             tasks=("squad", "mrpc") if layers == 3 else ("squad",),
         )
         for layers in (3, 4)
-    ),
-    Row(
-        "attention",
-        "decomposed_attention-4-outputs",
-        "the same without the distance of hidden states",
-        lambda passes: apart(passes, 4, similarity=0.0),
-        ablation=True,
-        tasks=("squad",),
     ),
     Row(
         "attention",
