@@ -15,8 +15,8 @@ in float64 with a ridge towards the old weights, solves for the bias too, and ne
 sublayer are put in order by what the others cannot make up for, scored anew after each that goes, and the loss at each size is measured
 with the weights that make up for it; theirs estimates it from squared errors, and searches coefficients for these instead.
 
-Choose when: you start from a tuned model and have minutes, not hours. Distil afterwards to win back what it lost. `order: removal` if
-nothing is trained afterwards.
+Choose when: you start from a tuned model and have minutes, not hours. Distil afterwards to win back what it lost. No row shows
+yet where `order: removal` pays.
 
 Cost: one pass with gradients over `examples`; for each sublayer and each of six sizes a pass over `damage_examples` from its
 layer on; for the repair a pass from its layer on and a linear system for each sublayer, as wide as what is kept of it. `order: removal`
