@@ -35,6 +35,8 @@ from slimformer.tasks.classification import Classification
 from slimformer.training import teacher as teacher_cache
 from slimformer.training.stage import Calibrate, Train, TrimVocabulary
 
+FIXED = Train(epochs=2.0, methods=(Distillation(),), precision="fp32")  # else each process times which precision is faster
+
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
@@ -144,7 +146,7 @@ def test_names_are_those_of_the_files(home: Path) -> None:
 @pytest.mark.slow
 def test_outputs_that_shares_computed_are_those_that_a_training_reads(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(home / "data", train=200, dev=40)
-    chain = recipe(home, Train(epochs=1.0, methods=(Distillation(),)))
+    chain = recipe(home, FIXED)
     for number in (1, 0):
         ended = _taught(*_sent(Job(chain, home / "spread", {"cache": str(home / "cache")})), number, 2)  # type: ignore[arg-type]
         assert ended == Ended(ended.node, ended.minutes)
@@ -236,7 +238,7 @@ def call(home: Path, *command: str) -> str:
 def test_a_node_that_dies_changes_no_number(home: Path) -> None:
     pytest.importorskip("ray")
     write_data(home / "data", train=200, dev=40)  # more than one batch of outputs: each share has rows
-    chain = recipe(home, Calibrate(Fisher(keep=0.6, cost="macs", examples=40)), Train(epochs=2.0, methods=(Distillation(),)))
+    chain = recipe(home, Calibrate(Fisher(keep=0.6, cost="macs", examples=40)), FIXED)
     (home / "one.yaml").write_text(
         replace(chain, model="./model", task=Classification(data="./data")).to_yaml(), encoding="utf-8"
     )

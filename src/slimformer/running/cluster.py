@@ -171,20 +171,22 @@ class Cluster:
         count = min(each or 1, self._widest())
         shares = self.processors // count
         wanted: dict[str, tuple[Job, RowShare]] = {}
-        seen = set[str]()
+        seen = set[str]()  # recipes that were looked at
         for name, job in jobs.items() if shares > 1 else ():
             stage = shared_stage(job.recipe) if job.options.get("cache") else None
-            if stage is None or not has_many_rows(job.recipe, stage):
+            if stage is None:
                 continue
             alike = repr(job.recipe if stage.augment else replace(job.recipe, seed=0))
-            if alike not in seen:
-                seen.add(alike)
+            if alike not in seen and has_many_rows(job.recipe, stage):
                 wanted |= {
                     f"{name}, share {number + 1} of {shares}": (job, RowShare(number, shares)) for number in range(shares)
                 }
+            seen.add(alike)
         if not wanted:
             return {}
-        self._log.say(f"outputs of {_counted(len(seen), 'teacher')} in {_counted(shares, 'share')} on {self.told()}.")
+        self._log.say(
+            f"outputs of {_counted(len(wanted) // shares, 'teacher')} in {_counted(shares, 'share')} on {self.told()}."
+        )
 
         def start(name: str) -> Any:
             job, share = wanted[name]

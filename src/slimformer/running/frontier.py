@@ -151,8 +151,9 @@ def compress_family(
         conditions, wish = Conditions(log, threads, wait_seconds), partial(wish_of, settled, {})
         with open_run(place, purpose, seed, conditions, table, wish) as run:
             with Schedule(run.root, minutes, run.log, began) as schedule:
-                bundle, outline, recipe = opened(checked, wanted, aims, schedule, run, sizes)
-                levels = _Levels(bundle, recipe, _levels_of(aims, sizes), wanted, outline, schedule, run)
+                asked = _levels_of(aims, sizes)
+                bundle, outline, recipe = opened(checked, wanted, [level.pace for level in asked], schedule, run, sizes)
+                levels = _Levels(bundle, recipe, asked, wanted, outline, schedule, run)
                 family = _finished(levels, model_name(name), command, place)
                 schedule.compare()
             remove_folder(run.root)

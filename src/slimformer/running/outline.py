@@ -61,12 +61,11 @@ def outline_of(
 ) -> Outline:
     """Measures a few real steps, fits everything into the budget if there is one, and says what will be done and how long it takes.
 
-    `aims`: the speeds that models are trained for, each from the one before. `megabytes`: the sizes that more models are trained for;
-    their steps are planned to take as long as those of the fastest.
+    `aims`: the speeds that models are trained for, each from the one before. `megabytes`: the sizes that the last are trained for,
+    whose steps take as long as at those speeds.
     """
-    asked = f"{listed([f'{aim:g}' for aim in aims])} times the speed"
+    asked = f"{listed([f'{aim:g}' for aim in aims[: len(aims) - len(megabytes)]])} times the speed"
     asked += f", and to {listed([f'{size:g}' for size in megabytes])} megabytes" if megabytes else ""
-    aims = (*aims, *[aims[-1]] * len(megabytes))
     file = run.root / "outline.json"
     new = not file.is_file()
     outline = remembered(file, lambda: _planned(first, wanted, aims, schedule, run, tuned=tuned), Outline)

@@ -185,8 +185,12 @@ def training_of(stage: Train, bundle: Bundle, run: Run) -> Training:
     budgets = [method.cost for method in stage.methods if method.effects().chooses]
     context = context_of(bundle, run, replace(bundle.subject, model=model), budgets[0] if budgets else "macs")
     rows = training_rows(stage, bundle, run)
-    read = None if bundle.read is None else training_rows(stage, replace(bundle, material=bundle.read, read=None), run)
-    return Training(context, rows, stage, run.seed, read)
+    return Training(context, rows, stage, run.seed, None if bundle.read is None else rows_as_read(stage, bundle, run))
+
+
+def rows_as_read(stage: Train, bundle: Bundle, run: Run) -> Features:
+    """The rows that a stage trains on, as the teacher reads them."""
+    return training_rows(stage, bundle if bundle.read is None else replace(bundle, material=bundle.read, read=None), run)
 
 
 def training_rows(stage: Train, bundle: Bundle, run: Run) -> Features:

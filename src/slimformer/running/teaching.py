@@ -8,20 +8,20 @@ training that comes next finds a filling that is done. If a share is missing, th
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
 from slimformer.data.material import read_texts
 from slimformer.log import Log
-from slimformer.running.bundle import Bundle, Run
+from slimformer.running.bundle import Run
 from slimformer.running.fresh import Fresh
 from slimformer.running.order import leading_stages
 from slimformer.running.preflight import preflight
 from slimformer.running.prepare import prepare_bundle
 from slimformer.running.recipe import Recipe
-from slimformer.running.stages import training_rows
+from slimformer.running.stages import rows_as_read
 from slimformer.saving import checkpoint
 from slimformer.saving.hub import local_folder
 from slimformer.tasks.base import Split
@@ -30,9 +30,7 @@ from slimformer.training.stage import TASK_TEXT, Train, TrimVocabulary
 from slimformer.training.step import as_teacher, asked_of_teacher
 from slimformer.training.teacher import RowShare, fill_share
 
-MANY_ROWS = (
-    20_000  # reading the model and the data takes a node some seconds: with fewer rows, one process has computed them by then
-)
+MANY_ROWS = 20_000  # reading model and data takes a node some seconds: of fewer rows, one process has made the outputs by then
 
 
 def shared_stage(recipe: Recipe) -> Train | None:
@@ -53,7 +51,7 @@ def shared_stage(recipe: Recipe) -> Train | None:
 def has_many_rows(recipe: Recipe, stage: Train) -> bool:
     """Whether a stage trains on so many rows that nodes compute outputs for them sooner together than one alone."""
     if stage.text is not None and stage.text != TASK_TEXT:
-        found = sum(1 for _ in read_texts(Path(stage.text)))
+        found = sum(1 for _ in islice(read_texts(Path(stage.text)), MANY_ROWS))  # the rest of a large file does not matter
     else:
         found = len(recipe.task.split(Split.TRAIN))
     return min(found, stage.rows or found) * (1 + stage.augment) >= MANY_ROWS
@@ -69,18 +67,7 @@ def teach_share(recipe: Recipe, share: RowShare, cache: Path, log: Log) -> bool:
         bundle, _ = prepare_bundle(preflight(recipe), run)
         accelerator = accelerator_for((), Path(place))
         precision = chosen_precision(stage.precision, accelerator)
-        read = bundle if bundle.read is None else _as_read(bundle)
-        rows, home = training_rows(stage, read, run), bundle.teacher.device
+        nn.Module.to(bundle.teacher.model, accelerator.device)
         teacher = as_teacher(bundle.teacher, bundle.material.task, accelerator.device, precision)
-        try:
-            nn.Module.to(bundle.teacher.model, accelerator.device)
-            needs = asked_of_teacher(stage.methods)
-            return fill_share(teacher, rows, needs, cache, log, share, cap_bytes=cache_room(cache))
-        finally:
-            nn.Module.to(bundle.teacher.model, home)
-
-
-def _as_read(bundle: Bundle) -> Bundle:
-    """The bundle with the data as the teacher's own tokenizer splits them."""
-    assert bundle.read is not None
-    return replace(bundle, material=bundle.read, read=None)
+        rows, needs = rows_as_read(stage, bundle, run), asked_of_teacher(stage.methods)
+        return fill_share(teacher, rows, needs, cache, log, share, cap_bytes=cache_room(cache))

@@ -338,9 +338,9 @@ class _Attached:
 
     def begin(self, step: int) -> None:
         """The last step of an epoch accumulates what is left of it."""
-        steps = math.ceil((self.batches or self.accumulated) / self.accumulated)
-        last = self.batches is not None and step % steps == steps - 1
-        self.window = self.batches - (steps - 1) * self.accumulated if last and self.batches else self.accumulated
+        if self.batches:
+            done = step % math.ceil(self.batches / self.accumulated) * self.accumulated
+            self.window = min(self.accumulated, self.batches - done)
 
     def step(self, trainers: Any) -> None:
         if not self.used:

@@ -278,8 +278,6 @@ def fill_share(
     """
     large = LARGE & set(needs)
     home = folder / TEACHER_FOLDER / _key(teacher, features, large)
-    if Capture.LOGITS in needs and not teacher.kept:
-        return False
     if (home / CACHE_FACTS).exists():
         return True
     if not (home / PARTS_FOLDER).is_dir() and is_live(teacher, features, needs, cap_bytes):
@@ -316,9 +314,9 @@ class _Visits:
 
     def bounds(self, count: int) -> list[int]:
         """Where `count` shares begin and end, in rows that are done: at ends of batches, and with about as many tokens in each."""
-        tokens = np.cumsum([int(self.lengths[list(rows)].sum()) for rows in self.batches])
+        ends, tokens = self.ends, np.cumsum([int(self.lengths[list(rows)].sum()) for rows in self.batches])
         steps = [int(np.searchsorted(tokens, tokens[-1] * number / count)) for number in range(1, count)]
-        return [0, *(int(self.ends[step]) for step in steps), int(self.ends[-1])]
+        return [0, *(int(ends[step]) for step in steps), int(ends[-1])]
 
 
 def _visits(features: Features, needs: Collection[Capture]) -> _Visits:
