@@ -205,11 +205,13 @@ def unit_count(anatomy: Anatomy, kind: Kind) -> Cost:
 def latency(anatomy: Anatomy, fixed_ms: float, table: Mapping[str, Mapping[int, float]]) -> Cost:
     """Milliseconds per example from measured levels: group -> {units: ms of one sublayer}, linear in between.
 
-    0 units cost nothing, and a level never costs less than a smaller one: timings that say so are noise.
+    0 units cost nothing, and a level never costs less than a smaller one: timings that say so are noise. The curves are those of one
+    sublayer at a time: if the last attention goes, the feed-forward before it costs less too, which a model cut so shows by its own
+    anatomy.
     """
     curves = {}
     for site in anatomy.units:
-        levels = {0: 0.0, **table[group(anatomy, site)]}
+        levels = {0: 0.0, **_times(anatomy, site, table)}
         units = np.array(sorted(levels))
         ms = np.maximum.accumulate(np.array([levels[count] for count in units]))
         curves[site.id] = np.interp(np.arange(site.size + 1), units, ms)
@@ -227,10 +229,11 @@ def product_ms(anatomy: Anatomy, table: Mapping[str, Mapping[int, float]]) -> Ca
         return None
     for site in anatomy.of_kind(Kind.NEURONS):
         inside = [matrix for matrix in anatomy.matrices.values() if matrix.sublayer == site.sublayer]
-        levels = sorted(units for units in table[group(anatomy, site)] if units)
+        times = _times(anatomy, site, table)
+        levels = sorted(units for units in times if units)
         if len(levels) < 2 or not all(matrix.dense for matrix in inside):
             continue
-        few, many = (table[group(anatomy, site)][units] for units in (levels[0], levels[-1]))
+        few, many = times[levels[0]], times[levels[-1]]
         each = max(0.0, many - few) / (levels[-1] - levels[0])
         call = max(0.0, few - each * levels[0]) / len(inside)
         number = each * site.size / sum(math.prod(matrix.shape) for matrix in inside)
@@ -244,9 +247,22 @@ def product_ms(anatomy: Anatomy, table: Mapping[str, Mapping[int, float]]) -> Ca
     return None
 
 
+def _times(anatomy: Anatomy, site: Site, table: Mapping[str, Mapping[int, float]]) -> Mapping[int, float]:
+    """The levels of a site; a table without those of the last layer counts it as the others."""
+    return table.get(group(anatomy, site)) or table[str(site.kind)]
+
+
 def group(anatomy: Anatomy, site: Site) -> str:
-    """What sites that cost alike have in common: their kind, and "decoder_heads", "cross_heads" or "decoder_neurons" in a decoder."""
-    if anatomy.stack_of(site.layer) is anatomy.stacks[0]:
+    """What sites that cost alike have in common: their kind, with "last_", "decoder_" or "cross_" before it.
+
+    The last attention of an encoder alone, and what comes after it, are "last_heads" and "last_neurons": a classifier reads one token,
+    and so these compute one. A decoder has "decoder_heads", "cross_heads" and "decoder_neurons".
+    """
+    stack = anatomy.stack_of(site.layer)
+    if stack is not anatomy.stacks[0]:
+        own = site.id.rpartition(".")[2]
+        return own if own == "cross_heads" else f"decoder_{site.kind}"
+    if len(anatomy.stacks) > 1:
         return str(site.kind)
-    own = site.id.rpartition(".")[2]
-    return own if own == "cross_heads" else f"decoder_{site.kind}"
+    attending = max((other.layer for other in anatomy.of_kind(Kind.HEADS) if other.size), default=0)
+    return f"last_{site.kind}" if site.layer >= attending else str(site.kind)

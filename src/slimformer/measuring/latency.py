@@ -1,7 +1,8 @@
 """Measures what heads and neurons cost on this machine: the table behind `cost: latency`.
 
 Short models with a few sublayers of one kind (8 heads, 1 head, none, ...) are exported as int8 and timed side by side with the dense
-files; the cost of one sublayer at a level is the difference to the model with none. Only the dense files hold all layers, because
+files; the cost of one sublayer at a level is the difference to the model with none. The last layer of an encoder is timed by itself: for
+a classifier it computes one token, and what is cut there saves little. Only the dense files hold all layers, because
 tracing takes seconds and grows with the layers. It is an estimate for a search: what a finished model really takes is always
 measured on its own file.
 
@@ -24,7 +25,7 @@ from slimformer.core.anatomy import Anatomy, Kind, Site
 from slimformer.core.cost import Cost, group, latency
 from slimformer.core.plan import Plan
 from slimformer.core.shrink import shrink
-from slimformer.data.material import Material, subset
+from slimformer.data.material import Material, timed_rows
 from slimformer.errors import TargetError
 from slimformer.exporters.base import Variant
 from slimformer.families.base import Subject, subject_of
@@ -38,7 +39,15 @@ from slimformer.tasks.base import Split
 
 # Levels of each kind, as shares of its units: a product takes some time for a call, and some for each unit.
 SHARES = (1.0, 0.08, 0.0)
-GROUPS = ("heads", "neurons", "decoder_heads", "cross_heads", "decoder_neurons")  # of sites that cost alike; fields of `Levels`
+GROUPS = (  # of sites that cost alike; fields of `Levels`
+    "heads",
+    "neurons",
+    "last_heads",
+    "last_neurons",
+    "decoder_heads",
+    "cross_heads",
+    "decoder_neurons",
+)
 PROBED = 2  # sublayers of a kind that a short model has
 SECONDS = 8.0  # of timing, all levels together
 SINGLE_SECONDS = 4.0  # the same of single texts
@@ -49,14 +58,17 @@ class Levels:
     """What was timed: int8 milliseconds per example of one sublayer, by kind and units kept; a recipe may carry it.
 
     `fixed_ms` is what a model without any sublayer takes, `dense_fp32_ms` the uncut one in fp32. `heads` and `neurons` are the
-    encoder's; a decoder has its own, and `cross_heads` that ask the encoder. All are times at batch 32; `single` is the same table at
-    batch 1, if that was timed.
+    encoder's; of an encoder alone, its last attention and the feed-forward after it have their own (`last_heads`, `last_neurons`),
+    because a classifier computes one token there; without these they count as the others. A decoder has its own, and `cross_heads` that
+    ask the encoder. All are times at batch 32; `single` is the same table at batch 1, if that was timed.
     """
 
     fixed_ms: NotNegative
     dense_fp32_ms: Positive
     heads: Mapping[int, float]
     neurons: Mapping[int, float]
+    last_heads: Mapping[int, float] = field(default_factory=dict)
+    last_neurons: Mapping[int, float] = field(default_factory=dict)
     decoder_heads: Mapping[int, float] = field(default_factory=dict)
     cross_heads: Mapping[int, float] = field(default_factory=dict)
     decoder_neurons: Mapping[int, float] = field(default_factory=dict)
@@ -95,7 +107,7 @@ class Latency:
     def of(anatomy: Anatomy, levels: Levels) -> Latency:
         """The curves that these levels give for a model of this anatomy."""
         table = {name: getattr(levels, name) for name in GROUPS}
-        groups = {group(anatomy, site) for site in anatomy.units}
+        groups = {group(anatomy, site).removeprefix("last_") for site in anatomy.units}
         lacking = sorted(name for name in groups if not table[name])
         if lacking:
             raise TargetError(
@@ -114,7 +126,7 @@ def measure_levels(
     quiet: Quiet,
     dense: Mapping[str, Path] | None = None,
 ) -> Levels:
-    """Times this model's sublayers in ONNX Runtime int8, on batches of 32 and single validation examples; scratch files lie in `folder`.
+    """Times this model's sublayers in ONNX Runtime int8, on batches of 32 and single dev examples; scratch files lie in `folder`.
 
     `dense`: its own files by variant, fused fp32 and dynamic int8, if there are some already.
     """
@@ -138,8 +150,7 @@ def measure_levels(
                 make_readable(small, material.source, files[level].parent)
                 advance(done + 1)
         sessions = {level: open_session(file, threads, generation=length) for level, file in files.items()}
-        features, _ = subset(material, Split.VALIDATION, 640)
-        one, many = workloads(features, limit=12)
+        one, many = workloads(timed_rows(material), limit=12)
         large, single = (
             _levels_of(anatomy, compare(sessions, work, Rounds(40, seconds=seconds), quiet.load()))
             for work, seconds in ((many, SECONDS), (one, SINGLE_SECONDS))
@@ -151,20 +162,27 @@ def _levels_of(anatomy: Anatomy, timings: Mapping[str, Timing]) -> Levels:
     """What a sublayer takes at each level, from the times of short models and of the dense files."""
     rounds = {level: timing.round_ms() / sum(timing.sizes) for level, timing in timings.items()}  # (rounds,) ms per example
     fp32 = float(np.median(rounds["fp32"]))
-    ms = {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()}
-    sites = _groups(anatomy)
+    return _table(anatomy, {level: float(np.median(values / rounds["fp32"])) * fp32 for level, values in rounds.items()})
+
+
+def _table(anatomy: Anatomy, ms: Mapping[str, float]) -> Levels:
+    """The same from milliseconds per example."""
+    groups = _groups(anatomy)
     table: dict[str, dict[int, float]] = {}
-    for part, every in sites.items():
-        count, base = len(_probed(anatomy, every)), ms["last" if _has_last(anatomy) else "none"]
-        table[part] = {units: max(0.0, (ms[f"{part}-{units}"] - base) / count) for units in _levels(every) if units}
-    inside = sum(len(every) * table[part][max(table[part])] for part, every in sites.items())
+    for part, sites in groups.items():
+        beside = _beside(groups, part)
+        base = ms[f"last_heads-{beside[0].size}" if beside else "none"]
+        count = len(_probed(sites))
+        table[part] = {units: max(0.0, (ms[f"{part}-{units}"] - base) / count) for units in _levels(sites) if units}
+    inside = sum(len(sites) * table[part][max(table[part])] for part, sites in groups.items())
     fixed = max(0.0, min(ms["none"], ms["int8"]))
-    # the last layer of a classifier computes one token only: it costs less
-    share = (ms["int8"] - fixed) / inside if inside else 1.0
+    share = (ms["int8"] - fixed) / inside if inside else 1.0  # short models are not quite what the layers of a whole one are
+    for part in GROUPS[:2]:
+        table.setdefault(part, table.get(f"last_{part}", {}))  # of a single layer
     scaled: dict[str, Any] = {
         part: {units: round(share * value, 7) for units, value in levels.items()} for part, levels in table.items()
     }
-    return Levels(round(fixed, 7), round(fp32, 7), **scaled)
+    return Levels(round(fixed, 7), round(ms["fp32"], 7), **scaled)
 
 
 def usual_length(subject: Subject, material: Material) -> dict[str, int] | None:
@@ -186,27 +204,20 @@ def _short_plans(anatomy: Anatomy) -> dict[str, Plan]:
     """
     groups = _groups(anatomy)
     every = {site.sublayer for sites in groups.values() for site in sites if site.sublayer is not None}
-    last = next(iter(groups.values()))[-1:] if _has_last(anatomy) else ()
-
-    def keeping(sites: Sequence[Site], units: int) -> Plan:
-        """Only these sites with so many units, and the last attention of an encoder."""
-        gone = every - {site.sublayer for site in (*sites, *last)}
-        cut = {site.id: tuple(range(units)) for site in sites if units < site.size}
-        return Plan({**dict.fromkeys(sorted(gone), ()), **cut})
-
     plans = {"none": Plan(dict.fromkeys(sorted(every), ()))}
-    if last:
-        plans["last"] = keeping((), 0)
     for part, sites in groups.items():
+        probed, beside = _probed(sites), _beside(groups, part)
+        gone = dict.fromkeys(sorted(every - {site.sublayer for site in (*probed, *beside)}), ())
         for units in _levels(sites):
             if units:
-                plans[f"{part}-{units}"] = keeping(_probed(anatomy, sites), units)
+                cut = {site.id: tuple(range(units)) for site in probed if units < site.size}
+                plans[f"{part}-{units}"] = Plan({**gone, **cut})
     return plans
 
 
-def _has_last(anatomy: Anatomy) -> bool:
-    """Whether the last layer may compute one token only, as that of a classifier does."""
-    return len(anatomy.stacks) == 1
+def _beside(groups: Mapping[str, Sequence[Site]], part: str) -> Sequence[Site]:
+    """What stays in the short models of a group: the last attention of an encoder alone, if it is not the one that is timed."""
+    return () if part == "last_heads" else groups.get("last_heads", ())
 
 
 def _groups(anatomy: Anatomy) -> dict[str, list[Site]]:
@@ -218,9 +229,9 @@ def _groups(anatomy: Anatomy) -> dict[str, list[Site]]:
     return found
 
 
-def _probed(anatomy: Anatomy, sites: Sequence[Site]) -> Sequence[Site]:
-    """The sites of a group that are timed: the first ones, but not the last layer of an encoder, which may compute one token only."""
-    return sites[: max(1, min(PROBED, len(sites) - _has_last(anatomy)))]
+def _probed(sites: Sequence[Site]) -> Sequence[Site]:
+    """The sites of a group that are timed: the first ones."""
+    return sites[:PROBED]
 
 
 def _levels(sites: Sequence[Site]) -> list[int]:

