@@ -24,8 +24,9 @@ SCATTER_STYLE = (
     "<style>text{font:12px sans-serif;fill:#333}.tick,.label{fill:#666}.grid{stroke:#ddd}.axis{stroke:#888}"
     ".front{fill:none;stroke:#0b6b5d;stroke-width:1.5;stroke-dasharray:5 4}.leader{stroke:#888;stroke-width:.75}"
     ".m-ours,.m-chosen{fill:#0b6b5d}.m-rival{fill:#fff;stroke:#333;stroke-width:1.6}.strong{font-weight:650}"
+    ".spread{stroke:#999}.m-beaten{fill:#fff;stroke:#0b6b5d;stroke-width:1.6}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}.tick,.label{fill:#aaa}.grid{stroke:#444}.m-rival{fill:#222;stroke:#ddd}"
-    ".m-ours,.m-chosen{fill:#4db6a5}.front{stroke:#4db6a5}}</style>"
+    ".m-beaten{fill:#222;stroke:#4db6a5}.m-ours,.m-chosen{fill:#4db6a5}.front{stroke:#4db6a5}}</style>"
 )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 
+import families
 import generation
 import loads
 import numerics
@@ -283,6 +284,7 @@ def main(arguments: Sequence[str]) -> int:
         **published.pages(),
         **generation.pages(),
         **survey.pages(),
+        **families.pages(),
         loads.PAGE: placed(loads.PAGE.read_text(encoding="utf-8"), loads.load_table(), "load"),
         ordeals.RELIABILITY: placed(ordeals.RELIABILITY.read_text(encoding="utf-8"), ordeals.ordeal_table(), "gauntlet"),
         ordeals.CLUSTER: placed(ordeals.CLUSTER.read_text(encoding="utf-8"), ordeals.cluster_table(), "cluster"),

@@ -5,25 +5,32 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_compression import python
+from tiny import tiny
 from tiny_folder import write_data, write_model
 from tiny_hurry import count_speeds, hurry
 
 from slimformer import compress
+from slimformer.core.plan import Plan
 from slimformer.errors import ExportError, ExtraError, RecipeError
 from slimformer.exporters.base import SLIM, Variant
 from slimformer.exporters.kernels import Kernels
-from slimformer.families.base import anatomy_of
+from slimformer.families.base import anatomy_of, subject_of
 from slimformer.kernels.library import installed
+from slimformer.methods.distillation import Distillation
+from slimformer.methods.fisher import Fisher
+from slimformer.methods.knowledge_sparse import KnowledgeSparse
 from slimformer.reporting.ledger import read_facts
 from slimformer.running import scale, search
+from slimformer.running.bundle import Bundle
+from slimformer.running.lessons import BLOCKS_LEFT, blocks_left, fewest_blocks
 from slimformer.running.reader import parse_recipe, read_recipe
 from slimformer.running.runner import run
 from slimformer.running.trials import Judge, Trial
+from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
 from slimformer.tasks.classification import Classification
 from slimformer.training.stage import Calibrate, Train
@@ -31,41 +38,50 @@ from slimformer.training.stage import Calibrate, Train
 built = pytest.mark.skipif(not installed(), reason="slimformer-kernels is not installed: `make kernels` builds it")
 
 
-class KnownScale:
-    """Speeds that are known: 2 uncut, 3 with half of the blocks, 5 with a fifth of them."""
+class KnownScale(scale.Scale):
+    """Speeds that are known: 2 with all blocks, 3 with half of them, 5 with a fifth."""
 
     def __init__(self) -> None:
-        self.asked: list[float] = []
+        pass
 
     def with_blocks(self, left: float) -> float:
         return {0.5: 3.0, 0.2: 5.0}[left]
 
-    def keep(self, aim: float) -> float:
-        self.asked.append(aim)
-        return 1 / aim
+    def keep(self, speedup: float) -> float:
+        return 1 / speedup
 
 
 @pytest.mark.parametrize(
-    ("engine", "beams", "aim", "budget"),
+    ("fewer", "now", "left", "aim", "budget"),
     [
-        ("kernels", None, 2.5, (1.0, 0.5)),
-        ("kernels", None, 3.0, (1.0, 0.5)),
-        ("kernels", None, 5.0, (1.0, 0.2)),
-        (
-            "kernels",
-            None,
-            10.0,
-            (0.25, 0.2),
-        ),  # a fifth of the blocks gives 2.5 times the uncut speed of 2; the cut gives the rest: 4
-        ("onnx", None, 4.0, (0.25, 1.0)),
-        ("kernels", 5, 4.0, (0.25, 1.0)),
+        (BLOCKS_LEFT, 2.0, 1.0, 2.5, (1.0, 0.5)),
+        (BLOCKS_LEFT, 2.0, 1.0, 3.0, (1.0, 0.5)),
+        (BLOCKS_LEFT, 2.0, 1.0, 5.0, (1.0, 0.2)),
+        (BLOCKS_LEFT, 2.0, 1.0, 10.0, (0.25, 0.2)),  # a fifth gives 2.5 times the speed of 2; the cut gives the rest: 4
+        (BLOCKS_LEFT, 3.0, 0.5, 5.0, (1.0, 0.2)),
+        (BLOCKS_LEFT, 3.0, 0.5, 10.0, (1 / 6, 0.2)),  # now 3 times as fast with half of them: a fifth gives 5 / 3
+        (BLOCKS_LEFT, 5.0, 0.2, 10.0, (0.1, 0.2)),
+        ((), 2.0, 1.0, 4.0, (0.25, 1.0)),
     ],
 )
-def test_blocks_go_before_heads_and_neurons(engine: str, beams: int | None, aim: float, budget: tuple[float, float]) -> None:
-    whole = SimpleNamespace(trials=[Trial(Variant.INT8_KERNELS, 0.9, 0.0, 2.0, 1.0, 1)])
-    bundle = SimpleNamespace(subject=SimpleNamespace(beams=beams))
-    known: Any = SimpleNamespace(wanted=SimpleNamespace(engine=engine), bundle=bundle, scale=KnownScale(), whole=whole)
-    assert search._Search._budget(known, aim) == pytest.approx(budget)
+def test_blocks_go_before_heads_and_neurons(
+    fewer: tuple[float, ...], now: float, left: float, aim: float, budget: tuple[float, float]
+) -> None:
+    assert KnownScale().budget(aim, now, left=left, fewer=fewer) == pytest.approx(budget)
+
+
+def test_blocks_may_go_only_for_the_kernels_and_where_nothing_is_written() -> None:
+    reads, writes = (Bundle(subject_of(tiny(kind)), Plan(), *[None] * 2) for kind in ("bert", "bart"))  # type: ignore[arg-type]
+    wanted = Wanted(engine="kernels")
+    assert fewest_blocks(wanted, reads) == BLOCKS_LEFT
+    assert fewest_blocks(wanted, writes) == fewest_blocks(Wanted(), reads) == ()
+
+
+def test_stages_tell_how_many_blocks_they_leave() -> None:
+    half, fifth = (Train(methods=(KnowledgeSparse(keep=share, pattern="4x4"), Distillation())) for share in (0.5, 0.2))
+    assert blocks_left(()) == blocks_left([Calibrate(Fisher())]) == blocks_left([Train(methods=(Distillation(),))]) == 1.0
+    assert blocks_left([half, Calibrate(Fisher())]) == 0.5
+    assert blocks_left([half, fifth]) == 0.2
 
 
 @built

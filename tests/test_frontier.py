@@ -24,7 +24,9 @@ from tiny_hurry import count_speeds
 import slimformer
 from slimformer import Result, cli
 from slimformer.errors import ModelError, RecipeError
-from slimformer.exporters.base import Variant
+from slimformer.exporters.base import SLIM, Variant
+from slimformer.families.base import anatomy_of
+from slimformer.kernels.library import installed
 from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Interval, Record, Standing
 from slimformer.registry import name_of
@@ -32,9 +34,10 @@ from slimformer.reporting.family import FamilyPoint, HeldResult, ModelFamily, dr
 from slimformer.reporting.ledger import read_records
 from slimformer.reporting.verdicts import dominator
 from slimformer.running import candidate, frontier
-from slimformer.running.frontier import rising
+from slimformer.running.frontier import compress_family, rising
 from slimformer.running.levels import write_levels
 from slimformer.running.reader import read_levels, read_recipe
+from slimformer.running.scale import Scale
 from slimformer.running.trials import Judge, Trial
 from slimformer.saving import checkpoint
 from slimformer.training.estimate import estimate
@@ -114,8 +117,17 @@ def test_the_error_is_that_of_the_time() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "flag", "unit"),
+    [("2,3.5", "--speedups", "x"), ("2X, 3.5x", "--speedups", "x"), ("2MB 3.5mb", "--megabytes", "MB")],
+)
+def test_numbers_may_be_said_as_the_models_are_called(text: str, flag: str, unit: str) -> None:
+    assert cli._numbers(text, flag, unit) == (2.0, 3.5)
+
+
+@pytest.mark.parametrize(
     ("speedups", "words"),
     [
+        ("2MB", "--speedups must be numbers with commas between them, not '2MB'."),
         ("4,2", "the speeds must rise, and 2 comes after 4."),
         ("2,2", "the speeds must rise, and 2 comes after 2."),
         ("0.5,2", "a speed must be above 1 and at most 100, not 0.5."),
@@ -154,6 +166,15 @@ def test_speeds_that_rise_are_taken() -> None:
     assert rising((2, 4.5)) == (2.0, 4.5)
     with pytest.raises(RecipeError, match="no speeds"):
         rising("24")
+
+
+def test_zeros_have_neither_a_table_of_another_machine_nor_sizes(tmp_path: Path) -> None:
+    model, data = write_model(tmp_path / "model", trained=False), write_data(tmp_path / "data")
+    task = {"use": "classification", "data": str(data)}
+    with pytest.raises(RecipeError, match="does not tell what zeros take"):
+        compress_family(model, task, tmp_path / "out", engine="kernels", latency=LEVELS)
+    with pytest.raises(RecipeError, match="the kernels read no word table of codes"):
+        compress_family(model, task, tmp_path / "out", engine="kernels", megabytes=(1.0,))
 
 
 # -- A family from end to end ----------------------------------------------------------------------------------------------------
@@ -393,3 +414,32 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(
     errors = capsys.readouterr().err
     assert "out belongs to another run." in errors
     assert "speedups: [1.5, 2.5, 3.2, 50.0] there, [2.0, 3.0] now" in errors
+
+
+@pytest.mark.skipif(not installed(), reason="slimformer-kernels is not installed: `make kernels` builds it")
+@pytest.mark.slow
+def test_a_family_for_the_kernels_has_fewer_and_fewer_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quickly(monkeypatch)
+    monkeypatch.setattr(Scale, "with_blocks", lambda _, left: {0.5: 2.4, 0.2: 2.8}[left])
+    write_data(Path("data"))
+    write_model(Path("model"))
+    task = {"use": "classification", "data": "data"}
+    options: dict[str, Any] = {"speedups": (2.2, 3.5), "max_loss": 100, "epochs": 1, "rivals": ()}
+    made = compress_family("model", task, "out", engine="kernels", **options, threads=1, wait_seconds=0)
+    assert [point.name for point in made.points] == ["uncut", "2.2x", "3.5x"]
+    folders = {point.name: made.out / point.folder for point in made.points if point.folder}
+    shares = {}
+    for name, folder in folders.items():
+        model = checkpoint.load(folder / "model")
+        inside = [matrix for matrix in anatomy_of(model).matrices.values() if not matrix.table]
+        weights = [model.get_submodule(matrix.module).weight.detach() for matrix in inside]
+        blocks = [weight.reshape(weight.shape[0] // 4, 4, weight.shape[1] // 4, 4).abs().sum(dim=(1, 3)) for weight in weights]
+        shares[name] = float(sum((block > 0).sum() for block in blocks) / sum(block.numel() for block in blocks))
+    assert shares.pop("uncut", 1.0) == 1.0
+    assert {name: round(share, 1) for name, share in shares.items()} == {"2.2x": 0.5, "3.5x": 0.2}
+    cuts = {name: [type(stage) for stage in read_recipe(folder / "recipe.yaml").stages] for name, folder in folders.items()}
+    assert cuts["2.2x"] == [Train]
+    assert cuts["3.5x"] == [Train, Calibrate, Train]
+    assert all(point.predicted is None for point in made.points[1:])
+    assert all((folder / SLIM.place).is_file() for name, folder in folders.items() if name != "uncut")

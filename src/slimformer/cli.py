@@ -142,6 +142,10 @@ RateOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option(help="Examples per training step.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+EngineOption = Annotated[
+    str,
+    typer.Option(help="'kernels' searches for the compiled kernels, which skip zeros; 'onnx' for ONNX Runtime alone."),
+]
 VocabularyOption = Annotated[
     str,
     typer.Option(help="'trim' cuts the word table to the pieces that the training texts need; 'whole' leaves it as it is."),
@@ -202,10 +206,7 @@ def compress_command(
         ),
     ] = None,
     vocabulary: VocabularyOption = "whole",
-    engine: Annotated[
-        str,
-        typer.Option(help="'kernels' searches for the compiled kernels, which skip zeros; 'onnx' for ONNX Runtime alone."),
-    ] = "onnx",
+    engine: EngineOption = "onnx",
     seed: SeedOption = 17,
     threads: Threads = None,
     wait: Wait = 60.0,
@@ -272,6 +273,7 @@ def frontier_command(
         typer.Option(help="Minutes for everything; it says what is left out or shortened for it."),
     ] = None,
     vocabulary: VocabularyOption = "whole",
+    engine: EngineOption = "onnx",
     latency: Annotated[
         Path | None,
         typer.Option(
@@ -294,8 +296,8 @@ def frontier_command(
         model,
         _task(context.obj, model),
         out,
-        speedups=_numbers(speedups, "--speedups"),
-        megabytes=_numbers(megabytes or "", "--megabytes"),
+        speedups=_numbers(speedups, "--speedups", "x"),
+        megabytes=_numbers(megabytes or "", "--megabytes", "MB"),
         max_loss=max_loss,
         epochs=epochs,
         lr=lr,
@@ -304,6 +306,7 @@ def frontier_command(
         rivals=RIVALS if rivals else tuple(name for name in RIVALS if name != "small-dense"),
         minutes=minutes,
         vocabulary=vocabulary,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
         latency=latency,
         command=_command(),
         threads=threads,
@@ -318,10 +321,11 @@ def frontier_command(
         raise typer.Exit(1)
 
 
-def _numbers(text: str, flag: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
+def _numbers(text: str, flag: str, unit: str) -> tuple[float, ...]:
+    """Numbers with commas or spaces between them; each may have the unit behind it, as the models' names have: "2x,3x"."""
+    parts = text.replace(",", " ").lower().split()
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        return tuple(float(part.removesuffix(unit.lower())) for part in parts)
     except ValueError:
         raise RecipeError(
             f"{flag} must be numbers with commas between them, not {text!r}.", help=f"such as {flag} 2,3,4."

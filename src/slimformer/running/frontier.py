@@ -39,7 +39,7 @@ from slimformer.running.bundle import Bundle, Made, Run
 from slimformer.running.candidate import Candidate, candidate_of, cut_candidate, repeating
 from slimformer.running.delivery import Order, best_file, deliver, fitted_tasks, side_by_side
 from slimformer.running.given import given_model, given_task, told_model
-from slimformer.running.lessons import distillation
+from slimformer.running.lessons import blocks_left, distillation, fewest_blocks
 from slimformer.running.outline import Outline, final_seconds, full_diet
 from slimformer.running.reader import read_levels
 from slimformer.running.recipe import RIVALS, Recipe, RivalName
@@ -50,7 +50,7 @@ from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, 
 from slimformer.running.stages import latency_of, training_of
 from slimformer.running.start import checked_wish, opened
 from slimformer.running.trials import Trial, judge_of
-from slimformer.running.wanted import WAIT_SHARE, VocabularyChoice, Wanted
+from slimformer.running.wanted import WAIT_SHARE, EngineChoice, VocabularyChoice, Wanted
 from slimformer.tasks.base import Task, refuse_pretraining
 from slimformer.training.estimate import estimate
 from slimformer.training.processes import shared
@@ -84,6 +84,7 @@ def compress_family(
     rivals: RivalName | Sequence[RivalName] = RIVALS,
     minutes: float | None = None,
     vocabulary: VocabularyChoice = "whole",
+    engine: EngineChoice = "onnx",
     latency: Levels | str | Path | None = None,
     log: Log | None = None,
     command: str = "",
@@ -109,6 +110,8 @@ def compress_family(
         rivals: The baselines to measure; "small-dense" trains as long as the model of the middle speed, and is delivered with the others.
         minutes: A budget for everything. Each level gets as many passes as the others.
         vocabulary: As in `compress`: "trim" cuts the word table of all models to the pieces that the training texts need.
+        engine: As in `compress`, for speeds alone: with "kernels" whole blocks of weights go before heads and neurons, half of them at
+            first and then four fifths, and the best file of a model may be one that only slimformer-kernels runs.
         latency: The latency table of another machine, or its file, as `slimformer bench --levels` writes it there. The speeds are then
             those of that machine, as the table predicts them; what is measured is measured here.
         log: As in `run`, like `command`, `threads` and `wait_seconds`.
@@ -120,8 +123,9 @@ def compress_family(
         The models, and everything that was measured.
 
     Raises:
-        RecipeError: An option is out of range, the speeds do not rise, the sizes do not fall, the latency table cannot be read, or
-            `minutes` are too few; the message says how many would do, and for which speeds they suffice.
+        RecipeError: An option is out of range, the speeds do not rise, the sizes do not fall, the latency table cannot be read, sizes
+            or such a table are given with "kernels", or `minutes` are too few; the message says how many would do, and for which speeds
+            they suffice.
         ModelError: The model cannot be loaded, or does not suit the task, or its word table cannot be kept as codes.
         DataError: The data cannot be read, or do not suit the model.
         TargetError: All speeds are out of reach; the message names the highest possible.
@@ -137,7 +141,14 @@ def compress_family(
     aims, sizes = rising(speedups), falling(megabytes)
     chosen = (rivals,) if isinstance(rivals, str) else tuple(rivals)
     table = read_levels(latency) if isinstance(latency, (str, Path)) else latency
-    wanted = Wanted(aims[0], max_loss, epochs, lr, batch_size, seed, 1, chosen, minutes, vocabulary)
+    wanted = Wanted(aims[0], max_loss, epochs, lr, batch_size, seed, 1, chosen, minutes, vocabulary, engine)
+    if engine == "kernels" and (sizes or table is not None):
+        why = (
+            "the kernels read no word table of codes, by which models of a size are made small."
+            if sizes
+            else "a latency table does not tell what zeros take, by which models for the kernels become fast."
+        )
+        raise RecipeError(why, help=f"leave out {'--megabytes' if sizes else '--latency'}, or --engine kernels.")
     if minutes is not None:
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * minutes)
     settled = given_task(task)
@@ -206,7 +217,8 @@ def _purpose(
     model: str, task: Task, aims: Sequence[float], sizes: Sequence[float], wanted: Wanted, table: Levels | None
 ) -> str:
     """The purpose of a folder."""
-    left_out = ("speedup", "tries", "engine", *(() if wanted.vocabulary == "trim" else ("vocabulary",)))
+    usual = {"vocabulary": "whole", "engine": "onnx"}
+    left_out = ("speedup", "tries", *(name for name, choice in usual.items() if getattr(wanted, name) == choice))
     options = {name: value for name, value in asdict(wanted).items() if name not in left_out}
     own: dict[str, Any] = {} if table is None else {"latency": table.to_data()}
     own |= {"megabytes": sizes} if sizes else {}
@@ -377,17 +389,27 @@ class _Levels:
         below = self.state.under(level.name)
         with self.schedule.part(Part.CUTTING):
             scale = Scale(before.made.bundle, self.judge, self.diet, self.exporter, below)
-            cuts = (self._faster(level.aim, scale),) if level.aim is not None else self._smaller(level, before, scale)
-        lesson = partial(self._lesson, place=place)
+            if level.aim is not None:
+                cuts, blocks = self._faster(level.aim, before, scale)
+            else:
+                cuts, blocks = self._smaller(level, before, scale), 1.0
+        lesson = partial(self._lesson, place=place, blocks=blocks)
         home, seconds = self.state.root / level.name, self.diet.trial_seconds
         return cut_candidate(
             before.made, before.stages, cuts, lesson, home, self.judge, self.schedule, below, self.exporter, seconds=seconds
         )
 
-    def _faster(self, aim: float, scale: Scale) -> Stage:
-        """What cuts a model to a speed."""
-        keep = round(self.table.dense_fp32_ms / aim / scale.cost.dense if self.elsewhere else scale.keep(aim), 4)
-        return Calibrate(replace(scale.fisher, keep=min(keep, NO_CUT)))
+    def _faster(self, aim: float, before: Candidate, scale: Scale) -> tuple[tuple[Stage, ...], float]:
+        """What cuts a model to a speed, and the share of each matrix's blocks that is left to it. A repair would fill its zeros."""
+        left = blocks_left(before.stages)
+        if self.elsewhere:
+            keep, blocks = self.table.dense_fp32_ms / aim / scale.cost.dense, left
+        else:
+            fewer = fewest_blocks(self.wanted, before.made.bundle)
+            keep, blocks = scale.budget(aim, self.speed(before), left=left, fewer=fewer)
+            if keep == 1.0 and blocks < left:
+                return (), blocks
+        return (Calibrate(replace(scale.fisher, keep=min(round(keep, 4), NO_CUT), repair=left == 1.0)),), blocks
 
     def _smaller(self, level: _Level, before: Candidate, scale: Scale) -> tuple[Stage, ...]:
         """What cuts a model to a size: codes in the place of the word table, and before that heads and neurons if they must go."""
@@ -410,14 +432,14 @@ class _Levels:
         most = AIMED * level.megabytes * MEGABYTE
         return next((model for model in models if self.in_codes(model) <= most), models[-1])
 
-    def _lesson(self, small: Bundle, *, place: int) -> Train:
+    def _lesson(self, small: Bundle, *, place: int, blocks: float) -> Train:
         """The distillation of a level: all of them see the same rows, so that the teacher's outputs serve them all.
 
         With a budget, as many passes over them as leave the same to each level that is still to come. Codes are rough, and what they
         name has to learn.
         """
         level = self.asked[place]
-        distil = distillation(small, self.wanted, self.diet.passes)
+        distil = distillation(small, self.wanted, self.diet.passes, blocks)
         if level.megabytes is not None:
             distil = replace(distil, freeze="nothing")
         if self.wanted.minutes is None:
@@ -491,9 +513,9 @@ class _Levels:
 
     def predicted(self, candidate: Candidate, *, single: bool = False) -> float | None:
         """Times as fast as dense fp32 that the latency table makes of a model at batch 32, or of single texts; None if it was not timed
-        for these, and for the uncut model, which scales the table."""
+        for these, for the uncut model, which scales the table, and for a model of zeros, which it does not tell of."""
         levels = self.table.levels.single if single else self.table.levels
-        if levels is None or (candidate is self.whole and not self.elsewhere):
+        if levels is None or (candidate is self.whole and not self.elsewhere) or blocks_left(candidate.stages) < 1:
             return None
         return self._scaled(self._by_table(candidate, levels), levels, self.best(candidate).variant)
 

@@ -5,6 +5,7 @@ Their rates and losses were chosen by measurements (decisions 0009 and 0013); ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from slimformer import registry
@@ -15,13 +16,15 @@ from slimformer.running.schedule import PASSES, Diet, Sizes, copies_of, rounded_
 from slimformer.running.wanted import Wanted
 from slimformer.saving import checkpoint
 from slimformer.tasks.base import Split
-from slimformer.training.stage import Train
+from slimformer.training.stage import Stage, Train
 from slimformer.training.teacher import cached_bytes
 
 DISTIL_TOKENS = 3_000_000  # the distillation sees so many by default: minutes on two cores for a small model
 TUNE_TOKENS = 1_000_000
 CACHED_BYTES = 8 << 30  # disk limit for a teacher's scores and hidden states; above it, attention scores are not distilled
 BLOCK_PATTERN = "4x4"  # weights that the kernels skip together (decision 0020)
+BLOCKS_LEFT = (0.5, 0.2)  # shares of a matrix's blocks that may be left, for the kernels
+SPARSE = "knowledge_sparse"  # the method that takes blocks out
 
 
 def _hidden_size(source: Path) -> int:
@@ -65,7 +68,7 @@ def distillation(bundle: Bundle, wanted: Wanted, passes: float, left: float = 1.
     scored = distillation(temperature=1.0, hidden=6.0, scores=6.0, relative=False)
     if (1 + copies) * cached_bytes(bundle.teacher.anatomy, lengths, scored.effects().needs) <= CACHED_BYTES:
         method, lr, weight = scored, max(lr, fast_lr(source)), 0.0
-    zeros = () if left == 1.0 else (registry.find("methods", "knowledge_sparse")(keep=left, pattern=BLOCK_PATTERN),)
+    zeros = () if left == 1.0 else (registry.find("methods", SPARSE)(keep=left, pattern=BLOCK_PATTERN),)
     return Train(
         methods=(*zeros, method),
         epochs=round((PASSES if rows else passes) / (1 + copies), 2),
@@ -77,6 +80,18 @@ def distillation(bundle: Bundle, wanted: Wanted, passes: float, left: float = 1.
         rows=rows,
         augment=copies,
     )
+
+
+def fewest_blocks(wanted: Wanted, bundle: Bundle) -> tuple[float, ...]:
+    """The shares of a matrix's blocks that may be left: none for an engine that skips no zeros."""
+    return BLOCKS_LEFT if wanted.engine == "kernels" and bundle.subject.beams is None else ()
+
+
+def blocks_left(stages: Sequence[Stage]) -> float:
+    """The share of each matrix's blocks that these stages leave."""
+    trained = [method for stage in stages if isinstance(stage, Train) for method in stage.methods]
+    shares = [method.keep for method in trained if isinstance(method, registry.find("methods", SPARSE))]
+    return shares[-1] if shares else 1.0
 
 
 def _word_level(bundle: Bundle, wanted: Wanted, passes: float) -> Train:

@@ -65,6 +65,20 @@ class Scale:
             self.state.folder / f"budget-{speedup:.4f}-{self.state.threads}.json", lambda: self._probed(speedup), float
         )
 
+    def budget(self, speedup: float, now: float, *, left: float = 1.0, fewer: Sequence[float] = ()) -> tuple[float, float]:
+        """What is left for a speed: the share of the latency after a cut, and the share of each matrix's blocks.
+
+        The model is `now` times as fast and has a share `left` of its blocks; `fewer`: the shares that may be left, falling. Blocks go
+        first, because a model of zeros is cut finer than one of fewer heads and neurons; only what the fewest blocks do not reach is left
+        to a cut.
+        """
+        fewer = [share for share in fewer if share < left]
+        speeds = {share: self.with_blocks(share) for share in fewer}
+        enough = next((share for share, speed in speeds.items() if speed >= speedup), None)
+        if enough is not None:
+            return 1.0, enough
+        return (self.keep(speedup * now / speeds[fewer[-1]]), fewer[-1]) if fewer else (self.keep(speedup), left)
+
     def _probed(self, speedup: float) -> float:
         aim = speedup * MARGIN
         keep = min(1.0, self.dense_fp32_ms / aim / self.cost.dense)
@@ -95,7 +109,7 @@ class Scale:
         return speed
 
     def with_blocks(self, left: float) -> float:
-        """The same of the uncut model with a share of each matrix's blocks, the largest ones."""
+        """The same of the model with a share of each matrix's blocks, the largest ones."""
 
         def timed() -> float:
             small = subject_of(copy.deepcopy(self.bundle.subject.model))

@@ -27,7 +27,7 @@ from slimformer.running.candidate import Candidate, candidate_of, cut_candidate,
 from slimformer.running.delivery import Order, finish
 from slimformer.running.facts import facts_of
 from slimformer.running.given import given_model, given_task, told_model
-from slimformer.running.lessons import distillation
+from slimformer.running.lessons import distillation, fewest_blocks
 from slimformer.running.outline import Outline, final_seconds, full_diet
 from slimformer.running.preflight import Checked
 from slimformer.running.recipe import RIVALS, Recipe, RivalName
@@ -60,7 +60,6 @@ CLOSE = 0.99  # a speed counts as reached from this share on: two timings of one
 WORTHWHILE = 1.05  # times as fast as the uncut model is what a cut has to be
 CLEARLY = 1.05  # times as fast as the cut model is what the smaller dense one must be: two timings of one file differ by less
 REDUCED = 0.3  # of a planned distillation is worth another budget that the smaller dense rival makes way for
-BLOCKS_LEFT = (0.5, 0.2)  # shares of a matrix's blocks that may be left, for the kernels
 
 
 @shared
@@ -304,19 +303,8 @@ class _Search:
         return forecast(self.outline.sizes, self.outline.pace, self.diet.untrained, self.wanted.speedup)
 
     def _budget(self, aim: float) -> tuple[float, float]:
-        """What is left for a speed: the share of the dense latency after a cut, and the share of each matrix's blocks.
-
-        For the kernels blocks go first, because a model of zeros is cut finer than one of fewer heads and neurons; only what the fewest
-        blocks do not reach is left to a cut.
-        """
-        if self.wanted.engine == "onnx" or self.bundle.subject.beams is not None:
-            return self.scale.keep(aim), 1.0
-        speeds = {left: self.scale.with_blocks(left) for left in BLOCKS_LEFT}
-        enough = next((left for left, speed in speeds.items() if speed >= aim), None)
-        if enough is not None:
-            return 1.0, enough
-        least, dense = BLOCKS_LEFT[-1], self.whole.trials[0].speed_32
-        return self.scale.keep(aim * dense / speeds[least]), least
+        """What is left for a speed: the share of the dense latency after a cut, and the share of each matrix's blocks."""
+        return self.scale.budget(aim, self.whole.trials[0].speed_32, fewer=fewest_blocks(self.wanted, self.bundle))
 
     def _cut_to(self, keep: float, blocks: float) -> Candidate:
         """Cuts to the budget, distils, exports and tries the files; all of it is kept for a resumed run."""
