@@ -93,12 +93,15 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture(autouse=True, scope="session")
-def each_structure_is_traced_once() -> Iterator[None]:
+def each_structure_is_traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """See traced_once.py."""
     from traced_once import traced_once
 
     from slimformer.exporters._onnx import trace
 
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    shared.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "trace_model", traced_once(trace.trace_model))
+        patch.setattr(trace, "trace_model", traced_once(trace.trace_model, shared))
         yield

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from slimformer.running.frontier import compress_family, rising
 from slimformer.running.levels import write_levels
 from slimformer.running.reader import read_levels, read_recipe
 from slimformer.running.scale import Scale
+from slimformer.running.schedule import Pace, Part, cut_step
 from slimformer.running.trials import Judge, Trial
 from slimformer.saving import checkpoint
 from slimformer.training.estimate import estimate
@@ -168,13 +170,29 @@ def test_speeds_that_rise_are_taken() -> None:
         rising("24")
 
 
-def test_zeros_have_neither_a_table_of_another_machine_nor_sizes(tmp_path: Path) -> None:
+def test_a_table_of_another_machine_says_nothing_of_zeros(tmp_path: Path) -> None:
     model, data = write_model(tmp_path / "model", trained=False), write_data(tmp_path / "data")
     task = {"use": "classification", "data": str(data)}
     with pytest.raises(RecipeError, match="does not tell what zeros take"):
         compress_family(model, task, tmp_path / "out", engine="kernels", latency=LEVELS)
-    with pytest.raises(RecipeError, match="the kernels read no word table of codes"):
-        compress_family(model, task, tmp_path / "out", engine="kernels", megabytes=(1.0,))
+
+
+def test_a_busy_moment_does_not_shorten_a_training(tmp_path: Path) -> None:
+    pace, levels = Pace(step=1.0, read=0.2), frontier._levels_of((2.0, 4.0, 8.0), ())
+    for level, epochs in zip(levels, (2.0, 1.0), strict=False):
+        (tmp_path / level.name).mkdir()
+        (tmp_path / level.name / "passes.json").write_text(json.dumps(epochs), encoding="utf-8")
+    known: Any = SimpleNamespace(
+        outline=SimpleNamespace(pace=pace),
+        asked=levels,
+        _noted=lambda level: tmp_path / level.name / "passes.json",
+        schedule=SimpleNamespace(taken=lambda part: 550.0 if part is Part.DISTILLING else 0.0),
+    )
+    seconds = frontier._Levels._token_seconds
+    assert seconds(known, 9.0, 100, 50.0, 0) == 9.0  # nothing was trained before
+    lasted = 500.0 / (100 * (2 * cut_step(pace, 2.0) + cut_step(pace, 4.0)))  # seconds of a token of the uncut model
+    assert seconds(known, 9.0, 100, 50.0, 2) == pytest.approx(frontier.BUSY * lasted * cut_step(pace, 8.0))
+    assert seconds(known, 0.1, 100, 50.0, 2) == 0.1
 
 
 # -- A family from end to end ----------------------------------------------------------------------------------------------------
@@ -425,9 +443,9 @@ def test_a_family_for_the_kernels_has_fewer_and_fewer_blocks(tmp_path: Path, mon
     write_data(Path("data"))
     write_model(Path("model"))
     task = {"use": "classification", "data": "data"}
-    options: dict[str, Any] = {"speedups": (2.2, 3.5), "max_loss": 100, "epochs": 1, "rivals": ()}
+    options: dict[str, Any] = {"speedups": (2.2, 3.5), "megabytes": (0.04,), "max_loss": 100, "epochs": 1, "rivals": ()}
     made = compress_family("model", task, "out", engine="kernels", **options, threads=1, wait_seconds=0)
-    assert [point.name for point in made.points] == ["uncut", "2.2x", "3.5x"]
+    assert [point.name for point in made.points] == ["uncut", "2.2x", "3.5x", "0.04MB"]
     folders = {point.name: made.out / point.folder for point in made.points if point.folder}
     shares = {}
     for name, folder in folders.items():
@@ -437,9 +455,12 @@ def test_a_family_for_the_kernels_has_fewer_and_fewer_blocks(tmp_path: Path, mon
         blocks = [weight.reshape(weight.shape[0] // 4, 4, weight.shape[1] // 4, 4).abs().sum(dim=(1, 3)) for weight in weights]
         shares[name] = float(sum((block > 0).sum() for block in blocks) / sum(block.numel() for block in blocks))
     assert shares.pop("uncut", 1.0) == 1.0
+    assert shares.pop("0.04MB") < 0.4  # of what heads and neurons were left, fewer blocks were zero
     assert {name: round(share, 1) for name, share in shares.items()} == {"2.2x": 0.5, "3.5x": 0.2}
     cuts = {name: [type(stage) for stage in read_recipe(folder / "recipe.yaml").stages] for name, folder in folders.items()}
     assert cuts["2.2x"] == [Train]
     assert cuts["3.5x"] == [Train, Calibrate, Train]
+    assert cuts["0.04MB"] == [*cuts["3.5x"], Calibrate, Calibrate, Train]
+    assert made.points[-1].size_bytes <= 40_000
     assert all(point.predicted is None for point in made.points[1:])
     assert all((folder / SLIM.place).is_file() for name, folder in folders.items() if name != "uncut")

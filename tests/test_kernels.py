@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from slimformer.exporters._kernels.model_file import save_model_file
 from slimformer.exporters._kernels.packing import best_block_rows, pack_encoder
 from slimformer.exporters._onnx.parity import fill_inputs
 from slimformer.families.base import subject_of
+from slimformer.forms.codebook import Codebook
 from slimformer.kernels import library, session
 from slimformer.testing.tiny import batch, tiny
 
@@ -231,6 +233,60 @@ def test_an_encoder_gives_the_same_bits_on_every_path_at_every_batch_size_order_
             order = rng.permutation(12).tolist()
             for index, hidden in zip(order, run(order, columns), strict=True):
                 assert np.array_equal(hidden, alone[index]), (path, columns, index)
+
+
+def coded(model: Any) -> tuple[Any, Any]:
+    """The model with its word table as codes, and the same with the words that these name put together."""
+    small, whole = (copy.deepcopy(model) for _ in range(2))
+    anatomy = anatomy_of(small)
+    form = Codebook(4, 11)
+    table = anatomy.matrices["embeddings.word"]
+    numbers = form.weights(model.get_submodule(table.module).weight, table=True)
+    small = shrink(small, anatomy, Plan(forms={"embeddings.word": form}))
+    module = small.get_submodule(table.module)
+    with torch.no_grad():
+        for name, value in numbers.items():
+            getattr(module, name).copy_(value)
+        whole.get_submodule(table.module).weight.copy_(module(torch.arange(table.shape[0])))
+    return small, whole
+
+
+@built
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_word_table_of_codes_is_looked_up_piece_by_piece(model_type: str, paths: list[str]) -> None:
+    model, whole = coded(tiny(model_type))
+    inputs = batch(model, rows=4, seq=19)
+    ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
+    packed = pack_encoder(model, first_only=False)
+    assert len(packed) < len(pack_encoder(whole, first_only=False))
+    library.set_processor_path("scalar")
+    expected = library.Encoder(packed)(ids, mask)
+    with torch.no_grad():
+        exact = whole.base_model(**inputs).last_hidden_state.numpy()
+    assert np.sqrt(((expected - exact)[mask > 0] ** 2).mean()) < 0.03
+    for path in paths:
+        library.set_processor_path(path)
+        assert np.array_equal(library.Encoder(packed)(ids, mask), expected), path
+
+
+@built
+def test_codes_are_checked_before_they_are_followed() -> None:
+    packed = pack_encoder(coded(tiny("bert"))[0], first_only=True)
+    assert packed[8:10].view("<u2") == 2  # libraries that know no codes refuse the file by its version
+    at = int(packed[64:72].view("<u8")[0])
+
+    def refused(place: int, value: int) -> str:
+        changed = library.aligned(len(packed))
+        changed[:] = packed
+        changed[place] = value
+        changed[56:64] = np.array([library.encoder_digest(changed)], np.uint64).view(np.uint8)
+        with pytest.raises(ModelError) as error:
+            library.Encoder(changed)
+        return str(error.value)
+
+    assert "contradict each other" in refused(at + 5, 11)  # there are entries 0 to 10
+    assert "makes no sense" in refused(8, 1)  # a file of the first version has no codes
+    assert "newer slimformer-kernels" in refused(8, 3)
 
 
 @built

@@ -133,6 +133,8 @@ def test_time_counts_on_after_a_kill_and_is_compared_with_what_was_announced(tmp
         again._taken = {Part.TUNING: 150.0}
         assert again.slowness(Part.TUNING, Part.MEASURING) == 1.5
         assert again.slowness(Part.RIVAL) == 1.0
+        assert again.taken(Part.RIVAL) == 0.0
+        assert again.taken(Part.TUNING) == 150.0
         again.compare()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines if line["kind"] == "say"] == [

@@ -49,4 +49,5 @@ def counted(subject: Subject) -> Levels:
         sizes.setdefault(group(anatomy, site), []).append(site.size)
     table = {name: {units: units / max(found) for units in {1, max(found)}} for name, found in sizes.items()}
     inside = sum(size / max(found) for found in sizes.values() for size in found)
+    table = {part: table.get(f"last_{part}", {}) for part in GROUPS[:2]} | table  # of a single layer
     return Levels(0.1 * inside, 1.1 * inside, **{name: table.get(name, {}) for name in GROUPS})

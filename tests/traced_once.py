@@ -1,20 +1,24 @@
 """Tests trace models of one structure once: the tracer takes most of the time of a short run, and reads hardly more than shapes.
 
 A later model of the same structure gets a copy of the graph with its own numbers. Every export then compares its file with the model, so
-that a graph that is not the model's ends in an error.
+that a graph that is not the model's ends in an error. Processes share what they traced by files of a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir
 import torch
 
+SOURCES = "sources"
 PLACES = ("_name_or_path", "name_or_path")  # where a model was read from
 
 Trace = Callable[[Any, Any], onnx_ir.Model]
@@ -32,8 +36,8 @@ class Known(NamedTuple):
     sources: dict[str, Source]
 
 
-def traced_once(real: Trace) -> Trace:
-    """The tracer `real` with a memory."""
+def traced_once(real: Trace, shared: Path) -> Trace:
+    """The tracer `real` with a memory, of which other processes read what lies in the folder `shared`."""
     tracer = torch.onnx.export
     of_values, of_structures = dict[str, onnx_ir.Model](), dict[str, Known]()
 
@@ -43,6 +47,9 @@ def traced_once(real: Trace) -> Trace:
         tensors = dict(tensors_of(subject.model))
         digests = {name: digest(value) for name, value in tensors.items()}
         structure = seen_by_tracer(subject, outputs, digests)
+        file = shared / f"{structure}.onnx"
+        if structure not in of_structures and file.is_file():
+            of_structures[structure] = read(file)
         if structure in of_structures:
             return filled(of_structures[structure], tensors)
         whole = structure + hashlib.sha256(repr(digests).encode()).hexdigest()
@@ -51,6 +58,7 @@ def traced_once(real: Trace) -> Trace:
             sources = sources_of(graph, tensors)
             if sources is not None:
                 of_structures[structure] = Known(apart(graph), sources)
+                write(of_structures[structure], file)
                 return graph
             of_values[whole] = apart(graph)
         return apart(of_values[whole])
@@ -103,6 +111,20 @@ def sources_of(graph: onnx_ir.Model, tensors: dict[str, torch.Tensor]) -> dict[s
                 return None
             sources[name] = Source(other, True)
     return sources
+
+
+def write(known: Known, file: Path) -> None:
+    graph = apart(known.graph)
+    graph.metadata_props[SOURCES] = json.dumps(known.sources)
+    part = file.with_suffix(f".{os.getpid()}")
+    onnx_ir.save(graph, part)
+    part.replace(file)
+
+
+def read(file: Path) -> Known:
+    graph = onnx_ir.load(file)
+    sources = json.loads(graph.metadata_props.pop(SOURCES))
+    return Known(apart(graph), {name: Source(*source) for name, source in sources.items()})
 
 
 def filled(known: Known, tensors: dict[str, torch.Tensor]) -> onnx_ir.Model:

@@ -142,6 +142,15 @@ class Worker {
     return x.codes + tile * ((features + 3) / 4 * 4) * x.width;
   }
 
+  void embed(int64_t id, const float* position, const float* type, float* row) {
+    if (!e_.codes) return p_.embed(e_.words + id * e_.hidden, e_.word_scale[id], position, type, e_.hidden, row);
+    const int64_t width = e_.hidden / e_.parts;
+    for (int64_t part = 0, at = 0; part < e_.parts; part++, at += width) {
+      const int64_t entry = part * e_.entries + e_.codes[id * e_.parts + part];
+      p_.embed(e_.book + entry * width, e_.book_scale[entry], position + at, type ? type + at : nullptr, width, row + at);
+    }
+  }
+
   void embed() {
     Tokens& x = g_.all;
     by_lanes(x, [&](int64_t tile, int lane, int lanes) {
@@ -153,8 +162,8 @@ class Worker {
         const size_t index = static_cast<size_t>(tile * x.width + lane + t);
         if (index >= g_.tokens.size()) break;
         const Token& token = g_.tokens[index];
-        p_.embed(e_.words + token.id * e_.hidden, e_.word_scale[token.id], e_.position + token.position * e_.hidden,
-                 e_.type ? e_.type + token.type * e_.hidden : nullptr, e_.hidden, rows + t * e_.hidden);
+        const float* type = e_.type ? e_.type + token.type * e_.hidden : nullptr;
+        embed(token.id, e_.position + token.position * e_.hidden, type, rows + t * e_.hidden);
       }
       float* hidden = x.hidden + tile * e_.hidden * x.width + lane;
       p_.transpose(reinterpret_cast<const uint32_t*>(rows), e_.hidden, reinterpret_cast<uint32_t*>(hidden), x.width_of(tile), lanes,

@@ -24,12 +24,17 @@ struct sfk_encoder {
   bool positions_by_id;    // positions count the ids that are no padding, not columns
   int activation;
   float epsilon;
-  const int8_t* words;       // [vocabulary][hidden]
-  const float* word_scale;   // [vocabulary]
+  const int8_t* words;       // [vocabulary][hidden], or null
+  const float* word_scale;   // [vocabulary], or null
+  const uint8_t* codes;      // in the place of words: [vocabulary][parts], each the entry of a piece; or null
+  const int8_t* book;        // [parts][entries][hidden / parts]
+  const float* book_scale;   // [parts][entries]
+  int64_t parts, entries;
   const float* position;     // [positions][hidden]
   const float* type;         // [types][hidden], or null
   Norm embedding_norm;
   std::vector<Layer> layers;
   int64_t widest = 0;  // inputs of the widest matrix
   void* copy = nullptr;
+  float* unpacked = nullptr;  // positions that were stored in int8
 };

@@ -42,6 +42,8 @@ struct Sizes {
   int64_t layers, hidden, head_dim, vocabulary, positions, types;
 };
 
+constexpr uint32_t CODES = 4, INT8_POSITIONS = 8;
+
 void sign(Bytes* file) {
   const uint64_t digest = sfk_digest(file->data(), file->size());
   std::memcpy(file->data() + 56, &digest, 8);
@@ -50,9 +52,26 @@ void sign(Bytes* file) {
 // The layout of src/encoder_file.cc.
 Bytes encoder(const Sizes& s, uint32_t flags) {
   const auto count = [](int64_t a, int64_t b) { return static_cast<size_t>(a * b); };
-  Bytes words(count(s.vocabulary, s.hidden));
-  for (auto& w : words) w = static_cast<unsigned char>(below(256));
-  std::vector<Bytes> sections = {words, floats(count(s.vocabulary, 1), 0.0f), floats(count(s.positions, s.hidden), 0.0f),
+  const auto any = [](size_t size, int most) {
+    Bytes bytes(size);
+    for (auto& b : bytes) b = static_cast<unsigned char>(below(most));
+    return bytes;
+  };
+  Bytes words = any(count(s.vocabulary, s.hidden), 256), scales = floats(count(s.vocabulary, 1), 0.0f);
+  if (flags & CODES) {
+    int64_t parts = 1 + below(static_cast<int>(s.hidden));
+    while (s.hidden % parts) parts--;
+    const int entries = 1 + below(256);
+    words = any(count(s.vocabulary, parts), entries), scales = floats(count(parts, entries), 0.0f);
+    const Bytes pieces = any(count(entries, s.hidden), 256);
+    scales.insert(scales.end(), pieces.begin(), pieces.end());
+  }
+  Bytes positions = floats(count(s.positions, flags & INT8_POSITIONS ? 1 : s.hidden), 0.0f);
+  if (flags & INT8_POSITIONS) {
+    const Bytes numbers = any(count(s.positions, s.hidden), 256);
+    positions.insert(positions.end(), numbers.begin(), numbers.end());
+  }
+  std::vector<Bytes> sections = {words, scales, positions,
                                  floats(count(s.types, s.hidden), 0.0f), floats(count(2, s.hidden), 1.0f)};
   for (int64_t i = 0; i < s.layers; i++) {
     std::vector<Bytes> layer(7);
@@ -75,7 +94,7 @@ Bytes encoder(const Sizes& s, uint32_t flags) {
     file.insert(file.end(), sections[i].begin(), sections[i].end());
   }
   file.resize((file.size() + 63) / 64 * 64);
-  const uint16_t small[2] = {1, static_cast<uint16_t>(1 + below(3))};
+  const uint16_t small[2] = {static_cast<uint16_t>(flags >= CODES ? 2 : 1), static_cast<uint16_t>(1 + below(3))};
   const uint32_t numbers[6] = {static_cast<uint32_t>(s.layers),     static_cast<uint32_t>(s.hidden),    static_cast<uint32_t>(s.head_dim),
                                static_cast<uint32_t>(s.vocabulary), static_cast<uint32_t>(s.positions), static_cast<uint32_t>(s.types)};
   const float epsilon = 1e-6f;
@@ -118,7 +137,7 @@ int main(int argc, char** arguments) {
   generator.seed(argc > 2 ? static_cast<unsigned>(std::atol(arguments[2])) : 1u);
   for (long round = 0; round < rounds; round++) {
     const Sizes s{below(4), 1 + below(70), 1 + below(20), 1 + below(40), 150, 1 + below(2)};
-    Bytes file = encoder(s, static_cast<uint32_t>(below(4)));
+    Bytes file = encoder(s, static_cast<uint32_t>(below(16)));
     sfk_encoder* e = nullptr;
     if (sfk_encoder_open(file.data(), file.size(), &e)) {
       std::printf("round %ld: %s\n", round, sfk_message());

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from slimformer import registry
 from slimformer.core.cost import parameters
 from slimformer.errors import RecipeError, TargetError
+from slimformer.exporters.base import Variant
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
 from slimformer.measuring.latency import Latency, Levels
@@ -64,6 +65,7 @@ AIMED = 0.98  # of the bytes that are asked for is aimed at: names, shapes and s
 POINTS = "points"  # the folder of the models, in that of the run
 UNCUT = "uncut"
 WITHIN = 0.5  # points: a faster int8 file may lose so much more than the best one of its model, which held examples hardly tell apart
+BUSY = 1.25  # times as long as in the trainings before: more than a few steps say is taken for a busy moment of the machine
 NO_CUT = 0.995  # a budget of so much of the model before is none
 
 
@@ -110,7 +112,7 @@ def compress_family(
         rivals: The baselines to measure; "small-dense" trains as long as the model of the middle speed, and is delivered with the others.
         minutes: A budget for everything. Each level gets as many passes as the others.
         vocabulary: As in `compress`: "trim" cuts the word table of all models to the pieces that the training texts need.
-        engine: As in `compress`, for speeds alone: with "kernels" whole blocks of weights go before heads and neurons, half of them at
+        engine: As in `compress`: with "kernels" whole blocks of weights go before heads and neurons, half of them at
             first and then four fifths, and the best file of a model may be one that only slimformer-kernels runs.
         latency: The latency table of another machine, or its file, as `slimformer bench --levels` writes it there. The speeds are then
             those of that machine, as the table predicts them; what is measured is measured here.
@@ -123,9 +125,8 @@ def compress_family(
         The models, and everything that was measured.
 
     Raises:
-        RecipeError: An option is out of range, the speeds do not rise, the sizes do not fall, the latency table cannot be read, sizes
-            or such a table are given with "kernels", or `minutes` are too few; the message says how many would do, and for which speeds
-            they suffice.
+        RecipeError: An option is out of range, the speeds do not rise, the sizes do not fall, the latency table cannot be read or is
+            given with "kernels", or `minutes` are too few; the message says how many would do, and for which speeds they suffice.
         ModelError: The model cannot be loaded, or does not suit the task, or its word table cannot be kept as codes.
         DataError: The data cannot be read, or do not suit the model.
         TargetError: All speeds are out of reach; the message names the highest possible.
@@ -142,13 +143,11 @@ def compress_family(
     chosen = (rivals,) if isinstance(rivals, str) else tuple(rivals)
     table = read_levels(latency) if isinstance(latency, (str, Path)) else latency
     wanted = Wanted(aims[0], max_loss, epochs, lr, batch_size, seed, 1, chosen, minutes, vocabulary, engine)
-    if engine == "kernels" and (sizes or table is not None):
-        why = (
-            "the kernels read no word table of codes, by which models of a size are made small."
-            if sizes
-            else "a latency table does not tell what zeros take, by which models for the kernels become fast."
+    if engine == "kernels" and table is not None:
+        raise RecipeError(
+            "a latency table does not tell what zeros take, by which models for the kernels become fast.",
+            help="leave out --latency, or --engine kernels.",
         )
-        raise RecipeError(why, help=f"leave out {'--megabytes' if sizes else '--latency'}, or --engine kernels.")
     if minutes is not None:
         wait_seconds = min(wait_seconds, WAIT_SHARE * 60 * minutes)
     settled = given_task(task)
@@ -392,7 +391,7 @@ class _Levels:
             if level.aim is not None:
                 cuts, blocks = self._faster(level.aim, before, scale)
             else:
-                cuts, blocks = self._smaller(level, before, scale), 1.0
+                cuts, blocks = self._smaller(level, before, scale), blocks_left(before.stages)
         lesson = partial(self._lesson, place=place, blocks=blocks)
         home, seconds = self.state.root / level.name, self.diet.trial_seconds
         return cut_candidate(
@@ -417,13 +416,16 @@ class _Levels:
         codes, over = Calibrate(codebook()), self.in_codes(before) - AIMED * level.megabytes * MEGABYTE
         if over <= 0:
             return (codes,)
-        subject = before.made.bundle.subject
+        subject, left = before.made.bundle.subject, blocks_left(before.stages)
         weights = parameters(subject.model, subject.anatomy)
+        if self.file(before).variant == Variant.INT8_KERNELS:
+            over /= left  # only blocks that are left take bytes in it
         least = self.in_codes(before) - (weights.dense - weights.fixed)
         if over > weights.dense - weights.fixed:
             raise TargetError(f"with every layer cut, the file would have {size_text(round(least))}.", help="ask for more.")
         keep = math.floor(1e4 * (1 - over / weights.dense)) / 1e4
-        return (Calibrate(replace(scale.fisher, cost="parameters", keep=min(keep, NO_CUT))), codes)
+        cut = replace(scale.fisher, cost="parameters", keep=min(keep, NO_CUT), repair=left == 1.0)
+        return (Calibrate(cut), codes)
 
     def _small_enough(self, level: _Level, found: Sequence[_Point]) -> Candidate:
         """The model that one of this size is made from: the slowest that is small enough with codes, or else the fastest."""
@@ -439,9 +441,12 @@ class _Levels:
         name has to learn.
         """
         level = self.asked[place]
-        distil = distillation(small, self.wanted, self.diet.passes, blocks)
-        if level.megabytes is not None:
-            distil = replace(distil, freeze="nothing")
+        if level.megabytes is None:
+            distil = distillation(small, self.wanted, self.diet.passes, blocks)
+        else:  # beside codes no other zeros are sought
+            distil = distillation(small, self.wanted, self.diet.passes)
+            held = (registry.find("methods", "keep_zeros")(),) if blocks < 1 else ()
+            distil = replace(distil, freeze="nothing", methods=(*held, *distil.methods))
         if self.wanted.minutes is None:
             return distil
         epochs = remembered(self._noted(level), lambda: self._epochs(distil, small, place), float)
@@ -464,8 +469,9 @@ class _Levels:
         busy = slow * (
             later[Part.CUTTING] - one[Part.CUTTING] + len(left) * one[Part.TRYING] + self._measuring(len(self.asked))
         )
-        busy += tokens * cost.teacher_seconds / sizes.train_tokens if place == 0 else 0.0
-        first = cut_step(pace, left[0].pace) * cost.tokens_per_second
+        teacher = tokens * cost.teacher_seconds / sizes.train_tokens
+        busy += teacher if place == 0 else 0.0
+        first = cut_step(pace, left[0].pace) / self._token_seconds(1 / cost.tokens_per_second, tokens, teacher, place)
         relative = {level: cut_step(pace, level.pace) / first for level in self.asked}
         steps = sum(relative[level] for level in left)  # seconds a token, of all levels that are left
         if self.diet.rival:
@@ -481,6 +487,16 @@ class _Levels:
         most = distil.epochs * full_diet(small, self.wanted, sizes).passes / self.diet.passes
         return rounded_passes(min(most, max(least, fit)), 2)
 
+    def _token_seconds(self, probed: float, tokens: float, teacher: float, place: int) -> float:
+        """Seconds that a token of this level's training takes: as a few steps took, which may have met a busy moment, but not much more
+        than the trainings before took; these had `tokens` in an epoch, and the first of them waited `teacher` seconds for its outputs."""
+        pace, done = self.outline.pace, self.asked[:place]
+        seen = sum(tokens * remembered(self._noted(level), lambda: 0.0, float) * cut_step(pace, level.pace) for level in done)
+        lasted = self.schedule.taken(Part.DISTILLING) - teacher
+        if not seen or lasted <= 0:
+            return probed
+        return min(probed, BUSY * lasted / seen * cut_step(pace, self.asked[place].pace))
+
     # -- What a model of the family is good for --
 
     def allowed(self, candidate: Candidate) -> float:
@@ -492,9 +508,13 @@ class _Levels:
         """The trial of a model's best file."""
         return candidate.best(self.allowed(candidate))
 
+    def file(self, candidate: Candidate) -> Trial:
+        """The trial of a model's best int8 file, whose size counts."""
+        return candidate.best_int8(self.allowed(candidate))
+
     def bytes(self, candidate: Candidate) -> int:
-        """Bytes of a model's best int8 file."""
-        return candidate.best_int8(self.allowed(candidate)).size_bytes
+        """Bytes of that file."""
+        return self.file(candidate).size_bytes
 
     def in_codes(self, candidate: Candidate) -> int:
         """About the same if its word table were codes; in an int8 file, a code takes a byte, and so does a number."""

@@ -286,6 +286,10 @@ class Schedule:
             self._taken[part] = self._taken.get(part, 0.0) + time.monotonic() - begin
             write_text(self._home / "taken.json", json.dumps(self._taken))
 
+    def taken(self, part: Part) -> float:
+        """Seconds that this part took until now; a block that is still open does not count."""
+        return self._taken.get(part, 0.0)
+
     def announce(self, parts: Mapping[Part, float]) -> None:
         """Says what is about to be done and how long each part takes."""
         self.announced = dict(parts)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OPSET, IR_VERSION = 17, 8
+WORTH_HALVING = 1024  # numbers of a matrix that is worth a node of its own
 # The Linears of heads that read the first token, in order, and the operator between them.
 FIRST_TOKEN_HEADS: dict[str, tuple[tuple[str, ...], str]] = {
     "bert": (("bert.pooler.dense", "classifier"), "Tanh"),
@@ -87,6 +88,7 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
         nodes.append(helper.make_node("Identity", ["hidden"], ["last_hidden_state"]))
     else:
         raise ExportError(f"the kernels know no head of {kind}.", help="export standard files, or the base model.")
+    nodes = [*_halved(helper, constants), *nodes]
     constants["packed"] = pack_encoder(model, first_only=first_only, block_rows=block_rows)
     sources = ["input_ids", "packed", "attention_mask", *(["token_type_ids"] if "token_type_ids" in inputs else [])]
     encoder = helper.make_node("Encoder", sources, ["hidden"], domain=KERNELS_DOMAIN)
@@ -101,6 +103,22 @@ def save_model_file(model: PreTrainedModel, path: str | Path, *, block_rows: int
     proto = helper.make_model(graph, opset_imports=versions, ir_version=IR_VERSION, producer_name="slimformer")
     with whole_group(Path(path), []) as part:
         save(proto, str(part))
+
+
+def _halved(helper: Any, constants: dict[str, np.ndarray]) -> list[Any]:
+    """Stores the matrices of a head as float16, which int8 hidden states do not notice, and gives the nodes that widen them, once, when
+    the file is loaded."""
+    casts = []
+    for name, array in [*constants.items()]:
+        if (
+            array.dtype == np.float32
+            and array.ndim == 2
+            and array.size >= WORTH_HALVING
+            and np.abs(array).max() < np.finfo(np.float16).max
+        ):
+            constants[f"{name}.half"] = constants.pop(name).astype(np.float16)
+            casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=1))
+    return casts
 
 
 def _vector(helper: Any, constants: dict[str, np.ndarray], model: Any) -> list[Any]:

@@ -1,14 +1,14 @@
 """Packs an encoder of the BERT kind for the kernels: one array of bytes that holds all tables and matrices.
 
-kernels/src/encoder_file.cc gives the layout, byte by byte. Weights become int8 with a scale for each output, words int8 with a scale
-for each word; all else stays in float. Layers that were cut to nothing take no bytes and no time.
+kernels/src/encoder_file.cc gives the layout, byte by byte. Weights become int8 with a scale for each output, words and positions int8
+with a scale for each of them; all else stays in float. Layers that were cut to nothing take no bytes and no time.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,14 @@ from slimformer.errors import ExportError
 from slimformer.exporters._onnx.int8 import WeightCoding, quantize_weight
 from slimformer.families.base import Subject, subject_of
 from slimformer.families.bert import OFFSET
+from slimformer.forms.codebook import CodebookTable
 from slimformer.kernels.library import ALIGNMENT, aligned, encoder_digest, pack_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION_PACKED = 1
-FLAG_FIRST_ONLY, FLAG_POSITIONS_BY_ID = 1, 2
+VERSION_PACKED = 2  # 1 had neither codes nor positions in int8
+FLAG_FIRST_ONLY, FLAG_POSITIONS_BY_ID, FLAG_CODES, FLAG_INT8_POSITIONS = 1, 2, 4, 8
 CODES_OF_ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "gelu_fast": 3}
 # What a product costs for each weight that is stored, against a dense one, measured on AVX-512 VNNI (docs/decisions/0020-kernels.md):
 # a block of one output loads as much as it computes, and a tile of many inputs does not fit the first cache.
@@ -65,15 +66,15 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
     if f"{prefix}embeddings_project" in modules:
         raise ExportError("the kernels do not project embeddings, as this model does.", help="export standard files.")
     skeleton = subject.family.skeleton
-    words = _float(modules, f"{prefix}{skeleton.words[0]}", "weight")
+    words = _words(modules, f"{prefix}{skeleton.words[0]}")
     positions = _float(modules, f"{prefix}embeddings.position_embeddings", "weight")
     has_types = f"{prefix}embeddings.token_type_embeddings" in modules
     types = (
         _float(modules, f"{prefix}embeddings.token_type_embeddings", "weight") if has_types else np.zeros((0, 0), np.float32)
     )
     norm = f"{prefix}{skeleton.embedding_norm}"
-    codes, scales = quantize_weight(words, 0, WeightCoding())
-    sections: list[np.ndarray | None] = [codes, scales, positions, types if has_types else None, _norm(modules, norm)]
+    tables = (*words.sections, _scaled(positions), types if has_types else None)
+    sections: list[np.ndarray | None] = [*tables, _norm(modules, norm)]
     head_dim = next((site.slices[0].unit for site in subject.anatomy.sites.values() if site.kind is Kind.HEADS), 1)
     stack = subject.anatomy.stacks[0]
     for index in range(len(stack.layers)):
@@ -86,14 +87,39 @@ def pack_encoder(model: PreTrainedModel, *, first_only: bool, block_rows: int | 
         sections,
         activation=activation,
         layers=len(stack.layers),
-        hidden=words.shape[1],
+        hidden=positions.shape[1],
         head_dim=head_dim,
-        vocabulary=len(words),
+        vocabulary=words.size,
         positions=len(positions),
         types=len(types),
         epsilon=modules[norm].eps,
         first_position=config.pad_token_id + 1 if offset else 0,
-        flags=FLAG_FIRST_ONLY * first_only | FLAG_POSITIONS_BY_ID * offset,
+        flags=FLAG_FIRST_ONLY * first_only | FLAG_POSITIONS_BY_ID * offset | FLAG_CODES * words.coded | FLAG_INT8_POSITIONS,
+    )
+
+
+class _Words(NamedTuple):
+    """The two sections of a word table: int8 numbers and scales, or codes and the pieces that they name."""
+
+    sections: tuple[np.ndarray, np.ndarray]
+    size: int
+    coded: bool
+
+
+def _words(modules: dict[str, Any], name: str) -> _Words:
+    table = modules[name]
+    if isinstance(table, CodebookTable):
+        codes = np.ascontiguousarray(table.codes.cpu().numpy())
+        return _Words((codes, _scaled(table.book.detach().float().cpu().numpy())), len(codes), True)
+    numbers, scales = quantize_weight(_float(modules, name, "weight"), 0, WeightCoding())
+    return _Words((numbers, scales), len(numbers), False)
+
+
+def _scaled(numbers: np.ndarray) -> np.ndarray:
+    """The bytes of the scale of each row, and then those of the rows in int8."""
+    values, scales = quantize_weight(numbers, 0, WeightCoding())
+    return np.concatenate(
+        [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (scales.astype(np.float32), values)]
     )
 
 
