@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 # The compiled kernels need a C++ compiler; all else works without.
 HAS_COMPILER := $(shell command -v $(CXX) 2>/dev/null)
 
-.PHONY: install test fast check demo docs gauntlet mutants clean kernels kernels-check kernels-check-arm
+.PHONY: install test fast check demo docs gauntlet mutants clean kernels kernels-check kernels-check-arm kernels-check-valgrind
 
 install: $(VENV)/.installed kernels
 
@@ -28,7 +28,8 @@ $(VENV)/.kernels: $(VENV)/.installed $(shell find kernels -type f)
 	@$(PIP) ./kernels && touch $@ || echo "the kernels did not build; everything else works"
 
 # 10,000 random cases on every processor path, and damaged files, under the address and undefined-behaviour sanitizers; then threads
-# under the thread sanitizer, and the path of ARM under an emulator, where a cross compiler and qemu are installed.
+# under the thread sanitizer; some cases under valgrind, which sees numbers that nobody wrote and has AVX2 at most; and the path of ARM
+# under an emulator. The last two only where valgrind, or a cross compiler and qemu, are installed.
 BUILD = $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -S kernels -DSFK_TESTS=ON
 ARM = aarch64-linux-gnu
 kernels-check: $(VENV)/.installed
@@ -41,8 +42,18 @@ kernels-check: $(VENV)/.installed
 	$(BUILD) -B $(VENV)/kernels-threads -DSFK_SANITIZE=thread
 	$(VENV)/bin/cmake --build $(VENV)/kernels-threads --target check_encoder
 	$(VENV)/kernels-threads/check_encoder 40
+	@if command -v valgrind >/dev/null; then $(MAKE) kernels-check-valgrind; else echo "no valgrind: nothing is run under it"; fi
 	@if command -v $(ARM)-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then $(MAKE) kernels-check-arm; \
 	else echo "no $(ARM)-g++ or qemu-aarch64-static: the path of ARM is not checked"; fi
+
+VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full
+kernels-check-valgrind: $(VENV)/.installed
+	$(PIP) 'cmake>=3.20' ninja
+	$(BUILD) -B $(VENV)/kernels-plain
+	$(VENV)/bin/cmake --build $(VENV)/kernels-plain
+	$(VALGRIND) $(VENV)/kernels-plain/check 300
+	$(VALGRIND) $(VENV)/kernels-plain/check_encoder 20
+	$(VALGRIND) $(VENV)/kernels-plain/fuzz_packed 1000
 
 kernels-check-arm: $(VENV)/.installed
 	$(PIP) 'cmake>=3.20' ninja

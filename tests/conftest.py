@@ -30,6 +30,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs from end to end comes first, so that small tests are left to fill all workers at the end."""
+    here, small = Path(__file__).parent, ("exporters", "families", "forms", "methods", "runtimes")
+    items.sort(key=lambda item: item.path.relative_to(here).parts[0] in small)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Each test draws the same models and data whichever process runs it, and after whichever other test."""

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldResult:
-    """What a model's best file did on held examples: points lost, and times as fast as the dense model at batch 32 and at batch 1."""
+    """What a model's best file did before the final race: points lost on held examples, and times as fast as the dense model at batch 32
+    and at batch 1."""
 
     loss: float
     speed_32: float
@@ -50,7 +51,7 @@ class FamilyPoint:
         aim: The speed that it was made for; None if it was made for none.
         megabytes: The size of its file that it was made for; None if it was made for none.
         folder: Where it was delivered, in the folder of the family; "" if it was dropped.
-        held: What it did on held examples.
+        held: What it did before the final race; choices are made by it.
         size_bytes: Bytes of its best file.
         measured: Times as fast as the dense model at batch 32 in the final bench.
         predicted: The same by the latency table, before it was trained; None for the uncut model, by whose file the table is scaled.

@@ -65,7 +65,6 @@ AIMED = 0.98  # of the bytes that are asked for is aimed at: names, shapes and s
 POINTS = "points"  # the folder of the models, in that of the run
 UNCUT = "uncut"
 WITHIN = 0.5  # points: a faster int8 file may lose so much more than the best one of its model, which held examples hardly tell apart
-BUSY = 1.25  # times as long as in the trainings before: more than a few steps say is taken for a busy moment of the machine
 NO_CUT = 0.995  # a budget of so much of the model before is none
 
 
@@ -471,7 +470,10 @@ class _Levels:
         )
         teacher = tokens * cost.teacher_seconds / sizes.train_tokens
         busy += teacher if place == 0 else 0.0
-        first = cut_step(pace, left[0].pace) / self._token_seconds(1 / cost.tokens_per_second, tokens, teacher, place)
+        probed = 1 / cost.tokens_per_second
+        expected = self._token_seconds(probed, tokens, teacher, place)
+        self.state.log.event("pace", level=left[0].name, probed=probed, expected=expected)
+        first = cut_step(pace, left[0].pace) / expected
         relative = {level: cut_step(pace, level.pace) / first for level in self.asked}
         steps = sum(relative[level] for level in left)  # seconds a token, of all levels that are left
         if self.diet.rival:
@@ -488,14 +490,15 @@ class _Levels:
         return rounded_passes(min(most, max(least, fit)), 2)
 
     def _token_seconds(self, probed: float, tokens: float, teacher: float, place: int) -> float:
-        """Seconds that a token of this level's training takes: as a few steps took, which may have met a busy moment, but not much more
-        than the trainings before took; these had `tokens` in an epoch, and the first of them waited `teacher` seconds for its outputs."""
+        """Seconds that a token of this level's training takes: as in the trainings before, or, if there are none, as a few steps took.
+
+        A few steps may meet a busy moment, and are faster than many. The trainings before had `tokens` in an epoch, and the first of them
+        waited `teacher` seconds for its outputs.
+        """
         pace, done = self.outline.pace, self.asked[:place]
         seen = sum(tokens * remembered(self._noted(level), lambda: 0.0, float) * cut_step(pace, level.pace) for level in done)
         lasted = self.schedule.taken(Part.DISTILLING) - teacher
-        if not seen or lasted <= 0:
-            return probed
-        return min(probed, BUSY * lasted / seen * cut_step(pace, self.asked[place].pace))
+        return probed if not seen or lasted <= 0 else lasted / seen * cut_step(pace, self.asked[place].pace)
 
     # -- What a model of the family is good for --
 

@@ -28,7 +28,7 @@ def measure_table(
 
     Args:
         model: A folder of a transformers model.
-        task: Whose training texts say how long texts are.
+        task: Whose dev texts say how long texts are.
         threads: How many threads the timing uses; all cores by default.
         wait_seconds: How long it waits at most until nothing else runs on the machine.
         log: By default the lines go to Python's logger `slimformer`; `show_log` prints them.
