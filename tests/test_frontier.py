@@ -185,13 +185,17 @@ def test_a_training_is_expected_to_go_on_as_those_before(tmp_path: Path) -> None
     known: Any = SimpleNamespace(
         outline=SimpleNamespace(pace=pace),
         asked=levels,
+        _trained=lambda level: frontier._Levels._trained(known, level),
         _noted=lambda level: tmp_path / level.name / "passes.json",
-        schedule=SimpleNamespace(taken=lambda part: 550.0 if part is Part.DISTILLING else 0.0),
+        schedule=SimpleNamespace(taken=lambda part: 520.0 if part is Part.DISTILLING else 0.0),
     )
     seconds = frontier._Levels._token_seconds
-    assert seconds(known, 9.0, 100, 50.0, 0) == 9.0  # nothing was trained before
-    lasted = 500.0 / (100 * (2 * cut_step(pace, 2.0) + cut_step(pace, 4.0)))  # seconds of a token of the uncut model
-    assert seconds(known, 9.0, 100, 50.0, 2) == pytest.approx(lasted * cut_step(pace, 8.0))
+    assert seconds(known, 100, 0) is None  # nothing was trained before
+    lasted = 500.0 / (
+        100 * (2 * cut_step(pace, 2.0) + cut_step(pace, 4.0))
+    )  # seconds of a token of the uncut model; 20 for the teacher
+    assert seconds(known, 100, 2) == pytest.approx(lasted * cut_step(pace, 8.0))
+    assert not (tmp_path / "8x").exists()  # to ask for a level's epochs does not note any
 
 
 # -- A family from end to end ----------------------------------------------------------------------------------------------------

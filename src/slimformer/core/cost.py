@@ -264,5 +264,5 @@ def group(anatomy: Anatomy, site: Site) -> str:
         return own if own == "cross_heads" else f"decoder_{site.kind}"
     if len(anatomy.stacks) > 1:
         return str(site.kind)
-    attending = max((other.layer for other in anatomy.of_kind(Kind.HEADS) if other.size), default=0)
+    attending = max((other.layer for other in anatomy.of_kind(Kind.HEADS)), default=0)
     return f"last_{site.kind}" if site.layer >= attending else str(site.kind)

@@ -2,9 +2,8 @@
 
 Short models with a few sublayers of one kind (8 heads, 1 head, none, ...) are exported as int8 and timed side by side with the dense
 files; the cost of one sublayer at a level is the difference to the model with none. The last layer of an encoder is timed by itself: for
-a classifier it computes one token, and what is cut there saves little. Only the dense files hold all layers, because
-tracing takes seconds and grows with the layers. It is an estimate for a search: what a finished model really takes is always
-measured on its own file.
+a classifier it computes one token, and what is cut there saves little. Only the dense files hold all layers, because tracing takes
+seconds and grows with the layers. It is an estimate for a search: what a finished model really takes is always measured on its own file.
 
 Of an encoder-decoder both halves are timed, and each of the decoder's two attentions: whole texts of the usual length are written on
 the model's own beams, because a decoder's time is that of its steps.

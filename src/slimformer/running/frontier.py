@@ -417,12 +417,14 @@ class _Levels:
             return (codes,)
         subject, left = before.made.bundle.subject, blocks_left(before.stages)
         weights = parameters(subject.model, subject.anatomy)
-        if self.file(before).variant == Variant.INT8_KERNELS:
-            over /= left  # only blocks that are left take bytes in it
-        least = self.in_codes(before) - (weights.dense - weights.fixed)
-        if over > weights.dense - weights.fixed:
-            raise TargetError(f"with every layer cut, the file would have {size_text(round(least))}.", help="ask for more.")
-        keep = math.floor(1e4 * (1 - over / weights.dense)) / 1e4
+        share = (
+            left if self.file(before).variant == Variant.INT8_KERNELS else 1.0
+        )  # in that, only blocks that are left take bytes
+        inside = share * (weights.dense - weights.fixed)
+        if over > inside:
+            least = size_text(round(self.in_codes(before) - inside))
+            raise TargetError(f"with every layer cut, the file would have {least}.", help="ask for more.")
+        keep = math.floor(1e4 * (1 - over / (share * weights.dense))) / 1e4
         cut = replace(scale.fisher, cost="parameters", keep=min(keep, NO_CUT), repair=left == 1.0)
         return (Calibrate(cut), codes)
 
@@ -456,9 +458,8 @@ class _Levels:
         return replace(distil, epochs=epochs)
 
     def _epochs(self, distil: Train, small: Bundle, place: int) -> float:
-        """The epochs that the time allows each level that is left, from a few real steps of this model."""
+        """The epochs that the time allows each level that is left: the trainings before tell how long one takes, or a few real steps."""
         sizes, pace, left = self.outline.sizes, self.outline.pace, self.asked[place:]
-        cost = estimate(training_of(replace(distil, rows=None, augment=0), small, self.state), seconds=1.0)
         rows = (distil.rows or sizes.train_rows) * (1 + distil.augment)
         tokens = rows * sizes.row_tokens  # of an epoch
         later, one = (
@@ -468,20 +469,18 @@ class _Levels:
         busy = slow * (
             later[Part.CUTTING] - one[Part.CUTTING] + len(left) * one[Part.TRYING] + self._measuring(len(self.asked))
         )
-        teacher = tokens * cost.teacher_seconds / sizes.train_tokens
-        busy += teacher if place == 0 else 0.0
-        probed = 1 / cost.tokens_per_second
-        expected = self._token_seconds(probed, tokens, teacher, place)
-        self.state.log.event("pace", level=left[0].name, probed=probed, expected=expected)
-        first = cut_step(pace, left[0].pace) / expected
+        busy += tokens * pace.read if place == 0 else 0.0
+        seconds = self._token_seconds(tokens, place)
+        if seconds is None:
+            training = training_of(replace(distil, rows=None, augment=0), small, self.state)
+            seconds = 1 / estimate(training, seconds=1.0).tokens_per_second
+        first = cut_step(pace, left[0].pace) / seconds
         relative = {level: cut_step(pace, level.pace) / first for level in self.asked}
         steps = sum(relative[level] for level in left)  # seconds a token, of all levels that are left
         if self.diet.rival:
             faster = [level for level in self.asked if level.aim is not None]
             copied = faster[: rival_place(self.paces[: len(faster)]) + 1]  # the smaller dense model repeats their training
-            done = sum(
-                remembered(self._noted(level), lambda: 0.0, float) * relative[level] for level in copied if level not in left
-            )
+            done = sum(self._trained(level) * relative[level] for level in copied if level not in left)
             busy += one[Part.RIVAL] + tokens * done
             steps += sum(relative[level] for level in copied if level in left)
         fit = (self.schedule.left - busy) / (tokens * steps)
@@ -489,16 +488,21 @@ class _Levels:
         most = distil.epochs * full_diet(small, self.wanted, sizes).passes / self.diet.passes
         return rounded_passes(min(most, max(least, fit)), 2)
 
-    def _token_seconds(self, probed: float, tokens: float, teacher: float, place: int) -> float:
-        """Seconds that a token of this level's training takes: as in the trainings before, or, if there are none, as a few steps took.
+    def _trained(self, level: _Level) -> float:
+        """Epochs that a level was trained; 0 if it was not."""
+        file = self._noted(level)
+        return remembered(file, lambda: 0.0, float) if file.is_file() else 0.0
 
-        A few steps may meet a busy moment, and are faster than many. The trainings before had `tokens` in an epoch, and the first of them
-        waited `teacher` seconds for its outputs.
+    def _token_seconds(self, tokens: float, place: int) -> float | None:
+        """Seconds that a token of this level's training takes, as in the trainings before; None if there are none.
+
+        A few steps of its own may meet a busy moment, and are faster than many. The trainings before had `tokens` in an epoch, and the
+        first of them waited for the teacher.
         """
-        pace, done = self.outline.pace, self.asked[:place]
-        seen = sum(tokens * remembered(self._noted(level), lambda: 0.0, float) * cut_step(pace, level.pace) for level in done)
-        lasted = self.schedule.taken(Part.DISTILLING) - teacher
-        return probed if not seen or lasted <= 0 else lasted / seen * cut_step(pace, self.asked[place].pace)
+        pace = self.outline.pace
+        seen = sum(tokens * self._trained(level) * cut_step(pace, level.pace) for level in self.asked[:place])
+        lasted = self.schedule.taken(Part.DISTILLING) - tokens * pace.read
+        return lasted / seen * cut_step(pace, self.asked[place].pace) if seen and lasted > 0 else None
 
     # -- What a model of the family is good for --
 
