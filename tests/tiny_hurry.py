@@ -9,9 +9,9 @@ import pytest
 
 from slimformer.core.cost import group
 from slimformer.families.base import Subject
-from slimformer.measuring.latency import GROUPS, Latency, Levels
+from slimformer.measuring.latency import GROUPS, Levels
 from slimformer.running.candidate import teacher_candidate
-from slimformer.running.scale import Scale
+from slimformer.running.scale import Scale, Speeds, by_table
 
 
 def int8_alone_is_slow(*args: Any, **options: Any) -> Any:
@@ -33,9 +33,8 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
 def count_speeds(patch: pytest.MonkeyPatch, levels: Levels | None = None) -> None:
     """A model is as many times as fast as a table says (None: as it has fewer heads and neurons): no file is written to be timed."""
 
-    def speed(scale: Scale, small: Subject) -> float:
-        table = levels or counted(scale.bundle.subject)
-        return table.dense_fp32_ms / Latency.of(small.anatomy, table).cost.dense
+    def speed(scale: Scale, small: Subject) -> Speeds:
+        return by_table(small.anatomy, levels or counted(scale.bundle.subject))
 
     patch.setattr("slimformer.running.stages.measure_levels", lambda subject, *_: levels or counted(subject))
     patch.setattr(Scale, "_timed", speed)

@@ -54,7 +54,8 @@ class FamilyPoint:
         held: What it did before the final race; choices are made by it.
         size_bytes: Bytes of its best file.
         measured: Times as fast as the dense model at batch 32 in the final bench.
-        predicted: The same by the latency table, before it was trained; None for the uncut model, by whose file the table is scaled.
+        predicted: The same before it was trained, by the latency table and an untrained model of its budget; None for the uncut model, by
+            whose file the table is scaled.
         beaten_by: The row that makes it needless; "" if there is none.
         elsewhere: Whether the table is that of another machine, so that the prediction says nothing of this one.
         measured_1: Like `measured`, at batch 1.
@@ -227,7 +228,7 @@ def read_family(out: Path) -> ModelFamily:
 
 
 def draw_family(family: ModelFamily) -> Table:
-    """A rich table of 80 columns: rivals and models, with how far off the times were that the latency table had predicted."""
+    """A rich table of 80 columns: rivals and models, with how far off the times were that had been predicted."""
     from rich.table import Table
     from rich.text import Text
 

@@ -30,7 +30,7 @@ from slimformer.errors import RecipeError, TargetError
 from slimformer.exporters.base import Variant
 from slimformer.files import remembered, remove_folder
 from slimformer.log import Log
-from slimformer.measuring.latency import Latency, Levels
+from slimformer.measuring.latency import Levels
 from slimformer.measuring.records import Goal, Record, Standing
 from slimformer.measuring.scoring import Measurement
 from slimformer.reporting.family import FamilyPoint, HeldResult, ModelFamily, read_family, write_family
@@ -46,7 +46,7 @@ from slimformer.running.reader import read_levels
 from slimformer.running.recipe import RIVALS, Recipe, RivalName
 from slimformer.running.rivals import Contestant, rivals_of, without_small_dense
 from slimformer.running.runner import Conditions, is_done, model_name, open_run, wish_of
-from slimformer.running.scale import Scale, out_of_reach
+from slimformer.running.scale import AS_TOLD, Scale, Speeds, by_table, out_of_reach
 from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, forecast, rival_place, rounded_passes
 from slimformer.running.stages import latency_of, training_of
 from slimformer.running.start import checked_wish, opened
@@ -253,8 +253,8 @@ class _Point:
     candidate: Candidate
     aim: float | None
     megabytes: float | None = None
-    predicted: float | None = None  # at batch 32
-    predicted_1: float | None = None
+    probed: Speeds = AS_TOLD  # how much faster an untrained model was than the latency table has it
+    predicted: Speeds | None = None
 
 
 class _Levels:
@@ -303,8 +303,8 @@ class _Levels:
         for place, level in enumerate(self.asked):
             if (level.aim is None) in beyond:
                 continue
-            before = found[-1].candidate if level.aim is not None else self._small_enough(level, found)
-            fast = self.speed(before)
+            before = found[-1] if level.aim is not None else self._small_enough(level, found)
+            fast = self.speed(before.candidate)
             if level.aim is not None and place and fast >= level.aim:
                 self._remark(f"there is no model for {level.aim:g} times: {found[-1].name} is {fast:.2f} times as fast already")
                 continue
@@ -318,7 +318,7 @@ class _Levels:
                 self._remark(f"there is no model for {rest}: the time that is left does not suffice")
                 break
             try:
-                found.append(_Point(level.name, self._level(place, before), level.aim, level.megabytes))
+                found.append(self._level(place, before))
             except TargetError as error:
                 self._remark(f"there is no model for {level.name}: {error.what.removesuffix('.')}")
                 beyond.add(level.aim is None)
@@ -330,14 +330,21 @@ class _Levels:
         return [self._foretold(point) for point in found]
 
     def _foretold(self, point: _Point) -> _Point:
-        """A model with the speeds that the latency table makes of it."""
-        large, single = (self.predicted(point.candidate, single=one) for one in (False, True))
-        return replace(point, predicted=large, predicted_1=single)
+        """A model with the speeds that it was thought to have before it was trained.
+
+        They are those of the latency table for files of its kind, times what an untrained model of its budget made of the table's word.
+        None for the uncut model, which scales the table, and for a model of zeros, which it does not tell of.
+        """
+        candidate = point.candidate
+        if (candidate is self.whole and not self.elsewhere) or blocks_left(candidate.stages) < 1:
+            return point
+        told = self._scaled(self._by_table(candidate), self.best(candidate).variant)
+        return replace(point, predicted=told.times(point.probed))
 
     def _within_reach(self, aims: tuple[float, ...]) -> tuple[float, ...]:
         """The speeds that need a cut and can be reached by one."""
         alone, levels, plain = self.speed(self.whole), self.table.levels, self.best(self.whole).variant
-        most = self._scaled(levels.dense_fp32_ms / max(1e-9, levels.fixed_ms), levels, plain)
+        most = self._scaled(Speeds(levels.dense_fp32_ms / max(1e-9, levels.fixed_ms)), plain).large
         needless = [aim for aim in aims if aim <= alone]
         beyond = [aim for aim in aims if aim > max(alone, most)]
         if needless:
@@ -381,33 +388,41 @@ class _Levels:
     def _noted(self, level: _Level) -> Path:
         return self.state.root / level.name / "passes.json"
 
-    def _level(self, place: int, before: Candidate) -> Candidate:
+    def _level(self, place: int, point: _Point) -> _Point:
         """The next model: one that is there already, cut to a speed or to a size, trained on, exported and tried."""
-        level = self.asked[place]
+        level, before, probed = self.asked[place], point.candidate, point.probed
         below = self.state.under(level.name)
         with self.schedule.part(Part.CUTTING):
             scale = Scale(before.made.bundle, self.judge, self.diet, self.exporter, below)
             if level.aim is not None:
-                cuts, blocks = self._faster(level.aim, before, scale)
+                cuts, blocks, probed = self._faster(level.aim, before, scale)
             else:
                 cuts, blocks = self._smaller(level, before, scale), blocks_left(before.stages)
         lesson = partial(self._lesson, place=place, blocks=blocks)
         home, seconds = self.state.root / level.name, self.diet.trial_seconds
-        return cut_candidate(
+        made = cut_candidate(
             before.made, before.stages, cuts, lesson, home, self.judge, self.schedule, below, self.exporter, seconds=seconds
         )
+        return _Point(level.name, made, level.aim, level.megabytes, probed)
 
-    def _faster(self, aim: float, before: Candidate, scale: Scale) -> tuple[tuple[Stage, ...], float]:
-        """What cuts a model to a speed, and the share of each matrix's blocks that is left to it. A repair would fill its zeros."""
-        left = blocks_left(before.stages)
+    def _faster(self, aim: float, before: Candidate, scale: Scale) -> tuple[tuple[Stage, ...], float, Speeds]:
+        """What cuts a model to a speed, the share of each matrix's blocks that is left, and what an untrained one made of the table.
+
+        A repair would fill its zeros.
+        """
+        left, probed = blocks_left(before.stages), AS_TOLD
         if self.elsewhere:
             keep, blocks = self.table.dense_fp32_ms / aim / scale.cost.dense, left
         else:
             fewer = fewest_blocks(self.wanted, before.made.bundle)
             keep, blocks = scale.budget(aim, self.speed(before), left=left, fewer=fewer)
             if keep == 1.0 and blocks < left:
-                return (), blocks
-        return (Calibrate(replace(scale.fisher, keep=min(round(keep, 4), NO_CUT), repair=left == 1.0)),), blocks
+                return (), blocks, probed
+            if not fewer:
+                probe = scale.nearest(aim)
+                probed = probe.measured.over(self._scaled(probe.by_table, scale.variant))
+        cut = replace(scale.fisher, keep=min(round(keep, 4), NO_CUT), repair=left == 1.0)
+        return (Calibrate(cut),), blocks, probed
 
     def _smaller(self, level: _Level, before: Candidate, scale: Scale) -> tuple[Stage, ...]:
         """What cuts a model to a size: codes in the place of the word table, and before that heads and neurons if they must go."""
@@ -428,12 +443,12 @@ class _Levels:
         cut = replace(scale.fisher, cost="parameters", keep=min(keep, NO_CUT), repair=left == 1.0)
         return (Calibrate(cut), codes)
 
-    def _small_enough(self, level: _Level, found: Sequence[_Point]) -> Candidate:
+    def _small_enough(self, level: _Level, found: Sequence[_Point]) -> _Point:
         """The model that one of this size is made from: the slowest that is small enough with codes, or else the fastest."""
         assert level.megabytes is not None
-        models = [point.candidate for point in found if point.megabytes is None]
+        models = [point for point in found if point.megabytes is None]
         most = AIMED * level.megabytes * MEGABYTE
-        return next((model for model in models if self.in_codes(model) <= most), models[-1])
+        return next((point for point in models if self.in_codes(point.candidate) <= most), models[-1])
 
     def _lesson(self, small: Bundle, *, place: int, blocks: float) -> Train:
         """The distillation of a level: all of them see the same rows, so that the teacher's outputs serve them all.
@@ -532,28 +547,17 @@ class _Levels:
 
     def speed(self, candidate: Candidate) -> float:
         """Times as fast as dense fp32 that a model is: on held examples, or on the machine of the table."""
-        return self._by_table(candidate, self.table.levels) if self.elsewhere else self.best(candidate).speed_32
+        return self._by_table(candidate).large if self.elsewhere else self.best(candidate).speed_32
 
-    def _by_table(self, candidate: Candidate, levels: Levels) -> float:
-        own = Latency.of(candidate.made.bundle.subject.anatomy, levels)
-        return own.dense_fp32_ms / own.cost.dense
+    def _by_table(self, candidate: Candidate) -> Speeds:
+        return by_table(candidate.made.bundle.subject.anatomy, self.table.levels)
 
-    def predicted(self, candidate: Candidate, *, single: bool = False) -> float | None:
-        """Times as fast as dense fp32 that the latency table makes of a model at batch 32, or of single texts; None if it was not timed
-        for these, for the uncut model, which scales the table, and for a model of zeros, which it does not tell of."""
-        levels = self.table.levels.single if single else self.table.levels
-        if levels is None or (candidate is self.whole and not self.elsewhere) or blocks_left(candidate.stages) < 1:
-            return None
-        return self._scaled(self._by_table(candidate, levels), levels, self.best(candidate).variant)
-
-    def _scaled(self, speed: float, levels: Levels, variant: str) -> float:
-        """A speed of a table, which was timed with plain int8 files, for files of another kind: by those of the uncut model."""
-        if self.elsewhere:
-            return speed
-        single = levels is self.table.levels.single
-        speeds = {trial.variant: trial.speed_1 if single else trial.speed_32 for trial in self.whole.trials}
-        alone = speeds.get(variant, 0.0)
-        return speed * alone / self._by_table(self.whole, levels) if alone else speed
+    def _scaled(self, speeds: Speeds, variant: str) -> Speeds:
+        """Speeds of the table, which was timed with plain int8 files, for files of another kind: by those of the uncut model."""
+        alone = next((trial for trial in self.whole.trials if trial.variant == variant), None)
+        if self.elsewhere or alone is None:
+            return speeds
+        return speeds.times(Speeds(alone.speed_32, alone.speed_1).over(self._by_table(self.whole)))
 
     # -- The rivals --
 
@@ -662,8 +666,8 @@ def _judged(
             size_bytes=best.size_bytes,
             measured=large.median if large else None,
             measured_1=single.median if single else None,
-            predicted=point.predicted,
-            predicted_1=point.predicted_1,
+            predicted=point.predicted.large if point.predicted else None,
+            predicted_1=point.predicted.single if point.predicted else None,
             beaten_by=better.name if better else "",
             elsewhere=levels.elsewhere,
         )

@@ -9,7 +9,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from slimformer import registry
+from slimformer.core.anatomy import Anatomy
 from slimformer.core.shrink import shrink
 from slimformer.data.material import timed_rows
 from slimformer.errors import TargetError
@@ -24,7 +25,7 @@ from slimformer.exporters.base import Exporter, Variant
 from slimformer.families.base import Subject, subject_of
 from slimformer.files import remembered
 from slimformer.measuring.beside import make_readable
-from slimformer.measuring.latency import usual_length
+from slimformer.measuring.latency import Latency, Levels, usual_length
 from slimformer.measuring.sessions import open_session
 from slimformer.measuring.timing import Rounds, compare, ratio, workloads
 from slimformer.running.bundle import Bundle, Run
@@ -35,6 +36,53 @@ from slimformer.running.trials import Judge
 
 MARGIN = 1.04  # the search aims this much above the requested speed, because a measured ratio spreads by a few per cent
 PROBE_SECONDS = 4.0  # of timing each untrained export
+PROBE_SINGLE_SECONDS = 2.0  # the same at batch 1
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Times as fast as dense fp32 at batch 32, and at batch 1; None if that was not timed."""
+
+    large: float
+    single: float | None = None
+
+    def over(self, other: Speeds) -> Speeds:
+        """Each of these over the other one.
+
+        >>> Speeds(3.0, 2.0).over(Speeds(4.0, 2.0)), Speeds(3.0).over(Speeds(2.0))
+        (Speeds(large=0.75, single=1.0), Speeds(large=1.5, single=None))
+        """
+        single = None if self.single is None or other.single is None else self.single / other.single
+        return Speeds(self.large / other.large, single)
+
+    def times(self, other: Speeds) -> Speeds:
+        """Each of these as many times as the other one says.
+
+        >>> Speeds(3.0, 2.0).times(Speeds(0.5, 2.0))
+        Speeds(large=1.5, single=4.0)
+        """
+        single = None if self.single is None or other.single is None else self.single * other.single
+        return Speeds(self.large * other.large, single)
+
+
+AS_TOLD = Speeds(1.0, 1.0)  # of what was measured over what the latency table has
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An untrained model of a budget: its speeds as they were measured, and as the latency table has them."""
+
+    keep: float
+    measured: Speeds
+    by_table: Speeds
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The budget for a speed, and what was timed to find it."""
+
+    keep: float
+    probes: tuple[Probe, ...]
 
 
 class Scale:
@@ -61,9 +109,16 @@ class Scale:
 
     def keep(self, speedup: float) -> float:
         """The share of the dense int8 latency that makes the exported int8 file `speedup` times as fast as dense fp32."""
-        return remembered(
-            self.state.folder / f"budget-{speedup:.4f}-{self.state.threads}.json", lambda: self._probed(speedup), float
-        )
+        return self._found(speedup).keep
+
+    def nearest(self, speedup: float) -> Probe:
+        """The untrained model whose budget is the nearest to that for a speed."""
+        found = self._found(speedup)
+        return min(found.probes, key=lambda probe: abs(probe.keep - found.keep))
+
+    def _found(self, speedup: float) -> _Found:
+        file = self.state.folder / f"budget-{speedup:.4f}-{self.state.threads}.json"
+        return remembered(file, lambda: self._probed(speedup), _Found)
 
     def budget(self, speedup: float, now: float, *, left: float = 1.0, fewer: Sequence[float] = ()) -> tuple[float, float]:
         """What is left for a speed: the share of the latency after a cut, and the share of each matrix's blocks.
@@ -79,34 +134,35 @@ class Scale:
             return 1.0, enough
         return (self.keep(speedup * now / speeds[fewer[-1]]), fewer[-1]) if fewer else (self.keep(speedup), left)
 
-    def _probed(self, speedup: float) -> float:
+    def _probed(self, speedup: float) -> _Found:
         aim = speedup * MARGIN
         keep = min(1.0, self.dense_fp32_ms / aim / self.cost.dense)
-        probes: list[tuple[float, float]] = []  # (budget, speed)
+        probes: list[Probe] = []
         for _ in range(self.probes):
-            speed = self.speed(keep, speedup)
-            probes.append((keep, speed))
+            probes.append(self._probe(keep, speedup))
+            speed = probes[-1].measured.large
             self.state.log.event("probe", keep=round(keep, 4), speedup=round(speed, 3), wanted=aim)
             if speedup * 1.01 <= speed <= speedup * 1.1:
-                return keep
-            keep = nearer(probes, aim)
-        if min(probe[1] for probe in probes) < aim <= max(probe[1] for probe in probes):
-            return keep  # between two that were timed
-        enough = [probe for probe in probes if probe[1] >= speedup]
-        return max(enough)[0] if enough else min(probes, key=lambda probe: abs(probe[1] - aim))[0]
+                return _Found(keep, tuple(probes))
+            keep = nearer([(probe.keep, probe.measured.large) for probe in probes], aim)
+        speeds = {probe.keep: probe.measured.large for probe in probes}
+        if not min(speeds.values()) < aim <= max(speeds.values()):  # else it is between two that were timed
+            enough = [budget for budget, speed in speeds.items() if speed >= speedup]
+            keep = max(enough) if enough else min(speeds, key=lambda budget: abs(speeds[budget] - aim))
+        return _Found(keep, tuple(probes))
 
-    def speed(self, keep: float, wanted: float) -> float:
-        """How many times as fast as dense fp32 an untrained model of this budget is, as int8, batch 32."""
+    def _probe(self, keep: float, wanted: float) -> Probe:
+        """An untrained model of this budget, as int8."""
         anatomy = self.context.anatomy
         try:
             plan = replace(self.fisher, keep=keep).plan(self.context, self.weighed)
         except TargetError:
             raise out_of_reach(wanted, self.dense_fp32_ms / self.cost.fixed) from None
         small = subject_of(shrink(self.bundle.subject.model, anatomy, plan))
-        speed = self._timed(small)
-        if speed < wanted / 1.1 and not small.anatomy.units:
-            raise out_of_reach(wanted, speed)
-        return speed
+        speeds = self._timed(small)
+        if speeds.large < wanted / 1.1 and not small.anatomy.units:
+            raise out_of_reach(wanted, speeds.large)
+        return Probe(keep, speeds, by_table(small.anatomy, self.levels))
 
     def with_blocks(self, left: float) -> float:
         """The same of the model with a share of each matrix's blocks, the largest ones."""
@@ -121,12 +177,12 @@ class Scale:
                     blocks = weight.data.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
                     size = blocks.square().sum(dim=(1, 3), keepdim=True)
                     blocks *= size >= size.flatten().quantile(1 - left)
-            return self._timed(small)
+            return self._timed(small).large
 
         return remembered(self.state.folder / f"blocks-{left:g}-{self.state.threads}.json", timed, float)
 
-    def _timed(self, small: Subject) -> float:
-        """How many times as fast as dense fp32 the quickest int8 file of a model is, batch 32."""
+    def _timed(self, small: Subject) -> Speeds:
+        """How many times as fast as dense fp32 the quickest int8 file of a model is."""
         material, run, exporter = self.bundle.material, self.state, self.exporter
         with tempfile.TemporaryDirectory(dir=run.root, prefix=".part-") as name:
             file = Path(name) / exporter.kinds_for(small.model)[self.variant].name
@@ -138,9 +194,19 @@ class Scale:
                 "ours": open_session(file, run.threads, generation=length),
                 "dense": open_session(self.judge.teacher[Variant.FUSED], run.threads, generation=length),
             }
-            workload = workloads(timed_rows(material), limit=20)[1]
-            timings = compare(sessions, workload, Rounds(40, seconds=PROBE_SECONDS), run.quiet.load())
-        return ratio(timings["dense"], timings["ours"]).median
+            one, many = workloads(timed_rows(material), limit=20)
+            load = run.quiet.load()
+            large, single = (
+                compare(sessions, work, Rounds(40, seconds=seconds), load)
+                for work, seconds in ((many, PROBE_SECONDS), (one, PROBE_SINGLE_SECONDS))
+            )
+        return Speeds(*(ratio(timings["dense"], timings["ours"]).median for timings in (large, single)))
+
+
+def by_table(anatomy: Anatomy, levels: Levels) -> Speeds:
+    """The speeds that a latency table gives a model, as plain int8."""
+    tables = [table for table in (levels, levels.single) if table is not None]
+    return Speeds(*(table.dense_fp32_ms / Latency.of(anatomy, table).cost.dense for table in tables))
 
 
 def nearer(probes: Sequence[tuple[float, float]], wanted: float) -> float:
