@@ -110,8 +110,8 @@ READING = (
     "95 % interval of the paired bootstrap. **MB**: that file.",
     "**×**: times as fast as that model in ONNX Runtime fp32: the median over rounds in which all files take turns, with the 10th to "
     "90th percentile.",
-    "**Off**: how much more time was foretold than was measured, in percent. It was foretold before the model was trained, by the latency "
-    "table and an untrained file of the same budget.",
+    "**Off**: how much more time was foretold than was measured, in percent. It was foretold before the model was trained, by the "
+    "latency table and an untrained file of the same budget.",
     "**Bold**: delivered. The others are needless: another row is as fast and as good at least, and surely faster or surely better.",
 )
 
