@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from pages import Run, bullets, row_times, table, wrapped
+from pages import Run, bullets, row_times, table, turns, wrapped
 from work import ROOT, interval_of, lost, ours_in
 
 from slimformer.exporters.base import Variant
@@ -142,7 +143,14 @@ def _text(groups: Mapping[str, list[Run]]) -> str:
         "Figures and picture are drawn from [the ledgers](../results/README.md) by `python results/survey.py --draw`. It shows "
         f"{DRAWN[1]}, without what is more than {FURTHEST_RIGHT:g} times as fast; the line joins what no other beats."
     )
-    lines = ["# Which method for which need", "", *bullets(WORDS), "", *wrapped(drawn), ""]
+    lines = [
+        "# Which method for which need",
+        "",
+        *bullets((*WORDS, *turns(chain(*groups.values()), up=""))),
+        "",
+        *wrapped(drawn),
+        "",
+    ]
     lines += [f"![Points against speed, {DRAWN[1]}]({PICTURE})", "", *table(head, rows), ""]
     return "\n".join(lines).rstrip() + "\n"
 

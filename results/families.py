@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from choosing import SCATTER_STYLE
-from pages import bullets, interval, row_times, safe, table, wrapped
+from pages import Run, bullets, interval, row_times, safe, table, turns, wrapped
 from sweep import HOME, RUNS
 from work import DATA, ROOT, SQUAD_TEACHER, SST2_TEACHER, glue, small_squad, write
 
@@ -119,11 +119,12 @@ READING = (
 def pages() -> dict[Path, str]:
     """The page and its pictures, as the families that stand give them."""
     found = {command.name: read_family(command.home) for command in commands() if command.stands}
+    runs = [Run(Path(name), family.records) for name, family in found.items()]
     drawn = (
         f"Drawn from the ledgers under [`results/methods/families/`](../../results/README.md) by `{COMMAND} --draw`. Each family is one "
         "command, [`slimformer frontier`](../frontier.md), on two cores; without that option the script makes those that are missing."
     )
-    lines = ["# Families of models, each made by one command", "", *wrapped(drawn), "", *bullets(READING), ""]
+    lines = ["# Families of models, each made by one command", "", *wrapped(drawn), "", *bullets((*READING, *turns(runs))), ""]
     if found:
         lines += [*_aims(found), ""]
     left = [command.name for command in commands() if not command.stands]

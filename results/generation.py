@@ -14,12 +14,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from pages import Run, bullets, row_times, table, wrapped
+from pages import Run, bullets, row_times, table, turns, wrapped
 from sweep import AROUND, Job, main
 from tokenizers import Tokenizer
 from work import (
@@ -291,7 +292,16 @@ def _page(groups: Mapping[str, list[Run]]) -> str:
         f"Drawn from the ledgers under [`results/methods/{TABLE}/`](../../results/README.md) by `{COMMAND} --draw`. Without that option "
         "it first runs the jobs that are missing; it can be stopped and started at any time."
     )
-    lines = ["# Translation", "", *wrapped(drawn), "", *bullets(READING), "", *still_to_run(jobs(), COMMAND), *_aims(groups)]
+    lines = [
+        "# Translation",
+        "",
+        *wrapped(drawn),
+        "",
+        *bullets((*READING, *turns(chain(*groups.values())))),
+        "",
+        *still_to_run(jobs(), COMMAND),
+        *_aims(groups),
+    ]
     for target, title in PAIRS.items():
         lines += _pair(target, title, groups)
     lines += ["## What the rows are", "", *bullets(f"`{name}`: {text}" for name, text in ROWS.items())]

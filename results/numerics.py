@@ -23,7 +23,7 @@ from math import hypot
 from pathlib import Path
 from statistics import fmean
 
-from pages import Run, bullets, interval, row_times, safe, table, wrapped
+from pages import Run, bullets, interval, row_times, safe, table, turns, wrapped
 from sweep import Job, main
 from work import (
     DATA,
@@ -439,7 +439,7 @@ def _page(found: dict[str, Run]) -> str:
             "Without that option it first runs the jobs that are missing; it can be stopped and started at any time."
         ),
         "",
-        *bullets(READING),
+        *bullets((*READING, *turns(found.values()))),
         "",
     ]
     lines += still_to_run(jobs(), COMMAND)

@@ -91,6 +91,21 @@ def interval(record: Record) -> str:
     return f"{signed(record.loss.value)} ({interval_text(record.loss)})" if record.loss else ""
 
 
+def turns(found: Iterable[Run], up: str = "../") -> tuple[str, ...]:
+    """What has to be said of the times at batch 1 if rows were timed before each turn began with a text that is not timed."""
+    leads = {run.name: {timing.lead for record in run.records for timing in record.timings} for run in found}
+    before = sorted(name for name, seen in leads.items() if 0 in seen)
+    if not before:
+        return ()
+    since = sorted(name for name, seen in leads.items() if seen and 0 not in seen)
+    apart = ", ".join(f"`{Path(name).name}`" for name in since)
+    return (
+        f"**× batch 1**{f' of all rows but {apart}' if apart else ''} was timed right behind another file, whose weights had taken the "
+        "place of its own in the processor's caches. Alone in a process, a small file is up to twice as fast "
+        f"([decision 46]({up}decisions/0046-turns.md)).",
+    )
+
+
 def row_times(record: Record, batch: int) -> str:
     """Times faster than the baseline, with the spread over rounds."""
     found = record.times_faster(batch)

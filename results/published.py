@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from math import hypot
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +24,7 @@ from statistics import fmean
 import again
 import structured
 from numerics import COPIES, FIVE, OURS_LR, PAPER_LOSS, PASSES, SENTENCES, STRONG, contexts, more_ids
-from pages import Run, bullets, interval, row_times, table, wrapped
+from pages import Run, bullets, interval, row_times, table, turns, wrapped
 from sweep import Job, main
 from work import (
     DISTIL,
@@ -435,7 +436,7 @@ def _page(groups: Mapping[str, list[Run]], teachers: Mapping[str, Run]) -> str:
             "Without that option it first runs the jobs that are missing; it can be stopped and started at any time."
         ),
         "",
-        *bullets(READING),
+        *bullets((*READING, *turns(chain(*groups.values())))),
         "",
         *still_to_run(jobs(), COMMAND),
         *_teacher_table(teachers, groups),

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 
-from pages import Run, bullets, interval, row_times, safe, spread, table, wrapped
+from pages import Run, bullets, interval, row_times, safe, spread, table, turns, wrapped
 from sweep import Job, main
 from transplant import Target, save, transplant
 from work import (
@@ -465,7 +465,7 @@ def _page(found: dict[str, Run], with_seeds: dict[str, Run]) -> str:
             "Without that option it first runs the jobs that are missing; it can be stopped and started at any time."
         ),
         "",
-        *bullets(text.replace("{dense}", _dense_scores(found)) for text in READING),
+        *bullets((*(text.replace("{dense}", _dense_scores(found)) for text in READING), *turns(found.values()))),
         "",
     ]
     lines += still_to_run(jobs(), COMMAND)

@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from choosing import choosing_pages
-from pages import Run, bullets, row_times, table, wrapped
+from pages import Run, bullets, row_times, table, turns, wrapped
 from sweep import HOME, Job, main
 from work import (
     DATA,
@@ -241,13 +242,18 @@ def edgebert(passes: float) -> Stages:
     )
 
 
-def smallest(passes: float, *last: Any, copies: int = 0, after_cut: Callable[..., Train] = learnt) -> Stages:
-    """Whatever makes the int8 file smaller: the vocabulary, the width, heads and neurons, and at last the word table as codes."""
+def smallest(
+    passes: float, *last: Any, copies: int = 0, after_cut: Callable[..., Train] = learnt, zeros: Sequence[Any] = ()
+) -> Stages:
+    """Whatever makes the int8 file smaller: the vocabulary, the width, heads and neurons, and at last the word table as codes.
+
+    `zeros` are methods of the training behind the cut.
+    """
     return (
         TrimVocabulary(),
         closely(passes * 3 / 8, HiddenWidth(keep_hidden=0.5), freeze="nothing", augment=copies),
         Calibrate(Fisher(keep=0.3, cost="macs")),
-        after_cut(passes / 2, freeze="nothing", augment=copies),
+        after_cut(passes / 2, *zeros, freeze="nothing", augment=copies),
         Calibrate(CodebookWords()),
         learnt(passes / 8, *last, freeze="nothing", augment=copies),
     )
@@ -601,6 +607,16 @@ ROWS = (
     ),
     Row(
         "compound",
+        "smallest-longer-blocks-50",
+        "the same as `smallest-longer-int8`, half of the blocks of what is left zero, for the kernels",
+        lambda passes: smallest(2 * passes, Quantization(), KeepZeros(), zeros=(KnowledgeSparse(keep=0.5, pattern="4x4"),)),
+        0.3,
+        ablation=True,
+        tasks=EVERY,
+        bench=BESIDE_ALL,
+    ),
+    Row(
+        "compound",
         "smallest",
         "the bytes of every part: words that are needed, their table as codes, half of the width, fewer neurons",
         smallest,
@@ -685,7 +701,8 @@ def _page(groups: Mapping[str, list[Run]]) -> str:
         "it first runs the jobs that are missing; it can be stopped and started at any time."
     )
     own = [job for job in jobs() if job.folder.startswith(f"{TABLE}/")]
-    lines = ["# Every branch of the survey", "", *wrapped(drawn), "", *bullets(READING), "", *still_to_run(own, COMMAND)]
+    lines = ["# Every branch of the survey", "", *wrapped(drawn), "", *bullets((*READING, *turns(chain(*groups.values())))), ""]
+    lines += still_to_run(own, COMMAND)
     for task in (*TASKS, LARGE_TABLE):
         lines += _task(task, groups)
     return "\n".join(lines).rstrip() + "\n"

@@ -22,7 +22,7 @@ import ordeals
 import published
 import structured
 import survey
-from pages import HOME, METHODS, Run, bullets, interval, row_times, runs_of, safe, spread, table, wrapped
+from pages import HOME, METHODS, Run, bullets, interval, row_times, runs_of, safe, spread, table, turns, wrapped
 
 from slimformer.measuring.records import Record, Standing
 from slimformer.reporting.circumstances import circumstances
@@ -63,10 +63,10 @@ def results_page(found: Sequence[Run]) -> str:
                 "**Points lost**: points of the metric below the dense teacher in fp32, on the exported file and the whole dev "
                 "split, with the 95 % interval of the paired bootstrap.",
                 "**×**: times as fast as that teacher in ONNX Runtime fp32: the median over rounds in which all files take turns, with "
-                "the "
-                "10th to 90th percentile. Batch 32 is sorted by length, batch 1 has the order of the data.",
+                "the 10th to 90th percentile. Batch 32 is sorted by length, batch 1 has the order of the data.",
                 "**MB**: the whole file. **Minutes**: the time to make the model from its teacher.",
                 "**Bold**: the file that ships. It was chosen on validation examples from the training data, never on dev.",
+                *turns(found, up=""),
             )
         ),
         "",

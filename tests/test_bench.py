@@ -50,6 +50,9 @@ class Clock:
 
         def run(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             nonlocal calls
+            if len(self.log) % 2 == 0:  # each turn begins with a text that is not timed
+                self.log.append((name, -len(batch["input_ids"])))
+                return {}
             self.log.append((name, int(batch["input_ids"][0, 0])))
             self.now += cost(calls)
             calls += 1
@@ -72,10 +75,20 @@ def test_runners_take_turns_and_the_first_rotates() -> None:
     clock = Clock()
     sessions = {name: clock.session(name, lambda _: 1.0) for name in "ABC"}
     compare(sessions, workload((1, 1)), Rounds(2), LOAD, clock)
-    turns = ["".join(name for name, _ in clock.log[start : start + 3]) for start in range(0, len(clock.log), 3)]
+    timed = clock.log[1::2]
+    turns = ["".join(name for name, _ in timed[start : start + 3]) for start in range(0, len(timed), 3)]
     # One warm-up round and two that count, of two batches each: all three run a batch before the next one comes.
     assert turns == ["ABC", "BCA", "ABC", "BCA", "CAB", "ABC"]
-    assert [number for _, number in clock.log] == [0, 0, 0, 1, 1, 1] * 3
+    assert [number for _, number in timed] == [0, 0, 0, 1, 1, 1] * 3
+
+
+def test_each_turn_begins_with_a_text_that_is_not_timed() -> None:
+    clock = Clock()
+    sessions = {name: clock.session(name, lambda _: 1.0) for name in "AB"}
+    timings = compare(sessions, workload((4, 2)), Rounds(2, warmup=0), LOAD, clock)
+    assert [name for name, _ in clock.log] == [name for name, _ in clock.log[1::2] for _ in range(2)]  # its own batch follows
+    assert {number for _, number in clock.log[::2]} == {-1}  # of one text
+    assert {(timing.lead, timing.samples_ms) for timing in timings.values()} == {(1, ((1000.0, 1000.0),) * 2)}
 
 
 def test_warm_up_is_dropped_and_samples_are_milliseconds() -> None:

@@ -198,6 +198,20 @@ def test_a_training_is_expected_to_go_on_as_those_before(tmp_path: Path) -> None
     assert not (tmp_path / "8x").exists()  # to ask for a level's epochs does not note any
 
 
+def test_steps_for_a_size_are_planned_as_those_of_the_model_that_it_is_made_from() -> None:
+    found: Any = [SimpleNamespace(aim=aim) for aim in (None, 2.0, 4.0)]
+    chosen = {8.0: found[1], 5.0: found[0], 3.0: found[2]}
+    known: Any = SimpleNamespace(
+        asked=frontier._levels_of((2.0, 4.0), (8.0, 5.0, 3.0)),
+        whole=None,
+        speed=lambda _: 2.4,
+        _small_enough=lambda level, _: chosen[level.megabytes],
+    )
+    assert [level.pace for level in known.asked] == [2.0, 4.0, 4.0, 4.0, 4.0]  # nothing is known of them yet
+    frontier._Levels._pace_sizes(known, found)
+    assert [level.pace for level in known.asked] == [2.0, 4.0, 2.0, 2.4, 4.0]
+
+
 # -- A family from end to end ----------------------------------------------------------------------------------------------------
 
 LEVELS = Levels(
@@ -306,7 +320,8 @@ def test_a_stopped_family_goes_on_at_its_level(made: Made) -> None:
     assert made.status == 130
     assert made.at_the_stop == {".lock", ".slimformer", "log.jsonl", "work"}
     lines = said(made.out)
-    assert lines.count("measuring how much each head and neuron matters.") == 2  # once a level, though the second was stopped
+    weighed = "measuring how much each head and neuron matters."
+    assert lines.count(weighed) == 3  # once for each model that is cut, though the second was stopped
     assert lines.count("stage 1 (calibrate) is done already; going on from it.") == 2
     assert lines.count("stage 1 (train) is done already; going on from it.") == 2
     assert len(events(made.out, "augmenting")) == 0

@@ -2,6 +2,9 @@
 
 On a shared machine only the ratio of two times taken in one run means anything. So every batch is run by every model before the
 next batch comes, in rotating order, and a speed is a ratio to the baseline of the same run. Nothing is scored here.
+
+A model that runs behind a large one finds its weights gone from the processor's caches, and takes up to twice as long for one text. Where
+it serves it runs behind itself. So each turn begins with the first text of the batch, which is not timed (docs/decisions/0046-turns.md).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _T = TypeVar("_T")
 SINGLE = "batch 1, in order"
 SORTED = "batch 32, sorted by length"
 LEAST_BATCHES = 4  # are timed however short the budget is
+LEAD = 1  # texts of its batch that a model runs before it is timed
 
 
 # -- What is timed -----------------------------------------------------------------------------------------------------------
@@ -123,6 +127,7 @@ class Timing:
 
     `samples_ms` (rounds, batches) holds the milliseconds of each whole batch, `sizes` (batches,) the examples in it. `warmup`
     counts the rounds that were run before and thrown away. `beams`: of a model that writes texts, how many it followed at once.
+    `lead`: texts that were run just before each batch and not timed; none in rows from before 2026-12.
     """
 
     workload: str
@@ -140,6 +145,7 @@ class Timing:
     sizes: tuple[int, ...]
     samples_ms: tuple[tuple[float, ...], ...]
     beams: int | None = None
+    lead: int = 0
 
     @property
     def per_second(self) -> float:
@@ -219,7 +225,8 @@ def compare(
     load: Load,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Timings of all sessions on the same batches: each batch is run by all, in rotating order, before the next one.
+    """Timings of all sessions on the same batches: each batch is run by all, in rotating order, before the next one; each runs the first
+    text of it once more beforehand.
 
     A drift of the machine then hits all of them alike. A workload per session is for models with different tokenizers;
     ValueError if these do not hold the same examples in the same batches.
@@ -268,6 +275,7 @@ class _Race:
             first = (number * self.batches + place) % len(names)
             for name in names[first:] + names[:first]:
                 runner, batch = self.sessions[name].runner, self.works[name].batches[place]
+                runner({key: values[:LEAD] for key, values in batch.items()})
                 start = clock()
                 runner(batch)
                 times[name].append(round((clock() - start) * 1000, 4))
@@ -302,6 +310,7 @@ class _Race:
             load=load,
             sizes=work.sizes,
             samples_ms=samples,
+            lead=LEAD,
         )
 
 

@@ -64,10 +64,11 @@ def _joined(label: str, values: set[str], separator: str = ", ") -> tuple[Fact, 
 
 def _workload(timing: Timing) -> Fact:
     lengths = timing.lengths
+    lead = ", each behind a text that is not timed" if timing.lead else ""
     return (
         timing.workload[0].upper() + timing.workload[1:],
         f"{timing.examples} examples in {len(timing.sizes)} batches, {timing.rounds} rounds in turn after {timing.warmup} of "
-        f"warm-up; {lengths.mean:.1f} tokens on average, median {lengths.p50:.0f}, 95 % up to {lengths.p95:.0f}, "
+        f"warm-up{lead}; {lengths.mean:.1f} tokens on average, median {lengths.p50:.0f}, 95 % up to {lengths.p95:.0f}, "
         f"longest {lengths.max}",
     )
 

@@ -213,6 +213,7 @@ def _timing_mistakes(timing: Timing) -> Iterator[str]:
         timing.examples,
         timing.tokens,
         timing.warmup,
+        timing.lead,
         timing.threads - 1,
         timing.batch_size - 1,
         min(sizes) - 1,

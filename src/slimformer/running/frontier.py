@@ -46,7 +46,7 @@ from slimformer.running.reader import read_levels
 from slimformer.running.recipe import RIVALS, Recipe, RivalName
 from slimformer.running.rivals import Contestant, rivals_of, without_small_dense
 from slimformer.running.runner import Conditions, is_done, model_name, open_run, wish_of
-from slimformer.running.scale import AS_TOLD, Scale, Speeds, by_table, out_of_reach
+from slimformer.running.scale import AS_TOLD, Probe, Scale, Speeds, by_table, out_of_reach
 from slimformer.running.schedule import FEWEST_STEPS, Part, Schedule, cut_step, forecast, rival_place, rounded_passes
 from slimformer.running.stages import latency_of, training_of
 from slimformer.running.start import checked_wish, opened
@@ -305,6 +305,9 @@ class _Levels:
                 continue
             before = found[-1] if level.aim is not None else self._small_enough(level, found)
             fast = self.speed(before.candidate)
+            if level.megabytes is not None:
+                self._pace_sizes(found)
+                level = self.asked[place]
             if level.aim is not None and place and fast >= level.aim:
                 self._remark(f"there is no model for {level.aim:g} times: {found[-1].name} is {fast:.2f} times as fast already")
                 continue
@@ -397,7 +400,7 @@ class _Levels:
             if level.aim is not None:
                 cuts, blocks, probed = self._faster(level.aim, before, scale)
             else:
-                cuts, blocks = self._smaller(level, before, scale), blocks_left(before.stages)
+                (cuts, probed), blocks = self._smaller(level, before, scale, probed), blocks_left(before.stages)
         lesson = partial(self._lesson, place=place, blocks=blocks)
         home, seconds = self.state.root / level.name, self.diet.trial_seconds
         made = cut_candidate(
@@ -419,17 +422,21 @@ class _Levels:
             if keep == 1.0 and blocks < left:
                 return (), blocks, probed
             if not fewer:
-                probe = scale.nearest(aim)
-                probed = probe.measured.over(self._scaled(probe.by_table, scale.variant))
+                probed = self._corrected(scale.nearest(aim), scale)
         cut = replace(scale.fisher, keep=min(round(keep, 4), NO_CUT), repair=left == 1.0)
         return (Calibrate(cut),), blocks, probed
 
-    def _smaller(self, level: _Level, before: Candidate, scale: Scale) -> tuple[Stage, ...]:
-        """What cuts a model to a size: codes in the place of the word table, and before that heads and neurons if they must go."""
+    def _corrected(self, probe: Probe, scale: Scale) -> Speeds:
+        """How much faster an untrained model was than the latency table has it."""
+        return probe.measured.over(self._scaled(probe.by_table, scale.variant))
+
+    def _smaller(self, level: _Level, before: Candidate, scale: Scale, probed: Speeds) -> tuple[tuple[Stage, ...], Speeds]:
+        """What cuts a model to a size: codes in the place of the word table, and before that heads and neurons if they must go. And how
+        much faster an untrained one was than the latency table has it; `probed`: the same of the model before."""
         assert level.megabytes is not None
         codes, over = Calibrate(codebook()), self.in_codes(before) - AIMED * level.megabytes * MEGABYTE
         if over <= 0:
-            return (codes,)
+            return (codes,), probed
         subject, left = before.made.bundle.subject, blocks_left(before.stages)
         weights = parameters(subject.model, subject.anatomy)
         share = (
@@ -441,7 +448,9 @@ class _Levels:
             raise TargetError(f"with every layer cut, the file would have {least}.", help="ask for more.")
         keep = math.floor(1e4 * (1 - over / (share * weights.dense))) / 1e4
         cut = replace(scale.fisher, cost="parameters", keep=min(keep, NO_CUT), repair=left == 1.0)
-        return (Calibrate(cut), codes)
+        if left == 1.0 and not self.elsewhere:
+            probed = self._corrected(scale.of_weights(cut.keep), scale)
+        return (Calibrate(cut), codes), probed
 
     def _small_enough(self, level: _Level, found: Sequence[_Point]) -> _Point:
         """The model that one of this size is made from: the slowest that is small enough with codes, or else the fastest."""
@@ -449,6 +458,15 @@ class _Levels:
         models = [point for point in found if point.megabytes is None]
         most = AIMED * level.megabytes * MEGABYTE
         return next((point for point in models if self.in_codes(point.candidate) <= most), models[-1])
+
+    def _pace_sizes(self, found: Sequence[_Point]) -> None:
+        """Plans the steps of the models for sizes at the speeds of those that they are made from, now that these are known."""
+        self.asked = tuple(
+            level
+            if level.megabytes is None
+            else replace(level, pace=self._small_enough(level, found).aim or self.speed(self.whole))
+            for level in self.asked
+        )
 
     def _lesson(self, small: Bundle, *, place: int, blocks: float) -> Train:
         """The distillation of a level: all of them see the same rows, so that the teacher's outputs serve them all.
@@ -486,18 +504,21 @@ class _Levels:
         )
         busy += tokens * pace.read if place == 0 else 0.0
         seconds = self._token_seconds(tokens, place)
-        if seconds is None:
+        if (
+            seconds is None or left[0].megabytes is not None
+        ):  # beside codes all weights are trained, which takes longer than before
             training = training_of(replace(distil, rows=None, augment=0), small, self.state)
-            seconds = 1 / estimate(training, seconds=1.0).tokens_per_second
+            seconds = max(seconds or 0.0, 1 / estimate(training, seconds=1.0).tokens_per_second)
         first = cut_step(pace, left[0].pace) / seconds
         relative = {level: cut_step(pace, level.pace) / first for level in self.asked}
         steps = sum(relative[level] for level in left)  # seconds a token, of all levels that are left
         if self.diet.rival:
             faster = [level for level in self.asked if level.aim is not None]
-            copied = faster[: rival_place(self.paces[: len(faster)]) + 1]  # the smaller dense model repeats their training
-            done = sum(self._trained(level) * relative[level] for level in copied if level not in left)
-            busy += one[Part.RIVAL] + tokens * done
-            steps += sum(relative[level] for level in copied if level in left)
+            # The smaller dense model repeats their training, and is about as fast as the last of them from the beginning.
+            copied = faster[: rival_place(self.paces[: len(faster)]) + 1]
+            step = relative[copied[-1]] if copied else 0.0
+            busy += one[Part.RIVAL] + tokens * step * sum(self._trained(level) for level in copied if level not in left)
+            steps += step * sum(level in left for level in copied)
         fit = (self.schedule.left - busy) / (tokens * steps)
         least = FEWEST_STEPS * self.wanted.batch_size / rows
         most = distil.epochs * full_diet(small, self.wanted, sizes).passes / self.diet.passes

@@ -164,6 +164,17 @@ class Scale:
             raise out_of_reach(wanted, speeds.large)
         return Probe(keep, speeds, by_table(small.anatomy, self.levels))
 
+    def of_weights(self, keep: float) -> Probe:
+        """An untrained model with a share of the weights, as int8."""
+
+        def timed() -> Probe:
+            context = context_of(self.bundle, self.state, self.bundle.subject, "parameters")
+            plan = replace(self.fisher, cost="parameters", keep=keep).plan(context, self.weighed)
+            small = subject_of(shrink(self.bundle.subject.model, context.anatomy, plan))
+            return Probe(keep, self._timed(small), by_table(small.anatomy, self.levels))
+
+        return remembered(self.state.folder / f"weights-{keep:.4f}-{self.state.threads}.json", timed, Probe)
+
     def with_blocks(self, left: float) -> float:
         """The same of the model with a share of each matrix's blocks, the largest ones."""
 

@@ -32,7 +32,7 @@ from slimformer.tasks.base import Split, Task
 
 DEPTHS = (1 / 6, 1 / 3, 1 / 2, 2 / 3)  # of the teacher's layers
 WIDTHS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # of its hidden states
-TIMED_ROWS = 320  # training texts, whose lengths count
+TIMED_ROWS = 320  # texts of dev, evenly spread, whose lengths count: those of training may be much shorter
 TIMED_SECONDS = 8.0  # for all shapes together, after a first round
 
 
@@ -98,7 +98,7 @@ def worth_trying(shapes: Sequence[StudentShape], count: int) -> list[StudentShap
 
 
 def timed_shapes(teacher: Path, task: Task, log: Log, *, threads: int | None = None) -> list[StudentShape]:
-    """All shapes for a teacher, each with its time: exported with random weights, and run in turn on the task's texts.
+    """All shapes for a teacher, each with its time: exported with random weights, and run in turn on texts of dev.
 
     RecipeError if students of the teacher's type cannot be built.
     """
@@ -114,7 +114,8 @@ def timed_shapes(teacher: Path, task: Task, log: Log, *, threads: int | None = N
     usual = {name: value for name, value in given.items() if name not in ("model_type", "architectures", "slimformer")}
     config = transformers.AutoConfig.for_model(kind, **usual)
     shapes = shapes_of(config)
-    rows = task.split(Split.TRAIN)[:TIMED_ROWS]
+    examples = task.split(Split.DEV)
+    rows = examples[:: max(1, len(examples) // TIMED_ROWS)][:TIMED_ROWS]
     features = task.encode(rows, load_tokenizer(teacher), min(task.max_length, max_length_of(teacher)))
     exporter = registry.find("exporters", "onnx")(agreement=0.0)  # the answers of random weights are of no interest
     batch = collate(features, range(min(8, len(rows))), model_inputs(features))
