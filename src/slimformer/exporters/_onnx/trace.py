@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,19 +85,10 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
         torch.no_grad(),
     ):
         try:
-            program = torch.onnx.export(
-                Flat().eval(),
-                example,
-                dynamo=True,
-                verbose=False,
-                input_names=list(names),
-                output_names=ends,
-                dynamic_shapes={"inputs": tuple({0: batch, 1: seq} for _ in names)},
-            )
+            program = _traced(Flat().eval(), example, {"inputs": tuple({0: batch, 1: seq} for _ in names)}, list(names), ends)
         except Exception as error:  # whatever tracing raises means the same to a user: this model cannot be exported
             first = str(error).strip().splitlines()[:1]
             raise ExportError(f"PyTorch could not trace {type(model).__name__}.", facts=first, help=REPORT) from error
-        assert program is not None
         for name in reversed(inside):  # they were outputs so that they got their names
             assert program.model.graph.outputs[-1].name == name
             program.model.graph.outputs.pop()
@@ -108,6 +99,52 @@ def trace_model(subject: Subject, outputs: Sequence[str]) -> onnx_ir.Model:
             elif f"model.{name}" in graph.initializers:
                 graph.initializers[f"model.{name}"].const_value = onnx_ir.tensor(bias, name=f"model.{name}")
     return program.model
+
+
+def _traced(flat: nn.Module, example: tuple[Any, ...], shapes: dict[str, Any], names: list[str], ends: list[str]) -> Any:
+    """The ONNX program of a model, by a short way if there is one.
+
+    PyTorch takes the operators that it captured apart, which is half of the time, and finds little to do in an encoder: what ONNX
+    does not have are conversions. Where these are all, nothing is taken apart; what has other operators goes the long way.
+    """
+    export = partial(torch.onnx.export, dynamo=True, verbose=False, input_names=names, output_names=ends)
+    with suppress(Exception):  # the long way tells what is wrong
+        captured = _captured(flat, example, shapes)
+        _without_decomposing(captured)
+        return export(captured, (), dynamic_shapes=shapes)
+    return export(flat, example, dynamic_shapes=shapes)
+
+
+def _captured(flat: nn.Module, example: tuple[Any, ...], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The operators of a model; a range of lengths that it does not allow is narrowed as PyTorch suggests."""
+    capture = partial(torch.export.export, flat, example, strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+    try:
+        return capture(dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as error:
+        refine = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes
+        return capture(dynamic_shapes=refine(error.msg, shapes))
+
+
+def _without_decomposing(captured: torch.export.ExportedProgram) -> None:
+    """Lets nothing be taken apart in a program that changes no value in place.
+
+    A conversion that changes nothing goes, so that a constant keeps its name; one to another type is an operator that ONNX has.
+    """
+    aten, graph = torch.ops.aten, captured.graph
+    called = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if any(node.target._schema.is_mutable for node in called):
+        return
+    for node in called:
+        if node.target not in (aten.to.dtype, aten.to.device, aten.to.dtype_layout):
+            continue
+        value, names = node.args[0], (argument.name for argument in node.target._schema.arguments)
+        dtype = (dict(zip(names, node.args, strict=False)) | node.kwargs).get("dtype") or value.meta["val"].dtype
+        if dtype == value.meta["val"].dtype and graph.output_node() not in node.users:
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+        else:
+            node.target, node.args, node.kwargs = aten._to_copy.default, (value,), {"dtype": dtype}
+    captured.run_decompositions = lambda *_: captured  # type: ignore[method-assign]
 
 
 def _cut_names(subject: Subject) -> list[str]:
