@@ -42,6 +42,7 @@ from slimformer.training.stage import Train
 
 HOME = Path(__file__).resolve().parent
 RUNS = HOME.parent / "runs"
+LINK = RUNS / "encoder"  # recipes name the demo's encoder so, wherever it is installed
 RATE = 20_000.0  # tokens a second through a layer of a small encoder, in training on two cores; only the forecast depends on it
 LETTERS = 4.5  # bytes of a text for each of its tokens
 LOOK = 0.4  # the teacher's pass over a row takes this share of a training step
@@ -264,6 +265,10 @@ def main(jobs: Sequence[Job], draw: Callable[[], None], arguments: Sequence[str]
         return 0
     if chosen.train:
         return 1 if train_alone(due(some), chosen.wait) else 0
+    if not (chosen.draw or LINK.exists()):
+        RUNS.mkdir(exist_ok=True)
+        LINK.unlink(missing_ok=True)  # a link of another environment
+        LINK.symlink_to(encoder())
     failed = 0 if chosen.draw else sweep(some, chosen.beside, chosen.wait)
     draw()
     return 1 if failed else 0

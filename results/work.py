@@ -38,7 +38,7 @@ from slimformer.training.stage import Train
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "../shared/data"
 MORE_IDS = "runs/sweep/squad-v1.1-20k.json"
-ENCODER = "runs/encoder"  # a link to the demo's encoder: recipes/mrpc-tune.yaml shows how it is made
+ENCODER = "runs/encoder"  # a link to the demo's encoder, which sweep.py makes
 ENCODERS = {"minilm": ENCODER, "e5": "../shared/models/e5-small"}  # six layers and twelve
 SST2_TEACHER, SQUAD_TEACHER = "../shared/models/minilm-sst2", "../shared/models/minilm-squad1"
 TUNED = {("minilm", "sst2"): SST2_TEACHER, ("minilm", "squad1"): SQUAD_TEACHER}  # teachers that nobody has to train
