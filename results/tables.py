@@ -95,7 +95,8 @@ def readme_table(found: Sequence[Run]) -> str:
         "seed. **×**: times as fast as the dense model in fp32 in ONNX Runtime, the median over rounds in which all files take "
         "turns. **Bold**: the "
         f"file that ships. {_beaten(shown)}{_others(others, shown.folder.name)}"
-        "[All rows](docs/results.md), with the machine that measured them. Drawn by `{COMMAND}`."
+        "[All rows](docs/results.md), with the machine that measured them. "
+        f"Drawn by `{COMMAND}`."
     )
     return "\n".join([*table(HEAD[1:], [row[1:] for row in rows]), "", *wrapped(text)])
 
